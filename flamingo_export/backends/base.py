@@ -1,0 +1,125 @@
+"""What every backend offers, so that the generation loop and parity are one and the same for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from flamingo_export.manifest import EngineRecord, GraphRecord, Manifest
+from flamingo_export.specs import SubgraphSpec
+
+Array = npt.NDArray[Any]
+
+
+class Availability(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether a backend can run here, the devices or providers it found, and what to install if it cannot."""
+
+    usable: bool
+    detail: str
+    remedy: str | None = None
+
+
+class SessionOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """How a session is opened. `threads` 0 lets the backend choose; `device` is `cpu` or `cuda`."""
+
+    threads: int = 0
+    device: str = "cpu"
+
+
+class Buffer(Protocol):
+    """A tensor in the backend's memory that outlives a call: a media bank or a cache."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def write(self, index: int, value: Array) -> None:
+        """Copies `value` [...] into row `index` of the first axis."""
+
+    def read(self) -> Array:
+        """A copy on the host."""
+
+    def copy_from(self, other: Buffer) -> None:
+        """Copies the whole of `other`, equal to or smaller than this along every axis, into the leading corner."""
+
+    def rows(self, count: int) -> Buffer:
+        """The first `count` rows of the first axis, sharing memory."""
+
+
+class Session(Protocol):
+    """One opened subgraph.
+
+    Buffers stay bound from call to call; every other input is fed to `run`. Binding an input that an output aliases
+    (`spec.aliases`) binds that output too, so the cache is updated in place and is not among the results.
+    """
+
+    @property
+    def spec(self) -> SubgraphSpec: ...
+
+    def allocate(self, name: str, shape: tuple[int, ...]) -> Buffer:
+        """A zeroed buffer fit for input `name`."""
+
+    def bind(self, name: str, buffer: Buffer) -> None:
+        """From now on input `name` reads (and an output that aliases it writes) this buffer."""
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Runs once and returns the outputs that are not bound, as arrays of the host that the caller owns.
+
+        Raises InputError naming inputs that are missing, unknown or of another shape or dtype than the contract.
+        """
+
+    def close(self) -> None:
+        """Frees the session's memory; bound buffers stay valid."""
+
+
+class Backend(Protocol):
+    """A way to run a bundle's graphs."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def native_functions(self) -> frozenset[str]:
+        """Functions at the seam (`flamingo::...`) that this backend runs itself; the others keep their bodies."""
+
+    def availability(self) -> Availability: ...
+
+    def build(self, bundle: Path, manifest: Manifest, graph: GraphRecord) -> EngineRecord | None:
+        """Compiles a graph into the bundle, or None where the portable graph is run as it is."""
+
+    def open(self, bundle: Path, manifest: Manifest, graph: GraphRecord, options: SessionOptions) -> Session: ...
+
+
+def check_feeds(spec: SubgraphSpec, feeds: Mapping[str, Array], bound: Mapping[str, Buffer]) -> None:
+    """Raises InputError unless feeds and bound buffers together are exactly the inputs of `spec`, sizes agreeing."""
+    from flamingo_export.errors import InputError
+
+    faults: list[str] = []
+    sizes: dict[str, int] = {}
+    known = {tensor.name for tensor in spec.inputs}
+    faults += [f"{name} is not an input" for name in feeds if name not in known]
+    kinds = {"int64": np.dtype(np.int64), "bool": np.dtype(np.bool_)}
+    for tensor in spec.inputs:
+        if tensor.name in feeds:
+            value = feeds[tensor.name]
+            shape = value.shape
+            wanted = kinds.get(tensor.kind)
+            if wanted is not None and value.dtype != wanted:
+                faults.append(f"{tensor.name} is {value.dtype}, expected {wanted}")
+        elif tensor.name in bound:
+            shape = bound[tensor.name].shape
+        else:
+            faults.append(f"{tensor.name} is missing")
+            continue
+        fits = len(shape) == len(tensor.shape) and all(
+            size == (sizes.setdefault(dim, size) if isinstance(dim, str) else dim)
+            for size, dim in zip(shape, tensor.shape, strict=False)
+        )
+        if not fits:
+            faults.append(f"{tensor.name} has shape {tuple(shape)}, expected {tensor.shape} with {sizes}")
+    if faults:
+        raise InputError(f"{spec.name}: " + "; ".join(faults))

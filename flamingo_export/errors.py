@@ -1,0 +1,68 @@
+"""Every error that this package raises on purpose.
+
+FlamingoExportError
+├── InputError            what a user passed in a request: nothing was run
+│   ├── ImageError        an image or video that cannot be used
+│   ├── PromptError       a prompt, shots file or tokenizer that does not fit
+│   └── CapacityError     longer than the cache, or more media than the bank
+├── CheckpointError       weights or config that cannot become a bundle
+├── UnsupportedModel      a live model with parts that the builder does not know
+├── BuildError            a build that cannot start or go on: output taken, disk full, another build running
+├── BundleError           a bundle that is incomplete, altered or of a newer schema
+├── BackendError          a backend that is not installed or cannot run here
+│   └── IncompatibleEngine  an engine for another version, device or plugin
+└── ParityError           parity could not be established (a failed gate is a result, not an error)
+
+The command line turns them into one line on stderr and exit code 1 (2 for usage); messages say what was found, what was
+expected and what to do next.
+"""
+
+from __future__ import annotations
+
+
+class FlamingoExportError(Exception):
+    """Base of all errors below."""
+
+
+class InputError(FlamingoExportError, ValueError):
+    """A request that cannot be carried out as asked."""
+
+
+class ImageError(InputError):
+    """An image or video that cannot be read or is refused."""
+
+
+class PromptError(InputError):
+    """A prompt, shots file or tokenizer that does not fit the model or the media."""
+
+
+class CapacityError(InputError):
+    """A request that needs more cache slots or bank rows than there are."""
+
+
+class CheckpointError(FlamingoExportError, ValueError):
+    """Weights or configuration that cannot become a bundle."""
+
+
+class UnsupportedModel(FlamingoExportError, TypeError):
+    """A live model with modules, hooks or forwards that the builder does not know."""
+
+
+class BuildError(FlamingoExportError, RuntimeError):
+    """A build that cannot start or go on."""
+
+
+class BundleError(FlamingoExportError, RuntimeError):
+    """A bundle that is incomplete, altered, or of a schema this version does not know."""
+
+
+class BackendError(FlamingoExportError, RuntimeError):
+    """A backend that is not installed or cannot run here."""
+
+
+class IncompatibleEngine(BackendError):
+    """An engine that was built for another version, device or plugin."""
+
+
+class ParityError(FlamingoExportError, RuntimeError):
+    """Parity could not be established."""

@@ -1,0 +1,144 @@
+"""`manifest.json`: what a bundle is, typed and versioned. Written last, atomically: its presence means the bundle is complete."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from flamingo_export.errors import BundleError
+from flamingo_export.precision import Precision
+from flamingo_reference.config import ModelConfig
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+
+
+class FileRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A file of the bundle: path relative to its root, size in bytes, SHA-256 in hexadecimal."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+class GraphRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A portable graph: subgraph name, file at the bundle's root and, for (parts of) the decoder, its LM layers [start, stop)."""
+
+    name: str
+    file: str
+    layers: tuple[int, int] | None = None
+
+
+class EngineRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A compiled engine: which graph, backend and target it is for, and the tool version that can open it."""
+
+    graph: str
+    file: str
+    backend: str
+    target: str
+    tool_version: str
+    plugin_sha256: str | None = None
+
+
+class ShapeLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """Largest sizes that the runtime accepts, and engines are built for."""
+
+    max_length: int
+    """C at most: prompt, generated tokens of all beams, one chunk of scratch."""
+    chunk: int = 64
+    """Positions of one prefill call."""
+    bank_rows: int = 64
+    """N: media kept encoded."""
+
+
+class SourceRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the weights came from: a checkpoint or live model (digest of all tensors), or random numbers (seed)."""
+
+    kind: Literal["checkpoint", "live", "random"]
+    sha256: str | None = None
+    seed: int | None = None
+
+
+class ParityRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """How parity stands: never assumed. `against` says what the engines were compared with."""
+
+    state: Literal["passed", "failed", "not_run"]
+    backends: tuple[str, ...] = ()
+    against: Literal["reference", "golden"] | None = None
+    report: str | None = None
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """The whole of `manifest.json`."""
+
+    schema_version: int = SCHEMA_VERSION
+    config: ModelConfig
+    precision: Precision
+    limits: ShapeLimits
+    source: SourceRecord
+    graphs: tuple[GraphRecord, ...]
+    engines: tuple[EngineRecord, ...] = ()
+    files: tuple[FileRecord, ...]
+    parity: ParityRecord = msgspec.field(default_factory=lambda: ParityRecord(state="not_run"))
+    tools: dict[str, str] = msgspec.field(default_factory=dict)
+    """Versions of the packages that wrote the bundle."""
+
+    def graph(self, name: str) -> GraphRecord:
+        """The graph of that name. Raises BundleError."""
+        for record in self.graphs:
+            if record.name == name:
+                return record
+        raise BundleError(
+            f"the bundle has no graph {name!r}; it has {', '.join(graph.name for graph in self.graphs)}. Build it again."
+        )
+
+
+class _Version(msgspec.Struct):
+    schema_version: int
+
+
+def read_manifest(bundle: Path) -> Manifest:
+    """The manifest of the bundle in folder `bundle`.
+
+    Raises BundleError if the folder is not a complete bundle, the manifest is malformed, or its schema is newer than this version.
+    """
+    path = bundle / MANIFEST_NAME
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        if not bundle.exists():
+            raise BundleError(f"{bundle} does not exist. Make it: flamingo-export build --out {bundle}") from None
+        raise BundleError(
+            f"{bundle} has no {MANIFEST_NAME}, so it is not a complete bundle. Build it again: flamingo-export build --out {bundle}"
+        ) from None
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror}") from error
+    try:
+        version = msgspec.json.decode(text, type=_Version).schema_version
+        if version > SCHEMA_VERSION:
+            raise BundleError(
+                f"{path} has schema {version}; this flamingo-export reads up to {SCHEMA_VERSION}. Upgrade it: pip install -U flamingo-export"
+            )
+        return msgspec.json.decode(text, type=Manifest)
+    except msgspec.MsgspecError as error:
+        raise BundleError(f"{path} is malformed ({error}). Build the bundle again.") from error
+
+
+def write_manifest(bundle: Path, manifest: Manifest) -> None:
+    """Writes the manifest atomically: readers see the old one or the new one, never half."""
+    data = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
+    handle, temporary = tempfile.mkstemp(dir=bundle, prefix=".manifest-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, bundle / MANIFEST_NAME)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,138 @@
+"""The contract of each subgraph: names, element kinds and shapes of its inputs and outputs, written once.
+
+Graph builders declare exactly these, the reference's subgraphs take exactly these, sessions bind exactly these.
+
+    vision_encoder   pixels -> features                        F frames, I image side, P patches, E feature width
+    resampler        features, time_weights -> latents         N media, T frames of a medium, R latents, W width
+    media_kv         latents -> media_k.i, media_v.i           one pair a gated layer i
+    decoder          tokens, media, cache -> logits, cache     B requests, S positions in this call, C cache capacity,
+                                                               K positions whose logits are wanted, M media of a request
+
+Ids, rows and indices are int64, the mask is bool, the rest is floating point of the graph's compute type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import msgspec
+
+from flamingo_reference.config import ModelConfig
+
+ElementKind = Literal["float", "int64", "bool"]
+Dim = int | str
+"""A fixed size, or the one-letter name of a size that varies from call to call."""
+
+SUBGRAPHS = ("vision_encoder", "resampler", "media_kv", "decoder")
+
+
+class TensorSpec(msgspec.Struct, frozen=True):
+    """One input or output."""
+
+    name: str
+    kind: ElementKind
+    shape: tuple[Dim, ...]
+
+
+class SubgraphSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Inputs and outputs of a subgraph, in order."""
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    aliases: Mapping[str, str] = msgspec.field(default_factory=dict)
+    """Output -> input whose buffer it shares: the cache is updated in place."""
+
+    def input(self, name: str) -> TensorSpec:
+        """The input of that name. Raises KeyError."""
+        return {spec.name: spec for spec in self.inputs}[name]
+
+    def output(self, name: str) -> TensorSpec:
+        """The output of that name. Raises KeyError."""
+        return {spec.name: spec for spec in self.outputs}[name]
+
+
+def subgraph_specs(config: ModelConfig) -> dict[str, SubgraphSpec]:
+    """The four subgraphs of a model, the decoder in one piece."""
+    every_layer = range(config.language_model.num_layers)
+    return {
+        "vision_encoder": _vision_encoder(config),
+        "resampler": _resampler(config),
+        "media_kv": _media_kv(config),
+        "decoder": decoder_spec(config, every_layer, name="decoder"),
+    }
+
+
+def gated_in(config: ModelConfig, layers: range) -> list[tuple[int, int]]:
+    """(i, layer) of each gated cross-attention block before an LM layer in `layers`; media_k.i is its bank."""
+    return [(i, layer) for i, layer in enumerate(config.gated_layers) if layer in layers]
+
+
+def decoder_spec(config: ModelConfig, layers: range, *, name: str) -> SubgraphSpec:
+    """The decoder, or the part of it with these LM layers: hidden states in unless first, hidden states out unless last.
+
+    Cache and media keep the numbers of the whole decoder: past_k.j is LM layer j, media_k.i gated layer i.
+    """
+    lm, block = config.language_model, config.cross_attention
+    first, last = layers.start == 0, layers.stop == lm.num_layers
+    media_shape: tuple[Dim, ...] = ("N", block.num_heads, config.resampler.num_latents, block.head_size)
+    cache_shape: tuple[Dim, ...] = ("B", lm.num_heads, "C", lm.head_size)
+    gated = [i for i, _ in gated_in(config, layers)]
+    inputs = [
+        TensorSpec("token_ids", "int64", ("B", "S")) if first else TensorSpec("hidden", "float", ("B", "S", lm.width)),
+        TensorSpec("positions", "int64", ("B", "S")),
+    ]
+    if gated:
+        inputs += [TensorSpec("media_rows", "int64", ("B", "M")), TensorSpec("phi", "int64", ("B", "S"))]
+    inputs += [
+        TensorSpec("write_index", "int64", ("B",)),
+        TensorSpec("mask", "bool", ("B", 1, "S", "C")),
+        TensorSpec("key_positions", "int64", ("B", "C")),
+    ]
+    if last:
+        inputs.append(TensorSpec("logit_positions", "int64", ("B", "K")))
+    for i in gated:
+        inputs += [TensorSpec(f"media_k.{i}", "float", media_shape), TensorSpec(f"media_v.{i}", "float", media_shape)]
+    inputs += [TensorSpec(f"past_{kind}.{j}", "float", cache_shape) for j in layers for kind in "kv"]
+    outputs = [
+        TensorSpec("logits", "float", ("B", "K", lm.vocab_size))
+        if last
+        else TensorSpec("hidden_out", "float", ("B", "S", lm.width))
+    ]
+    outputs += [TensorSpec(f"present_{kind}.{j}", "float", cache_shape) for j in layers for kind in "kv"]
+    aliases = {f"present_{kind}.{j}": f"past_{kind}.{j}" for j in layers for kind in "kv"}
+    return SubgraphSpec(name=name, inputs=tuple(inputs), outputs=tuple(outputs), aliases=aliases)
+
+
+def _vision_encoder(config: ModelConfig) -> SubgraphSpec:
+    vision = config.vision
+    return SubgraphSpec(
+        name="vision_encoder",
+        inputs=(TensorSpec("pixels", "float", ("F", 3, vision.image_size, vision.image_size)),),
+        outputs=(TensorSpec("features", "float", ("F", vision.num_patches, vision.feature_width)),),
+    )
+
+
+def _resampler(config: ModelConfig) -> SubgraphSpec:
+    resampler, vision = config.resampler, config.vision
+    return SubgraphSpec(
+        name="resampler",
+        inputs=(
+            TensorSpec("features", "float", ("N", "T", vision.num_patches, vision.feature_width)),
+            TensorSpec("time_weights", "float", ("T", resampler.num_time_embeddings)),
+        ),
+        outputs=(TensorSpec("latents", "float", ("N", resampler.num_latents, resampler.width)),),
+    )
+
+
+def _media_kv(config: ModelConfig) -> SubgraphSpec:
+    resampler, block = config.resampler, config.cross_attention
+    shape: tuple[Dim, ...] = ("N", block.num_heads, resampler.num_latents, block.head_size)
+    return SubgraphSpec(
+        name="media_kv",
+        inputs=(TensorSpec("latents", "float", ("N", resampler.num_latents, resampler.width)),),
+        outputs=tuple(
+            TensorSpec(f"media_{kind}.{i}", "float", shape) for i in range(len(config.gated_layers)) for kind in "kv"
+        ),
+    )
