@@ -5,11 +5,21 @@ Tensor names are the parameter names of `flamingo_reference.model.Flamingo`; lin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from flamingo_reference.config import ModelConfig
 
 Shape = tuple[int, ...]
+AnyArray = npt.NDArray[Any]
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, Shape]:
@@ -39,6 +49,11 @@ def squeeze_width(width: int, ratio: float) -> int:
     return rounded + 8 if rounded < 0.9 * wanted else rounded
 
 
+def needs_downsample(stage: int, block: int, width: int, out: int) -> bool:
+    """Whether an NFNet block has a convolution on its shortcut: where the width changes or a later stage begins with stride 2."""
+    return width != out or (block == 0 and stage > 0)
+
+
 def _conv(name: str, out: int, into: int, kernel: int) -> Iterator[tuple[str, Shape]]:
     yield f"{name}.weight", (out, into, kernel, kernel)
     yield f"{name}.bias", (out,)
@@ -56,7 +71,7 @@ def _vision_encoder(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
         squeezed = squeeze_width(out, vision.squeeze_excite_ratio)
         for block in range(depth):
             prefix = f"stages.{stage}.{block}"
-            if block == 0:
+            if needs_downsample(stage, block, width, out):
                 yield from _conv(f"{prefix}.downsample", out, width, 1)
             yield from _conv(f"{prefix}.conv1", middle, width, 1)
             yield from _conv(f"{prefix}.conv2", middle, vision.group_width, 3)
@@ -127,3 +142,187 @@ def _language_model(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
         yield f"{prefix}.ffw_up.weight", (lm.ffw_width, lm.width)
         yield f"{prefix}.ffw_down.weight", (lm.width, lm.ffw_width)
     yield "norm.weight", (lm.width,)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read, or does not hold exactly the tensors of its config."""
+
+
+class TensorReader:
+    """Tensors of a checkpoint folder, read one at a time from its safetensors files."""
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        """files: tensor name -> the file that holds it."""
+        self._files = dict(files)
+        self._entries: dict[str, _Entry] = {}
+        headers = {path: _read_header(path) for path in sorted(set(self._files.values()))}
+        for name, path in self._files.items():
+            if name not in headers[path]:
+                raise CheckpointError(f"{path} does not hold {name}, which the index places there. Fetch the checkpoint again.")
+            self._entries[name] = headers[path][name]
+        owners: dict[str, list[str]] = {}
+        for path, header in headers.items():
+            for name in header:
+                owners.setdefault(name, []).append(path.name)
+        twice = {name: places for name, places in owners.items() if len(places) > 1}
+        if twice:
+            raise CheckpointError(f"tensors held by more than one file: {twice}. Remove the files that do not belong.")
+        unlisted = sorted(set(owners) - set(self._files))
+        if unlisted:
+            raise CheckpointError(f"the index does not list {', '.join(unlisted)}. Remove the files that do not belong.")
+
+    def names(self) -> list[str]:
+        """All tensor names."""
+        return list(self._entries)
+
+    def shape(self, name: str) -> Shape:
+        """Shape of a tensor."""
+        return self._entries[name].shape
+
+    def dtype(self, name: str) -> np.dtype[Any]:
+        """Element type of a tensor; bfloat16 is that of ml_dtypes."""
+        return self._entries[name].dtype
+
+    def read(self, name: str) -> AnyArray:
+        """A tensor's numbers, mapped from the file (read-only)."""
+        entry = self._entries[name]
+        if entry.size == 0:
+            return np.zeros(entry.shape, entry.dtype)
+        raw = np.memmap(self._files[name], mode="r", offset=entry.start, shape=(entry.size,), dtype=np.uint8)
+        return raw.view(entry.dtype).reshape(entry.shape)
+
+
+class _Entry(msgspec.Struct, frozen=True):
+    dtype: Any
+    shape: Shape
+    start: int
+    size: int
+
+
+class _HeaderEntry(msgspec.Struct, frozen=True):
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+
+class _Index(msgspec.Struct, frozen=True):
+    weight_map: dict[str, str]
+
+
+_DTYPES: Mapping[str, Any] = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+}
+_MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
+
+
+def _read_header(path: Path) -> dict[str, _Entry]:
+    advice = "Fetch the checkpoint again."
+    try:
+        total = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if total < 8 or length > min(total - 8, _MAX_HEADER):
+                raise CheckpointError(f"{path} is cut short or no safetensors file ({total} bytes). {advice}")
+            raw = msgspec.json.decode(file.read(length), type=dict[str, msgspec.Raw])
+        raw.pop("__metadata__", None)
+        header = {name: msgspec.json.decode(entry, type=_HeaderEntry) for name, entry in raw.items()}
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}. {advice}") from error
+    except msgspec.MsgspecError as error:
+        raise CheckpointError(f"{path} has a malformed safetensors header ({error}). {advice}") from error
+    entries = {}
+    for name, entry in header.items():
+        if entry.dtype not in _DTYPES:
+            raise CheckpointError(f"{path}: {name} has element type {entry.dtype}, expected one of {', '.join(_DTYPES)}.")
+        dtype = np.dtype(_DTYPES[entry.dtype])
+        start, stop = entry.data_offsets
+        if stop - start != math.prod(entry.shape) * dtype.itemsize or start < 0:
+            raise CheckpointError(f"{path}: {name} has {stop - start} bytes for shape {entry.shape}. {advice}")
+        if 8 + length + stop > total:
+            raise CheckpointError(f"{path} is cut short: {name} ends beyond its {total} bytes. {advice}")
+        entries[name] = _Entry(dtype, entry.shape, 8 + length + start, stop - start)
+    return entries
+
+
+def open_tensors(folder: Path) -> TensorReader:
+    """The tensors of a checkpoint folder: `model.safetensors`, or shards listed by `model.safetensors.index.json`.
+
+    Raises CheckpointError if files are missing, cut short, malformed or hold a tensor twice.
+    """
+    index_path, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index_path.is_file():
+        try:
+            index = msgspec.json.decode(index_path.read_bytes(), type=_Index)
+        except msgspec.MsgspecError as error:
+            raise CheckpointError(f"{index_path} is malformed: {error}") from error
+        outside = sorted({file for file in index.weight_map.values() if Path(file).name != file})
+        if outside:
+            raise CheckpointError(f"{index_path} names files outside of its folder: {', '.join(outside)}")
+        missing = sorted({file for file in index.weight_map.values() if not (folder / file).is_file()})
+        if missing:
+            raise CheckpointError(f"{index_path} names files that are not there: {', '.join(missing)}. Fetch them.")
+        return TensorReader({name: folder / file for name, file in index.weight_map.items()})
+    if single.is_file():
+        return TensorReader(dict.fromkeys(_read_header(single), single))
+    raise CheckpointError(
+        f"{folder} has neither model.safetensors nor model.safetensors.index.json; a checkpoint folder needs one."
+    )
+
+
+def load_native(folder: Path) -> tuple[ModelConfig, TensorReader]:
+    """Config and tensors of a checkpoint in our own format, checked against each other.
+
+    Raises CheckpointError naming all tensors that are missing, unknown or of another shape at once.
+    """
+    path = folder / "config.json"
+    try:
+        config = msgspec.json.decode(path.read_bytes(), type=ModelConfig)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); a checkpoint folder needs one.") from error
+    except msgspec.MsgspecError as error:
+        raise CheckpointError(f"{path} is no model config: {error}") from error
+    config.validate()
+    reader = open_tensors(folder)
+    check_tensors(config, {name: reader.shape(name) for name in reader.names()}, where=str(folder))
+    return config, reader
+
+
+def check_tensors(config: ModelConfig, shapes: Mapping[str, Shape], *, where: str) -> None:
+    """Raises CheckpointError naming every tensor that is missing, unknown or misshapen, with the nearest expected name."""
+    expected = expected_tensors(config)
+    faults = [f"missing {name} {shape}" for name, shape in expected.items() if name not in shapes]
+    for name, shape in shapes.items():
+        if name not in expected:
+            nearest = difflib.get_close_matches(name, expected, n=1)
+            faults.append(f"unknown {name} {shape}" + (f" (nearest: {nearest[0]})" if nearest else ""))
+        elif shape != expected[name]:
+            faults.append(f"{name} has shape {shape}, expected {expected[name]}")
+    if faults:
+        raise CheckpointError(f"{where}: {len(faults)} tensors do not fit model {config.name!r}: " + "; ".join(faults))
+
+
+def save_native(
+    folder: Path, config: ModelConfig, tensors: Iterable[tuple[str, AnyArray]], *, tokenizer: Path | None = None
+) -> None:
+    """Writes `config.json`, `model.safetensors` and, where given, a copy of the tokenizer.json `tokenizer`."""
+    from safetensors.numpy import save_file
+
+    held = dict(tensors)
+    check_tensors(config, {name: tuple(array.shape) for name, array in held.items()}, where=str(folder))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_bytes(msgspec.json.format(msgspec.json.encode(config), indent=1) + b"\n")
+    save_file({name: np.asarray(array, order="C") for name, array in held.items()}, folder / "model.safetensors")
+    if tokenizer is not None:
+        (folder / "tokenizer").mkdir(exist_ok=True)
+        (folder / "tokenizer" / "tokenizer.json").write_bytes(tokenizer.read_bytes())
+
+
+def parameter_counts(config: ModelConfig) -> dict[str, int]:
+    """Number of parameters of each component, in model order."""
+    counts: dict[str, int] = {}
+    for name, shape in expected_tensors(config).items():
+        counts[component_of(name)] = counts.get(component_of(name), 0) + math.prod(shape)
+    return counts

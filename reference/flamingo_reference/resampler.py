@@ -1,0 +1,70 @@
+"""Perceiver Resampler: features of one medium, however many frames, to a fixed number of latents.
+
+Flamingo (arXiv 2204.14198), section 3.1 and appendix A.1. Shape suffixes: N media, T frames, P patches, E feature width,
+R latents, W width, L = T * P + R keys, H heads, D head size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flamingo_reference.config import ModelConfig, ResamplerConfig
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """relu(x)^2 (So et al. 2021)."""
+    return F.relu(x).square()
+
+
+class ResamplerLayer(nn.Module):
+    """Latents attend to media and latents, then a feed-forward layer; both residual, pre-norm."""
+
+    def __init__(self, config: ResamplerConfig) -> None:
+        super().__init__()
+        inner = config.num_heads * config.head_size
+        self.num_heads, self.head_size = config.num_heads, config.head_size
+        self.media_norm = nn.LayerNorm(config.width)
+        self.latent_norm = nn.LayerNorm(config.width)
+        self.q_proj = nn.Linear(config.width, inner, bias=False)
+        self.k_proj = nn.Linear(config.width, inner, bias=False)
+        self.v_proj = nn.Linear(config.width, inner, bias=False)
+        self.out_proj = nn.Linear(inner, config.width, bias=False)
+        self.ffw_norm = nn.LayerNorm(config.width)
+        self.ffw_up = nn.Linear(config.width, config.ffw_width, bias=False)
+        self.ffw_down = nn.Linear(config.ffw_width, config.width, bias=False)
+
+    def _heads(self, x_NLI: Tensor) -> Tensor:
+        return x_NLI.unflatten(-1, (self.num_heads, self.head_size)).transpose(1, 2)
+
+    def forward(self, latents_NRW: Tensor, media_NTPxW: Tensor) -> Tensor:
+        latents = self.latent_norm(latents_NRW)
+        keys_NLW = torch.cat([self.media_norm(media_NTPxW), latents], dim=1)
+        q_NHRD = self._heads(self.q_proj(latents))
+        k_NHLD = self._heads(self.k_proj(keys_NLW))
+        v_NHLD = self._heads(self.v_proj(keys_NLW))
+        attended = F.scaled_dot_product_attention(q_NHRD, k_NHLD, v_NHLD)
+        latents_NRW = latents_NRW + self.out_proj(attended.transpose(1, 2).flatten(2))
+        return latents_NRW + self.ffw_down(squared_relu(self.ffw_up(self.ffw_norm(latents_NRW))))
+
+
+class PerceiverResampler(nn.Module):
+    """features [N, T, P, E], time_weights [T, 8] -> latents [N, R, W]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        resampler = config.resampler
+        self.input_proj = nn.Linear(config.vision.feature_width, resampler.width, bias=False)
+        self.latents = nn.Parameter(torch.randn(resampler.num_latents, resampler.width))
+        self.time_embeddings = nn.Parameter(torch.randn(resampler.num_time_embeddings, resampler.width))
+        self.layers = nn.ModuleList(ResamplerLayer(resampler) for _ in range(resampler.num_layers))
+        self.norm = nn.LayerNorm(resampler.width)
+
+    def forward(self, features_NTPE: Tensor, time_weights_T8: Tensor) -> Tensor:
+        media = self.input_proj(features_NTPE) + (time_weights_T8 @ self.time_embeddings)[:, None, :]
+        media = media.flatten(1, 2)
+        latents = self.latents.expand(media.shape[0], -1, -1)
+        for layer in self.layers:
+            latents = layer(latents, media)
+        return self.norm(latents)
