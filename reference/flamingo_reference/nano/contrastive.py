@@ -1,0 +1,112 @@
+"""Stage one: the vision encoder, trained contrastively with a small text encoder that is thrown away afterwards.
+
+As the paper's vision encoder (appendix B.1.3): two-way contrastive loss. In small: each batch holds hard negatives, scenes that differ
+from another in one attribute of one object, and the joint space is read from the whole grid, so that the grid keeps places and counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from flamingo_reference.config import ModelConfig
+from flamingo_reference.nano import data
+from flamingo_reference.vision_nfnet import NFNet
+
+VARIANTS = 6  # scenes of a batch that share all but one attribute
+MAX_TEXT = 48
+
+
+def to_pixels(images: list[data.Pixels], config: ModelConfig) -> Tensor:
+    """uint8 images [I, I, 3] to normalised float32 [F, 3, I, I]."""
+    stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
+    return (stacked - torch.tensor(config.pixel_mean)[:, None, None]) / torch.tensor(config.pixel_std)[:, None, None]
+
+
+class TextEncoder(nn.Module):
+    """Token ids [B, S] (0 pads) to the joint space [B, J]: a small transformer whose mean is projected."""
+
+    def __init__(self, vocab_size: int, width: int, joint: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, width)
+        self.position = nn.Parameter(torch.randn(MAX_TEXT, width) * 0.02)
+        layer = nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(width, joint)
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        padded = token_ids == 0
+        hidden = self.embedding(token_ids) + self.position[: token_ids.shape[1]]
+        hidden = self.encoder(hidden, src_key_padding_mask=padded).masked_fill(padded[..., None], 0.0)
+        return self.head(hidden.sum(1) / (~padded).sum(1, keepdim=True))  # type: ignore[no-any-return]
+
+
+def contrastive_batch(rng: np.random.Generator, size: int) -> tuple[list[data.Pixels], list[str]]:
+    """Images with descriptions: a quarter digits, an eighth frames of videos, the rest families of like scenes."""
+    items: list[data.Item] = []
+    for _ in range(size // 4):
+        items.append(data.digit(int(rng.integers(1 << 40)), split="train"))
+    while len(items) < size:
+        things = data.draw_things(rng, num_groups=1 if rng.random() < 0.6 else 2, split="train")
+        family = [things]
+        while len(family) < VARIANTS:
+            varied = data.vary(rng, family[int(rng.integers(len(family)))])
+            if not data.is_test(sorted(thing.describe() for thing in varied)):
+                family.append(varied)
+        items += [data.scene_of(rng, member) for member in family]
+    items = items[:size]
+    return [item.frames[0] for item in items], [item.description for item in items]
+
+
+def train_vision(
+    config: ModelConfig, tokenizer: Tokenizer, *, steps: int, batch: int, seed: int, log: Callable[[str], None]
+) -> NFNet:
+    """A trained vision encoder."""
+    torch.manual_seed(seed)
+    joint = 128
+    vision = NFNet(config.vision)
+    text = TextEncoder(config.language_model.vocab_size, 128, joint)
+    head = nn.Linear(config.vision.num_patches * config.vision.feature_width, joint)
+    temperature = nn.Parameter(torch.tensor(2.3))
+    parameters = [*vision.parameters(), *text.parameters(), *head.parameters(), temperature]
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.02)
+    peak, warm_up = 1.5e-3, steps // 12
+
+    def make(step: int) -> tuple[list[data.Pixels], list[str]]:
+        return contrastive_batch(np.random.default_rng([seed, step]), batch)
+
+    tokenizer.enable_padding(length=MAX_TEXT)
+    tokenizer.enable_truncation(MAX_TEXT)
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(make, 0)
+        for step in range(steps):
+            images, texts = ahead.result()
+            ahead = pool.submit(make, step + 1)
+            scale = min(1.0, (step + 1) / warm_up)
+            if step > steps * 0.5:  # cosine over the second half: the run is short
+                scale = 0.5 + 0.5 * float(np.cos(np.pi * (step - steps * 0.5) / (steps * 0.5)))
+            optimizer.param_groups[0]["lr"] = peak * max(scale, 0.01)
+            ids = torch.tensor([encoding.ids for encoding in tokenizer.encode_batch(texts)])
+            ids = ids[:, : int((ids != 0).sum(1).max())]
+            image_side = F.normalize(head(vision(to_pixels(images, config)).flatten(1)), dim=-1)
+            text_side = F.normalize(text(ids), dim=-1)
+            logits = image_side @ text_side.T * temperature.exp().clamp(max=50.0)
+            same = torch.tensor([[left == right for right in texts] for left in texts], dtype=torch.float32)
+            target = same / same.sum(1, keepdim=True)  # images with the same description are all right answers
+            loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            if step % 20 == 0 or step == steps - 1:
+                right = (same.gather(1, logits.argmax(1, keepdim=True)) > 0).float().mean()
+                log(f"vision step {step}/{steps} loss {loss.item():.3f} retrieval {right.item():.3f}")
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return vision.eval()
