@@ -48,7 +48,9 @@ def shot(item: Item, index: int | None, rng: np.random.Generator, *, style: str)
     return Piece(index, "Output:", f" {item.formats[style]}")
 
 
-def prompt_page(items: Sequence[Item], rng: np.random.Generator, draw: Draw, *, style: str, shots: int, text_only: int = 0) -> list[Piece]:
+def prompt_page(
+    items: Sequence[Item], rng: np.random.Generator, draw: Draw, *, style: str, shots: int, text_only: int = 0
+) -> list[Piece]:
     """Examples of one style; the first `text_only` of them come without their images (the paper's zero-shot prompts)."""
     pieces = []
     for position in range(shots):

@@ -45,7 +45,9 @@ class Run:
             trained = train()
             save_file(trained.state_dict(), path.with_suffix(".part"))
             path.with_suffix(".part").rename(path)
-            self.log(f"{name}: {(time.monotonic() - wall) / 60:.1f} min, {(time.process_time() - cpu) / 60:.1f} min of processor time")
+            self.log(
+                f"{name}: {(time.monotonic() - wall) / 60:.1f} min, {(time.process_time() - cpu) / 60:.1f} min of processor time"
+            )
         module.load_state_dict(load_file(path))
 
 
@@ -65,7 +67,9 @@ def train(folder: Path, *, config: ModelConfig = NANO, until: str = "bridge") ->
         )
     if last >= STAGES.index("language"):
         run.stage(
-            "language", model.language_model, lambda: language.train_language(config, tokenizer, steps=1500, seed=SEED, log=run.log)
+            "language",
+            model.language_model,
+            lambda: language.train_language(config, tokenizer, steps=1200, seed=SEED, log=run.log),
         )
     if last < STAGES.index("bridge"):
         return None
