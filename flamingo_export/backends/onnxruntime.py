@@ -1,0 +1,268 @@
+"""ONNX Runtime: runs the portable graphs as they are, on the CPU or through the CUDA provider.
+
+Buffers live in host memory and are shared with ONNX Runtime, not copied: `OrtValue.ortvalue_from_numpy` keeps the array's memory, and one
+value bound both as cache input and as its aliased output makes TensorScatter write in place. The CUDA provider copies them to the
+device and back at each call, which is right but slow: TensorRT is the backend for speed on GPUs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flamingo_export.backends.base import Array, Availability, Buffer, SessionOptions, check_feeds
+from flamingo_export.errors import BackendError, BundleError, InputError
+from flamingo_export.manifest import EngineRecord, GraphRecord, Manifest
+from flamingo_export.specs import SubgraphSpec, decoder_spec, subgraph_specs
+
+_KINDS: dict[str, np.dtype[Any]] = {"float": np.dtype(np.float32), "int64": np.dtype(np.int64), "bool": np.dtype(np.bool_)}
+_INSTALL = "Install it: pip install onnxruntime"
+_INSTALL_CUDA = "Install it: pip install onnxruntime-gpu (instead of onnxruntime), with CUDA 13 and its driver"
+
+
+class OnnxRuntimeBackend:
+    """Portable graphs on ONNX Runtime."""
+
+    name = "onnxruntime"
+    native_functions: frozenset[str] = frozenset()
+
+    def availability(self) -> Availability:
+        """Usable where onnxruntime is installed; `detail` names version and providers."""
+        try:
+            import onnxruntime
+        except ImportError as error:
+            return Availability(usable=False, detail=f"onnxruntime cannot be imported ({error})", remedy=_INSTALL)
+        providers = [provider.removesuffix("ExecutionProvider") for provider in onnxruntime.get_available_providers()]
+        return Availability(usable=True, detail=f"onnxruntime {onnxruntime.__version__}, providers: {', '.join(providers)}")
+
+    def build(self, bundle: Path, manifest: Manifest, graph: GraphRecord) -> EngineRecord | None:
+        """None: the portable graph is run as it is."""
+        return None
+
+    def open(self, bundle: Path, manifest: Manifest, graph: GraphRecord, options: SessionOptions) -> OnnxRuntimeSession:
+        """Opens a graph of the bundle.
+
+        Raises BackendError if onnxruntime or the asked device is missing or memory is short, BundleError if the file cannot be loaded.
+        """
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise BackendError(f"onnxruntime cannot be imported ({error}). {_INSTALL}") from error
+        config = manifest.config
+        spec = (
+            subgraph_specs(config)[graph.name] if graph.layers is None else decoder_spec(config, range(*graph.layers), name=graph.name)
+        )
+        path = bundle / graph.file
+        try:
+            session = onnxruntime.InferenceSession(
+                path, _session_options(options.threads), providers=_providers(options.device), enable_fallback=False
+            )
+        except MemoryError as error:
+            raise BackendError(f"{path} does not fit in memory. {_MEMORY_ADVICE}") from error
+        except Exception as error:
+            if _is_memory(error):
+                raise BackendError(f"{path} does not fit in memory ({_first_line(error)}). {_MEMORY_ADVICE}") from error
+            if not _is_ort_error(error):
+                raise
+            raise BundleError(
+                f"{path} cannot be loaded by onnxruntime {onnxruntime.__version__}: {_first_line(error)}. "
+                "Check the bundle (flamingo-export inspect) or build it again."
+            ) from error
+        return OnnxRuntimeSession(session, spec)
+
+
+_MEMORY_ADVICE = "Free memory, or build with 16-bit storage or a smaller size."
+
+
+def physical_cores() -> int:
+    """Cores that this process may use, hyper-threads not counted: more threads than that slow matrix products down."""
+    import psutil
+
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
+
+
+def _session_options(threads: int) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or physical_cores()
+    options.inter_op_num_threads = 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = 3
+    # Each session has its own pool: one that spins after its work would take a core from the next session.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    # Plans of one shape are of no use to the next: prompts differ in length, the cache grows.
+    options.enable_mem_pattern = False
+    return options
+
+
+def _providers(device: str) -> list[Any]:
+    import onnxruntime
+
+    cpu = ("CPUExecutionProvider", {"arena_extend_strategy": "kSameAsRequested"})
+    if device == "cpu":
+        return [cpu]
+    if device != "cuda":
+        raise BackendError(f"onnxruntime has no device {device!r}. Choose cpu or cuda.")
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        raise BackendError(f"this onnxruntime {onnxruntime.__version__} has no CUDA provider. {_INSTALL_CUDA}.")
+    return ["CUDAExecutionProvider", cpu]
+
+
+class HostBuffer:
+    """A tensor in host memory that ONNX Runtime reads and writes in place."""
+
+    def __init__(self, array: Array) -> None:
+        import onnxruntime
+
+        self.array: Array = array
+        self.value = onnxruntime.OrtValue.ortvalue_from_numpy(array)
+        self._views: dict[int, HostBuffer] = {}
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    def write(self, index: int, value: Array) -> None:
+        """Copies `value` into row `index`."""
+        self.array[index] = value
+
+    def read(self) -> Array:
+        """A copy."""
+        copy: Array = self.array.copy()
+        return copy
+
+    def copy_from(self, other: Buffer) -> None:
+        """Copies the whole of `other` into the leading corner."""
+        source = other.array if isinstance(other, HostBuffer) else other.read()
+        self.array[tuple(slice(size) for size in source.shape)] = source
+
+    def rows(self, count: int) -> HostBuffer:
+        """The first `count` rows, sharing memory; the same object each time, so that binding it again is free."""
+        if count == self.array.shape[0]:
+            return self
+        if count not in self._views:
+            self._views[count] = HostBuffer(self.array[:count])
+        return self._views[count]
+
+
+class OnnxRuntimeSession:
+    """One opened graph. What does not change from call to call stays bound; feeds are copied into inputs bound once per shape."""
+
+    def __init__(self, session: Any, spec: SubgraphSpec) -> None:
+        self._session = session
+        self._binding = session.io_binding()
+        self._spec = spec
+        self._alias_of = {source: output for output, source in spec.aliases.items()}
+        self._kinds = {tensor.name: _KINDS[tensor.kind] for tensor in spec.inputs}
+        self._bound: dict[str, HostBuffer] = {}
+        self._feeds: dict[str, Array] = {}
+        """Arrays that the runtime reads for inputs that are fed; each keeps alive the memory bound for it."""
+        self._checked: dict[tuple[Any, ...], list[tuple[str, tuple[int, ...], Any]]] = {}
+
+    @property
+    def spec(self) -> SubgraphSpec:
+        return self._spec
+
+    def allocate(self, name: str, shape: tuple[int, ...]) -> HostBuffer:
+        """A zeroed buffer for input `name`; pages that are never touched take no memory."""
+        return HostBuffer(np.zeros(shape, self._kinds[name]))
+
+    def bind(self, name: str, buffer: Buffer) -> None:
+        """Input `name`, and the output that aliases it, are this buffer from now on. Raises InputError for an unknown input."""
+        if not isinstance(buffer, HostBuffer):
+            raise InputError(f"{self._spec.name}: a buffer of another backend was bound to {name}; allocate it with this session")
+        if name not in self._kinds:
+            raise InputError(f"{self._spec.name}: {name} is not an input")
+        if self._bound.get(name) is buffer:
+            return
+        self._binding.bind_ortvalue_input(name, buffer.value)
+        if name in self._alias_of:
+            self._binding.bind_ortvalue_output(self._alias_of[name], buffer.value)
+        self._bound[name] = buffer
+        self._checked.clear()
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Outputs that are not bound, as fresh arrays. Raises InputError for feeds that break the contract, BackendError if running fails."""
+        outputs = self._outputs_for(feeds)
+        for name, value in feeds.items():
+            held = self._feeds.get(name)
+            if held is None or held.shape != value.shape:
+                held = self._hold(name, value)
+            np.copyto(held, value)
+        results = {}
+        for name, shape, dtype in outputs:
+            array = results[name] = np.empty(shape, dtype)
+            self._binding.bind_ortvalue_output(name, _ort_value(array))
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:
+            if not _is_ort_error(error) and not isinstance(error, MemoryError):
+                raise
+            advice = _MEMORY_ADVICE if _is_memory(error) else "The bundle may be damaged: flamingo-export parity checks it."
+            raise BackendError(f"{self._spec.name} failed in onnxruntime: {_first_line(error)}. {advice}") from error
+        return results
+
+    def close(self) -> None:
+        """Frees graph and weights; buffers stay valid."""
+        self._binding = self._session = None
+        self._bound, self._feeds, self._checked = {}, {}, {}
+
+    def _hold(self, name: str, value: Array) -> Array:
+        held = np.empty(value.shape, self._kinds[name])
+        self._binding.bind_ortvalue_input(name, _ort_value(held))
+        self._feeds[name] = held
+        return held
+
+    def _outputs_for(self, feeds: Mapping[str, Array]) -> list[tuple[str, tuple[int, ...], Any]]:
+        """Names, shapes and dtypes of the results; the contract is checked once for each set of shapes, not at each step."""
+        key = tuple((name, value.shape, value.dtype) for name, value in feeds.items())
+        known = self._checked.get(key)
+        if known is not None:
+            return known
+        if self._session is None:
+            raise BackendError(f"{self._spec.name}: the session is closed. Load the bundle again.")
+        check_feeds(self._spec, feeds, self._bound)
+        faults = [
+            f"{name} is {value.dtype}, expected {self._kinds[name]}" for name, value in feeds.items() if value.dtype != self._kinds[name]
+        ]
+        if faults:
+            raise InputError(f"{self._spec.name}: " + "; ".join(faults))
+        sizes: dict[str, int] = {}
+        for tensor in self._spec.inputs:
+            actual = feeds[tensor.name].shape if tensor.name in feeds else self._bound[tensor.name].shape
+            sizes.update((dim, size) for dim, size in zip(tensor.shape, actual, strict=True) if isinstance(dim, str))
+        outputs = []
+        for tensor in self._spec.outputs:
+            if self._spec.aliases.get(tensor.name) not in self._bound:
+                shape = tuple(sizes[dim] if isinstance(dim, str) else dim for dim in tensor.shape)
+                outputs.append((tensor.name, shape, _KINDS[tensor.kind]))
+        if len(self._checked) > 256:  # prompts of ever new lengths must not fill memory
+            self._checked.clear()
+        self._checked[key] = outputs
+        return outputs
+
+
+def _ort_value(array: Array) -> Any:
+    import onnxruntime
+
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+
+
+def _is_ort_error(error: Exception) -> bool:
+    return type(error).__module__.startswith("onnxruntime.")
+
+
+def _is_memory(error: Exception) -> bool:
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "bad_alloc" in text or "failed to allocate memory" in text or "out of memory" in text
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

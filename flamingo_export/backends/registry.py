@@ -1,0 +1,61 @@
+"""The backends by name. Each is imported when it is asked for, so that a missing package costs nothing to those who do not use it."""
+
+from __future__ import annotations
+
+import importlib
+from types import MappingProxyType
+
+from flamingo_export.backends.base import Availability, Backend
+from flamingo_export.errors import BackendError
+
+_BACKENDS = MappingProxyType(
+    {
+        "onnxruntime": ("flamingo_export.backends.onnxruntime", "OnnxRuntimeBackend"),
+        "reference": ("flamingo_export.backends.reference", "ReferenceBackend"),
+    }
+)
+BACKEND_NAMES = tuple(_BACKENDS)
+PREFERRED = ("onnxruntime",)
+"""What `auto` tries, best first. The reference is never chosen by itself: it is there to be compared with."""
+
+
+def get_backend(name: str) -> Backend:
+    """The backend of that name; `auto` is the first of PREFERRED that can run here.
+
+    Raises BackendError if there is no such backend, or it cannot run here (with what to install).
+    """
+    if name == "auto":
+        return _first_usable()
+    if name not in _BACKENDS:
+        raise BackendError(f"there is no backend {name!r}. Choose one of: auto, {', '.join(BACKEND_NAMES)}.")
+    backend = _load(name)
+    state = backend.availability()
+    if not state.usable:
+        raise BackendError(f"backend {name} cannot run here: {state.detail}." + _advice(state))
+    return backend
+
+
+def availability() -> dict[str, Availability]:
+    """How each backend stands on this machine, in the order of BACKEND_NAMES."""
+    return {name: _load(name).availability() for name in BACKEND_NAMES}
+
+
+def _first_usable() -> Backend:
+    refused = []
+    for name in PREFERRED:
+        backend = _load(name)
+        state = backend.availability()
+        if state.usable:
+            return backend
+        refused.append(f"{name}: {state.detail}." + _advice(state))
+    raise BackendError("no backend can run here. " + " ".join(refused))
+
+
+def _advice(state: Availability) -> str:
+    return f" {state.remedy}" if state.remedy else ""
+
+
+def _load(name: str) -> Backend:
+    module, attribute = _BACKENDS[name]
+    backend: Backend = getattr(importlib.import_module(module), attribute)()
+    return backend

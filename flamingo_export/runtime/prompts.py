@@ -1,0 +1,163 @@
+"""The paper's prompt formats, and the shots file.
+
+    question answering   <BOS><image>Question: {q} Answer: {a}<EOC> ... <image>Question: {q} Answer:
+    vision to text       <BOS><image>Output: {caption}<EOC> ... <image>Output:
+    zero-shot            two examples as above, their images left out, then the query with its image
+
+Flamingo, arXiv 2204.14198, appendix C. `<BOS>` stands once, at the start.
+
+A shots file is JSON Lines, one example a line, UTF-8; empty lines are skipped:
+
+    {"image": "a.png", "caption": "a red square"}                                       vision to text
+    {"image": "b.png", "question": "What colour is the square?", "answer": "red"}        question answering
+    {"video": "clip.gif", "caption": "a ball moves left"}                               a video in place of the image
+    {"caption": "a blue circle"}                                                        text only: the paper's zero-shot examples
+
+Paths are relative to the file's folder. All lines of a file are of one kind, questions or captions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flamingo_export.errors import PromptError
+from flamingo_export.runtime.media import MediumSource
+from flamingo_export.runtime.tokenizer import BOS, EOC, IMAGE, TAGS
+from flamingo_export.runtime.videos import Video
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shot:
+    """A support example: its medium (None leaves the image out), and a question with its answer or a caption as the answer."""
+
+    answer: str
+    question: str | None = None
+    medium: MediumSource | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """Text with an `<image>` for each of the media, in order."""
+
+    text: str
+    media: list[MediumSource] = field(default_factory=list)
+
+
+def qa_prompt(shots: Sequence[Shot], question: str, medium: MediumSource | None) -> Prompt:
+    """Question answering: support examples, then the question about `medium`. Raises PromptError if an example has no question."""
+    for index, shot in enumerate(shots, start=1):
+        if shot.question is None:
+            raise PromptError(f"shot {index} is a caption, but a question is asked. Give each shot a question and an answer.")
+    examples = [(shot.medium, f"Question: {_plain(shot.question or '')} Answer:", shot.answer) for shot in shots]
+    return _assemble(examples, medium, f"Question: {_plain(question)} Answer:")
+
+
+def caption_prompt(shots: Sequence[Shot], medium: MediumSource | None) -> Prompt:
+    """Vision to text: support examples with captions, then `medium`. Raises PromptError if an example asks a question."""
+    for index, shot in enumerate(shots, start=1):
+        if shot.question is not None:
+            raise PromptError(f"shot {index} asks a question, but a caption is wanted. Ask a question too (--question), or use captions.")
+    return _assemble([(shot.medium, "Output:", shot.answer) for shot in shots], medium, "Output:")
+
+
+def without_media(shots: Sequence[Shot]) -> list[Shot]:
+    """The same examples, their images left out: two of them make the paper's zero-shot prompt."""
+    return [Shot(answer=shot.answer, question=shot.question) for shot in shots]
+
+
+def read_shots(path: str | os.PathLike[str]) -> list[Shot]:
+    """The examples of a shots file (see above).
+
+    Raises PromptError naming the line of each fault: not JSON, unknown or missing keys, wrong types, missing files, kinds mixed.
+    """
+    file = Path(path)
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        raise PromptError(f"shots file {file} does not exist") from None
+    except IsADirectoryError:
+        raise PromptError(f"shots file {file} is a folder; give a file of JSON lines") from None
+    except OSError as error:
+        raise PromptError(f"shots file {file} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise PromptError(f"shots file {file} is not UTF-8 text: {error}") from error
+    shots: list[Shot] = []
+    faults: list[str] = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                shots.append(_parse_shot(line, file.parent))
+            except PromptError as error:
+                faults.append(f"line {number}: {error}")
+    if not faults and len({shot.question is None for shot in shots}) > 1:
+        faults.append("some lines ask a question and some only have a caption; use one kind in a file")
+    if faults:
+        raise PromptError(f"shots file {file}: " + "; ".join(faults))
+    if not shots:
+        raise PromptError(f"shots file {file} has no examples")
+    return shots
+
+
+def _parse_shot(line: str, folder: Path) -> Shot:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise PromptError(f"not JSON ({error.msg} at column {error.colno})") from None
+    if not isinstance(record, dict):
+        raise PromptError(f"a JSON {type(record).__name__}, expected an object like {{'image': 'a.png', 'caption': '...'}}")
+    if unknown := sorted(set(record) - {"image", "video", "question", "answer", "caption"}):
+        raise PromptError(f"unknown keys {', '.join(unknown)}; known: image, video, question, answer, caption")
+    for key, value in record.items():
+        if not isinstance(value, str) or not value.strip():
+            raise PromptError(f"{key} is {json.dumps(value)}, expected a text that is not empty")
+    if "image" in record and "video" in record:
+        raise PromptError("both image and video; give one of them")
+    medium: MediumSource | None = None
+    for key in ("image", "video"):
+        if key in record:
+            place = folder / record[key]
+            if not place.exists():
+                raise PromptError(f"{key} {place} does not exist")
+            medium = place if key == "image" else Video(source=place)
+    return Shot(answer=_plain(_answer_of(record)), question=_plain(record["question"]) if "question" in record else None, medium=medium)
+
+
+def _answer_of(record: dict[str, Any]) -> str:
+    if "question" in record:
+        if "answer" not in record or "caption" in record:
+            raise PromptError("a question goes with an answer (and no caption)")
+        return str(record["answer"])
+    if "answer" in record:
+        raise PromptError("an answer without a question; call it caption, or add the question")
+    if "caption" not in record:
+        raise PromptError("neither a caption nor a question with its answer")
+    return str(record["caption"])
+
+
+def _assemble(examples: Sequence[tuple[MediumSource | None, str, str]], medium: MediumSource | None, query: str) -> Prompt:
+    text, media = BOS, []
+    for shown, given, answer in examples:
+        if shown is not None:
+            text += IMAGE
+            media.append(shown)
+        text += f"{given} {_plain(answer)}{EOC}"
+    if medium is not None:
+        text += IMAGE
+        media.append(medium)
+    return Prompt(text=text + query, media=media)
+
+
+def _plain(text: str) -> str:
+    """The text without outer blanks. Raises PromptError if it is empty or contains a tag, which would shift every later image."""
+    text = text.strip()
+    if not text:
+        raise PromptError("a question or answer is empty")
+    for tag in TAGS:
+        if tag in text:
+            raise PromptError(f"{text!r} contains the tag {tag}; images are placed by the prompt's format, give plain text")
+    return text
