@@ -15,7 +15,7 @@ BYTES_PER_WEIGHT: dict[StorageType, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
 class Precision(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Weights are kept in `storage`; the graphs cast them to `compute` where the two differ.
 
-    Normalisation scales, biases, gates and the table of relative distances stay in fp32: they are small, and rounding them is felt most.
+    Normalisation scales, biases and learned embeddings stay in fp32: they are small, and rounding them is felt most.
     """
 
     storage: StorageType

@@ -154,8 +154,8 @@ class TensorReader:
     def __init__(self, files: Mapping[str, Path]) -> None:
         """files: tensor name -> the file that holds it."""
         self._files = dict(files)
-        self._entries: dict[str, _Entry] = {}
-        headers = {path: _read_header(path) for path in sorted(set(self._files.values()))}
+        self._entries: dict[str, TensorEntry] = {}
+        headers = {path: open_header(path) for path in sorted(set(self._files.values()))}
         for name, path in self._files.items():
             if name not in headers[path]:
                 raise CheckpointError(f"{path} does not hold {name}, which the index places there. Fetch the checkpoint again.")
@@ -192,14 +192,16 @@ class TensorReader:
         return raw.view(entry.dtype).reshape(entry.shape)
 
 
-class _Entry(msgspec.Struct, frozen=True):
+class TensorEntry(msgspec.Struct, frozen=True):
+    """A tensor's place in its safetensors file: start and size in bytes."""
+
     dtype: Any
     shape: Shape
     start: int
     size: int
 
 
-class _HeaderEntry(msgspec.Struct, frozen=True):
+class _RawEntry(msgspec.Struct, frozen=True):
     dtype: str
     shape: tuple[int, ...]
     data_offsets: tuple[int, int]
@@ -218,7 +220,8 @@ _DTYPES: Mapping[str, Any] = {
 _MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 
 
-def _read_header(path: Path) -> dict[str, _Entry]:
+def open_header(path: Path) -> dict[str, TensorEntry]:
+    """The tensors of a safetensors file, without reading them. Raises CheckpointError if the file is cut short or malformed."""
     advice = "Fetch the checkpoint again."
     try:
         total = path.stat().st_size
@@ -228,7 +231,7 @@ def _read_header(path: Path) -> dict[str, _Entry]:
                 raise CheckpointError(f"{path} is cut short or no safetensors file ({total} bytes). {advice}")
             raw = msgspec.json.decode(file.read(length), type=dict[str, msgspec.Raw])
         raw.pop("__metadata__", None)
-        header = {name: msgspec.json.decode(entry, type=_HeaderEntry) for name, entry in raw.items()}
+        header = {name: msgspec.json.decode(entry, type=_RawEntry) for name, entry in raw.items()}
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}. {advice}") from error
     except msgspec.MsgspecError as error:
@@ -243,7 +246,7 @@ def _read_header(path: Path) -> dict[str, _Entry]:
             raise CheckpointError(f"{path}: {name} has {stop - start} bytes for shape {entry.shape}. {advice}")
         if 8 + length + stop > total:
             raise CheckpointError(f"{path} is cut short: {name} ends beyond its {total} bytes. {advice}")
-        entries[name] = _Entry(dtype, entry.shape, 8 + length + start, stop - start)
+        entries[name] = TensorEntry(dtype, entry.shape, 8 + length + start, stop - start)
     return entries
 
 
@@ -266,7 +269,7 @@ def open_tensors(folder: Path) -> TensorReader:
             raise CheckpointError(f"{index_path} names files that are not there: {', '.join(missing)}. Fetch them.")
         return TensorReader({name: folder / file for name, file in index.weight_map.items()})
     if single.is_file():
-        return TensorReader(dict.fromkeys(_read_header(single), single))
+        return TensorReader(dict.fromkeys(open_header(single), single))
     raise CheckpointError(
         f"{folder} has neither model.safetensors nor model.safetensors.index.json; a checkpoint folder needs one."
     )
