@@ -1,0 +1,208 @@
+"""A small layer over onnx_ir: named scopes, operators that return their value, weights that stay in their files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from flamingo_export.precision import StorageType
+from flamingo_export.specs import SubgraphSpec, TensorSpec
+from flamingo_export.weights import Placed, WeightIndex
+
+OPSET = 24
+IR_VERSION = 10
+FUNCTION_DOMAIN = "flamingo"
+
+_KINDS = {"float": ir.DataType.FLOAT, "int64": ir.DataType.INT64, "bool": ir.DataType.BOOL}
+_STORAGE: Mapping[StorageType, ir.DataType] = {
+    "fp32": ir.DataType.FLOAT,
+    "fp16": ir.DataType.FLOAT16,
+    "bf16": ir.DataType.BFLOAT16,
+}
+
+
+class GraphBuilder:
+    """Collects nodes and initializers; `model` closes the graph."""
+
+    def __init__(self, index: WeightIndex | None = None, *, prefix: str = "") -> None:
+        self._index = index
+        self._prefix = [prefix] if prefix else []
+        self.scopes: list[str] = []
+        self._nodes: list[ir.Node] = []
+        self._initializers: dict[str, ir.Value] = {}
+        self._casts: dict[str, ir.Value] = {}
+        self._names: set[str] = set()
+
+    @contextmanager
+    def scope(self, name: str) -> Iterator[None]:
+        """Nodes made inside are named below `name`."""
+        self.scopes.append(name)
+        try:
+            yield
+        finally:
+            self.scopes.pop()
+
+    def _unique(self, name: str) -> str:
+        full = "/".join([*self._prefix, *self.scopes, name])
+        candidate, count = full, 1
+        while candidate in self._names:
+            count += 1
+            candidate = f"{full}.{count}"
+        self._names.add(candidate)
+        return candidate
+
+    def op(
+        self,
+        kind: str,
+        *inputs: ir.Value | None,
+        name: str | None = None,
+        domain: str = "",
+        outputs: int = 1,
+        **attributes: Any,
+    ) -> Any:
+        """Adds a node; returns its value, or a tuple of values where it has several."""
+        full = self._unique(name or kind)
+        suffixes = [f":{index}" for index in range(outputs)]  # apart from the weight of the same name
+        values = [ir.Value(name=full + suffix) for suffix in suffixes]
+        self._nodes.append(ir.node(kind, inputs, attributes=attributes, domain=domain, outputs=values, name=full))
+        return values[0] if outputs == 1 else tuple(values)
+
+    def constant(self, value: Any, *, dtype: Any = np.int64, name: str = "constant") -> ir.Value:
+        """A small constant kept in the graph; equal ones are shared."""
+        array = np.asarray(value, dtype=dtype)
+        label = f"{name}/{array.dtype.name}{list(array.shape)}/{array.tobytes().hex()[:96]}".replace(" ", "")
+        if label not in self._initializers:
+            constant = ir.Value(
+                name=label, shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.from_numpy(array.dtype))
+            )
+            constant.const_value = ir.tensor(array, name=label)
+            self._initializers[label] = constant
+        return self._initializers[label]
+
+    def stored(self, name: str) -> ir.Value:
+        """A weight in its storage type, left in its file."""
+        if name not in self._initializers:
+            if self._index is None:
+                raise ValueError(f"a builder without an index has no weight {name}")
+            self._initializers[name] = _external(name, self._index[name])
+        return self._initializers[name]
+
+    def weight(self, name: str) -> ir.Value:
+        """A weight in fp32: as stored, or behind a Cast that the runtime folds."""
+        value = self.stored(name)
+        if value.dtype == ir.DataType.FLOAT:
+            return value
+        if name not in self._casts:
+            node = ir.node(
+                "Cast",
+                [value],
+                attributes={"to": ir.DataType.FLOAT},
+                outputs=[ir.Value(name=f"{name}/fp32")],
+                name=f"{name}/cast",
+            )
+            self._nodes.append(node)
+            self._casts[name] = node.outputs[0]
+        return self._casts[name]
+
+    def linear(self, x: ir.Value, weight: str, *, name: str) -> ir.Value:
+        """x @ weight, without bias."""
+        product: ir.Value = self.op("MatMul", x, self.weight(weight), name=name)
+        return product
+
+    def layer_norm(self, x: ir.Value, weight: str, *, name: str, eps: float = 1e-5) -> ir.Value:
+        """LayerNorm over the last axis, with scale and bias."""
+        scale, bias = self.weight(f"{weight}/weight"), self.weight(f"{weight}/bias")
+        normed: ir.Value = self.op("LayerNormalization", x, scale, bias, name=name, axis=-1, epsilon=eps)
+        return normed
+
+    def rms_norm(self, x: ir.Value, weight: str, *, name: str, eps: float) -> ir.Value:
+        """RMSNorm over the last axis."""
+        normed: ir.Value = self.op("RMSNormalization", x, self.weight(f"{weight}/weight"), name=name, axis=-1, epsilon=eps)
+        return normed
+
+    def squared_relu(self, x: ir.Value) -> ir.Value:
+        """relu(x)^2."""
+        positive = self.op("Relu", x, name="relu")
+        squared: ir.Value = self.op("Mul", positive, positive, name="square")
+        return squared
+
+    def reshape(self, x: ir.Value, shape: Sequence[int], *, name: str = "reshape") -> ir.Value:
+        """0 keeps a size of x at that place, -1 is what is left."""
+        reshaped: ir.Value = self.op("Reshape", x, self.constant(list(shape)), name=name)
+        return reshaped
+
+    def heads(self, x: ir.Value, num_heads: int, head_size: int, *, name: str = "heads") -> ir.Value:
+        """[B, S, H * D] -> [B, H, S, D]."""
+        split = self.reshape(x, [0, 0, num_heads, head_size], name=f"{name}/split")
+        moved: ir.Value = self.op("Transpose", split, name=name, perm=[0, 2, 1, 3])
+        return moved
+
+    def merge_heads(self, x: ir.Value, inner: int, *, name: str = "merge_heads") -> ir.Value:
+        """[B, H, S, D] -> [B, S, H * D]."""
+        moved = self.op("Transpose", x, name=name, perm=[0, 2, 1, 3])
+        return self.reshape(moved, [0, 0, inner], name=f"{name}/join")
+
+    def function(
+        self, name: str, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], *, attributes: Sequence[ir.Attr]
+    ) -> ir.Function:
+        """Closes a model-local function: the seam a backend may replace. Constants become nodes, as functions hold no initializers."""
+        constants = [
+            ir.node("Constant", [], attributes={"value": value.const_value}, outputs=[value], name=value.name)
+            for value in self._initializers.values()
+        ]
+        for value in self._initializers.values():
+            value.const_value = None
+        graph = ir.Graph(inputs, outputs, nodes=[*constants, *self._nodes], opset_imports={"": OPSET}, name=name)
+        return ir.Function(FUNCTION_DOMAIN, name, "", graph=graph, attributes=attributes)
+
+    def model(
+        self,
+        spec: SubgraphSpec,
+        inputs: Mapping[str, ir.Value],
+        outputs: Mapping[str, ir.Value],
+        functions: Sequence[ir.Function] = (),
+    ) -> ir.Model:
+        """Closes the graph with the inputs and outputs of its contract."""
+        for tensor in spec.outputs:
+            value = outputs[tensor.name]
+            value.name = tensor.name
+            value.shape, value.type = _shape(tensor), ir.TensorType(_KINDS[tensor.kind])
+        imports = {"": OPSET} | ({FUNCTION_DOMAIN: 1} if functions else {})
+        graph = ir.Graph(
+            [inputs[tensor.name] for tensor in spec.inputs],
+            [outputs[tensor.name] for tensor in spec.outputs],
+            nodes=self._nodes,
+            initializers=list(self._initializers.values()),
+            opset_imports=imports,
+            name=spec.name.replace(".", "_"),
+        )
+        return ir.Model(graph, ir_version=IR_VERSION, producer_name="flamingo-export", functions=list(functions))
+
+
+def graph_inputs(spec: SubgraphSpec) -> dict[str, ir.Value]:
+    """A value for each input of the contract."""
+    return {
+        tensor.name: ir.Value(name=tensor.name, shape=_shape(tensor), type=ir.TensorType(_KINDS[tensor.kind]))
+        for tensor in spec.inputs
+    }
+
+
+def _shape(tensor: TensorSpec) -> ir.Shape:
+    return ir.Shape(list(tensor.shape))
+
+
+def _external(name: str, placed: Placed) -> ir.Value:
+    value = ir.Value(name=name, shape=ir.Shape(placed.shape), type=ir.TensorType(_STORAGE[placed.storage]))
+    value.const_value = ir.ExternalTensor(
+        placed.file,
+        placed.offset,
+        placed.length,
+        _STORAGE[placed.storage],
+        shape=ir.Shape(placed.shape),
+        name=name,
+    )
+    return value

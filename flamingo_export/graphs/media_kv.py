@@ -1,0 +1,24 @@
+"""The `media_kv` graph: what each gated layer keeps of a medium. Run once a medium; every decoder step reads its results."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from flamingo_export.graphs.builder import GraphBuilder, graph_inputs
+from flamingo_export.specs import subgraph_specs
+from flamingo_export.weights import WeightIndex
+from flamingo_reference.config import ModelConfig
+
+
+def media_kv(config: ModelConfig, index: WeightIndex) -> ir.Model:
+    """latents [N, R, W] -> media_k.i, media_v.i [N, H, R, D] for each gated layer i."""
+    block, spec = config.cross_attention, subgraph_specs(config)["media_kv"]
+    build = GraphBuilder(index, prefix="media_kv")
+    inputs = graph_inputs(spec)
+    outputs = {}
+    for i in range(len(config.gated_layers)):
+        with build.scope(f"layer.{i}"):
+            for kind in "kv":
+                projected = build.linear(inputs["latents"], f"media_kv/layer.{i}/{kind}_proj", name=f"{kind}_proj")
+                outputs[f"media_{kind}.{i}"] = build.heads(projected, block.num_heads, block.head_size, name=kind)
+    return build.model(spec, inputs, outputs)

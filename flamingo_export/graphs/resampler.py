@@ -1,0 +1,50 @@
+"""The `resampler` graph: Perceiver Resampler.
+
+features [N,T,P,E] -- input_proj -- + time embeddings -- join frames --> media [N,T*P,W]
+latents [R,W] expanded; each layer: attention(latents, concat(media, latents)), then feed-forward, both residual; final norm
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from flamingo_export.graphs.builder import GraphBuilder, graph_inputs
+from flamingo_export.specs import subgraph_specs
+from flamingo_export.weights import WeightIndex
+from flamingo_reference.config import ModelConfig
+
+
+def resampler(config: ModelConfig, index: WeightIndex) -> ir.Model:
+    """features [N, T, P, E], time_weights [T, 8] -> latents [N, R, W]."""
+    sizes, spec = config.resampler, subgraph_specs(config)["resampler"]
+    build = GraphBuilder(index, prefix="resampler")
+    inputs = graph_inputs(spec)
+    media = build.linear(inputs["features"], "resampler/input_proj", name="input_proj")
+    times = build.op("MatMul", inputs["time_weights"], build.weight("resampler/time_embeddings"), name="time_embeddings")
+    times = build.op("Unsqueeze", times, build.constant([1]), name="time_embeddings/patches")
+    media = build.reshape(build.op("Add", media, times, name="add_time"), [0, -1, sizes.width], name="join_frames")
+    count = build.op("Shape", inputs["features"], name="count", start=0, end=1)
+    shape = build.op("Concat", count, build.constant([sizes.num_latents, sizes.width]), name="latents/shape", axis=0)
+    latents = build.op("Expand", build.weight("resampler/latents"), shape, name="latents/expand")
+    for layer in range(sizes.num_layers):
+        with build.scope(f"layer.{layer}"):
+            latents = _layer(build, f"resampler/layer.{layer}", latents, media, config)
+    latents = build.layer_norm(latents, "resampler/norm", name="norm")
+    return build.model(spec, inputs, {"latents": latents})
+
+
+def _layer(build: GraphBuilder, weights: str, latents: ir.Value, media: ir.Value, config: ModelConfig) -> ir.Value:
+    heads, head_size = config.resampler.num_heads, config.resampler.head_size
+    normed = build.layer_norm(latents, f"{weights}/latent_norm", name="latent_norm")
+    keys = build.op("Concat", build.layer_norm(media, f"{weights}/media_norm", name="media_norm"), normed, name="keys", axis=1)
+    q = build.heads(build.linear(normed, f"{weights}/q_proj", name="q_proj"), heads, head_size, name="q")
+    k, v = build.op(
+        "Split", build.linear(keys, f"{weights}/kv_proj", name="kv_proj"), name="kv", outputs=2, axis=-1, num_outputs=2
+    )
+    k, v = build.heads(k, heads, head_size, name="k"), build.heads(v, heads, head_size, name="v")
+    seen = build.op("Attention", q, k, v, name="attention", scale=float(head_size**-0.5))
+    seen = build.linear(build.merge_heads(seen, heads * head_size), f"{weights}/out_proj", name="out_proj")
+    latents = build.op("Add", latents, seen, name="residual")
+    hidden = build.linear(build.layer_norm(latents, f"{weights}/ffw_norm", name="ffw_norm"), f"{weights}/ffw_up", name="ffw_up")
+    hidden = build.squared_relu(hidden)
+    return build.op("Add", latents, build.linear(hidden, f"{weights}/ffw_down", name="ffw_down"), name="ffw_residual")  # type: ignore[no-any-return]
