@@ -54,7 +54,9 @@ class OnnxRuntimeBackend:
             raise BackendError(f"onnxruntime cannot be imported ({error}). {_INSTALL}") from error
         config = manifest.config
         spec = (
-            subgraph_specs(config)[graph.name] if graph.layers is None else decoder_spec(config, range(*graph.layers), name=graph.name)
+            subgraph_specs(config)[graph.name]
+            if graph.layers is None
+            else decoder_spec(config, range(*graph.layers), name=graph.name)
         )
         path = bundle / graph.file
         try:
@@ -177,7 +179,9 @@ class OnnxRuntimeSession:
     def bind(self, name: str, buffer: Buffer) -> None:
         """Input `name`, and the output that aliases it, are this buffer from now on. Raises InputError for an unknown input."""
         if not isinstance(buffer, HostBuffer):
-            raise InputError(f"{self._spec.name}: a buffer of another backend was bound to {name}; allocate it with this session")
+            raise InputError(
+                f"{self._spec.name}: a buffer of another backend was bound to {name}; allocate it with this session"
+            )
         if name not in self._kinds:
             raise InputError(f"{self._spec.name}: {name} is not an input")
         if self._bound.get(name) is buffer:
@@ -230,7 +234,9 @@ class OnnxRuntimeSession:
             raise BackendError(f"{self._spec.name}: the session is closed. Load the bundle again.")
         check_feeds(self._spec, feeds, self._bound)
         faults = [
-            f"{name} is {value.dtype}, expected {self._kinds[name]}" for name, value in feeds.items() if value.dtype != self._kinds[name]
+            f"{name} is {value.dtype}, expected {self._kinds[name]}"
+            for name, value in feeds.items()
+            if value.dtype != self._kinds[name]
         ]
         if faults:
             raise InputError(f"{self._spec.name}: " + "; ".join(faults))
@@ -261,7 +267,9 @@ def _is_ort_error(error: Exception) -> bool:
 
 def _is_memory(error: Exception) -> bool:
     text = str(error).lower()
-    return isinstance(error, MemoryError) or "bad_alloc" in text or "failed to allocate memory" in text or "out of memory" in text
+    return (
+        isinstance(error, MemoryError) or "bad_alloc" in text or "failed to allocate memory" in text or "out of memory" in text
+    )
 
 
 def _first_line(error: Exception) -> str:

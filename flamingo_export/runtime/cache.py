@@ -29,7 +29,11 @@ def check_capacity(*, prompt: int, width: int, new_tokens: int, limits: ShapeLim
     if needed <= limits.max_length:
         return
     room = max(0, limits.max_length - prompt) // width
-    hint = f"Generate at most {room} tokens, use fewer beams" if prompt + limits.chunk <= limits.max_length and room else "Use fewer shots"
+    hint = (
+        f"Generate at most {room} tokens, use fewer beams"
+        if prompt + limits.chunk <= limits.max_length and room
+        else "Use fewer shots"
+    )
     raise CapacityError(
         f"a prompt of {prompt} tokens with {width} beams of {new_tokens} new tokens needs {needed} cache slots, "
         f"the bundle allows {limits.max_length}. {hint}, or build with a larger --max-length."

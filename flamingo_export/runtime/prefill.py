@@ -31,7 +31,9 @@ class PrefillRow:
 def check_phi(phi: Ints, num_media: int) -> None:
     """Raises InputError if a position looks at a medium that the request does not have: the graph would read another's."""
     if phi.size and (phi.min() < 0 or phi.max() > num_media):
-        raise InputError(f"phi goes from {phi.min()} to {phi.max()}, but the request has {num_media} media, so 0 to {num_media} are possible")
+        raise InputError(
+            f"phi goes from {phi.min()} to {phi.max()}, but the request has {num_media} media, so 0 to {num_media} are possible"
+        )
 
 
 def prefill(

@@ -21,12 +21,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flamingo_export.errors import PromptError
 from flamingo_export.runtime.media import MediumSource
+from flamingo_export.runtime.request import Request
 from flamingo_export.runtime.tokenizer import BOS, EOC, IMAGE, TAGS
 from flamingo_export.runtime.videos import Video
 
@@ -40,15 +41,7 @@ class Shot:
     medium: MediumSource | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prompt:
-    """Text with an `<image>` for each of the media, in order."""
-
-    text: str
-    media: list[MediumSource] = field(default_factory=list)
-
-
-def qa_prompt(shots: Sequence[Shot], question: str, medium: MediumSource | None) -> Prompt:
+def qa_prompt(shots: Sequence[Shot], question: str, medium: MediumSource | None) -> Request:
     """Question answering: support examples, then the question about `medium`. Raises PromptError if an example has no question."""
     for index, shot in enumerate(shots, start=1):
         if shot.question is None:
@@ -57,11 +50,13 @@ def qa_prompt(shots: Sequence[Shot], question: str, medium: MediumSource | None)
     return _assemble(examples, medium, f"Question: {_plain(question)} Answer:")
 
 
-def caption_prompt(shots: Sequence[Shot], medium: MediumSource | None) -> Prompt:
+def caption_prompt(shots: Sequence[Shot], medium: MediumSource | None) -> Request:
     """Vision to text: support examples with captions, then `medium`. Raises PromptError if an example asks a question."""
     for index, shot in enumerate(shots, start=1):
         if shot.question is not None:
-            raise PromptError(f"shot {index} asks a question, but a caption is wanted. Ask a question too (--question), or use captions.")
+            raise PromptError(
+                f"shot {index} asks a question, but a caption is wanted. Ask a question too (--question), or use captions."
+            )
     return _assemble([(shot.medium, "Output:", shot.answer) for shot in shots], medium, "Output:")
 
 
@@ -124,7 +119,9 @@ def _parse_shot(line: str, folder: Path) -> Shot:
             if not place.exists():
                 raise PromptError(f"{key} {place} does not exist")
             medium = place if key == "image" else Video(source=place)
-    return Shot(answer=_plain(_answer_of(record)), question=_plain(record["question"]) if "question" in record else None, medium=medium)
+    return Shot(
+        answer=_plain(_answer_of(record)), question=_plain(record["question"]) if "question" in record else None, medium=medium
+    )
 
 
 def _answer_of(record: dict[str, Any]) -> str:
@@ -139,7 +136,7 @@ def _answer_of(record: dict[str, Any]) -> str:
     return str(record["caption"])
 
 
-def _assemble(examples: Sequence[tuple[MediumSource | None, str, str]], medium: MediumSource | None, query: str) -> Prompt:
+def _assemble(examples: Sequence[tuple[MediumSource | None, str, str]], medium: MediumSource | None, query: str) -> Request:
     text, media = BOS, []
     for shown, given, answer in examples:
         if shown is not None:
@@ -149,7 +146,7 @@ def _assemble(examples: Sequence[tuple[MediumSource | None, str, str]], medium: 
     if medium is not None:
         text += IMAGE
         media.append(medium)
-    return Prompt(text=text + query, media=media)
+    return Request(prompt=text + query, media=media)
 
 
 def _plain(text: str) -> str:

@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from flamingo_export.errors import InputError
+from flamingo_export.errors import BundleError
 
 Logits = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -186,6 +186,8 @@ class Sampling:
     def _choose(self, logits: Logits, generator: np.random.Generator) -> int:
         if self._temperature == 0.0:
             return int(np.argmax(logits))
+        if self._top_k is None and self._top_p is None:
+            return _draw(np.exp((logits - logits.max()) / np.float32(self._temperature)), generator)
         size = len(logits)
         count = size if self._top_k is None else min(self._top_k, size)
         tokens = np.argsort(-logits, kind="stable")[:count] if count > 64 else top_tokens(logits[None], count)[1]
@@ -196,22 +198,26 @@ class Sampling:
             # The shortest list of likeliest tokens whose mass reaches top_p; the likeliest always stays.
             count = int(np.searchsorted(np.cumsum(weights), self._top_p)) + 1
             tokens, weights = tokens[:count], weights[:count]
-        cumulative = np.cumsum(weights)
-        place = np.searchsorted(cumulative, generator.random() * cumulative[-1], side="right")
-        return int(tokens[min(int(place), len(tokens) - 1)])
+        return int(tokens[_draw(weights, generator)])
+
+
+def _draw(weights: npt.NDArray[np.floating], generator: np.random.Generator) -> int:
+    """An index with probability in proportion to its weight; one of weight zero is never drawn."""
+    cumulative = np.cumsum(weights, dtype=np.float64)
+    return int(np.searchsorted(cumulative, generator.random() * cumulative[-1], side="right"))
 
 
 def log_sum_exp(logits: Logits, banned: int) -> Floats:
     """Logarithm of the softmax's denominator of each row, float64 [W]; the banned token's logit is set to minus infinity first, in place.
 
-    Raises InputError if a row has no finite maximum: the model computed NaN or infinity, and any text would be noise.
+    Raises BundleError if a row has no finite maximum: the model computed NaN or infinity, and any text would be noise.
     """
     logits[:, banned] = -np.inf
     top = logits.max(axis=1)
     if not np.isfinite(top).all():
-        raise InputError("the model's logits are not finite. Check its weights: flamingo-export parity")
-    total = np.exp(logits - top[:, None]).sum(axis=1, dtype=np.float64)
-    return top.astype(np.float64) + np.log(total)
+        raise BundleError("the model's logits are not finite numbers. Check its weights: flamingo-export parity")
+    total: Floats = np.exp(logits - top[:, None]).sum(axis=1, dtype=np.float64)
+    return np.asarray(np.log(total) + top)
 
 
 _BLOCK = 64

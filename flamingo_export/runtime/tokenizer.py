@@ -33,7 +33,9 @@ class Tokenizer:
 
         path = bundle / TOKENIZER_FILE
         if not path.is_file():
-            raise BundleError(f"{bundle} has no {TOKENIZER_FILE}, so text cannot be encoded. Build it with a tokenizer, or give token ids.")
+            raise BundleError(
+                f"{bundle} has no {TOKENIZER_FILE}, so text cannot be encoded. Build it with a tokenizer, or give token ids."
+            )
         try:
             tokenizer = FastTokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception
@@ -107,6 +109,10 @@ def _check_vocabulary(tokenizer: Any, config: ModelConfig) -> None:
     if largest >= size:
         raise PromptError(f"the tokenizer has ids up to {largest}, the model embeds {size} tokens. {advice}")
     wanted = {BOS: config.tokens.bos, EOC: config.tokens.eoc, IMAGE: config.tokens.image}
-    faults = [f"{tag} is {vocabulary.get(tag, 'missing')}, expected {index}" for tag, index in wanted.items() if vocabulary.get(tag) != index]
+    faults = [
+        f"{tag} is {vocabulary.get(tag, 'missing')}, expected {index}"
+        for tag, index in wanted.items()
+        if vocabulary.get(tag) != index
+    ]
     if faults:
         raise PromptError(f"the tokenizer is of another vocabulary: {'; '.join(faults)}. {advice}")

@@ -21,11 +21,15 @@ MAX_FRAMES = 30
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif"})
 
 
+VideoSource = str | os.PathLike[str] | Sequence[ImageSource]
+"""A file, a folder of frames, or the frames."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Video:
     """A video among the media of a request: a file, a folder of frames, or the frames themselves; `num_frames` are used at most."""
 
-    source: str | os.PathLike[str] | Sequence[ImageSource]
+    source: VideoSource
     num_frames: int | None = None
 
 

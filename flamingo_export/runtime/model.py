@@ -1,0 +1,309 @@
+"""A loaded bundle: text in, text out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Generator as GeneratorType
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar, Unpack, overload
+
+import numpy as np
+
+from flamingo_export.backends.base import Backend, SessionOptions
+from flamingo_export.errors import InputError, PromptError
+from flamingo_export.manifest import Manifest
+from flamingo_export.runtime.engines import Engines
+from flamingo_export.runtime.generator import Generator, Timings
+from flamingo_export.runtime.images import ImageSource
+from flamingo_export.runtime.media import MediumSource
+from flamingo_export.runtime.options import GenerateOptions, Settings
+from flamingo_export.runtime.request import Prepared, Request, prepare
+from flamingo_export.runtime.score import score
+from flamingo_export.runtime.search import Hypothesis, Search
+from flamingo_export.runtime.tokenizer import TOKENIZER_FILE, TextStream, Tokenizer
+from flamingo_export.runtime.videos import Video, VideoSource
+
+Prompt = str | Request | Sequence[int]
+Batch = list[str] | list[Request] | list[str | Request]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """One generated text; token_ids and their log-probabilities include `<EOC>` where it was reached."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    token_logprobs: tuple[float, ...]
+    score: float
+    finished: bool
+    """Whether it ended by itself, with `<EOC>`, rather than at max_new_tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation(Text):
+    """The best text of a request, the others asked for by num_return (best first), and where the time of its batch went."""
+
+    alternatives: tuple[Text, ...]
+    timings: Timings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """A candidate answer with the sum of its tokens' log-probabilities, and these."""
+
+    candidate: str
+    logprob: float
+    token_logprobs: tuple[float, ...]
+
+
+class Model:
+    """A bundle ready to generate. Close it, or use it in a `with` block, to free its memory."""
+
+    def __init__(self, bundle: Path, manifest: Manifest, backend: Backend, options: SessionOptions) -> None:
+        """Opens the graphs. Raises BackendError or BundleError."""
+        self.bundle, self.manifest, self.backend = bundle, manifest, backend
+        self.config = manifest.config
+        self.tokenizer = Tokenizer.open(bundle, self.config) if (bundle / TOKENIZER_FILE).is_file() else None
+        self.engines = Engines.open(bundle, manifest, backend, options)
+        self.generator = Generator(self.engines, self.config, manifest.limits)
+
+    @overload
+    def generate(self, prompt: Batch, *, batch_size: int = ..., **settings: Unpack[Settings]) -> list[Generation]: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        images: Iterable[ImageSource | Video] = ...,
+        videos: Iterable[VideoSource | Video] = ...,
+        **settings: Unpack[Settings],
+    ) -> Generation: ...
+
+    def generate(
+        self,
+        prompt: Prompt | Batch,
+        *,
+        images: Iterable[ImageSource | Video] = (),
+        videos: Iterable[VideoSource | Video] = (),
+        batch_size: int = 8,
+        **settings: Unpack[Settings],
+    ) -> Generation | list[Generation]:
+        """Generates the text that follows a prompt, or each of a list of them.
+
+        prompt: text with an `<image>` for each of `images` and then `videos`, in order; token ids; or a Request that carries its own media
+        (there the two may be mixed: Request(prompt=..., media=[path, Video(source=...), array])). A list of texts or Requests is run
+        batch_size at a time; what comes out does not depend on which others are in the batch.
+        settings: beams, max_new_tokens, length_penalty, num_return, temperature, top_k, top_p, seed, as GenerateOptions describes them.
+        Raises InputError (PromptError, ImageError, CapacityError) before anything is run.
+        """
+        options = GenerateOptions(**settings)
+        if isinstance(prompt, list) and any(isinstance(item, str | Request) for item in prompt):
+            requests = [as_request(item) for item in prompt]
+            if len(_listed(images)) + len(_listed(videos)):
+                raise InputError("with a list of prompts, give each its media: Request(prompt=..., media=[...])")
+            return self._generate_batches(requests, options, batch_size)
+        return self._generate_batches([as_request(prompt, images, videos)], options, 1)[0]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        images: Iterable[ImageSource | Video] = (),
+        videos: Iterable[VideoSource | Video] = (),
+        **settings: Unpack[Settings],
+    ) -> Stream:
+        """As `generate` for one prompt, text given out piece by piece as it becomes certain; `result` is the whole at the end.
+
+        With one branch that is each token. With beams it is what all live beams and finished candidates agree on, the remainder coming
+        when the best is known, so that nothing given out is ever taken back. Errors are raised here, not at the first piece.
+        """
+        options = GenerateOptions(**settings)
+        if self.tokenizer is None:
+            raise InputError(
+                "the bundle has no tokenizer, so there is no text to stream. Use generate, which returns token ids."
+            )
+        timings = Timings()
+        prepared, limits = self._prepare([as_request(prompt, images, videos)], options, timings)
+        search = options.search(self.config, limits[0])
+        steps = self.generator.run(prepared, [search], timings)
+        return Stream(steps, search, TextStream(self.tokenizer), lambda: self._generation(search, options, timings))
+
+    def score(
+        self,
+        prompt: Prompt,
+        candidates: Sequence[str | Sequence[int]],
+        *,
+        images: Iterable[ImageSource | Video] = (),
+        videos: Iterable[VideoSource | Video] = (),
+    ) -> list[Score]:
+        """Log-likelihood of each candidate after the prompt, in the order given; `max(..., key=lambda s: s.logprob)` is the model's choice.
+
+        candidates: text, joined to a text prompt with a space unless there is one, or token ids. `<EOC>` is not added: write it in the
+        candidates to score that they end there. Raises InputError before anything is run.
+        """
+        if not candidates or isinstance(candidates, str):
+            raise InputError("no candidates were given. Give a list of at least one answer.")
+        request = as_request(prompt, images, videos)
+        timings = Timings()
+        prepared = prepare(request, self.config, self.tokenizer)
+        ids = [self._candidate_ids(request, candidate) for candidate in candidates]
+        results = score(self.generator, prepared, ids, timings)
+        return [
+            Score(
+                candidate=candidate if isinstance(candidate, str) else self._decode(candidate),
+                logprob=float(np.sum(logprobs)),
+                token_logprobs=tuple(logprobs),
+            )
+            for candidate, logprobs in zip(candidates, results, strict=True)
+        ]
+
+    def close(self) -> None:
+        """Frees graphs, weights, media and cache."""
+        self.engines.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _prepare(
+        self, requests: Sequence[Request], options: GenerateOptions, timings: Timings
+    ) -> tuple[list[Prepared], list[int]]:
+        started = time.perf_counter()
+        options.check(self.config)
+        prepared = [prepare(request, self.config, self.tokenizer) for request in requests]
+        limits = [options.new_tokens(len(request.token_ids), self.manifest.limits) for request in prepared]
+        for request in prepared:
+            self.generator.bank.check(request.media)
+        timings.prepare = time.perf_counter() - started
+        return prepared, limits
+
+    def _generate_batches(self, requests: Sequence[Request], options: GenerateOptions, batch_size: int) -> list[Generation]:
+        if batch_size < 1:
+            raise InputError(f"batch_size is {batch_size}, expected at least 1")
+        preparation = Timings()
+        prepared, limits = self._prepare(requests, options, preparation)
+        results: list[Generation] = []
+        while len(results) < len(prepared):
+            start = len(results)
+            stop = start + self._batch_of(prepared[start:], batch_size)
+            searches = [options.search(self.config, limit) for limit in limits[start:stop]]
+            timings = Timings(prepare=preparation.prepare * (stop - start) / len(prepared))
+            for _ in self.generator.run(prepared[start:stop], searches, timings):
+                pass
+            results += [self._generation(search, options, timings) for search in searches]
+        return results
+
+    def _batch_of(self, prepared: Sequence[Prepared], batch_size: int) -> int:
+        """How many of the first requests are run together: up to batch_size, as far as their media fit the bank."""
+        media: set[bytes] = set()
+        for count, request in enumerate(prepared[:batch_size]):
+            media |= {medium.digest for medium in request.media}
+            if count and len(media) > self.manifest.limits.bank_rows:
+                return count
+        return min(batch_size, len(prepared))
+
+    def _generation(self, search: Search, options: GenerateOptions, timings: Timings) -> Generation:
+        """What a finished search found."""
+        best, *others = (self._text(hypothesis) for hypothesis in search.results()[: options.num_return])
+        return Generation(
+            text=best.text,
+            token_ids=best.token_ids,
+            token_logprobs=best.token_logprobs,
+            score=best.score,
+            finished=best.finished,
+            alternatives=tuple(others),
+            timings=timings,
+        )
+
+    def _text(self, hypothesis: Hypothesis) -> Text:
+        return Text(
+            text=self._decode(hypothesis.token_ids).strip(),
+            token_ids=hypothesis.token_ids,
+            token_logprobs=hypothesis.token_logprobs,
+            score=hypothesis.score,
+            finished=hypothesis.token_ids[-1] == self.config.tokens.eoc,
+        )
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return "" if self.tokenizer is None else self.tokenizer.decode(token_ids)
+
+    def _candidate_ids(self, request: Request, candidate: str | Sequence[int]) -> list[int]:
+        if not isinstance(candidate, str):
+            ids = [int(token) for token in candidate]
+        elif self.tokenizer is None:
+            raise InputError("the bundle has no tokenizer, so text cannot be encoded. Give candidates as token ids.")
+        elif isinstance(request.prompt, str):
+            ids = self.tokenizer.encode_continuation(request.prompt, candidate)
+        else:
+            ids = self.tokenizer.encode_continuation(" ", candidate)
+        size = self.config.language_model.vocab_size
+        if not ids or min(ids) < 0 or max(ids) >= size:
+            raise InputError(f"candidate {candidate!r} has no tokens, or some outside 0 to {size - 1}")
+        return ids
+
+
+class Stream(Iterator[str]):
+    """Pieces of text; after the last one, `result` is the whole generation. Close it to stop early."""
+
+    def __init__(
+        self, steps: GeneratorType[None, None, None], search: Search, text: TextStream, finish: Callable[[], Generation]
+    ) -> None:
+        self.result: Generation | None = None
+        self._steps = steps
+        self._pieces = self._run(search, text, finish)
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """Stops generating and lets go of media and cache."""
+        self._pieces.close()
+        self._steps.close()
+
+    def _run(self, search: Search, text: TextStream, finish: Callable[[], Generation]) -> GeneratorType[str, None, None]:
+        given = 0
+        started = False
+        for _ in self._steps:
+            agreed = search.agreed()
+            piece = text.push(agreed[given:])
+            given = len(agreed)
+            if piece := piece if started else piece.lstrip():  # like Generation.text, without blanks in front
+                started = True
+                yield piece
+        self.result = finish()
+        piece = text.push(self.result.token_ids[given:]) + text.finish()
+        if piece := piece if started else piece.lstrip():
+            yield piece
+
+
+def as_request(
+    prompt: object,
+    images: Iterable[ImageSource | Video] = (),
+    videos: Iterable[VideoSource | Video] = (),
+) -> Request:
+    """One request of what `generate` was given as a prompt. Raises InputError if it is none, or a Request comes with further media."""
+    media: list[MediumSource] = _listed(images)
+    media += [video if isinstance(video, Video) else Video(source=video) for video in _listed(videos)]
+    if isinstance(prompt, Request):
+        if media:
+            raise InputError("a Request carries its own media; put images and videos there, not beside it")
+        return prompt
+    if isinstance(prompt, str):
+        return Request(prompt=prompt, media=media)
+    if isinstance(prompt, Sequence | np.ndarray):
+        return Request(prompt=np.asarray(prompt).tolist(), media=media)
+    raise PromptError(f"a prompt is given as {type(prompt).__name__}; give a text, a list of token ids or a Request")
+
+
+def _listed(items: Iterable[T]) -> list[T]:
+    """The items as a list; a single path or picture is a likely slip, so it is refused rather than taken apart."""
+    if isinstance(items, str | Path | np.ndarray | Video) or not isinstance(items, Iterable):
+        raise InputError("images and videos are lists: images=['a.png'], not images='a.png'")
+    return list(items)

@@ -1,0 +1,78 @@
+"""What is asked of the model, and its checked form: everything a user can get wrong is found here, before anything is run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from flamingo_export.errors import PromptError
+from flamingo_export.runtime.cache import Key
+from flamingo_export.runtime.media import Medium, MediumSource, load_medium
+from flamingo_export.runtime.tokenizer import IMAGE, Tokenizer
+from flamingo_reference.config import ModelConfig
+from flamingo_reference.phi import phi_from_tokens
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A prompt, as text or token ids, with an `<image>` for each of the media, in order."""
+
+    prompt: str | Sequence[int]
+    media: Sequence[MediumSource] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A request ready to run: token_ids and phi int64 [P], decoded media, and the keys by which the cache knows each position."""
+
+    token_ids: Ints
+    phi: Ints
+    media: tuple[Medium, ...]
+    keys: tuple[Key, ...]
+
+
+def prepare(request: Request, config: ModelConfig, tokenizer: Tokenizer | None) -> Prepared:
+    """Encodes and checks a request, and decodes its media.
+
+    tokenizer: may be None where the prompt is token ids.
+    Raises PromptError for an empty prompt, ids outside the vocabulary or a wrong number of media, ImageError for media that cannot be read.
+    """
+    if isinstance(request.prompt, str):
+        if tokenizer is None:
+            raise PromptError("the bundle has no tokenizer, so text cannot be encoded. Give the prompt as token ids.")
+        ids = np.asarray(tokenizer.encode(request.prompt), np.int64)
+    else:
+        ids = _checked_ids(request.prompt, config)
+    tags, given = int((ids == config.tokens.image).sum()), len(request.media)
+    if tags != given:
+        advice = "Add a tag for each image or video" if given > tags else "Give an image or video for each tag"
+        raise PromptError(
+            f"the prompt has {_count(tags, f'{IMAGE} tag')}, but {_count(given, 'image or video', 'images or videos')} "
+            f"{'was' if given == 1 else 'were'} given. {advice}, in order."
+        )
+    media = tuple(load_medium(source, config) for source in request.media)
+    phi = phi_from_tokens(ids[None], config.tokens.image)[0]
+    digests = iter(media)
+    keys = tuple(next(digests).digest if token == config.tokens.image else token for token in ids.tolist())
+    return Prepared(token_ids=ids, phi=phi, media=media, keys=keys)
+
+
+def _checked_ids(prompt: Sequence[int], config: ModelConfig) -> Ints:
+    ids = np.asarray(prompt)
+    if len(prompt) == 0:
+        raise PromptError("the prompt is empty. Give at least one token.")
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise PromptError(f"token ids are {ids.dtype} of shape {ids.shape}, expected a list of integers")
+    size = config.language_model.vocab_size
+    if ids.min() < 0 or ids.max() >= size:
+        raise PromptError(f"token ids go from {ids.min()} to {ids.max()}, the model knows 0 to {size - 1}")
+    return ids.astype(np.int64)
+
+
+def _count(number: int, one: str, many: str | None = None) -> str:
+    return f"{number} {one if number == 1 else many or one + 's'}"

@@ -1,0 +1,94 @@
+"""Log-likelihoods of candidate answers: branches of one tree, all in one pass after the prompt that they share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from flamingo_export.backends.base import Array, Session
+from flamingo_export.errors import CapacityError
+from flamingo_export.runtime.generator import Filled, Generator, Timings
+from flamingo_export.runtime.request import Prepared
+from flamingo_export.runtime.search import log_sum_exp
+
+MAX_TOKENS_AT_ONCE = 512
+"""Candidate tokens of one pass; more go in several, so that the logits [1, K, V] stay small."""
+
+
+def score(generator: Generator, request: Prepared, candidates: Sequence[Sequence[int]], timings: Timings) -> list[list[float]]:
+    """Log-probability of each token of each candidate (at least one token each) after the request's prompt.
+
+    `<image>` has probability zero, as in generation. Raises CapacityError before work if prompt and the longest candidate do not fit.
+    """
+    prompt, limits = len(request.token_ids), generator.limits
+    # The last token of a candidate is predicted, never run.
+    longest = max(len(candidate) - 1 for candidate in candidates)
+    needed = prompt + max(limits.chunk, longest)
+    if needed > limits.max_length:
+        raise CapacityError(
+            f"a prompt of {prompt} tokens with a candidate of {longest + 1} needs {needed} cache slots, the bundle allows {limits.max_length}. "
+            "Use fewer shots or shorter candidates, or build with a larger --max-length."
+        )
+    room = min(MAX_TOKENS_AT_ONCE, limits.max_length - prompt)
+    groups = list(_groups(candidates, room))
+    slots = prompt + max(sum(len(candidates[index]) - 1 for index in group) for group in groups)
+    banned = generator.config.tokens.image
+    results: list[list[float]] = [[] for _ in candidates]
+    with generator.filled([request], slots, timings) as filled:
+        first = filled.logits[0]
+        normaliser = float(log_sum_exp(filled.logits, banned)[0])
+        for index, candidate in enumerate(candidates):
+            results[index].append(float(first[candidate[0]]) - normaliser)
+        for group in groups:
+            inputs = np.concatenate([np.asarray(candidates[index][:-1], np.int64) for index in group])
+            if not inputs.size:
+                continue
+            logits = branch_logits(
+                generator.decoder, filled, [len(candidates[index]) - 1 for index in group], inputs, generator.cache.capacity
+            )
+            normalisers = log_sum_exp(logits, banned)
+            place = 0
+            for index in group:
+                for token in candidates[index][1:]:
+                    results[index].append(float(logits[place, token]) - float(normalisers[place]))
+                    place += 1
+    return results
+
+
+def branch_logits(decoder: Session, filled: Filled, lengths: Sequence[int], token_ids: Array, capacity: int) -> Array:
+    """Logits float32 [K, V] of branches side by side after row 0's prompt; lengths: tokens of each branch, token_ids: all of them [K]."""
+    prompt, total = int(filled.lengths[0]), len(token_ids)
+    depth = np.concatenate([np.arange(length) for length in lengths])
+    branch = np.repeat(np.arange(len(lengths)), lengths)
+    mask = np.zeros((1, 1, total, capacity), np.bool_)
+    mask[..., :prompt] = True
+    mask[0, 0, :, prompt : prompt + total] = (branch[:, None] == branch) & (depth <= depth[:, None])
+    key_positions = np.arange(capacity, dtype=np.int64)[None].copy()
+    key_positions[0, prompt : prompt + total] = prompt + depth
+    feeds = {
+        "token_ids": token_ids[None],
+        "positions": (prompt + depth)[None],
+        "media_rows": filled.media_rows,
+        "phi": np.full((1, total), filled.phi[0], np.int64),
+        "write_index": filled.lengths,
+        "mask": mask,
+        "key_positions": key_positions,
+        "logit_positions": np.arange(total, dtype=np.int64)[None],
+    }
+    logits: Array = decoder.run(feeds)["logits"][0]
+    return logits
+
+
+def _groups(candidates: Sequence[Sequence[int]], room: int) -> Iterator[list[int]]:
+    """Candidates in order, as many at once as have room."""
+    group: list[int] = []
+    used = 0
+    for index, candidate in enumerate(candidates):
+        length = len(candidate) - 1
+        if group and used + length > room:
+            yield group
+            group, used = [], 0
+        group.append(index)
+        used += length
+    yield group
