@@ -1,0 +1,108 @@
+"""What a build is asked to do, resolved once at the edge: from here on nothing is guessed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from flamingo_export.errors import BuildError, CheckpointError
+from flamingo_export.manifest import ShapeLimits
+from flamingo_export.precision import Precision, StorageType, default_precision
+from flamingo_reference.checkpoints.native import parameter_counts
+from flamingo_reference.config import PRESETS, ModelConfig
+
+ParityMode = Literal["auto", "skip"]
+"""auto: against PyTorch where it is installed, else the manifest says `not_run`. skip: the manifest says `not_run`."""
+
+
+class CheckpointFolder(msgspec.Struct, frozen=True, kw_only=True):
+    """Weights of a checkpoint folder in the native format."""
+
+    path: Path
+
+
+class RandomWeights(msgspec.Struct, frozen=True, kw_only=True):
+    """Weights drawn from seeded generators."""
+
+    config: ModelConfig
+    seed: int = 0
+
+
+class LiveModel(msgspec.Struct, frozen=True, kw_only=True):
+    """Weights of a `flamingo_reference.model.Flamingo` in memory; `tokenizer` is the `tokenizer.json` it was trained with, if any."""
+
+    model: Any
+    tokenizer: Path | None = None
+
+
+Source = CheckpointFolder | RandomWeights | LiveModel
+
+
+class BuildRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """One build.
+
+    storage: None takes fp32 below a billion parameters, bf16 above. limits: None takes those of `default_limits`.
+    overwrite: a bundle at `out` is replaced once the new one is complete. resume: go on with what an interrupted build of the same
+    request has finished.
+    """
+
+    source: Source
+    out: Path
+    storage: StorageType | None = None
+    limits: ShapeLimits | None = None
+    parity: ParityMode = "auto"
+    overwrite: bool = False
+    resume: bool = True
+
+
+def source_for_size(size: str, *, seed: int | None = None) -> Source:
+    """Where the weights of a preset come from: nano's trained checkpoint that is part of this package, random numbers for the others.
+
+    With a seed nano is random too. Raises BuildError for an unknown size.
+    """
+    name = size.lower()
+    if name not in PRESETS:
+        raise BuildError(f"{size!r} is no size; there are {', '.join(PRESETS)}")
+    if name == "nano" and seed is None:
+        folder = nano_checkpoint()
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(
+                f"nano's trained checkpoint is not in this installation ({folder}). Reinstall flamingo-export, train it "
+                "(python -m flamingo_reference.nano.train), or give --seed for random weights."
+            )
+        return CheckpointFolder(path=folder)
+    return RandomWeights(config=PRESETS[name], seed=seed or 0)
+
+
+def nano_checkpoint() -> Path:
+    """Folder of the trained checkpoint that is shipped with the package."""
+    import flamingo_reference
+
+    return Path(flamingo_reference.__file__).parent / "nano" / "checkpoint"
+
+
+def default_out(source: Source) -> Path:
+    """Where a bundle goes when nothing else is said: `flamingo-9b.bundle` for sizes and models, `NAME.bundle` for a folder NAME."""
+    if isinstance(source, CheckpointFolder) and source.path.resolve() != nano_checkpoint().resolve():
+        return Path(f"{source.path.resolve().name}.bundle")
+    config = PRESETS["nano"] if isinstance(source, CheckpointFolder) else _config(source)
+    return Path(f"flamingo-{config.name}.bundle")
+
+
+def _config(source: RandomWeights | LiveModel) -> ModelConfig:
+    return source.config if isinstance(source, RandomWeights) else source.model.config  # type: ignore[no-any-return]
+
+
+def resolve_precision(config: ModelConfig, storage: StorageType | None) -> Precision:
+    """The precision asked for, or the default for a model of this size."""
+    return Precision(storage=storage) if storage is not None else default_precision(sum(parameter_counts(config).values()))
+
+
+def default_limits(config: ModelConfig) -> ShapeLimits:
+    """Twice the positions that the model knows, 2048 at least: room for 32 shots, the beams' tokens and a chunk of scratch.
+
+    The cache grows as it is needed, so a high limit costs nothing until it is used.
+    """
+    return ShapeLimits(max_length=max(2048, 2 * config.language_model.max_positions))
