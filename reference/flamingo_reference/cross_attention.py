@@ -34,6 +34,12 @@ def phi_cross_attention(q_BSHD: Tensor, k_NHRD: Tensor, v_NHRD: Tensor, media_ro
     return attended
 
 
+def project_media(projection: nn.Module, latents_NRW: Tensor, heads: tuple[int, int]) -> Tensor:
+    """Keys or values of media [N, H, R, D]; heads is (H, D)."""
+    projected: Tensor = projection(latents_NRW)
+    return projected.unflatten(-1, heads).transpose(1, 2)
+
+
 class GatedCrossAttention(nn.Module):
     """hidden + tanh(gate) * attention to the current medium, then + tanh(gate) * feed-forward. Gates start at zero."""
 
@@ -56,9 +62,7 @@ class GatedCrossAttention(nn.Module):
     def media_kv(self, latents_NRW: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of media: latents [N, R, W of the resampler] -> two [N, H, R, D]."""
         heads = (self.num_heads, self.head_size)
-        k_NRHD = self.k_proj(latents_NRW).unflatten(-1, heads)
-        v_NRHD = self.v_proj(latents_NRW).unflatten(-1, heads)
-        return k_NRHD.transpose(1, 2), v_NRHD.transpose(1, 2)
+        return project_media(self.k_proj, latents_NRW, heads), project_media(self.v_proj, latents_NRW, heads)
 
     def forward(self, hidden_BSW: Tensor, k_NHRD: Tensor, v_NHRD: Tensor, media_rows_BM: Tensor, phi_BS: Tensor) -> Tensor:
         q_BSHD = self.q_proj(self.norm(hidden_BSW)).unflatten(-1, (self.num_heads, self.head_size))

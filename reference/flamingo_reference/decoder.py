@@ -61,11 +61,14 @@ class LanguageModelLayer(nn.Module):
         q, k, v = (proj(normed).unflatten(-1, heads).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
         return q, k, v
 
-    def position_scores(self, q_BHSD: Tensor, num_distances: int) -> Tensor:
-        """(q + position_bias) . projected distance, for distances 0 .. num_distances - 1: [B, H, S, X], not scaled."""
+    def distance_table(self, num_distances: int) -> Tensor:
+        """Projected distances 0 .. num_distances - 1, at most max_positions of them: [X, H, D]."""
         known = min(num_distances, self.config.max_positions)
-        table = self.relative_proj(sinusoids(known, self.config.width, self.relative_proj.weight))
-        table_XHD = table.unflatten(-1, (self.config.num_heads, self.config.head_size))
+        table_XI: Tensor = self.relative_proj(sinusoids(known, self.config.width, self.relative_proj.weight))
+        return table_XI.reshape(known, self.config.num_heads, self.config.head_size)
+
+    def position_scores(self, q_BHSD: Tensor, table_XHD: Tensor) -> Tensor:
+        """(q + position_bias) . projected distance: [B, H, S, X], not scaled."""
         return torch.einsum("bhsd,xhd->bhsx", q_BHSD + self.position_bias[:, None, :], table_XHD)
 
     def attend(self, q_BHSD: Tensor, k_BHCD: Tensor, v_BHCD: Tensor, position_BHSC: Tensor, mask_BqSC: Tensor) -> Tensor:
@@ -74,18 +77,20 @@ class LanguageModelLayer(nn.Module):
         scores = (content_BHSC + position_BHSC) * self.config.head_size**-0.5
         scores = scores.masked_fill(~mask_BqSC, float("-inf"))
         probs = scores.softmax(dim=-1).masked_fill(~mask_BqSC, 0.0)
-        return self.out_proj((probs @ v_BHCD).transpose(1, 2).flatten(2))
+        projected: Tensor = self.out_proj((probs @ v_BHCD).transpose(1, 2).flatten(2))
+        return projected
 
     def feed_forward(self, hidden_BSW: Tensor) -> Tensor:
         """hidden + ffw(hidden)."""
-        return hidden_BSW + self.ffw_down(F.gelu(self.ffw_up(self.ffw_norm(hidden_BSW))))
+        down: Tensor = self.ffw_down(F.gelu(self.ffw_up(self.ffw_norm(hidden_BSW))))
+        return hidden_BSW + down
 
     def forward(self, hidden_BSW: Tensor) -> Tensor:
         """Whole sequences from position 0, each position seeing itself and those before."""
         q, k, v = self.qkv(hidden_BSW)
         length = hidden_BSW.shape[1]
         causal = torch.ones(length, length, dtype=torch.bool, device=hidden_BSW.device).tril()[None, None]
-        position = shift_by_distance(self.position_scores(q, length), length)
+        position = shift_by_distance(self.position_scores(q, self.distance_table(length)), length)
         hidden_BSW = hidden_BSW + self.attend(q, k, v, position, causal)
         return self.feed_forward(hidden_BSW)
 
@@ -98,17 +103,23 @@ class LanguageModelLayer(nn.Module):
         write_index_B: Tensor,
         distance_BSC: Tensor,
         mask_B1SC: Tensor,
+        table_XHD: Tensor | None = None,
+        in_place: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """These positions against a cache [B, H, C, D] into which they are first written at write_index.
 
-        Returns hidden [B, S, W] and the updated cache (new tensors).
+        table_XHD: `distance_table` worked out before, where weights no longer change. in_place: the cache given is written to.
+        Returns hidden [B, S, W] and the updated cache.
         """
         q, k, v = self.qkv(hidden_BSW)
-        present_k, present_v = scatter_rows(past_k, k, write_index_B), scatter_rows(past_v, v, write_index_B)
-        distance_BSC = distance_BSC.clamp(0, self.config.max_positions - 1)
-        scores_BHSX = self.position_scores(q, int(distance_BSC.max()) + 1)
+        present_k = scatter_rows(past_k, k, write_index_B, in_place=in_place)
+        present_v = scatter_rows(past_v, v, write_index_B, in_place=in_place)
+        if table_XHD is None:
+            table_XHD = self.distance_table(max(0, int(distance_BSC.max())) + 1)
+        distance_BSC = distance_BSC.clamp(0, table_XHD.shape[0] - 1)
         index = distance_BSC[:, None].expand(-1, self.config.num_heads, -1, -1)
-        hidden_BSW = hidden_BSW + self.attend(q, present_k, present_v, scores_BHSX.gather(-1, index), mask_B1SC)
+        position_BHSC = self.position_scores(q, table_XHD).gather(-1, index)
+        hidden_BSW = hidden_BSW + self.attend(q, present_k, present_v, position_BHSC, mask_B1SC)
         return self.feed_forward(hidden_BSW), present_k, present_v
 
 
@@ -126,10 +137,11 @@ def shift_by_distance(scores_BHSX: Tensor, length: int) -> Tensor:
     return padded.reshape(batch, heads, length + 1, length)[:, :, 1:]
 
 
-def scatter_rows(cache_BHCD: Tensor, new_BHSD: Tensor, write_index_B: Tensor) -> Tensor:
-    """A copy of the cache with slots write_index .. write_index + S - 1 of each request replaced."""
+def scatter_rows(cache_BHCD: Tensor, new_BHSD: Tensor, write_index_B: Tensor, *, in_place: bool = False) -> Tensor:
+    """The cache, or a copy of it, with slots write_index .. write_index + S - 1 of each request replaced."""
     slots_BS = write_index_B[:, None] + torch.arange(new_BHSD.shape[2], device=cache_BHCD.device)
-    return cache_BHCD.scatter(2, slots_BS[:, None, :, None].expand_as(new_BHSD), new_BHSD)
+    index = slots_BS[:, None, :, None].expand_as(new_BHSD)
+    return cache_BHCD.scatter_(2, index, new_BHSD) if in_place else cache_BHCD.scatter(2, index, new_BHSD)
 
 
 class LanguageModel(nn.Module):
