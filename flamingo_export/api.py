@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from flamingo_export.manifest import ShapeLimits
     from flamingo_export.pipeline import BuildResult
     from flamingo_export.precision import StorageType
+    from flamingo_export.runtime.model import Model
     from flamingo_reference.model import Flamingo
 
 
@@ -49,6 +50,24 @@ def build(
         resume=resume,
     )
     return pipeline.build(request, progress=progress)
+
+
+def load(bundle: Path | str, *, backend: str = "auto", device: str = "cpu", threads: int = 0) -> Model:
+    """Opens a bundle to generate text with: `load("nano.bundle").generate("<image>Output:", images=["a.png"])`.
+
+    backend: a name of `backends.registry.BACKEND_NAMES`, or `auto` for the best that can run here. device: `cpu` or `cuda`.
+    threads: 0 takes the physical cores. PyTorch is not needed.
+
+    Raises BundleError (incomplete, damaged, of a newer schema), BackendError (unknown or not installed, device missing).
+    """
+    from flamingo_export.artifacts import open_bundle
+    from flamingo_export.backends.base import SessionOptions
+    from flamingo_export.backends.registry import get_backend
+    from flamingo_export.runtime.model import Model
+
+    path = Path(bundle)
+    manifest = open_bundle(path)
+    return Model(path, manifest, get_backend(backend), SessionOptions(threads=threads, device=device))
 
 
 def _source(model: Path | str | Flamingo | Source, tokenizer: Path | None) -> Source:

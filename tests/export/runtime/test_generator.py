@@ -1,0 +1,291 @@
+"""The generation loop against an oracle without cache, bank or batches."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from flamingo_export.errors import CapacityError, InputError
+from flamingo_export.runtime.model import Model
+from flamingo_export.runtime.options import GenerateOptions
+from flamingo_export.runtime.request import Request
+from flamingo_export.runtime.videos import Video
+from flamingo_reference.config import ModelConfig
+
+from .conftest import EOC, IMAGE, LoadTiny, Oracle, frames_of, pictures, random_prompt, random_request
+
+# fp32 against float64 over three layers of width 32; logits are of order 10.
+TOLERANCE = 2e-4
+
+CASES = {
+    "text before the first image": lambda c: Request(prompt=[1, 10, 11, IMAGE, 12, 13], media=pictures(1, 1)),
+    "no image": lambda c: random_request(c, 2, 12, 0),
+    "adjacent images": lambda c: Request(prompt=[1, IMAGE, IMAGE, IMAGE, 12, 13], media=pictures(3, 3)),
+    "image last": lambda c: Request(prompt=[1, IMAGE, 12, 13, IMAGE], media=pictures(4, 2)),
+    "image first": lambda c: Request(prompt=[IMAGE, 12], media=pictures(5, 1)),
+    "one token": lambda c: Request(prompt=[1]),
+    "a chunk exactly": lambda c: random_request(c, 6, 16, 2),
+    "a chunk and one": lambda c: random_request(c, 7, 17, 2),
+    "several chunks": lambda c: random_request(c, 8, 45, 6),
+}
+
+
+def check_texts(found, expected: list[tuple[list[int], float]]) -> None:  # type: ignore[no-untyped-def]
+    """Same tokens, same scores; where two scores tie within rounding, either order."""
+    texts = [found, *found.alternatives]
+    assert len(texts) == len(expected)
+    np.testing.assert_allclose([text.score for text in texts], [score for _, score in expected], atol=10 * TOLERANCE)
+    for text, (tokens, score) in zip(texts, expected, strict=True):
+        ties = [other for other, theirs in expected if math.isclose(theirs, score, abs_tol=10 * TOLERANCE)]
+        assert list(text.token_ids) in ties or list(text.token_ids) == tokens
+        assert sum(text.token_logprobs) == pytest.approx(text.score, abs=1e-9)
+        assert text.finished == (text.token_ids[-1] == EOC)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_greedy_and_beams_are_those_of_the_oracle(load_tiny: LoadTiny, tiny_config: ModelConfig, oracle: Oracle, name: str) -> None:
+    request = CASES[name](tiny_config)
+    model = load_tiny()
+    media = frames_of(request)
+    greedy = model.generate(request, beams=1, max_new_tokens=5)
+    assert list(greedy.token_ids) == oracle.greedy(request.prompt, media, 5)
+    full = oracle.logprobs([*request.prompt, *greedy.token_ids], media)[len(request.prompt) - 1 : -1]
+    np.testing.assert_allclose(greedy.token_logprobs, full[np.arange(len(full)), list(greedy.token_ids)], atol=TOLERANCE)
+    found = model.generate(request, beams=3, num_return=3, max_new_tokens=4)
+    check_texts(found, oracle.beams(request.prompt, media, 3, 4))
+
+
+def test_32_images_and_one_shown_many_times(load_tiny: LoadTiny, oracle: Oracle) -> None:
+    images = pictures(0, 32)
+    request = Request(prompt=[1, *[token for index in range(32) for token in (IMAGE, 4 + index)]], media=images)
+    model = load_tiny(bank_rows=32, max_length=160)
+    found = model.generate(request, beams=1, max_new_tokens=4)
+    assert list(found.token_ids) == oracle.greedy(request.prompt, frames_of(request), 4)
+    again = Request(prompt=request.prompt, media=[images[index % 3] for index in range(32)])
+    found = model.generate(again, beams=1, max_new_tokens=4)
+    assert (found.timings.media_encoded, found.timings.media_reused) == (0, 3)
+    assert list(found.token_ids) == oracle.greedy(again.prompt, frames_of(again), 4)
+
+
+def test_a_b_a_takes_two_rows(load_tiny: LoadTiny, oracle: Oracle) -> None:
+    a, b = pictures(9, 2)
+    request = Request(prompt=[1, IMAGE, 10, IMAGE, 11, IMAGE, 12], media=[a, b, a.copy()])
+    model = load_tiny()
+    found = model.generate(request, beams=1, max_new_tokens=4)
+    assert len(model.generator.bank.resident) == 2
+    assert found.timings.media_encoded == 2
+    assert list(found.token_ids) == oracle.greedy(request.prompt, [[a], [b], [a]], 4)
+
+
+@pytest.mark.parametrize("num_frames", [1, 3, 8, 12])
+def test_videos(load_tiny: LoadTiny, oracle: Oracle, num_frames: int) -> None:
+    frames = pictures(num_frames, num_frames)
+    prompt = [1, IMAGE, 10, IMAGE, 11]
+    still = pictures(77, 1)[0]
+    found = load_tiny().generate(
+        Request(prompt=prompt, media=[Video(source=frames, num_frames=num_frames), still]), beams=1, max_new_tokens=3
+    )
+    assert list(found.token_ids) == oracle.greedy(prompt, [frames, [still]], 3)
+
+
+def spied_logits(model: Model) -> list[np.ndarray]:
+    """Collects the logits of every step from now on."""
+    seen: list[np.ndarray] = []
+    run = model.engines.decoder.run
+
+    def spy(feeds):  # type: ignore[no-untyped-def]
+        result = run(feeds)
+        seen.append(result["logits"].copy())
+        return result
+
+    model.generator.decoder.run = spy  # type: ignore[method-assign]
+    return seen
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_result_does_not_depend_on_its_batch(load_tiny: LoadTiny, tiny_config: ModelConfig, beams: int) -> None:
+    """A row that nearly fills the cache beside short ones, with and without media, some ending early."""
+    shared = pictures(50, 2)
+    requests = [
+        random_request(tiny_config, 20, 9, 1),
+        random_request(tiny_config, 21, 70, 5),
+        Request(prompt=random_prompt(tiny_config, 22, 30, 2), media=shared),
+        random_request(tiny_config, 23, 3, 0),
+        Request(prompt=random_prompt(tiny_config, 24, 17, 2), media=shared[::-1]),
+    ]
+    alone = [load_tiny().generate(request, beams=beams, max_new_tokens=6, num_return=beams) for request in requests]
+    model = load_tiny(bank_rows=16)
+    for batch_size in (5, 2):
+        together = model.generate(requests, beams=beams, max_new_tokens=6, num_return=beams, batch_size=batch_size)
+        for one, other in zip(alone, together, strict=True):
+            assert one.token_ids == other.token_ids
+            np.testing.assert_allclose(one.token_logprobs, other.token_logprobs, atol=TOLERANCE)
+            assert [text.token_ids for text in one.alternatives] == [text.token_ids for text in other.alternatives]
+
+
+def test_requests_that_end_early_leave_the_batch(load_tiny: LoadTiny, tiny_config: ModelConfig) -> None:
+    """Rows that are finished neither disturb the others nor are computed once they stand behind the last active one."""
+    model = load_tiny()
+    requests = [random_request(tiny_config, 30 + index, 6 + index, 1) for index in range(3)]
+    expected = [load_tiny().generate(request, beams=1, max_new_tokens=8).token_ids for request in requests]
+    for order in ([8, 1, 3], [1, 2, 8], [2, 8, 1]):
+        model = load_tiny()
+        seen = spied_logits(model)
+        prepared, _ = model._prepare(requests, GenerateOptions(beams=1), _timings())
+        searches = [GenerateOptions(beams=1).search(tiny_config, limit) for limit in order]
+        for _ in model.generator.run(prepared, searches, _timings()):
+            pass
+        for tokens, search, limit in zip(expected, searches, order, strict=True):
+            assert search.results()[0].token_ids == tokens[:limit]
+        assert seen[-1].shape[0] == order.index(8) + 1
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 16, 64])
+def test_a_result_does_not_depend_on_the_chunk(load_tiny: LoadTiny, tiny_config: ModelConfig, oracle: Oracle, chunk: int) -> None:
+    request = random_request(tiny_config, 40, 29, 4)
+    model = load_tiny(chunk=chunk, max_length=128)
+    found = model.generate(request, beams=3, num_return=3, max_new_tokens=4)
+    check_texts(found, oracle.beams(request.prompt, frames_of(request), 3, 4))
+
+
+def test_a_second_question_reuses_media_and_prompt(load_tiny: LoadTiny, tiny_config: ModelConfig, oracle: Oracle) -> None:
+    model = load_tiny()
+    images = pictures(60, 3)
+    shared = [1, IMAGE, 10, 11, IMAGE, 12, 13, IMAGE]
+    first, second = (Request(prompt=[*shared, *question], media=images) for question in ([20, 21, 22], [30, 31]))
+    model.generate(first, beams=3, max_new_tokens=6)
+    found = model.generate(second, beams=3, max_new_tokens=4, num_return=3)
+    assert (found.timings.media_encoded, found.timings.media_reused) == (0, 3)
+    assert (found.timings.prompt_tokens, found.timings.reused_tokens) == (10, 8)
+    check_texts(found, oracle.beams(second.prompt, frames_of(second), 3, 4))
+    same = model.generate(second, beams=1, max_new_tokens=4)
+    assert same.timings.reused_tokens == 9  # the last position's logits are always computed
+    assert list(same.token_ids) == oracle.greedy(second.prompt, frames_of(second), 4)
+
+
+def test_other_images_under_the_same_tokens_are_not_reused(load_tiny: LoadTiny, oracle: Oracle) -> None:
+    model = load_tiny()
+    a, b, c = pictures(61, 3)
+    prompt = [1, IMAGE, 10, IMAGE, 11, 12]
+    model.generate(Request(prompt=prompt, media=[a, b]), beams=1, max_new_tokens=3)
+    other = Request(prompt=prompt, media=[a, c])
+    found = model.generate(other, beams=1, max_new_tokens=3)
+    assert found.timings.reused_tokens == 3  # up to the second image
+    assert list(found.token_ids) == oracle.greedy(prompt, [[a], [c]], 3)
+
+
+def test_reuse_goes_to_the_row_that_holds_the_prompt(load_tiny: LoadTiny, tiny_config: ModelConfig, oracle: Oracle) -> None:
+    model = load_tiny()
+    requests = [random_request(tiny_config, 70 + index, 8 + index, 1) for index in range(3)]
+    model.generate(requests, beams=2, max_new_tokens=3)
+    found = model.generate(requests[::-1], beams=2, max_new_tokens=3)
+    assert found[0].timings.reused_tokens == sum(len(request.prompt) - 1 for request in requests)
+    for request, generation in zip(requests[::-1], found, strict=True):
+        check_texts(generation, oracle.beams(request.prompt, frames_of(request), 2, 3)[:1])
+
+
+def test_the_cache_grows_while_decoding(load_tiny: LoadTiny, tiny_config: ModelConfig, oracle: Oracle, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr("flamingo_export.runtime.cache.BUCKET", 4)
+    model = load_tiny()
+    request = random_request(tiny_config, 80, 10, 2)
+    found = model.generate(request, beams=3, max_new_tokens=5, num_return=3)
+    assert model.generator.cache.capacity >= 10 + 3 * (max(len(found.token_ids), 2) - 1)
+    check_texts(found, oracle.beams(request.prompt, frames_of(request), 3, 5))
+
+
+def test_exactly_full_and_one_more(load_tiny: LoadTiny, tiny_config: ModelConfig, oracle: Oracle) -> None:
+    model = load_tiny()  # 96 slots, chunks of 16
+    request = random_request(tiny_config, 81, 96 - 3 * 6, 2)
+    found = model.generate(request, beams=3, max_new_tokens=6, num_return=3)
+    check_texts(found, oracle.beams(request.prompt, frames_of(request), 3, 6))
+    held = dict(model.generator.bank.resident)
+    with pytest.raises(CapacityError, match=r"prompt of 78 tokens .* needs 99 cache slots, the bundle allows 96. Generate at most 6"):
+        model.generate(Request(prompt=request.prompt, media=pictures(99, 2)), beams=3, max_new_tokens=7)
+    assert dict(model.generator.bank.resident) == held  # nothing was encoded
+    shorter = random_request(tiny_config, 82, 80, 0)
+    assert model.generate(shorter, beams=3).timings.prompt_tokens == 80  # as many tokens as fit
+    with pytest.raises(CapacityError, match="Use fewer shots"):
+        model.generate(random_request(tiny_config, 83, 81, 0), beams=3)
+
+
+def test_one_request_of_a_list_that_does_not_fit_stops_all_before_work(load_tiny: LoadTiny, tiny_config: ModelConfig) -> None:
+    model = load_tiny()
+    with pytest.raises(CapacityError):
+        model.generate([random_request(tiny_config, 84, 9, 1), random_request(tiny_config, 85, 95, 0)], beams=3)
+    assert not model.generator.bank.resident
+
+
+def test_a_list_with_more_media_than_the_bank_is_run_in_parts(load_tiny: LoadTiny, tiny_config: ModelConfig) -> None:
+    model = load_tiny(bank_rows=3)
+    requests = [random_request(tiny_config, 90 + index, 10, 2) for index in range(4)]
+    together = model.generate(requests, beams=1, max_new_tokens=3)
+    alone = [load_tiny().generate(request, beams=1, max_new_tokens=3) for request in requests]
+    assert [found.token_ids for found in together] == [found.token_ids for found in alone]
+    with pytest.raises(CapacityError, match="4 different images and videos are needed at once, the bank holds 3"):
+        model.generate(random_request(tiny_config, 95, 10, 4))
+
+
+def test_sampling_repeats_with_its_seed_whatever_the_batch(load_tiny: LoadTiny, tiny_config: ModelConfig) -> None:
+    model = load_tiny()
+    request, other = random_request(tiny_config, 100, 9, 1), random_request(tiny_config, 101, 20, 1)
+    settings = {"temperature": 1.5, "top_k": 20, "top_p": 0.95, "seed": 3, "num_return": 3, "max_new_tokens": 6}
+    one = model.generate(request, **settings)  # type: ignore[arg-type]
+    beside = model.generate([other, request], **settings)[1]  # type: ignore[arg-type]
+    assert [t.token_ids for t in (one, *one.alternatives)] == [t.token_ids for t in (beside, *beside.alternatives)]
+    assert len({t.token_ids for t in (one, *one.alternatives)}) == 3
+    assert one.token_ids != model.generate(request, **{**settings, "seed": 4}).token_ids  # type: ignore[arg-type]
+
+
+def test_an_interrupted_generation_leaves_the_model_usable(load_tiny: LoadTiny, tiny_config: ModelConfig, oracle: Oracle) -> None:
+    model = load_tiny()
+    request = random_request(tiny_config, 110, 40, 2)
+    run, calls = model.engines.decoder.run, 0
+
+    def interrupted(feeds):  # type: ignore[no-untyped-def]
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return run(feeds)
+
+    model.engines.decoder.run = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(request, beams=2)
+    found = model.generate(request, beams=1, max_new_tokens=3)
+    assert found.timings.reused_tokens == 16  # the chunk that was finished
+    assert list(found.token_ids) == oracle.greedy(request.prompt, frames_of(request), 3)
+
+
+def test_phi_beyond_the_media_is_refused_before_the_graph_runs(load_tiny: LoadTiny, tiny_config: ModelConfig) -> None:
+    model = load_tiny()
+    (prepared,), _ = model._prepare([random_request(tiny_config, 111, 8, 1)], GenerateOptions(), _timings())
+    prepared.phi[-1] = 2
+    with pytest.raises(InputError, match="phi goes from 0 to 2, but the request has 1 media"):
+        list(model.generator.run([prepared], [GenerateOptions().search(tiny_config, 4)], _timings()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"beams": 0}, "beams is 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"num_return": 4}, "num_return is 4, but there are 3 beams"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"beams": 3, "temperature": 0.7}, "3 beams and sampling"),
+        ({"beams": 40}, "40 beams need a vocabulary of at least 80"),
+        ({"length_penalty": math.nan}, "length_penalty is not a number"),
+    ],
+)
+def test_settings_that_cannot_be(load_tiny: LoadTiny, settings: dict, message: str) -> None:  # type: ignore[type-arg]
+    with pytest.raises(InputError, match=message):
+        load_tiny().generate([1, 10], **settings)
+
+
+def _timings():  # type: ignore[no-untyped-def]
+    from flamingo_export.runtime.generator import Timings
+
+    return Timings()
