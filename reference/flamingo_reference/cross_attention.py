@@ -37,7 +37,7 @@ def phi_cross_attention(q_BSHD: Tensor, k_NHRD: Tensor, v_NHRD: Tensor, media_ro
 def project_media(projection: nn.Module, latents_NRW: Tensor, heads: tuple[int, int]) -> Tensor:
     """Keys or values of media [N, H, R, D]; heads is (H, D)."""
     projected: Tensor = projection(latents_NRW)
-    return projected.unflatten(-1, heads).transpose(1, 2)
+    return projected.reshape(*latents_NRW.shape[:2], *heads).transpose(1, 2)
 
 
 class GatedCrossAttention(nn.Module):
@@ -68,4 +68,5 @@ class GatedCrossAttention(nn.Module):
         q_BSHD = self.q_proj(self.norm(hidden_BSW)).unflatten(-1, (self.num_heads, self.head_size))
         attended = phi_cross_attention(q_BSHD, k_NHRD, v_NHRD, media_rows_BM, phi_BS)
         hidden_BSW = hidden_BSW + torch.tanh(self.attention_gate) * self.out_proj(attended.flatten(2))
-        return hidden_BSW + torch.tanh(self.ffw_gate) * self.ffw_down(squared_relu(self.ffw_up(self.ffw_norm(hidden_BSW))))
+        down: Tensor = self.ffw_down(squared_relu(self.ffw_up(self.ffw_norm(hidden_BSW))))
+        return hidden_BSW + torch.tanh(self.ffw_gate) * down

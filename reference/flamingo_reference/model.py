@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import ml_dtypes
 import torch
 from torch import Tensor, nn
 
@@ -41,11 +42,16 @@ class Flamingo(nn.Module):
         num_frames = pixels_NT3II.shape[1]
         features = self.vision_encoder(pixels_NT3II.flatten(0, 1)).unflatten(0, (-1, num_frames))
         weights = time_weights(num_frames, self.config.resampler.num_time_embeddings)
-        return self.resampler(features, torch.from_numpy(weights).to(features))
+        latents: Tensor = self.resampler(features, torch.from_numpy(weights).to(features))
+        return latents
 
     def media_kv(self, latents_NRW: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of media for every gated layer."""
-        return [block.media_kv(latents_NRW) for block in self.cross_attention]
+        return [block.media_kv(latents_NRW) for block in self.gated_blocks()]
+
+    def gated_blocks(self) -> list[GatedCrossAttention]:
+        """The blocks before the LM layers `config.gated_layers`, in order."""
+        return [block for block in self.cross_attention if isinstance(block, GatedCrossAttention)]
 
     def forward(self, token_ids_BS: Tensor, media_kv: MediaKV, media_rows_BM: Tensor, phi_BS: Tensor) -> Tensor:
         """Logits [B, S, V] of whole sequences from position 0.
@@ -73,8 +79,16 @@ class Flamingo(nn.Module):
 
     def save(self, path: Path | str, *, tokenizer: Path | None = None) -> None:
         """Writes a checkpoint folder in our own format."""
-        tensors = ((name, tensor.detach().cpu().contiguous().numpy()) for name, tensor in self.state_dict().items())
+        tensors = ((name, numpy_from_torch(tensor)) for name, tensor in self.state_dict().items())
         native.save_native(Path(path), self.config, tensors, tokenizer=tokenizer)
+
+
+def numpy_from_torch(tensor: Tensor) -> native.AnyArray:
+    """An array of the same numbers, sharing memory where the tensor lies on the host; bfloat16 is that of ml_dtypes."""
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
 
 
 def torch_from_numpy(array: native.AnyArray) -> Tensor:

@@ -36,7 +36,7 @@ class ResamplerLayer(nn.Module):
         self.ffw_down = nn.Linear(config.ffw_width, config.width, bias=False)
 
     def _heads(self, x_NLI: Tensor) -> Tensor:
-        return x_NLI.unflatten(-1, (self.num_heads, self.head_size)).transpose(1, 2)
+        return x_NLI.reshape(*x_NLI.shape[:2], self.num_heads, self.head_size).transpose(1, 2)
 
     def forward(self, latents_NRW: Tensor, media_NTPxW: Tensor) -> Tensor:
         latents = self.latent_norm(latents_NRW)
@@ -46,7 +46,8 @@ class ResamplerLayer(nn.Module):
         v_NHLD = self._heads(self.v_proj(keys_NLW))
         attended = F.scaled_dot_product_attention(q_NHRD, k_NHLD, v_NHLD)
         latents_NRW = latents_NRW + self.out_proj(attended.transpose(1, 2).flatten(2))
-        return latents_NRW + self.ffw_down(squared_relu(self.ffw_up(self.ffw_norm(latents_NRW))))
+        down: Tensor = self.ffw_down(squared_relu(self.ffw_up(self.ffw_norm(latents_NRW))))
+        return latents_NRW + down
 
 
 class PerceiverResampler(nn.Module):
@@ -67,4 +68,5 @@ class PerceiverResampler(nn.Module):
         latents = self.latents.expand(media.shape[0], -1, -1)
         for layer in self.layers:
             latents = layer(latents, media)
-        return self.norm(latents)
+        normed: Tensor = self.norm(latents)
+        return normed

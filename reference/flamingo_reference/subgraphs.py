@@ -205,7 +205,7 @@ def subgraphs_of(model: Flamingo) -> dict[str, Subgraph]:
     return {
         "vision_encoder": VisionEncoder(model.vision_encoder),
         "resampler": Resampler(model.resampler),
-        "media_kv": MediaKV(model.config, ((block.k_proj, block.v_proj) for block in _gated_blocks(model))),
+        "media_kv": MediaKV(model.config, ((block.k_proj, block.v_proj) for block in model.gated_blocks())),
         "decoder": decoder_of(model),
     }
 
@@ -214,7 +214,7 @@ def decoder_of(model: Flamingo, layers: range | None = None, *, in_place: bool =
     """The decoder of a model, or a part of it, sharing its modules."""
     config = model.config
     layers = range(config.language_model.num_layers) if layers is None else layers
-    blocks = _gated_blocks(model)
+    blocks = model.gated_blocks()
     modules = [model.language_model.layers[j] for j in layers]
     return Decoder(
         config,
@@ -273,7 +273,3 @@ def load_subgraph(
         state[tensor_name] = tensor if dtype is None else tensor.to(dtype)
     module.load_state_dict(state, strict=True, assign=True)
     return module.requires_grad_(False)
-
-
-def _gated_blocks(model: Flamingo) -> list[GatedCrossAttention]:
-    return [block for block in model.cross_attention if isinstance(block, GatedCrossAttention)]

@@ -47,7 +47,8 @@ class StandardisedConv(nn.Module):
         """The kernels the convolution applies [out, in / groups, k, k]."""
         fan_in = self.weight[0].numel()
         variance, mean = torch.var_mean(self.weight, dim=(1, 2, 3), keepdim=True, correction=0)
-        return (self.weight - mean) * (self.gain * fan_in**-0.5 * torch.rsqrt(variance + STANDARDISATION_EPS))
+        scale: Tensor = self.gain * fan_in**-0.5 * torch.rsqrt(variance + STANDARDISATION_EPS)
+        return (self.weight - mean) * scale
 
     def forward(self, x_FCYX: Tensor) -> Tensor:
         padded = pad_same(x_FCYX, self.kernel, self.stride)
@@ -96,7 +97,8 @@ class NFBlock(nn.Module):
         branch = self.conv2b(scaled_gelu(branch))
         branch = self.conv3(scaled_gelu(branch))
         branch = SQUEEZE_EXCITE_GAIN * self.squeeze_excite(branch)
-        return branch * self.skip_gain * self.alpha + shortcut
+        summed: Tensor = branch * self.skip_gain * self.alpha + shortcut
+        return summed
 
 
 class NFNet(nn.Module):
