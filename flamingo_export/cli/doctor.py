@@ -1,0 +1,170 @@
+"""`flamingo-export doctor`: what this machine can run, and what to install for the rest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+import typer
+
+if TYPE_CHECKING:
+    from flamingo_export.cli.machine import Finding, Gpu, Hardware
+
+_RUNTIME_OVERHEAD = 1.1
+"""Memory of a running model over its weights in the compute type: cache, bank and activations (an allowance, not measured)."""
+
+
+class SizeFit(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether a size can be built (disk) and run (memory, weights widened to fp32) here; sizes in bytes."""
+
+    size: str
+    bundle_bytes: int
+    run_bytes: int
+    disk_suffices: bool
+    memory_suffices: bool
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """All that `doctor` found."""
+
+    hardware: Hardware
+    gpus: list[Gpu]
+    software: list[Finding]
+    tasks: list[Finding]
+    sizes: list[SizeFit]
+
+
+def doctor(
+    folder: Annotated[
+        Path, typer.Option("--folder", help="Where bundles will be written: its disk is the one looked at.")
+    ] = Path("."),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what this machine can run (processor, memory, disk, ONNX Runtime, PyTorch, CUDA, TensorRT) and what to install for the rest."""
+    from flamingo_export.cli.output import print_json
+
+    if not folder.is_dir():
+        raise typer.BadParameter(f"{folder} is no folder", param_hint="--folder")
+    report = examine(folder)
+    if as_json:
+        print_json(report)
+    else:
+        _print(report)
+
+
+def examine(folder: Path) -> Report:
+    """Looks at the machine, with the disk that `folder` is on."""
+    from flamingo_export.cli import machine
+
+    found = machine.hardware(folder)
+    driver, gpus = machine.cuda()
+    runtime, torch = machine.onnxruntime(), machine.torch()
+    extras = [_optional(*pair) for pair in (("matplotlib", "plots in parity reports"), ("scikit-learn", "training nano"))]
+    software = [runtime, torch, *extras, driver, *machine.tensorrt()]
+    return Report(hardware=found, gpus=gpus, software=software, tasks=_tasks(runtime, torch, gpus), sizes=_sizes(found))
+
+
+def _optional(name: str, purpose: str) -> Finding:
+    from flamingo_export.cli import machine
+
+    installed = machine.package(name)
+    return machine.Finding(
+        name=name,
+        found=installed is not None,
+        detail=f"{installed or 'not installed'} ({purpose})",
+        remedy=None if installed else f"pip install {name}",
+    )
+
+
+def _tasks(runtime: Finding, torch: Finding, gpus: list[Gpu]) -> list[Finding]:
+    from flamingo_export.cli.machine import Finding
+
+    works, needs_torch = "works here", "needs PyTorch"
+    cuda_provider = runtime.found and "CUDA" in runtime.detail
+    on_gpu = gpus and cuda_provider
+    return [
+        Finding(
+            name="build, generate, score, bench on the CPU",
+            found=runtime.found,
+            detail=works if runtime.found else "needs ONNX Runtime",
+            remedy=runtime.remedy,
+        ),
+        Finding(
+            name="parity against golden values", found=runtime.found, detail=works if runtime.found else "needs ONNX Runtime"
+        ),
+        Finding(
+            name="parity against the PyTorch reference",
+            found=torch.found,
+            detail=works if torch.found else needs_torch,
+            remedy=torch.remedy,
+        ),
+        Finding(
+            name="build from a live PyTorch model",
+            found=torch.found,
+            detail=works if torch.found else needs_torch,
+            remedy=torch.remedy,
+        ),
+        Finding(
+            name="generate on a GPU through ONNX Runtime",
+            found=bool(on_gpu),
+            detail="CUDA provider and GPU are there (not tested by this project so far)"
+            if on_gpu
+            else ("no GPU found" if not gpus else "this ONNX Runtime has no CUDA provider"),
+            remedy="pip install onnxruntime-gpu in place of onnxruntime" if gpus and not cuda_provider else None,
+        ),
+        Finding(name="TensorRT engines", found=False, detail="not in this version, whatever is installed"),
+    ]
+
+
+def _sizes(found: Hardware) -> list[SizeFit]:
+    from flamingo_export.precision import BYTES_PER_WEIGHT, default_precision
+    from flamingo_reference.checkpoints.native import parameter_counts
+    from flamingo_reference.config import PRESETS
+
+    fits = []
+    for name, config in PRESETS.items():
+        count = sum(parameter_counts(config).values())
+        stored = count * BYTES_PER_WEIGHT[default_precision(count).storage]
+        running = int(count * BYTES_PER_WEIGHT["fp32"] * _RUNTIME_OVERHEAD)
+        fits.append(
+            SizeFit(
+                size=name,
+                bundle_bytes=stored,
+                run_bytes=running,
+                disk_suffices=stored < found.disk_free,
+                memory_suffices=running < found.memory_available,
+            )
+        )
+    return fits
+
+
+def _print(report: Report) -> None:
+    from rich.markup import escape
+
+    from flamingo_export.cli.output import human_bytes, results, table
+
+    console, found = results(), report.hardware
+    extensions = ", ".join(found.vector_extensions) or "vector extensions unknown"
+    console.print(
+        f"[bold]{escape(found.processor)}[/bold], {found.cores} cores ({extensions})\n"
+        f"{human_bytes(found.memory)} memory, {human_bytes(found.memory_available)} of it available; "
+        f"{human_bytes(found.disk_free)} free at {escape(found.disk_folder)}\n"
+        f"{found.system}, Python {found.python}"
+    )
+    for gpu in report.gpus:
+        console.print(f"{gpu.name}, {human_bytes(gpu.memory)}, compute capability {gpu.compute_capability}")
+    for title, findings in (("Software", report.software), ("What runs here", report.tasks)):
+        rows = [("yes" if each.found else "no", each.name, each.detail, each.remedy or "") for each in findings]
+        console.print(table(("", title, "found", "to get it"), rows))
+    sizes = [
+        (
+            fit.size,
+            human_bytes(fit.bundle_bytes),
+            "fits" if fit.disk_suffices else "too little disk",
+            human_bytes(fit.run_bytes),
+            "fits" if fit.memory_suffices else "too little memory",
+        )
+        for fit in report.sizes
+    ]
+    console.print(table(("size", "bundle", "on this disk", "to run, about", "in this memory"), sizes, right=(1, 3)))

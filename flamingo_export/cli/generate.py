@@ -1,0 +1,145 @@
+"""`flamingo-export generate`: text about images and videos."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flamingo_export.cli.options import AsJson, BackendName, Device, Frames, Images, Shots, TextOnly, Threads, Videos
+
+if TYPE_CHECKING:
+    from flamingo_export.runtime.model import Generation, Model
+    from flamingo_export.runtime.options import Settings
+    from flamingo_export.runtime.request import Request
+
+
+def generate(
+    ctx: typer.Context,
+    bundle: Annotated[Path, typer.Argument(help="A bundle.", show_default=False)],
+    images: Images = None,
+    videos: Videos = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option("--prompt", "-p", help="The whole prompt, with an <image> for each medium.", show_default=False),
+    ] = None,
+    question: Annotated[
+        str | None,
+        typer.Option("--question", "-q", help="Ask this about the image. Without it: a caption.", show_default=False),
+    ] = None,
+    shots: Shots = None,
+    text_only: TextOnly = False,
+    frames: Frames = None,
+    beams: Annotated[
+        int | None, typer.Option("--beams", min=1, help="Beams; 1 is greedy. Default 3.", show_default=False)
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option("--max-new-tokens", min=1, help="Tokens at most. Default 64, or what fits.", show_default=False),
+    ] = None,
+    length_penalty: Annotated[
+        float, typer.Option("--length-penalty", help="Order beams by sum(log p) / length ** this.")
+    ] = 0.0,
+    n_best: Annotated[int, typer.Option("--n-best", min=1, help="Texts to print: best beams, or samples.")] = 1,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", min=0.0, help="Sample, at this temperature.", show_default=False)
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", min=1, help="Sample from the k likeliest tokens.", show_default=False)
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option("--top-p", min=0.0, max=1.0, help="Sample from the likeliest tokens of this mass.", show_default=False),
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed of sampling.", show_default=False)] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Print text as soon as it is certain.")] = False,
+    backend: BackendName = "auto",
+    device: Device = "cpu",
+    threads: Threads = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Describe an image or video, or answer a question about it, after a few examples if there are any.
+
+    \b
+    flamingo-export generate nano.bundle --image a.png --beams 3 --stream
+    flamingo-export generate nano.bundle --shots shots.jsonl --image q.png --question "What colour is the square?"
+    """
+    from flamingo_export.cli.options import formatted, media_as_typed, opened
+
+    samples = temperature not in (None, 0.0) or top_k is not None or top_p is not None
+    if samples and beams is not None and beams > 1:
+        raise typer.BadParameter(
+            "beams and sampling (--temperature, --top-k, --top-p) exclude each other", param_hint="--beams"
+        )
+    if stream and as_json:
+        raise typer.BadParameter(
+            "--stream prints text as it comes, --json the whole at the end: choose one", param_hint="--stream"
+        )
+    media = media_as_typed(ctx, images, videos, frames)
+    request = formatted(media=media, prompt=prompt, question=question, shots=shots, text_only=text_only)
+    settings: Settings = {
+        "beams": beams if beams is not None or samples else max(3, n_best),
+        "max_new_tokens": max_new_tokens,
+        "length_penalty": length_penalty,
+        "num_return": n_best,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": seed,
+    }
+    with opened(bundle, backend, device, threads) as model:
+        result = _streamed(model, request, settings) if stream else model.generate(request, **settings)
+        _print(result, request, streamed=stream, as_json=as_json)
+
+
+def _streamed(model: Model, request: Request, settings: Settings) -> Generation:
+    """Prints the best text as it becomes certain and returns the whole."""
+    stream = model.stream(request, **settings)
+    for piece in stream:
+        print(piece, end="", flush=True)
+    print()
+    if stream.result is None:
+        raise RuntimeError("the stream ended without a result")
+    return stream.result
+
+
+def _print(result: Generation, request: Request, *, streamed: bool, as_json: bool) -> None:
+    from flamingo_export.cli.output import print_json, remarks
+
+    texts = [result, *result.alternatives]
+    timings = result.timings
+    if as_json:
+        print_json(
+            {
+                "prompt": request.prompt,
+                "texts": [
+                    {
+                        "text": text.text,
+                        "token_ids": text.token_ids,
+                        "token_logprobs": text.token_logprobs,
+                        "score": text.score,
+                        "finished": text.finished,
+                    }
+                    for text in texts
+                ],
+                "timings": timings,
+            }
+        )
+        return
+    if len(texts) == 1:
+        if not streamed:
+            print(result.text)
+    else:
+        for text in texts:
+            print(f"{text.score:9.3f}  {text.text}")
+    if not result.finished:
+        remarks().print(
+            f"(stopped after {len(result.token_ids)} tokens, before <EOC>: --max-new-tokens allows more)", style="dim"
+        )
+    if remarks().is_terminal:
+        steps = timings.steps
+        pace = f", {1000 * sum(steps) / len(steps):.1f} ms a step" if steps else ""
+        remarks().print(
+            f"({timings.prompt_tokens} prompt tokens, first token after {timings.first_token:.2f} s{pace})", style="dim"
+        )

@@ -1,0 +1,191 @@
+"""`flamingo-export inspect`: what a bundle or a size is made of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from flamingo_export.manifest import Manifest
+    from flamingo_export.specs import SubgraphSpec, TensorSpec
+    from flamingo_reference.config import ModelConfig
+
+COMPONENTS = ("vision_encoder", "resampler", "cross_attention", "language_model")
+
+
+class Component(msgspec.Struct, frozen=True, kw_only=True):
+    """Parameters of a component (or `total`), and the count the paper quotes, where it quotes one."""
+
+    name: str
+    parameters: int
+    quoted: float | None
+
+
+def inspect(
+    bundle: Annotated[Path | None, typer.Argument(help="A bundle.", show_default=False)] = None,
+    size: Annotated[
+        str | None, typer.Option("--size", help="Show a size instead: nano, 3b, 9b or 80b.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what a bundle is made of (parameters, graphs, files, limits, how parity stands), or what a size would be."""
+    from flamingo_export.cli.options import known_size
+
+    if (bundle is None) == (size is None):
+        raise typer.BadParameter("give either a bundle or --size", param_hint="BUNDLE")
+    if bundle is not None:
+        _inspect_bundle(bundle, as_json)
+    elif size is not None:
+        _inspect_size(known_size(size), as_json)
+
+
+def components(config: ModelConfig) -> list[Component]:
+    """Parameters per component, computed from the shapes, and their total."""
+    from flamingo_reference.checkpoints.native import parameter_counts
+    from flamingo_reference.config import PRESETS, QUOTED_PARAMETERS
+
+    counts = parameter_counts(config)
+    counts["total"] = sum(counts.values())
+    quoted = QUOTED_PARAMETERS.get(config.name, {}) if PRESETS.get(config.name) == config else {}
+    return [Component(name=name, parameters=count, quoted=quoted.get(name)) for name, count in counts.items()]
+
+
+def _inspect_size(config: ModelConfig, as_json: bool) -> None:
+    from flamingo_export.cli.output import print_json, results
+
+    parts = components(config)
+    if as_json:
+        print_json({"size": config.name, "parameters": parts, "config": config})
+        return
+    console = results()
+    _print_components(console, f"Flamingo {config.name}", parts)
+    _print_shape(console, config)
+
+
+def _inspect_bundle(bundle: Path, as_json: bool) -> None:
+    from rich.markup import escape
+
+    from flamingo_export.cli.output import human_bytes, print_json, results, table
+    from flamingo_export.manifest import read_manifest
+
+    manifest = read_manifest(bundle)
+    specs = _specs(manifest)
+    total = sum(file.size for file in manifest.files)
+    if as_json:
+        print_json(
+            {
+                "bundle": str(bundle),
+                "bytes": total,
+                "parameters": components(manifest.config),
+                "graphs": specs,
+                "manifest": manifest,
+            }
+        )
+        return
+    console = results()
+    console.print(f"[bold]{escape(str(bundle))}[/bold]  {human_bytes(total)} in {len(manifest.files)} files")
+    console.print(_summary(manifest))
+    _print_components(console, f"Flamingo {manifest.config.name}", components(manifest.config))
+    _print_shape(console, manifest.config)
+    for record in manifest.graphs:
+        spec = specs[record.name]
+        rows = [("in", name, kind, shape) for name, kind, shape in _numbered_together(spec.inputs)]
+        rows += [("out", name, kind, shape) for name, kind, shape in _numbered_together(spec.outputs)]
+        layers = f", language model layers {record.layers[0]} to {record.layers[1] - 1}" if record.layers else ""
+        console.print(table(("", "tensor", "type", "shape"), rows, title=f"{record.name}: {record.file}{layers}"))
+    if manifest.engines:
+        engines = [(engine.graph, engine.backend, engine.target, engine.file) for engine in manifest.engines]
+        console.print(table(("graph", "backend", "target", "file"), engines, title="engines"))
+    files = [(file.path, human_bytes(file.size), file.sha256[:12]) for file in manifest.files]
+    console.print(table(("file", "size", "SHA-256 begins"), files, title="files", right=(1,)))
+
+
+def _summary(manifest: Manifest) -> str:
+    precision, limits, source, parity = manifest.precision, manifest.limits, manifest.source, manifest.parity
+    came = {
+        "random": f"random numbers, seed {source.seed}: not a trained model",
+        "checkpoint": "a checkpoint",
+        "live": "a live model",
+    }[source.kind]
+    if source.sha256:
+        came += f" (SHA-256 {source.sha256[:12]}...)"
+    stands: str = "not run: flamingo-export parity BUNDLE" if parity.state == "not_run" else parity.state
+    if parity.backends:
+        stands += f" on {', '.join(parity.backends)}"
+    if parity.against:
+        stands += {"reference": " against the PyTorch reference", "golden": " against golden values"}[parity.against]
+    lines = {
+        "weights": f"stored as {precision.storage}, computed in {precision.compute}; from {came}",
+        "limits": f"{limits.max_length} cache slots, prefill by {limits.chunk}, {limits.bank_rows} media kept encoded",
+        "parity": stands,
+        "made with": ", ".join(f"{name} {version}" for name, version in manifest.tools.items()) or "not recorded",
+        "schema": str(manifest.schema_version),
+    }
+    return "\n".join(f"{name:<10} {text}" for name, text in lines.items())
+
+
+def _print_components(console: Console, title: str, parts: list[Component]) -> None:
+    from flamingo_export.cli.output import human_count, table
+
+    if any(part.quoted for part in parts):
+        rows = [
+            (part.name, f"{part.parameters:,}", human_count(part.parameters), *_beside(part.parameters, part.quoted))
+            for part in parts
+        ]
+        console.print(
+            table(("component", "parameters", "", "paper quotes", "difference"), rows, title=title, right=(1, 2, 3, 4)),
+            "Computed from the paper's table of shapes; its quoted counts do not all follow from that table.\n",
+        )
+    else:
+        rows_plain = [(part.name, f"{part.parameters:,}", human_count(part.parameters)) for part in parts]
+        console.print(table(("component", "parameters", ""), rows_plain, title=title, right=(1, 2)))
+
+
+def _beside(count: int, quoted: float | None) -> tuple[str, str]:
+    from flamingo_export.cli.output import human_count
+
+    if quoted is None:
+        return "", ""
+    return human_count(quoted), f"{(count / quoted - 1) * 100:+.1f} %"
+
+
+def _print_shape(console: Console, config: ModelConfig) -> None:
+    vision, resampler, block, lm = config.vision, config.resampler, config.cross_attention, config.language_model
+    console.print(
+        f"vision           {vision.image_size}x{vision.image_size} pixels to {vision.num_patches} positions of {vision.feature_width}\n"
+        f"resampler        {resampler.num_layers} layers of {resampler.width}, {resampler.num_latents} latents, "
+        f"{resampler.num_heads} heads of {resampler.head_size}\n"
+        f"cross-attention  {len(config.gated_layers)} gated layers, one in {block.every}, {block.num_heads} heads of {block.head_size}\n"
+        f"language model   {lm.num_layers} layers of {lm.width}, {lm.num_heads} heads of {lm.head_size}, "
+        f"vocabulary {lm.vocab_size}, {lm.max_positions} positions\n"
+    )
+
+
+def _specs(manifest: Manifest) -> dict[str, SubgraphSpec]:
+    from flamingo_export.specs import decoder_spec, subgraph_specs
+
+    whole = subgraph_specs(manifest.config)
+    return {
+        record.name: whole[record.name]
+        if record.layers is None
+        else decoder_spec(manifest.config, range(*record.layers), name=record.name)
+        for record in manifest.graphs
+    }
+
+
+def _numbered_together(tensors: tuple[TensorSpec, ...]) -> list[tuple[str, str, str]]:
+    """(name, kind, shape); tensors that differ in their number alone share a line: past_k.0 ... past_k.39."""
+    grouped: dict[tuple[str, str, str], list[str]] = {}
+    for tensor in tensors:
+        stem = tensor.name.split(".")[0]
+        shape = "[" + ", ".join(map(str, tensor.shape)) + "]"
+        grouped.setdefault((stem, tensor.kind, shape), []).append(tensor.name)
+    return [
+        (names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}", kind, shape)
+        for (_, kind, shape), names in grouped.items()
+    ]

@@ -1,0 +1,124 @@
+"""What several verbs accept: sizes, media in the order they are typed, a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+if TYPE_CHECKING:
+    from flamingo_export.runtime.media import MediumSource
+    from flamingo_export.runtime.model import Model
+    from flamingo_export.runtime.request import Request
+    from flamingo_reference.config import ModelConfig
+
+_TYPED = "flamingo_export.typed"
+
+Images = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--image",
+        "-i",
+        metavar="FILE",
+        help="An image; repeat for more. Media go to the <image> tags as typed.",
+        show_default=False,
+    ),
+]
+Videos = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--video", metavar="FILE|FOLDER", help="An animated file or a folder of frames; repeat for more.", show_default=False
+    ),
+]
+Shots = Annotated[
+    Path | None,
+    typer.Option("--shots", metavar="FILE", help="Examples to show first, JSON lines (docs/prompts.md).", show_default=False),
+]
+BackendName = Annotated[str, typer.Option("--backend", help="What runs the graphs: auto or onnxruntime.")]
+Threads = Annotated[int, typer.Option("--threads", min=0, help="Threads of the backend; 0 lets it choose.")]
+TextOnly = Annotated[
+    bool, typer.Option("--text-only", help="Leave the shots' images out: with two shots, the paper's zero-shot prompt.")
+]
+Frames = Annotated[
+    int | None, typer.Option("--frames", min=1, max=30, help="Frames of a video. Default 8.", show_default=False)
+]
+Device = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+class MediaCommand(TyperCommand):
+    """A verb with `--image` and `--video`, which remembers the order in which the two were mixed: it decides whose `<image>` is whose."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta[_TYPED] = list(args)
+        return super().parse_args(ctx, args)
+
+
+def media_as_typed(
+    ctx: typer.Context, images: list[Path] | None, videos: list[Path] | None, frames: int | None
+) -> list[MediumSource]:
+    """Images and videos in the order of the command line."""
+    from flamingo_export.runtime.videos import Video
+
+    left = {"--image": list(images or []), "--video": list(videos or [])}
+    media: list[MediumSource] = []
+    for argument in ctx.meta[_TYPED]:
+        option = "--image" if argument.startswith("-i") else argument.split("=")[0]
+        if left.get(option):
+            path = left[option].pop(0)
+            media.append(path if option == "--image" else Video(source=path, num_frames=frames))
+    return media
+
+
+@contextmanager
+def opened(bundle: Path, backend: str, device: str, threads: int) -> Iterator[Model]:
+    """The bundle's model, with a spinner while it loads."""
+    from flamingo_export import api
+    from flamingo_export.cli.output import waiting
+
+    with waiting(f"loading {bundle}"):
+        model = api.load(bundle, backend=backend, device=device, threads=threads)
+    with model:
+        yield model
+
+
+def formatted(
+    *, media: list[MediumSource], prompt: str | None, question: str | None, shots: Path | None, text_only: bool
+) -> Request:
+    """The request that a prompt, or a question or caption with shots, amounts to. Raises typer.BadParameter where they exclude each other."""
+    from flamingo_export.runtime.prompts import caption_prompt, qa_prompt, read_shots, without_media
+    from flamingo_export.runtime.request import Request
+
+    if prompt is not None:
+        for option, given in {
+            "--question": question is not None,
+            "--shots": shots is not None,
+            "--text-only": text_only,
+        }.items():
+            if given:
+                raise typer.BadParameter(f"--prompt is the whole prompt, so it does not go with {option}", param_hint=option)
+        return Request(prompt=prompt, media=media)
+    if text_only and shots is None:
+        raise typer.BadParameter("there are no --shots to leave the images of out", param_hint="--text-only")
+    if len(media) != 1:
+        asked = "a question is asked about" if question is not None else "a caption is made for"
+        raise typer.BadParameter(
+            f"{asked} one image or video, {len(media)} were given. For another arrangement write the prompt: --prompt '<image>... <image>...'",
+            param_hint="--image",
+        )
+    examples = read_shots(shots) if shots is not None else []
+    examples = without_media(examples) if text_only else examples
+    return caption_prompt(examples, media[0]) if question is None else qa_prompt(examples, question, media[0])
+
+
+def known_size(name: str) -> ModelConfig:
+    """The preset of that name. Raises typer.BadParameter (exit 2) listing the sizes there are."""
+    from flamingo_reference.config import PRESETS
+
+    if name.lower() not in PRESETS:
+        raise typer.BadParameter(f"{name!r} is no size; there are {', '.join(PRESETS)}", param_hint="--size")
+    return PRESETS[name.lower()]

@@ -1,0 +1,91 @@
+"""Where things are printed: results on stdout, as text, tables or JSON; progress and remarks on stderr."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+_WIDTH_WITHOUT_TERMINAL = 132
+
+
+def results() -> Console:
+    """The console of results: stdout, without colour where it is no terminal."""
+    from rich.console import Console
+
+    return Console(
+        file=sys.stdout, width=None if sys.stdout.isatty() else _WIDTH_WITHOUT_TERMINAL, highlight=False, soft_wrap=False
+    )
+
+
+def remarks() -> Console:
+    """The console of progress and remarks: stderr."""
+    from rich.console import Console
+
+    return Console(file=sys.stderr, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """A spinner on stderr while something takes its time; nothing where stderr is no terminal."""
+    console = remarks()
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(what):
+        yield
+
+
+def print_json(value: Any) -> None:
+    """`value` (msgspec structs, dataclasses, containers) as indented JSON on stdout."""
+    import msgspec
+
+    data = msgspec.json.format(msgspec.json.encode(value, enc_hook=_plain), indent=1)
+    print(data.decode())
+
+
+def _plain(value: Any) -> Any:
+    """What msgspec does not encode by itself: numpy's scalars and arrays, and paths."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return str(value)
+
+
+def table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str | None = None, right: Iterable[int] = ()
+) -> Table:
+    """A plain table; the columns numbered in `right` are aligned to the right, as figures are."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    numbers = set(right)
+    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, title_style="bold")
+    for index, name in enumerate(columns):
+        made.add_column(name, justify="right" if index in numbers else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*(escape(cell) for cell in row))
+    return made
+
+
+def human_bytes(size: float) -> str:
+    """A size in bytes with a binary unit: 25.1 GiB."""
+    unit = "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
+
+
+def human_count(count: float) -> str:
+    """A number of parameters: 435M, 9.30B."""
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= limit:
+            return f"{count / limit:.2f}{unit}" if count < 100 * limit else f"{count / limit:.0f}{unit}"
+    return str(int(count))

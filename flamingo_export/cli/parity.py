@@ -1,0 +1,82 @@
+"""`flamingo-export parity`: whether a bundle's engines compute what the reference computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flamingo_export.cli.options import AsJson
+
+if TYPE_CHECKING:
+    from flamingo_export.validate.report import ParityReport
+
+
+def parity(
+    bundle: Annotated[Path, typer.Argument(help="A bundle.", show_default=False)],
+    backend: Annotated[str, typer.Option("--backend", help="Whose engines to check: auto or onnxruntime.")] = "auto",
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            "--checkpoint", help="The checkpoint that the bundle was built from, for the reference.", show_default=False
+        ),
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Write the report as a self-contained page.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check every subgraph, logits and token traces: against PyTorch where it is installed, else against the bundle's golden values.
+
+    Exits with 1 unless everything passed.
+    """
+    from flamingo_export.cli.output import print_json
+    from flamingo_export.cli.progress import reported
+    from flamingo_export.validate import check_bundle
+
+    with reported() as progress:
+        report = check_bundle(bundle, backend=backend, checkpoint=checkpoint, progress=progress)
+    if html is not None:
+        from flamingo_export.validate.html import write_html
+
+        write_html(html, report)
+    if as_json:
+        print_json(report)
+    else:
+        _print(report, html)
+    if report.verdict != "passed":
+        raise typer.Exit(1)
+
+
+def _print(report: ParityReport, html: Path | None) -> None:
+    from flamingo_export.cli.output import results, table
+
+    console = results()
+    groups: dict[tuple[str, str], list[float | None]] = {}
+    failed: dict[tuple[str, str], int] = {}
+    for row in report.rows:
+        key = (str(row.level), row.subgraph)
+        share = row.error / row.limit if row.error is not None and row.limit else None
+        groups.setdefault(key, []).append(share)
+        failed[key] = failed.get(key, 0) + (not row.passed)
+    rows = []
+    for key, shares in groups.items():
+        measured = [share for share in shares if share is not None]
+        worst = f"{100 * max(measured):.0f} %" if measured else "-"
+        rows.append((key[0].replace("_", " "), key[1], f"{len(shares) - failed[key]} of {len(shares)}", worst))
+    if rows:
+        console.print(table(("checked", "subgraph", "gates passed", "worst, of its limit"), rows, right=(2, 3)))
+    for gate in report.failures[:10]:
+        error = "nothing measured" if gate.error is None else f"error {gate.error:.3g}, limit {gate.limit or 0:.3g}"
+        console.print(f"failed: {gate.level} {gate.case}, {gate.subgraph} {gate.tensor}: {error}. {gate.note}", markup=False)
+    for trace in report.traces:
+        if trace.outcome != "equal":
+            console.print(
+                f"trace {trace.case} ({trace.search}, {trace.num_beams} beams): {trace.outcome}. {trace.note}", markup=False
+            )
+    for left_out in report.not_run:
+        console.print(f"not run: {left_out.name}: {left_out.reason}", markup=False)
+    if html is not None:
+        console.print(f"report: {html}", markup=False)
+    console.print(report.summary, markup=False)
