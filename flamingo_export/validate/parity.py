@@ -1,0 +1,313 @@
+"""Parity of a bundle's engines with the PyTorch reference, or with the golden values it left behind.
+
+    reference: numbers of every case (oracle.py) and token traces (traces.py), recorded as golden values
+    engines:   the same cases and prompts through the bundle (checker.py, traces.py), each compared within its tolerance
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import math
+import os
+import platform
+import time
+from pathlib import Path
+
+import msgspec
+
+from flamingo_export.backends.base import Backend, SessionOptions
+from flamingo_export.backends.registry import get_backend
+from flamingo_export.errors import CheckpointError, ParityError
+from flamingo_export.manifest import FileRecord, Manifest, ParityRecord, write_manifest
+from flamingo_export.origin import find_origin, source_digest
+from flamingo_export.progress import SILENT, Progress
+from flamingo_export.sources import WeightSource, combined_digest, tensor_digest
+from flamingo_export.validate.checker import Checker
+from flamingo_export.validate.golden import CASES_FILE, TENSORS_FILE, Goldens, load_goldens, save_goldens
+from flamingo_export.validate.report import Against, NotRun, ParityReport, Verdict, write_report
+from flamingo_reference.checkpoints.native import expected_tensors
+from flamingo_reference.config import ModelConfig
+
+GOLDEN_FOLDER = "golden"
+BUILD_MEMORY = 4 << 30
+"""Bytes that parity may take during a build, whatever the machine has: larger models are checked layer by layer."""
+
+
+def check_build(
+    folder: Path,
+    manifest: Manifest,
+    source: WeightSource,
+    *,
+    backend: str | Backend = "onnxruntime",
+    progress: Progress = SILENT,
+    memory: int = BUILD_MEMORY,
+) -> ParityReport:
+    """Records golden values of `source` in `folder`/golden and compares the engines of the bundle being built with them.
+
+    A live model is compared itself, module by module, not a copy made from its weights. Writes reports/parity.json.
+    Raises ParityError if torch is missing; a gate that fails is in the report.
+    """
+    if not torch_found():
+        raise ParityError("PyTorch is not installed, so there is no reference to compare with: pip install 'flamingo-export[torch]'")
+    started = time.monotonic()
+    budget = min(memory, available_memory())
+    tokenizer = folder / "tokenizer" / "tokenizer.json"
+    digest = manifest.source.sha256 or source_digest(source)
+    goldens = record(
+        source, manifest, digest, tokenizer=tokenizer if tokenizer.is_file() else None, memory=budget, progress=progress
+    )
+    save_goldens(folder / GOLDEN_FOLDER, goldens)
+    report = compare_with(folder, manifest, goldens, _backend(backend), "reference", memory=budget, progress=progress, started=started)
+    write_report(folder, report)
+    return report
+
+
+def check_bundle(
+    bundle: Path,
+    *,
+    backend: str | Backend = "onnxruntime",
+    checkpoint: Path | None = None,
+    options: SessionOptions | None = None,
+    memory: int | None = None,
+    progress: Progress = SILENT,
+) -> ParityReport:
+    """Compares a bundle's engines with the live reference where torch and the weights are at hand, else with its golden values.
+
+    checkpoint: where the bundle's weights came from; not needed for the shipped nano checkpoint and random weights. memory: bytes
+    to keep to; None is what the machine has free. Writes reports/parity.json and how parity stands into the manifest, and golden
+    values where the bundle had none; a bundle that may not be written to is compared all the same.
+
+    Raises BundleError (damaged), BackendError, CheckpointError (`checkpoint` has other weights), ParityError (nothing to compare with).
+    """
+    from flamingo_export.artifacts import open_bundle
+
+    started = time.monotonic()
+    manifest = open_bundle(bundle)
+    chosen = _backend(backend)
+    budget = min(memory or 1 << 62, available_memory())
+    goldens, against = _expectation(bundle, manifest, checkpoint, budget, progress)
+    report = compare_with(
+        bundle, manifest, goldens, chosen, against, memory=budget, progress=progress, started=started, options=options
+    )
+    _keep(bundle, manifest, goldens, report, progress)
+    return report
+
+
+def record(
+    source: WeightSource,
+    manifest: Manifest,
+    digest: str,
+    *,
+    tokenizer: Path | None,
+    memory: int,
+    progress: Progress = SILENT,
+    with_pictures: bool = True,
+) -> Goldens:
+    """Golden values of a source's weights as `manifest` stores them: numbers of every case, and token traces where memory allows.
+
+    Raises CheckpointError if the source turns out to have other weights than `digest` says.
+    """
+    from flamingo_export.validate.oracle import record_numbers
+    from flamingo_export.validate.parts import parts_of
+    from flamingo_export.validate.traces import record_traces
+
+    storage = manifest.precision.storage
+    goldens = Goldens(weights_sha256=digest, storage=storage, model=source.config.name)
+    watched = _Watched(source)
+    record_numbers(parts_of(watched.source, storage), goldens, progress)
+    watched.check(digest)
+    needed = reference_bytes(source.config)
+    if needed > memory:
+        goldens.no_traces = f"the reference takes {needed / 1e9:.1f} GB as a whole, {memory / 1e9:.1f} GB may be used"
+    else:
+        goldens.traces = record_traces(source, manifest.limits, tokenizer, progress)
+    return goldens
+
+
+def compare_with(
+    bundle: Path,
+    manifest: Manifest,
+    goldens: Goldens,
+    backend: Backend,
+    against: Against,
+    *,
+    memory: int,
+    progress: Progress = SILENT,
+    started: float | None = None,
+    options: SessionOptions | None = None,
+) -> ParityReport:
+    """The report of a bundle's engines against recorded values."""
+    from flamingo_export.validate.traces import check_traces
+
+    started = time.monotonic() if started is None else started
+    options = options or SessionOptions()
+    checker = Checker(bundle, manifest, goldens, backend, options, progress)
+    needed = engine_bytes(manifest.config)
+    whole = needed <= memory
+    checker.run(whole=whole)
+    not_run = []
+    traces = ()
+    if not whole:
+        reason = f"the engines take about {needed / 1e9:.1f} GB as a whole, {memory / 1e9:.1f} GB may be used; the decoder was checked layer by layer"
+        not_run.append(NotRun(name="token traces", reason=reason))
+    elif goldens.no_traces:
+        not_run.append(NotRun(name="token traces", reason=goldens.no_traces))
+    else:
+        traces, rows = check_traces(bundle, manifest, goldens, backend, options, progress)
+        checker.rows += rows
+    failed = any(not row.passed for row in checker.rows) or not checker.rows
+    verdict: Verdict = "failed" if failed else "passed"
+    return ParityReport(
+        verdict=verdict,
+        backend=backend.name,
+        against=against,
+        model=manifest.config.name,
+        storage=manifest.precision.storage,
+        weights=goldens.weights_sha256,
+        rows=tuple(checker.rows),
+        layers=tuple(checker.points),
+        first_diverging_layer=checker.first_diverging,
+        traces=traces,
+        not_run=tuple(not_run),
+        environment=environment(backend),
+        seconds=round(time.monotonic() - started, 3),
+    )
+
+
+def _expectation(
+    bundle: Path, manifest: Manifest, checkpoint: Path | None, memory: int, progress: Progress
+) -> tuple[Goldens, Against]:
+    """What to compare with. The live reference is preferred; a checkpoint that was named must be usable."""
+    why = "PyTorch is not installed"
+    if torch_found():
+        try:
+            source = find_origin(manifest, checkpoint)
+        except CheckpointError as error:
+            if checkpoint is not None:
+                raise
+            why = str(error)
+        else:
+            tokenizer = bundle / "tokenizer" / "tokenizer.json"
+            digest = manifest.source.sha256 or source_digest(source)
+            kept = tokenizer if tokenizer.is_file() else None
+            return record(source, manifest, digest, tokenizer=kept, memory=memory, progress=progress), "reference"
+    elif checkpoint is not None:
+        raise ParityError("comparing with a checkpoint needs PyTorch: pip install 'flamingo-export[torch]'")
+    goldens = load_goldens(bundle / GOLDEN_FOLDER)
+    if goldens is None:
+        raise ParityError(
+            f"{bundle} has no golden values and no live reference is at hand ({why}). "
+            "Run parity where PyTorch is installed, with --checkpoint DIR unless the weights are nano's or random."
+        )
+    if goldens.weights_sha256 != manifest.source.sha256:
+        raise ParityError(
+            f"the golden values in {bundle} are of other weights ({goldens.weights_sha256[:12]}) than the bundle's "
+            f"({(manifest.source.sha256 or 'unknown')[:12]}). Build it again."
+        )
+    if goldens.storage != manifest.precision.storage:
+        raise ParityError(
+            f"the golden values in {bundle} are of {goldens.storage} weights, the bundle stores {manifest.precision.storage}. "
+            "Run parity where PyTorch is installed."
+        )
+    return goldens, "golden"
+
+
+def _keep(bundle: Path, manifest: Manifest, goldens: Goldens, report: ParityReport, progress: Progress) -> None:
+    """Writes report, golden values where there were none, and the manifest, in this order; each is replaced as a whole.
+
+    Reports are not among the files that the manifest lists by digest, since each run writes them anew; golden values are.
+    """
+    from flamingo_export.artifacts import file_record
+
+    try:
+        write_report(bundle, report)
+        files = manifest.files
+        if report.against == "reference" and not (bundle / GOLDEN_FOLDER / CASES_FILE).exists():
+            save_goldens(bundle / GOLDEN_FOLDER, goldens)
+            added: list[FileRecord] = [
+                file_record(bundle, bundle / GOLDEN_FOLDER / name) for name in (CASES_FILE, TENSORS_FILE)
+            ]
+            files = (*(kept for kept in files if not kept.path.startswith(f"{GOLDEN_FOLDER}/")), *added)
+        write_manifest(bundle, msgspec.structs.replace(manifest, files=files, parity=parity_record(manifest.parity, report)))
+    except OSError as error:
+        progress.note(f"{bundle} cannot be written to ({error.strerror}), so report and verdict were not kept in it")
+
+
+def parity_record(before: ParityRecord, report: ParityReport) -> ParityRecord:
+    """How parity stands after a report: backends that passed against the same thing add up, a failure stands alone."""
+    from flamingo_export.validate.report import REPORT_JSON
+
+    backends: tuple[str, ...] = (report.backend,)
+    if report.verdict == "passed" and before.state == "passed" and before.against == report.against:
+        backends = tuple(dict.fromkeys((*before.backends, report.backend)))
+    return ParityRecord(state=report.verdict, backends=backends, against=report.against, report=REPORT_JSON)
+
+
+def torch_found() -> bool:
+    """Whether PyTorch can be imported, without importing it."""
+    return importlib.util.find_spec("torch") is not None
+
+
+def available_memory() -> int:
+    """Bytes that this machine can give now."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def reference_bytes(config: ModelConfig) -> int:
+    """Estimate of what the whole reference takes in fp32, with room for activations."""
+    return int(4.2 * sum(math.prod(shape) for shape in expected_tensors(config).values())) + (300 << 20)
+
+
+def engine_bytes(config: ModelConfig) -> int:
+    """Estimate of what all engines take at once: fp32 weights, a second copy while they are packed, caches and activations."""
+    return int(8.5 * sum(math.prod(shape) for shape in expected_tensors(config).values())) + (300 << 20)
+
+
+def environment(backend: Backend) -> dict[str, str]:
+    """Versions and machine, for the report."""
+    found = {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        "backend": backend.availability().detail,
+    }
+    for package in ("flamingo-export", "numpy", "onnxruntime", "torch"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _backend(backend: str | Backend) -> Backend:
+    return get_backend(backend) if isinstance(backend, str) else backend
+
+
+class _Watched:
+    """Checks, without reading anything twice, that a source gave the weights that it should have."""
+
+    def __init__(self, source: WeightSource) -> None:
+        from flamingo_export.sources import RandomSource
+
+        self._digests: dict[str, str] = {}
+        self.source: WeightSource = source
+        if isinstance(source, RandomSource):
+            digests = self._digests
+
+            class Digested(RandomSource):
+                def read(self, name: str):  # type: ignore[no-untyped-def]
+                    array = super().read(name)
+                    digests[name] = tensor_digest(array)
+                    return array
+
+            self.source = Digested(source.config, source.seed)
+
+    def check(self, digest: str) -> None:
+        if self._digests and combined_digest(self._digests) != digest:
+            raise CheckpointError(
+                "the random weights drawn here are not those that the bundle was built from: another numpy version, or an altered "
+                "manifest. Build the bundle again."
+            )

@@ -1,0 +1,152 @@
+"""The parity report: what was compared, with what, and how it went. Written as reports/parity.json; `html.py` draws it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+Verdict = Literal["passed", "failed", "not_run"]
+Against = Literal["reference", "golden"]
+Level = Literal["subgraph", "layer", "phi", "end_to_end", "trace"]
+
+REPORT_SCHEMA = 1
+REPORT_JSON = "reports/parity.json"
+REPORT_HTML = "reports/parity.html"
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """One gate. `error` and `limit` are largest absolute difference over the reference's rms; None where nothing could be measured."""
+
+    level: Level
+    case: str
+    subgraph: str
+    tensor: str
+    error: float | None
+    limit: float | None
+    torch_error: float | None = None
+    """PyTorch's own error against fp64, in the bundle's dtype: the limit is made from it."""
+    passed: bool
+    note: str = ""
+
+
+class TokenStep(msgspec.Struct, frozen=True, kw_only=True):
+    """One position of a trace: the reference's token, the engine's, and the reference's margin over its next best choice."""
+
+    reference: int | None
+    engine: int | None
+    gap: float | None = None
+
+
+class Trace(msgspec.Struct, frozen=True, kw_only=True):
+    """Tokens that the runtime on the engine generated, beside those of the reference's plain search."""
+
+    case: str
+    search: Literal["greedy", "beam"]
+    num_beams: int
+    prompt: str
+    outcome: Literal["equal", "tie", "different", "failed"]
+    steps: tuple[TokenStep, ...]
+    reference_text: str | None = None
+    engine_text: str | None = None
+    image_png: bytes | None = None
+    """The first image of the prompt, for the eye."""
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return self.outcome in ("equal", "tie")
+
+
+class LayerPoint(msgspec.Struct, frozen=True, kw_only=True):
+    """Errors after one LM layer: fed with the reference's hidden states (`alone`), and with the engine's own (`carried`)."""
+
+    layer: int
+    alone: float | None
+    carried: float | None
+    torch_alone: float | None
+    torch_carried: float | None
+    limit: float | None
+    passed: bool
+
+
+class NotRun(msgspec.Struct, frozen=True, kw_only=True):
+    """A check that was left out, and why. Only want of memory or of a tokenizer may leave one out."""
+
+    name: str
+    reason: str
+
+
+class ParityReport(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that one run of parity found."""
+
+    verdict: Verdict
+    backend: str
+    against: Against | None
+    model: str
+    storage: str
+    weights: str
+    """Digest of the weights that the reference had, or why there was no reference."""
+    rows: tuple[Row, ...] = ()
+    layers: tuple[LayerPoint, ...] = ()
+    first_diverging_layer: str | None = None
+    traces: tuple[Trace, ...] = ()
+    not_run: tuple[NotRun, ...] = ()
+    environment: dict[str, str] = msgspec.field(default_factory=dict)
+    seconds: float = 0.0
+    schema: int = REPORT_SCHEMA
+
+    @property
+    def failures(self) -> tuple[Row, ...]:
+        """The gates that failed."""
+        return tuple(row for row in self.rows if not row.passed)
+
+    @property
+    def summary(self) -> str:
+        """One line for a terminal."""
+        if self.verdict == "not_run":
+            return f"parity not run: {self.weights}"
+        passed = sum(row.passed for row in self.rows)
+        text = f"parity {self.verdict} on {self.backend} against {self.against}: {passed} of {len(self.rows)} gates"
+        if self.traces:
+            equal = sum(trace.outcome == "equal" for trace in self.traces)
+            ties = sum(trace.outcome == "tie" for trace in self.traces)
+            text += f", {equal} of {len(self.traces)} token traces equal" + (f" ({ties} ties)" if ties else "")
+        if self.first_diverging_layer:
+            text += f"; first diverging layer: {self.first_diverging_layer}"
+        elif self.verdict == "failed":
+            worst = self.failures[0]
+            text += f"; first failure: {worst.case}, {worst.tensor} ({worst.note or 'error above limit'})"
+        return text
+
+
+def write_report(folder: Path, report: ParityReport) -> Path:
+    """Writes reports/parity.json below `folder`, atomically, and returns its path."""
+    path = folder / REPORT_JSON
+    write_atomically(path, msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
+    return path
+
+
+def read_report(folder: Path) -> ParityReport | None:
+    """The report that was last written below `folder`, or None where there is none (or one of another schema)."""
+    try:
+        return msgspec.json.decode((folder / REPORT_JSON).read_bytes(), type=ParityReport)
+    except (OSError, msgspec.MsgspecError):
+        return None
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Readers see the old file or the new one, never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
