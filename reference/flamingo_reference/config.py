@@ -112,26 +112,23 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         vision, lm = self.vision, self.language_model
         if len(vision.widths) != len(vision.depths) or not vision.widths:
             faults.append(f"vision.widths {vision.widths} and vision.depths {vision.depths} differ in length or are empty")
+        for part in ("vision", "resampler", "cross_attention", "language_model"):
+            for field, value in msgspec.structs.asdict(getattr(self, part)).items():
+                counts = value if isinstance(value, tuple) else (value,)
+                if any(isinstance(count, int) and count < 1 for count in counts):
+                    faults.append(f"{part}.{field} is {value}, expected at least 1")
         for width in vision.widths:
             middle = int(width * vision.bottleneck_ratio)
-            if middle % vision.group_width:
+            if vision.group_width > 0 and (middle < 1 or middle % vision.group_width):
                 faults.append(f"vision.group_width {vision.group_width} does not divide bottleneck width {middle}")
-        for field, count in {
-            "resampler.num_layers": self.resampler.num_layers,
-            "resampler.num_latents": self.resampler.num_latents,
-            "cross_attention.every": self.cross_attention.every,
-            "language_model.num_layers": lm.num_layers,
-            "language_model.max_positions": lm.max_positions,
-            "vision.image_size": vision.image_size,
-        }.items():
-            if count < 1:
-                faults.append(f"{field} is {count}, expected at least 1")
         if lm.width % 2:
             faults.append(f"language_model.width {lm.width} is odd; the sinusoids of relative positions come in pairs")
         for field in ("pad", "bos", "eoc", "image"):
             token = getattr(self.tokens, field)
             if not 0 <= token < lm.vocab_size:
                 faults.append(f"tokens.{field} {token} is outside the vocabulary of {lm.vocab_size}")
+        if self.tokens.image in (self.tokens.pad, self.tokens.bos, self.tokens.eoc):
+            faults.append(f"tokens.image {self.tokens.image} is also another token; every occurrence of it stands for a medium")
         if min(self.pixel_std) <= 0:
             faults.append(f"pixel_std {self.pixel_std} has an entry that is not positive")
         if faults:

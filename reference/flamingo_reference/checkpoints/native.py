@@ -16,7 +16,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from flamingo_reference.config import ModelConfig
+from flamingo_reference.checkpoints.writer import INDEX, SINGLE, writing
+from flamingo_reference.config import ConfigError, ModelConfig
 
 Shape = tuple[int, ...]
 AnyArray = npt.NDArray[Any]
@@ -43,10 +44,8 @@ def component_of(name: str) -> str:
 
 
 def squeeze_width(width: int, ratio: float) -> int:
-    """Width inside a squeeze-excite block: a multiple of 8, never below 90 % of width * ratio (timm's `make_divisible`)."""
-    wanted = width * ratio
-    rounded = max(8, int(wanted + 4) // 8 * 8)
-    return rounded + 8 if rounded < 0.9 * wanted else rounded
+    """Width inside a squeeze-excite block: width * ratio to the nearest multiple of 8, at least 8 (as timm has it)."""
+    return max(8, int(width * ratio + 4) // 8 * 8)
 
 
 def needs_downsample(stage: int, block: int, width: int, out: int) -> bool:
@@ -181,7 +180,8 @@ class TensorReader:
 
     def dtype(self, name: str) -> np.dtype[Any]:
         """Element type of a tensor; bfloat16 is that of ml_dtypes."""
-        return self._entries[name].dtype
+        dtype: np.dtype[Any] = self._entries[name].dtype
+        return dtype
 
     def read(self, name: str) -> AnyArray:
         """A tensor's numbers, mapped from the file (read-only)."""
@@ -189,7 +189,8 @@ class TensorReader:
         if entry.size == 0:
             return np.zeros(entry.shape, entry.dtype)
         raw = np.memmap(self._files[name], mode="r", offset=entry.start, shape=(entry.size,), dtype=np.uint8)
-        return raw.view(entry.dtype).reshape(entry.shape)
+        array: AnyArray = raw.view(entry.dtype).reshape(entry.shape)
+        return array
 
 
 class TensorEntry(msgspec.Struct, frozen=True):
@@ -247,6 +248,15 @@ def open_header(path: Path) -> dict[str, TensorEntry]:
         if 8 + length + stop > total:
             raise CheckpointError(f"{path} is cut short: {name} ends beyond its {total} bytes. {advice}")
         entries[name] = TensorEntry(dtype, entry.shape, 8 + length + start, stop - start)
+    end = 8 + length
+    for name, placed in sorted(entries.items(), key=lambda item: (item[1].start, item[1].size)):
+        if placed.start != end:
+            raise CheckpointError(
+                f"{path}: {name} begins at byte {placed.start}, expected {end}: tensors overlap or leave gaps. {advice}"
+            )
+        end += placed.size
+    if end != total:
+        raise CheckpointError(f"{path} has {total - end} bytes after its last tensor. {advice}")
     return entries
 
 
@@ -255,7 +265,7 @@ def open_tensors(folder: Path) -> TensorReader:
 
     Raises CheckpointError if files are missing, cut short, malformed or hold a tensor twice.
     """
-    index_path, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    index_path, single = folder / INDEX, folder / SINGLE
     if index_path.is_file():
         try:
             index = msgspec.json.decode(index_path.read_bytes(), type=_Index)
@@ -287,7 +297,10 @@ def load_native(folder: Path) -> tuple[ModelConfig, TensorReader]:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}); a checkpoint folder needs one.") from error
     except msgspec.MsgspecError as error:
         raise CheckpointError(f"{path} is no model config: {error}") from error
-    config.validate()
+    try:
+        config.validate()
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     reader = open_tensors(folder)
     check_tensors(config, {name: reader.shape(name) for name in reader.names()}, where=str(folder))
     return config, reader
@@ -308,16 +321,30 @@ def check_tensors(config: ModelConfig, shapes: Mapping[str, Shape], *, where: st
 
 
 def save_native(
-    folder: Path, config: ModelConfig, tensors: Iterable[tuple[str, AnyArray]], *, tokenizer: Path | None = None
+    folder: Path,
+    config: ModelConfig,
+    tensors: Iterable[tuple[str, AnyArray]],
+    *,
+    tokenizer: Path | None = None,
+    max_file_bytes: int | None = None,
 ) -> None:
-    """Writes `config.json`, `model.safetensors` and, where given, a copy of the tokenizer.json `tokenizer`."""
-    from safetensors.numpy import save_file
+    """Writes `config.json`, the tensors and, where given, a copy of the tokenizer.json `tokenizer`.
 
-    held = dict(tensors)
-    check_tensors(config, {name: tuple(array.shape) for name, array in held.items()}, where=str(folder))
+    Tensors are taken one by one. They go to `model.safetensors`, or, where max_file_bytes is given and it would grow beyond, to shards with
+    an index. A checkpoint already there is replaced once all has been written. Raises CheckpointError naming all tensors that do not fit.
+    """
+    expected = expected_tensors(config)
+    shapes: dict[str, Shape] = {}
     folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder, expected, max_file_bytes=max_file_bytes) as writer:
+        for name, array in tensors:
+            if name in shapes:
+                raise CheckpointError(f"{folder}: tensor {name} was given twice")
+            shapes[name] = tuple(array.shape)
+            if expected.get(name) == shapes[name]:
+                writer.add(name, array)
+        check_tensors(config, shapes, where=str(folder))
     (folder / "config.json").write_bytes(msgspec.json.format(msgspec.json.encode(config), indent=1) + b"\n")
-    save_file({name: np.asarray(array, order="C") for name, array in held.items()}, folder / "model.safetensors")
     if tokenizer is not None:
         (folder / "tokenizer").mkdir(exist_ok=True)
         (folder / "tokenizer" / "tokenizer.json").write_bytes(tokenizer.read_bytes())
