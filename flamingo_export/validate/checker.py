@@ -74,7 +74,9 @@ class Checker:
 
     # Gates.
 
-    def _gate(self, level: Level, case: str, subgraph: str, tensor: str, actual: AnyArray | None, *, kind: str, note: str = "") -> Row:
+    def _gate(
+        self, level: Level, case: str, subgraph: str, tensor: str, actual: AnyArray | None, *, kind: str, note: str = ""
+    ) -> Row:
         row = gate(
             self.goldens.get(case, tensor),
             actual,
@@ -153,7 +155,9 @@ class Checker:
                 if case.name in hidden and case.name not in broken:
                     self._logits(case, hidden[case.name])
 
-    def _stage(self, session: Session, case: DecoderCase, layers: range, hidden: Mapping[int, AnyArray] | None) -> dict[int, AnyArray]:
+    def _stage(
+        self, session: Session, case: DecoderCase, layers: range, hidden: Mapping[int, AnyArray] | None
+    ) -> dict[int, AnyArray]:
         bank = bank_of(self.config, case, self._encoded)
         return run_stage(session, self.config, self._plans[case.name], bank, layers=layers, hidden=hidden).output
 
@@ -268,4 +272,3 @@ def _level(case: DecoderCase) -> Level:
 
 def _with_note(row: Row, note: str) -> Row:
     return msgspec.structs.replace(row, note=f"{row.note}; {note}" if row.note else note)
-

@@ -77,7 +77,9 @@ def gate(
     limit = tolerance.limit(torch_error=expected.torch_error, peak=expected.relative_peak)
     if not np.all(np.isfinite(flat)):
         count = int(flat.size - np.isfinite(flat).sum())
-        return failed(level, case, subgraph, tensor, f"{count} of {flat.size} numbers are NaN or infinite", limit=_finite(limit))
+        return failed(
+            level, case, subgraph, tensor, f"{count} of {flat.size} numbers are NaN or infinite", limit=_finite(limit)
+        )
     found = error(expected.values, flat[:: expected.stride].astype(np.float64), expected.rms)
     passed = math.isfinite(found) and math.isfinite(limit) and found <= limit
     if not math.isfinite(limit):

@@ -93,7 +93,9 @@ def _gathered(origin: AnyArray, hidden: Hidden, width: int) -> AnyArray:
 
 def cached(plan: Plan, cache: AnyArray, sequence: int) -> AnyArray:
     """What the cache [B, H, C, D] holds of a sequence's own positions, in order: [H, positions, D]."""
-    where = [(position, b, c) for b, c in np.argwhere(plan.slots[:, :, 0] == sequence).tolist() for position in [plan.slots[b, c, 1]]]
+    where = [
+        (position, b, c) for b, c in np.argwhere(plan.slots[:, :, 0] == sequence).tolist() for position in [plan.slots[b, c, 1]]
+    ]
     return np.stack([cache[b, :, c] for _, b, c in sorted(where)], axis=1)
 
 
@@ -108,7 +110,9 @@ def decoder_records(manifest: Manifest) -> list[tuple[GraphRecord, range]]:
     found.sort(key=lambda pair: pair[1].start)
     covered = [layer for _, layers in found for layer in layers]
     if covered != list(whole):
-        raise ParityError(f"the bundle's decoder graphs cover LM layers {covered}, expected 0 to {whole.stop - 1}. Build it again.")
+        raise ParityError(
+            f"the bundle's decoder graphs cover LM layers {covered}, expected 0 to {whole.stop - 1}. Build it again."
+        )
     return found
 
 
@@ -125,9 +129,7 @@ def opened(
 
 
 @contextlib.contextmanager
-def layer_session(
-    backend: Backend, bundle: Path, manifest: Manifest, layer: int, options: SessionOptions
-) -> Iterator[Session]:
+def layer_session(backend: Backend, bundle: Path, manifest: Manifest, layer: int, options: SessionOptions) -> Iterator[Session]:
     """A session of one LM layer, with what belongs to it, on the bundle's own weights.
 
     Its graph lies at the bundle's root while it is open, since external data may not be reached in any other way.

@@ -23,19 +23,24 @@ TENSORS_FILE = "tensors.safetensors"
 
 
 class GoldenTrace(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens that the reference's search generates for a prompt, with its margin at each step (logits; None beyond the end).
+    """Tokens that the reference's search, in fp64, generates for a prompt.
 
-    images: PNG files, base64 in JSON. text: what the tokens mean, where the model has a tokenizer.
+    media: PNG files of each medium's frames (base64 in JSON). logprobs: of the tokens. margins: of each step, and of the final ranking, as
+    `flamingo_reference.search` gives them; None is infinite. torch_error, peak: see `tolerances.trace_limit`. text: what the tokens mean.
     """
 
     case: str
     prompt: str
     prompt_tokens: tuple[int, ...]
-    images: tuple[bytes, ...]
+    media: tuple[tuple[bytes, ...], ...]
     num_beams: int
+    new_tokens: int
     tokens: tuple[int, ...]
-    gaps: tuple[float, ...]
-    rms: float
+    logprobs: tuple[float, ...]
+    margins: tuple[float | None, ...]
+    final_margin: float | None
+    torch_error: float
+    peak: float
     text: str | None = None
 
 

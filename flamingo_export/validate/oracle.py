@@ -150,7 +150,8 @@ class _Recorder:
         def logits(module: Any, *streams: dict[Key, Tensor]) -> list[dict[Key, Tensor]]:
             return [{key: module.logits(hidden)[0] for key, hidden in stream.items()} for stream in streams]
 
-        (wide,), (narrow, alone) = self.parts.stage("language_model", lambda m: logits(m, wide), lambda m: logits(m, narrow, alone))
+        wides, narrows = self.parts.stage("language_model", lambda m: logits(m, wide), lambda m: logits(m, narrow, alone))
+        (wide,), (narrow, alone) = wides, narrows
         key = (LAYERS_CASE, 0)
         self._put(LAYERS_CASE, f"layer.{last}.output", wide[key], alone[key])
         self._put(LAYERS_CASE, f"layer.{last}.carried", wide[key], narrow[key])
@@ -211,4 +212,3 @@ class _Recorder:
 
     def _put(self, case: str, tensor: str, wide: Tensor, narrow: Tensor) -> None:
         self.goldens.put(case, tensor, expect(wide.numpy(), narrow.numpy()))
-

@@ -1,7 +1,7 @@
 """Parity of a bundle's engines with the PyTorch reference, or with the golden values it left behind.
 
-    reference: numbers of every case (oracle.py) and token traces (traces.py), recorded as golden values
-    engines:   the same cases and prompts through the bundle (checker.py, traces.py), each compared within its tolerance
+reference: numbers of every case (oracle.py) and token traces (traces.py), recorded as golden values
+engines:   the same cases and prompts through the bundle (checker.py, traces.py), each compared within its tolerance
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from flamingo_export.errors import CheckpointError, ParityError
 from flamingo_export.manifest import FileRecord, Manifest, ParityRecord, write_manifest
 from flamingo_export.origin import find_origin, source_digest
 from flamingo_export.progress import SILENT, Progress
-from flamingo_export.sources import WeightSource, combined_digest, tensor_digest
+from flamingo_export.sources import RandomSource, WeightSource, combined_digest, tensor_digest
 from flamingo_export.validate.checker import Checker
+from flamingo_export.validate.compare import AnyArray
 from flamingo_export.validate.golden import CASES_FILE, TENSORS_FILE, Goldens, load_goldens, save_goldens
-from flamingo_export.validate.report import Against, NotRun, ParityReport, Verdict, write_report
+from flamingo_export.validate.report import Against, NotRun, ParityReport, Trace, Verdict, write_report
 from flamingo_reference.checkpoints.native import expected_tensors
 from flamingo_reference.config import ModelConfig
 
@@ -49,7 +50,9 @@ def check_build(
     Raises ParityError if torch is missing; a gate that fails is in the report.
     """
     if not torch_found():
-        raise ParityError("PyTorch is not installed, so there is no reference to compare with: pip install 'flamingo-export[torch]'")
+        raise ParityError(
+            "PyTorch is not installed, so there is no reference to compare with: pip install 'flamingo-export[torch]'"
+        )
     started = time.monotonic()
     budget = min(memory, available_memory())
     tokenizer = folder / "tokenizer" / "tokenizer.json"
@@ -58,7 +61,9 @@ def check_build(
         source, manifest, digest, tokenizer=tokenizer if tokenizer.is_file() else None, memory=budget, progress=progress
     )
     save_goldens(folder / GOLDEN_FOLDER, goldens)
-    report = compare_with(folder, manifest, goldens, _backend(backend), "reference", memory=budget, progress=progress, started=started)
+    report = compare_with(
+        folder, manifest, goldens, _backend(backend), "reference", memory=budget, progress=progress, started=started
+    )
     write_report(folder, report)
     return report
 
@@ -102,7 +107,6 @@ def record(
     tokenizer: Path | None,
     memory: int,
     progress: Progress = SILENT,
-    with_pictures: bool = True,
 ) -> Goldens:
     """Golden values of a source's weights as `manifest` stores them: numbers of every case, and token traces where memory allows.
 
@@ -110,18 +114,21 @@ def record(
     """
     from flamingo_export.validate.oracle import record_numbers
     from flamingo_export.validate.parts import parts_of
-    from flamingo_export.validate.traces import record_traces
+    from flamingo_export.validate.trace_oracle import record_traces
 
     storage = manifest.precision.storage
     goldens = Goldens(weights_sha256=digest, storage=storage, model=source.config.name)
-    watched = _Watched(source)
-    record_numbers(parts_of(watched.source, storage), goldens, progress)
-    watched.check(digest)
+    if isinstance(source, RandomSource):
+        drawn = _DigestedSource(source)
+        record_numbers(parts_of(drawn, storage), goldens, progress)
+        drawn.check(digest)
+    else:
+        record_numbers(parts_of(source, storage), goldens, progress)
     needed = reference_bytes(source.config)
     if needed > memory:
         goldens.no_traces = f"the reference takes {needed / 1e9:.1f} GB as a whole, {memory / 1e9:.1f} GB may be used"
     else:
-        goldens.traces = record_traces(source, manifest.limits, tokenizer, progress)
+        goldens.traces = record_traces(source, storage, manifest.limits, tokenizer, progress)
     return goldens
 
 
@@ -147,9 +154,10 @@ def compare_with(
     whole = needed <= memory
     checker.run(whole=whole)
     not_run = []
-    traces = ()
+    traces: tuple[Trace, ...] = ()
     if not whole:
-        reason = f"the engines take about {needed / 1e9:.1f} GB as a whole, {memory / 1e9:.1f} GB may be used; the decoder was checked layer by layer"
+        sizes = f"the engines take about {needed / 1e9:.1f} GB as a whole, {memory / 1e9:.1f} GB may be used"
+        reason = f"{sizes}; the decoder was checked layer by layer"
         not_run.append(NotRun(name="token traces", reason=reason))
     elif goldens.no_traces:
         not_run.append(NotRun(name="token traces", reason=goldens.no_traces))
@@ -257,8 +265,8 @@ def available_memory() -> int:
 
 
 def reference_bytes(config: ModelConfig) -> int:
-    """Estimate of what the whole reference takes in fp32, with room for activations."""
-    return int(4.2 * sum(math.prod(shape) for shape in expected_tensors(config).values())) + (300 << 20)
+    """Estimate of what the whole reference takes for token traces: fp64 and fp32 side by side, and activations."""
+    return int(12.5 * sum(math.prod(shape) for shape in expected_tensors(config).values())) + (300 << 20)
 
 
 def engine_bytes(config: ModelConfig) -> int:
@@ -286,28 +294,28 @@ def _backend(backend: str | Backend) -> Backend:
     return get_backend(backend) if isinstance(backend, str) else backend
 
 
-class _Watched:
-    """Checks, without reading anything twice, that a source gave the weights that it should have."""
+class _DigestedSource:
+    """Notes the digest of each tensor that is read, so that drawn weights are checked without being drawn twice."""
+
+    tokenizer = None
+    golden = None
 
     def __init__(self, source: WeightSource) -> None:
-        from flamingo_export.sources import RandomSource
-
+        self._source = source
         self._digests: dict[str, str] = {}
-        self.source: WeightSource = source
-        if isinstance(source, RandomSource):
-            digests = self._digests
+        self.config, self.identity = source.config, source.identity
+        self.names, self.shape, self.record = source.names, source.shape, source.record
 
-            class Digested(RandomSource):
-                def read(self, name: str):  # type: ignore[no-untyped-def]
-                    array = super().read(name)
-                    digests[name] = tensor_digest(array)
-                    return array
-
-            self.source = Digested(source.config, source.seed)
+    def read(self, name: str) -> AnyArray:
+        """A tensor of the source."""
+        array = self._source.read(name)
+        self._digests[name] = tensor_digest(array)
+        return array
 
     def check(self, digest: str) -> None:
-        if self._digests and combined_digest(self._digests) != digest:
+        """Raises CheckpointError if the tensors that were read, all of them by now, have another digest."""
+        if combined_digest(self._digests) != digest:
             raise CheckpointError(
-                "the random weights drawn here are not those that the bundle was built from: another numpy version, or an altered "
-                "manifest. Build the bundle again."
+                "the random weights drawn here are not those that the bundle was built from: another version of numpy or of "
+                "flamingo-export. Build the bundle again."
             )

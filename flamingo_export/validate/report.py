@@ -39,6 +39,7 @@ class TokenStep(msgspec.Struct, frozen=True, kw_only=True):
     reference: int | None
     engine: int | None
     gap: float | None = None
+    """In summed log-probability."""
 
 
 class Trace(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,8 +53,8 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
     steps: tuple[TokenStep, ...]
     reference_text: str | None = None
     engine_text: str | None = None
-    image_png: bytes | None = None
-    """The first image of the prompt, for the eye."""
+    media: tuple[bytes, ...] = ()
+    """PNG files: the first frame of each medium, for the eye."""
     note: str = ""
 
     @property
@@ -74,7 +75,7 @@ class LayerPoint(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NotRun(msgspec.Struct, frozen=True, kw_only=True):
-    """A check that was left out, and why. Only want of memory or of a tokenizer may leave one out."""
+    """A check that was left out, and why. Only want of memory may leave one out."""
 
     name: str
     reason: str

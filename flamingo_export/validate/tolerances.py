@@ -71,9 +71,20 @@ def tolerance(kind: str, storage: StorageType = "fp32") -> Tolerance:
     return TABLE[narrow] if storage != "fp32" and narrow in TABLE else TABLE[kind]
 
 
-def tie_gap(*, limit: float, rms: float, steps: int) -> float:
-    """Largest margin, in logits, between two choices that numbers within `limit` may turn round after `steps` summed steps.
+def trace_limit(*, torch_error: float, peak: float) -> float:
+    """Largest error of a generated token's log-probability, in nats: RULE, on absolute numbers.
 
-    Each of the two moves by at most limit * rms at every step.
+    torch_error: PyTorch's largest error over the whole vocabulary at the trace's positions. peak: the largest logit or log-probability
+    there in absolute value; the softmax adds its own rounding to that of the logits, so the floor counts twice.
     """
-    return 2.0 * limit * rms * max(1, steps)
+    if not math.isfinite(torch_error):
+        return math.nan
+    return RULE.factor * torch_error + 2 * RULE.floor_ulps * FP32_ULP * peak
+
+
+def tie_margin(*, limit: float, steps: int) -> float:
+    """Largest margin between two choices that log-probabilities within `limit` may turn round, after sums over `steps` tokens.
+
+    Each of the two may move by `limit` a token; errors of different tokens are independent, so they add up in quadrature.
+    """
+    return 2.0 * limit * math.sqrt(max(1, steps))

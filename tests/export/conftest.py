@@ -51,7 +51,7 @@ def tiny_model(tiny_config: ModelConfig) -> Flamingo:
             drawn = torch.randn(parameter.shape, generator=generator)
             if name.endswith(("gate", "skip_gain")):
                 parameter.copy_(0.3 + 0.4 * drawn.abs())
-            elif name.endswith("bias") or "norm" in name or name.endswith("gain"):
+            elif name.endswith(("bias", "gain")) or "norm" in name:
                 parameter.copy_(parameter + 0.2 * drawn)
             elif parameter.dim() > 1:
                 parameter.copy_(drawn / parameter[0].numel() ** 0.5)

@@ -1,0 +1,170 @@
+"""The PyTorch reference as a backend: the same generation loop, on the model that defines what is right. Slow; needs torch.
+
+It runs the weights that the bundle was made from, not the bundle's own, which are folded: the shipped nano checkpoint, random weights drawn
+anew from their seed, or a source that is handed in.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flamingo_export.backends.base import Array, Availability, Buffer, SessionOptions, check_feeds
+from flamingo_export.errors import BackendError, CheckpointError, InputError
+from flamingo_export.manifest import EngineRecord, GraphRecord, Manifest
+from flamingo_export.origin import find_origin
+from flamingo_export.specs import SubgraphSpec, decoder_spec, subgraph_specs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flamingo_export.sources import WeightSource
+    from flamingo_reference.subgraphs import Subgraph
+
+_INSTALL = "Install it: pip install 'flamingo-export[torch]'"
+_KINDS: dict[str, np.dtype[Any]] = {"float": np.dtype(np.float32), "int64": np.dtype(np.int64), "bool": np.dtype(np.bool_)}
+
+
+class ReferenceBackend:
+    """`flamingo_reference.subgraphs` in fp32 on the CPU."""
+
+    name = "reference"
+    native_functions: frozenset[str] = frozenset()
+
+    def __init__(self, source: WeightSource | None = None) -> None:
+        """source: the weights, for bundles whose origin cannot be found (see `origin.find_origin`)."""
+        self._source = source
+
+    def availability(self) -> Availability:
+        """Usable where torch is installed."""
+        if importlib.util.find_spec("torch") is None:
+            return Availability(usable=False, detail="PyTorch is not installed", remedy=_INSTALL)
+        return Availability(usable=True, detail=f"PyTorch {importlib.metadata.version('torch')}, CPU, fp32")
+
+    def build(self, bundle: Path, manifest: Manifest, graph: GraphRecord) -> EngineRecord | None:
+        """None: there is nothing to compile."""
+        return None
+
+    def open(self, bundle: Path, manifest: Manifest, graph: GraphRecord, options: SessionOptions) -> ReferenceSession:
+        """The module of a subgraph, with its weights read from their origin.
+
+        Raises BackendError if torch is missing, a device other than the CPU is asked for, or the weights' origin is not known.
+        """
+        state = self.availability()
+        if not state.usable:
+            raise BackendError(f"the reference cannot run: {state.detail}. {_INSTALL}")
+        if options.device != "cpu":
+            raise BackendError(f"the reference runs on the CPU, not on {options.device}. Choose another backend or device.")
+        import torch
+
+        from flamingo_reference.subgraphs import Decoder, load_subgraph
+
+        if self._source is None:
+            try:
+                self._source = find_origin(manifest)
+            except CheckpointError as error:
+                raise BackendError(f"the reference has no weights to run: {error}") from error
+        config = manifest.config
+        layers = range(*graph.layers) if graph.layers is not None else None
+        kind = "decoder" if layers is not None else graph.name
+        if kind not in subgraph_specs(config):
+            raise BackendError(f"the reference has no subgraph {graph.name!r}")
+        spec = subgraph_specs(config)[kind] if layers is None else decoder_spec(config, layers, name=graph.name)
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        module = load_subgraph(config, kind, self._source.read, layers=layers, dtype=torch.float32).eval()
+        if isinstance(module, Decoder):
+            module.in_place = True
+            module.precompute(config.language_model.max_positions)
+        return ReferenceSession(module, spec)
+
+
+class TorchBuffer:
+    """A tensor in host memory."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    def write(self, index: int, value: Array) -> None:
+        """Copies `value` into row `index`."""
+        self.tensor.numpy()[index] = value
+
+    def read(self) -> Array:
+        """A copy."""
+        copied: Array = self.tensor.numpy().copy()
+        return copied
+
+    def copy_from(self, other: Buffer) -> None:
+        """Copies the whole of `other` into the leading corner."""
+        source = other.read()
+        self.tensor.numpy()[tuple(slice(size) for size in source.shape)] = source
+
+    def rows(self, count: int) -> TorchBuffer:
+        """The first `count` rows, sharing memory."""
+        return TorchBuffer(self.tensor[:count])
+
+
+class ReferenceSession:
+    """One subgraph's module. Caches are written in place, as the graphs write them."""
+
+    def __init__(self, module: Subgraph, spec: SubgraphSpec) -> None:
+        self._module: Subgraph | None = module
+        self._spec = spec
+        self._bound: dict[str, TorchBuffer] = {}
+
+    @property
+    def spec(self) -> SubgraphSpec:
+        return self._spec
+
+    def allocate(self, name: str, shape: tuple[int, ...]) -> TorchBuffer:
+        """A zeroed buffer for input `name`."""
+        import torch
+
+        return TorchBuffer(torch.from_numpy(np.zeros(shape, _KINDS[self._spec.input(name).kind])))
+
+    def bind(self, name: str, buffer: Buffer) -> None:
+        """Input `name`, and the output that aliases it, are this buffer from now on. Raises InputError for an unknown input."""
+        if not isinstance(buffer, TorchBuffer):
+            raise InputError(
+                f"{self._spec.name}: a buffer of another backend was bound to {name}; allocate it with this session"
+            )
+        if name not in {tensor.name for tensor in self._spec.inputs}:
+            raise InputError(f"{self._spec.name}: {name} is not an input")
+        self._bound[name] = buffer
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Outputs that are not bound. Raises InputError for feeds that break the contract or do not fit the cache."""
+        import torch
+
+        if self._module is None:
+            raise BackendError(f"{self._spec.name}: the session is closed. Load the bundle again.")
+        check_feeds(self._spec, feeds, self._bound)
+        tensors: dict[str, Tensor] = {}
+        for tensor in self._spec.inputs:
+            if tensor.name in feeds:
+                # Copied: what is fed belongs to the caller, and the decoder writes into its caches.
+                tensors[tensor.name] = torch.from_numpy(np.array(feeds[tensor.name], _KINDS[tensor.kind]))
+            else:
+                tensors[tensor.name] = self._bound[tensor.name].tensor
+        try:
+            with torch.no_grad():
+                results: dict[str, Any] = self._module(tensors)
+        except ValueError as error:
+            raise InputError(f"{self._spec.name}: {error}") from error
+        return {
+            name: np.array(value.numpy()) for name, value in results.items() if self._spec.aliases.get(name) not in self._bound
+        }
+
+    def close(self) -> None:
+        """Frees the weights; buffers stay valid."""
+        self._module = None
+        self._bound = {}
