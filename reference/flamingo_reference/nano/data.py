@@ -126,7 +126,10 @@ def _draw(draw: ImageDraw.ImageDraw, thing: Thing, x: float, y: float, radius: f
             side = radius * 0.88
             draw.rectangle((x - side, y - side, x + side, y + side), fill=colour)
         case "triangle":
-            draw.polygon([(x, y - radius * 1.1), (x - radius * 1.05, y + radius * 0.8), (x + radius * 1.05, y + radius * 0.8)], fill=colour)
+            draw.polygon(
+                [(x, y - radius * 1.1), (x - radius * 1.05, y + radius * 0.8), (x + radius * 1.05, y + radius * 0.8)],
+                fill=colour,
+            )
         case _:
             arm = radius * 0.36
             draw.rectangle((x - radius, y - arm, x + radius, y + arm), fill=colour)
@@ -160,7 +163,9 @@ def _questions(things: Sequence[Thing]) -> list[tuple[str, str]]:
     questions = [("How many shapes are there?", NUMBERS[len(things)])]
     for group in groups:
         shape, several = group[0].shape, len(group) > 1
-        questions.append((f"What colour {'are' if several else 'is'} the {_plural(shape) if several else shape}?", group[0].colour))
+        questions.append(
+            (f"What colour {'are' if several else 'is'} the {_plural(shape) if several else shape}?", group[0].colour)
+        )
         questions.append((f"How many {_plural(shape)} are there?", NUMBERS[len(group)]))
         questions.append((f"What shape is {group[0].colour}?", shape))
         if not several:
@@ -224,7 +229,8 @@ def digit_of(scan: npt.NDArray[np.float64], label: int, rng: np.random.Generator
     side = int(rng.integers(46, 61))
     enlarged = Image.fromarray((scan * (255 / 16)).astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
     canvas = Image.new("L", (SIDE, SIDE), 0)
-    canvas.paste(enlarged, tuple(int(value) for value in rng.integers(0, SIDE - side + 1, 2)))
+    x, y = (int(value) for value in rng.integers(0, SIDE - side + 1, 2))
+    canvas.paste(enlarged, (x, y))
     grey = np.asarray(canvas, dtype=np.float32) * rng.uniform(0.75, 1.0) + rng.uniform(0, 20)
     pixels = np.repeat(np.clip(grey, 0, 255).astype(np.uint8)[:, :, None], 3, axis=2)
     name, parity = NUMBERS[label], "odd" if label % 2 else "even"
@@ -261,7 +267,10 @@ def video(seed: int, *, split: Split, num_frames: int | None = None) -> Item:
         frames=tuple(frames),
         caption=f"{phrase} moving {direction}",
         description=f"{phrase} moving {direction}",
-        questions=((f"Which way does the {thing.shape} move?", direction), (f"What colour is the {thing.shape}?", thing.colour)),
+        questions=(
+            (f"Which way does the {thing.shape} move?", direction),
+            (f"What colour is the {thing.shape}?", thing.colour),
+        ),
         formats={"caption": f"{phrase} moving {direction}", "direction": direction},
         kind="video",
         num_objects=1,
