@@ -7,48 +7,52 @@ from pathlib import Path
 from flamingo_export.errors import CheckpointError
 from flamingo_reference.config import ModelConfig
 
+_STRUCTURE = {"pad": "<PAD>", "bos": "<BOS>", "eoc": "<EOC>", "image": "<image>"}
+_NUM_BYTES = 256
+
 
 def checked_tokenizer(path: Path, config: ModelConfig) -> str:
     """The text of a tokenizer.json that fits the model.
 
-    Raises CheckpointError if it cannot be read, or its size is not the model's vocabulary.
+    Raises CheckpointError if it cannot be read, or is of another vocabulary: of another size, or with other ids for the tags.
     """
     from tokenizers import Tokenizer
 
+    advice = "Bring the tokenizer that the model was trained with."
     try:
-        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # the library raises bare Exception
-        raise CheckpointError(f"{path} is no tokenizer.json: {error}") from error
-    size, expected = tokenizer.get_vocab_size(), config.language_model.vocab_size
+        raise CheckpointError(f"{path} is no tokenizer.json ({error}). {advice}") from error
+    size, expected = tokenizer.get_vocab_size(with_added_tokens=True), config.language_model.vocab_size
     if size != expected:
-        raise CheckpointError(
-            f"{path} has {size} tokens, the model's vocabulary has {expected}. Bring the tokenizer the model was trained with."
-        )
-    return tokenizer.to_str(pretty=False)
+        raise CheckpointError(f"{path} has {size} tokens, the model's vocabulary has {expected}. {advice}")
+    wanted = {tag: getattr(config.tokens, field) for field, tag in _STRUCTURE.items() if field != "pad"}
+    faults = [
+        f"{tag} is {tokenizer.token_to_id(tag)}, expected {index}"
+        for tag, index in wanted.items()
+        if tokenizer.token_to_id(tag) != index
+    ]
+    if faults:
+        raise CheckpointError(f"{path} is of another vocabulary than the model: {'; '.join(faults)}. {advice}")
+    return text
 
 
-def placeholder_tokenizer(config: ModelConfig) -> str:
+def placeholder_tokenizer(config: ModelConfig) -> str | None:
     """A byte-level tokenizer.json of the model's size without merges, for weights that were never trained: any text can be encoded.
 
-    Structural tokens stand at the config's ids, unused places hold `<unused_i>`. Raises CheckpointError below 260 tokens.
+    Structural tokens stand at the config's ids, places that are left hold `<unused_i>`. None if the vocabulary has no room for the bytes.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     size = config.language_model.vocab_size
-    special = {
-        config.tokens.pad: "<PAD>",
-        config.tokens.bos: "<BOS>",
-        config.tokens.eoc: "<EOC>",
-        config.tokens.image: "<image>",
-    }
+    special = {getattr(config.tokens, field): tag for field, tag in _STRUCTURE.items()}
+    if size < _NUM_BYTES + len(special):
+        return None
     letters = iter(sorted(pre_tokenizers.ByteLevel.alphabet()))
-    vocabulary: dict[str, int] = {}
-    for index in range(size):
-        vocabulary[special.get(index) or next(letters, f"<unused_{index}>")] = index
-    if next(letters, None) is not None:
-        raise CheckpointError(f"a vocabulary of {size} tokens has no room for the 256 bytes and 4 structural tokens")
+    vocabulary = {special.get(index) or next(letters, f"<unused_{index}>"): index for index in range(size)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special.values()])
+    tokenizer.add_special_tokens([AddedToken(tag, special=True, normalized=False) for tag in special.values()])
     return tokenizer.to_str(pretty=False)

@@ -86,6 +86,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     parity: ParityRecord = msgspec.field(default_factory=lambda: ParityRecord(state="not_run"))
     tools: dict[str, str] = msgspec.field(default_factory=dict)
     """Versions of the packages that wrote the bundle."""
+    notes: tuple[str, ...] = ()
+    """What a user should know: that weights are random, that the tokenizer is a stand-in."""
 
     def graph(self, name: str) -> GraphRecord:
         """The graph of that name. Raises BundleError."""

@@ -9,167 +9,248 @@ import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
+import platform
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from flamingo_export import artifacts
-from flamingo_export.artifacts import Journal, WorkPlace
-from flamingo_export.build_request import BuildRequest
+from flamingo_export import workplace
+from flamingo_export.artifacts import file_record
+from flamingo_export.build_request import BuildRequest, default_limits, resolve_precision
 from flamingo_export.bundle_tokenizer import checked_tokenizer, placeholder_tokenizer
-from flamingo_export.errors import BuildError, CheckpointError, ParityError
+from flamingo_export.errors import CheckpointError, ParityError
 from flamingo_export.graphs import build_graph, save_graph
-from flamingo_export.manifest import GraphRecord, Manifest, ParityRecord, write_manifest
-from flamingo_export.progress import Progress, Silent
-from flamingo_export.sources import combined_digest
+from flamingo_export.manifest import MANIFEST_NAME, FileRecord, GraphRecord, Manifest, ParityRecord, write_manifest
+from flamingo_export.precision import Precision
+from flamingo_export.progress import SILENT, Progress
+from flamingo_export.sources import WeightSource, open_source
 from flamingo_export.specs import SUBGRAPHS
-from flamingo_export.weight_files import write_weights
-from flamingo_export.weights import Weight, WeightIndex, bundle_weights, groups, layout
-from flamingo_reference.checkpoints.native import CheckpointError as NativeError
-from flamingo_reference.checkpoints.native import check_tensors
+from flamingo_export.weight_files import stored_bytes, write_weights
+from flamingo_export.weights import WEIGHTS_FOLDER, WeightIndex, bundle_weights, groups
+from flamingo_export.workplace import Journal, WorkPlace
+from flamingo_reference.checkpoints import native
+from flamingo_reference.config import ModelConfig
 
 if TYPE_CHECKING:
     from flamingo_export.validate.report import ParityReport
 
 # Graphs, tokenizer, golden values and reports beside the weights.
 OTHER_FILES_BYTES = 64_000_000
-TOOLS = ("flamingo-export", "numpy", "onnx", "onnx-ir", "onnxruntime", "torch")
+REPORTS_FOLDER = "reports"
+_TOOLS = ("flamingo-export", "numpy", "onnx", "onnx-ir", "onnxruntime", "torch")
 
 
 class BuildResult(msgspec.Struct, frozen=True, kw_only=True):
-    """A published bundle. parity is None where it was not run, and `parity_note` says why."""
+    """A published bundle. notes: what a user should know about it. parity: the report, None where it was not run."""
 
-    bundle: Path
+    path: Path
     manifest: Manifest
-    parity: ParityReport | None
-    parity_note: str | None
+    notes: tuple[str, ...]
+    parity: ParityReport | None = None
 
 
-def build(request: BuildRequest, progress: Progress | None = None) -> BuildResult:
+class BuildPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """What a build would write. bytes_per_component: the bundle's weights, by the component they belong to."""
+
+    config: ModelConfig
+    precision: Precision
+    out: Path
+    bytes_per_component: dict[str, int]
+    weight_bytes: int
+    disk_bytes: int
+    """Needed at `out`'s disk, everything included, were the build to start anew."""
+
+
+class _Job(msgspec.Struct, frozen=True, kw_only=True):
+    """A request with everything looked up that can fail before anything is written."""
+
+    request: BuildRequest
+    source: WeightSource
+    precision: Precision
+    place: WorkPlace
+    tokenizer: str | None
+    notes: tuple[str, ...]
+
+
+def plan(request: BuildRequest) -> BuildPlan:
+    """What `build` would write, without writing. Raises CheckpointError or UnsupportedModel as it would."""
+    config = open_source(request.source).config
+    precision = resolve_precision(config, request.storage)
+    sizes: dict[str, int] = {}
+    for weight in bundle_weights(config):
+        component = weight.name.split("/", 1)[0]
+        sizes[component] = sizes.get(component, 0) + stored_bytes(weight, precision)
+    total = sum(sizes.values())
+    return BuildPlan(
+        config=config,
+        precision=precision,
+        out=request.out,
+        bytes_per_component=sizes,
+        weight_bytes=total,
+        disk_bytes=total + OTHER_FILES_BYTES,
+    )
+
+
+def build(request: BuildRequest, *, progress: Progress = SILENT) -> BuildResult:
     """Builds and publishes a bundle.
 
-    Interrupted at any moment it leaves `.NAME.building` beside the output, and the same request goes on from the finished groups.
-    Raises CheckpointError, BuildError, and ParityError if the engines do not compute what the reference computes (nothing is published).
+    Killed at any moment it leaves `.NAME.building` beside the output, and the same request goes on from the finished groups of weights.
+    Raises CheckpointError and UnsupportedModel (weights that cannot be built), BuildError (output, disk, another build), and ParityError
+    if the engines do not compute what the reference computes; nothing is published then.
     """
-    progress = progress or Silent()
-    place = WorkPlace(request.out)
-    source, config = request.source, request.source.config
+    job = _prepare(request)
+    place = job.place
+    workplace.check_output(place, overwrite=request.overwrite)
+    with workplace.exclusive(place), workplace.disk_errors(place):
+        workplace.check_output(place, overwrite=request.overwrite)  # again: another build may have published in between
+        journal = Journal(place, _identity(job), resume=request.resume)
+        if journal.groups:
+            progress.note(f"going on with the interrupted build in {place.work}: {len(journal.groups)} files are finished")
+        elif journal.discarded:
+            progress.note("an interrupted build to the same path was of other weights or another version; starting anew")
+        workplace.check_disk(place, _bytes_left(job, journal))
+        try:
+            result = _fill(job, journal, progress)
+        except CheckpointError:
+            place.discard()  # the same weights would fail again
+            raise
+        except KeyboardInterrupt:
+            progress.note(f"stopped; what is finished is kept in {place.work}, and the same command goes on from there")
+            raise
+        workplace.publish(place)
+    return result
+
+
+def _prepare(request: BuildRequest) -> _Job:
+    source = open_source(request.source)
+    config = source.config
     try:
-        check_tensors(config, {name: source.shape(name) for name in source.names()}, where="the weights")
-    except NativeError as error:
+        config.validate()
+        native.check_tensors(config, {name: source.shape(name) for name in source.names()}, where="the weights")
+    except ValueError as error:
         raise CheckpointError(str(error)) from error
-    tokenizer = checked_tokenizer(source.tokenizer, config) if source.tokenizer else placeholder_tokenizer(config)
-    weights = bundle_weights(config)
-    with artifacts.exclusive(place), artifacts.disk_errors(place):
-        artifacts.check_output(place, overwrite=request.overwrite)
-        journal = Journal(place.journal, _identity(request))
-        if not journal.resumed:
-            shutil.rmtree(place.work, ignore_errors=True)
-        elif place.work.exists():
-            progress.note(f"going on with the interrupted build in {place.work}")
-        place.work.mkdir(exist_ok=True)
-        journal.save()
-        artifacts.check_disk(place.out.parent, _bytes_to_write(request, weights, journal, place.work))
-        records, digests = write_weights(source, weights, request.precision, place.work, journal, progress)
-        graphs = _write_graphs(request, place.work, progress)
-        (place.work / "tokenizer").mkdir(exist_ok=True)
-        (place.work / "tokenizer" / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
-        manifest = Manifest(
-            config=config,
-            precision=request.precision,
-            limits=request.limits,
-            source=source.record(combined_digest(digests)),
-            graphs=graphs,
-            files=tuple(records),
-            tools=_tool_versions(),
+    notes = []
+    drawn = source.record({}).kind == "random"
+    if drawn:
+        notes.append("the weights are seeded random numbers, not those of a trained model: its answers mean nothing")
+    if source.tokenizer is not None:
+        tokenizer: str | None = checked_tokenizer(source.tokenizer, config)
+    else:
+        tokenizer = placeholder_tokenizer(config) if drawn else None
+        notes.append(
+            "the tokenizer is a stand-in that spells text byte by byte"
+            if tokenizer
+            else "there is no tokenizer: prompts must be token ids"
         )
-        manifest, report, note = _prove(request, manifest, place.work, progress)
-        others = [
-            artifacts.file_record(place.work, path)
-            for path in sorted(place.work.rglob("*"))
-            if path.is_file() and path.parent.name not in ("weights", "reports")
-        ]
-        manifest = msgspec.structs.replace(manifest, files=(*records, *others))
-        write_manifest(place.work, manifest)
-        artifacts.publish(place)
-        journal.remove()
-    return BuildResult(bundle=place.out, manifest=manifest, parity=report, parity_note=note)
+    return _Job(
+        request=request,
+        source=source,
+        precision=resolve_precision(config, request.storage),
+        place=WorkPlace(request.out),
+        tokenizer=tokenizer,
+        notes=tuple(notes),
+    )
 
 
-def _identity(request: BuildRequest) -> str:
-    """What must be the same for an interrupted build to be gone on with."""
-    parts = [request.source.identity, request.precision, request.limits, importlib.metadata.version("flamingo-export")]
-    return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
+def _identity(job: _Job) -> str:
+    """What must be the same for an interrupted build to be gone on with: all that finished weights depend on."""
+    versions = [importlib.metadata.version(tool) for tool in ("flamingo-export", "numpy")]
+    return hashlib.sha256(msgspec.json.encode([job.source.identity, job.source.config, job.precision, versions])).hexdigest()
 
 
-def _bytes_to_write(request: BuildRequest, weights: list[Weight], journal: Journal, work: Path) -> int:
-    total = OTHER_FILES_BYTES if sum(_stored(weights, request)) > OTHER_FILES_BYTES else OTHER_FILES_BYTES // 4
-    for group, members in groups(weights).items():
-        if journal.finished(group, work) is None:
-            total += sum(placed.length for placed in layout(members, request.precision)[1].values())
-    return total
+def _bytes_left(job: _Job, journal: Journal) -> int:
+    left = groups(bundle_weights(job.source.config)).items()
+    weights = sum(
+        stored_bytes(weight, job.precision) for group, members in left if group not in journal.groups for weight in members
+    )
+    return weights + OTHER_FILES_BYTES
 
 
-def _stored(weights: list[Weight], request: BuildRequest) -> list[int]:
-    return [placed.length for members in groups(weights).values() for placed in layout(members, request.precision)[1].values()]
+def _fill(job: _Job, journal: Journal, progress: Progress) -> BuildResult:
+    """Everything in the work folder, the manifest last."""
+    work, config = job.place.work, job.source.config
+    records, digests = write_weights(job.source, bundle_weights(config), job.precision, work, journal, progress)
+    graphs = _write_graphs(job, progress)
+    if job.tokenizer is not None:
+        (work / "tokenizer").mkdir()
+        (work / "tokenizer" / "tokenizer.json").write_text(job.tokenizer, encoding="utf-8")
+    manifest = Manifest(
+        config=config,
+        precision=job.precision,
+        limits=job.request.limits or default_limits(config),
+        source=job.source.record(digests),
+        graphs=graphs,
+        files=(*records, *_other_files(work)),
+        tools=_tool_versions(),
+        notes=job.notes,
+    )
+    manifest, report = _prove(job, manifest, progress)
+    manifest = msgspec.structs.replace(manifest, files=(*records, *_other_files(work)))
+    write_manifest(work, manifest)
+    return BuildResult(path=job.place.out, manifest=manifest, notes=job.notes, parity=report)
 
 
-def _write_graphs(request: BuildRequest, work: Path, progress: Progress) -> tuple[GraphRecord, ...]:
-    config = request.source.config
-    index = WeightIndex.planned(config, request.precision)
+def _write_graphs(job: _Job, progress: Progress) -> tuple[GraphRecord, ...]:
+    config, work = job.source.config, job.place.work
+    index = WeightIndex.read(work)
     progress.stage("graphs", len(SUBGRAPHS))
     records = []
     for name in SUBGRAPHS:
-        record = GraphRecord(
-            name=name, file=f"{name}.onnx", layers=(0, config.language_model.num_layers) if name == "decoder" else None
-        )
+        layers = (0, config.language_model.num_layers) if name == "decoder" else None
+        record = GraphRecord(name=name, file=f"{name}.onnx", layers=layers)
         save_graph(build_graph(config, name, index), work / record.file)
         records.append(record)
         progress.advance(1)
     return tuple(records)
 
 
+def _other_files(work: Path) -> list[FileRecord]:
+    """Records of all files but weights, whose digests were taken on the way, and reports, which later runs of parity replace."""
+    return [
+        file_record(work, path)
+        for path in sorted(work.rglob("*"))
+        if path.is_file()
+        and path.name != MANIFEST_NAME
+        and path.relative_to(work).parts[0] not in (WEIGHTS_FOLDER, REPORTS_FOLDER)
+    ]
+
+
 def _tool_versions() -> dict[str, str]:
-    versions = {}
-    for tool in TOOLS:
+    versions = {"python": platform.python_version()}
+    for tool in _TOOLS:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[tool] = importlib.metadata.version(tool)
     return versions
 
 
-def _prove(
-    request: BuildRequest, manifest: Manifest, work: Path, progress: Progress
-) -> tuple[Manifest, ParityReport | None, str | None]:
-    """Golden values and parity, before anything is published."""
-    if request.parity == "skip":
-        _copy_golden(request, work)
-        return manifest, None, "parity was not asked for"
-    if importlib.util.find_spec("torch") is None:
-        _copy_golden(request, work)
-        return (
-            manifest,
-            None,
-            "PyTorch is not installed, so the engines were not compared with the reference (pip install 'flamingo-export[torch]')",
-        )
+def _prove(job: _Job, manifest: Manifest, progress: Progress) -> tuple[Manifest, ParityReport | None]:
+    """Golden values and parity, before anything is published. Without PyTorch nothing is claimed."""
+    work = job.place.work
+    if job.request.parity == "skip" or importlib.util.find_spec("torch") is None:
+        if job.request.parity != "skip":
+            progress.note("PyTorch is not installed, so the engines are not compared with it: parity is not_run")
+        _hand_on_golden(job)
+        return manifest, None
     from flamingo_export.validate import check_build
 
-    report = check_build(work, manifest, request.source, progress=progress)
+    report = check_build(work, manifest, job.source, progress=progress)
     if report.verdict != "passed":
         raise ParityError(
-            f"the engines do not compute what the reference computes: {report.summary}. Nothing was published; "
-            f"the report is {work / 'reports' / 'parity.json'}."
+            f"the engines do not compute what the reference computes: {report.summary}. Nothing was published; the report is in "
+            f"{work / REPORTS_FOLDER}. To have the bundle all the same: --parity skip"
         )
     record = ParityRecord(state="passed", backends=(report.backend,), against="reference", report="reports/parity.json")
-    return msgspec.structs.replace(manifest, parity=record), report, None
+    return msgspec.structs.replace(manifest, parity=record), report
 
 
-def _copy_golden(request: BuildRequest, work: Path) -> None:
+def _hand_on_golden(job: _Job) -> None:
     """A checkpoint that ships golden values hands them on, so that engines can be verified without PyTorch."""
-    if request.source.golden is None:
+    if job.source.golden is None:
         return
-    try:
-        shutil.copytree(request.source.golden, work / "golden", dirs_exist_ok=True)
-    except OSError as error:
-        raise BuildError(f"the golden values in {request.source.golden} cannot be copied: {error}") from error
+    folder = job.place.work / "golden"
+    folder.mkdir(exist_ok=True)
+    for path in sorted(job.source.golden.iterdir()):
+        if path.is_file() and not path.is_symlink():
+            shutil.copyfile(path, folder / path.name)

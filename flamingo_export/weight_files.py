@@ -1,147 +1,243 @@
-"""Writes a bundle's weights group by group, in memory that does not grow with the model."""
+"""Writes a bundle's weights group by group, in memory that does not grow with the model.
+
+Two groups at a time, each in its own thread from first tensor to last: drawing, casting, hashing and writing all let go of the
+interpreter's lock, and a file's digest cannot be shared out. The calling thread keeps the journal and tells of progress.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
-from flamingo_export.artifacts import Finished, Journal
 from flamingo_export.errors import CheckpointError
 from flamingo_export.manifest import FileRecord
-from flamingo_export.precision import Precision, StorageType
+from flamingo_export.precision import Precision
 from flamingo_export.progress import Progress
-from flamingo_export.sources import WeightSource, tensor_digest
+from flamingo_export.sources.base import Array, WeightSource, tensor_digest
 from flamingo_export.weights import STORAGE_DTYPES, Weight, group_file, groups, layout
+from flamingo_export.workplace import Finished, Journal
 
-Array = npt.NDArray[Any]
+THREADS = 2
+# Tensors of more numbers than this are made one at a time, however many threads there are.
+LARGE = 100_000_000
+# Bytes hashed and written at a time: still in the cache when the second of the two reads them.
+_CHUNK = 1 << 20
+# Numbers looked at at a time when the largest is searched.
+_BLOCK = 1 << 17
 
-# Tensors made while the one before is hashed and written: bounded, as the largest of an 80B model take a gigabyte each.
-AHEAD_BYTES = 600_000_000
+
+class _Done(msgspec.Struct, frozen=True):
+    group: str
+    record: Finished | None
 
 
 class _Made(msgspec.Struct, frozen=True):
-    """A tensor in its storage type, and the digests of what it was made of."""
+    """A tensor in its storage type, or what forbids storing it."""
 
-    array: Array
+    array: Array | None
     sources: dict[str, str]
-    bad: tuple[str, ...]
-    overflow: str | None
+    bad: tuple[str, ...] = ()
+    overflow: str | None = None
+
+
+def stored_bytes(weight: Weight, precision: Precision) -> int:
+    """Bytes of a tensor in the bundle."""
+    return math.prod(weight.shape) * np.dtype(STORAGE_DTYPES[weight.storage(precision)]).itemsize
 
 
 def write_weights(
     source: WeightSource, weights: Sequence[Weight], precision: Precision, work: Path, journal: Journal, progress: Progress
 ) -> tuple[list[FileRecord], dict[str, str]]:
-    """Writes every group that the journal does not hold yet; returns the files' records and the digest of each source tensor.
+    """Writes every group that the journal does not hold yet; returns the files' records in order and the digest of each source tensor.
 
-    Raises CheckpointError naming the tensors of a group that hold NaN or infinity, or overflow the storage type.
+    Raises CheckpointError naming all tensors that hold NaN or infinity, or overflow the storage type; OSError if the disk is full.
     """
-    records: list[FileRecord] = []
-    digests: dict[str, str] = {}
     grouped = groups(weights)
-    progress.stage("weights", sum(_size(weight, precision) for weight in weights))
-    for group, members in grouped.items():
-        finished = journal.finished(group, work)
-        if finished is None:
-            finished = _write_group(source, group, members, precision, work, progress)
-            journal.add(group, finished)
-        else:
-            progress.advance(sum(_size(weight, precision) for weight in members))
-        records.append(finished.file)
-        digests |= finished.sources
-    return records, digests
+    progress.stage("weights", sum(stored_bytes(weight, precision) for weight in weights), "bytes")
+    for group in grouped:
+        if group in journal.groups:
+            progress.advance(sum(stored_bytes(weight, precision) for weight in grouped[group]))
+    _Stream(source, precision, work).run(
+        {group: members for group, members in grouped.items() if group not in journal.groups}, journal, progress
+    )
+    digests: dict[str, str] = {}
+    for group in grouped:
+        digests |= journal.groups[group].sources
+    return [journal.groups[group].file for group in grouped], digests
 
 
-def _size(weight: Weight, precision: Precision) -> int:
-    return int(np.prod(weight.shape, dtype=np.int64)) * np.dtype(STORAGE_DTYPES[weight.storage(precision)]).itemsize
+class _Stream:
+    def __init__(self, source: WeightSource, precision: Precision, work: Path) -> None:
+        self._source, self._precision, self._work = source, precision, work
+        self._events: SimpleQueue[int | _Done | BaseException] = SimpleQueue()
+        self._stop = threading.Event()
+        self._large = threading.Lock()
+        self._bad: set[str] = set()
+        self._overflows: list[str] = []
 
-
-def _write_group(
-    source: WeightSource, group: str, members: Sequence[Weight], precision: Precision, work: Path, progress: Progress
-) -> Finished:
-    header, _ = layout(members, precision)
-    path = work / group_file(group)
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    digest = hashlib.sha256(header)
-    sources: dict[str, str] = {}
-    bad: list[str] = []
-    overflows: list[str] = []
-    with temporary.open("wb") as file:
-        file.write(header)
-        for weight, made in _made_ahead(source, members, precision):
-            bad += made.bad
-            overflows += [made.overflow] if made.overflow else []
-            sources |= made.sources
-            data = memoryview(made.array.reshape(-1).view(np.uint8))
-            digest.update(data)
-            file.write(data)
-            progress.advance(_size(weight, precision))
-        if bad:
+    def run(self, grouped: Mapping[str, Sequence[Weight]], journal: Journal, progress: Progress) -> None:
+        """All groups; when it ends, however it ends, no thread is left."""
+        (self._work / "weights").mkdir(exist_ok=True)
+        with ThreadPoolExecutor(THREADS, thread_name_prefix="weights") as pool:
+            for group, members in grouped.items():
+                pool.submit(self._group, group, members)
+            try:
+                left = len(grouped)
+                while left:
+                    event = self._events.get()
+                    if isinstance(event, int):
+                        progress.advance(event)
+                    elif isinstance(event, _Done):
+                        left -= 1
+                        if event.record is not None:
+                            journal.add(event.group, event.record)
+                    else:
+                        raise event
+            except BaseException:
+                self._stop.set()
+                pool.shutdown(cancel_futures=True)
+                raise
+        if self._bad:
             raise CheckpointError(
-                f"tensors with NaN or infinite numbers: {', '.join(sorted(set(bad)))}. The checkpoint cannot be used."
+                f"tensors with NaN or infinite numbers: {', '.join(sorted(self._bad))}. Such a model cannot be built; "
+                "look for the step of its training or conversion that made them."
             )
-        if overflows:
+        if self._overflows:
             raise CheckpointError(
-                f"tensors with numbers beyond {precision.storage}'s range: {', '.join(overflows)}. Build with --precision bf16 or fp32."
+                f"numbers beyond the range of {self._precision.storage}: {'; '.join(sorted(self._overflows))}. "
+                "Build with --precision bf16 (same size, range of fp32) or fp32."
             )
-        file.flush()
-        os.fsync(file.fileno())
-        size = file.tell()
-    temporary.replace(path)
-    return Finished(file=FileRecord(path=group_file(group), size=size, sha256=digest.hexdigest()), sources=sources)
+
+    @property
+    def _faulty(self) -> bool:
+        return bool(self._bad or self._overflows)
+
+    def _group(self, group: str, members: Sequence[Weight]) -> None:
+        try:
+            if not self._stop.is_set():
+                self._events.put(_Done(group, self._write(group, members)))
+        except BaseException as error:
+            self._events.put(error)
+
+    def _write(self, group: str, members: Sequence[Weight]) -> Finished | None:
+        """The group's file, complete and on the disk; None if any group so far has a fault, for then tensors are only looked at."""
+        header, _ = layout(members, self._precision)
+        path = self._work / group_file(group)
+        temporary = path.with_name(path.name + ".part")
+        digest = hashlib.sha256(header)
+        sources: dict[str, str] = {}
+        try:
+            with temporary.open("wb", buffering=0) as file:
+                _write_all(file.fileno(), memoryview(header))
+                for weight in members:
+                    if self._stop.is_set():
+                        return None
+                    with self._turn(weight):
+                        made = _make(self._source, weight, self._precision)
+                        sources |= made.sources
+                        self._bad.update(made.bad)
+                        if made.overflow is not None:
+                            self._overflows.append(made.overflow)
+                        if self._faulty or made.array is None:
+                            continue
+                        data = memoryview(made.array.reshape(-1).view(np.uint8))
+                        for start in range(0, len(data), _CHUNK):
+                            if self._stop.is_set():
+                                return None
+                            chunk = data[start : start + _CHUNK]
+                            digest.update(chunk)
+                            _write_all(file.fileno(), chunk)
+                            self._events.put(len(chunk))
+                        del data, made
+                if self._faulty:
+                    return None
+                os.fsync(file.fileno())
+                size = os.fstat(file.fileno()).st_size
+            temporary.replace(path)
+        except OSError as error:
+            error.filename = error.filename or os.fspath(path)
+            raise
+        finally:
+            temporary.unlink(missing_ok=True)
+        return Finished(file=FileRecord(path=group_file(group), size=size, sha256=digest.hexdigest()), sources=sources)
+
+    def _turn(self, weight: Weight) -> AbstractContextManager[Any]:
+        return self._large if math.prod(weight.shape) > LARGE else nullcontext()
 
 
-def _made_ahead(source: WeightSource, members: Sequence[Weight], precision: Precision) -> Iterator[tuple[Weight, _Made]]:
-    """Each weight with its tensor, one being made in another thread while the caller writes the one before."""
-
-    def maker(weight: Weight) -> Callable[[], _Made]:
-        return lambda: _make(source, weight, weight.storage(precision))
-
-    with ThreadPoolExecutor(1) as pool:
-        ahead: Future[_Made] | None = None
-        for place, weight in enumerate(members):
-            made = ahead.result() if ahead is not None else maker(weight)()
-            following = members[place + 1] if place + 1 < len(members) else None
-            small = following is not None and _size(following, precision) <= AHEAD_BYTES
-            ahead = pool.submit(maker(following)) if following is not None and small else None
-            yield weight, made
+def _write_all(handle: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(handle, data) :]
 
 
-def _make(source: WeightSource, weight: Weight, storage: StorageType) -> _Made:
+def _make(source: WeightSource, weight: Weight, precision: Precision) -> _Made:
+    """Reads, checks, folds and casts one tensor."""
+    storage = weight.storage(precision)
     dtype = np.dtype(STORAGE_DTYPES[storage])
     inputs: list[Array] = []
     digests: dict[str, str] = {}
     bad: list[str] = []
+    largest = 0.0
     for name in weight.sources:
         array = source.read(name)
-        digests[name] = tensor_digest(array)
-        if not _finite(array):
+        if source.digested:
+            digests[name] = tensor_digest(array)
+        top = peak(array)
+        if not math.isfinite(top):
             bad.append(name)
-        inputs.append(_cast(array, dtype) if weight.moves_only else array)
+        largest = max(largest, top)
+        inputs.append(_moved(cast(array, dtype)) if weight.moves_only else cast(array, np.dtype(np.float32)))
     if bad:
-        return _Made(np.zeros(weight.shape, dtype), digests, tuple(bad), None)
-    with np.errstate(over="ignore"):
-        made = np.ascontiguousarray(_cast(weight.make(inputs), dtype).reshape(weight.shape))
-    return _Made(made, digests, (), None if _finite(made) else weight.name)
+        return _Made(None, digests, bad=tuple(bad))
+    with np.errstate(all="ignore"):  # what overflows is found below
+        result = weight.make(inputs)
+    if weight.moves_only:
+        result = np.ascontiguousarray(result).view(dtype)
+    else:
+        largest = peak(result)
+        result = np.ascontiguousarray(cast(result, dtype))
+    if result.shape != weight.shape:
+        raise AssertionError(f"{weight.name} was made in shape {result.shape}, expected {weight.shape}")
+    if not math.isfinite(float(cast(np.array([largest]), dtype)[0])):
+        return _Made(None, digests, overflow=f"{weight.name} (up to {largest:.3g})")
+    return _Made(result, digests)
 
 
-def _cast(array: Array, dtype: np.dtype[Any]) -> Array:
+def cast(array: Array, dtype: np.dtype[Any]) -> Array:
+    """The numbers in another type, rounded to nearest even, in the memory order they are in."""
     if array.dtype == dtype:
         return array
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         return array.astype(dtype)
 
 
-def _finite(array: Array) -> bool:
-    """Whether all numbers are finite, without a temporary as large as the array: minimum and maximum carry NaN along."""
+def _moved(array: Array) -> Array:
+    """16-bit numbers as integers: numpy moves those at full speed, and bfloat16, a type it does not know, one by one."""
+    return array.view(np.uint16) if array.dtype.itemsize == 2 else array
+
+
+def peak(array: Array) -> float:
+    """The largest magnitude; NaN or infinity if there is any.
+
+    Without a temporary as large as the array: the bits of a float without its sign are in the order of its magnitude, NaN above all.
+    """
     if array.size == 0:
-        return True
-    return bool(np.isfinite(np.float64(array.min())) and np.isfinite(np.float64(array.max())))
+        return 0.0
+    if not (array.flags.c_contiguous or array.flags.f_contiguous):
+        array = np.ascontiguousarray(array)
+    unsigned = np.dtype(f"u{array.dtype.itemsize}")
+    bits = array.ravel(order="K").view(unsigned)
+    magnitude = unsigned.type(np.iinfo(unsigned).max >> 1)
+    top = max(int((bits[start : start + _BLOCK] & magnitude).max()) for start in range(0, bits.size, _BLOCK))
+    return float(np.array([top], unsigned).view(array.dtype)[0])

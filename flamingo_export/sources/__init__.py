@@ -1,0 +1,28 @@
+"""Where a build's weights come from: a checkpoint folder, a live PyTorch model, or seeded random numbers."""
+
+from __future__ import annotations
+
+from flamingo_export.build_request import CheckpointFolder, RandomWeights, Source
+from flamingo_export.sources.base import WeightSource, combined_digest, tensor_digest
+from flamingo_export.sources.checkpoint import CheckpointSource
+from flamingo_export.sources.drawn import RandomSource
+from flamingo_export.sources.live import LiveSource
+
+__all__ = [
+    "CheckpointSource",
+    "LiveSource",
+    "RandomSource",
+    "WeightSource",
+    "combined_digest",
+    "open_source",
+    "tensor_digest",
+]
+
+
+def open_source(source: Source) -> WeightSource:
+    """The weights that a request names, without reading them. Raises CheckpointError or UnsupportedModel."""
+    if isinstance(source, CheckpointFolder):
+        return CheckpointSource(source.path)
+    if isinstance(source, RandomWeights):
+        return RandomSource(source.config, source.seed)
+    return LiveSource(source.model, source.tokenizer)

@@ -1,0 +1,66 @@
+"""What every source of weights offers, and the digest by which weights are known."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from flamingo_export.manifest import SourceRecord
+from flamingo_reference.config import ModelConfig
+
+Array = npt.NDArray[Any]
+
+
+class WeightSource(Protocol):
+    """A model's tensors under the names of `flamingo_reference.checkpoints.native.expected_tensors`."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def identity(self) -> str:
+        """Changes whenever the tensors do: an interrupted build goes on only where it is the same."""
+
+    @property
+    def digested(self) -> bool:
+        """Whether the tensors have to be hashed for `record`."""
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The model's tokenizer.json."""
+
+    @property
+    def golden(self) -> Path | None:
+        """Folder of golden values recorded for these weights."""
+
+    def names(self) -> list[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def read(self, name: str) -> Array:
+        """A tensor's numbers, in its own type (float64, float32, float16 or bfloat16) and any memory order; not to be written to.
+
+        May be called from several threads at once.
+        """
+
+    def record(self, digests: Mapping[str, str]) -> SourceRecord:
+        """What the manifest says of the source; digests: `tensor_digest` of each tensor, empty unless `digested`."""
+
+
+def combined_digest(digests: Mapping[str, str]) -> str:
+    """One digest of all tensors, from the SHA-256 of each."""
+    total = hashlib.sha256()
+    for name in sorted(digests):
+        total.update(f"{name} {digests[name]}\n".encode())
+    return total.hexdigest()
+
+
+def tensor_digest(array: Array) -> str:
+    """SHA-256 of a tensor's bytes in row-major order."""
+    contiguous = np.asarray(array, order="C")
+    return hashlib.sha256(contiguous.reshape(-1).view(np.uint8)).hexdigest()

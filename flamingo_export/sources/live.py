@@ -1,0 +1,160 @@
+"""Weights of a live PyTorch model, which must be the standard one: a graph is built from the config, not from the model's code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+
+from flamingo_export.errors import UnsupportedModel
+from flamingo_export.manifest import SourceRecord
+from flamingo_export.sources.base import Array, combined_digest, tensor_digest
+from flamingo_reference.checkpoints import native
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flamingo_reference.model import Flamingo
+
+_SHOWN_FAULTS = 40
+_HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+
+
+class LiveSource:
+    """A `flamingo_reference.model.Flamingo` in memory, exactly as the builder knows it."""
+
+    golden = None
+    digested = True
+
+    def __init__(self, model: Flamingo, tokenizer: Path | None = None) -> None:
+        """Raises UnsupportedModel naming every module, hook, forward, parameter or buffer that is not the standard model's."""
+        refuse_unknown(model)
+        self.model, self.config, self.tokenizer = model, model.config, tokenizer
+        self._tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+        self.identity = f"live {combined_digest({name: tensor_digest(self.read(name)) for name in self._tensors})}"
+
+    def names(self) -> list[str]:
+        """All tensor names."""
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return tuple(self._tensors[name].shape)
+
+    def read(self, name: str) -> Array:
+        """A tensor's numbers on the host; on a CPU they share the model's memory."""
+        import ml_dtypes
+        import torch
+
+        tensor = self._tensors[name].detach().cpu().contiguous()
+        if tensor.dtype == torch.bfloat16:
+            return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return np.asarray(tensor.numpy())
+
+    def record(self, digests: Mapping[str, str]) -> SourceRecord:
+        """The digest of all tensors names the model."""
+        return SourceRecord(kind="live", sha256=combined_digest(digests))
+
+
+def refuse_unknown(model: Any) -> None:
+    """Raises UnsupportedModel unless `model` is the standard Flamingo, module by module.
+
+    Whatever changes what a module computes without changing the config must be refused: subclasses, forwards set on an instance or
+    put in a class's place, hooks (global ones too), parametrizations, other settings, tensors that are missing, too many or not numbers.
+    """
+    import torch
+
+    from flamingo_reference.model import Flamingo
+
+    if type(model) is not Flamingo:
+        raise UnsupportedModel(
+            f"the model is a {type(model).__module__}.{type(model).__qualname__}, expected flamingo_reference.model.Flamingo itself. "
+            "Copy its weights into one: Flamingo(config).load_state_dict(...)"
+        )
+    with torch.device("meta"):
+        standard = Flamingo(model.config)
+    faults = [*_module_faults(model, standard), *_global_hooks(), *_tensor_faults(model)]
+    if faults:
+        rest = f"; and {len(faults) - _SHOWN_FAULTS} more" if len(faults) > _SHOWN_FAULTS else ""
+        raise UnsupportedModel(
+            f"the model is not the standard Flamingo: {'; '.join(faults[:_SHOWN_FAULTS])}{rest}. "
+            "Undo these changes, or bake them into the weights of a standard model."
+        )
+
+
+def _module_faults(model: Flamingo, standard: Flamingo) -> Iterator[str]:
+    expected = dict(standard.named_modules(remove_duplicate=False))
+    found = dict(model.named_modules(remove_duplicate=False))
+    for name in expected:
+        if name not in found:
+            yield f"module {name} is missing"
+    for name, module in found.items():
+        label = name or "the model"
+        if name not in expected:
+            yield f"module {name} ({type(module).__qualname__}) is not known"
+            continue
+        if type(module) is not type(expected[name]):
+            yield f"{label} is a {type(module).__qualname__}, expected {type(expected[name]).__qualname__}"
+            continue
+        # A function in vars() hides the method of that name in the class.
+        for key in vars(module):
+            if callable(getattr(type(module), key, None)):
+                yield f"{label} has its own {key}"
+        yield from _replaced_forward(label, module)
+        for hooks in _HOOKS:
+            if getattr(module, f"_{hooks}"):
+                yield f"{label} has {hooks.replace('_', ' ')}"
+        yield from _changed_settings(label, module, expected[name])
+
+
+def _replaced_forward(label: str, module: Any) -> Iterator[str]:
+    """A forward that was put in a class's place keeps the name of where it was written."""
+    for base in type(module).__mro__:
+        if "forward" in vars(base):
+            forward = vars(base)["forward"]
+            where = (getattr(forward, "__module__", None), getattr(forward, "__qualname__", None))
+            # nn.Module's own stand-in, of classes without a forward such as ModuleList, is named otherwise.
+            if where != (base.__module__, f"{base.__qualname__}.forward") and base.__qualname__ != "Module":
+                yield f"{label}: the forward of {base.__qualname__} was replaced by {where[0]}.{where[1]}"
+            return
+
+
+def _global_hooks() -> Iterator[str]:
+    from torch.nn.modules import module
+
+    for hooks in _HOOKS:
+        if getattr(module, f"_global_{hooks}"):
+            yield f"torch has global {hooks.replace('_', ' ')}"
+
+
+def _tensor_faults(model: Flamingo) -> Iterator[str]:
+    import torch
+
+    tensors, wanted = dict(model.named_parameters(remove_duplicate=False)), native.expected_tensors(model.config)
+    for name in wanted:
+        if name not in tensors:
+            yield f"parameter {name} is missing"
+    for name, tensor in tensors.items():
+        if name not in wanted:
+            yield f"parameter {name} is not known"
+        elif tuple(tensor.shape) != wanted[name]:
+            yield f"parameter {name} has shape {tuple(tensor.shape)}, expected {wanted[name]}"
+        elif tensor.is_meta:
+            yield f"parameter {name} is on the meta device and has no numbers"
+        elif tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            yield f"parameter {name} is {tensor.dtype}, expected a float of 16 to 64 bits"
+        elif type(tensor) is not torch.nn.Parameter or tensor.layout != torch.strided:
+            yield f"parameter {name} is a {type(tensor).__qualname__} of layout {tensor.layout}, expected a dense Parameter"
+    for name, _ in model.named_buffers(remove_duplicate=False):
+        yield f"buffer {name} is not known"
+
+
+def _changed_settings(label: str, module: Any, standard: Any) -> Iterator[str]:
+    """Plain attributes (eps, strides, sizes) that differ from those the config gives."""
+    plain = (int, float, str, bool, tuple, msgspec.Struct)
+    for key, value in vars(standard).items():
+        if isinstance(value, plain) and key != "training" and getattr(module, key, None) != value:
+            yield f"{label}.{key} is {getattr(module, key, None)!r}, the config gives {value!r}"
