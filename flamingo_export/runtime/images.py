@@ -58,7 +58,8 @@ def open_image(source: str | os.PathLike[str]) -> Iterator[Image.Image]:
         raise ImageError(f"{path} is a folder. To use its images as the frames of a video, pass it as a video: --video {path}")
     with _translated(str(path)), warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused below, and with a better message
-        with Image.open(path, formats=FORMATS) as image:
+        Image.init()  # a format is known by name only once its plugin is loaded
+        with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
             _check_size(image.size, str(path))
             yield image
 

@@ -14,7 +14,7 @@ BOS, EOC, IMAGE = "<BOS>", "<EOC>", "<image>"
 TAGS = (BOS, EOC, IMAGE)
 TOKENIZER_FILE = Path("tokenizer") / "tokenizer.json"
 _REPLACEMENT = "\ufffd"
-_MAX_BYTES = 4  # of a character in UTF-8
+_MAX_HELD = 3  # tokens: a character has four bytes at most, and a token at least one
 
 
 class Tokenizer:
@@ -24,6 +24,8 @@ class Tokenizer:
         """tokenizer: a `tokenizers.Tokenizer`. Raises PromptError if it is not of this model's vocabulary."""
         self._tokenizer = tokenizer
         self.ids = config.tokens
+        self.special = frozenset(index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special)
+        """Ids that leave no text when decoded."""
         _check_vocabulary(tokenizer, config)
 
     @classmethod
@@ -84,21 +86,28 @@ class TextStream:
 
     def push(self, token_ids: Sequence[int]) -> str:
         """The text that these tokens complete; empty while a character is unfinished."""
-        self._ids.extend(token_ids)
-        return self._take(final=False)
+        self._ids += [token for token in token_ids if token not in self._tokenizer.special]
+        for held in range(_MAX_HELD):
+            stop = max(self._sent, len(self._ids) - held)
+            if not self._decode(stop).endswith(_REPLACEMENT):
+                return self._take(stop)
+        # Bytes before the last three belong to no unfinished character: what is broken there stays broken.
+        return self._take(len(self._ids) - _MAX_HELD)
 
     def finish(self) -> str:
         """What was held back."""
-        return self._take(final=True)
+        return self._take(len(self._ids))
 
-    def _take(self, *, final: bool) -> str:
-        before = self._tokenizer.decode(self._ids[self._start : self._sent])
-        text = self._tokenizer.decode(self._ids[self._start :])
-        unfinished = text.endswith(_REPLACEMENT) and len(self._ids) - self._sent < _MAX_BYTES
-        if len(text) <= len(before) or (unfinished and not final):
+    def _take(self, stop: int) -> str:
+        if stop <= self._sent:
             return ""
-        self._start, self._sent = self._sent, len(self._ids)
+        before, text = self._decode(self._sent), self._decode(stop)
+        if len(text) > len(before):
+            self._start, self._sent = self._sent, stop
         return text[len(before) :]
+
+    def _decode(self, stop: int) -> str:
+        return self._tokenizer.decode(self._ids[self._start : stop])
 
 
 def _check_vocabulary(tokenizer: Any, config: ModelConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,12 @@ def tiny_model(tiny_config: ModelConfig) -> Flamingo:
 def tiny_bundle(tiny_model: Flamingo, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its bundle in fp32, without tokenizer, reports or golden values. Do not change it: copy it."""
     return write_bundle(LiveSource(tiny_model), tmp_path_factory.mktemp("tiny") / "tiny.bundle")
+
+
+@pytest.fixture(scope="session")
+def bundle_writer() -> Callable[..., Path]:
+    """`write_bundle`, for tests that need the bundle of another source."""
+    return write_bundle
 
 
 def write_bundle(source: WeightSource, bundle: Path, *, precision: Precision | None = None) -> Path:

@@ -35,8 +35,15 @@ class Oracle:
     def logits(self, ids: Sequence[int], media: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
         """float64 [S, V]; media: the frames, uint8 [H, W, 3], of each medium in order."""
         with torch.no_grad():
-            latents = [self.model.latents(torch.tensor(np.stack([preprocess(f, self.config) for f in m]))[None].double()) for m in media]
-            bank = torch.cat(latents) if latents else torch.zeros(1, self.config.resampler.num_latents, self.config.resampler.width).double()
+            latents = [
+                self.model.latents(torch.tensor(np.stack([preprocess(f, self.config) for f in m]))[None].double())
+                for m in media
+            ]
+            bank = (
+                torch.cat(latents)
+                if latents
+                else torch.zeros(1, self.config.resampler.num_latents, self.config.resampler.width).double()
+            )
             tokens = torch.tensor([list(ids)])
             rows = torch.arange(max(1, len(media)))[None]
             return self.model(tokens, self.model.media_kv(bank), rows, (tokens == IMAGE).cumsum(1))[0].numpy()
@@ -54,7 +61,9 @@ class Oracle:
             ids.append(int(self.logprobs(ids, media)[-1].argmax()))
         return ids[start:]
 
-    def beams(self, ids: Sequence[int], media: Sequence[Sequence[np.ndarray]], beams: int, count: int) -> list[tuple[list[int], float]]:
+    def beams(
+        self, ids: Sequence[int], media: Sequence[Sequence[np.ndarray]], beams: int, count: int
+    ) -> list[tuple[list[int], float]]:
         """Beam search with length penalty 0, written anew: (tokens, score), best first."""
         live, kept = [([], 0.0)], []
         for step in range(1, count + 1):
@@ -100,7 +109,9 @@ def load_tiny(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def pictures(seed: int, count: int) -> list[np.ndarray]:
     """Random images of various sizes."""
     rng = np.random.default_rng(seed)
-    return [rng.integers(0, 256, (int(rng.integers(10, 60)), int(rng.integers(10, 60)), 3), dtype=np.uint8) for _ in range(count)]
+    return [
+        rng.integers(0, 256, (int(rng.integers(10, 60)), int(rng.integers(10, 60)), 3), dtype=np.uint8) for _ in range(count)
+    ]
 
 
 def random_prompt(config: ModelConfig, seed: int, length: int, num_media: int) -> list[int]:

@@ -45,7 +45,9 @@ def check_texts(found, expected: list[tuple[list[int], float]]) -> None:  # type
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_greedy_and_beams_are_those_of_the_oracle(load_tiny: LoadTiny, tiny_config: ModelConfig, oracle: Oracle, name: str) -> None:
+def test_greedy_and_beams_are_those_of_the_oracle(
+    load_tiny: LoadTiny, tiny_config: ModelConfig, oracle: Oracle, name: str
+) -> None:
     request = CASES[name](tiny_config)
     model = load_tiny()
     media = frames_of(request)
@@ -143,7 +145,9 @@ def test_requests_that_end_early_leave_the_batch(load_tiny: LoadTiny, tiny_confi
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 16, 64])
-def test_a_result_does_not_depend_on_the_chunk(load_tiny: LoadTiny, tiny_config: ModelConfig, oracle: Oracle, chunk: int) -> None:
+def test_a_result_does_not_depend_on_the_chunk(
+    load_tiny: LoadTiny, tiny_config: ModelConfig, oracle: Oracle, chunk: int
+) -> None:
     request = random_request(tiny_config, 40, 29, 4)
     model = load_tiny(chunk=chunk, max_length=128)
     found = model.generate(request, beams=3, num_return=3, max_new_tokens=4)
@@ -201,7 +205,9 @@ def test_exactly_full_and_one_more(load_tiny: LoadTiny, tiny_config: ModelConfig
     found = model.generate(request, beams=3, max_new_tokens=6, num_return=3)
     check_texts(found, oracle.beams(request.prompt, frames_of(request), 3, 6))
     held = dict(model.generator.bank.resident)
-    with pytest.raises(CapacityError, match=r"prompt of 78 tokens .* needs 99 cache slots, the bundle allows 96. Generate at most 6"):
+    with pytest.raises(
+        CapacityError, match=r"prompt of 78 tokens .* needs 99 cache slots, the bundle allows 96. Generate at most 6"
+    ):
         model.generate(Request(prompt=request.prompt, media=pictures(99, 2)), beams=3, max_new_tokens=7)
     assert dict(model.generator.bank.resident) == held  # nothing was encoded
     shorter = random_request(tiny_config, 82, 80, 0)
@@ -238,7 +244,9 @@ def test_sampling_repeats_with_its_seed_whatever_the_batch(load_tiny: LoadTiny, 
     assert one.token_ids != model.generate(request, **{**settings, "seed": 4}).token_ids  # type: ignore[arg-type]
 
 
-def test_an_interrupted_generation_leaves_the_model_usable(load_tiny: LoadTiny, tiny_config: ModelConfig, oracle: Oracle) -> None:
+def test_an_interrupted_generation_leaves_the_model_usable(
+    load_tiny: LoadTiny, tiny_config: ModelConfig, oracle: Oracle
+) -> None:
     model = load_tiny()
     request = random_request(tiny_config, 110, 40, 2)
     run, calls = model.engines.decoder.run, 0

@@ -208,9 +208,7 @@ def test_sampling_follows_the_distribution() -> None:
     np.testing.assert_allclose(frequencies(4000, temperature=1.0), np.array([0.4, 0.3, 0.05, 0, 0.2]) / 0.95, atol=0.03)
     np.testing.assert_allclose(frequencies(4000, temperature=1.0, top_k=2), [4 / 7, 3 / 7, 0, 0, 0], atol=0.03)
     np.testing.assert_allclose(frequencies(4000, temperature=1.0, top_p=0.8), np.array([4, 3, 0, 0, 2]) / 9, atol=0.03)
-    np.testing.assert_allclose(
-        frequencies(4000, temperature=0.5, top_k=4), np.array([16, 9, 0.25, 0, 4]) / 29.25, atol=0.03
-    )
+    np.testing.assert_allclose(frequencies(4000, temperature=0.5, top_k=4), np.array([16, 9, 0.25, 0, 4]) / 29.25, atol=0.03)
     assert frequencies(50, temperature=1.0, top_p=1e-9)[0] == 1.0
 
 

@@ -1,0 +1,193 @@
+"""What a user calls: text in, text out, streams, and every mistake that a request can hold."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from PIL import Image
+
+import flamingo_export
+from flamingo_export.bundle_tokenizer import placeholder_tokenizer
+from flamingo_export.errors import ImageError, InputError, PromptError
+from flamingo_export.runtime.model import Model
+from flamingo_export.runtime.prompts import qa_prompt
+from flamingo_export.runtime.request import Request
+from flamingo_export.runtime.videos import Video
+from flamingo_export.sources import RandomSource
+from flamingo_reference.config import ModelConfig
+
+from .conftest import LoadTiny, pictures, random_request
+
+
+@pytest.fixture(scope="module")
+def text_model(
+    tiny_config: ModelConfig, bundle_writer: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Model]:
+    """The tiny sizes with random weights and a vocabulary of bytes, so that text goes in and (odd) text comes out."""
+    config = msgspec.structs.replace(
+        tiny_config, language_model=msgspec.structs.replace(tiny_config.language_model, vocab_size=262, max_positions=256)
+    )
+    bundle = bundle_writer(RandomSource(config, seed=1), tmp_path_factory.mktemp("text") / "text.bundle")
+    (bundle / "tokenizer").mkdir()
+    (bundle / "tokenizer" / "tokenizer.json").write_text(placeholder_tokenizer(config), encoding="utf-8")
+    with flamingo_export.load(bundle, threads=1) as model:
+        yield model
+
+
+def test_text_in_text_out(text_model: Model, tmp_path: Path) -> None:
+    image = pictures(0, 1)[0]
+    Image.fromarray(image).save(tmp_path / "a.png")
+    found = text_model.generate("<image>Output:", images=[tmp_path / "a.png"], beams=3, max_new_tokens=6)
+    assert text_model.tokenizer is not None
+    assert found.text == text_model.tokenizer.decode(found.token_ids).strip()
+    assert len(found.token_ids) == len(found.token_logprobs) <= 6
+    ids = text_model.tokenizer.encode("<BOS><image>Output:")
+    for request in (Request(prompt=ids, media=[image]), Request(prompt="<image>Output:", media=[Image.fromarray(image)])):
+        assert text_model.generate(request, beams=3, max_new_tokens=6).token_ids == found.token_ids
+    video = text_model.generate("<image>Output:", videos=[[image]], beams=3, max_new_tokens=6)
+    assert video.token_ids == found.token_ids  # a video of one frame is an image
+
+
+@pytest.mark.parametrize("settings", [{"beams": 1}, {"beams": 3}, {"temperature": 1.0, "seed": 1}])
+def test_a_stream_gives_the_same_text_in_pieces(text_model: Model, settings: dict) -> None:  # type: ignore[type-arg]
+    request = qa_prompt([], "What is it?", pictures(1, 1)[0])
+    whole = text_model.generate(request, max_new_tokens=24, **settings)
+    stream = text_model.stream(request, max_new_tokens=24, **settings)
+    assert stream.result is None
+    pieces = list(stream)
+    assert stream.result is not None
+    assert stream.result.token_ids == whole.token_ids
+    assert "".join(pieces).strip() == whole.text
+    assert all(pieces)
+    assert len(pieces) > 1
+
+
+def test_an_open_stream_holds_the_model_and_closing_frees_it(text_model: Model) -> None:
+    stream = text_model.stream("Hello", max_new_tokens=20, beams=1)
+    next(stream)
+    with pytest.raises(InputError, match="another generation is still running"):
+        text_model.generate("Hello", max_new_tokens=2)
+    next(stream)  # undisturbed
+    stream.close()
+    assert list(stream) == []
+    assert text_model.generate("Hello", max_new_tokens=2).token_ids
+
+
+def test_candidates_as_text(text_model: Model) -> None:
+    image = pictures(2, 1)[0]
+    found = text_model.score("<image>Question: colour? Answer:", ["red", " red", "blue<EOC>"], images=[image])
+    assert [score.candidate for score in found] == ["red", " red", "blue<EOC>"]
+    assert found[0].logprob == pytest.approx(found[1].logprob)
+    assert len(found[2].token_logprobs) == len(" blue") + 1
+    spelt = [tuple(" red".encode()[index : index + 1].decode() for index in range(4))]
+    assert len(found[0].token_logprobs) == len(spelt[0])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "count", "message"),
+    [
+        (
+            "<image>Output:",
+            0,
+            "the prompt has 1 <image> tag, but 0 images or videos were given. Give an image or video for each tag",
+        ),
+        ("<image><image>Output:", 1, "the prompt has 2 <image> tags, but 1 image or video was given"),
+        ("Output:", 2, "the prompt has 0 <image> tags, but 2 images or videos were given. Add a tag for each"),
+        ("", 0, "the prompt is empty"),
+        ("   ", 0, "the prompt is empty"),
+        ([], 0, "the prompt is empty"),
+        ([1, 300], 0, "token ids go from 1 to 300, the model knows 0 to 261"),
+        ([-1, 5], 0, "token ids go from -1 to 5"),
+        ([0.5, 5.0], 0, "token ids are float64"),
+        ([[1, 2], [3, 4]], 0, r"shape \(2, 2\)"),
+        (None, 0, "a prompt is given as NoneType"),
+    ],
+)
+def test_prompts_that_do_not_fit(text_model: Model, prompt: object, count: int, message: str) -> None:
+    for call in (text_model.generate, text_model.stream):
+        with pytest.raises(PromptError, match=message):
+            call(prompt, images=pictures(3, count))  # type: ignore[operator]
+
+
+def test_media_that_do_not_fit(text_model: Model, tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="does not exist"):
+        text_model.generate("<image>", images=[tmp_path / "none.png"])
+    with pytest.raises(InputError, match=r"images and videos are lists: images=\['a.png'\]"):
+        text_model.generate("<image>", images="a.png")
+    with pytest.raises(InputError, match="are lists"):
+        text_model.generate("<image>", images=pictures(0, 1)[0])  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="a Request carries its own media"):
+        text_model.generate(Request(prompt="<image>"), images=pictures(0, 1))
+    with pytest.raises(InputError, match="give each its media"):
+        text_model.generate(["<image>", "<image>"], images=pictures(0, 2))  # type: ignore[call-overload]
+    with pytest.raises(InputError, match="batch_size is 0"):
+        text_model.generate(["Hello"], batch_size=0)
+
+
+def test_a_list_is_answered_in_order(text_model: Model) -> None:
+    images = pictures(4, 2)
+    requests = [Request(prompt="<image>Output:", media=[image]) for image in images]
+    found = text_model.generate([*requests, "Hello there"], beams=1, max_new_tokens=4)
+    assert [one.token_ids for one in found] == [
+        text_model.generate(request, beams=1, max_new_tokens=4).token_ids
+        for request in [*requests, "Hello there"]  # type: ignore[list-item]
+    ]
+
+
+def test_without_a_tokenizer_ids_go_in_and_out(load_tiny: LoadTiny, tiny_config: ModelConfig) -> None:
+    model = load_tiny()
+    assert model.generate(random_request(tiny_config, 1, 6, 1), max_new_tokens=2).text == ""
+    with pytest.raises(PromptError, match="the bundle has no tokenizer, so text cannot be encoded"):
+        model.generate("Hello")
+    with pytest.raises(InputError, match="no text to stream"):
+        model.stream([1, 5])
+
+
+def test_images_and_videos_may_be_mixed(text_model: Model) -> None:
+    a, b, c = pictures(5, 3)
+    found = text_model.generate(Request(prompt="<image>x<image>y", media=[Video(source=[a, b]), c]), max_new_tokens=3)
+    split = text_model.generate("<image>x<image>y", images=[Video(source=[a, b]), c], max_new_tokens=3)
+    swapped = text_model.generate("<image>x<image>y", images=[c], videos=[[a, b]], max_new_tokens=3)
+    assert found.token_logprobs == pytest.approx(split.token_logprobs, abs=1e-4)
+    assert found.token_logprobs != pytest.approx(swapped.token_logprobs, abs=1e-4)
+
+
+def test_importing_is_quick_and_needs_no_torch() -> None:
+    """Heavy packages come with the first use, torch never."""
+    code = (
+        "import sys, flamingo_export\n"
+        "heavy = {'torch', 'onnxruntime', 'onnx', 'numpy', 'PIL', 'tokenizers'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "import flamingo_export.runtime.model, flamingo_export.backends.registry\n"
+        "heavy = {'torch', 'onnxruntime', 'onnx', 'onnx_ir', 'tokenizers'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "assert flamingo_export.Video and 'generate' in dir(flamingo_export.Model)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert set(flamingo_export.__all__) <= set(dir(flamingo_export))
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        flamingo_export.nonsense  # noqa: B018
+
+
+def test_a_generation_without_torch(text_model: Model) -> None:
+    """The whole way in a process where torch cannot be imported."""
+    code = (
+        "import sys\n"
+        "class Blocked:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('torch', 'onnx', 'onnx_ir'):\n"
+        "            raise ImportError('blocked: ' + name)\n"
+        "sys.meta_path.insert(0, Blocked())\n"
+        "import numpy as np, flamingo_export\n"
+        "model = flamingo_export.load(sys.argv[1], threads=1)\n"
+        "print(model.generate('<image>Output:', images=[np.zeros((8, 8, 3), np.uint8)], max_new_tokens=3).token_ids)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code, str(text_model.bundle)], check=True, capture_output=True, text=True)
+    expected = text_model.generate("<image>Output:", images=[np.zeros((8, 8, 3), np.uint8)], max_new_tokens=3)
+    assert result.stdout.strip() == str(expected.token_ids)

@@ -1,0 +1,138 @@
+"""Text to ids and back, piece by piece."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as FastTokenizer
+
+from flamingo_export.errors import BundleError, PromptError
+from flamingo_export.runtime.tokenizer import TextStream, Tokenizer
+from flamingo_reference.config import NANO, ModelConfig
+
+SPECIAL = ["<PAD>", "<BOS>", "<EOC>", "<image>"]
+
+
+def byte_level(special: list[str] = SPECIAL) -> FastTokenizer:
+    """Bytes, and a few merged words with the space before them."""
+    vocabulary = {token: index for index, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    merges = [("Ġ", "r"), ("Ġr", "e"), ("Ġre", "d"), ("r", "e"), ("re", "d")]
+    for left, right in merges:
+        vocabulary[left + right] = len(vocabulary)
+    tokenizer = FastTokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
+    return tokenizer
+
+
+def metaspace() -> FastTokenizer:
+    """As SentencePiece has it: blanks as ▁, unknown characters as bytes."""
+    pieces = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abcdeghilnorst", "▁red", "▁the"]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    tokenizer = FastTokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True, fuse_unk=True, unk_token="<PAD>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIAL])
+    return tokenizer
+
+
+BYTES, PIECES = Tokenizer(byte_level(), NANO), Tokenizer(metaspace(), NANO)
+
+
+def test_tags_are_one_token_and_bos_stands_once() -> None:
+    ids = BYTES.encode("<image>Output: red<EOC><image>Output:")
+    assert ids[:2] == [1, 3]
+    assert (ids.count(1), ids.count(2), ids.count(3)) == (1, 1, 2)
+    assert BYTES.encode("<BOS><image>Output: red<EOC><image>Output:") == ids
+    assert BYTES.encode("red", add_bos=False) == BYTES.encode("red")[1:]
+    assert BYTES.decode(ids) == "Output: redOutput:"
+
+
+@pytest.mark.parametrize("text", ["", "  ", "\n"])
+def test_an_empty_prompt(text: str) -> None:
+    with pytest.raises(PromptError, match="the prompt is empty"):
+        BYTES.encode(text)
+
+
+def test_a_candidate_continues_its_prompt() -> None:
+    red = BYTES.encode_continuation("Answer:", "red")
+    assert red == BYTES.encode_continuation("Answer:", " red") == BYTES.encode(" red", add_bos=False)
+    assert len(red) == 1
+    assert BYTES.encode_continuation("Answer: ", "red") == BYTES.encode("red", add_bos=False)
+    assert BYTES.encode_continuation("Answer:", "red<EOC>") == [*red, 2]
+    assert PIECES.decode(PIECES.encode_continuation("the", "red")) == "red"
+    with pytest.raises(PromptError, match="empty"):
+        BYTES.encode_continuation("Answer:", " ")
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    text=st.text(min_size=1, max_size=12),
+    ids=st.lists(st.integers(0, 264), max_size=12),
+    cuts=st.lists(st.integers(1, 4), max_size=30),
+)
+@pytest.mark.parametrize("tokenizer", [BYTES, PIECES], ids=["byte-level", "metaspace"])
+def test_pieces_join_to_the_whole_and_no_character_is_torn(
+    tokenizer: Tokenizer, text: str, ids: list[int], cuts: list[int]
+) -> None:
+    """Real text first, then any bytes that a model may come up with."""
+    tokens = (tokenizer.encode(text, add_bos=False) if text.strip() else []) + [2]
+    for sequence in (tokens, ids):
+        whole = tokenizer.decode(sequence)
+        stream, pieces, start = TextStream(tokenizer), [], 0
+        for cut in [*cuts, *[1] * len(sequence)]:
+            pieces.append(stream.push(sequence[start : start + cut]))
+            start += cut
+        pieces.append(stream.finish())
+        if "\ufffd" not in whole:
+            assert not any("\ufffd" in piece for piece in pieces)
+        # In a run of bytes that is broken anywhere, the metaspace decoder replaces all of them: there the whole is not known in advance.
+        if tokenizer is BYTES or "\ufffd" not in whole:
+            assert "".join(pieces) == whole
+
+
+def test_a_character_of_four_bytes_comes_whole() -> None:
+    stream = TextStream(BYTES)
+    pieces = [stream.push([token]) for token in BYTES.encode("a🦩b", add_bos=False)]
+    assert pieces == ["a", "", "", "", "🦩", "b"]
+    assert stream.finish() == ""
+
+
+def test_a_character_that_is_never_finished_is_shown_at_the_end() -> None:
+    stream = TextStream(BYTES)
+    tokens = BYTES.encode("a🦩", add_bos=False)[:-1]
+    assert [stream.push([token]) for token in tokens] == ["a", "", "", ""]
+    assert stream.finish() == "\ufffd"
+
+
+def test_tokenizers_of_another_vocabulary() -> None:
+    small: ModelConfig = msgspec.structs.replace(
+        NANO, language_model=msgspec.structs.replace(NANO.language_model, vocab_size=200)
+    )
+    with pytest.raises(PromptError, match="the tokenizer has ids up to 264, the model embeds 200 tokens"):
+        Tokenizer(byte_level(), small)
+    with pytest.raises(PromptError, match=r"another vocabulary: <EOC> is missing, expected 2; <image> is 2, expected 3"):
+        Tokenizer(byte_level(["<PAD>", "<BOS>", "<image>", "<end>"]), NANO)
+
+
+def test_opening(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="has no tokenizer"):
+        Tokenizer.open(tmp_path, NANO)
+    (tmp_path / "tokenizer").mkdir()
+    path = tmp_path / "tokenizer" / "tokenizer.json"
+    path.write_text("{")
+    with pytest.raises(BundleError, match=r"tokenizer\.json cannot be read"):
+        Tokenizer.open(tmp_path, NANO)
+    cut = byte_level()
+    cut.enable_truncation(3)
+    cut.enable_padding(length=10)
+    cut.save(str(path))
+    assert len(Tokenizer.open(tmp_path, NANO).encode("red red red red red")) == 6

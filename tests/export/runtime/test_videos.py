@@ -1,0 +1,89 @@
+"""Videos as frames."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flamingo_export.errors import ImageError
+from flamingo_export.runtime.videos import Video, load_video, sample_frames
+
+
+def solid(value: int) -> Image.Image:
+    return Image.fromarray(np.full((8, 8, 3), value, np.uint8))
+
+
+def values(video: Video, default_frames: int = 8) -> list[int]:
+    return [int(frame.mean().round()) for frame in load_video(video, default_frames=default_frames)]
+
+
+def test_sampling_is_even_and_takes_both_ends() -> None:
+    assert sample_frames(5, 8) == [0, 1, 2, 3, 4]
+    assert sample_frames(8, 8) == list(range(8))
+    assert sample_frames(15, 8) == [0, 2, 4, 6, 8, 10, 12, 14]
+    assert sample_frames(9, 1) == [4]
+    for available in range(1, 200, 7):
+        for wanted in range(2, 31):
+            indices = sample_frames(available, wanted)
+            assert indices == sorted(set(indices))
+            assert (indices[0], indices[-1]) == (0, available - 1)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png", "webp"])
+def test_animated_files(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"clip.{suffix}"
+    frames = [solid(10 * index) for index in range(20)]
+    options = {"lossless": True} if suffix == "webp" else {}
+    frames[0].save(path, save_all=True, append_images=frames[1:], **options)  # type: ignore[arg-type]
+    assert values(Video(source=path)) == [0, 30, 50, 80, 110, 140, 160, 190]
+    assert values(Video(source=path, num_frames=30)) == [10 * index for index in range(20)]
+
+
+def test_gif_frames_that_only_hold_what_changed(tmp_path: Path) -> None:
+    """Pillow stores the difference to the frame before; each is shown whole."""
+    scene = np.zeros((16, 16, 3), np.uint8)
+    frames = []
+    for index in range(4):
+        scene[index * 4, :] = 250
+        frames.append(Image.fromarray(scene.copy()))
+    frames[0].save(tmp_path / "clip.gif", save_all=True, append_images=frames[1:])
+    loaded = load_video(Video(source=tmp_path / "clip.gif"), default_frames=8)
+    for frame, expected in zip(loaded, frames, strict=True):
+        assert (frame == np.asarray(expected)).all()
+
+
+def test_a_folder_in_natural_order(tmp_path: Path) -> None:
+    for index in range(12):
+        solid(10 * index).save(tmp_path / f"frame{index}.png")
+    (tmp_path / "notes.txt").write_text("not a frame")
+    (tmp_path / ".hidden.png").write_text("not a frame")
+    assert values(Video(source=tmp_path, num_frames=12)) == [10 * index for index in range(12)]
+
+
+def test_a_list_of_images_and_a_still_file(tmp_path: Path) -> None:
+    solid(30).save(tmp_path / "a.png")
+    assert values(Video(source=[tmp_path / "a.png", solid(40), np.full((4, 4, 3), 50, np.uint8)])) == [30, 40, 50]
+    assert values(Video(source=tmp_path / "a.png")) == [30]
+
+
+def test_what_is_no_video(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="does not exist"):
+        load_video(Video(source=tmp_path / "none.gif"), default_frames=8)
+    with pytest.raises(ImageError, match="holds no images"):
+        load_video(Video(source=tmp_path), default_frames=8)
+    with pytest.raises(ImageError, match="has no frames"):
+        load_video(Video(source=[]), default_frames=8)
+    for count in (0, 31):
+        with pytest.raises(ImageError, match=f"{count} frames were asked for, expected 1 to 30"):
+            load_video(Video(source=[solid(0)], num_frames=count), default_frames=8)
+    with pytest.raises(ImageError, match="given as int"):
+        load_video(Video(source=3), default_frames=8)  # type: ignore[arg-type]
+    path = tmp_path / "clip.gif"
+    noise = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)) for i in range(6)]
+    noise[0].save(path, save_all=True, append_images=noise[1:])
+    path.write_bytes(path.read_bytes()[:-1500])
+    with pytest.raises(ImageError, match="damaged or truncated"):
+        load_video(Video(source=path), default_frames=8)
