@@ -25,7 +25,12 @@ def find_origin(manifest: Manifest, checkpoint: Path | None = None) -> WeightSou
             )
         return source
     if recorded.kind == "random" and recorded.seed is not None:
-        return RandomSource(manifest.config, recorded.seed)
+        drawn = RandomSource(manifest.config, recorded.seed)
+        if drawn.record({}).sha256 != recorded.sha256:
+            raise CheckpointError(
+                "this version of flamingo-export draws other random weights than the bundle's. Build it again."
+            )
+        return drawn
     shipped = _shipped_checkpoint()
     if shipped is not None and shipped.config == manifest.config and source_digest(shipped) == recorded.sha256:
         return shipped

@@ -22,9 +22,8 @@ from flamingo_export.errors import CheckpointError, ParityError
 from flamingo_export.manifest import FileRecord, Manifest, ParityRecord, write_manifest
 from flamingo_export.origin import find_origin, source_digest
 from flamingo_export.progress import SILENT, Progress
-from flamingo_export.sources import RandomSource, WeightSource, combined_digest, tensor_digest
+from flamingo_export.sources import WeightSource
 from flamingo_export.validate.checker import Checker
-from flamingo_export.validate.compare import AnyArray
 from flamingo_export.validate.golden import CASES_FILE, TENSORS_FILE, Goldens, load_goldens, save_goldens
 from flamingo_export.validate.report import Against, NotRun, ParityReport, Trace, Verdict, write_report
 from flamingo_reference.checkpoints.native import expected_tensors
@@ -108,27 +107,27 @@ def record(
     memory: int,
     progress: Progress = SILENT,
 ) -> Goldens:
-    """Golden values of a source's weights as `manifest` stores them: numbers of every case, and token traces where memory allows.
+    """Golden values of a source's weights as `manifest` stores them: numbers of every case, and token traces where memory allows."""
+    import torch
 
-    Raises CheckpointError if the source turns out to have other weights than `digest` says.
-    """
     from flamingo_export.validate.oracle import record_numbers
     from flamingo_export.validate.parts import parts_of
     from flamingo_export.validate.trace_oracle import record_traces
 
     storage = manifest.precision.storage
     goldens = Goldens(weights_sha256=digest, storage=storage, model=source.config.name)
-    if isinstance(source, RandomSource):
-        drawn = _DigestedSource(source)
-        record_numbers(parts_of(drawn, storage), goldens, progress)
-        drawn.check(digest)
-    else:
+    threads = torch.get_num_threads()
+    if is_small(source.config):
+        torch.set_num_threads(1)
+    try:
         record_numbers(parts_of(source, storage), goldens, progress)
-    needed = reference_bytes(source.config)
-    if needed > memory:
-        goldens.no_traces = f"the reference takes {needed / 1e9:.1f} GB as a whole, {memory / 1e9:.1f} GB may be used"
-    else:
-        goldens.traces = record_traces(source, storage, manifest.limits, tokenizer, progress)
+        needed = reference_bytes(source.config)
+        if needed > memory:
+            goldens.no_traces = f"the reference takes {needed / 1e9:.1f} GB as a whole, {memory / 1e9:.1f} GB may be used"
+        else:
+            goldens.traces = record_traces(source, storage, manifest.limits, tokenizer, progress)
+    finally:
+        torch.set_num_threads(threads)
     return goldens
 
 
@@ -148,7 +147,7 @@ def compare_with(
     from flamingo_export.validate.traces import check_traces
 
     started = time.monotonic() if started is None else started
-    options = options or SessionOptions()
+    options = options or SessionOptions(threads=1 if is_small(manifest.config) else 0)
     checker = Checker(bundle, manifest, goldens, backend, options, progress)
     needed = engine_bytes(manifest.config)
     whole = needed <= memory
@@ -252,6 +251,11 @@ def parity_record(before: ParityRecord, report: ParityReport) -> ParityRecord:
     return ParityRecord(state=report.verdict, backends=backends, against=report.against, report=REPORT_JSON)
 
 
+def is_small(config: ModelConfig) -> bool:
+    """Whether more than one thread would cost more than it brings: below 50M parameters."""
+    return sum(math.prod(shape) for shape in expected_tensors(config).values()) < 50_000_000
+
+
 def torch_found() -> bool:
     """Whether PyTorch can be imported, without importing it."""
     return importlib.util.find_spec("torch") is not None
@@ -292,30 +296,3 @@ def environment(backend: Backend) -> dict[str, str]:
 
 def _backend(backend: str | Backend) -> Backend:
     return get_backend(backend) if isinstance(backend, str) else backend
-
-
-class _DigestedSource:
-    """Notes the digest of each tensor that is read, so that drawn weights are checked without being drawn twice."""
-
-    tokenizer = None
-    golden = None
-
-    def __init__(self, source: WeightSource) -> None:
-        self._source = source
-        self._digests: dict[str, str] = {}
-        self.config, self.identity = source.config, source.identity
-        self.names, self.shape, self.record = source.names, source.shape, source.record
-
-    def read(self, name: str) -> AnyArray:
-        """A tensor of the source."""
-        array = self._source.read(name)
-        self._digests[name] = tensor_digest(array)
-        return array
-
-    def check(self, digest: str) -> None:
-        """Raises CheckpointError if the tensors that were read, all of them by now, have another digest."""
-        if combined_digest(self._digests) != digest:
-            raise CheckpointError(
-                "the random weights drawn here are not those that the bundle was built from: another version of numpy or of "
-                "flamingo-export. Build the bundle again."
-            )

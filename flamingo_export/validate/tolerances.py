@@ -5,7 +5,8 @@ whole tensor are compared, not of single numbers: a number near zero has no rela
 came from, whose size the rms tells.
 
 Rule: the engine's error may be twice that of PyTorch in the same dtype (weights rounded to the bundle's storage, computed in fp32) on
-the same input, plus a floor of a few ulps of the tensor's largest number.
+the same input, plus a floor of a few ulps of the tensor's largest number. For logits, PyTorch's error is the largest over all cases of
+the decoder: it is one computation, and a case of few numbers does not find its largest error by itself.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def _nano_prompts(config: ModelConfig, tokenizer: Tokenizer) -> Iterator[TracePr
     def prompt(case: str, request: Request, media: Sequence[Sequence[Pixels]]) -> TracePrompt:
         text = str(request.prompt)
         tokens = tuple(tokenizer.encode(text))
-        return TracePrompt(case=case, text=text, tokens=tokens, media=tuple(tuple(frames) for frames in media), new_tokens=24)
+        return TracePrompt(case=case, text=text, tokens=tokens, media=tuple(tuple(frames) for frames in media), new_tokens=16)
 
     first, second, third, fourth = (data.scene(seed, split="test") for seed in SCENES)
     image: Any = first.frames[0]
@@ -79,7 +79,7 @@ def _drawn_prompts(config: ModelConfig) -> Iterator[TracePrompt]:
         drawn = iter(inputs.integers(f"trace/{case}", len(pattern), 0, len(text)))
         tokens = (ids.bos, *(ids.image if kind == "i" else text[next(drawn)] for kind in pattern))
         media = tuple((blocks(f"trace/{which}", config.vision.image_size),) for which in shown)
-        yield TracePrompt(case=case, text=" ".join(map(str, tokens)), tokens=tokens, media=media, new_tokens=8)
+        yield TracePrompt(case=case, text=" ".join(map(str, tokens)), tokens=tokens, media=media, new_tokens=6)
 
 
 def blocks(key: str, side: int) -> Pixels:

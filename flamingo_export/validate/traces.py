@@ -139,7 +139,7 @@ def _trace(golden: GoldenTrace, outcome: str, tokens: tuple[int, ...], text: str
         )
     ]
     return Trace(
-        case=trace_name(golden),
+        case=golden.case,
         search="greedy" if golden.num_beams == 1 else "beam",
         num_beams=golden.num_beams,
         prompt=golden.prompt,
