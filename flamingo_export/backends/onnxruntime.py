@@ -262,7 +262,8 @@ def _ort_value(array: Array) -> Any:
 
 
 def _is_ort_error(error: Exception) -> bool:
-    return type(error).__module__.startswith("onnxruntime.")
+    # Errors of loading have classes of their own, those of running with bound inputs and outputs arrive as RuntimeError.
+    return isinstance(error, RuntimeError) or type(error).__module__.startswith("onnxruntime.")
 
 
 def _is_memory(error: Exception) -> bool:

@@ -68,7 +68,7 @@ class Oracle:
         live, kept = [([], 0.0)], []
         for step in range(1, count + 1):
             options = [
-                (tokens + [token], score + float(logprob))
+                ([*tokens, token], score + float(logprob))
                 for tokens, score in live
                 for token, logprob in enumerate(self.logprobs([*ids, *tokens], media)[-1])
             ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 import zlib
@@ -103,7 +104,7 @@ def test_animated_files_are_refused_with_the_way_out(tmp_path: Path) -> None:
     frames = [Image.fromarray(np.full((8, 8, 3), value, np.uint8)) for value in (0, 100, 200)]
     for name in ("clip.gif", "clip.png", "clip.webp"):
         path = save(tmp_path / name, frames[0], save_all=True, append_images=frames[1:])
-        with pytest.raises(ImageError, match=rf"clip\.\w+ has 3 frames. Pass it as a video: --video"):
+        with pytest.raises(ImageError, match=r"clip\.\w+ has 3 frames. Pass it as a video: --video"):
             load_image(path)
     still = save(tmp_path / "still.gif", frames[1])
     assert (load_image(still) == 100).all()
@@ -129,10 +130,8 @@ def test_damaged_in_the_middle_is_an_image_error_or_an_image(tmp_path: Path) -> 
             for _ in range(3):
                 damaged[int(RNG.integers(len(damaged)))] = int(RNG.integers(256))
             path.write_bytes(damaged)
-            try:
+            with contextlib.suppress(ImageError):
                 assert load_image(path).ndim == 3
-            except ImageError:
-                pass
 
 
 def test_a_decompression_bomb_is_refused_by_its_header(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
@@ -169,7 +168,7 @@ def test_what_is_no_image(tmp_path: Path) -> None:
     text.write_bytes(b"")
     with pytest.raises(ImageError, match="is not an image"):
         load_image(text)
-    with pytest.raises(ImageError, match="is a folder. To use its images as the frames of a video"):
+    with pytest.raises(ImageError, match=r"is a folder\. To use its images as the frames of a video"):
         load_image(tmp_path)
     script = tmp_path / "a.eps"
     script.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")

@@ -96,11 +96,13 @@ def test_the_least_recently_used_goes_first_and_pinned_ones_stay(session: FakeSe
         pass
     with bank.lease(media(1), encode), bank.lease(media(4), encode):  # 2 is the oldest that is not pinned
         assert {medium.digest for medium in media(1, 3, 4)} == set(bank.resident)
-        with pytest.raises(
-            CapacityError, match=r"3 different images and videos are needed at once, the bank holds 3, 2 of them in use"
+        with (
+            pytest.raises(
+                CapacityError, match=r"3 different images and videos are needed at once, the bank holds 3, 2 of them in use"
+            ),
+            bank.lease(media(6, 7, 8), encode),
         ):
-            with bank.lease(media(6, 7, 8), encode):
-                pass
+            pass
         assert encode.asked == [1, 2, 3, 4]
 
 
