@@ -11,7 +11,11 @@ import typer
 from flamingo_export.cli.options import AsJson
 
 if TYPE_CHECKING:
-    from flamingo_export.manifest import Manifest
+    from flamingo_export.pipeline import BuildPlan, BuildResult
+    from flamingo_export.precision import StorageType
+
+_CHUNK = 64
+"""Positions of a prefill call where --max-length is given; smaller caches take half of their length."""
 
 
 class Storage(StrEnum):
@@ -62,6 +66,7 @@ def build(
     parity: Annotated[
         Parity, typer.Option("--parity", help="auto: compare with the reference where PyTorch is installed.")
     ] = Parity.auto,
+    plan: Annotated[bool, typer.Option("--plan", help="Only say what would be written.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace what is at --out.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -74,8 +79,8 @@ def build(
         raise typer.BadParameter("give either --size or --checkpoint", param_hint="--size")
     if checkpoint is not None and seed is not None:
         raise typer.BadParameter("a checkpoint has its weights; a seed makes random ones for --size", param_hint="--seed")
-    from flamingo_export import api
-    from flamingo_export.build_request import CheckpointFolder, source_for_size
+    from flamingo_export import api, pipeline
+    from flamingo_export.build_request import BuildRequest, CheckpointFolder, default_out, source_for_size
     from flamingo_export.cli.options import known_size
     from flamingo_export.cli.output import print_json
     from flamingo_export.cli.progress import reported
@@ -84,33 +89,56 @@ def build(
     source = (
         source_for_size(known_size(size).name, seed=seed) if size is not None else CheckpointFolder(path=checkpoint or Path())
     )
+    limits = ShapeLimits(max_length=max_length, chunk=min(_CHUNK, max_length // 2)) if max_length else None
+    storage: StorageType | None = precision.value if precision else None
+    if plan:
+        request = BuildRequest(source=source, out=out or default_out(source), storage=storage, limits=limits, overwrite=force)
+        _print_plan(pipeline.plan(request), as_json)
+        return
     with reported() as progress:
         result = api.build(
-            source,
-            out=out,
-            storage=precision.value if precision else None,
-            limits=ShapeLimits(max_length=max_length) if max_length else None,
-            parity=parity.value,
-            overwrite=force,
-            progress=progress,
+            source, out=out, storage=storage, limits=limits, parity=parity.value, overwrite=force, progress=progress
         )
     if as_json:
-        print_json({"bundle": str(result.bundle), "manifest": result.manifest})
+        print_json({"bundle": result.path, "notes": result.notes, "manifest": result.manifest})
     else:
-        _print(result.bundle, result.manifest)
+        _print(result)
 
 
-def _print(path: Path, manifest: Manifest) -> None:
+def _print(result: BuildResult) -> None:
     from flamingo_export.cli.output import human_bytes
 
+    manifest = result.manifest
     total = sum(file.size for file in manifest.files)
-    weights = (
-        f"random weights, seed {manifest.source.seed}" if manifest.source.kind == "random" else "weights of the checkpoint"
+    weights = {
+        "random": f"random weights, seed {manifest.source.seed}",
+        "checkpoint": "weights of the checkpoint",
+        "live": "weights of the live model",
+    }[manifest.source.kind]
+    print(
+        f"{result.path}: Flamingo {manifest.config.name}, {human_bytes(total)}, {weights}, stored in {manifest.precision.storage}"
     )
-    stands = {
-        "passed": f"parity passed on {', '.join(manifest.parity.backends)}",
-        "failed": "parity failed",
-        "not_run": f"parity not run; with PyTorch installed: flamingo-export parity {path}",
-    }[manifest.parity.state]
-    print(f"{path}: Flamingo {manifest.config.name}, {human_bytes(total)}, {weights} in {manifest.precision.storage}")
-    print(stands)
+    for note in result.notes:
+        print(f"note: {note}")
+    if result.parity is not None:
+        print(result.parity.summary)
+    else:
+        print(f"parity not run; with PyTorch installed: flamingo-export parity {result.path}")
+
+
+def _print_plan(found: BuildPlan, as_json: bool) -> None:
+    import shutil
+
+    from flamingo_export.cli.output import human_bytes, print_json, results, table
+
+    if as_json:
+        print_json(found)
+        return
+    rows = [(name, human_bytes(size)) for name, size in found.bytes_per_component.items()]
+    rows.append(("all weights", human_bytes(found.weight_bytes)))
+    title = f"{found.out}: Flamingo {found.config.name}, weights in {found.precision.storage}"
+    results().print(table(("component", "size"), rows, title=title, right=(1,)))
+    folder = next(parent for parent in found.out.resolve().parents if parent.exists())
+    free = shutil.disk_usage(folder).free
+    verdict = "enough" if free >= found.disk_bytes else "too little"
+    print(f"needs {human_bytes(found.disk_bytes)} of disk; {folder} has {human_bytes(free)} free: {verdict}")

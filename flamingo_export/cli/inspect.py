@@ -126,7 +126,9 @@ def _summary(manifest: Manifest) -> str:
         "made with": ", ".join(f"{name} {version}" for name, version in manifest.tools.items()) or "not recorded",
         "schema": str(manifest.schema_version),
     }
-    return "\n".join(f"{name:<10} {text}" for name, text in lines.items())
+    return "\n".join(
+        [*(f"{name:<10} {text}" for name, text in lines.items()), *(f"note       {note}" for note in manifest.notes)]
+    )
 
 
 def _print_components(console: Console, title: str, parts: list[Component]) -> None:

@@ -1,0 +1,67 @@
+"""build: defaults, what is said of random weights, and an output that is taken."""
+
+from __future__ import annotations
+
+import json
+
+from flamingo_export.manifest import read_manifest
+
+
+def test_default_name_and_what_is_said(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    outcome = cli("build", "--size", "nano", "--seed", 5, "--parity", "skip", "--precision", "fp16", "--max-length", 256)
+    assert outcome.code == 0, outcome.err
+    assert "flamingo-nano.bundle" in outcome.out
+    assert "random weights, seed 5" in outcome.out
+    assert "fp16" in outcome.out
+    assert "parity not run" in outcome.out
+    manifest = read_manifest(tmp_path / "flamingo-nano.bundle")
+    assert manifest.limits.max_length == 256
+    assert manifest.precision.storage == "fp16"
+    assert manifest.parity.state == "not_run"
+
+
+def test_a_taken_output_is_kept_unless_forced(cli, tmp_path):
+    out = tmp_path / "x.bundle"
+    line = ["build", "--size", "nano", "--seed", 5, "--parity", "skip", "--out", out]
+    assert cli(*line).code == 0
+    before = (out / "manifest.json").read_bytes()
+    refused = cli("build", "--size", "nano", "--seed", 6, "--parity", "skip", "--out", out)
+    assert refused.code == 1
+    assert "--force" in refused.err
+    assert (out / "manifest.json").read_bytes() == before
+    forced = cli("build", "--size", "nano", "--seed", 6, "--parity", "skip", "--out", out, "--force", "--json")
+    assert forced.code == 0
+    data = json.loads(forced.out)
+    assert data["bundle"] == str(out)
+    assert any("random" in note for note in data["notes"])
+    assert data["manifest"]["source"]["seed"] == 6
+
+
+def test_a_checkpoint_that_is_none(cli, tmp_path):
+    outcome = cli("build", "--checkpoint", tmp_path, "--out", tmp_path / "x.bundle")
+    assert outcome.code == 1
+    assert "config.json" in outcome.err
+    assert not (tmp_path / "x.bundle").exists()
+
+
+def test_inspecting_a_bundle(cli, bundle):
+    text, data = cli("inspect", bundle), json.loads(cli("inspect", bundle, "--json").out)
+    assert text.code == 0
+    for word in ("random numbers, seed 3", "past_k.0 ... past_k.5", "decoder.onnx", "not run", "weights/"):
+        assert word in text.out
+    assert data["bytes"] == sum(
+        file.stat().st_size for file in bundle.rglob("*") if file.is_file() and file.name != "manifest.json"
+    )
+    assert {"pixels", "features"} <= {tensor["name"] for graph in data["graphs"].values() for tensor in graph["inputs"]}
+
+
+def test_the_plan_writes_nothing(cli, tmp_path):
+    line = ["build", "--size", "9b", "--out", tmp_path / "nine.bundle", "--plan"]
+    text, data = cli(*line), json.loads(cli(*line, "--json").out)
+    assert text.code == 0, text.err
+    assert list(tmp_path.iterdir()) == []
+    # 11.27 billion parameters in 16 bits, relative projections folded into tables
+    assert 18e9 < data["weight_bytes"] < 24e9
+    assert sum(data["bytes_per_component"].values()) == data["weight_bytes"]
+    assert "bf16" in text.out

@@ -1,0 +1,156 @@
+"""generate and score: the line becomes the request that it should, and what is printed is what the library returns."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import flamingo_export
+from flamingo_export import Request, Video
+
+
+@pytest.fixture(scope="module")
+def model(bundle):
+    with flamingo_export.load(bundle) as opened:
+        yield opened
+
+
+@pytest.fixture
+def shots(pictures):
+    path = pictures / "shots.jsonl"
+    lines = [
+        {"image": "b.png", "question": "What is it?", "answer": "noise"},
+        {"image": "c.png", "question": "Which?", "answer": "c"},
+    ]
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    return path
+
+
+def test_a_caption_is_the_default(cli, bundle, pictures, model):
+    outcome = cli("generate", bundle, "--image", pictures / "a.png", "--max-new-tokens", 6)
+    expected = model.generate("<BOS><image>Output:", images=[pictures / "a.png"], max_new_tokens=6)
+    assert (outcome.code, outcome.out) == (0, expected.text + "\n")
+
+
+def test_a_question_after_shots(cli, bundle, pictures, shots):
+    line = [
+        "generate",
+        bundle,
+        "--image",
+        pictures / "a.png",
+        "--shots",
+        shots,
+        "--question",
+        "What now?",
+        "--max-new-tokens",
+        4,
+    ]
+    data = json.loads(cli(*line, "--json").out)
+    assert data["prompt"] == (
+        "<BOS><image>Question: What is it? Answer: noise<EOC><image>Question: Which? Answer: c<EOC><image>Question: What now? Answer:"
+    )
+    assert data["timings"]["media_encoded"] == 3
+    text_only = json.loads(cli(*line, "--json", "--text-only").out)
+    assert text_only["prompt"].count("<image>") == 1
+    assert text_only["timings"]["media_encoded"] == 1
+
+
+def test_json_has_the_token_probabilities(cli, bundle, pictures, model):
+    outcome = cli(
+        "generate", bundle, "--image", pictures / "a.png", "--beams", 4, "--n-best", 3, "--max-new-tokens", 5, "--json"
+    )
+    texts = json.loads(outcome.out)["texts"]
+    assert len(texts) == 3
+    assert [text["score"] for text in texts] == sorted((text["score"] for text in texts), reverse=True)
+    for text in texts:
+        assert np.sum(text["token_logprobs"]) == pytest.approx(text["score"], rel=1e-9)
+        prompt = [*model.tokenizer.encode("<BOS><image>Output:")]
+        again = model.score(prompt, [text["token_ids"]], images=[pictures / "a.png"])[0]
+        assert again.token_logprobs == pytest.approx(text["token_logprobs"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options", [["--beams", 1], ["--beams", 3], ["--temperature", 1.5, "--seed", 7], ["--top-k", 5, "--seed", 1]]
+)
+def test_streaming_prints_the_same_text(cli, bundle, pictures, options):
+    line = ["generate", bundle, "--image", pictures / "a.png", "--max-new-tokens", 8, *options]
+    assert cli(*line, "--stream").out.strip() == cli(*line).out.strip()
+
+
+def test_media_go_to_their_tags_as_typed(cli, bundle, pictures, model):
+    prompt = "<image>one<image>two<image>three"
+    image, other, clip = pictures / "a.png", pictures / "b.png", pictures / "clip.gif"
+    outcome = cli(
+        "generate",
+        bundle,
+        f"--image={image}",
+        "--video",
+        clip,
+        "-i",
+        other,
+        "--prompt",
+        prompt,
+        "--max-new-tokens",
+        3,
+        "--json",
+    )
+    token_logprobs = json.loads(outcome.out)["texts"][0]["token_logprobs"]
+
+    def asked(*media):
+        return pytest.approx(
+            list(model.generate(Request(prompt=prompt, media=media), max_new_tokens=3).token_logprobs), abs=1e-6
+        )
+
+    assert token_logprobs == asked(image, Video(source=clip), other)
+    assert token_logprobs != asked(image, other, Video(source=clip))
+
+
+def test_frames_of_a_video(cli, bundle, pictures, model):
+    line = ["generate", bundle, "--video", pictures / "clip.gif", "--frames", 2, "--max-new-tokens", 3]
+    expected = model.generate(
+        "<BOS><image>Output:", videos=[Video(source=pictures / "clip.gif", num_frames=2)], max_new_tokens=3
+    )
+    assert json.loads(cli(*line, "--json").out)["texts"][0]["token_ids"] == list(expected.token_ids)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--prompt", "<image><image>Output:", "--image", "a.png"], "2 <image> tags"),
+        (["--prompt", "Output:", "--image", "a.png"], "0 <image> tags"),
+        (["--prompt", " "], "empty"),
+        (["--image", "missing.png"], "does not exist"),
+        (["--image", "clip.gif"], "--video"),
+        (["--image", "text.png"], "not an image"),
+        (["--image", "a.png", "--shots", "none.jsonl"], "does not exist"),
+        (["--image", "a.png", "--max-new-tokens", "100000"], "cache slots"),
+        (["--image", "a.png", "--backend", "abacus"], "no backend"),
+        (["--image", "a.png", "--device", "cuda"], "cuda"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_on_stderr(cli, bundle, pictures, monkeypatch, arguments, words):
+    monkeypatch.chdir(pictures)
+    Path("text.png").write_text("no image")
+    outcome = cli("generate", bundle, *arguments)
+    assert outcome.code == 1
+    assert outcome.out == ""
+    assert words.lower() in outcome.err.lower()
+    assert outcome.err.count("\n") == 1
+
+
+def test_candidates_are_ranked(cli, bundle, pictures, model):
+    line = ["score", bundle, "--image", pictures / "a.png", "--prompt", "<image>It is", "--candidates", "red, green,a long one"]
+    ranked = json.loads(cli(*line, "--json").out)["scores"]
+    expected = model.score("<image>It is", ["red<EOC>", "green<EOC>", "a long one<EOC>"], images=[pictures / "a.png"])
+    assert {each["candidate"]: each["logprob"] for each in ranked} == {
+        each.candidate.removesuffix("<EOC>"): pytest.approx(each.logprob, abs=1e-4) for each in expected
+    }
+    assert [each["logprob"] for each in ranked] == sorted((each["logprob"] for each in ranked), reverse=True)
+    rows = cli(*line).out.splitlines()
+    assert ranked[0]["candidate"] in rows[3]
+    open_ended = json.loads(cli(*line, "--open", "--json").out)["scores"]
+    by_name = {each["candidate"]: each["logprob"] for each in ranked}
+    assert all(each["logprob"] > by_name[each["candidate"]] for each in open_ended)
