@@ -59,10 +59,9 @@ class OnnxRuntimeBackend:
             else decoder_spec(config, range(*graph.layers), name=graph.name)
         )
         path = bundle / graph.file
+        session_options, providers = _session_options(options.threads), _providers(options.device)
         try:
-            session = onnxruntime.InferenceSession(
-                path, _session_options(options.threads), providers=_providers(options.device), enable_fallback=False
-            )
+            session = onnxruntime.InferenceSession(path, session_options, providers=providers, enable_fallback=False)
         except MemoryError as error:
             raise BackendError(f"{path} does not fit in memory. {_MEMORY_ADVICE}") from error
         except Exception as error:
