@@ -13,6 +13,7 @@ import base64
 import importlib.util
 import mimetypes
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterable
@@ -67,7 +68,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("demo-report"), help="folder of the report and the bundle")
     parser.add_argument("--examples", type=Path, default=ROOT / "examples", help="folder with truth_*.jsonl and shots_*.jsonl")
     arguments = parser.parse_args()
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
 
@@ -91,7 +92,7 @@ def main() -> int:
     page = out / "index.html"
     page.write_text(render(tasks, report, bundle), encoding="utf-8")
     console.print(f"report with pictures: {page}")
-    console.print(f"to go on: .venv/bin/flamingo-export generate {bundle} --image FILE\n")
+    console.print(f"to go on: .venv/bin/flamingo-export generate {shlex.quote(str(bundle))} --image FILE\n")
     console.print(report.summary, style="bold green" if report.verdict == "passed" else "bold red")
     return 0 if report.verdict == "passed" else 1
 

@@ -31,10 +31,14 @@ def parity(
 
     Exits with 1 unless everything passed.
     """
+    from flamingo_export.cli.machine import package
     from flamingo_export.cli.output import print_json
     from flamingo_export.cli.progress import reported
+    from flamingo_export.errors import ParityError
     from flamingo_export.validate import check_bundle
 
+    if html is not None and package("matplotlib") is None:  # said now, not after minutes of work
+        raise ParityError("the report's plots need matplotlib: pip install 'flamingo-export[report]'")
     with reported() as progress:
         report = check_bundle(bundle, backend=backend, checkpoint=checkpoint, progress=progress)
     if html is not None:
