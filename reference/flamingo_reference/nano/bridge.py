@@ -22,7 +22,7 @@ from flamingo_reference.time_weights import time_weights
 
 # Flamingo (arXiv 2204.14198), appendix B.1.2: M3W, ALIGN, LTIP, VTP.
 WEIGHTS = {"pages": 1.0, "scene pairs": 0.2, "digit pairs": 0.2, "videos": 0.03}
-DOCUMENTS = {"pages": 20, "scene pairs": 32, "digit pairs": 24, "videos": 16}
+DOCUMENTS = {"pages": 24, "scene pairs": 32, "digit pairs": 24, "videos": 16}
 
 
 def page(rng: np.random.Generator, pool: Pool) -> list[pages.Piece]:
@@ -75,6 +75,7 @@ class Features:
                     for start in range(0, len(frames), 128)
                 ]
             )
+        self.rms = float(encoded.square().mean().sqrt())
         self._of_item = encoded.split([len(item.frames) for item in pool.items])
 
     def latents(self, model: Flamingo, media: Sequence[int]) -> Tensor:
@@ -93,8 +94,31 @@ def document_loss(model: Flamingo, features: Features, documents: Sequence[pages
     return F.cross_entropy(logits[:, :-1][wanted[:, 1:]], tokens[:, 1:][wanted[:, 1:]])
 
 
-def train_bridge(model: Flamingo, tokenizer: Tokenizer, *, steps: int, seed: int, log: Callable[[str], None]) -> Flamingo:
-    """Trains `model.resampler` and `model.cross_attention` in place and returns the model."""
+@torch.no_grad()
+def initialise(model: Flamingo, features: Features) -> None:
+    """Unit-variance projections, of the features too, and faint time embeddings: what is seen must not drown in what is constant."""
+    for part in (model.resampler, model.cross_attention):
+        for name, parameter in part.named_parameters():
+            if name.endswith(("proj.weight", "ffw_up.weight", "ffw_down.weight")):
+                parameter.normal_(0.0, parameter.shape[1] ** -0.5)
+    model.resampler.input_proj.weight.div_(features.rms)
+    model.resampler.time_embeddings.mul_(0.02)
+    model.resampler.latents.mul_(0.5)
+
+
+def train_bridge(
+    model: Flamingo,
+    tokenizer: Tokenizer,
+    *,
+    steps: int,
+    seed: int,
+    log: Callable[[str], None],
+    keep: Callable[[Flamingo], None] | None = None,
+) -> Flamingo:
+    """Trains `model.resampler` and `model.cross_attention` in place and returns the model.
+
+    keep: called with the unfinished model every 500 steps.
+    """
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 3])
     pool = Pool(scenes=14000, digits=5000, videos=2500)
@@ -103,15 +127,13 @@ def train_bridge(model: Flamingo, tokenizer: Tokenizer, *, steps: int, seed: int
     model.requires_grad_(False)
     model.resampler.requires_grad_(True)
     model.cross_attention.requires_grad_(True)
-    with torch.no_grad():  # small residual updates at the start
-        for parameter in (model.resampler.latents, model.resampler.time_embeddings):
-            parameter.mul_(0.5)
+    initialise(model, features)
     gates = [parameter for name, parameter in model.cross_attention.named_parameters() if name.endswith("_gate")]
     rest = [parameter for name, parameter in model.cross_attention.named_parameters() if not name.endswith("_gate")]
     groups = [
-        {"params": list(model.resampler.parameters()), "weight_decay": 0.0, "peak": 1e-3},
-        {"params": rest, "weight_decay": 0.1, "peak": 1e-3},
-        {"params": gates, "weight_decay": 0.0, "peak": 1e-2},
+        {"params": list(model.resampler.parameters()), "weight_decay": 0.0, "peak": 3e-3},
+        {"params": rest, "weight_decay": 0.1, "peak": 3e-3},
+        {"params": gates, "weight_decay": 0.0, "peak": 3e-2},
     ]
     trained = [parameter for group in groups for parameter in group["params"]]  # type: ignore[attr-defined]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98))
@@ -133,6 +155,8 @@ def train_bridge(model: Flamingo, tokenizer: Tokenizer, *, steps: int, seed: int
         if step % 25 == 0 or step == steps - 1:
             losses = ", ".join(f"{name} {np.mean(values[-25:]):.3f}" for name, values in seen.items())
             log(f"bridge step {step}/{steps} {losses}")
+        if keep is not None and step % 500 == 499:
+            keep(model)
     return model.eval().requires_grad_(True)
 
 

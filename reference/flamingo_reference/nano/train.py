@@ -73,7 +73,19 @@ def train(folder: Path, *, config: ModelConfig = NANO, until: str = "bridge") ->
         )
     if last < STAGES.index("bridge"):
         return None
-    run.stage("bridge", model, lambda: bridge.train_bridge(model, tokenizer, steps=1500, seed=SEED, log=run.log))
+    unfinished = folder / "unfinished"
+    run.stage(
+        "bridge",
+        model,
+        lambda: bridge.train_bridge(
+            model,
+            tokenizer,
+            steps=2800,
+            seed=SEED,
+            log=run.log,
+            keep=lambda model: model.save(unfinished, tokenizer=folder / "tokenizer.json"),
+        ),
+    )
     model.save(folder / "checkpoint", tokenizer=folder / "tokenizer.json")
     return model.eval()
 
