@@ -173,7 +173,7 @@ def _paper_model(name: str, *, layers: int, width: int, every: int) -> ModelConf
 NANO = ModelConfig(
     name="nano",
     vision=NFNetConfig(
-        image_size=64, widths=(32, 64, 128), depths=(1, 2, 1), stem_widths=(8, 16, 16, 32), feature_width=128, group_width=16
+        image_size=64, widths=(32, 96, 192), depths=(1, 2, 1), stem_widths=(8, 16, 16, 32), feature_width=192, group_width=16
     ),
     resampler=ResamplerConfig(num_layers=2, width=128, num_heads=4, head_size=32, ffw_width=256, num_latents=16),
     cross_attention=CrossAttentionConfig(every=2, num_heads=4, head_size=32, ffw_width=256),

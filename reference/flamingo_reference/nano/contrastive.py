@@ -1,13 +1,16 @@
 """Stage one: the vision encoder, trained contrastively with a small text encoder that is thrown away afterwards.
 
 As the paper's vision encoder (appendix B.1.3): two-way contrastive loss. In small: each batch holds hard negatives, scenes that differ
-from another in one attribute of one object, and the joint space is read from the whole grid, so that the grid keeps places and counts.
+from another in one attribute of one object, and each position of the grid goes through the same small network before the mean over
+positions. A head of its own for each position would let each write a code of its own, which the resampler, who is not told positions,
+could not read (measured: contents of held-out scenes 45 % right with such a head, by a probe on the frozen grid).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import numpy as np
 import torch
@@ -49,10 +52,23 @@ class TextEncoder(nn.Module):
         return self.head(hidden.sum(1) / (~padded).sum(1, keepdim=True))  # type: ignore[no-any-return]
 
 
-def contrastive_batch(rng: np.random.Generator, size: int) -> tuple[list[data.Pixels], list[str]]:
-    """Images with descriptions: a quarter digits, an eighth frames of videos, the rest families of like scenes."""
+class ImageHead(nn.Module):
+    """Grid [F, P, E] to the joint space [F, J]: one network for all positions, then their mean, projected."""
+
+    def __init__(self, feature_width: int, hidden: int, joint: int) -> None:
+        super().__init__()
+        self.position = nn.Linear(feature_width, hidden)
+        self.out = nn.Linear(hidden, joint)
+
+    def forward(self, features_FPE: Tensor) -> Tensor:
+        return self.out(F.gelu(self.position(features_FPE)).mean(1))  # type: ignore[no-any-return]
+
+
+def contrastive_batch(seed: tuple[int, int], size: int) -> tuple[list[data.Pixels], list[str]]:
+    """Images with descriptions: a fifth digits, the rest families of like scenes."""
+    rng = np.random.default_rng(seed)
     items: list[data.Item] = []
-    for _ in range(size // 4):
+    for _ in range(size // 5):
         items.append(data.digit(int(rng.integers(1 << 40)), split="train"))
     while len(items) < size:
         things = data.draw_things(rng, num_groups=1 if rng.random() < 0.6 else 2, split="train")
@@ -74,32 +90,30 @@ def train_vision(
     joint = 128
     vision = NFNet(config.vision)
     text = TextEncoder(config.language_model.vocab_size, 128, joint)
-    head = nn.Linear(config.vision.num_patches * config.vision.feature_width, joint)
+    head = ImageHead(config.vision.feature_width, 256, joint)
     temperature = nn.Parameter(torch.tensor(2.3))
     parameters = [*vision.parameters(), *text.parameters(), *head.parameters(), temperature]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.02)
-    peak, warm_up = 1.5e-3, steps // 12
-
-    def make(step: int) -> tuple[list[data.Pixels], list[str]]:
-        return contrastive_batch(np.random.default_rng([seed, step]), batch)
-
+    peak, warm_up = 2e-3, steps // 15
     tokenizer.enable_padding(length=MAX_TEXT)
     tokenizer.enable_truncation(MAX_TEXT)
-    with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(make, 0)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # drawing a batch takes half as long as a step
+        ahead = pool.submit(contrastive_batch, (seed, 0), batch)
         for step in range(steps):
             images, texts = ahead.result()
-            ahead = pool.submit(make, step + 1)
+            ahead = pool.submit(contrastive_batch, (seed, step + 1), batch)
             scale = min(1.0, (step + 1) / warm_up)
-            if step > steps * 0.5:  # cosine over the second half: the run is short
-                scale = 0.5 + 0.5 * float(np.cos(np.pi * (step - steps * 0.5) / (steps * 0.5)))
+            if step > steps * 0.4:  # cosine over the rest: the run is short
+                scale = 0.5 + 0.5 * float(np.cos(np.pi * (step - steps * 0.4) / (steps * 0.6)))
             optimizer.param_groups[0]["lr"] = peak * max(scale, 0.01)
             ids = torch.tensor([encoding.ids for encoding in tokenizer.encode_batch(texts)])
             ids = ids[:, : int((ids != 0).sum(1).max())]
-            image_side = F.normalize(head(vision(to_pixels(images, config)).flatten(1)), dim=-1)
+            image_side = F.normalize(head(vision(to_pixels(images, config))), dim=-1)
             text_side = F.normalize(text(ids), dim=-1)
             logits = image_side @ text_side.T * temperature.exp().clamp(max=50.0)
-            same = torch.tensor([[left == right for right in texts] for left in texts], dtype=torch.float32)
+            number = {text: index for index, text in enumerate(texts)}
+            kind = torch.tensor([number[text] for text in texts])
+            same = (kind[:, None] == kind).float()
             target = same / same.sum(1, keepdim=True)  # images with the same description are all right answers
             loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
             optimizer.zero_grad(set_to_none=True)

@@ -152,7 +152,7 @@ def render(rng: np.random.Generator, things: Sequence[Thing], offsets: Sequence[
             (SIDE / 2 + (place - 1) * 20.5 + rng.uniform(-1.8, 1.8) + shift) * scale
             for place, shift in zip((column, row), moved, strict=True)
         )
-        radius = (rng.uniform(8.2, 9.3) if thing.large else rng.uniform(4.2, 5.2)) * scale
+        radius = (rng.uniform(8.4, 9.5) if thing.large else rng.uniform(5.0, 6.0)) * scale
         colour = tuple(int(value) for value in np.clip(np.array(COLOURS[thing.colour]) + rng.integers(-14, 15, 3), 0, 255))
         _draw(draw, thing, x, y, radius, colour)
     return np.asarray(canvas.resize((SIDE, SIDE), Image.Resampling.BOX))
