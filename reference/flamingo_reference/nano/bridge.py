@@ -75,7 +75,8 @@ class Features:
                     for start in range(0, len(frames), 128)
                 ]
             )
-        self.rms = float(encoded.square().mean().sqrt())
+        self.mean = encoded.mean((0, 1))
+        self.std = float((encoded - self.mean).square().mean().sqrt())
         self._of_item = encoded.split([len(item.frames) for item in pool.items])
 
     def latents(self, model: Flamingo, media: Sequence[int]) -> Tensor:
@@ -96,13 +97,16 @@ def document_loss(model: Flamingo, features: Features, documents: Sequence[pages
 
 @torch.no_grad()
 def initialise(model: Flamingo, features: Features) -> None:
-    """Unit-variance projections, of the features too, and faint time embeddings: what is seen must not drown in what is constant."""
+    """Unit-variance projections; features centred by the time embeddings, all alike but for faint noise.
+
+    What differs between images must not drown in what is constant.
+    """
     for part in (model.resampler, model.cross_attention):
         for name, parameter in part.named_parameters():
             if name.endswith(("proj.weight", "ffw_up.weight", "ffw_down.weight")):
                 parameter.normal_(0.0, parameter.shape[1] ** -0.5)
-    model.resampler.input_proj.weight.div_(features.rms)
-    model.resampler.time_embeddings.mul_(0.02)
+    model.resampler.input_proj.weight.div_(features.std)
+    model.resampler.time_embeddings.mul_(0.02).sub_(model.resampler.input_proj(features.mean))
     model.resampler.latents.mul_(0.5)
 
 
