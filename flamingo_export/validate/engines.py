@@ -130,18 +130,18 @@ def opened(
 
 @contextlib.contextmanager
 def layer_session(backend: Backend, bundle: Path, manifest: Manifest, layer: int, options: SessionOptions) -> Iterator[Session]:
-    """A session of one LM layer, with what belongs to it, on the bundle's own weights.
+    """A session of one LM layer, cut out of the bundle's decoder, on the bundle's own weights.
 
     Its graph lies at the bundle's root while it is open, since external data may not be reached in any other way.
     """
-    from flamingo_export.graphs import build_graph, save_graph
-    from flamingo_export.weights import WeightIndex
+    from flamingo_export.graphs import save_graph
+    from flamingo_export.validate.layer_graph import layer_graph
 
     name = f"decoder.layer{layer}"
     record = GraphRecord(name=name, file=f".parity-{os.getpid()}-{name}.onnx", layers=(layer, layer + 1))
     path = bundle / record.file
     try:
-        model = build_graph(manifest.config, name, WeightIndex.read(bundle), layers=range(layer, layer + 1))
+        model = layer_graph(bundle, manifest, layer, name=name)
         try:
             save_graph(model, path)
         except OSError as error:

@@ -23,8 +23,10 @@ from flamingo_export.manifest import FileRecord, Manifest, ParityRecord, write_m
 from flamingo_export.origin import find_origin, source_digest
 from flamingo_export.progress import SILENT, Progress
 from flamingo_export.sources import WeightSource
+from flamingo_export.validate.cases import decoder_cases
 from flamingo_export.validate.checker import Checker
 from flamingo_export.validate.golden import CASES_FILE, TENSORS_FILE, Goldens, load_goldens, save_goldens
+from flamingo_export.validate.plan import strips
 from flamingo_export.validate.report import Against, NotRun, ParityReport, Trace, Verdict, write_report
 from flamingo_reference.checkpoints.native import expected_tensors
 from flamingo_reference.config import ModelConfig
@@ -176,6 +178,7 @@ def compare_with(
         layers=tuple(checker.points),
         first_diverging_layer=checker.first_diverging,
         traces=traces,
+        strips={case.name: strips(manifest.config, case) for case in decoder_cases(manifest.config)},
         not_run=tuple(not_run),
         environment=environment(backend),
         seconds=round(time.monotonic() - started, 3),

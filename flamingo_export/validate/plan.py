@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flamingo_export.validate.cases import BeamSteps, DecoderCase, Request
+from flamingo_export.validate.report import Strip
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.phi import phi_from_tokens
 
@@ -50,6 +51,18 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 def plan_case(config: ModelConfig, case: DecoderCase) -> Plan:
     """The calls of a case; the cache has exactly as many slots as they need."""
     return _Planner(config, case).plan()
+
+
+def strips(config: ModelConfig, case: DecoderCase) -> tuple[Strip, ...]:
+    """The sequences of a case as the report shows them."""
+    shown = []
+    for index, sequence in enumerate(plan_case(config, case).sequences):
+        phi = phi_from_tokens(np.asarray([sequence.tokens]), config.tokens.image)[0].tolist()
+        rows = [sequence.media[seen - 1] + 1 if seen else 0 for seen in phi]
+        tokens = (-row if token == config.tokens.image else row for token, row in zip(sequence.tokens, rows, strict=True))
+        request = case.requests[0 if case.beams else index]
+        shown.append(Strip(tokens=tuple(tokens), prompt=request.prompt))
+    return tuple(shown)
 
 
 class _Position(msgspec.Struct, frozen=True, kw_only=True):

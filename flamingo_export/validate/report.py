@@ -40,6 +40,8 @@ class TokenStep(msgspec.Struct, frozen=True, kw_only=True):
     engine: int | None
     gap: float | None = None
     """In summed log-probability."""
+    reference_label: str = ""
+    engine_label: str = ""
 
 
 class Trace(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,6 +76,16 @@ class LayerPoint(msgspec.Struct, frozen=True, kw_only=True):
     passed: bool
 
 
+class Strip(msgspec.Struct, frozen=True, kw_only=True):
+    """A sequence of a case, for the eye. Each token: the bank row it sees plus one, 0 for none, negative at the `<image>` itself.
+
+    The first `prompt` tokens are prefilled, the others decoded.
+    """
+
+    tokens: tuple[int, ...]
+    prompt: int
+
+
 class NotRun(msgspec.Struct, frozen=True, kw_only=True):
     """A check that was left out, and why. Only want of memory may leave one out."""
 
@@ -95,6 +107,8 @@ class ParityReport(msgspec.Struct, frozen=True, kw_only=True):
     layers: tuple[LayerPoint, ...] = ()
     first_diverging_layer: str | None = None
     traces: tuple[Trace, ...] = ()
+    strips: dict[str, tuple[Strip, ...]] = msgspec.field(default_factory=dict)
+    """The sequences of each hard case of phi."""
     not_run: tuple[NotRun, ...] = ()
     environment: dict[str, str] = msgspec.field(default_factory=dict)
     seconds: float = 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,13 @@ def check_traces(
         return (), [failed("trace", "token traces", "runtime", TENSOR, "no traces were recorded, and no reason why")]
     progress.stage("token traces", len(goldens.traces))
     decode = Tokenizer.open(bundle, manifest.config).decode if (bundle / TOKENIZER_FILE).is_file() else None
+
+    def label(token: int) -> str:
+        """One token as the report shows it."""
+        if token == manifest.config.tokens.eoc:
+            return "<EOC>"
+        return (decode([token]) if decode is not None else "") or f"#{token}"
+
     traces, rows = [], []
     try:
         engines = Engines.open(bundle, manifest, backend, options)
@@ -55,7 +63,7 @@ def check_traces(
                 note = _first_line(error)
                 outcome, row, tokens = "failed", failed("trace", trace_name(golden), "runtime", TENSOR, note), ()
             rows.append(row)
-            traces.append(_trace(golden, outcome, tokens, text, note))
+            traces.append(_trace(golden, outcome, tokens, text, note, label))
             progress.advance(1)
     finally:
         engines.close()
@@ -131,9 +139,17 @@ def _row(golden: GoldenTrace, error: float, limit: float, *, passed: bool, note:
     )
 
 
-def _trace(golden: GoldenTrace, outcome: str, tokens: tuple[int, ...], text: str | None, note: str) -> Trace:
+def _trace(
+    golden: GoldenTrace, outcome: str, tokens: tuple[int, ...], text: str | None, note: str, label: Callable[[int], str]
+) -> Trace:
     steps = [
-        TokenStep(reference=mine, engine=theirs, gap=gap)
+        TokenStep(
+            reference=mine,
+            engine=theirs,
+            gap=gap,
+            reference_label="" if mine is None else label(mine),
+            engine_label="" if theirs is None else label(theirs),
+        )
         for mine, theirs, gap in itertools.zip_longest(
             golden.tokens, tokens, golden.margins[: max(len(golden.tokens), len(tokens))]
         )
