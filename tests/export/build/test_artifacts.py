@@ -1,0 +1,128 @@
+"""Opening a bundle: what was altered is found and named, what is known is not read again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from flamingo_export import api, artifacts
+from flamingo_export.artifacts import open_bundle, verify
+from flamingo_export.build_request import RandomWeights
+from flamingo_export.errors import BundleError
+from flamingo_export.manifest import FileRecord, Manifest, read_manifest, write_manifest
+from flamingo_reference.config import ModelConfig
+
+
+@pytest.fixture
+def bundle(spoken_config: ModelConfig, tmp_path: Path) -> Path:
+    return api.build(RandomWeights(config=spoken_config), out=tmp_path / "b.bundle", parity="skip").path
+
+
+def rewritten(bundle: Path, change: Callable[[Manifest], Manifest]) -> None:
+    write_manifest(bundle, change(read_manifest(bundle)))
+
+
+def test_digests_are_computed_once(bundle: Path) -> None:
+    manifest = read_manifest(bundle)
+    first = verify(bundle, manifest)
+    assert set(first.computed) == {record.path for record in manifest.files}
+    second = verify(bundle, manifest)
+    assert not second.computed
+    assert set(second.known) == set(first.computed)
+
+
+def test_a_touched_file_is_computed_again(bundle: Path) -> None:
+    manifest = read_manifest(bundle)
+    verify(bundle, manifest)
+    os.utime(bundle / "decoder.onnx", (1, 1))
+    assert verify(bundle, manifest).computed == ("decoder.onnx",)
+
+
+def test_a_byte_altered_behind_the_files_time_is_found(bundle: Path) -> None:
+    """Size and time of modification put back: the inode's change time still tells."""
+    path = bundle / "weights" / "resampler.safetensors"
+    open_bundle(bundle)
+    before = path.stat()
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    for _ in range(2):
+        with pytest.raises(BundleError, match=r"weights/resampler\.safetensors was altered.*Build it again, or copy it again"):
+            open_bundle(bundle)
+
+
+def test_all_damage_is_named_at_once(bundle: Path) -> None:
+    (bundle / "media_kv.onnx").unlink()
+    os.truncate(bundle / "weights" / "vision_encoder.safetensors", 100)
+    (bundle / "resampler.onnx").rename(bundle.parent / "elsewhere.onnx")
+    (bundle / "resampler.onnx").symlink_to(bundle.parent / "elsewhere.onnx")
+    with pytest.raises(BundleError) as caught:
+        open_bundle(bundle)
+    message = str(caught.value)
+    assert "media_kv.onnx is missing" in message
+    assert "weights/vision_encoder.safetensors has 100 bytes, expected" in message
+    assert "resampler.onnx is a link" in message
+
+
+@pytest.mark.parametrize("path", ["../secret", "/etc/passwd", "weights/../../secret", "", "manifest.json", "..\\secret"])
+def test_paths_that_leave_the_bundle_are_refused(path: str, bundle: Path) -> None:
+    (bundle.parent / "secret").write_text("s")
+    record = FileRecord(path=path, size=1, sha256="0" * 64)
+    rewritten(bundle, lambda manifest: msgspec.structs.replace(manifest, files=(*manifest.files, record)))
+    with pytest.raises(BundleError, match="does not name a file of the bundle"):
+        open_bundle(bundle)
+
+
+def test_a_linked_folder_inside_is_refused(bundle: Path) -> None:
+    (bundle / "weights").rename(bundle.parent / "weights")
+    (bundle / "weights").symlink_to(bundle.parent / "weights")
+    with pytest.raises(BundleError, match=r"weights/.*is a link"):
+        open_bundle(bundle)
+
+
+def test_a_bundle_reached_through_a_link_opens(bundle: Path) -> None:
+    link = bundle.parent / "link"
+    link.symlink_to(bundle)
+    assert open_bundle(link) == open_bundle(bundle)
+    assert not verify(link, read_manifest(link)).computed
+
+
+def test_a_read_only_bundle_and_no_place_for_notes(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (bundle.parent / "file").write_text("")
+    monkeypatch.setattr(artifacts, "cache_folder", lambda: bundle.parent / "file" / "cache")
+    before = sorted(bundle.rglob("*"))
+    for path in (bundle, *bundle.rglob("*")):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    manifest = read_manifest(bundle)
+    for _ in range(2):
+        assert len(verify(bundle, manifest).computed) == len(manifest.files)
+    assert sorted(bundle.rglob("*")) == before
+
+
+def test_damaged_notes_are_no_harm(bundle: Path, tmp_path: Path) -> None:
+    open_bundle(bundle)
+    (notes,) = (tmp_path / "cache").iterdir()
+    notes.write_text("{")
+    assert len(verify(bundle, read_manifest(bundle)).computed) == len(read_manifest(bundle).files)
+
+
+def test_a_newer_schema_and_a_half_manifest(bundle: Path) -> None:
+    text = (bundle / "manifest.json").read_text()
+    (bundle / "manifest.json").write_text(text.replace('"schema_version": 1', '"schema_version": 99'))
+    with pytest.raises(BundleError, match="schema 99.*Upgrade"):
+        open_bundle(bundle)
+    (bundle / "manifest.json").write_text(text[: len(text) // 2])
+    with pytest.raises(BundleError, match="malformed"):
+        open_bundle(bundle)
+    (bundle / "manifest.json").unlink()
+    with pytest.raises(BundleError, match="not a complete bundle"):
+        open_bundle(bundle)
+    with pytest.raises(BundleError, match="does not exist"):
+        open_bundle(bundle.parent / "none.bundle")
