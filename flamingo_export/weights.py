@@ -28,6 +28,8 @@ Recipe = Callable[[Sequence[Array]], Array]
 STORAGE_DTYPES: Mapping[StorageType, Any] = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
 _SAFETENSORS_NAMES: Mapping[StorageType, str] = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 WEIGHTS_FOLDER = "weights"
+DISTANCE_BLOCK = 128
+"""Distances of a block of the relative positions' table: the part of it that is read grows with the cache in such steps."""
 
 # The definitions are the reference's (vision_nfnet.py), repeated because torch must not be imported here; a test compares them.
 GELU_GAIN = 1.7015043497085571
@@ -154,7 +156,8 @@ class WeightIndex:
         """The numbers of a tensor, mapped from its file (read-only)."""
         placed = self._placed[name]
         raw = np.memmap(bundle / placed.file, mode="r", dtype=np.uint8, offset=placed.offset, shape=(placed.length,))
-        return raw.view(STORAGE_DTYPES[placed.storage]).reshape(placed.shape)
+        array: Array = raw.view(STORAGE_DTYPES[placed.storage]).reshape(placed.shape)
+        return array
 
 
 # Recipes. Each takes the source tensors in order.
@@ -181,22 +184,29 @@ def _standardised(sources: Sequence[Array], *, scale: float) -> Array:
     fan_in = math.prod(weight.shape[1:])
     mean = weight.mean(axis=(1, 2, 3), keepdims=True)
     variance = weight.var(axis=(1, 2, 3), keepdims=True)
-    return (weight - mean) * (scale * gain / np.sqrt(fan_in * (variance + STANDARDISATION_EPS)))
+    standardised: Array = (weight - mean) * (scale * gain / np.sqrt(fan_in * (variance + STANDARDISATION_EPS)))
+    return standardised
 
 
 def _branch_scale(sources: Sequence[Array], *, alpha: float) -> Array:
     return (sources[0].astype(np.float64) * (alpha * SQUEEZE_EXCITE_GAIN)).reshape(1)
 
 
+def distance_blocks(num_distances: int) -> int:
+    """Blocks of DISTANCE_BLOCK that hold this many distances, the last one padded."""
+    return -(-num_distances // DISTANCE_BLOCK)
+
+
 def _distances(sources: Sequence[Array], *, num_distances: int, num_heads: int) -> Array:
-    """relative_proj @ sinusoid(distance) for all distances, scaled like attention scores: [H, D, X]."""
+    """relative_proj @ sinusoid(distance), scaled like attention scores: [H, D, blocks, DISTANCE_BLOCK], padded with the last."""
     weight = sources[0].astype(np.float32)
     inner, width = weight.shape
+    head_size, blocks = inner // num_heads, distance_blocks(num_distances)
     frequency = 10000.0 ** (-np.arange(0, width, 2) / width)
-    angle = np.arange(num_distances)[:, None] * frequency
+    angle = np.minimum(np.arange(blocks * DISTANCE_BLOCK), num_distances - 1)[:, None] * frequency
     encoded = np.concatenate([np.sin(angle), np.cos(angle)], axis=1).astype(np.float32)
-    head_size = inner // num_heads
-    return (weight @ encoded.T).reshape(num_heads, head_size, num_distances) * np.float32(head_size**-0.5)
+    table = (weight @ encoded.T) * np.float32(head_size**-0.5)
+    return table.reshape(num_heads, head_size, blocks, DISTANCE_BLOCK)
 
 
 def _head_bias(sources: Sequence[Array]) -> Array:
@@ -361,7 +371,7 @@ def _language_model_layer(config: ModelConfig, layer: int) -> Iterator[Weight]:
         )
     yield Weight(
         name=f"{name}/self_attention/distances",
-        shape=(lm.num_heads, lm.head_size, lm.max_positions),
+        shape=(lm.num_heads, lm.head_size, distance_blocks(lm.max_positions), DISTANCE_BLOCK),
         group=group,
         sources=(f"{source}.relative_proj.weight",),
         make=functools.partial(_distances, num_distances=lm.max_positions, num_heads=lm.num_heads),

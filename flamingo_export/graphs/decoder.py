@@ -10,27 +10,15 @@ layers; each layer looks its scores up in a table of projected distances, read o
 
 from __future__ import annotations
 
-import msgspec
-import numpy as np
 import onnx_ir as ir
 
+from flamingo_export.graphs import relative_positions
 from flamingo_export.graphs.builder import GraphBuilder, graph_inputs
 from flamingo_export.graphs.functions import phi_cross_attention
+from flamingo_export.graphs.relative_positions import Shared
 from flamingo_export.specs import decoder_spec, gated_in
 from flamingo_export.weights import WeightIndex
 from flamingo_reference.config import ModelConfig
-
-# What a masked slot's score is: exp underflows to exactly zero in fp32 and fp16 alike, and unlike -inf it cannot make a NaN.
-MASKED = -30000.0
-
-
-class _Shared(msgspec.Struct, frozen=True):
-    """Values that every layer uses."""
-
-    distance: ir.Value
-    """int64 [B, H, S, C], clamped to the table."""
-    capacity: ir.Value
-    """int64 [1]: C."""
 
 
 def decoder(config: ModelConfig, index: WeightIndex, *, layers: range | None = None, name: str = "decoder") -> ir.Model:
@@ -42,7 +30,7 @@ def decoder(config: ModelConfig, index: WeightIndex, *, layers: range | None = N
     inputs = graph_inputs(spec)
     gated = {layer: i for i, layer in gated_in(config, layers)}
     function = phi_cross_attention.phi_cross_attention(num_latents=config.resampler.num_latents, head_size=block.head_size)
-    shared = _shared(build, inputs, config)
+    shared = relative_positions.shared(build, inputs, lm)
     outputs: dict[str, ir.Value] = {}
     if layers.start == 0:
         hidden = build.op("Gather", build.stored("decoder/embedding"), inputs["token_ids"], name="embedding", axis=0)
@@ -61,25 +49,6 @@ def decoder(config: ModelConfig, index: WeightIndex, *, layers: range | None = N
     else:
         outputs["hidden_out"] = build.op("Identity", hidden, name="hidden_out")
     return build.model(spec, inputs, outputs, [function] if gated else [])
-
-
-def _shared(build: GraphBuilder, inputs: dict[str, ir.Value], config: ModelConfig) -> _Shared:
-    lm = config.language_model
-    with build.scope("distance"):
-        capacity = build.op("Shape", inputs["key_positions"], name="capacity", start=1, end=2)
-        here = build.op("Unsqueeze", inputs["positions"], build.constant([2]), name="positions")
-        there = build.op("Unsqueeze", inputs["key_positions"], build.constant([1]), name="key_positions")
-        distance = build.op("Sub", here, there, name="distance")
-        last = build.op(
-            "Sub",
-            build.op("Min", capacity, build.constant([lm.max_positions]), name="entries"),
-            build.constant([1]),
-            name="last",
-        )
-        distance = build.op("Max", build.op("Min", distance, last, name="at_most"), build.constant([0]), name="at_least")
-        distance = build.op("Unsqueeze", distance, build.constant([1]), name="heads")
-        distance = build.op("Expand", distance, build.constant([1, lm.num_heads, 1, 1]), name="expand")
-    return _Shared(distance, capacity)
 
 
 def _gated_block(
@@ -104,15 +73,15 @@ def _language_model_layer(
     inputs: dict[str, ir.Value],
     outputs: dict[str, ir.Value],
     layer: int,
-    shared: _Shared,
+    shared: Shared,
 ) -> ir.Value:
     lm, weights = config.language_model, f"decoder/layer.{layer}"
     inner = lm.num_heads * lm.head_size
     normed = build.rms_norm(hidden, f"{weights}/attention_norm", name="attention_norm", eps=lm.norm_eps)
     with build.scope("self_attention"):
         qkv = build.linear(normed, f"{weights}/self_attention/qkv_proj", name="qkv_proj")
-        q, k, v = build.op("Split", qkv, name="qkv", outputs=3, axis=-1, num_outputs=3)
-        q, k, v = (build.heads(x, lm.num_heads, lm.head_size, name=name) for x, name in ((q, "q"), (k, "k"), (v, "v")))
+        qkv = build.heads(qkv, 3 * lm.num_heads, lm.head_size, name="qkv")
+        q, k, v = build.op("Split", qkv, name="split_qkv", outputs=3, axis=1, num_outputs=3)
         present = {}
         for kind, new in (("k", k), ("v", v)):
             present[kind] = build.op(
@@ -125,9 +94,9 @@ def _language_model_layer(
                 mode="linear",
             )
             outputs[f"present_{kind}.{layer}"] = present[kind]
-        bias = _position_bias(build, f"{weights}/self_attention", q, inputs["mask"], shared)
+        mask = relative_positions.additive_mask(build, f"{weights}/self_attention", q, shared)
         query = build.op("Add", q, build.weight(f"{weights}/self_attention/content_bias"), name="content_query")
-        seen = build.op("Attention", query, present["k"], present["v"], bias, name="attention", scale=float(lm.head_size**-0.5))
+        seen = build.op("Attention", query, present["k"], present["v"], mask, name="attention", scale=float(lm.head_size**-0.5))
         seen = build.linear(build.merge_heads(seen, inner), f"{weights}/self_attention/out_proj", name="out_proj")
     hidden = build.op("Add", hidden, seen, name="residual")
     up = build.linear(
@@ -135,23 +104,6 @@ def _language_model_layer(
     )
     down = build.linear(build.op("Gelu", up, name="gelu"), f"{weights}/ffw_down", name="ffw_down")
     return build.op("Add", hidden, down, name="ffw_residual")  # type: ignore[no-any-return]
-
-
-def _position_bias(build: GraphBuilder, weights: str, q: ir.Value, mask: ir.Value, shared: _Shared) -> ir.Value:
-    """Scores of the distances where the mask allows, MASKED elsewhere: [B, H, S, C]. The table holds the 1/sqrt(D) already."""
-    with build.scope("position_bias"):
-        query = build.op("Add", q, build.weight(f"{weights}/position_bias"), name="query")
-        table = build.op(
-            "Slice",
-            build.weight(f"{weights}/distances"),
-            build.constant([0]),
-            shared.capacity,
-            build.constant([2]),
-            name="table",
-        )
-        scores = build.op("MatMul", query, table, name="scores")  # [B, H, S, X]
-        scores = build.op("GatherElements", scores, shared.distance, name="by_distance", axis=3)
-        return build.op("Where", mask, scores, build.constant(MASKED, dtype=np.float32), name="mask")  # type: ignore[no-any-return]
 
 
 def _head(build: GraphBuilder, config: ModelConfig, hidden: ir.Value, logit_positions: ir.Value) -> ir.Value:
