@@ -1,7 +1,8 @@
 """Measures the nano checkpoint on held-out images: `python -m flamingo_reference.nano.evaluate [--markdown | --json] [--images FOLDER]`.
 
-Prints what the model card quotes: exact captions, right answers, and few-shot prompts whose format only the shots tell. Greedy decoding,
-in PyTorch. An answer is right when it is the expected text to the letter.
+Prints what the model card quotes: exact captions and right answers (greedy and beam search of 3, bare prompts and the paper's zero-shot
+prompts), and few-shot prompts whose format only the shots tell. In PyTorch. An answer is right when it is the expected text to the
+letter. `--card` writes the tables into the checkpoint's MODEL_CARD.md.
 """
 
 from __future__ import annotations
@@ -24,10 +25,13 @@ from flamingo_reference.nano.contrastive import to_pixels
 from flamingo_reference.nano.data import Item
 from flamingo_reference.nano.pool import Pool
 from flamingo_reference.nano.tokenizer import load_tokenizer
+from flamingo_reference.search import Rules, beam_search, flamingo_next_logits
 from flamingo_reference.time_weights import time_weights
 
 SHOTS = (0, 1, 2, 4, 8, 16, 32)
 MAX_NEW_TOKENS = 16
+MODEL_CARD = Path(__file__).parent / "MODEL_CARD.md"
+CARD_START, CARD_END = "<!-- numbers -->", "<!-- /numbers -->"
 
 
 class Rate(msgspec.Struct, frozen=True):
@@ -43,12 +47,12 @@ class Rate(msgspec.Struct, frozen=True):
 
 
 class Results(msgspec.Struct, frozen=True):
-    """Everything measured."""
+    """Everything measured. Tables: row (a kind of medium) -> way of asking -> rate."""
 
-    captions: dict[str, Rate]
-    questions: dict[str, Rate]
-    few_shot: dict[str, dict[int, Rate]]
-    """Style ("all" for their sum) -> number of shots -> rate."""
+    captions: dict[str, dict[str, Rate]]
+    questions: dict[str, dict[str, Rate]]
+    few_shot: dict[str, dict[str, Rate]]
+    """Style ("all" for their sum) -> shots -> rate; "0, two texts" is the paper's zero-shot prompt."""
 
 
 class Reader:
@@ -74,6 +78,17 @@ class Reader:
             for index, answer in zip(chosen, self._greedy([prompts[index] for index in chosen]), strict=True):
                 answers[index] = answer
         return answers
+
+    def search(self, prompt: Sequence[pages.Piece], *, beams: int) -> str:
+        """What beam search finds, as the paper evaluates."""
+        document = self._open(prompt)
+        tokens = self.model.config.tokens
+        with torch.no_grad():
+            media = self.model.media_kv(self._latents[list(document.media)])
+        next_logits = flamingo_next_logits(self.model, media, range(len(document.media)))
+        rules = Rules(eoc=tokens.eoc, image=tokens.image, max_new_tokens=MAX_NEW_TOKENS)
+        found = beam_search(next_logits, document.token_ids.tolist(), rules, beams=beams).hypotheses[0].token_ids
+        return self.tokenizer.decode([token for token in found if token != tokens.eoc]).strip()
 
     @torch.no_grad()
     def _greedy(self, prompts: Sequence[Sequence[pages.Piece]]) -> list[str]:
@@ -138,25 +153,60 @@ def heldout(kind: str, count: int) -> list[Item]:
     return items
 
 
+GREEDY, BEAMS, TEXTS = "greedy", "3 beams", "greedy after two texts"
+
+
 def evaluate(
-    model: Flamingo, tokenizer: Tokenizer, *, scenes: int = 1000, digits: int = 449, videos: int = 200, few_shot: int = 40
+    model: Flamingo, tokenizer: Tokenizer, *, scenes: int = 1000, digits: int = 449, videos: int = 200, few_shot: int = 25
 ) -> Results:
-    """Runs all measurements."""
-    captions, questions = {}, {}
+    """Runs all measurements; few_shot is the number of queries for each format and number of shots."""
+    captions: dict[str, dict[str, Rate]] = {}
+    questions: dict[str, dict[str, Rate]] = {}
+    texts = Pool(scenes=200, digits=100, videos=100, seed=3)
     for kind, count in (("scene", scenes), ("digit", digits), ("video", videos)):
-        reader = Reader(model, tokenizer, heldout(kind, count))
-        said = reader.ask([[pages.Piece(index, "Output:", "")] for index in range(len(reader.items))])
-        captions[kind] = rate(said, [item.caption for item in reader.items])
-        if kind == "scene":
-            for name, wanted in (("scene, one object", True), ("scene, two or more", False)):
-                chosen = [index for index, item in enumerate(reader.items) if (item.num_objects == 1) == wanted]
-                captions[name] = rate([said[index] for index in chosen], [reader.items[index].caption for index in chosen])
-        asked = [(index, question) for index, item in enumerate(reader.items) for question in _some(item, index)]
-        said = reader.ask([[pages.Piece(index, f"Question: {question} Answer:", "")] for index, (question, _) in asked])
-        questions[kind] = rate(said, [answer for _, (_, answer) in asked])
+        queries = heldout(kind, count)
+        reader = Reader(model, tokenizer, [*queries, *texts.items])
+        caption_prompts = [[pages.Piece(index, "Output:", "")] for index in range(count)]
+        asked = [(index, *question) for index, item in enumerate(queries) for question in _some(item, index)]
+        question_prompts = [[pages.Piece(index, f"Question: {question} Answer:", "")] for index, question, _ in asked]
+        wanted = [item.caption for item in queries]
+        answers = [answer for _, _, answer in asked]
+        for way in (GREEDY, BEAMS, TEXTS):
+            said = _say(reader, caption_prompts, way, texts, count, kind, "caption")
+            captions.setdefault(kind, {})[way] = rate(said, wanted)
+            if kind == "scene":
+                for name, single in (("scene, one object", True), ("scene, two or more", False)):
+                    chosen = [index for index, item in enumerate(queries) if (item.num_objects == 1) == single]
+                    captions.setdefault(name, {})[way] = rate([said[i] for i in chosen], [wanted[i] for i in chosen])
+            said = _say(reader, question_prompts, way, texts, count, kind, "question")
+            questions.setdefault(kind, {})[way] = rate(said, answers)
+            if kind == "scene":
+                for index, (_, question, _) in enumerate(asked):
+                    name = f"scene, {' '.join(question.split()[:2]).lower()}"
+                    old = questions.setdefault(name, {}).get(way, Rate(0, 0))
+                    questions[name][way] = Rate(old.right + (said[index] == answers[index]), old.total + 1)
     for table in (captions, questions):
-        table["images"] = Rate(table["scene"].right + table["digit"].right, table["scene"].total + table["digit"].total)
+        table["images"] = {way: add([table["scene"][way], table["digit"][way]]) for way in table["scene"]}
     return Results(captions, questions, few_shot_rates(model, tokenizer, count=few_shot))
+
+
+def _say(
+    reader: Reader, prompts: list[list[pages.Piece]], way: str, texts: Pool, offset: int, kind: str, style: str
+) -> list[str]:
+    """Answers in one of the three ways; `offset` is where the reader holds the items of `texts`."""
+    if way == BEAMS:
+        return [reader.search(prompt, beams=3) for prompt in prompts]
+    if way == TEXTS:
+        rng = np.random.default_rng(13)
+        draw = texts.drawer(kind)
+        given = [pages.prompt_page(texts.items, rng, draw, style=style, shots=2, text_only=2) for _ in prompts]
+        prompts = [[*two, *prompt] for two, prompt in zip(given, prompts, strict=True)]
+    return reader.ask(prompts)
+
+
+def add(rates: Sequence[Rate]) -> Rate:
+    """The rate over all of them."""
+    return Rate(sum(rate.right for rate in rates), sum(rate.total for rate in rates))
 
 
 def _some(item: Item, seed: int) -> list[tuple[str, str]]:
@@ -167,48 +217,59 @@ def _some(item: Item, seed: int) -> list[tuple[str, str]]:
 
 def few_shot_rates(
     model: Flamingo, tokenizer: Tokenizer, *, count: int, shots: Sequence[int] = SHOTS
-) -> dict[str, dict[int, Rate]]:
+) -> dict[str, dict[str, Rate]]:
     """For every format but the plain caption: `count` held-out items, asked with 0 to 32 shots from the training split."""
     support = Pool(scenes=1500, digits=600, videos=0, seed=3)
-    queries = [*heldout("scene", 500), *heldout("digit", 200)]
+    queries = [*heldout("scene", max(100, 10 * count)), *heldout("digit", max(20, count))]
     reader = Reader(model, tokenizer, [*support.items, *queries])
-    table: dict[str, dict[int, Rate]] = {}
+    table: dict[str, dict[str, Rate]] = {}
     for kind in ("scene", "digit"):
         for style in support.styles(kind):
             fits = [
                 len(support.items) + index for index, item in enumerate(queries) if item.kind == kind and style in item.formats
             ]
             fits = fits[:count]
-            for number in shots:
+            wanted = [reader.items[query].formats[style] for query in fits]
+            draw = support.drawer(kind)
+            for name, number, text_only in [("0, two texts", 2, 2), *((str(number), number, 0) for number in shots)]:
                 rng = np.random.default_rng([11, number])
-                draw = support.drawer(kind)
                 prompts = []
                 for query in fits:
-                    examples = pages.prompt_page(support.items, rng, draw, style=style, shots=number)
+                    examples = pages.prompt_page(support.items, rng, draw, style=style, shots=number, text_only=text_only)
                     prompts.append([*examples, pages.Piece(query, "Output:", "")])
-                said = reader.ask(prompts, batch=16 if number > 8 else 32)
-                table.setdefault(style, {})[number] = rate(said, [reader.items[query].formats[style] for query in fits])
-    sums = {number: [rates[number] for rates in table.values()] for number in shots}
-    table["all"] = {number: Rate(sum(r.right for r in rates), sum(r.total for r in rates)) for number, rates in sums.items()}
+                table.setdefault(style, {})[name] = rate(reader.ask(prompts, batch=16 if number > 8 else 32), wanted)
+    names = list(next(iter(table.values())))
+    table["all"] = {name: add([rates[name] for rates in table.values()]) for name in names}
     return table
 
 
 def markdown(results: Results) -> str:
     """The model card's tables."""
-    lines = ["| held-out | exact captions | right answers |", "|---|---|---|"]
-    for kind in ("images", "scene", "scene, one object", "scene, two or more", "digit", "video"):
-        cells = [_cell(table.get(kind)) for table in (results.captions, results.questions)]
-        lines.append(f"| {kind} | {' | '.join(cells)} |")
-    shots = sorted(results.few_shot["all"])
-    lines += ["", "| format told by the shots alone | " + " | ".join(f"{number} shots" for number in shots) + " |"]
-    lines.append("|---" * (len(shots) + 1) + "|")
+    lines = []
+    for title, table in (("exact captions", results.captions), ("right answers", results.questions)):
+        lines += [f"| {title}, held-out | {GREEDY} | {BEAMS} | {TEXTS} | of |", "|---|---|---|---|---|"]
+        for kind, rates in sorted(table.items(), key=lambda row: (row[0] != "images", row[0])):
+            cells = " | ".join(f"{rates[way].percent:.1f} %" for way in (GREEDY, BEAMS, TEXTS))
+            lines.append(f"| {kind} | {cells} | {rates[GREEDY].total} |")
+        lines.append("")
+    columns = list(results.few_shot["all"])
+    lines.append("| format that only the shots tell | " + " | ".join(columns) + " |")
+    lines.append("|---" * (len(columns) + 1) + "|")
     for style, rates in results.few_shot.items():
-        lines.append(f"| {style} | " + " | ".join(f"{rates[number].percent:.0f} %" for number in shots) + " |")
+        lines.append(f"| {style} | " + " | ".join(f"{rates[column].percent:.0f} %" for column in columns) + " |")
+    each = results.few_shot[next(iter(results.few_shot))]["0"].total
+    lines += ["", f"Columns: number of shots. {each} queries for each format and column."]
     return "\n".join(lines)
 
 
-def _cell(value: Rate | None) -> str:
-    return "" if value is None else f"{value.percent:.1f} % of {value.total}"
+def write_card(path: Path, tables: str) -> None:
+    """Replaces what stands between the card's two markers. Raises ValueError if they are missing."""
+    text = path.read_text(encoding="utf-8")
+    start, found, rest = text.partition(CARD_START)
+    _, ends, end = rest.partition(CARD_END)
+    if not found or not ends:
+        raise ValueError(f"{path} lacks the lines {CARD_START} and {CARD_END} between which the tables go")
+    path.write_text(f"{start}{CARD_START}\n{tables}\n{CARD_END}{end}", encoding="utf-8")
 
 
 def contact_sheet(model: Flamingo, tokenizer: Tokenizer, path: Path) -> None:
@@ -241,6 +302,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--markdown", action="store_true", help="print tables (the default)")
     parser.add_argument("--images", type=Path, help="also write a contact sheet into this folder")
+    parser.add_argument("--card", action="store_true", help="also write the tables into MODEL_CARD.md")
     parser.add_argument("--quick", action="store_true", help="a tenth of the items")
     arguments = parser.parse_args()
     model = Flamingo.from_checkpoint(arguments.checkpoint)
@@ -252,10 +314,12 @@ def main() -> None:
         scenes=1000 // part,
         digits=449 // part,
         videos=200 // part,
-        few_shot=40 // (4 if arguments.quick else 1),
+        few_shot=6 if arguments.quick else 25,
     )
     text = msgspec.json.encode(results).decode() if arguments.json else markdown(results)
     sys.stdout.write(text + "\n")
+    if arguments.card:
+        write_card(MODEL_CARD, markdown(results))
     if arguments.images:
         contact_sheet(model, tokenizer, arguments.images / "contact_sheet.png")
 
