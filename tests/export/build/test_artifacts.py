@@ -116,7 +116,7 @@ def test_damaged_notes_are_no_harm(bundle: Path, tmp_path: Path) -> None:
 def test_a_newer_schema_and_a_half_manifest(bundle: Path) -> None:
     text = (bundle / "manifest.json").read_text()
     (bundle / "manifest.json").write_text(text.replace('"schema_version": 1', '"schema_version": 99'))
-    with pytest.raises(BundleError, match="schema 99.*Upgrade"):
+    with pytest.raises(BundleError, match=r"schema 99.*Upgrade"):
         open_bundle(bundle)
     (bundle / "manifest.json").write_text(text[: len(text) // 2])
     with pytest.raises(BundleError, match="malformed"):

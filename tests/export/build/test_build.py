@@ -31,7 +31,8 @@ from flamingo_export.runtime.tokenizer import Tokenizer
 from flamingo_export.weights import WeightIndex
 from flamingo_reference.config import PRESETS, ModelConfig
 from flamingo_reference.model import Flamingo
-from tests.export.build.conftest import Recorder, contents
+
+from .conftest import Recorder, contents
 
 
 def test_a_bundle_of_random_weights(spoken_config: ModelConfig, tmp_path: Path) -> None:
@@ -53,7 +54,8 @@ def test_a_bundle_of_random_weights(spoken_config: ModelConfig, tmp_path: Path) 
 
 def test_graphs_point_at_what_the_files_hold(tiny_model: Flamingo, tmp_path: Path) -> None:
     bundle = api.build(tiny_model, out=tmp_path / "b.bundle", storage="bf16", parity="skip").path
-    placed = {(p.file, p.offset, p.length) for p in (index := WeightIndex.read(bundle))._placed.values()}
+    index = WeightIndex.read(bundle)
+    placed = {(index[name].file, index[name].offset, index[name].length) for name in index}
     assert set(index) == set(WeightIndex.planned(tiny_model.config, open_bundle(bundle).precision))
     for path in bundle.glob("*.onnx"):
         assert path.stat().st_size < 100_000
@@ -103,7 +105,9 @@ def test_parity_runs_before_publishing(tiny_model: Flamingo, tmp_path: Path, mon
 
     monkeypatch.setattr(validate, "check_build", check)
     out = tmp_path / "b.bundle"
-    with pytest.raises(ParityError, match=r"layer 1 diverges\. Nothing was published; the report is in .*\.b\.bundle\.building/reports"):
+    with pytest.raises(
+        ParityError, match=r"layer 1 diverges\. Nothing was published; the report is in .*\.b\.bundle\.building/reports"
+    ):
         api.build(tiny_model, out=out)
     assert not out.exists()
     result = api.build(tiny_model, out=out)

@@ -19,7 +19,8 @@ from flamingo_export import api, artifacts, weight_files, workplace
 from flamingo_export.build_request import RandomWeights
 from flamingo_export.errors import BuildError
 from flamingo_reference.config import ModelConfig
-from tests.export.build.conftest import Recorder, contents, in_child, wait
+
+from .conftest import Recorder, contents, in_child, wait
 
 CALLS = ("write", "fsync", "replace", "rename", "unlink", "mkdir")
 """What a build changes the disk with: it is killed right before one of these."""
@@ -236,7 +237,9 @@ def test_no_space_in_the_middle(
 
     with monkeypatch.context() as patched:
         patched.setattr(weight_files, "_write_all", full)
-        with pytest.raises(BuildError, match=r"No space left on device.*kept in .*\.b\.bundle\.building.*same command to go on"):
+        with pytest.raises(
+            BuildError, match=r"No space left on device.*kept in .*\.b\.bundle\.building.*same command to go on"
+        ):
             make(spoken_config, out)
     place = workplace.WorkPlace(out)
     assert not out.exists()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +121,8 @@ def test_open_source(tiny_config: ModelConfig, tiny_model: Flamingo, checkpoint:
 
 
 @pytest.fixture
-def model(tiny_model: Flamingo) -> Iterator[Flamingo]:
-    yield copy.deepcopy(tiny_model)
+def model(tiny_model: Flamingo) -> Flamingo:
+    return copy.deepcopy(tiny_model)
 
 
 def nothing(*args: Any, **kwargs: Any) -> None:
@@ -208,7 +208,10 @@ def _layer_dropped(model: Flamingo) -> None:
         (_eps, r"language_model\.norm\.eps is 0\.01, the config gives 1e-06"),
         (_layer_dropped, r"module language_model\.layers\.2 is missing"),
         (lambda m: m.resampler.register_forward_hook(nothing), r"resampler has forward hooks"),
-        (lambda m: m.cross_attention[0].q_proj.register_forward_pre_hook(nothing), r"cross_attention\.0\.q_proj has forward pre"),
+        (
+            lambda m: m.cross_attention[0].q_proj.register_forward_pre_hook(nothing),
+            r"cross_attention\.0\.q_proj has forward pre",
+        ),
         (lambda m: m.language_model.register_full_backward_hook(nothing), r"language_model has backward hooks"),
         (lambda m: m.language_model.register_full_backward_pre_hook(nothing), r"language_model has backward pre hooks"),
     ],
