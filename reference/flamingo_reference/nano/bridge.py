@@ -75,8 +75,6 @@ class Features:
                     for start in range(0, len(frames), 128)
                 ]
             )
-        self.mean = encoded.mean((0, 1))
-        self.std = float((encoded - self.mean).square().mean().sqrt())
         self._of_item = encoded.split([len(item.frames) for item in pool.items])
 
     def latents(self, model: Flamingo, media: Sequence[int]) -> Tensor:
@@ -96,18 +94,11 @@ def document_loss(model: Flamingo, features: Features, documents: Sequence[pages
 
 
 @torch.no_grad()
-def initialise(model: Flamingo, features: Features) -> None:
-    """Unit-variance projections; features centred by the time embeddings, all alike but for faint noise.
-
-    What differs between images must not drown in what is constant.
-    """
-    for part in (model.resampler, model.cross_attention):
-        for name, parameter in part.named_parameters():
-            if name.endswith(("proj.weight", "ffw_up.weight", "ffw_down.weight")):
-                parameter.normal_(0.0, parameter.shape[1] ** -0.5)
-    model.resampler.input_proj.weight.div_(features.std)
-    model.resampler.time_embeddings.mul_(0.02).sub_(model.resampler.input_proj(features.mean))
-    model.resampler.latents.mul_(0.5)
+def initialise(model: Flamingo) -> None:
+    """Unit-variance projections in the gated blocks: what is seen must not drown. The resampler starts as the contrastive head's."""
+    for name, parameter in model.cross_attention.named_parameters():
+        if name.endswith(("proj.weight", "ffw_up.weight", "ffw_down.weight")):
+            parameter.normal_(0.0, parameter.shape[1] ** -0.5)
 
 
 def train_bridge(
@@ -119,9 +110,9 @@ def train_bridge(
     log: Callable[[str], None],
     keep: Callable[[Flamingo], None] | None = None,
 ) -> Flamingo:
-    """Trains `model.resampler` and `model.cross_attention` in place and returns the model.
+    """Trains `model.resampler`, as it is, and `model.cross_attention`, anew, in place; returns the model.
 
-    keep: called with the unfinished model every 500 steps.
+    keep: called with the unfinished model every 200 steps.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 3])
@@ -131,7 +122,7 @@ def train_bridge(
     model.requires_grad_(False)
     model.resampler.requires_grad_(True)
     model.cross_attention.requires_grad_(True)
-    initialise(model, features)
+    initialise(model)
     gates = [parameter for name, parameter in model.cross_attention.named_parameters() if name.endswith("_gate")]
     rest = [parameter for name, parameter in model.cross_attention.named_parameters() if not name.endswith("_gate")]
     groups = [
@@ -159,7 +150,7 @@ def train_bridge(
         if step % 25 == 0 or step == steps - 1:
             losses = ", ".join(f"{name} {np.mean(values[-25:]):.3f}" for name, values in seen.items())
             log(f"bridge step {step}/{steps} {losses}")
-        if keep is not None and step % 500 == 499:
+        if keep is not None and step % 200 == 199:
             keep(model)
     return model.eval().requires_grad_(True)
 

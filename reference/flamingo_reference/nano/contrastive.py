@@ -55,7 +55,7 @@ class TextEncoder(nn.Module):
 
 
 class ImageHead(nn.Module):
-    """Grid [F, P, E] to the joint space [F, J]: a resampler like the bridge's, its latents projected. Thrown away afterwards."""
+    """Grid [F, P, E] to the joint space [F, J]: a resampler like the bridge's, its latents projected."""
 
     def __init__(self, config: ModelConfig, joint: int) -> None:
         super().__init__()
@@ -93,8 +93,8 @@ def contrastive_batch(seed: tuple[int, int], size: int) -> tuple[list[data.Pixel
 
 def train_vision(
     config: ModelConfig, tokenizer: Tokenizer, *, steps: int, batch: int, seed: int, log: Callable[[str], None]
-) -> NFNet:
-    """A trained vision encoder."""
+) -> nn.ModuleDict:
+    """A trained vision encoder, and the resampler of its head, from which the bridge's starts."""
     torch.manual_seed(seed)
     joint = 128
     vision = NFNet(config.vision)
@@ -134,4 +134,4 @@ def train_vision(
                 log(f"vision step {step}/{steps} loss {loss.item():.3f} retrieval {right.item():.3f}")
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    return vision.eval()
+    return nn.ModuleDict({"vision_encoder": vision, "resampler": head.resampler}).eval()

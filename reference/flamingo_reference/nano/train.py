@@ -62,8 +62,8 @@ def train(folder: Path, *, config: ModelConfig = NANO, until: str = "bridge") ->
     if last >= STAGES.index("vision"):
         run.stage(
             "vision",
-            model.vision_encoder,
-            lambda: contrastive.train_vision(config, tokenizer, steps=1100, batch=192, seed=SEED, log=run.log),
+            nn.ModuleDict({"vision_encoder": model.vision_encoder, "resampler": model.resampler}),
+            lambda: contrastive.train_vision(config, tokenizer, steps=900, batch=192, seed=SEED, log=run.log),
         )
     if last >= STAGES.index("language"):
         run.stage(
@@ -80,7 +80,7 @@ def train(folder: Path, *, config: ModelConfig = NANO, until: str = "bridge") ->
         lambda: bridge.train_bridge(
             model,
             tokenizer,
-            steps=2800,
+            steps=1300,
             seed=SEED,
             log=run.log,
             keep=lambda model: model.save(unfinished, tokenizer=folder / "tokenizer.json"),
