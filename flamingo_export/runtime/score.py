@@ -10,7 +10,7 @@ from flamingo_export.backends.base import Array, Session
 from flamingo_export.errors import CapacityError
 from flamingo_export.runtime.generator import Filled, Generator, Timings
 from flamingo_export.runtime.request import Prepared
-from flamingo_export.runtime.search import log_sum_exp
+from flamingo_export.runtime.search import log_sum_exp, without
 
 MAX_TOKENS_AT_ONCE = 512
 """Candidate tokens of one pass; more go in several, so that the logits [1, K, V] stay small."""
@@ -36,10 +36,9 @@ def score(generator: Generator, request: Prepared, candidates: Sequence[Sequence
     banned = generator.config.tokens.image
     results: list[list[float]] = [[] for _ in candidates]
     with generator.filled([request], slots, timings) as filled:
-        first = filled.logits[0]
-        normaliser = float(log_sum_exp(filled.logits, banned)[0])
-        for index, candidate in enumerate(candidates):
-            results[index].append(float(first[candidate[0]]) - normaliser)
+        firsts = np.array([candidate[0] for candidate in candidates])
+        for index, logprob in enumerate(_logprobs(filled.logits, np.zeros_like(firsts), firsts, banned)):
+            results[index].append(logprob)
         for group in groups:
             inputs = np.concatenate([np.asarray(candidates[index][:-1], np.int64) for index in group])
             if not inputs.size:
@@ -47,12 +46,10 @@ def score(generator: Generator, request: Prepared, candidates: Sequence[Sequence
             logits = branch_logits(
                 generator.decoder, filled, [len(candidates[index]) - 1 for index in group], inputs, generator.cache.capacity
             )
-            normalisers = log_sum_exp(logits, banned)
-            place = 0
+            wanted = np.concatenate([np.asarray(candidates[index][1:], np.int64) for index in group])
+            found = iter(_logprobs(logits, np.arange(len(wanted)), wanted, banned))
             for index in group:
-                for token in candidates[index][1:]:
-                    results[index].append(float(logits[place, token]) - float(normalisers[place]))
-                    place += 1
+                results[index] += [next(found) for _ in candidates[index][1:]]
     return results
 
 
@@ -78,6 +75,13 @@ def branch_logits(decoder: Session, filled: Filled, lengths: Sequence[int], toke
     }
     logits: Array = decoder.run(feeds)["logits"][0]
     return logits
+
+
+def _logprobs(logits: Array, rows: Array, tokens: Array, banned: int) -> list[float]:
+    """Log-probabilities of tokens, each under its row of logits, which are overwritten."""
+    top = without(logits, banned)
+    values = logits[rows, tokens].astype(np.float64)
+    return [float(logprob) for logprob in values - log_sum_exp(logits, top)[rows]]
 
 
 def _groups(candidates: Sequence[Sequence[int]], room: int) -> Iterator[list[int]]:

@@ -48,7 +48,7 @@ class Search(Protocol):
         """Branches, W."""
 
     def advance(self, logits: Logits) -> Step | None:
-        """Takes float32 [1, V] at first and [W, V] later, which it may overwrite. None: the request is finished."""
+        """Takes float32 [1, V] at first and [W, V] later, and overwrites them. None: the request is finished."""
 
     def agreed(self) -> Sequence[int]:
         """Tokens that the best hypothesis is certain to begin with."""
@@ -82,9 +82,10 @@ class BeamSearch:
 
     def advance(self, logits: Logits) -> Step | None:
         rule, width = self._rule, self.width
-        normaliser = log_sum_exp(logits, rule.banned)
+        top = without(logits, rule.banned)
         rows, tokens = top_tokens(logits, 2 * width)
-        logprobs = logits[rows, tokens].astype(np.float64) - normaliser[rows]
+        values = logits[rows, tokens].astype(np.float64)
+        logprobs = values - log_sum_exp(logits, top)[rows]
         totals = self._scores[rows] + logprobs
         best = np.lexsort((tokens, rows, -totals))[: 2 * width]
         rows, tokens, logprobs, totals = rows[best], tokens[best], logprobs[best], totals[best]
@@ -157,20 +158,23 @@ class Sampling:
         self._open = np.ones(branches, np.bool_)
 
     def advance(self, logits: Logits) -> Step | None:
-        normaliser = log_sum_exp(logits, self._rule.banned)
+        top = without(logits, self._rule.banned)
         first = len(logits) != self.width
         chosen = np.full(self.width, self._rule.eoc, np.int64)
+        rows = np.zeros(self.width, np.int64) if first else np.arange(self.width)
         for branch in np.flatnonzero(self._open):
-            row = 0 if first else int(branch)
-            token = self._choose(logits[row], self._generators[branch])
-            chosen[branch] = token
+            chosen[branch] = self._choose(logits[rows[branch]], self._generators[branch])
+        values = logits[rows, chosen].astype(np.float64)
+        logprobs = values - log_sum_exp(logits, top)[rows]
+        for branch in np.flatnonzero(self._open):
+            token = int(chosen[branch])
             self._tokens[branch].append(token)
-            self._logprobs[branch].append(float(logits[row, token]) - float(normaliser[row]))
+            self._logprobs[branch].append(float(logprobs[branch]))
             if token == self._rule.eoc or len(self._tokens[branch]) >= self._rule.max_new_tokens:
                 self._open[branch] = False
         if not self._open.any():
             return None
-        return Step(parents=np.zeros(self.width, np.int64) if first else np.arange(self.width), tokens=chosen)
+        return Step(parents=rows, tokens=chosen)
 
     def agreed(self) -> Sequence[int]:
         """All tokens of a single branch; with several, nothing until they are finished, since the best is not known."""
@@ -207,17 +211,26 @@ def _draw(weights: npt.NDArray[np.floating], generator: np.random.Generator) -> 
     return int(np.searchsorted(cumulative, generator.random() * cumulative[-1], side="right"))
 
 
-def log_sum_exp(logits: Logits, banned: int) -> Floats:
-    """Logarithm of the softmax's denominator of each row, float64 [W]; the banned token's logit is set to minus infinity first, in place.
+def without(logits: Logits, banned: int) -> Logits:
+    """Sets the banned token's logits to minus infinity, in place, and returns each row's largest, float32 [W].
 
-    Raises BundleError if a row has no finite maximum: the model computed NaN or infinity, and any text would be noise.
+    Raises BundleError if that is not finite: the model computed NaN or infinity, and any text would be noise.
     """
     logits[:, banned] = -np.inf
-    top = logits.max(axis=1)
+    top: Logits = logits.max(axis=1)
     if not np.isfinite(top).all():
         raise BundleError("the model's logits are not finite numbers. Check its weights: flamingo-export parity")
-    total: Floats = np.exp(logits - top[:, None]).sum(axis=1, dtype=np.float64)
-    return np.asarray(np.log(total) + top)
+    return top
+
+
+def log_sum_exp(logits: Logits, top: Logits) -> Floats:
+    """Logarithm of the softmax's denominator of each row, float64 [W]; top: the rows' largest logits. Overwrites the logits.
+
+    In place, since fresh memory of a vocabulary's size costs more than the sums; numpy adds pairwise, so fp32 is good to 1e-6.
+    """
+    np.subtract(logits, top[:, None], out=logits)
+    np.exp(logits, out=logits)
+    return np.asarray(np.log(logits.sum(axis=1), dtype=np.float64) + top)
 
 
 _BLOCK = 64
@@ -226,8 +239,8 @@ _BLOCK = 64
 def top_tokens(logits: Logits, count: int) -> tuple[Ints, Ints]:
     """Rows and tokens of the `count` largest logits of each row, largest first, the lower id first among equals: int64 [W * count] each.
 
-    Exact. Blocks whose maximum is below the count-th largest block maximum cannot hold any of them, so most are skipped: ten times
-    as fast as partitioning a whole vocabulary.
+    Exact. Blocks whose maximum is below the count-th largest block maximum cannot hold any of them, so most are skipped: several times
+    as fast as partitioning a whole vocabulary. Block b is every num_blocks-th token from b on, so that maxima are taken of whole vectors.
     """
     width, size = logits.shape
     count = min(count, size)
@@ -239,12 +252,12 @@ def top_tokens(logits: Logits, count: int) -> tuple[Ints, Ints]:
             found[row] = _largest(logits[row], count)
         return rows, found.reshape(-1)
     whole = num_blocks * _BLOCK
-    maxima = logits[:, :whole].reshape(width, num_blocks, _BLOCK).max(axis=2)
+    maxima = logits[:, :whole].reshape(width, _BLOCK, num_blocks).max(axis=1)
+    stride, tail = np.arange(0, whole, num_blocks)[:, None], np.arange(whole, size)
     for row in range(width):
         threshold = np.partition(maxima[row], num_blocks - count)[num_blocks - count]
-        blocks = np.flatnonzero(maxima[row] >= threshold)
-        ids = (blocks[:, None] * _BLOCK + np.arange(_BLOCK)).reshape(-1)
-        ids = np.concatenate([ids, np.arange(whole, size)])
+        ids = (stride + np.flatnonzero(maxima[row] >= threshold)).reshape(-1)
+        ids = np.concatenate([ids, tail])  # ascending, so that the lower id comes first among equals
         found[row] = ids[_largest(logits[row, ids], count)]
     return rows, found.reshape(-1)
 
