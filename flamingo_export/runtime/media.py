@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,27 +18,26 @@ MediumSource = ImageSource | Video
 
 @dataclass(frozen=True, kw_only=True)
 class Medium:
-    """frames: uint8 RGB [H, W, 3] each, one for an image. digest: of the frames' pixels and sizes, whatever file they came from."""
+    """pixels: input of the vision encoder, float32 [T, 3, I, I], T = 1 for an image. digest: of the decoded pixels and sizes of all frames,
+    whatever file they came from."""
 
-    frames: tuple[Pixels, ...]
+    pixels: npt.NDArray[np.float32]
     digest: bytes
-
-    def pixels(self, config: ModelConfig) -> npt.NDArray[np.float32]:
-        """Input of the vision encoder, float32 [T, 3, I, I]."""
-        return np.stack([preprocess(frame, config) for frame in self.frames])
 
 
 def load_medium(source: MediumSource, config: ModelConfig) -> Medium:
-    """Decodes one medium. Raises ImageError."""
+    """Decodes and prepares one medium. Raises ImageError."""
     if isinstance(source, Video):
-        return medium_of(load_video(source, default_frames=config.resampler.num_time_embeddings))
-    return medium_of([load_image(source)])
+        return medium_of(load_video(source, default_frames=config.resampler.num_time_embeddings), config)
+    return medium_of([load_image(source)], config)
 
 
-def medium_of(frames: Sequence[Pixels]) -> Medium:
-    """The medium of decoded frames, uint8 RGB [H, W, 3] each."""
+def medium_of(frames: Iterable[Pixels], config: ModelConfig) -> Medium:
+    """The medium of decoded frames, uint8 RGB [H, W, 3] each; they are taken one at a time, so that large ones are not held together."""
     digest = hashlib.sha256()
+    prepared = []
     for frame in frames:
         digest.update(repr(frame.shape).encode())
         digest.update(np.ascontiguousarray(frame).data)
-    return Medium(frames=tuple(frames), digest=digest.digest())
+        prepared.append(preprocess(frame, config))
+    return Medium(pixels=np.stack(prepared), digest=digest.digest())

@@ -27,7 +27,7 @@ class MediaEncoder:
         """Each medium with its media_k.i and media_v.i [Hx, R, Dx]; media with equally many frames are encoded together."""
         by_length: defaultdict[int, list[Medium]] = defaultdict(list)
         for medium in media:
-            by_length[len(medium.frames)].append(medium)
+            by_length[len(medium.pixels)].append(medium)
         for num_frames, group in by_length.items():
             together = max(1, MAX_FRAMES_AT_ONCE // num_frames)
             for start in range(0, len(group), together):
@@ -38,7 +38,7 @@ class MediaEncoder:
 
     def latents(self, media: Sequence[Medium]) -> Array:
         """Latents float32 [N, R, W] of media with the same number of frames."""
-        pixels = np.stack([medium.pixels(self._config) for medium in media])
+        pixels = np.stack([medium.pixels for medium in media])
         num_media, num_frames = pixels.shape[:2]
         flat = pixels.reshape(num_media * num_frames, *pixels.shape[2:])
         parts = [

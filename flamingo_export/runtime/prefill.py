@@ -52,12 +52,16 @@ def prefill(
     while (done < ends).any():
         size = int(min(chunk, (ends - done).max()))
         counts = np.clip(ends - done, 0, size)
-        logits = decoder.run(_feeds(rows, done, counts, size, capacity, pad))["logits"]
+        ending = (counts > 0) & (done + counts == ends)
+        feeds = _feeds(rows, done, counts, size, capacity, pad)
+        # Logits cost a product with the whole vocabulary, so none are asked for until a prompt ends.
+        feeds["logit_positions"] = np.maximum(counts - 1, 0)[:, None] if ending.any() else np.zeros((len(rows), 0), np.int64)
+        logits = decoder.run(feeds)["logits"]
         done += counts
-        for index, count in enumerate(counts):
-            if count:
-                written(index, int(done[index]))
-                last[index] = logits[index, 0]
+        for index in np.flatnonzero(counts):
+            written(int(index), int(done[index]))
+        for index in np.flatnonzero(ending):
+            last[index] = logits[index, 0]
     return np.stack([value for value in last if value is not None])
 
 
@@ -92,5 +96,4 @@ def _feeds(rows: Sequence[PrefillRow], done: Ints, counts: Ints, size: int, capa
         "write_index": done.copy(),
         "mask": np.where(real[:, :, None], causal, own)[:, None],
         "key_positions": np.tile(slots, (batch, 1)),
-        "logit_positions": np.maximum(counts - 1, 0)[:, None],
     }

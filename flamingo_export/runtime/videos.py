@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,8 +33,8 @@ class Video:
     num_frames: int | None = None
 
 
-def load_video(video: Video, *, default_frames: int) -> list[Pixels]:
-    """The frames that the model sees, in order, each uint8 RGB [H, W, 3].
+def load_video(video: Video, *, default_frames: int) -> Iterator[Pixels]:
+    """The frames that the model sees, in order, each uint8 RGB [H, W, 3] and decoded when it is asked for.
 
     Raises ImageError if there are none, one cannot be read, or more than MAX_FRAMES are asked for.
     """
@@ -45,13 +45,15 @@ def load_video(video: Video, *, default_frames: int) -> list[Pixels]:
     if isinstance(source, str | os.PathLike):
         path = Path(source)
         if not path.is_dir():
-            return _frames_of_file(path, wanted)
+            yield from _frames_of_file(path, wanted)
+            return
         source = _frame_files(path)
     elif not isinstance(source, Sequence | np.ndarray):
         raise ImageError(f"a video is given as {type(source).__name__}; give a file, a folder of frames or a list of images")
     if len(source) == 0:
         raise ImageError("a video has no frames")
-    return [load_image(source[index]) for index in sample_frames(len(source), wanted)]
+    for index in sample_frames(len(source), wanted):
+        yield load_image(source[index])
 
 
 def sample_frames(available: int, wanted: int) -> list[int]:
@@ -66,13 +68,11 @@ def sample_frames(available: int, wanted: int) -> list[int]:
     return [round(index * (available - 1) / (wanted - 1)) for index in range(wanted)]
 
 
-def _frames_of_file(path: Path, wanted: int) -> list[Pixels]:
+def _frames_of_file(path: Path, wanted: int) -> Iterator[Pixels]:
     with open_image(path) as image:
-        frames = []
         for index in sample_frames(getattr(image, "n_frames", 1), wanted):
             image.seek(index)
-            frames.append(to_rgb(image, f"frame {index} of {path}"))
-        return frames
+            yield to_rgb(image, f"frame {index} of {path}")
 
 
 def _frame_files(folder: Path) -> list[Path]:

@@ -18,7 +18,7 @@ from flamingo_export.runtime.cache import check_capacity
 from flamingo_export.runtime.media import medium_of
 from flamingo_export.runtime.tokenizer import Tokenizer
 from flamingo_export.sources import LiveSource, WeightSource
-from flamingo_export.validate.golden import GoldenTrace
+from flamingo_export.validate.golden import GoldenText, GoldenTrace
 from flamingo_export.validate.parts import rounded_weights
 from flamingo_export.validate.trace_prompts import TracePrompt, to_png, trace_prompts
 from flamingo_reference.phi import phi_from_tokens
@@ -110,6 +110,7 @@ def _trace(wide: Flamingo, narrow: Flamingo, prompt: TracePrompt, beams: int) ->
         margins=tuple(margin if math.isfinite(margin) else None for margin in result.margins),
         final_margin=result.final_margin if math.isfinite(result.final_margin) else None,
         torch_error=float(np.abs(exact[finite] - own[finite]).max()),
+        others=tuple(GoldenText(tokens=other.token_ids, logprobs=other.token_logprobs) for other in result.hypotheses[1:]),
         peak=float(max(np.abs(logits[0]).max(), np.abs(exact[finite]).max())),
     )
 
@@ -121,7 +122,7 @@ def _bank(model: Flamingo, prompt: TracePrompt) -> list[tuple[Tensor, Tensor]]:
     dtype = next(model.parameters()).dtype
     rows = []
     for frames in prompt.media:
-        pixels = torch.from_numpy(medium_of(frames).pixels(model.config)).to(dtype)
+        pixels = torch.from_numpy(medium_of(frames, model.config).pixels).to(dtype)
         rows.append(model.latents(pixels[None]))
     if not rows:
         latents = model.config.resampler

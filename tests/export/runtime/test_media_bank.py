@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flamingo_export.errors import CapacityError
-from flamingo_export.runtime.media import Medium, medium_of
+from flamingo_export.runtime.media import Medium
 from flamingo_export.runtime.media_bank import MediaBank
 from flamingo_export.specs import SubgraphSpec, TensorSpec
 
@@ -46,11 +46,11 @@ class FakeSession:
 
 
 def media(*numbers: int) -> list[Medium]:
-    return [medium_of([np.full((2, 2, 3), number, np.uint8)]) for number in numbers]
+    return [Medium(pixels=np.full((1, 3, 2, 2), number, np.float32), digest=bytes([number])) for number in numbers]
 
 
 def number_of(medium: Medium) -> int:
-    return int(medium.frames[0][0, 0, 0])
+    return int(medium.pixels[0, 0, 0, 0])
 
 
 class Encoder:

@@ -50,7 +50,7 @@ def test_gif_frames_that_only_hold_what_changed(tmp_path: Path) -> None:
         scene[index * 4, :] = 250
         frames.append(Image.fromarray(scene.copy()))
     frames[0].save(tmp_path / "clip.gif", save_all=True, append_images=frames[1:])
-    loaded = load_video(Video(source=tmp_path / "clip.gif"), default_frames=8)
+    loaded = list(load_video(Video(source=tmp_path / "clip.gif"), default_frames=8))
     for frame, expected in zip(loaded, frames, strict=True):
         assert (frame == np.asarray(expected)).all()
 
@@ -71,19 +71,19 @@ def test_a_list_of_images_and_a_still_file(tmp_path: Path) -> None:
 
 def test_what_is_no_video(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="does not exist"):
-        load_video(Video(source=tmp_path / "none.gif"), default_frames=8)
+        list(load_video(Video(source=tmp_path / "none.gif"), default_frames=8))
     with pytest.raises(ImageError, match="holds no images"):
-        load_video(Video(source=tmp_path), default_frames=8)
+        list(load_video(Video(source=tmp_path), default_frames=8))
     with pytest.raises(ImageError, match="has no frames"):
-        load_video(Video(source=[]), default_frames=8)
+        list(load_video(Video(source=[]), default_frames=8))
     for count in (0, 31):
         with pytest.raises(ImageError, match=f"{count} frames were asked for, expected 1 to 30"):
             load_video(Video(source=[solid(0)], num_frames=count), default_frames=8)
     with pytest.raises(ImageError, match="given as int"):
-        load_video(Video(source=3), default_frames=8)  # type: ignore[arg-type]
+        list(load_video(Video(source=3), default_frames=8))  # type: ignore[arg-type]
     path = tmp_path / "clip.gif"
     noise = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)) for i in range(6)]
     noise[0].save(path, save_all=True, append_images=noise[1:])
     path.write_bytes(path.read_bytes()[:-1500])
     with pytest.raises(ImageError, match="damaged or truncated"):
-        load_video(Video(source=path), default_frames=8)
+        list(load_video(Video(source=path), default_frames=8))
