@@ -22,6 +22,13 @@ CASES_FILE = "cases.json"
 TENSORS_FILE = "tensors.safetensors"
 
 
+class GoldenText(msgspec.Struct, frozen=True, kw_only=True):
+    """A hypothesis: tokens and their log-probabilities."""
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+
 class GoldenTrace(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens that the reference's search, in fp64, generates for a prompt.
 
@@ -41,6 +48,8 @@ class GoldenTrace(msgspec.Struct, frozen=True, kw_only=True):
     final_margin: float | None
     torch_error: float
     peak: float
+    others: tuple[GoldenText, ...] = ()
+    """The other hypotheses, best first: the best beam alone may never have changed its parent."""
     text: str | None = None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from flamingo_export.runtime.request import Prepared
 from flamingo_export.runtime.search import Hypothesis
 from flamingo_export.runtime.tokenizer import TOKENIZER_FILE, Tokenizer
 from flamingo_export.validate.compare import failed
-from flamingo_export.validate.golden import Goldens, GoldenTrace
+from flamingo_export.validate.golden import Goldens, GoldenText, GoldenTrace
 from flamingo_export.validate.report import Row, TokenStep, Trace
 from flamingo_export.validate.tolerances import tie_margin, trace_limit
 from flamingo_export.validate.trace_prompts import from_png
@@ -54,10 +54,10 @@ def check_traces(
             text = None
             try:
                 # A fresh generator each: no trace may lean on what an earlier one left in bank and cache.
-                best = _generate(Generator(engines, manifest.config, manifest.limits), manifest, golden)
-                outcome, row = _judge(golden, best)
+                found = _generate(Generator(engines, manifest.config, manifest.limits), manifest, golden)
+                outcome, row = _judge(golden, found)
                 note = row.note
-                tokens = best.token_ids
+                tokens = found[0].token_ids
                 text = decode(tokens).strip() if decode is not None else None
             except Exception as error:
                 note = _first_line(error)
@@ -75,7 +75,7 @@ def trace_name(golden: GoldenTrace) -> str:
     return f"{golden.case}, {'greedy' if golden.num_beams == 1 else f'beam {golden.num_beams}'}"
 
 
-def _generate(generator: Generator, manifest: Manifest, golden: GoldenTrace) -> Hypothesis:
+def _generate(generator: Generator, manifest: Manifest, golden: GoldenTrace) -> list[Hypothesis]:
     media = tuple(medium_of([from_png(frame) for frame in frames]) for frames in golden.media)
     ids = np.asarray(golden.prompt_tokens, np.int64)
     image = manifest.config.tokens.image
@@ -87,25 +87,39 @@ def _generate(generator: Generator, manifest: Manifest, golden: GoldenTrace) -> 
     search = options.search(manifest.config, options.new_tokens(len(ids), manifest.limits))
     for _ in generator.run([prepared], [search], Timings()):
         pass
-    return search.results()[0]
+    return search.results()
 
 
-def _judge(golden: GoldenTrace, best: Hypothesis) -> tuple[str, Row]:
-    """Equal tokens must have equal log-probabilities; other tokens are right only where the reference itself was about to choose them."""
+def _judge(golden: GoldenTrace, found: Sequence[Hypothesis]) -> tuple[str, Row]:
+    """Equal tokens must have equal log-probabilities; other tokens are right only where the reference itself was about to choose them.
+
+    All hypotheses are compared, not the best alone: beams that lost their ancestors show in the others first.
+    """
     limit = trace_limit(torch_error=golden.torch_error, peak=golden.peak)
-    pairs = zip(golden.tokens, best.token_ids, strict=False)
-    common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-    differences = [abs(a - b) for a, b in zip(golden.logprobs[:common], best.token_logprobs, strict=False)]
-    error = max(differences, default=0.0)
+    wanted = [GoldenText(tokens=golden.tokens, logprobs=golden.logprobs), *golden.others]
+    differing: list[tuple[int, int]] = []
+    """(rank, first token that differs)"""
+    differences = []
+    for rank, (mine, theirs) in enumerate(itertools.zip_longest(wanted, found)):
+        if mine is None or theirs is None:
+            differing.append((rank, 0))
+            continue
+        pairs = zip(mine.tokens, theirs.token_ids, strict=False)
+        common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        differences += [abs(a - b) for a, b in zip(mine.logprobs[:common], theirs.token_logprobs, strict=False)]
+        if mine.tokens != theirs.token_ids:
+            differing.append((rank, common))
+    error = float(np.max(differences, initial=0.0))  # NaN stays NaN
     close = math.isfinite(error) and math.isfinite(limit) and error <= limit
-    if golden.tokens == best.token_ids:
+    if not differing:
         return "equal", _row(golden, error, limit, passed=close)
-    step = _tie(golden, common, limit)
-    if step is not None and close:
+    rank, token = differing[0]
+    tied = _tie(golden, token, limit)
+    if tied is not None and close:
         return "tie", _row(
-            golden, error, limit, passed=True, note=f"tie: the reference's own choice at {step} is within its error"
+            golden, error, limit, passed=True, note=f"tie: the reference's own choice at {tied} is within its error"
         )
-    note = f"the tokens differ from number {common} on, and the reference's choice there was clear"
+    note = f"hypothesis {rank + 1} differs from token {token} on, and the reference's choices were clear"
     return "different", _row(golden, error, limit, passed=False, note=note)
 
 

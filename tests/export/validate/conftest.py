@@ -1,0 +1,55 @@
+"""One recorded and compared tiny bundle, shared: recording takes seconds, comparing a copy of it does not."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from flamingo_export.backends.base import Backend
+from flamingo_export.backends.onnxruntime import OnnxRuntimeBackend
+from flamingo_export.manifest import read_manifest
+from flamingo_export.sources import LiveSource
+from flamingo_export.validate import ParityReport, check_build
+from flamingo_export.validate.golden import Goldens, load_goldens
+from flamingo_export.validate.parity import compare_with
+from flamingo_reference.model import Flamingo
+
+MEMORY = 4 << 30
+Compare = Callable[..., ParityReport]
+
+
+@pytest.fixture(scope="session")
+def checked(tiny_bundle: Path, tiny_model: Flamingo, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ParityReport]:
+    """A bundle with golden values and reports, and the report of the check that made them."""
+    torch.set_num_threads(1)
+    bundle = tmp_path_factory.mktemp("checked") / "tiny.bundle"
+    shutil.copytree(tiny_bundle, bundle)
+    return bundle, check_build(bundle, read_manifest(bundle), LiveSource(tiny_model), memory=MEMORY)
+
+
+@pytest.fixture(scope="session")
+def goldens(checked: tuple[Path, ParityReport]) -> Goldens:
+    """What the reference computes with the tiny model."""
+    found = load_goldens(checked[0] / "golden")
+    assert found is not None
+    return found
+
+
+@pytest.fixture
+def copy(checked: tuple[Path, ParityReport], tmp_path: Path) -> Path:
+    """A bundle to spoil."""
+    return Path(shutil.copytree(checked[0], tmp_path / "copy.bundle"))
+
+
+@pytest.fixture
+def compare(goldens: Goldens) -> Compare:
+    """Compares a bundle with the shared golden values."""
+
+    def run(bundle: Path, *, backend: Backend | None = None, memory: int = MEMORY) -> ParityReport:
+        return compare_with(bundle, read_manifest(bundle), goldens, backend or OnnxRuntimeBackend(), "golden", memory=memory)
+
+    return run

@@ -1,0 +1,104 @@
+"""The gate: its rule, and that it fails closed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from flamingo_export.validate.compare import NUM_SAMPLES, expect, gate
+from flamingo_export.validate.report import Row
+from flamingo_export.validate.tolerances import FP32_ULP, RULE, TABLE, tie_margin, tolerance, trace_limit
+
+REFERENCE = np.linspace(-1.0, 1.0, 1001).reshape(7, 143)
+RMS = np.sqrt(np.mean(REFERENCE**2))
+OWN_ERROR = 1e-5
+
+
+def check(actual: np.ndarray | None, *, torch_error: float = OWN_ERROR) -> Row:
+    torch_output = REFERENCE.copy()
+    torch_output[3, 4] += torch_error
+    expected = expect(REFERENCE, torch_output)
+    return gate(expected, actual, tolerance=RULE, level="phi", case="a case", subgraph="decoder", tensor="logits")
+
+
+def test_limit_is_twice_pytorchs_error_plus_four_ulps_of_the_largest_number() -> None:
+    limit = check(REFERENCE).limit
+    assert limit == pytest.approx(2 * OWN_ERROR / RMS + 4 * FP32_ULP / RMS, rel=1e-9)
+
+
+@pytest.mark.parametrize(("share", "passed"), [(1.9, True), (2.2, False)])
+def test_an_error_passes_below_twice_pytorchs_and_fails_above(share: float, passed: bool) -> None:
+    actual = REFERENCE.copy()
+    actual[6, 142] -= share * OWN_ERROR
+    row = check(actual)
+    assert row.passed is passed
+    assert row.error == pytest.approx(share * OWN_ERROR / RMS, rel=1e-6)
+    assert ("worst at [6, 142]" in row.note) is not passed
+
+
+def test_an_error_where_the_engine_is_exact_is_zero() -> None:
+    row = check(REFERENCE)
+    assert row.error == 0.0
+    assert row.passed
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_nan_and_infinity_fail_even_where_no_sample_is_taken(bad: float) -> None:
+    large = np.tile(REFERENCE.reshape(-1), 20)
+    expected = expect(large, large)
+    assert expected.stride > 1
+    actual = large.copy()
+    actual[1] = bad
+    row = gate(expected, actual, tolerance=RULE, level="phi", case="c", subgraph="s", tensor="t")
+    assert not row.passed
+    assert row.error is None
+    assert "1 of 20020 numbers are NaN or infinite" in row.note
+
+
+def test_missing_output_missing_reference_and_another_shape_fail() -> None:
+    assert "no such output" in check(None).note
+    assert "shape (143, 7), expected (7, 143)" in check(REFERENCE.T).note
+    unknown = gate(None, REFERENCE, tolerance=RULE, level="phi", case="c", subgraph="s", tensor="t")
+    assert not check(None).passed
+    assert not check(REFERENCE.T).passed
+    assert not unknown.passed
+
+
+def test_a_reference_that_is_not_finite_fails() -> None:
+    broken = REFERENCE.copy()
+    broken[0, 0] = np.nan
+    row = gate(expect(REFERENCE, broken), REFERENCE, tolerance=RULE, level="phi", case="c", subgraph="s", tensor="t")
+    assert not row.passed
+    assert "reference itself" in row.note
+
+
+def test_samples_visit_every_channel_of_a_power_of_two_shape() -> None:
+    large = np.arange(64 * 1024, dtype=np.float64).reshape(64, 1024)
+    expected = expect(large, large)
+    assert len(expected.values) <= NUM_SAMPLES
+    assert set((expected.values % 1024).astype(int)) == set(range(1024))
+
+
+def test_an_all_zero_reference_must_be_met_exactly() -> None:
+    zeros = np.zeros((3, 4))
+    expected = expect(zeros, zeros)
+    near = np.full((3, 4), 1e-6)
+    assert gate(expected, zeros, tolerance=RULE, level="phi", case="c", subgraph="s", tensor="t").passed
+    assert not gate(expected, near, tolerance=RULE, level="phi", case="c", subgraph="s", tensor="t").passed
+
+
+def test_every_row_of_the_table_has_a_reason_and_unknown_kinds_are_refused() -> None:
+    assert all(len(row.reason) > 40 for row in TABLE.values())
+    assert [name for name, row in TABLE.items() if row is not RULE] == ["vision_encoder, 16-bit storage"]
+    assert tolerance("vision_encoder", "bf16").factor > tolerance("vision_encoder", "fp32").factor
+    assert tolerance("decoder", "bf16") is RULE
+    with pytest.raises(KeyError):
+        tolerance("head")
+
+
+def test_margins_of_ties_grow_with_the_square_root_of_the_steps() -> None:
+    limit = trace_limit(torch_error=1e-6, peak=10.0)
+    assert limit == pytest.approx(2e-6 + 80 * FP32_ULP)
+    assert tie_margin(limit=limit, steps=1) == 2 * limit
+    assert tie_margin(limit=limit, steps=16) == 8 * limit
+    assert np.isnan(trace_limit(torch_error=float("nan"), peak=1.0))
