@@ -85,14 +85,12 @@ def nano_checkpoint() -> Path:
 
 def default_out(source: Source) -> Path:
     """Where a bundle goes when nothing else is said: `flamingo-9b.bundle` for sizes and models, `NAME.bundle` for a folder NAME."""
-    if isinstance(source, CheckpointFolder) and source.path.resolve() != nano_checkpoint().resolve():
-        return Path(f"{source.path.resolve().name}.bundle")
-    config = PRESETS["nano"] if isinstance(source, CheckpointFolder) else _config(source)
-    return Path(f"flamingo-{config.name}.bundle")
-
-
-def _config(source: RandomWeights | LiveModel) -> ModelConfig:
-    return source.config if isinstance(source, RandomWeights) else source.model.config  # type: ignore[no-any-return]
+    if isinstance(source, CheckpointFolder):
+        folder = source.path.resolve()
+        return Path("flamingo-nano.bundle" if folder == nano_checkpoint().resolve() else f"{folder.name}.bundle")
+    # A live model may be anything until it is looked at, which opening it as a source does.
+    config = source.config if isinstance(source, RandomWeights) else getattr(source.model, "config", None)
+    return Path(f"flamingo-{config.name}.bundle" if isinstance(config, ModelConfig) else "flamingo.bundle")
 
 
 def resolve_precision(config: ModelConfig, storage: StorageType | None) -> Precision:

@@ -25,7 +25,7 @@ from flamingo_export.graphs import build_graph, save_graph
 from flamingo_export.manifest import MANIFEST_NAME, FileRecord, GraphRecord, Manifest, ParityRecord, write_manifest
 from flamingo_export.precision import Precision
 from flamingo_export.progress import SILENT, Progress
-from flamingo_export.sources import WeightSource, open_source
+from flamingo_export.sources import RandomSource, WeightSource, open_source
 from flamingo_export.specs import SUBGRAPHS
 from flamingo_export.weight_files import stored_bytes, write_weights
 from flamingo_export.weights import WEIGHTS_FOLDER, WeightIndex, bundle_weights, groups
@@ -102,9 +102,9 @@ def build(request: BuildRequest, *, progress: Progress = SILENT) -> BuildResult:
     """
     job = _prepare(request)
     place = job.place
-    workplace.check_output(place, overwrite=request.overwrite)
     with workplace.exclusive(place), workplace.disk_errors(place):
-        workplace.check_output(place, overwrite=request.overwrite)  # again: another build may have published in between
+        workplace.mend(place)
+        workplace.check_output(place, overwrite=request.overwrite)
         journal = Journal(place, _identity(job), resume=request.resume)
         if journal.groups:
             progress.note(f"going on with the interrupted build in {place.work}: {len(journal.groups)} files are finished")
@@ -132,7 +132,7 @@ def _prepare(request: BuildRequest) -> _Job:
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     notes = []
-    drawn = source.record({}).kind == "random"
+    drawn = isinstance(source, RandomSource)
     if drawn:
         notes.append("the weights are seeded random numbers, not those of a trained model: its answers mean nothing")
     if source.tokenizer is not None:
@@ -231,7 +231,7 @@ def _prove(job: _Job, manifest: Manifest, progress: Progress) -> tuple[Manifest,
     if job.request.parity == "skip" or importlib.util.find_spec("torch") is None:
         if job.request.parity != "skip":
             progress.note("PyTorch is not installed, so the engines are not compared with it: parity is not_run")
-        _hand_on_golden(job)
+        _hand_on_golden(job, manifest, progress)
         return manifest, None
     from flamingo_export.validate import check_build
 
@@ -245,12 +245,27 @@ def _prove(job: _Job, manifest: Manifest, progress: Progress) -> tuple[Manifest,
     return msgspec.structs.replace(manifest, parity=record), report
 
 
-def _hand_on_golden(job: _Job) -> None:
+def _hand_on_golden(job: _Job, manifest: Manifest, progress: Progress) -> None:
     """A checkpoint that ships golden values hands them on, so that engines can be verified without PyTorch."""
-    if job.source.golden is None:
+    from flamingo_export.validate.golden import load_goldens
+
+    folder = job.source.golden
+    if folder is None:
         return
-    folder = job.place.work / "golden"
-    folder.mkdir(exist_ok=True)
-    for path in sorted(job.source.golden.iterdir()):
+    try:
+        goldens = load_goldens(folder)
+    except ParityError as error:
+        progress.note(f"the checkpoint's golden values are left out: {error}")
+        return
+    if goldens is None:
+        return
+    if (goldens.weights_sha256, goldens.storage) != (manifest.source.sha256, manifest.precision.storage):
+        progress.note(
+            f"the checkpoint's golden values are left out: they are of other weights or of {goldens.storage} storage, "
+            f"and this bundle is stored in {manifest.precision.storage}"
+        )
+        return
+    (job.place.work / "golden").mkdir()
+    for path in sorted(folder.iterdir()):
         if path.is_file() and not path.is_symlink():
-            shutil.copyfile(path, folder / path.name)
+            shutil.copyfile(path, job.place.work / "golden" / path.name)

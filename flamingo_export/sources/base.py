@@ -28,7 +28,7 @@ class WeightSource(Protocol):
 
     @property
     def digested(self) -> bool:
-        """Whether the tensors have to be hashed for `record`."""
+        """Whether the tensors are to be hashed while they are read, for `record`."""
 
     @property
     def tokenizer(self) -> Path | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,14 +29,25 @@ class LiveSource:
     """A `flamingo_reference.model.Flamingo` in memory, exactly as the builder knows it."""
 
     golden = None
-    digested = True
+    digested = False  # once is enough: see identity
 
     def __init__(self, model: Flamingo, tokenizer: Path | None = None) -> None:
         """Raises UnsupportedModel naming every module, hook, forward, parameter or buffer that is not the standard model's."""
         refuse_unknown(model)
         self.model, self.config, self.tokenizer = model, model.config, tokenizer
         self._tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-        self.identity = f"live {combined_digest({name: tensor_digest(self.read(name)) for name in self._tensors})}"
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of all tensors. Nothing less tells whether a model in memory is the one that an interrupted build was of."""
+        with ThreadPoolExecutor(2) as pool:
+            digests = pool.map(lambda name: tensor_digest(self.read(name)), self._tensors)
+            return combined_digest(dict(zip(self._tensors, digests, strict=True)))
+
+    @property
+    def identity(self) -> str:
+        """Names the model by its numbers."""
+        return f"live {self.digest}"
 
     def names(self) -> list[str]:
         """All tensor names."""
@@ -56,7 +69,7 @@ class LiveSource:
 
     def record(self, digests: Mapping[str, str]) -> SourceRecord:
         """The digest of all tensors names the model."""
-        return SourceRecord(kind="live", sha256=combined_digest(digests))
+        return SourceRecord(kind="live", sha256=self.digest)
 
 
 def refuse_unknown(model: Any) -> None:

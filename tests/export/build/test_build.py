@@ -28,6 +28,7 @@ from flamingo_export.bundle_tokenizer import placeholder_tokenizer
 from flamingo_export.errors import BuildError, CheckpointError, ParityError, UnsupportedModel
 from flamingo_export.manifest import ShapeLimits
 from flamingo_export.runtime.tokenizer import Tokenizer
+from flamingo_export.validate.golden import Goldens, save_goldens
 from flamingo_export.weights import WeightIndex
 from flamingo_reference.config import PRESETS, ModelConfig
 from flamingo_reference.model import Flamingo
@@ -78,11 +79,20 @@ def test_builds_without_torch(checkpoint: Path, tmp_path: Path) -> None:
     assert open_bundle(tmp_path / "b.bundle").source.kind == "checkpoint"
 
 
-def test_golden_values_of_a_checkpoint_are_handed_on_where_parity_is_not_run(checkpoint: Path, tmp_path: Path) -> None:
-    (checkpoint / "golden").mkdir()
-    (checkpoint / "golden" / "cases.json").write_text("{}")
-    result = api.build(checkpoint, out=tmp_path / "b.bundle", parity="skip")
-    assert "golden/cases.json" in {record.path for record in result.manifest.files}
+@pytest.mark.parametrize(
+    ("weights", "storage", "handed_on"), [("own", "fp32", True), ("own", "bf16", False), ("other", "fp32", False)]
+)
+def test_golden_values_are_handed_on_where_they_are_of_the_same_weights(
+    weights: str, storage: str, handed_on: bool, checkpoint: Path, tmp_path: Path, recorder: Recorder
+) -> None:
+    digest = api.build(checkpoint, out=tmp_path / "first.bundle", parity="skip").manifest.source.sha256
+    goldens = Goldens(weights_sha256=digest if weights == "own" else "0" * 64, storage=storage, model="tiny")  # type: ignore[arg-type]
+    save_goldens(checkpoint / "golden", goldens)
+    result = api.build(checkpoint, out=tmp_path / "b.bundle", parity="skip", progress=recorder)
+    listed = {record.path for record in open_bundle(result.path).files}
+    assert ({"golden/cases.json", "golden/tensors.safetensors"} <= listed) == handed_on
+    assert any("golden values are left out" in note for note in recorder.notes) != handed_on
+    assert result.manifest.parity.state == "not_run"
 
 
 def test_parity_runs_before_publishing(tiny_model: Flamingo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
