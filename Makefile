@@ -11,7 +11,7 @@ SHELL := /bin/bash
 
 # Paths are relative throughout, so the folder's own path may hold spaces. The venv's programs are called through its Python for the same reason.
 PY := .venv/bin/python
-PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+PIP := $(PY) -m pip install -qq --disable-pip-version-check
 export PIP_ROOT_USER_ACTION := ignore
 WORKERS ?= 2
 
@@ -30,14 +30,14 @@ help:
 	@touch $@
 
 .venv/installed: .venv/made pyproject.toml
-	@echo "installing flamingo-export"
+	@echo "installing flamingo-export and what it needs (about 150 MB to fetch)"
 	@$(PIP) -e '.[report]'
 	@touch $@
 
 # torch by its exact version and first, so that nothing else chooses another. timm without its dependencies: it would bring torchvision,
 # which none of what is used here needs.
 .venv/installed-dev: .venv/made pyproject.toml
-	@echo "installing flamingo-export, PyTorch and what the tests compare with"
+	@echo "installing flamingo-export, PyTorch and what the tests compare with (this takes minutes)"
 	@$(PIP) torch==2.13.0
 	@$(PIP) -e '.[dev,torch,oracle]'
 	@$(PIP) --no-deps 'timm>=1.0.20'
@@ -55,7 +55,10 @@ test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
 bench: .venv/installed-dev
-	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(PY) "$$script"; done
+	$(PY) benchmarks/decoder_cpu.py
+	$(PY) benchmarks/idefics_cpu.py
+	$(PY) benchmarks/build_memory.py --size 3b
+	$(PY) benchmarks/build_memory.py --size 9b
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache demo-report
