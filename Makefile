@@ -30,14 +30,14 @@ help:
 	@touch $@
 
 .venv/installed: .venv/made pyproject.toml
-	@echo "installing flamingo-export and what it needs (about 150 MB to fetch)"
+	@echo "installing flamingo-export and what it needs (a few minutes the first time)"
 	@$(PIP) -e '.[report]'
 	@touch $@
 
 # torch by its exact version and first, so that nothing else chooses another. timm without its dependencies: it would bring torchvision,
 # which none of what is used here needs.
 .venv/installed-dev: .venv/made pyproject.toml
-	@echo "installing flamingo-export, PyTorch and what the tests compare with (this takes minutes)"
+	@echo "installing flamingo-export, PyTorch and what the tests compare with (a few minutes the first time)"
 	@$(PIP) torch==2.13.0
 	@$(PIP) -e '.[dev,torch,oracle]'
 	@$(PIP) --no-deps 'timm>=1.0.20'
