@@ -194,7 +194,9 @@ def _as_is(sources: Sequence[Array]) -> Array:
 def _gated_transposed(sources: Sequence[Array]) -> Array:
     """Output projection [out, in] times tanh(gate), as [in, out]: sign and zero of the gate live in the weights."""
     weight, gate = sources
-    return _transposed([weight.astype(np.float32, copy=False) * np.float32(np.tanh(np.float64(gate)))])
+    moved = _transposed([weight.astype(np.float32, copy=False)])
+    moved *= np.float32(np.tanh(np.float64(gate)))
+    return moved
 
 
 def _standardised(sources: Sequence[Array], *, scale: float) -> Array:
