@@ -65,7 +65,16 @@ class Cache:
             )
         if slots > self.capacity or batch > self.batch:
             bucket = min(-(-slots // BUCKET) * BUCKET, self._limits.max_length)
-            self._reallocate(batch, max(self.capacity, bucket))
+            try:
+                self._reallocate(batch, max(self.capacity, bucket))
+            except BaseException as error:
+                # Some buffers are grown and some are not: none can be used, the next call begins anew.
+                self._buffers, self._held, self.batch, self.capacity = {}, [], 0, 0
+                if isinstance(error, MemoryError):
+                    raise CapacityError(
+                        f"no memory for a cache of {batch} x {bucket} slots. Use smaller batches or shorter prompts."
+                    ) from error
+                raise
         for name, buffer in self._buffers.items():
             self._decoder.bind(name, buffer.rows(batch))
 

@@ -96,7 +96,9 @@ class Generator:
                 active = {row: index for row, index in active.items() if chosen[row] is not None}
                 if not active:
                     break
+                paused = time.perf_counter()
                 yield
+                started += time.perf_counter() - paused  # what a stream's reader does is no part of the step
                 # Rows behind the last unfinished one leave the batch; finished ones before it stay as padding.
                 size = max(active) + 1
                 needed = tree.slots_needed(size)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from collections.abc import Generator as GeneratorType
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -16,9 +15,9 @@ from flamingo_export.backends.base import Backend, SessionOptions
 from flamingo_export.errors import InputError, PromptError
 from flamingo_export.manifest import Manifest
 from flamingo_export.runtime.engines import Engines
-from flamingo_export.runtime.generator import Generator, Timings
+from flamingo_export.runtime.generator import Generator, Steps, Timings
 from flamingo_export.runtime.images import ImageSource
-from flamingo_export.runtime.media import MediumSource
+from flamingo_export.runtime.media import Medium, MediumSource
 from flamingo_export.runtime.options import GenerateOptions, Settings
 from flamingo_export.runtime.request import Prepared, Request, prepare
 from flamingo_export.runtime.score import score
@@ -177,7 +176,8 @@ class Model:
     ) -> tuple[list[Prepared], list[int]]:
         started = time.perf_counter()
         options.check(self.config)
-        prepared = [prepare(request, self.config, self.tokenizer) for request in requests]
+        known: dict[bytes, Medium] = {}
+        prepared = [prepare(request, self.config, self.tokenizer, known) for request in requests]
         limits = [options.new_tokens(len(request.token_ids), self.manifest.limits) for request in prepared]
         for request in prepared:
             self.generator.bank.check(request.media)
@@ -250,37 +250,39 @@ class Model:
 
 
 class Stream(Iterator[str]):
-    """Pieces of text; after the last one, `result` is the whole generation. Close it to stop early."""
+    """Pieces of text; after the last one, `result` is the whole generation. Close it, or drop it, to stop early."""
 
-    def __init__(
-        self, steps: GeneratorType[None, None, None], search: Search, text: TextStream, finish: Callable[[], Generation]
-    ) -> None:
+    def __init__(self, steps: Steps, search: Search, text: TextStream, finish: Callable[[], Generation]) -> None:
         self.result: Generation | None = None
-        self._steps = steps
-        self._pieces = self._run(search, text, finish)
+        self._steps, self._search, self._text, self._finish = steps, search, text, finish
+        self._given = 0
+        self._started = False
+        self._open = True
 
     def __next__(self) -> str:
-        return next(self._pieces)
+        while self._open:
+            try:
+                next(self._steps)
+                tokens = self._search.agreed()
+                piece = self._text.push(tokens[self._given :])
+                self._given = len(tokens)
+            except StopIteration:
+                self._open = False
+                self.result = self._finish()
+                piece = self._text.push(self.result.token_ids[self._given :]) + self._text.finish()
+            except BaseException:
+                self._open = False
+                raise
+            # Like Generation.text, the stream has no blanks in front.
+            if piece := piece if self._started else piece.lstrip():
+                self._started = True
+                return piece
+        raise StopIteration
 
     def close(self) -> None:
         """Stops generating and lets go of media and cache."""
-        self._pieces.close()
+        self._open = False
         self._steps.close()
-
-    def _run(self, search: Search, text: TextStream, finish: Callable[[], Generation]) -> GeneratorType[str, None, None]:
-        given = 0
-        started = False
-        for _ in self._steps:
-            agreed = search.agreed()
-            piece = text.push(agreed[given:])
-            given = len(agreed)
-            if piece := piece if started else piece.lstrip():  # like Generation.text, without blanks in front
-                started = True
-                yield piece
-        self.result = finish()
-        piece = text.push(self.result.token_ids[given:]) + text.finish()
-        if piece := piece if started else piece.lstrip():
-            yield piece
 
 
 def as_request(

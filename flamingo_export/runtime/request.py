@@ -36,10 +36,13 @@ class Prepared:
     keys: tuple[Key, ...]
 
 
-def prepare(request: Request, config: ModelConfig, tokenizer: Tokenizer | None) -> Prepared:
+def prepare(
+    request: Request, config: ModelConfig, tokenizer: Tokenizer | None, known: dict[bytes, Medium] | None = None
+) -> Prepared:
     """Encodes and checks a request, and decodes its media.
 
-    tokenizer: may be None where the prompt is token ids.
+    tokenizer: may be None where the prompt is token ids. known: media of other requests by digest, so that what is shown by many is held
+    in memory once; this request's are added.
     Raises PromptError for an empty prompt, ids outside the vocabulary or a wrong number of media, ImageError for media that cannot be read.
     """
     if isinstance(request.prompt, str):
@@ -55,7 +58,9 @@ def prepare(request: Request, config: ModelConfig, tokenizer: Tokenizer | None) 
             f"the prompt has {_count(tags, f'{IMAGE} tag')}, but {_count(given, 'image or video', 'images or videos')} "
             f"{'was' if given == 1 else 'were'} given. {advice}, in order."
         )
-    media = tuple(load_medium(source, config) for source in request.media)
+    known = {} if known is None else known
+    loaded = (load_medium(source, config) for source in request.media)
+    media = tuple(known.setdefault(medium.digest, medium) for medium in loaded)
     phi = phi_from_tokens(ids[None], config.tokens.image)[0]
     digests = iter(media)
     keys = tuple(next(digests).digest if token == config.tokens.image else token for token in ids.tolist())

@@ -199,6 +199,38 @@ def test_the_cache_grows_while_decoding(load_tiny: LoadTiny, tiny_config: ModelC
     check_texts(found, oracle.beams(request.prompt, frames_of(request), 3, 5))
 
 
+def test_a_cache_that_could_not_grow_is_made_anew(
+    load_tiny: LoadTiny, tiny_config: ModelConfig, oracle: Oracle, monkeypatch
+) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr("flamingo_export.runtime.cache.BUCKET", 4)
+    model = load_tiny()
+    request = random_request(tiny_config, 86, 10, 2)
+    model.generate(request, beams=1, max_new_tokens=2)
+    allocate, left = model.engines.decoder.allocate, 3
+
+    def failing(name: str, shape: tuple[int, ...]):  # type: ignore[no-untyped-def]
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise MemoryError
+        return allocate(name, shape)
+
+    monkeypatch.setattr(model.engines.decoder, "allocate", failing)
+    with pytest.raises(CapacityError, match="no memory for a cache of 1 x "):
+        model.generate(request, beams=3, max_new_tokens=5)
+    found = model.generate(request, beams=1, max_new_tokens=4)
+    assert found.timings.reused_tokens == 0
+    assert list(found.token_ids) == oracle.greedy(request.prompt, frames_of(request), 4)
+
+
+def test_media_shown_by_many_requests_are_held_once(load_tiny: LoadTiny) -> None:
+    image = pictures(87, 1)[0]
+    model = load_tiny()
+    requests = [Request(prompt=[1, IMAGE, 10 + index], media=[image.copy()]) for index in range(3)]
+    prepared, _ = model._prepare(requests, GenerateOptions(), _timings())
+    assert len({id(request.media[0]) for request in prepared}) == 1
+
+
 def test_exactly_full_and_one_more(load_tiny: LoadTiny, tiny_config: ModelConfig, oracle: Oracle) -> None:
     model = load_tiny()  # 96 slots, chunks of 16
     request = random_request(tiny_config, 81, 96 - 3 * 6, 2)

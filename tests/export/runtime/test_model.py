@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import numpy as np
@@ -77,6 +79,24 @@ def test_an_open_stream_holds_the_model_and_closing_frees_it(text_model: Model) 
     stream.close()
     assert list(stream) == []
     assert text_model.generate("Hello", max_new_tokens=2).token_ids
+
+
+def test_a_stream_that_is_dropped_frees_the_model(text_model: Model) -> None:
+    for _ in text_model.stream("Hello", max_new_tokens=20, beams=1):
+        break
+    assert text_model.generate("Hello", max_new_tokens=2).token_ids
+
+
+def test_the_readers_time_is_no_part_of_a_step(text_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count()  # each look at it takes a second
+    monkeypatch.setattr("flamingo_export.runtime.generator.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    stream = text_model.stream("Hello there", max_new_tokens=6, beams=1)
+    for _ in stream:
+        for _ in range(1000):
+            next(clock)
+    assert stream.result is not None
+    assert stream.result.timings.steps
+    assert max(stream.result.timings.steps) < 10
 
 
 def test_candidates_as_text(text_model: Model) -> None:
