@@ -63,7 +63,8 @@ def _row_of(rows: Iterable[Row], case: str) -> Row | None:
     """The gate of a case's last output: logits, or the trace."""
     found = [row for row in rows if row.case == case and row.level != "layer"]
     wrong = [row for row in found if not row.passed]
-    return (wrong or found or [None])[-1]
+    chosen = wrong or found
+    return chosen[-1] if chosen else None
 
 
 def _strips(report: ParityReport, name: str) -> list[list[dict[str, Any]]]:

@@ -11,7 +11,7 @@ from flamingo_export.errors import ParityError
 from flamingo_export.validate.report import LayerPoint, Row
 
 PASSED, FAILED, TORCH, LIMIT, GRID = "#0f766e", "#dc2626", "#94a3b8", "#334155", "#e2e8f0"
-_STYLE = {
+_STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 9.5,
     "svg.fonttype": "none",

@@ -76,7 +76,7 @@ def trace_name(golden: GoldenTrace) -> str:
 
 
 def _generate(generator: Generator, manifest: Manifest, golden: GoldenTrace) -> list[Hypothesis]:
-    media = tuple(medium_of([from_png(frame) for frame in frames]) for frames in golden.media)
+    media = tuple(medium_of((from_png(frame) for frame in frames), manifest.config) for frames in golden.media)
     ids = np.asarray(golden.prompt_tokens, np.int64)
     image = manifest.config.tokens.image
     digests = iter(media)
