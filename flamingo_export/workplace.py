@@ -75,9 +75,7 @@ class Journal:
         """
         self._place = place
         self.discarded = False
-        earlier = None
-        with suppress(OSError, msgspec.MsgspecError):
-            earlier = msgspec.json.decode(place.journal.read_bytes(), type=_JournalFile)
+        earlier = _read_journal(place)
         fits = earlier is not None and resume and earlier.identity == identity and _inode(place.work) == earlier.inode
         if earlier is not None and fits:
             self._content = earlier
@@ -124,6 +122,12 @@ class Journal:
         temporary.replace(self._place.journal)
 
 
+def _read_journal(place: WorkPlace) -> _JournalFile | None:
+    with suppress(OSError, msgspec.MsgspecError):
+        return msgspec.json.decode(place.journal.read_bytes(), type=_JournalFile)
+    return None
+
+
 def _inode(path: Path) -> int | None:
     try:
         return path.lstat().st_ino
@@ -168,13 +172,20 @@ def _locked(place: WorkPlace) -> int:
         os.close(handle)  # the build that held it removed the file in between
 
 
-def check_output(place: WorkPlace, *, overwrite: bool) -> None:
-    """Raises BuildError if something is at the output path and may not be replaced. Mends a replacement that was cut off."""
+def mend(place: WorkPlace) -> None:
+    """Finishes what a build that was killed while publishing has left to do."""
     if place.replaced.exists():
         if os.path.lexists(place.out):
             shutil.rmtree(place.replaced, ignore_errors=True)
         else:
             place.replaced.rename(place.out)
+    journal = _read_journal(place)
+    if journal is not None and journal.inode != _inode(place.work):
+        place.discard()
+
+
+def check_output(place: WorkPlace, *, overwrite: bool) -> None:
+    """Raises BuildError if something is at the output path and may not be replaced."""
     if not os.path.lexists(place.out):
         return
     if place.out.is_symlink() or not (place.out / MANIFEST_NAME).is_file():
