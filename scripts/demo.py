@@ -27,6 +27,7 @@ from rich.table import Table
 import flamingo_export
 from flamingo_export.build_request import source_for_size
 from flamingo_export.validate import ParityReport, check_bundle
+from flamingo_export.validate.html import write_html
 
 if TYPE_CHECKING:
     from flamingo_export import Model, Shot
@@ -89,8 +90,11 @@ def main() -> int:
 
     console.print("Re-checking the engines ...")
     report = check_bundle(bundle)
+    with_plots = importlib.util.find_spec("matplotlib") is not None
+    if with_plots:
+        write_html(out / "parity.html", report)
     page = out / "index.html"
-    page.write_text(render(tasks, report, bundle), encoding="utf-8")
+    page.write_text(render(tasks, report, linked=with_plots), encoding="utf-8")
     console.print(f"report with pictures: {page}")
     console.print(f"to go on: .venv/bin/flamingo-export generate {shlex.quote(str(bundle))} --image FILE\n")
     console.print(report.summary, style="bold green" if report.verdict == "passed" else "bold red")
@@ -150,13 +154,13 @@ def data_uris(path: Path) -> list[str]:
     ]
 
 
-def render(tasks: list[Task], report: ParityReport, bundle: Path) -> str:
-    """The report as one HTML page."""
+def render(tasks: list[Task], report: ParityReport, *, linked: bool) -> str:
+    """The report as one HTML page; `linked` to parity.html beside it."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
     environment.globals |= {"pictures": lambda shot: data_uris(medium_path(shot))}
-    return environment.get_template("demo.html.j2").render(tasks=tasks, report=report, bundle=bundle, beams=BEAMS)
+    return environment.get_template("demo.html.j2").render(tasks=tasks, report=report, beams=BEAMS, linked=linked)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,8 @@ def test_transcript_page_and_verdict(demo, examples, tmp_path, monkeypatch, caps
     page = (out / "index.html").read_text()
     assert page.count("data:image/png;base64,") == 3
     assert "expected: &lt;b&gt;noise&lt;/b&gt;" in page
-    assert re.findall(r'(?:src|href)="(?!data:)', page) == []
+    assert re.findall(r'(?:src|href)="(?!data:|parity.html)', page) == []
+    assert (out / "parity.html").read_text().startswith("<!doctype html>")
 
 
 def test_the_shipped_examples_can_be_read(demo):
