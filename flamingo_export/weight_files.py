@@ -53,7 +53,7 @@ class _Made(msgspec.Struct, frozen=True):
 
 def stored_bytes(weight: Weight, precision: Precision) -> int:
     """Bytes of a tensor in the bundle."""
-    return math.prod(weight.shape) * np.dtype(STORAGE_DTYPES[weight.storage(precision)]).itemsize
+    return math.prod(weight.shape) * int(np.dtype(STORAGE_DTYPES[weight.storage(precision)]).itemsize)
 
 
 def write_weights(
@@ -151,7 +151,7 @@ class _Stream:
                             self._overflows.append(made.overflow)
                         if self._faulty or made.array is None:
                             continue
-                        data = memoryview(made.array.reshape(-1).view(np.uint8))
+                        data = made.array.reshape(-1).view(np.uint8).data
                         for start in range(0, len(data), _CHUNK):
                             if self._stop.is_set():
                                 return None

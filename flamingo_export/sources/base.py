@@ -63,4 +63,4 @@ def combined_digest(digests: Mapping[str, str]) -> str:
 def tensor_digest(array: Array) -> str:
     """SHA-256 of a tensor's bytes in row-major order."""
     contiguous = np.asarray(array, order="C")
-    return hashlib.sha256(contiguous.reshape(-1).view(np.uint8)).hexdigest()
+    return hashlib.sha256(contiguous.reshape(-1).view(np.uint8).data).hexdigest()
