@@ -67,7 +67,7 @@ class Rival:
             q, k, v = (part.unflatten(-1, heads).transpose(1, 2) for part in (q, k, v))
             self.cache[layer, 0][:, :, self.slots] = k
             self.cache[layer, 1][:, :, self.slots] = v
-            table = w[f"{name}/self_attention/distances"][:, :, :CAPACITY]
+            table = w[f"{name}/self_attention/distances"].flatten(2)[:, :, :CAPACITY]
             bias = ((q + w[f"{name}/self_attention/position_bias"]) @ table).gather(-1, self.distance) + self.mask
             query = q + w[f"{name}/self_attention/content_bias"]
             seen = F.scaled_dot_product_attention(query, self.cache[layer, 0], self.cache[layer, 1], attn_mask=bias)
