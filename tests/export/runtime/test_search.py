@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from flamingo_export.errors import BundleError
 from flamingo_export.runtime.search import BeamSearch, Hypothesis, Sampling, Search, StopRule, log_sum_exp, top_tokens, without
+from flamingo_reference import search as reference
 
 VOCAB, EOC, IMAGE = 23, 2, 3
 LogitsOf = Callable[[list[int]], np.ndarray]
@@ -101,6 +102,34 @@ def test_greedy_takes_the_likeliest_token_until_eoc(tiny_llama) -> None:  # type
         rule = StopRule(eoc=EOC, banned=IMAGE, max_new_tokens=9)
         (found,) = drive(Sampling(rule), model, prompt)
         assert list(found.token_ids) == until_eoc(expected[0].tolist()[3:])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    beams=st.integers(1, 5),
+    bonus=st.floats(-2, 3),
+    count=st.integers(1, 7),
+    penalty=st.sampled_from([0.0, 1.0, -0.5]),
+)
+def test_searches_are_those_of_the_reference(seed: int, beams: int, bonus: float, count: int, penalty: float) -> None:
+    model = table_model(seed, eoc_bonus=bonus)
+    expected = reference.beam_search(
+        lambda ids: np.stack([model(row) for row in ids.tolist()]),
+        [1, 4],
+        reference.Rules(eoc=EOC, image=IMAGE, max_new_tokens=count),
+        beams=beams,
+        length_penalty=penalty,
+    )
+    if expected.closest < 1e-4:
+        return  # a tie within rounding: either is right
+    rule = StopRule(eoc=EOC, banned=IMAGE, max_new_tokens=count)
+    search = Sampling(rule) if beams == 1 else BeamSearch(rule, beams=beams, length_penalty=penalty)
+    found = drive(search, model, [1, 4])
+    assert [hypothesis.token_ids for hypothesis in found] == [hypothesis.token_ids for hypothesis in expected.hypotheses]
+    for one, other in zip(found, expected.hypotheses, strict=True):
+        np.testing.assert_allclose(one.token_logprobs, other.token_logprobs, atol=1e-5)
+        assert one.score == pytest.approx(other.score, abs=1e-5)
 
 
 def test_beam_search_with_enough_beams_is_exhaustive() -> None:
