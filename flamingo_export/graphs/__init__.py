@@ -38,8 +38,11 @@ def save_graph(model: ir.Model, path: Path) -> None:
     import onnx_ir as ir
 
     temporary = path.with_name(f".{path.name}.part")
-    with temporary.open("wb") as file:
-        file.write(ir.serde.serialize_model(model).SerializeToString(deterministic=True))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(ir.serde.serialize_model(model).SerializeToString(deterministic=True))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -74,7 +74,7 @@ class GraphBuilder:
     def constant(self, value: Any, *, dtype: Any = np.int64, name: str = "constant") -> ir.Value:
         """A small constant kept in the graph; equal ones are shared."""
         array = np.asarray(value, dtype=dtype)
-        label = f"{name}/{array.dtype.name}{list(array.shape)}/{array.tobytes().hex()[:96]}".replace(" ", "")
+        label = f"{name}/{array.dtype.name}{list(array.shape)}/{array.tobytes().hex()}".replace(" ", "")
         if label not in self._initializers:
             constant = ir.Value(
                 name=label, shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.from_numpy(array.dtype))

@@ -5,7 +5,8 @@
                       media_k.i, media_v.i (bank)   past_k.j, past_v.j (cache, TensorScatter in place)
 
 Relative positions are an additive attention mask. Their distances, positions - key_positions, are worked out once and shared by all
-layers; each layer looks its scores up in a table of projected distances, read only as far as the cache in use.
+layers; each layer looks its scores up in a table of projected distances, read only as far as the cache in use. Every position must be
+allowed at least one slot (a padded one: its own), as it is by the runtime.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class Shared(msgspec.Struct, frozen=True):
     blocks: ir.Value
     """int64 [blocks]: 0, 1, ... of the table's blocks that the capacity reaches."""
     distance: ir.Value
-    """int64 [B, H, S, C]: distance from each position to each slot, clamped to those read."""
+    """int32 [B, H, S, C]: distance from each position to each slot, clamped to those read."""
     mask: ir.Value
     """float [B, 1, S, C]: 0 where the mask allows, MASKED elsewhere."""
 
@@ -58,6 +58,7 @@ def shared(build: GraphBuilder, inputs: dict[str, ir.Value], lm: LanguageModelCo
         there = build.op("Unsqueeze", inputs["key_positions"], integer([1, 2]), name="key_positions")
         distance = build.op("Sub", here, there, name="distance")
         distance = build.op("Max", build.op("Min", distance, last, name="at_most"), integer(0), name="at_least")
+        distance = build.op("Cast", distance, name="int32", to=ir.DataType.INT32)  # half of what every layer's lookup reads
         distance = build.op("Expand", distance, integer([1, lm.num_heads, 1, 1]), name="heads")
     allowed, masked = (build.constant(value, dtype=np.float32) for value in (0.0, MASKED))
     return Shared(blocks, distance, build.op("Where", inputs["mask"], allowed, masked, name="mask"))

@@ -168,3 +168,14 @@ def test_what_is_small_and_felt_stays_in_fp32() -> None:
         assert not vector or weight.name in precise, weight.name
     assert "decoder/layer.0/self_attention/position_bias" in precise
     assert "decoder/embedding" not in precise
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, np.float64])
+@pytest.mark.parametrize("rows", [1, 63, 64, 129])
+def test_large_matrices_are_transposed_strip_by_strip(weights: dict[str, Weight], rows: int, dtype: Any) -> None:
+    random = np.random.default_rng(rows)
+    first = random.standard_normal((rows, 7)).astype(dtype)
+    drawn_transposed = random.standard_normal((7, 5)).astype(dtype).T
+    made = weights["resampler/layer.0/kv_proj"].make([first, drawn_transposed])
+    assert made.dtype == first.dtype
+    assert np.array_equal(made, np.concatenate([first.T, drawn_transposed.T], axis=1))
