@@ -106,14 +106,13 @@ def _session_options(threads: int) -> Any:
 def _providers(device: str) -> list[Any]:
     import onnxruntime
 
-    cpu = ("CPUExecutionProvider", {"arena_extend_strategy": "kSameAsRequested"})
     if device == "cpu":
-        return [cpu]
+        return ["CPUExecutionProvider"]
     if device != "cuda":
         raise BackendError(f"onnxruntime has no device {device!r}. Choose cpu or cuda.")
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         raise BackendError(f"this onnxruntime {onnxruntime.__version__} has no CUDA provider. {_INSTALL_CUDA}.")
-    return ["CUDAExecutionProvider", cpu]
+    return ["CUDAExecutionProvider", "CPUExecutionProvider"]
 
 
 class HostBuffer:
