@@ -15,6 +15,7 @@ import mimetypes
 import os
 import shlex
 import sys
+import textwrap
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -68,6 +69,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("demo-report"), help="folder of the report and the bundle")
     parser.add_argument("--examples", type=Path, default=ROOT / "examples", help="folder with truth_*.jsonl and shots_*.jsonl")
+    parser.add_argument("--picture", type=Path, help="also draw images and answers into this PNG, as the README shows them")
     arguments = parser.parse_args()
     console = Console(highlight=False, soft_wrap=True)
     out: Path = arguments.out
@@ -88,6 +90,8 @@ def main() -> int:
     for task in tasks:
         print_task(console, task)
 
+    if arguments.picture:
+        draw_picture(tasks, arguments.picture)
     console.print("Re-checking the engines ...")
     report = check_bundle(bundle)
     with_plots = importlib.util.find_spec("matplotlib") is not None
@@ -152,6 +156,33 @@ def data_uris(path: Path) -> list[str]:
     return [
         f"data:{mimetypes.guess_type(file.name)[0]};base64,{base64.b64encode(file.read_bytes()).decode()}" for file in files
     ]
+
+
+def draw_picture(tasks: list[Task], path: Path) -> None:
+    """Every image with what was said of it below, green where it is right and red, with the truth, where it is not."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    width, height, side, columns = 190, 210, 128, 6
+    answers = [answer for task in tasks for answer in task.answers]
+    sheet = Image.new("RGB", (width * columns, height * -(-len(answers) // columns)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    for index, answer in enumerate(answers):
+        left, top = width * (index % columns), height * (index // columns)
+        source = medium_path(answer.truth)
+        with Image.open(sorted(source.iterdir())[0] if source.is_dir() else source) as image:
+            sheet.paste(
+                image.convert("RGB").resize((side, side), Image.Resampling.NEAREST), (left + (width - side) // 2, top + 6)
+            )
+        lines = [(answer.truth.question or "", "#4a4f57"), (answer.said, "#1a7f37" if answer.right else "#b42318")]
+        lines += [] if answer.right else [(f"({answer.truth.answer})", "#4a4f57")]
+        below = top + side + 10
+        for text, colour in lines:
+            if text:
+                wrapped = "\n".join(textwrap.wrap(text, 30))
+                draw.multiline_text((left + width // 2, below), wrapped, fill=colour, font=font, anchor="ma", align="center")
+                below += 15 * (wrapped.count("\n") + 1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path, optimize=True)
 
 
 def render(tasks: list[Task], report: ParityReport, *, linked: bool) -> str:
