@@ -78,7 +78,7 @@ def test_what_is_no_video(tmp_path: Path) -> None:
         list(load_video(Video(source=[]), default_frames=8))
     for count in (0, 31):
         with pytest.raises(ImageError, match=f"{count} frames were asked for, expected 1 to 30"):
-            load_video(Video(source=[solid(0)], num_frames=count), default_frames=8)
+            list(load_video(Video(source=[solid(0)], num_frames=count), default_frames=8))
     with pytest.raises(ImageError, match="given as int"):
         list(load_video(Video(source=3), default_frames=8))  # type: ignore[arg-type]
     path = tmp_path / "clip.gif"
