@@ -109,25 +109,20 @@ def train_bridge(
     seed: int,
     log: Callable[[str], None],
     keep: Callable[[Flamingo], None] | None = None,
-    again: bool = False,
 ) -> Flamingo:
     """Trains `model.resampler`, as it is, and `model.cross_attention`, anew, in place; returns the model.
-
-    again: goes on with a trained bridge instead, on other items, at two thirds of the rate, falling from the start.
 
     keep: called with the unfinished model every 200 steps.
     """
     torch.manual_seed(seed)
-    rng = np.random.default_rng([seed, 4 if again else 3])
-    pool = Pool(scenes=8000, digits=2500, videos=800, seed=1) if again else Pool(scenes=14000, digits=5000, videos=2500)
+    rng = np.random.default_rng([seed, 3])
+    pool = Pool(scenes=14000, digits=5000, videos=2500)
     features = Features(model.eval(), pool)
     frames_of = {index: len(item.frames) for index, item in enumerate(pool.items)}
     model.requires_grad_(False)
     model.resampler.requires_grad_(True)
     model.cross_attention.requires_grad_(True)
-    if not again:
-        initialise(model)
-    part, decay_from = (2 / 3, 0.1) if again else (1.0, 0.5)
+    initialise(model)
     gates = [parameter for name, parameter in model.cross_attention.named_parameters() if name.endswith("_gate")]
     rest = [parameter for name, parameter in model.cross_attention.named_parameters() if not name.endswith("_gate")]
     groups = [
@@ -140,10 +135,10 @@ def train_bridge(
     seen: dict[str, list[float]] = {name: [] for name in WEIGHTS}
     for step in range(steps):
         scale = min(1.0, (step + 1) / 60)
-        if step > steps * decay_from:
-            scale = 0.5 + 0.5 * float(np.cos(np.pi * (step / steps - decay_from) / (1 - decay_from)))
+        if step > steps * 0.5:
+            scale = 0.5 + 0.5 * float(np.cos(np.pi * (step - steps * 0.5) / (steps * 0.5)))
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * part * max(scale, 0.02)
+            group["lr"] = group["peak"] * max(scale, 0.02)
         optimizer.zero_grad(set_to_none=True)
         for name, weight in WEIGHTS.items():
             documents = [pages.encode(pieces, tokenizer, model.config.tokens) for pieces in _batch(name, rng, pool, frames_of)]

@@ -1,8 +1,7 @@
 """Trains the nano checkpoint: `python -m flamingo_reference.nano.train [--out FOLDER]`.
 
 Stages, each saved when finished and skipped when found: tokenizer, vision (contrastive), language (text only), bridge (resampler and
-gated cross-attention, everything else frozen), polish (the bridge again, on other items). Seeded; on two cores about an hour (the log
-records wall and processor time).
+gated cross-attention, everything else frozen). Seeded; on two quiet cores about an hour (the log records wall and processor time).
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from flamingo_reference.config import NANO, ModelConfig
 from flamingo_reference.model import Flamingo
 from flamingo_reference.nano.tokenizer import load_tokenizer, train_tokenizer
 
-STAGES = ("tokenizer", "vision", "language", "bridge", "polish")
+STAGES = ("tokenizer", "vision", "language", "bridge")
 SEED = 20220429  # the day the paper appeared
 
 
@@ -52,8 +51,8 @@ class Run:
         module.load_state_dict(load_file(path))
 
 
-def train(folder: Path, *, config: ModelConfig = NANO, until: str = STAGES[-1]) -> Flamingo | None:
-    """Runs the stages up to `until`; the finished model, or None where no bridge was asked for."""
+def train(folder: Path, *, config: ModelConfig = NANO, until: str = "bridge") -> Flamingo | None:
+    """Runs the stages up to `until`; the finished model, or None where the bridge was not asked for."""
     from flamingo_reference.nano import bridge, contrastive, language
 
     run = Run(folder)
@@ -74,17 +73,19 @@ def train(folder: Path, *, config: ModelConfig = NANO, until: str = STAGES[-1]) 
         )
     if last < STAGES.index("bridge"):
         return None
-
-    def keep(unfinished: Flamingo) -> None:
-        unfinished.save(folder / "unfinished", tokenizer=folder / "tokenizer.json")
-
-    run.stage("bridge", model, lambda: bridge.train_bridge(model, tokenizer, steps=1300, seed=SEED, log=run.log, keep=keep))
-    if last >= STAGES.index("polish"):
-        run.stage(
-            "polish",
+    unfinished = folder / "unfinished"
+    run.stage(
+        "bridge",
+        model,
+        lambda: bridge.train_bridge(
             model,
-            lambda: bridge.train_bridge(model, tokenizer, steps=600, seed=SEED, log=run.log, keep=keep, again=True),
-        )
+            tokenizer,
+            steps=1300,
+            seed=SEED,
+            log=run.log,
+            keep=lambda model: model.save(unfinished, tokenizer=folder / "tokenizer.json"),
+        ),
+    )
     model.save(folder / "checkpoint", tokenizer=folder / "tokenizer.json")
     return model.eval()
 
@@ -99,7 +100,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/nano"), help="folder for stages, log and checkpoint")
-    parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="last stage to run")
+    parser.add_argument("--until", choices=STAGES, default="bridge", help="last stage to run")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
