@@ -132,9 +132,11 @@ class ParityReport(msgspec.Struct, frozen=True, kw_only=True):
             text += f", {equal} of {len(self.traces)} token traces equal" + (f" ({ties} ties)" if ties else "")
         if self.first_diverging_layer:
             text += f"; first diverging layer: {self.first_diverging_layer}"
-        elif self.verdict == "failed":
+        elif self.failures:
             worst = self.failures[0]
             text += f"; first failure: {worst.case}, {worst.tensor} ({worst.note or 'error above limit'})"
+        elif not self.rows:
+            text += ": nothing was compared"
         return text
 
 
