@@ -162,6 +162,8 @@ def _batch(name: str, rng: np.random.Generator, pool: Pool, frames_of: dict[int,
     documents = [pair(rng, pool, kind) for _ in range(DOCUMENTS[name])]
     if kind == "video":  # one number of frames a step, so that they stack
         wanted = int(rng.integers(4, 9))
+        if wanted not in {frames_of[index] for index, item in enumerate(pool.items) if item.kind == kind}:
+            wanted = frames_of[documents[0][0].medium or 0]  # a small pool need not hold every number
         while (
             len(alike := [document for document in documents if frames_of[document[0].medium or 0] == wanted]) < DOCUMENTS[name]
         ):

@@ -157,7 +157,7 @@ GREEDY, BEAMS, TEXTS = "greedy", "3 beams", "greedy after two texts"
 
 
 def evaluate(
-    model: Flamingo, tokenizer: Tokenizer, *, scenes: int = 1000, digits: int = 449, videos: int = 200, few_shot: int = 25
+    model: Flamingo, tokenizer: Tokenizer, *, scenes: int = 500, digits: int = 449, videos: int = 150, few_shot: int = 25
 ) -> Results:
     """Runs all measurements; few_shot is the number of queries for each format and number of shots."""
     captions: dict[str, dict[str, Rate]] = {}
@@ -311,9 +311,9 @@ def main() -> None:
     results = evaluate(
         model,
         tokenizer,
-        scenes=1000 // part,
+        scenes=500 // part,
         digits=449 // part,
-        videos=200 // part,
+        videos=150 // part,
         few_shot=6 if arguments.quick else 25,
     )
     text = msgspec.json.encode(results).decode() if arguments.json else markdown(results)
