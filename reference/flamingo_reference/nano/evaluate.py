@@ -219,7 +219,7 @@ def few_shot_rates(
     model: Flamingo, tokenizer: Tokenizer, *, count: int, shots: Sequence[int] = SHOTS
 ) -> dict[str, dict[str, Rate]]:
     """For every format but the plain caption: `count` held-out items, asked with 0 to 32 shots from the training split."""
-    support = Pool(scenes=1500, digits=600, videos=0, seed=3)
+    support = Pool(scenes=300, digits=150, videos=0, seed=3)
     queries = [*heldout("scene", max(100, 10 * count)), *heldout("digit", max(20, count))]
     reader = Reader(model, tokenizer, [*support.items, *queries])
     table: dict[str, dict[str, Rate]] = {}
