@@ -121,5 +121,5 @@ def test_padding_puts_the_odd_row_last() -> None:
 def test_untrained_blocks_pass_their_shortcut_on() -> None:
     """SkipInit: at the start a block is its shortcut."""
     block = NFNet(PRESETS["nano"].vision).stages[1][1]
-    x = torch.randn(1, 64, 4, 4)
+    x = torch.randn(1, PRESETS["nano"].vision.widths[1], 4, 4)
     assert torch.equal(block(x), x)
