@@ -116,7 +116,7 @@ def train_bridge(
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 3])
-    pool = Pool(scenes=14000, digits=5000, videos=2500)
+    pool = Pool(scenes=20000, digits=5000, videos=2500)
     features = Features(model.eval(), pool)
     frames_of = {index: len(item.frames) for index, item in enumerate(pool.items)}
     model.requires_grad_(False)

@@ -25,6 +25,8 @@ from flamingo_reference.time_weights import time_weights
 from flamingo_reference.vision_nfnet import NFNet
 
 VARIANTS = 6  # scenes of a batch that share all but one attribute
+DIGITS, ROAMING = 0.13, 0.08  # shares of a batch; the rest are scenes
+CLIPS_EVERY = 6  # one step in six is on videos
 MAX_TEXT = 48
 
 
@@ -55,7 +57,7 @@ class TextEncoder(nn.Module):
 
 
 class ImageHead(nn.Module):
-    """Grid [F, P, E] to the joint space [F, J]: a resampler like the bridge's, its latents projected."""
+    """Grids [N, T, P, E] to the joint space [N, J]: a resampler like the bridge's, its latents projected."""
 
     def __init__(self, config: ModelConfig, joint: int) -> None:
         super().__init__()
@@ -67,28 +69,42 @@ class ImageHead(nn.Module):
                 if name.endswith(("proj.weight", "ffw_up.weight", "ffw_down.weight")):
                     parameter.normal_(0.0, parameter.shape[1] ** -0.5)
 
-    def forward(self, features_FPE: Tensor) -> Tensor:
-        weights = time_weights(1, self.resampler.time_embeddings.shape[0])
-        latents = self.resampler(features_FPE[:, None], torch.from_numpy(weights))
+    def forward(self, features_NTPE: Tensor) -> Tensor:
+        weights = time_weights(features_NTPE.shape[1], self.resampler.time_embeddings.shape[0])
+        latents = self.resampler(features_NTPE, torch.from_numpy(weights))
         return self.out(latents.flatten(1))  # type: ignore[no-any-return]
 
 
-def contrastive_batch(seed: tuple[int, int], size: int) -> tuple[list[data.Pixels], list[str]]:
-    """Images with descriptions: a fifth digits, the rest families of like scenes."""
-    rng = np.random.default_rng(seed)
-    items: list[data.Item] = []
-    for _ in range(size // 5):
-        items.append(data.digit(int(rng.integers(1 << 40)), split="train"))
+def image_batch(rng: np.random.Generator, size: int) -> list[data.Item]:
+    """Training images: digits, shapes anywhere, and families of like scenes."""
+    items = [data.digit(int(rng.integers(1 << 40)), split="train") for _ in range(round(size * DIGITS))]
+    items += [data.roaming(rng) for _ in range(round(size * ROAMING))]
     while len(items) < size:
-        things = data.draw_things(rng, num_groups=1 if rng.random() < 0.6 else 2, split="train")
+        things = data.draw_things(rng, num_groups=1 if rng.random() < 0.5 else 2, split="train")
         family = [things]
         while len(family) < VARIANTS:
             varied = data.vary(rng, family[int(rng.integers(len(family)))])
             if not data.is_test(sorted(thing.describe() for thing in varied)):
                 family.append(varied)
         items += [data.scene_of(rng, member) for member in family]
-    items = items[:size]
-    return [item.frames[0] for item in items], [item.description for item in items]
+    return items[:size]
+
+
+def clip_batch(rng: np.random.Generator, num_things: int) -> list[data.Item]:
+    """Training videos of equal length: each of some things moving each way that is not held out."""
+    num_frames = int(rng.integers(4, 9))
+    items = []
+    for _ in range(num_things):
+        thing = data.lone_thing(rng)
+        for direction in data.DIRECTIONS:
+            if not data.is_test_motion(thing, direction):
+                items.append(data.video_of(rng, thing, direction, num_frames))
+    return items
+
+
+def _batch(seed: int, step: int, size: int) -> list[data.Item]:
+    rng = np.random.default_rng([seed, step])
+    return clip_batch(rng, size // 30) if step % CLIPS_EVERY == CLIPS_EVERY - 1 else image_batch(rng, size)
 
 
 def train_vision(
@@ -103,21 +119,24 @@ def train_vision(
     temperature = nn.Parameter(torch.tensor(2.3))
     parameters = [*vision.parameters(), *text.parameters(), *head.parameters(), temperature]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.02)
-    peak, warm_up = 2e-3, steps // 15
+    peak, warm_up, every = 2e-3, steps // 15, max(1, steps // 60)
+    seen: dict[str, list[tuple[float, float]]] = {"images": [], "clips": []}
     tokenizer.enable_padding(length=MAX_TEXT)
     tokenizer.enable_truncation(MAX_TEXT)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # drawing a batch takes half as long as a step
-        ahead = pool.submit(contrastive_batch, (seed, 0), batch)
+        ahead = pool.submit(_batch, seed, 0, batch)
         for step in range(steps):
-            images, texts = ahead.result()
-            ahead = pool.submit(contrastive_batch, (seed, step + 1), batch)
+            items = ahead.result()
+            ahead = pool.submit(_batch, seed, step + 1, batch)
             scale = min(1.0, (step + 1) / warm_up)
             if step > steps * 0.4:  # cosine over the rest: the run is short
                 scale = 0.5 + 0.5 * float(np.cos(np.pi * (step - steps * 0.4) / (steps * 0.6)))
             optimizer.param_groups[0]["lr"] = peak * max(scale, 0.01)
+            texts = [item.description for item in items]
             ids = torch.tensor([encoding.ids for encoding in tokenizer.encode_batch(texts)])
             ids = ids[:, : int((ids != 0).sum(1).max())]
-            image_side = F.normalize(head(vision(to_pixels(images, config))), dim=-1)
+            features = vision(to_pixels([frame for item in items for frame in item.frames], config))
+            image_side = F.normalize(head(features.unflatten(0, (len(items), -1))), dim=-1)
             text_side = F.normalize(text(ids), dim=-1)
             logits = image_side @ text_side.T * temperature.exp().clamp(max=50.0)
             number = {text: index for index, text in enumerate(texts)}
@@ -129,9 +148,13 @@ def train_vision(
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
-            if step % 20 == 0 or step == steps - 1:
-                right = (same.gather(1, logits.argmax(1, keepdim=True)) > 0).float().mean()
-                log(f"vision step {step}/{steps} loss {loss.item():.3f} retrieval {right.item():.3f}")
+            right = (same.gather(1, logits.argmax(1, keepdim=True)) > 0).float().mean().item()
+            seen["clips" if len(items[0].frames) > 1 else "images"].append((loss.item(), right))
+            if (step + 1) % every == 0 or step == steps - 1:
+                for name, values in seen.items():
+                    if values:
+                        mean_loss, mean_right = np.mean(values[-every:], axis=0)
+                        log(f"vision step {step + 1}/{steps} {name} loss {mean_loss:.3f} retrieval {mean_right:.3f}")
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return nn.ModuleDict({"vision_encoder": vision, "resampler": head.resampler}).eval()

@@ -20,6 +20,7 @@ Split = Literal["train", "test"]
 Pixels = npt.NDArray[np.uint8]
 
 SIDE = 64
+CELL = 20.5  # pixels between the centres of neighbouring cells
 SHAPES = ("circle", "cross", "square", "triangle")
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (220, 40, 40),
@@ -149,7 +150,7 @@ def render(rng: np.random.Generator, things: Sequence[Thing], offsets: Sequence[
         row, column = divmod(thing.cell, 3)
         moved = offsets[index] if offsets is not None else (0.0, 0.0)
         x, y = (
-            (SIDE / 2 + (place - 1) * 20.5 + rng.uniform(-1.8, 1.8) + shift) * scale
+            (SIDE / 2 + (place - 1) * CELL + rng.uniform(-1.8, 1.8) + shift) * scale
             for place, shift in zip((column, row), moved, strict=True)
         )
         radius = (rng.uniform(8.4, 9.5) if thing.large else rng.uniform(5.0, 6.0)) * scale
@@ -245,20 +246,43 @@ def digit_of(scan: npt.NDArray[np.float64], label: int, rng: np.random.Generator
     )
 
 
+def roaming(rng: np.random.Generator) -> Item:
+    """A training scene of one shape anywhere in the image, its place named after the nearest cell: what a video's frames look like."""
+    while True:
+        thing, dx, dy = lone_thing(rng), float(rng.uniform(-22, 22)), float(rng.uniform(-22, 22))
+        nearest = msgspec.structs.replace(thing, cell=3 * round(1 + dy / CELL) + round(1 + dx / CELL))
+        if not is_test([nearest.describe()]):
+            break
+    return msgspec.structs.replace(scene_of(rng, [nearest]), frames=(render(rng, [thing], [(dx, dy)]),))
+
+
 def video(seed: int, *, split: Split, num_frames: int | None = None) -> Item:
     """A shape that moves across the image in 4 to 8 frames."""
     rng = np.random.default_rng([3, seed])
     while True:
-        thing = Thing(str(rng.choice(SHAPES)), str(rng.choice(list(COLOURS))), bool(rng.random() < 0.5), 4)
-        direction = str(rng.choice(list(DIRECTIONS)))
-        if is_test(("video", thing.describe(), direction)) == (split == "test"):
+        thing, direction = lone_thing(rng), str(rng.choice(list(DIRECTIONS)))
+        if is_test_motion(thing, direction) == (split == "test"):
             break
-    count = num_frames or int(rng.integers(4, 9))
+    return video_of(rng, thing, direction, num_frames or int(rng.integers(4, 9)))
+
+
+def is_test_motion(thing: Thing, direction: str) -> bool:
+    """Whether videos of this thing moving this way are held out."""
+    return is_test(("video", thing.describe(), direction))
+
+
+def lone_thing(rng: np.random.Generator) -> Thing:
+    """A random thing in the center cell."""
+    return Thing(str(rng.choice(SHAPES)), str(rng.choice(list(COLOURS))), bool(rng.random() < 0.5), 4)
+
+
+def video_of(rng: np.random.Generator, thing: Thing, direction: str, num_frames: int) -> Item:
+    """The item that shows a thing of the center cell moving."""
     dx, dy = DIRECTIONS[direction]
     length, across = rng.uniform(24, 38), rng.uniform(-14, 14)
     state = rng.bit_generator.state
     frames = []
-    for step in np.linspace(-0.5, 0.5, count):
+    for step in np.linspace(-0.5, 0.5, num_frames):
         rng.bit_generator.state = state  # the same jitter in every frame: only the place changes
         along = step * length
         frames.append(render(rng, [thing], [(dx * along + abs(dy) * across, dy * along + abs(dx) * across)]))

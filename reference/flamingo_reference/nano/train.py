@@ -63,13 +63,13 @@ def train(folder: Path, *, config: ModelConfig = NANO, until: str = "bridge") ->
         run.stage(
             "vision",
             nn.ModuleDict({"vision_encoder": model.vision_encoder, "resampler": model.resampler}),
-            lambda: contrastive.train_vision(config, tokenizer, steps=900, batch=192, seed=SEED, log=run.log),
+            lambda: contrastive.train_vision(config, tokenizer, steps=6000, batch=120, seed=SEED, log=run.log),
         )
     if last >= STAGES.index("language"):
         run.stage(
             "language",
             model.language_model,
-            lambda: language.train_language(config, tokenizer, steps=1200, seed=SEED, log=run.log),
+            lambda: language.train_language(config, tokenizer, steps=800, seed=SEED, log=run.log),
         )
     if last < STAGES.index("bridge"):
         return None
@@ -80,7 +80,7 @@ def train(folder: Path, *, config: ModelConfig = NANO, until: str = "bridge") ->
         lambda: bridge.train_bridge(
             model,
             tokenizer,
-            steps=1300,
+            steps=2400,
             seed=SEED,
             log=run.log,
             keep=lambda model: model.save(unfinished, tokenizer=folder / "tokenizer.json"),
