@@ -1,0 +1,3 @@
+#include "mma_kernels.cuh"
+
+template cudaError_t flamingo::launch_mma<80>(const flamingo::Args&, flamingo::Kernel, cudaStream_t);
