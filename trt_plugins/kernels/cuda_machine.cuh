@@ -12,12 +12,14 @@ namespace flamingo {
 struct CudaMachine {
     uint32_t shared;  // address of the block's shared memory
     unsigned number;  // of the thread
+    int warp_number;  // from lane 0, by which the compiler sees that a warp's lanes agree on it
 
-    __device__ __forceinline__ explicit CudaMachine(const void* memory) : shared(uint32_t(__cvta_generic_to_shared(memory))), number(threadIdx.x) {}
+    __device__ __forceinline__ explicit CudaMachine(const void* memory)
+        : shared(uint32_t(__cvta_generic_to_shared(memory))), number(threadIdx.x), warp_number(__shfl_sync(~0u, threadIdx.x / WARP, 0)) {}
 
-    __device__ __forceinline__ int thread() const { return number; }
+    __device__ __forceinline__ int thread() const { return number % THREADS; }
     __device__ __forceinline__ int lane() const { return number % WARP; }
-    __device__ __forceinline__ int warp() const { return number / WARP; }
+    __device__ __forceinline__ int warp() const { return warp_number; }
     // What was computed from the thread's number is to be computed anew: dozens of addresses kept across a loop would cost spills.
     __device__ __forceinline__ void forget() { asm volatile("" : "+r"(number)); }
     __device__ __forceinline__ void sync() { __syncthreads(); }
@@ -119,7 +121,16 @@ struct CudaMachine {
         return pack(Bfloat{}, x.x, x.y);
     }
 
-    __device__ __forceinline__ float exp2(float x) { return exp2f(x); }
+    __device__ __forceinline__ float exp2(float x) {
+        float r;
+        asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+        return r;
+    }
+    __device__ __forceinline__ float reciprocal(float x) {  // of normal numbers, to the last bit but one
+        float r;
+        asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+        return r;
+    }
     __device__ __forceinline__ float max(float x, float y) { return fmaxf(x, y); }
     __device__ __forceinline__ float infinity() { return CUDART_INF_F; }
 };

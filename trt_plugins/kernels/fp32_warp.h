@@ -53,7 +53,7 @@ FLAMINGO_FUNCTION void fp32_warp(Machine& m, const Args& args, int64_t item) {
             }
         }
     }
-    const float factor = row < 0 ? 0.0f : (args.v_scale ? m.load_f32(args.v_scale) : 1.0f) / sum;
+    const float factor = row < 0 ? 0.0f : (args.v_scale ? m.load_f32(args.v_scale) : 1.0f) * m.reciprocal(sum);
     UNROLL for (int i = 0; i < EACH; ++i) {
         const int d = lane + i * WARP;
         if (d < dims) m.store_f32(y + d, row < 0 ? 0.0f : o[i] * factor);

@@ -159,25 +159,31 @@ struct Pieces<T, E4m3> {
     }
 };
 
-// Positions of a tile in sequence with one bank row. `row` < 0: past the last run.
+// Positions of a tile in sequence that see one bank row, or none.
 struct Run {
     int start, stop, row;
 };
 
-// The bank rows of a tile's positions, held by every warp: a lane has those of positions `lane` and `lane` + 32.
+// The bank rows of a tile's positions, held by every warp: a lane has those of positions `lane` and `lane` + 32. Where runs begin is known as
+// bits, the same in all lanes, so that the compiler sees that a warp goes through them together.
 template <class Machine>
 struct Rows {
     int low, high;
-    uint64_t starts;  // bit p: position p has another row than position p - 1
+    uint64_t starts, media;  // bit p: position p has another row than position p - 1; has a medium
 
-    FLAMINGO_FUNCTION Rows(Machine& m, const Args& args, int64_t batch, int64_t first, int positions) {
+    FLAMINGO_FUNCTION Rows(Machine& m, const Args& args, int64_t batch, int first, int positions) {
         const int lane = m.lane();
         low = lane < positions ? bank_row(m, args, batch, first + lane) : OUTSIDE;
         high = lane + WARP < positions ? bank_row(m, args, batch, first + lane + WARP) : OUTSIDE;
         const int before_low = m.shuffle(low, (lane + WARP - 1) % WARP);
         const int before_high = m.shuffle(lane == WARP - 1 ? low : high, (lane + WARP - 1) % WARP);
-        const uint64_t lower = m.ballot(lane == 0 || low != before_low), upper = m.ballot(high != before_high);
-        starts = lower | upper << 32;
+        starts = bits(m, lane == 0 || low != before_low, high != before_high);
+        media = bits(m, low >= 0, high >= 0);
+    }
+
+    FLAMINGO_FUNCTION uint64_t bits(Machine& m, bool lower, bool upper) {
+        const uint64_t one = m.ballot(lower), other = m.ballot(upper);
+        return one | other << WARP;
     }
 
     FLAMINGO_FUNCTION int at(Machine& m, int position) const {
@@ -185,16 +191,13 @@ struct Rows {
         return position < WARP ? one : other;
     }
 
-    // The first run at or after the start of a run that has a medium.
+    // The first run with a medium at or after `from`, where a run begins; a row below zero when there is none.
     FLAMINGO_FUNCTION Run next(Machine& m, int from) const {
-        while (from < 2 * WARP) {
-            const int row = at(m, from);
-            const uint64_t later = from == 2 * WARP - 1 ? 0 : starts >> (from + 1);
-            const int stop = later ? from + 1 + m.first_bit(later) : 2 * WARP;
-            if (row >= 0) return {from, stop, row};
-            from = stop;
-        }
-        return {from, from, NO_MEDIUM};
+        const uint64_t here = from < 2 * WARP ? starts & media & ~uint64_t(0) << from : 0;
+        if (!here) return {from, from, NO_MEDIUM};
+        const int start = m.first_bit(here);
+        const uint64_t later = starts & ~uint64_t(1) << start;
+        return {start, later ? m.first_bit(later) : 2 * WARP, at(m, start)};
     }
 };
 
@@ -232,12 +235,12 @@ class MmaBlock {
 
     Machine& m;
     const Args& args;
-    int64_t batch, first;  // the tile's first position
-    int head, row_tile, share;
+    int first, head, row_tile, share;  // first: the tile's first position
+    int64_t batch, origin;              // origin: the first position's number among all rows of q and y
 
     FLAMINGO_FUNCTION int row_in_tile(int half) const { return row_tile * ROW_TILE + m.lane() / 4 + half * 8; }
     FLAMINGO_FUNCTION int64_t row_offset(int half) const {  // in bytes, of a row of q or y
-        return (((batch * args.positions + first + row_in_tile(half)) * args.heads) + head) * int64_t(Shape::D) * 2;
+        return (origin + int64_t(row_in_tile(half)) * args.heads) * (Shape::D * 2);
     }
 
     // The lane's two rows of queries; the loads are on their way while phi is looked up.
@@ -374,11 +377,12 @@ class MmaBlock {
     }
 
 public:
-    FLAMINGO_FUNCTION MmaBlock(Machine& machine, const Args& a, int64_t block) : m(machine), args(a) {
-        const int64_t tiles = (args.positions + Shape::POSITIONS - 1) / Shape::POSITIONS;
-        head = int(block % args.heads);
-        batch = block / args.heads / tiles;
-        first = block / args.heads % tiles * Shape::POSITIONS;
+    FLAMINGO_FUNCTION MmaBlock(Machine& machine, const Args& a, unsigned block) : m(machine), args(a) {
+        const unsigned tiles = (unsigned(args.positions) + Shape::POSITIONS - 1) / Shape::POSITIONS, tile = block / unsigned(args.heads);
+        head = int(block % unsigned(args.heads));
+        batch = tile / tiles;
+        first = int(tile % tiles) * Shape::POSITIONS;
+        origin = (batch * args.positions + first) * args.heads + head;
         row_tile = Shape::ROW_TILES == 1 ? 0 : m.warp();
         share = Shape::SHARES == 1 ? 0 : m.warp();
     }
@@ -405,7 +409,7 @@ public:
             const Item following = next(rows, item);
             const bool more = following.run.row >= 0;
             const bool first_slice = item.key0 == 0, last_slice = Shape::ONE_PASS || item.key0 + SLICE >= args.latents;
-            const bool active = item.run.start < (row_tile + 1) * ROW_TILE && item.run.stop > row_tile * ROW_TILE;
+            const bool active = Shape::ROW_TILES == 1 || (item.run.start < (row_tile + 1) * ROW_TILE && item.run.stop > row_tile * ROW_TILE);
             float s[SLICE / 8][4], earlier[2];
             m.forget();
             m.wait_for_older();
@@ -434,7 +438,7 @@ public:
                 float factor[2];
                 UNROLL for (int half = 0; half < 2; ++half) {
                     mine[half] = row_in_tile(half) >= item.run.start && row_in_tile(half) < item.run.stop;
-                    factor[half] = v_scale / sum[half];
+                    factor[half] = v_scale * m.reciprocal(sum[half]);
                 }
                 if constexpr (Shape::ONE_PASS) {
                     ROLL for (int group = share; group < Shape::GROUPS; group += Shape::SHARES) {

@@ -42,12 +42,13 @@ typedef struct flamingo_phi_cross_attention_args {
     flamingo_dtype kv_dtype;   /* of k and v: dtype, or FLAMINGO_FLOAT8_E4M3 */
 } flamingo_phi_cross_attention_args;
 
-/* Enqueues the computation on `stream`. Head sizes 64, 80, 96 and 128; any number of latents, positions and media.
+/* Enqueues the computation on `stream`. Head sizes 32, 64, 80, 96 and 128; any number of latents, positions and media.
  * phi or a row out of range is treated as "no medium" (zeros), never read.
  * Returns cudaErrorInvalidValue for arguments that it does not take, otherwise what the launch returned. */
 cudaError_t flamingo_phi_cross_attention(const flamingo_phi_cross_attention_args* args, cudaStream_t stream);
 
-/* Which kernel the call above would choose, as a static string (`prefill`, `decode`, `fp32`...), NULL if it would refuse. */
+/* Which kernel the call above would choose, as a static string: `prefill`, `prefill_sliced` (more than 64 latents), `decode` (at most 16
+ * positions), `fp32`, `nothing` (no positions); NULL if it would refuse. */
 const char* flamingo_phi_cross_attention_kernel(const flamingo_phi_cross_attention_args* args);
 
 #ifdef __cplusplus

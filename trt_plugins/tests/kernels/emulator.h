@@ -199,6 +199,7 @@ public:
     }
 
     float exp2(float x) { return std::exp2(x); }
+    float reciprocal(float x) { return 1 / x; }
     float max(float x, float y) { return std::fmax(x, y); }
     float infinity() { return std::numeric_limits<float>::infinity(); }
 };

@@ -1,0 +1,141 @@
+"""Builds the kernels with nvcc alone, one architecture, and reads what the compiler says of registers and spills."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS = ROOT / "trt_plugins" / "kernels"
+EMULATION = ROOT / "trt_plugins" / "tests" / "kernels"
+ALL_ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
+
+
+class BuildFailed(Exception):
+    """A compiler refused; the message has its command and its words."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What ptxas says of one kernel for one architecture. Bytes, but for registers (of a thread)."""
+
+    kernel: str
+    architecture: str
+    registers: int
+    shared: int
+    stack: int
+    spilled: int
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def find_nvcc() -> str | None:
+    """nvcc on PATH, under CUDA_HOME or in its usual place."""
+    folders = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    places = [shutil.which("nvcc"), *(shutil.which("nvcc", path=f"{folder}/bin") for folder in folders if folder)]
+    return next((place for place in places if place), None)
+
+
+def nvcc_version(nvcc: str) -> str:
+    """As `13.0.88`."""
+    found = re.search(r"V(\d+\.\d+\.\d+)", run([nvcc, "--version"]))
+    return found[1] if found else "unknown"
+
+
+def run(command: list[str], *, timeout: float = 600) -> str:
+    """Output of a command. Raises BuildFailed with the output when it fails."""
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise BuildFailed(f"{' '.join(command)}: not done after {timeout:.0f} s") from error
+    if done.returncode:
+        raise BuildFailed(f"{' '.join(command)}\n{done.stdout}")
+    return done.stdout
+
+
+def digest_of_sources() -> str:
+    """SHA-256 over the kernels' sources, by which a result belongs to them."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in KERNELS.iterdir() if p.suffix in (".h", ".cuh", ".cu", ".map")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def build_library(
+    nvcc: str, architecture: str, folder: Path, *, sources: list[Path] | None = None, workers: int | None = None
+) -> tuple[Path, list[Resources]]:
+    """libflamingo_kernels.so for one architecture ("90") and what each kernel takes; sources compile side by side."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = sources if sources is not None else sorted(KERNELS.glob("*.cu"))
+    resources: list[Resources] = []
+
+    def compile_one(source: Path) -> tuple[Path, list[Resources]]:
+        out = folder / f"{source.stem}.{architecture}.o"
+        code = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
+        log = run([nvcc, "-std=c++17", "-O3", code, "-Xcompiler", "-fPIC", "-Xptxas", "-v", "-c", str(source), "-o", str(out)])
+        return out, parse_resources(log)
+
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        objects = []
+        for out, found in pool.map(compile_one, sources):
+            objects.append(str(out))
+            resources += found
+    library = folder / f"libflamingo_kernels.{architecture}.so"
+    code = f"-arch=sm_{architecture}"
+    run([nvcc, "-shared", code, *objects, "-o", str(library), f"-Xlinker=--version-script={KERNELS / 'exports.map'}"])
+    return library, resources
+
+
+def parse_resources(log: str) -> list[Resources]:
+    """The kernels in the output of `nvcc -Xptxas -v`."""
+    found = []
+    pattern = r"entry function '(\S+)' for 'sm_(\d+)a?'\n(.*?)(?=ptxas info\s+: Compiling|\Z)"
+    for name, architecture, text in re.findall(pattern, log, flags=re.DOTALL):
+
+        def number(expression: str, text: str = text) -> int:
+            match = re.search(expression, text)
+            return int(match[1]) if match else 0
+
+        found.append(
+            Resources(
+                kernel=readable(name),
+                architecture=architecture,
+                registers=number(r"Used (\d+) registers"),
+                shared=number(r"(\d+) bytes smem"),
+                stack=number(r"(\d+) bytes stack frame"),
+                spilled=number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
+            )
+        )
+    return found
+
+
+def readable(name: str) -> str:
+    """`prefill bf16, fp8, 128` of a mangled kernel name."""
+    words = {"4Half": "fp16", "6Bfloat": "bf16", "4E4m3": "fp8", "6Single": "fp32"}
+    shape = re.search(r"MmaShapeINS_(4Half|6Bfloat)E(?:S2_|NS_4E4m3E)Li(\d+)ELi(\d)ELb(\d)E", name)
+    if shape:
+        kind = "decode" if shape[3] == "1" else "prefill" if shape[4] == "1" else "prefill_sliced"
+        kv = "fp8" if "4E4m3" in name else words[shape[1]]
+        return f"{kind} {words[shape[1]]}, {kv}, {shape[2]}"
+    single = re.search(r"fp32_kernelINS_(\w+?)E", name)
+    return f"fp32 fp32, {words.get(single[1], single[1])}, any" if single else name
+
+
+def build_emulation(folder: Path, program: str) -> Path:
+    """The kernels' code for the CPU with the host's C++ compiler: `test_blocks` or `test_layout`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        raise BuildFailed("no C++ compiler: install g++")
+    out = folder / program
+    include = ["-I", str(EMULATION / "without_cuda"), "-I", str(KERNELS)]
+    run([compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", *include, str(EMULATION / f"{program}.cpp"), "-o", str(out)])
+    return out

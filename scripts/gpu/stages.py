@@ -1,0 +1,239 @@
+"""The stages of scripts/gpu_check, in order. A stage says first what it lacks; to add one, append a Stage to STAGES."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gpu import build
+
+FOLDER = build.ROOT / "build" / "gpu_check"
+
+
+class NoDevice(Exception):
+    """The first CUDA call failed: no device, no driver, or one too old."""
+
+
+@dataclass
+class Context:
+    """What the stages share. `architecture`: the device's ("90"), or None without one. `library` and `nvcc` are set by the first stages."""
+
+    seed: int
+    rounds: int
+    architecture: str | None
+    nvcc: str | None = None
+    library: Path | None = None
+    kernels: Any = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class Failed(Exception):
+    """A stage found something wrong; `result` goes into the report."""
+
+    def __init__(self, message: str, result: dict[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.result = result or {}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """missing(context): what is not installed, or None. run(context): its results; raises Failed, or NoDevice where a GPU is wanted."""
+
+    name: str
+    missing: Callable[[Context], str | None]
+    run: Callable[[Context], dict[str, Any]]
+
+
+def nothing_missing(_: Context) -> str | None:
+    return None
+
+
+def without_nvcc(context: Context) -> str | None:
+    return None if context.nvcc else "nvcc (the CUDA toolkit, 12.0 or later)"
+
+
+def without_library(context: Context) -> str | None:
+    return None if context.library else "the kernels' library, for want of nvcc or because it did not build"
+
+
+def emulate(context: Context) -> dict[str, Any]:
+    """The kernels' code on the CPU: fragments, tiles, runs, races. Wants a C++ compiler alone."""
+    outputs = {}
+    for program, arguments in (("test_layout", []), ("test_blocks", [str(context.seed), "1"])):
+        try:
+            outputs[program] = build.run([str(build.build_emulation(FOLDER, program)), *arguments], timeout=1800).strip()
+        except build.BuildFailed as error:
+            raise Failed(str(error)) from error
+    return outputs
+
+
+def compile_kernels(context: Context) -> dict[str, Any]:
+    """The library for the device's architecture, or sm_90 where there is none; no kernel may spill."""
+    assert context.nvcc
+    architecture = context.architecture or "90"
+    try:
+        context.library, resources = build.build_library(context.nvcc, architecture, FOLDER)
+    except build.BuildFailed as error:
+        raise Failed(str(error)) from error
+    result = {"architecture": architecture, "kernels": [r.as_json() for r in resources]}
+    spilled = [r.kernel for r in resources if r.spilled]
+    if spilled or not resources:
+        raise Failed(f"kernels that spill registers: {spilled}" if spilled else "ptxas named no kernel", result)
+    return result
+
+
+def call_device(context: Context) -> dict[str, Any]:
+    """The first CUDA calls: a launch through the library, then the device's name. Raises NoDevice."""
+    import ctypes
+
+    from gpu.library import Args, CudaFailed, Kernels
+
+    assert context.library
+    context.kernels = Kernels(context.library)
+    if context.architecture is None:
+        address = ctypes.addressof(ctypes.create_string_buffer(64)) // 16 * 16 + 16  # never read: without a device nothing is launched
+        args = Args(*[address] * 5, None, None, address, 1, 1, 1, 64, 64, 1, 1, 0.125, 1, 1)
+        try:
+            context.kernels.launch(args)
+        except CudaFailed as error:
+            raise NoDevice(f"the first CUDA call of the kernels failed with {error}") from error
+        raise NoDevice("torch sees no CUDA device, though a launch did not fail: is this torch built without CUDA?")
+    import torch
+
+    properties = torch.cuda.get_device_properties(0)
+    return {"name": properties.name, "memory": properties.total_memory, "l2": properties.L2_cache_size, "multiprocessors": properties.multi_processor_count}
+
+
+def test_kernels(context: Context) -> dict[str, Any]:
+    """Every case against the fp64 oracle, graph replay, refusals."""
+    from gpu import kernel_cases
+
+    result = {
+        "rule": "error against fp64 at most twice torch's in the same dtype, plus one rounding unit",
+        "seed": context.seed,
+        "oracle": kernel_cases.check(context.kernels, kernel_cases.all_cases(), context.seed),
+        "graph_replay": kernel_cases.check_graph_replay(context.kernels, context.seed),
+        "refusals": kernel_cases.check_refusals(context.kernels),
+    }
+    failures = [failure for part in result.values() if isinstance(part, dict) for failure in part["failures"]]
+    if failures:
+        raise Failed(f"{len(failures)} cases failed, the first: {failures[0]}", result)
+    return result
+
+
+def without_sanitizer(context: Context) -> str | None:
+    if context.library is None:
+        return without_library(context)
+    return None if find_sanitizer() else "compute-sanitizer (with the CUDA toolkit)"
+
+
+def find_sanitizer() -> str | None:
+    places = [shutil.which("compute-sanitizer"), "/usr/local/cuda/bin/compute-sanitizer"]
+    return next((place for place in places if place and os.access(place, os.X_OK)), None)
+
+
+def sanitize(context: Context) -> dict[str, Any]:
+    """memcheck, racecheck and synccheck over one case of each kernel and type."""
+    sanitizer = find_sanitizer()
+    assert sanitizer
+    results, failures = {}, []
+    script = [sys.executable, str(build.ROOT / "scripts" / "gpu_check"), "--few-cases", str(context.library)]
+    for tool in ("memcheck", "racecheck", "synccheck"):
+        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--kernel-regex", "kns=flamingo", *script]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
+            results[tool] = "clean" if done.returncode == 0 else (done.stdout + done.stderr)[-2000:]
+        except subprocess.TimeoutExpired:
+            results[tool] = "not done after 150 s"
+        if results[tool] != "clean":
+            failures.append(tool)
+    if failures:
+        raise Failed(f"compute-sanitizer: {', '.join(failures)}: {results[failures[0]][-300:]}", results)
+    return results
+
+
+def benchmark(context: Context) -> dict[str, Any]:
+    """Times and ratios. Targets that are not reached are reported, and fail nothing: they belong to the card."""
+    sys.path.insert(0, str(build.ROOT / "benchmarks"))
+    import phi_attention_gpu
+
+    try:
+        result: dict[str, Any] = phi_attention_gpu.measure(context.kernels, context.rounds)
+    except MemoryError as error:
+        return {"skipped": str(error)}
+    return result
+
+
+def without_modules(*names: str) -> Callable[[Context], str | None]:
+    """Says which Python modules are missing."""
+    def missing(_: Context) -> str | None:
+        absent = [name for name in names if importlib.util.find_spec(name) is None]
+        return ", ".join(absent) if absent else None
+
+    return missing
+
+
+PACKAGE = ("msgspec", "onnx_ir", "safetensors", "tokenizers", "typer")  # what flamingo_export itself wants
+
+
+def without_cuda_provider(context: Context) -> str | None:
+    absent = without_modules("onnxruntime", *PACKAGE)(context)
+    if absent:
+        return absent
+    import onnxruntime
+
+    present = onnxruntime.get_available_providers()
+    return None if "CUDAExecutionProvider" in present else f"onnxruntime-gpu (this onnxruntime has {', '.join(present)})"
+
+
+def run_cli(*commands: Sequence[str]) -> Callable[[Context], dict[str, Any]]:
+    """A stage of flamingo-export commands on a bundle of the nano model; `BUNDLE` stands for its path."""
+    def run(_: Context) -> dict[str, Any]:
+        results: dict[str, Any] = {}
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(build.ROOT), str(build.ROOT / "reference")])}
+        with tempfile.TemporaryDirectory() as folder:
+            for command in commands:
+                words = [word.replace("BUNDLE", f"{folder}/nano.bundle") for word in command]
+                code = "from flamingo_export.cli import main; main()"
+                done = subprocess.run(
+                    [sys.executable, "-c", code, *words], env=environment, capture_output=True, text=True, timeout=500, check=False
+                )
+                name = f"flamingo-export {' '.join(command)}"
+                results[name] = {"exit": done.returncode, "output": (done.stdout or done.stderr)[-4000:]}
+                if done.returncode:
+                    raise Failed(f"{name}: exit {done.returncode}: {done.stderr[-500:]}", results)
+        return results
+
+    return run
+
+
+STAGES: list[Stage] = [
+    Stage("emulation", nothing_missing, emulate),
+    Stage("build", without_nvcc, compile_kernels),
+    Stage("device", without_library, call_device),
+    Stage("kernels", without_library, test_kernels),
+    Stage("benchmark", without_library, benchmark),
+    Stage("sanitizer", without_sanitizer, sanitize),
+    Stage("tensorrt", without_modules("tensorrt", *PACKAGE), run_cli(
+        ("build", "--size", "nano", "--backend", "tensorrt", "--out", "BUNDLE"),
+        ("parity", "BUNDLE", "--backend", "tensorrt"),
+        ("bench", "BUNDLE", "--backend", "tensorrt", "--json"),
+    )),
+    Stage("tensorrt-rtx", without_modules("tensorrt_rtx", *PACKAGE), run_cli(
+        ("build", "--size", "nano", "--backend", "tensorrt-rtx", "--out", "BUNDLE"),
+        ("parity", "BUNDLE", "--backend", "tensorrt-rtx"),
+        ("bench", "BUNDLE", "--backend", "tensorrt-rtx", "--json"),
+    )),
+    Stage("onnxruntime-cuda", without_cuda_provider, run_cli(
+        ("build", "--size", "nano", "--parity", "skip", "--out", "BUNDLE"),
+        ("bench", "BUNDLE", "--backend", "onnxruntime", "--device", "cuda", "--json"),
+    )),
+]  # fmt: skip
