@@ -10,36 +10,38 @@ from collections.abc import Iterable
 from types import ModuleType
 
 MEMBERS: dict[str, tuple[str, ...]] = {
-    "Builder": ("create_network", "create_builder_config", "create_optimization_profile", "build_serialized_network"),
-    "INetworkDefinition": ("num_layers", "get_layer", "num_inputs", "get_input", "num_outputs", "get_output"),
-    "ILayer": ("type", "name", "num_outputs", "get_output"),
-    "ITensor": ("name", "dtype", "shape"),
-    "OnnxParser": ("parse_from_file", "num_errors", "get_error"),
-    "ParserError": ("code", "desc", "node", "node_name", "node_operator"),
+    "Builder": ("create_network", "create_builder_config", "create_optimization_profile", "build_serialized_network_to_stream"),
     "IBuilderConfig": (
-        "add_optimization_profile",
-        "set_memory_pool_limit",
-        "set_flag",
-        "progress_monitor",
-        "profiling_verbosity",
+        "add_optimization_profile", "clear_flag", "create_timing_cache", "get_timing_cache", "set_timing_cache",
+        "profiling_verbosity", "progress_monitor",
     ),
-    "IOptimizationProfile": ("set_shape",),
-    "IProgressMonitor": ("phase_start", "step_complete", "phase_finish"),
-    "IPluginRegistry": ("load_library", "get_creator"),
-    "ILogger": ("log",),
-    "Runtime": ("deserialize_cuda_engine",),
+    "IConstantLayer": ("weights",),
+    "IConvolutionLayer": ("kernel",),
     "ICudaEngine": (
-        "create_execution_context",
-        "create_engine_inspector",
-        "num_io_tensors",
-        "get_tensor_name",
-        "get_tensor_mode",
+        "create_engine_inspector", "create_execution_context", "device_memory_size_v2", "get_tensor_dtype", "get_tensor_mode",
+        "get_tensor_name", "get_tensor_shape", "num_io_tensors", "num_optimization_profiles",
     ),
-    "IExecutionContext": ("set_input_shape", "set_tensor_address", "execute_async_v3", "set_optimization_profile_async"),
-}
+    "EngineInspector": ("get_engine_information",),
+    "IExecutionContext": (
+        "execute_async_v3", "infer_shapes", "set_input_shape", "set_optimization_profile_async", "set_tensor_address",
+    ),
+    "IHostMemory": ("nbytes",),
+    "ILayer": ("name", "type"),
+    "ILogger": ("log",),
+    "INetworkDefinition": ("get_input", "get_layer", "get_output", "num_inputs", "num_layers", "num_outputs"),
+    "IOptimizationProfile": ("set_shape",),
+    "IPluginRegistry": ("get_creator", "load_library"),
+    "IProgressMonitor": ("phase_finish", "phase_start", "step_complete"),
+    "IStreamWriter": ("write",),
+    "ITensor": ("dtype", "name", "shape"),
+    "ITimingCache": ("serialize",),
+    "OnnxParser": ("get_error", "num_errors", "parse_from_file"),
+    "ParserError": ("desc", "local_function_stack", "local_function_stack_size", "node_name", "node_operator"),
+    "Runtime": ("deserialize_cuda_engine",),
+}  # fmt: skip
 
-# Names of TensorRT for RTX that the datacenter bindings lack, and the reverse is never used: one body serves both.
-RTX_ONLY = frozenset({"ComputeCapability"})
+# Names of TensorRT for RTX that the datacenter bindings lack; the reverse is never used, since one body serves both.
+RTX_ONLY = frozenset({"ComputeCapability", "IBuilderConfig.num_compute_capabilities", "IBuilderConfig.set_compute_capability"})
 
 
 def names() -> tuple[str, ...]:
