@@ -13,6 +13,7 @@ from flamingo_export.precision import Precision, StorageType, default_precision
 from flamingo_reference.checkpoints.native import parameter_counts
 from flamingo_reference.config import PRESETS, ModelConfig
 
+BuildBackend = Literal["onnxruntime", "tensorrt-rtx", "tensorrt"]
 ParityMode = Literal["auto", "skip"]
 """auto: against PyTorch where it is installed, else the manifest says `not_run`. skip: the manifest says `not_run`."""
 
@@ -45,7 +46,8 @@ class BuildRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     storage: None takes fp32 below a billion parameters, bf16 above. limits: None takes those of `default_limits`.
     overwrite: a bundle at `out` is replaced once the new one is complete. resume: go on with what an interrupted build of the same
-    request has finished.
+    request has finished. backend: `onnxruntime`, which runs the portable graphs, or `tensorrt-rtx` or `tensorrt`, which compile engines
+    beside them. target: the GPU they are for (`sm89`), None for this machine's.
     """
 
     source: Source
@@ -55,6 +57,8 @@ class BuildRequest(msgspec.Struct, frozen=True, kw_only=True):
     parity: ParityMode = "auto"
     overwrite: bool = False
     resume: bool = True
+    backend: BuildBackend = "onnxruntime"
+    target: str | None = None
 
 
 def source_for_size(size: str, *, seed: int | None = None) -> Source:

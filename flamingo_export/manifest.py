@@ -10,7 +10,7 @@ from typing import Literal
 import msgspec
 
 from flamingo_export.errors import BundleError
-from flamingo_export.precision import Precision
+from flamingo_export.precision import Precision, StorageType
 from flamingo_reference.config import ModelConfig
 
 SCHEMA_VERSION = 1
@@ -33,8 +33,38 @@ class GraphRecord(msgspec.Struct, frozen=True, kw_only=True):
     layers: tuple[int, int] | None = None
 
 
+class ProfileSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """A use that an engine is compiled for: (least, usual, most) of each size by its letter, memory of its intermediate results."""
+
+    name: str
+    bounds: dict[str, tuple[int, int, int]]
+    activation_bytes: int | None = None
+
+
+class EngineSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """What the builder said of an engine.
+
+    layers of the network before fusion; kernels by kind, over all profiles; attentions in the graph and those that one kernel computes;
+    output_types: kernels that write a type.
+    """
+
+    layers: int
+    kernels: dict[str, int]
+    attentions: int
+    fused_attentions: int
+    plugin_layers: int
+    cache_updates: int
+    output_types: dict[str, int]
+    weight_bytes: int
+    profiles: tuple[ProfileSummary, ...]
+
+
 class EngineRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """A compiled engine: which graph, backend and target it is for, and the tool version that can open it."""
+    """A compiled engine: which graph, backend and target it is for, and the tool version that can open it.
+
+    lowered: the graph it was compiled from; request: digest of all that the engine depends on but the numbers of the weights; compute: the
+    type of its floats. plugin_sha256: of the plugin library it needs, None where it needs none.
+    """
 
     graph: str
     file: str
@@ -42,6 +72,12 @@ class EngineRecord(msgspec.Struct, frozen=True, kw_only=True):
     target: str
     tool_version: str
     plugin_sha256: str | None = None
+    sha256: str | None = None
+    size: int = 0
+    request: str | None = None
+    lowered: str | None = None
+    compute: StorageType | None = None
+    summary: EngineSummary | None = None
 
 
 class ShapeLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,10 +85,18 @@ class ShapeLimits(msgspec.Struct, frozen=True, kw_only=True):
 
     max_length: int
     """C at most: prompt, generated tokens of all beams, one chunk of scratch."""
-    chunk: int = 64
+    chunk: int = 256
     """Positions of one prefill call."""
     bank_rows: int = 64
     """N: media kept encoded."""
+    batch: int = 8
+    """B: requests side by side. Bounds engines alone, as do the following."""
+    beams: int = 8
+    """S of a decoding step: beams or samples of a request."""
+    frames: int = 8
+    """F: frames of one call of the vision encoder; also N of the resampler and media_kv."""
+    video_frames: int = 30
+    """T: frames of a video."""
 
 
 class SourceRecord(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,6 +1,7 @@
 """build(): from a request to a published bundle. Orchestration only.
 
-weights (streamed, group by group) -> graphs -> tokenizer -> golden values and parity -> manifest -> rename to the output path
+weights (streamed, group by group) -> graphs -> tokenizer -> engines, where a backend compiles -> golden values and parity -> manifest
+-> rename to the output path
 """
 
 from __future__ import annotations
@@ -18,27 +19,40 @@ import msgspec
 
 from flamingo_export import workplace
 from flamingo_export.artifacts import file_record
+from flamingo_export.backends.registry import COMPILERS, get_compiler
 from flamingo_export.build_request import BuildRequest, default_limits, resolve_precision
 from flamingo_export.bundle_tokenizer import checked_tokenizer, placeholder_tokenizer
 from flamingo_export.errors import CheckpointError, ParityError
 from flamingo_export.graphs import build_graph, save_graph
-from flamingo_export.manifest import MANIFEST_NAME, FileRecord, GraphRecord, Manifest, ParityRecord, write_manifest
+from flamingo_export.manifest import (
+    MANIFEST_NAME,
+    EngineRecord,
+    FileRecord,
+    GraphRecord,
+    Manifest,
+    ParityRecord,
+    write_manifest,
+)
 from flamingo_export.precision import Precision
 from flamingo_export.progress import SILENT, Progress
 from flamingo_export.sources import RandomSource, WeightSource, open_source
 from flamingo_export.specs import SUBGRAPHS
 from flamingo_export.weight_files import stored_bytes, write_weights
 from flamingo_export.weights import WEIGHTS_FOLDER, WeightIndex, bundle_weights, groups
-from flamingo_export.workplace import Journal, WorkPlace
+from flamingo_export.workplace import Finished, Journal, WorkPlace
 from flamingo_reference.checkpoints import native
 from flamingo_reference.config import ModelConfig
 
 if TYPE_CHECKING:
+    from flamingo_export.backends.tensorrt.backend import Prepared, TensorRTBackend
     from flamingo_export.validate.report import ParityReport
 
 # Graphs, tokenizer, golden values and reports beside the weights.
 OTHER_FILES_BYTES = 64_000_000
 REPORTS_FOLDER = "reports"
+ENGINES_FOLDER = "engines"
+# An engine holds the weights of its graph once more, and its kernels.
+ENGINE_RATIO = 1.05
 _TOOLS = ("flamingo-export", "numpy", "onnx", "onnx-ir", "onnxruntime", "torch")
 
 
@@ -70,6 +84,7 @@ class _Job(msgspec.Struct, frozen=True, kw_only=True):
     source: WeightSource
     precision: Precision
     place: WorkPlace
+    compiler: tuple[TensorRTBackend, Prepared] | None
     tokenizer: str | None
     notes: tuple[str, ...]
 
@@ -89,7 +104,7 @@ def plan(request: BuildRequest) -> BuildPlan:
         out=request.out,
         bytes_per_component=sizes,
         weight_bytes=total,
-        disk_bytes=total + OTHER_FILES_BYTES,
+        disk_bytes=total + _engine_bytes(request, total) + OTHER_FILES_BYTES,
     )
 
 
@@ -144,11 +159,13 @@ def _prepare(request: BuildRequest) -> _Job:
             if tokenizer
             else "there is no tokenizer: prompts must be token ids"
         )
+    compiler = get_compiler(request.backend, target=request.target) if request.backend in COMPILERS else None
     return _Job(
         request=request,
         source=source,
         precision=resolve_precision(config, request.storage),
         place=WorkPlace(request.out),
+        compiler=(compiler, compiler.prepare()) if compiler is not None else None,
         tokenizer=tokenizer,
         notes=tuple(notes),
     )
@@ -161,11 +178,15 @@ def _identity(job: _Job) -> str:
 
 
 def _bytes_left(job: _Job, journal: Journal) -> int:
-    left = groups(bundle_weights(job.source.config)).items()
-    weights = sum(
-        stored_bytes(weight, job.precision) for group, members in left if group not in journal.groups for weight in members
-    )
-    return weights + OTHER_FILES_BYTES
+    every = groups(bundle_weights(job.source.config))
+    sizes = {group: sum(stored_bytes(weight, job.precision) for weight in members) for group, members in every.items()}
+    weights = sum(size for group, size in sizes.items() if group not in journal.groups)
+    compiled = sum(record.file.size for record in journal.groups.values() if record.file.path.startswith(ENGINES_FOLDER))
+    return weights + max(0, _engine_bytes(job.request, sum(sizes.values())) - compiled) + OTHER_FILES_BYTES
+
+
+def _engine_bytes(request: BuildRequest, weights: int) -> int:
+    return int(ENGINE_RATIO * weights) if request.backend in COMPILERS else 0
 
 
 def _fill(job: _Job, journal: Journal, progress: Progress) -> BuildResult:
@@ -186,8 +207,11 @@ def _fill(job: _Job, journal: Journal, progress: Progress) -> BuildResult:
         tools=_tool_versions(),
         notes=job.notes,
     )
+    engines = _compile(job, manifest, journal, progress)
+    manifest = msgspec.structs.replace(manifest, engines=tuple(engines))
     manifest, report = _prove(job, manifest, progress)
-    manifest = msgspec.structs.replace(manifest, files=(*records, *_other_files(work)))
+    compiled = [FileRecord(path=engine.file, size=engine.size, sha256=engine.sha256 or "") for engine in engines]
+    manifest = msgspec.structs.replace(manifest, files=(*records, *compiled, *_other_files(work)))
     write_manifest(work, manifest)
     return BuildResult(path=job.place.out, manifest=manifest, notes=job.notes, parity=report)
 
@@ -206,14 +230,38 @@ def _write_graphs(job: _Job, progress: Progress) -> tuple[GraphRecord, ...]:
     return tuple(records)
 
 
+def _compile(job: _Job, manifest: Manifest, journal: Journal, progress: Progress) -> list[EngineRecord]:
+    """An engine for every graph, where a backend compiles. Each is journalled with its record as it is finished."""
+    work = job.place.work
+    records: list[EngineRecord] = []
+    if job.compiler is not None:
+        backend, prepared = job.compiler
+
+        def finished(file: str, request: str) -> EngineRecord | None:
+            found = journal.groups.get(file)
+            record = msgspec.json.decode(found.sources["record"], type=EngineRecord) if found is not None else None
+            return record if record is not None and record.request == request else None
+
+        for graph in manifest.graphs:
+            record = backend.compile(prepared, work, manifest, graph, progress=progress, finished=finished)
+            file = FileRecord(path=record.file, size=record.size, sha256=record.sha256 or "")
+            journal.add(record.file, Finished(file=file, sources={"record": msgspec.json.encode(record).decode()}))
+            records.append(record)
+    kept = {work / record.file for record in records}
+    for path in (work / ENGINES_FOLDER).rglob("*"):  # of an interrupted build for another backend or target
+        if path.is_file() and path not in kept:
+            path.unlink()
+    return records
+
+
 def _other_files(work: Path) -> list[FileRecord]:
-    """Records of all files but weights, whose digests were taken on the way, and reports, which later runs of parity replace."""
+    """Records of all files but weights and engines, whose digests were taken on the way, and reports, which later runs of parity replace."""
     return [
         file_record(work, path)
         for path in sorted(work.rglob("*"))
         if path.is_file()
         and path.name != MANIFEST_NAME
-        and path.relative_to(work).parts[0] not in (WEIGHTS_FOLDER, REPORTS_FOLDER)
+        and path.relative_to(work).parts[0] not in (WEIGHTS_FOLDER, REPORTS_FOLDER, ENGINES_FOLDER)
     ]
 
 

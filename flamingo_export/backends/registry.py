@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import importlib
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from flamingo_export.backends.base import Availability, Backend
 from flamingo_export.errors import BackendError
+
+if TYPE_CHECKING:
+    from flamingo_export.backends.tensorrt.backend import TensorRTBackend
 
 _BACKENDS = MappingProxyType(
     {
@@ -14,7 +18,9 @@ _BACKENDS = MappingProxyType(
         "reference": ("flamingo_export.backends.reference", "ReferenceBackend"),
     }
 )
-BACKEND_NAMES = tuple(_BACKENDS)
+COMPILERS = ("tensorrt-rtx", "tensorrt")
+"""Backends that compile engines into a bundle."""
+BACKEND_NAMES = (*_BACKENDS, *COMPILERS)
 PREFERRED = ("onnxruntime",)
 """What `auto` tries, best first. The reference is never chosen by itself: it is there to be compared with."""
 
@@ -26,13 +32,26 @@ def get_backend(name: str) -> Backend:
     """
     if name == "auto":
         return _first_usable()
-    if name not in _BACKENDS:
+    if name not in BACKEND_NAMES:
         raise BackendError(f"there is no backend {name!r}. Choose one of: auto, {', '.join(BACKEND_NAMES)}.")
     backend = _load(name)
     state = backend.availability()
     if not state.usable:
         raise BackendError(f"backend {name} cannot run here: {state.detail}." + _advice(state))
     return backend
+
+
+def get_compiler(name: str, *, target: str | None = None) -> TensorRTBackend:
+    """The backend that compiles engines, whether or not it can run them here; target: `sm89`, None for this machine's GPU.
+
+    Raises BackendError if there is none of that name. What its library lacks here, its `prepare` says.
+    """
+    if name not in COMPILERS:
+        raise BackendError(f"{name!r} compiles no engines. Choose one of: {', '.join(COMPILERS)}.")
+    from flamingo_export.backends.tensorrt.backend import TensorRTBackend
+    from flamingo_export.backends.tensorrt.library import LIBRARIES
+
+    return TensorRTBackend(LIBRARIES[name], target=target)
 
 
 def availability() -> dict[str, Availability]:
@@ -56,6 +75,8 @@ def _advice(state: Availability) -> str:
 
 
 def _load(name: str) -> Backend:
+    if name in COMPILERS:
+        return get_compiler(name)
     module, attribute = _BACKENDS[name]
     backend: Backend = getattr(importlib.import_module(module), attribute)()
     return backend

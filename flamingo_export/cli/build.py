@@ -6,6 +6,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import msgspec
 import typer
 
 from flamingo_export.cli.options import AsJson
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from flamingo_export.pipeline import BuildPlan, BuildResult
     from flamingo_export.precision import StorageType
 
-_CHUNK = 64
+_CHUNK = 256  # positions of one prefill call, fewer where the cache is short
 """Positions of a prefill call where --max-length is given; smaller caches take half of their length."""
 
 
@@ -24,6 +25,14 @@ class Storage(StrEnum):
     fp32 = "fp32"
     fp16 = "fp16"
     bf16 = "bf16"
+
+
+class Compiler(StrEnum):
+    """What runs the graphs: as they are, or compiled."""
+
+    onnxruntime = "onnxruntime"
+    tensorrt_rtx = "tensorrt-rtx"
+    tensorrt = "tensorrt"
 
 
 class Parity(StrEnum):
@@ -57,11 +66,28 @@ def build(
         int | None,
         typer.Option("--seed", min=0, help="Seed of random weights, also for nano.", show_default=False),
     ] = None,
+    backend: Annotated[
+        Compiler,
+        typer.Option(
+            "--backend",
+            help="onnxruntime: graphs alone. tensorrt-rtx: engines too, on any machine. tensorrt: engines too, on the GPU host.",
+        ),
+    ] = Compiler.onnxruntime,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target", metavar="smNN", help="GPU of the engines, such as sm89. Default this machine's.", show_default=False
+        ),
+    ] = None,
     max_length: Annotated[
         int | None,
         typer.Option(
             "--max-length", min=2, help="Cache slots at most. Default what the model was made for.", show_default=False
         ),
+    ] = None,
+    max_batch: Annotated[
+        int | None,
+        typer.Option("--max-batch", min=1, help="Requests side by side in an engine. Default 8.", show_default=False),
     ] = None,
     parity: Annotated[
         Parity, typer.Option("--parity", help="auto: compare with the reference where PyTorch is installed.")
@@ -74,31 +100,44 @@ def build(
 
     \b
     flamingo-export build --size nano --out nano.bundle
+    flamingo-export build --size 3b --backend tensorrt-rtx --target sm89 --out 3b.bundle
     """
     if (size is None) == (checkpoint is None):
         raise typer.BadParameter("give either --size or --checkpoint", param_hint="--size")
     if checkpoint is not None and seed is not None:
         raise typer.BadParameter("a checkpoint has its weights; a seed makes random ones for --size", param_hint="--seed")
-    from flamingo_export import api, pipeline
-    from flamingo_export.build_request import BuildRequest, CheckpointFolder, default_out, source_for_size
+    if target is not None and backend is Compiler.onnxruntime:
+        raise typer.BadParameter("only engines have a target: add --backend tensorrt-rtx", param_hint="--target")
+    from flamingo_export import pipeline
+    from flamingo_export.build_request import BuildRequest, CheckpointFolder, default_limits, default_out, source_for_size
     from flamingo_export.cli.options import known_size
     from flamingo_export.cli.output import print_json
     from flamingo_export.cli.progress import reported
     from flamingo_export.manifest import ShapeLimits
+    from flamingo_export.sources import open_source
 
     source = (
         source_for_size(known_size(size).name, seed=seed) if size is not None else CheckpointFolder(path=checkpoint or Path())
     )
-    limits = ShapeLimits(max_length=max_length, chunk=min(_CHUNK, max_length // 2)) if max_length else None
+    limits = ShapeLimits(max_length=max_length, chunk=max(1, min(_CHUNK, max_length // 8))) if max_length else None
+    if max_batch is not None:
+        limits = msgspec.structs.replace(limits or default_limits(open_source(source).config), batch=max_batch)
     storage: StorageType | None = precision.value if precision else None
+    request = BuildRequest(
+        source=source,
+        out=out or default_out(source),
+        storage=storage,
+        limits=limits,
+        parity=parity.value,
+        overwrite=force,
+        backend=backend.value,
+        target=target,
+    )
     if plan:
-        request = BuildRequest(source=source, out=out or default_out(source), storage=storage, limits=limits, overwrite=force)
         _print_plan(pipeline.plan(request), as_json)
         return
     with reported() as progress:
-        result = api.build(
-            source, out=out, storage=storage, limits=limits, parity=parity.value, overwrite=force, progress=progress
-        )
+        result = pipeline.build(request, progress=progress)
     if as_json:
         print_json({"bundle": result.path, "notes": result.notes, "manifest": result.manifest})
     else:
@@ -118,6 +157,10 @@ def _print(result: BuildResult) -> None:
     print(
         f"{result.path}: Flamingo {manifest.config.name}, {human_bytes(total)}, {weights}, stored in {manifest.precision.storage}"
     )
+    for engine in manifest.engines:
+        print(
+            f"{engine.file}: {human_bytes(engine.size)}, {engine.backend} {engine.tool_version} for {engine.target}, {engine.compute}"
+        )
     for note in result.notes:
         print(f"note: {note}")
     if result.parity is not None:

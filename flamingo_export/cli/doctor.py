@@ -61,8 +61,11 @@ def examine(folder: Path) -> Report:
     driver, gpus = machine.cuda()
     runtime, torch = machine.onnxruntime(), machine.torch()
     extras = [_optional(*pair) for pair in (("matplotlib", "plots in parity reports"), ("scikit-learn", "training nano"))]
-    software = [runtime, torch, *extras, driver, *machine.tensorrt()]
-    return Report(hardware=found, gpus=gpus, software=software, tasks=_tasks(runtime, torch, gpus), sizes=_sizes(found))
+    tensorrt = machine.tensorrt()
+    software = [runtime, torch, *extras, driver, *tensorrt]
+    return Report(
+        hardware=found, gpus=gpus, software=software, tasks=_tasks(runtime, torch, tensorrt, gpus), sizes=_sizes(found)
+    )
 
 
 def _optional(name: str, purpose: str) -> Finding:
@@ -77,7 +80,7 @@ def _optional(name: str, purpose: str) -> Finding:
     )
 
 
-def _tasks(runtime: Finding, torch: Finding, gpus: list[Gpu]) -> list[Finding]:
+def _tasks(runtime: Finding, torch: Finding, tensorrt: list[Finding], gpus: list[Gpu]) -> list[Finding]:
     from flamingo_export.cli.machine import Finding
 
     works, needs_torch = "works here", "needs PyTorch"
@@ -113,7 +116,34 @@ def _tasks(runtime: Finding, torch: Finding, gpus: list[Gpu]) -> list[Finding]:
             else ("no GPU found" if not gpus else "this ONNX Runtime has no CUDA provider"),
             remedy="pip install onnxruntime-gpu in place of onnxruntime" if gpus and not cuda_provider else None,
         ),
-        Finding(name="TensorRT engines", found=False, detail="not in this version, whatever is installed"),
+        *_engine_tasks(tensorrt, gpus),
+    ]
+
+
+def _engine_tasks(tensorrt: list[Finding], gpus: list[Gpu]) -> list[Finding]:
+    from flamingo_export.cli.machine import DATACENTER, PLUGIN, RTX, Finding
+
+    by_name = {finding.name: finding for finding in tensorrt}
+    rtx, datacenter, plugin = by_name[RTX], by_name[DATACENTER], by_name[PLUGIN]
+    lacking = [
+        what
+        for what, there in (("TensorRT", datacenter.found), ("a GPU", bool(gpus)), ("the plugin", plugin.found))
+        if not there
+    ]
+    return [
+        Finding(
+            name="build engines for RTX GPUs (--backend tensorrt-rtx)",
+            found=rtx.found,
+            detail="works here, for any target" if rtx.found else "needs TensorRT for RTX, no GPU",
+            remedy=rtx.remedy,
+        ),
+        Finding(
+            name="build engines for this GPU (--backend tensorrt)",
+            found=not lacking,
+            detail=f"needs {', '.join(lacking)}" if lacking else "everything is there (not tested by this project so far)",
+            remedy=next((each.remedy for each in (datacenter, plugin) if not each.found), None),
+        ),
+        Finding(name="run engines", found=False, detail="not in this version, whatever is installed"),
     ]
 
 

@@ -11,7 +11,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from flamingo_export.manifest import Manifest
+    from flamingo_export.manifest import EngineRecord, Manifest
     from flamingo_export.specs import SubgraphSpec, TensorSpec
     from flamingo_reference.config import ModelConfig
 
@@ -31,6 +31,12 @@ def inspect(
     size: Annotated[
         str | None, typer.Option("--size", help="Show a size instead: nano, 3b, 9b or 80b.", show_default=False)
     ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            "--engine", metavar="GRAPH", help="Show the engines of a graph of the bundle, such as decoder.", show_default=False
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what a bundle is made of (parameters, graphs, files, limits, how parity stands), or what a size would be."""
@@ -38,7 +44,11 @@ def inspect(
 
     if (bundle is None) == (size is None):
         raise typer.BadParameter("give either a bundle or --size", param_hint="BUNDLE")
-    if bundle is not None:
+    if engine is not None and bundle is None:
+        raise typer.BadParameter("engines are part of a bundle", param_hint="--engine")
+    if bundle is not None and engine is not None:
+        _inspect_engines(bundle, engine, as_json)
+    elif bundle is not None:
         _inspect_bundle(bundle, as_json)
     elif size is not None:
         _inspect_size(known_size(size), as_json)
@@ -99,10 +109,66 @@ def _inspect_bundle(bundle: Path, as_json: bool) -> None:
         layers = f", language model layers {record.layers[0]} to {record.layers[1] - 1}" if record.layers else ""
         console.print(table(("", "tensor", "type", "shape"), rows, title=f"{record.name}: {record.file}{layers}"))
     if manifest.engines:
-        engines = [(engine.graph, engine.backend, engine.target, engine.file) for engine in manifest.engines]
-        console.print(table(("graph", "backend", "target", "file"), engines, title="engines"))
+        engines = [
+            (engine.graph, engine.backend, engine.target, engine.tool_version, engine.file) for engine in manifest.engines
+        ]
+        console.print(table(("graph", "backend", "target", "version", "file"), engines, title="engines"))
     files = [(file.path, human_bytes(file.size), file.sha256[:12]) for file in manifest.files]
     console.print(table(("file", "size", "SHA-256 begins"), files, title="files", right=(1,)))
+
+
+def _inspect_engines(bundle: Path, graph: str, as_json: bool) -> None:
+    """Every engine of a graph, as its builder described it."""
+    from flamingo_export.cli.output import print_json, results
+    from flamingo_export.errors import BundleError
+    from flamingo_export.manifest import read_manifest
+
+    manifest = read_manifest(bundle)
+    found = [engine for engine in manifest.engines if engine.graph == graph]
+    if not found:
+        names = ", ".join(dict.fromkeys(engine.graph for engine in manifest.engines))
+        raise BundleError(
+            f"{bundle} has no engine of {graph!r}; "
+            + (f"it has engines of {names}." if names else "it has none. Build them: --backend tensorrt-rtx --target sm89")
+        )
+    if as_json:
+        print_json(found)
+        return
+    for engine in found:
+        _print_engine(results(), engine)
+
+
+def _print_engine(console: Console, engine: EngineRecord) -> None:
+    from flamingo_export.cli.output import human_bytes, table
+
+    plugin = f"plugin library {engine.plugin_sha256[:12]}..." if engine.plugin_sha256 else "no plugin library needed"
+    console.print(
+        f"[bold]{engine.file}[/bold]  {human_bytes(engine.size)}, SHA-256 {(engine.sha256 or 'not recorded')[:12]}\n"
+        f"{engine.backend} {engine.tool_version} for {engine.target}, from {engine.lowered}, computes in {engine.compute}; {plugin}"
+    )
+    summary = engine.summary
+    if summary is None:
+        console.print("no summary was recorded\n")
+        return
+    rows = [
+        ("layers before fusion", str(summary.layers)),
+        ("kernels, all profiles", ", ".join(f"{count} {kind}" for kind, count in summary.kernels.items()) or "not told"),
+        ("fused attention", f"{summary.fused_attentions} of {summary.attentions}"),
+        ("plugin layers", str(summary.plugin_layers)),
+        ("cache updates in place", str(summary.cache_updates)),
+        ("kernels that write", ", ".join(f"{name} {count}" for name, count in summary.output_types.items()) or "not told"),
+        ("weights", human_bytes(summary.weight_bytes)),
+    ]
+    console.print(table(("engine", ""), rows))
+    profiles = [
+        (
+            profile.name,
+            ", ".join(f"{symbol} {least}..{most} ({usual})" for symbol, (least, usual, most) in profile.bounds.items()),
+            "not told" if profile.activation_bytes is None else human_bytes(profile.activation_bytes),
+        )
+        for profile in summary.profiles
+    ]
+    console.print(table(("profile", "sizes, tuned for those in brackets", "intermediate results"), profiles, right=(2,)))
 
 
 def _summary(manifest: Manifest) -> str:

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import msgspec
 
+RTX, DATACENTER, PLUGIN = "TensorRT for RTX", "TensorRT (datacenter)", "flamingo plugin library"
+
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
     """One thing looked for: whether it is there, what was found, and what to do if it is wanted and missing."""
@@ -170,21 +172,42 @@ def _devices(driver: ctypes.CDLL) -> list[Gpu]:
 
 
 def tensorrt() -> list[Finding]:
-    """TensorRT's Python bindings, libraries and headers, TensorRT for RTX, and the CUDA compiler."""
-    bindings = _first_package("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt_cu13_bindings", "tensorrt_cu12_bindings")
-    rtx = _first_package("tensorrt-rtx", "tensorrt_rtx_cu13_bindings", "tensorrt_rtx_cu12_bindings")
-    library = ctypes.util.find_library("nvinfer") or _wheel_library("tensorrt_libs", "libnvinfer.so*")
+    """TensorRT for RTX, datacenter TensorRT with its libraries, headers, our plugin library, and the CUDA compiler."""
+    from flamingo_export.backends.tensorrt import library
+
+    rtx, bindings = library.RTX, library.DATACENTER
+    versions = ("tensorrt-rtx", "tensorrt_rtx_cu13_bindings", "tensorrt_rtx_cu12_bindings")
+    found = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt_cu13_bindings", "tensorrt_cu12_bindings")
+    runtime = ctypes.util.find_library("nvinfer") or _wheel_library("tensorrt_libs", "libnvinfer.so*")
     header = _first_file("NvInfer.h", _include_folders())
     compiler = shutil.which("nvcc") or _first_file("nvcc", [Path("/usr/local/cuda/bin")])
     return [
-        _finding("TensorRT bindings", bindings, "pip install tensorrt-cu13"),
+        _finding(RTX, _first_package(*versions) or _importable_as(*rtx.modules), rtx.install),
+        _finding(DATACENTER, _first_package(*found) or _importable_as(*bindings.modules), bindings.install),
         _finding(
-            "TensorRT libraries", library, "on a GPU host: NVIDIA's tar or Debian packages (libnvinfer), or the wheel above"
+            "TensorRT libraries", runtime, "on a GPU host: NVIDIA's tar or Debian packages (libnvinfer), or the wheel above"
         ),
         _finding("TensorRT headers", header, "libnvinfer-headers-dev, or set TENSORRT_ROOT to an unpacked TensorRT"),
-        _finding("TensorRT for RTX", rtx, "pip install tensorrt_rtx_cu13_bindings tensorrt_rtx_cu13_libs"),
+        _plugin(),
         _finding("CUDA compiler (nvcc)", compiler, "the CUDA toolkit 12.8 or later"),
     ]
+
+
+def _importable_as(*modules: str) -> str | None:
+    """A module that can be imported though no distribution of it is installed: a folder on PYTHONPATH."""
+    return next((name for name in modules if _importable(name)), None)
+
+
+def _plugin() -> Finding:
+    """Our plugin library, which datacenter TensorRT needs."""
+    from flamingo_export.backends.tensorrt import plugin
+    from flamingo_export.errors import BackendError
+
+    try:
+        path = plugin.find_plugin()
+    except BackendError as error:
+        return Finding(name=PLUGIN, found=False, detail=str(error), remedy=plugin.HOW_TO_BUILD)
+    return _finding(PLUGIN, str(path) if path is not None else None, plugin.HOW_TO_BUILD)
 
 
 def _finding(name: str, found: str | None, remedy: str) -> Finding:

@@ -35,6 +35,8 @@ class Expected(msgspec.Struct, frozen=True, kw_only=True):
     attentions: int
     weights: Mapping[str, ir.ExternalTensor]
     """Weights that nodes read, by name."""
+    kernels: Mapping[str, str]
+    """Convolution -> its kernel, which TensorRT keeps in the layer and not as a constant of its own."""
 
 
 def check_graph(
@@ -66,6 +68,11 @@ def check_graph(
         cache_updates=calls[("", "TensorScatter", "")],
         attentions=attentions,
         weights={name: value for name, value in used.items() if name and isinstance(value, ir.ExternalTensor)},
+        kernels={
+            node.name or "": node.inputs[1].name or ""
+            for node in model.graph
+            if node.op_type == "Conv" and node.inputs[1] is not None and node.inputs[1].is_initializer()
+        },
     )
 
 

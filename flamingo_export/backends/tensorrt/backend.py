@@ -1,0 +1,155 @@
+"""The backends `tensorrt` and `tensorrt-rtx`: portable graph -> lowered graph -> engine in the bundle."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import msgspec
+import onnx_ir as ir
+
+from flamingo_export.backends.base import Availability, Session, SessionOptions
+from flamingo_export.backends.tensorrt import library, plugin
+from flamingo_export.backends.tensorrt.builder import Task, build
+from flamingo_export.backends.tensorrt.estimate import available_memory, check_memory, estimate
+from flamingo_export.backends.tensorrt.library import Library
+from flamingo_export.errors import BackendError
+from flamingo_export.lowering.lint import check_graph
+from flamingo_export.lowering.shapes import profiles
+from flamingo_export.lowering.tensorrt import lower, save_lowered
+from flamingo_export.manifest import EngineRecord, GraphRecord, Manifest
+from flamingo_export.progress import SILENT, Progress
+from flamingo_export.specs import SubgraphSpec, decoder_spec, subgraph_specs
+
+Finished = Callable[[str, str], EngineRecord | None]
+"""(path of an engine in the bundle, digest of all that it depends on) -> the record of one that an interrupted build has finished."""
+
+
+class TensorRTBackend:
+    """One library, given as a module or found when it is needed; `target` None is this machine's GPU."""
+
+    def __init__(self, which: Library, *, target: str | None = None, module: ModuleType | None = None) -> None:
+        self._library, self._target, self._module = which, target, module
+
+    @property
+    def name(self) -> str:
+        return self._library.backend
+
+    @property
+    def native_functions(self) -> frozenset[str]:
+        """Functions that the plugin computes."""
+        return self._library.native_functions
+
+    def availability(self) -> Availability:
+        """Whether engines can be run here; nothing is imported."""
+        which = self._library
+        if self._module is None and not library.installed(which):
+            return Availability(usable=False, detail=f"{which.title} is not installed", remedy=which.install)
+        builds = "builds engines for other machines here, but " if which.ahead_of_time else "is installed, but "
+        if library.device() is None:
+            return Availability(usable=False, detail=f"{which.title} {builds}there is no NVIDIA driver or GPU to run them")
+        return Availability(
+            usable=False, detail=f"{which.title} {builds}this version of flamingo-export does not run engines yet"
+        )
+
+    def prepare(self) -> Prepared:
+        """All that can fail before work begins: library, GPU or target, plugin. Raises BackendError saying what is missing."""
+        trt = self._module or library.load(self._library)
+        target = library.resolve_target(self._library, trt, self._target)
+        digest = plugin.load(trt) if self.native_functions else None
+        return Prepared(trt=trt, target=target, plugin_sha256=digest)
+
+    def build(self, bundle: Path, manifest: Manifest, graph: GraphRecord, *, progress: Progress = SILENT) -> EngineRecord:
+        """Lowers a graph and compiles it into the bundle.
+
+        Raises BackendError (library, GPU or plugin missing), BuildError (lint, memory, or refused by TensorRT).
+        """
+        return self.compile(self.prepare(), bundle, manifest, graph, progress=progress)
+
+    def compile(
+        self,
+        prepared: Prepared,
+        bundle: Path,
+        manifest: Manifest,
+        graph: GraphRecord,
+        *,
+        progress: Progress = SILENT,
+        finished: Finished = lambda path, request: None,
+    ) -> EngineRecord:
+        """`build` with what `prepare` found; an engine that `finished` knows is not built again."""
+        trt, spec, limits = prepared.trt, spec_of(manifest, graph), manifest.limits
+        compute = manifest.precision.storage
+        lowered = lower(
+            ir.load(bundle / graph.file),
+            compute=compute,
+            capacity=limits.max_length,
+            native_functions=self.native_functions,
+        )
+        expected = check_graph(
+            lowered, spec, compute=compute, capacity=limits.max_length, native_functions=self.native_functions
+        )
+        path = bundle / f"{graph.name}.{self.name}.onnx"
+        data = save_lowered(lowered, path)
+        uses = profiles(spec, limits)
+        file = f"engines/{self.name}-{prepared.target}/{graph.name}.engine"
+        request = hashlib.sha256(data + msgspec.json.encode([file, trt.__version__, uses, prepared.plugin_sha256])).hexdigest()
+        earlier = finished(file, request)
+        if earlier is not None:
+            return earlier
+        needed = estimate(expected)
+        check_memory(graph.name, needed, available_memory())
+        task = Task(
+            graph=path,
+            spec=spec,
+            expected=expected,
+            profiles=uses,
+            capacity=limits.max_length,
+            engine=bundle / file,
+            target=prepared.target if self._library.ahead_of_time else None,
+            fp32=compute == "fp32",
+            timing_cache=None if self._library.ahead_of_time else _timing_cache(self._library, trt, prepared.target),
+        )
+        built = build(trt, task, progress=progress)
+        return EngineRecord(
+            graph=graph.name,
+            file=file,
+            backend=self.name,
+            target=prepared.target,
+            tool_version=trt.__version__,
+            plugin_sha256=prepared.plugin_sha256,
+            sha256=built.sha256,
+            size=built.size,
+            request=request,
+            lowered=path.name,
+            compute=compute,
+            summary=built.summary,
+        )
+
+    def open(self, bundle: Path, manifest: Manifest, graph: GraphRecord, options: SessionOptions) -> Session:
+        """Raises BackendError: without a driver no engine can be opened, and with one this version does not run it yet."""
+        state = self.availability()
+        raise BackendError(
+            f"the engine of {graph.name} cannot be opened: {state.detail}. {state.remedy or 'Use --backend onnxruntime: the bundle has it too.'}"
+        )
+
+
+class Prepared(msgspec.Struct, frozen=True, kw_only=True):
+    """A library that is ready to build: its module, the GPU it builds for, the digest of the loaded plugin library."""
+
+    trt: ModuleType
+    target: str
+    plugin_sha256: str | None = None
+
+
+def spec_of(manifest: Manifest, graph: GraphRecord) -> SubgraphSpec:
+    """The contract of a graph of a bundle."""
+    if graph.layers is None:
+        return subgraph_specs(manifest.config)[graph.name]
+    return decoder_spec(manifest.config, range(*graph.layers), name=graph.name)
+
+
+def _timing_cache(which: Library, trt: ModuleType, target: str) -> Path:
+    """Kernels measured on this kind of GPU. Ahead of time nothing is measured, so nothing is kept."""
+    return Path.home() / ".cache" / "flamingo-export" / "timing" / f"{which.backend}-{trt.__version__}-{target}.cache"

@@ -1,0 +1,112 @@
+"""What TensorRT says while it parses and builds, kept where it matters, and its errors in words that help."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+_FACTS = ("Total Activation Memory:", "Total Weights Memory:", "LayerType: ")
+
+# What TensorRT says -> what it means here. The first that fits is told.
+_MEANINGS = (
+    (
+        r"out ?of ?memory|bad_alloc|cuMemAlloc|cudaErrorMemoryAllocation|failed to allocate",
+        "memory ran out while building. Close other programs or build on a machine with more; --max-length, --max-batch and 16-bit "
+        "weights (--precision) make engines smaller",
+    ),
+    (
+        r"could not find any implementation|no implementation",
+        "TensorRT found no kernel for a part of the graph. It says the same when memory is short while it tries them: see what was "
+        "available, free some and build again; if there was enough, the GPU lacks kernels for this type: try --precision fp16",
+    ),
+    (
+        r"plugin not found|getPluginCreator|no plugin",
+        "the plugin library is not loaded, or has another name, version or namespace",
+    ),
+    (
+        r"no importer|unsupported operator|No schema registered|parser does not support",
+        "this version of TensorRT does not have an operator of the graph",
+    ),
+    (
+        r"serialization.*version|not compatible with this version|version tag does not match|magic",
+        "the engine or timing cache is of another TensorRT version: build it again with this one",
+    ),
+    (
+        r"incompatible device|compute capability|generated on a different|hardware compat",
+        "the engine is for another GPU: build it again with --target of this one",
+    ),
+    (
+        r"driver.*insufficient|CUDA initialization failure|error 35\b",
+        "the NVIDIA driver is missing or too old for this TensorRT",
+    ),
+    (r"cancel", "the build was cancelled"),
+)
+
+
+def meaning(text: str) -> str | None:
+    """What a message of TensorRT's means for a user, None where it is not known."""
+    return next((words for pattern, words in _MEANINGS if re.search(pattern, text, re.IGNORECASE)), None)
+
+
+class Heard:
+    """Messages kept of one build: errors, warnings, and those that describe the engine."""
+
+    def __init__(self) -> None:
+        self.errors: list[str] = []
+        self.warnings: list[str] = []
+        self.facts: list[str] = []
+        self.any = False
+        """Whether anything was heard: nothing is, where other code of the process has given TensorRT its logger before."""
+
+    def hear(self, severity: int, text: str) -> None:
+        """severity: 0 internal error, 1 error, 2 warning, 3 info, 4 verbose."""
+        self.any = True
+        if severity <= 1:
+            self.errors.append(text)
+        elif severity == 2:
+            self.warnings.append(text)
+        elif any(fact in text for fact in _FACTS):
+            self.facts.append(text)
+
+    def explanation(self) -> str:
+        """The first error and what it means."""
+        if not self.errors:
+            return "TensorRT gave no reason"
+        known = next((words for text in self.errors if (words := meaning(text))), None)
+        first = " ".join(self.errors[0].split())
+        return f"{known}. TensorRT said: {first}" if known else f"TensorRT said: {first}"
+
+
+class _Ear:
+    """The one logger that TensorRT takes in a process, and who listens at the moment."""
+
+    def __init__(self, trt: ModuleType) -> None:
+        self.listener: Heard | None = None
+        ear = self
+
+        class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+
+            def log(self, severity: Any, text: str) -> None:
+                if ear.listener is not None:
+                    ear.listener.hear(int(severity), text)
+
+        self.logger = Logger()
+
+
+_ears: dict[str, _Ear] = {}
+
+
+@contextmanager
+def listening(trt: ModuleType, heard: Heard) -> Iterator[Any]:
+    """A logger that fills `heard` for the length of a `with` block and prints nothing. It outlives the block, as TensorRT wants."""
+    ear = _ears.setdefault(trt.__name__, _Ear(trt))
+    ear.listener = heard
+    try:
+        yield ear.logger
+    finally:
+        ear.listener = None

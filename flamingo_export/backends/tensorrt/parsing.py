@@ -1,0 +1,117 @@
+"""A lowered graph into TensorRT's network, and the check that the network is what the graph says."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from flamingo_export.backends.tensorrt.log import Heard, meaning
+from flamingo_export.errors import BuildError
+from flamingo_export.lowering.lint import Expected
+from flamingo_export.specs import SubgraphSpec
+
+_PLUGINS = ("PLUGIN", "PLUGIN_V2", "PLUGIN_V3")
+# Bytes compared at a time.
+_BLOCK = 1 << 24
+
+
+def parse(trt: ModuleType, network: Any, logger: Any, graph: Path, heard: Heard) -> Any:
+    """Fills `network` from a file, whose weights TensorRT maps from beside it, and returns the parser: it owns what was mapped.
+
+    Raises BuildError naming each node that was refused, and where it is in our graph.
+    """
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(graph)):
+        refused = [_refused(parser.get_error(index)) for index in range(parser.num_errors)]
+        raise BuildError(
+            f"TensorRT {trt.__version__} does not take {graph.name}: {'; '.join(dict.fromkeys(refused)) or heard.explanation()}"
+        )
+    return parser
+
+
+def _refused(error: Any) -> str:
+    text = " ".join(error.desc().split())
+    words = meaning(text)
+    where = f"node {error.node_name()} ({error.node_operator()})" if error.node_name() else "the graph"
+    if error.local_function_stack_size():
+        where += f" in {' in '.join(error.local_function_stack())}"
+    return f"{where}: {f'{words} ({text})' if words else text}"
+
+
+def check_network(trt: ModuleType, network: Any, spec: SubgraphSpec, expected: Expected, heard: Heard, *, bundle: Path) -> None:
+    """Raises BuildError if parsing lost or changed anything: inputs, outputs, plugin layers, cache updates, attention, weights."""
+    faults = [
+        *_tensors(network, spec),
+        *_counts(trt, network, expected),
+        *(" ".join(text.split()) for text in heard.warnings if "unused input" in text.lower()),
+        *_weights(trt, network, expected, bundle),
+    ]
+    if faults:
+        raise BuildError(
+            f"TensorRT {trt.__version__} read {spec.name} otherwise than it is: {'; '.join(faults)}. "
+            "An engine would give wrong results, so none was built; please report this."
+        )
+
+
+def _tensors(network: Any, spec: SubgraphSpec) -> Iterator[str]:
+    found = ({network.get_input(index).name for index in range(network.num_inputs)},
+             {network.get_output(index).name for index in range(network.num_outputs)})  # fmt: skip
+    for what, names, tensors in zip(("input", "output"), found, (spec.inputs, spec.outputs), strict=True):
+        wanted = {tensor.name for tensor in tensors}
+        for name in sorted(names ^ wanted):
+            yield f"{what} {name} was {'added' if name in names else 'lost'}"
+
+
+def _counts(trt: ModuleType, network: Any, expected: Expected) -> Iterator[str]:
+    counts = layer_counts(network)
+    plugins = sum(counts[name] for name in _PLUGINS)
+    if plugins != expected.plugin_layers:
+        yield f"{plugins} plugin layers, expected {expected.plugin_layers}"
+    if counts["KV_CACHE_UPDATE"] != expected.cache_updates:
+        yield f"{counts['KV_CACHE_UPDATE']} cache updates in place, expected {expected.cache_updates}"
+    if counts["ATTENTION_OUTPUT"] != expected.attentions:
+        yield f"{counts['ATTENTION_OUTPUT']} attention layers, expected {expected.attentions}"
+
+
+def layer_counts(network: Any) -> Counter[str]:
+    """Layers of a network by the name of their type."""
+    return Counter(network.get_layer(index).type.name for index in range(network.num_layers))
+
+
+def _weights(trt: ModuleType, network: Any, expected: Expected, bundle: Path) -> Iterator[str]:
+    """Every weight is there under its name, with its type, its size and its numbers (those of bf16 cannot be read back in Python)."""
+    held: dict[str, Any] = {}
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type == trt.LayerType.CONSTANT and layer.name in expected.weights:
+            layer.__class__ = trt.IConstantLayer
+            held[layer.name] = layer.weights
+        elif layer.type == trt.LayerType.CONVOLUTION and layer.name in expected.kernels:
+            layer.__class__ = trt.IConvolutionLayer
+            held[expected.kernels[layer.name]] = layer.kernel
+    for name, tensor in expected.weights.items():
+        if name not in held:
+            yield f"weight {name} was lost or merged with another"
+        elif not _same(held[name], tensor, bundle):
+            yield f"weight {name} has other numbers, or another type or size, than its file"
+
+
+def _same(found: Any, tensor: ir.ExternalTensor, bundle: Path) -> bool:
+    if found.size != tensor.size or found.nbytes != tensor.nbytes:
+        return False
+    if not isinstance(found, np.ndarray):
+        return bool(found.dtype.name == "BF16" and tensor.dtype == ir.DataType.BFLOAT16)
+    if found.dtype != tensor.dtype.numpy():
+        return False
+    stored = np.memmap(bundle / tensor.location, mode="r", dtype=np.uint8, offset=tensor.offset or 0, shape=(tensor.nbytes,))
+    numbers = found.reshape(-1).view(np.uint8)
+    return all(
+        np.array_equal(numbers[start : start + _BLOCK], stored[start : start + _BLOCK])
+        for start in range(0, tensor.nbytes, _BLOCK)
+    )

@@ -1,0 +1,50 @@
+"""What an engine is made of, as its builder tells it: no driver is needed, unlike for TensorRT's inspector."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+
+from flamingo_export.lowering.lint import Expected
+from flamingo_export.lowering.shapes import Profile
+from flamingo_export.manifest import EngineSummary, ProfileSummary
+
+_KERNEL = re.compile(r"^Name: (?P<name>.*?), LayerType: (?P<kind>[\w ]+), (?P<rest>.*)$", re.MULTILINE)
+_OUTPUTS = re.compile(r"Outputs: \[(.*?)\], TacticName:")
+_DATATYPE = re.compile(r"Datatype: (\w+)")
+_MEMORY = re.compile(r"Total Activation Memory: (\d+) bytes")
+# What TensorRT calls a kernel that computes a whole attention: _gemm_mha_v2, fmha_v2 and the like.
+_ATTENTION = re.compile(r"mha", re.IGNORECASE)
+
+
+def summarise(facts: Iterable[str], expected: Expected, layers: Counter[str], profiles: tuple[Profile, ...]) -> EngineSummary:
+    """facts: messages of the build. layers: of the network by type. The memory of profile i is the i-th that the builder names."""
+    text = "\n".join(facts)
+    kinds: Counter[str] = Counter()
+    types: Counter[str] = Counter()
+    attention = 0
+    for kernel in _KERNEL.finditer(text):
+        kinds[kernel["kind"]] += 1
+        attention += bool(_ATTENTION.search(kernel["name"]))
+        outputs = _OUTPUTS.search(kernel["rest"])
+        types.update(set(_DATATYPE.findall(outputs[1])) if outputs else ())
+    memory = [int(found) for found in _MEMORY.findall(text)]
+    return EngineSummary(
+        layers=sum(layers.values()),
+        kernels=dict(kinds.most_common()),
+        attentions=expected.attentions,
+        fused_attentions=attention // len(profiles),
+        plugin_layers=expected.plugin_layers,
+        cache_updates=expected.cache_updates,
+        output_types=dict(types.most_common()),
+        weight_bytes=sum(tensor.nbytes for tensor in expected.weights.values()),
+        profiles=tuple(
+            ProfileSummary(
+                name=profile.name,
+                bounds={symbol: (bounds.least, bounds.usual, bounds.most) for symbol, bounds in profile.bounds.items()},
+                activation_bytes=memory[index] if len(memory) == len(profiles) else None,
+            )
+            for index, profile in enumerate(profiles)
+        ),
+    )
