@@ -62,7 +62,7 @@ def time_round(calls: list[Callable[[], None]], rounds: int) -> float:
         stop.synchronize()
         if replay >= 3:
             times.append(start.elapsed_time(stop) / 1e3 / len(calls))
-    return statistics.median(times)
+    return float(statistics.median(times))
 
 
 def sets_for(bytes_of_set: int) -> int:
@@ -93,6 +93,7 @@ def bank(rows: int, dtype: torch.dtype) -> Tensor:
 
 def kernel_call(kernels: Kernels, args: Args, *keep: Tensor) -> Callable[[], None]:
     """The call, with the tensors that its arguments point into."""
+
     def call(keep: tuple[Tensor, ...] = keep) -> None:
         kernels(args)
 
@@ -110,7 +111,9 @@ def prefill(kernels: Kernels, kv_dtype: torch.dtype, rounds: int, *, even: bool)
     calls: list[Callable[[], None]] = []
     name = None
     for _ in range(sets_for(size)):
-        starts = torch.arange(0, TOKENS, TOKENS // IMAGES) if even else torch.cat([torch.zeros(1), torch.randperm(TOKENS - 1)[: IMAGES - 1] + 1]).long()
+        starts = torch.arange(0, TOKENS, TOKENS // IMAGES)
+        if not even:
+            starts[1:] = torch.randperm(TOKENS - 1)[: IMAGES - 1] + 1
         phi = torch.zeros(TOKENS, dtype=torch.int64).scatter_(0, starts, 1).cumsum(0)[None].cuda()
         rows = torch.randperm(IMAGES)[None].cuda()
         q, k, v = queries(1, TOKENS), bank(IMAGES, kv_dtype), bank(IMAGES, kv_dtype)
@@ -132,7 +135,7 @@ def prefill_sdpa(rounds: int) -> dict[str, Any]:
     for _ in range(sets_for(size)):
         q = torch.randn(1, HEADS, TOKENS, HEAD_SIZE, device="cuda", dtype=torch.bfloat16)
         k, v = (torch.randn(1, HEADS, IMAGES * LATENTS, HEAD_SIZE, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-        calls.append(lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask))  # type: ignore[misc]
+        calls.append(lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask))  # type: ignore[misc, arg-type]
     return {"sets": len(calls), "seconds": time_round(calls, rounds)}
 
 
@@ -166,7 +169,7 @@ def decode_sdpa(rounds: int, *, images: int) -> dict[str, Any]:
     for _ in range(sets_for(size)):
         q = torch.randn(SEQUENCES, HEADS, BEAMS, HEAD_SIZE, device="cuda", dtype=torch.bfloat16)
         k, v = (torch.randn(SEQUENCES, HEADS, keys, HEAD_SIZE, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-        calls.append(lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask))  # type: ignore[misc]
+        calls.append(lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask))  # type: ignore[misc, arg-type]
     return {"sets": len(calls), "seconds": time_round(calls, rounds)}
 
 
@@ -196,7 +199,11 @@ def measure(kernels: Kernels, rounds: int = 20) -> dict[str, Any]:
     for row in rows.values():
         if "bytes" in row:
             rate = row["bytes"] / row["seconds"]
-            row |= {"bytes_per_second": rate, "share_of_copy": rate / copy, "share_of_nominal": rate / nominal if nominal else None}
+            row |= {
+                "bytes_per_second": rate,
+                "share_of_copy": rate / copy,
+                "share_of_nominal": rate / nominal if nominal else None,
+            }
     seconds = {name: row["seconds"] for name, row in rows.items()}
     ratios = {
         "prefill bf16, share of the copy bandwidth": rows["prefill bf16"]["share_of_copy"],
@@ -207,7 +214,8 @@ def measure(kernels: Kernels, rounds: int = 20) -> dict[str, Any]:
         "decode, bf16 over fp8": seconds["decode bf16"] / seconds["decode fp8"],
     }
     reached = {name: ratios[name] >= least for name, least in TARGETS.items()}
-    return {"copy_bytes_per_second": copy, "nominal_bytes_per_second": nominal, "rows": rows, "ratios": ratios, "targets": TARGETS, "reached": reached}
+    found = {"rows": rows, "ratios": ratios, "targets": TARGETS, "reached": reached}
+    return {"copy_bytes_per_second": copy, "nominal_bytes_per_second": nominal, **found}
 
 
 def main() -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -53,7 +56,9 @@ def nvcc_version(nvcc: str) -> str:
 def run(command: list[str], *, timeout: float = 600) -> str:
     """Output of a command. Raises BuildFailed with the output when it fails."""
     try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout, check=False)
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout, check=False
+        )
     except subprocess.TimeoutExpired as error:
         raise BuildFailed(f"{' '.join(command)}: not done after {timeout:.0f} s") from error
     if done.returncode:
@@ -62,36 +67,49 @@ def run(command: list[str], *, timeout: float = 600) -> str:
 
 
 def digest_of_sources() -> str:
-    """SHA-256 over the kernels' sources, by which a result belongs to them."""
+    """SHA-256 over the kernels' sources without their comments and spaces, by which a result belongs to them."""
     digest = hashlib.sha256()
-    for path in sorted(p for p in KERNELS.iterdir() if p.suffix in (".h", ".cuh", ".cu", ".map")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for path in sorted(p for p in KERNELS.iterdir() if p.suffix in (".h", ".cuh", ".cu")):
+        code = re.sub(r"//[^\n]*|/\*.*?\*/", " ", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+        digest.update(path.name.encode() + b"\0" + " ".join(code.split()).encode() + b"\0")
     return digest.hexdigest()
 
 
-def build_library(
-    nvcc: str, architecture: str, folder: Path, *, sources: list[Path] | None = None, workers: int | None = None
-) -> tuple[Path, list[Resources]]:
-    """libflamingo_kernels.so for one architecture ("90") and what each kernel takes; sources compile side by side."""
+def build_library(nvcc: str, architecture: str, folder: Path) -> tuple[Path, list[Resources]]:
+    """libflamingo_kernels.so for one architecture ("90") and what each kernel takes. Sources compile side by side; those of a library that is
+    there already, from the same sources and compiler, do not."""
     folder.mkdir(parents=True, exist_ok=True)
-    sources = sources if sources is not None else sorted(KERNELS.glob("*.cu"))
+    key = hashlib.sha256(f"{digest_of_sources()} {nvcc_version(nvcc)} {platform.machine()}".encode()).hexdigest()[:12]
+    library = folder / f"libflamingo_kernels.{architecture}.{key}.so"
+    known = library.with_suffix(".json")
+    if library.exists() and known.exists():
+        return library, [Resources(**found) for found in json.loads(known.read_text())]
     resources: list[Resources] = []
 
     def compile_one(source: Path) -> tuple[Path, list[Resources]]:
         out = folder / f"{source.stem}.{architecture}.o"
         code = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
-        log = run([nvcc, "-std=c++17", "-O3", code, "-Xcompiler", "-fPIC", "-Xptxas", "-v", "-c", str(source), "-o", str(out)])
+        options = ["-std=c++17", "-O3", code, "-Xcompiler", "-fPIC", "-Xptxas", "-v"]
+        log = run([nvcc, *options, "-c", str(source), "-o", str(out)], timeout=3600)
         return out, parse_resources(log)
 
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = []
-        for out, found in pool.map(compile_one, sources):
+        for out, found in pool.map(compile_one, sorted(KERNELS.glob("*.cu"))):
             objects.append(str(out))
             resources += found
-    library = folder / f"libflamingo_kernels.{architecture}.so"
-    code = f"-arch=sm_{architecture}"
-    run([nvcc, "-shared", code, *objects, "-o", str(library), f"-Xlinker=--version-script={KERNELS / 'exports.map'}"])
+    script = f"-Xlinker=--version-script={KERNELS / 'exports.map'}"
+    run([nvcc, "-shared", f"-arch=sm_{architecture}", *objects, "-o", str(library), script])
+    known.write_text(json.dumps([found.as_json() for found in resources]))
     return library, resources
+
+
+def resources_of(nvcc: str, source: Path, architecture: str, out: str) -> list[Resources]:
+    """What each kernel of a source takes on an architecture; `out` is the file for its machine code."""
+    code = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
+    return parse_resources(
+        run([nvcc, "-std=c++17", "-O3", code, "-Xptxas", "-v", "-cubin", str(source), "-o", out], timeout=7200)
+    )
 
 
 def parse_resources(log: str) -> list[Resources]:
@@ -129,13 +147,18 @@ def readable(name: str) -> str:
     return f"fp32 fp32, {words.get(single[1], single[1])}, any" if single else name
 
 
-def build_emulation(folder: Path, program: str) -> Path:
+def build_emulation(folder: Path, program: str, *, kernels: Path = KERNELS, flags: Sequence[str] = ("-O1",)) -> Path:
     """The kernels' code for the CPU with the host's C++ compiler: `test_blocks` or `test_layout`."""
     folder.mkdir(parents=True, exist_ok=True)
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    compiler = find_compiler()
     if compiler is None:
         raise BuildFailed("no C++ compiler: install g++")
     out = folder / program
-    include = ["-I", str(EMULATION / "without_cuda"), "-I", str(KERNELS)]
-    run([compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", *include, str(EMULATION / f"{program}.cpp"), "-o", str(out)])
+    options = ["-std=c++17", *flags, "-Wall", "-Wextra", "-I", str(EMULATION / "without_cuda"), "-I", str(kernels)]
+    run([compiler, *options, str(EMULATION / f"{program}.cpp"), "-o", str(out)], timeout=1800)
     return out
+
+
+def find_compiler() -> str | None:
+    """A C++ compiler of the host."""
+    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")

@@ -7,7 +7,7 @@ one rounding unit of the dtype (4e-6 in fp32, whose torch error can be far below
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,17 @@ TYPES = (
 )  # fmt: skip
 HEAD_SIZES = (32, 64, 80, 96, 128)
 LATENTS = (16, 64, 100, 128)
-LAYOUTS = ("prompt of 32 images", "one image", "ragged", "no medium", "out of range", "shuffled rows", "beams", "17 positions", "empty bank")
+LAYOUTS = (
+    "prompt of 32 images",
+    "one image",
+    "ragged",
+    "no medium",
+    "out of range",
+    "shuffled rows",
+    "beams",
+    "17 positions",
+    "empty bank",
+)
 
 
 @dataclass(frozen=True)
@@ -74,6 +84,7 @@ def sentence(positions: int, media: int, generator: torch.Generator) -> Tensor:
 
 def make(case: Case, generator: torch.Generator, device: str = "cuda") -> Inputs:
     """Random inputs; what no position may read is NaN: other rows of the bank, queries without a medium."""
+
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
@@ -101,7 +112,10 @@ def make(case: Case, generator: torch.Generator, device: str = "cuda") -> Inputs
         phi = integers(0, media + 1, batch, positions)
     elif case.layout == "beams":
         phi = torch.full((batch, positions), media)
-    q, k, v = draw(batch, positions, heads, case.head_size), *(draw(rows, heads, case.latents, case.head_size) for _ in range(2))
+    q, k, v = (
+        draw(batch, positions, heads, case.head_size),
+        *(draw(rows, heads, case.latents, case.head_size) for _ in range(2)),
+    )
     seen = oracle.rows_seen(media_rows, phi, rows)
     q[seen < 0] = torch.nan
     unread = torch.ones(rows, dtype=torch.bool)
@@ -109,7 +123,12 @@ def make(case: Case, generator: torch.Generator, device: str = "cuda") -> Inputs
     k[unread] = v[unread] = torch.nan
     scales = [torch.tensor(s, device=device) if case.kv_dtype == FP8 else None for s in (0.75, 1.5)]
     return Inputs(
-        q.to(device, case.dtype), k.to(device, case.kv_dtype), v.to(device, case.kv_dtype), media_rows.to(device), phi.to(device), *scales
+        q.to(device, case.dtype),
+        k.to(device, case.kv_dtype),
+        v.to(device, case.kv_dtype),
+        media_rows.to(device),
+        phi.to(device),
+        *scales,
     )
 
 
@@ -124,21 +143,24 @@ def launch(kernels: Kernels, inputs: Inputs, y: Tensor) -> str | None:
 def compare(inputs: Inputs, y: Tensor) -> dict[str, float]:
     """Errors of y and of torch in the same dtype, each in units of the allowance. Raises AssertionError."""
     dtype = inputs.q.dtype
-    scales = {
-        "k_scale": float(inputs.k_scale) if inputs.k_scale is not None else 1.0,
-        "v_scale": float(inputs.v_scale) if inputs.v_scale is not None else 1.0,
-    }
+    k_scale, v_scale = (float(scale) if scale is not None else 1.0 for scale in (inputs.k_scale, inputs.v_scale))
     tensors = (inputs.q, inputs.k, inputs.v, inputs.media_rows, inputs.phi)
-    right, usual = oracle.attend(*tensors, dtype=torch.float64, **scales), oracle.attend(*tensors, dtype=dtype, **scales)
+    right, usual = (oracle.attend(*tensors, dtype=t, k_scale=k_scale, v_scale=v_scale) for t in (torch.float64, dtype))
     empty = oracle.rows_seen(inputs.media_rows, inputs.phi, inputs.k.shape[0]) < 0
     assert bool((y[empty] == 0).all()), "a position without a medium is not exactly zero"
     assert bool(y.isfinite().all()), "a result is not finite, or was never written"
     floor = FLOOR[dtype] * float(right.abs().amax()) if right.numel() else 0.0
     shares = {}
-    for name, norm in (("greatest", lambda x: float(x.abs().amax())), ("rms", lambda x: float(x.square().mean().sqrt()))):
+    norms: dict[str, Callable[[Tensor], float]] = {
+        "greatest": lambda x: float(x.abs().amax()),
+        "rms": lambda x: float(x.square().mean().sqrt()),
+    }
+    for name, norm in norms.items():
         error, torch_error = norm(y.double() - right), norm(usual.double() - right)
         allowed = 2 * torch_error + floor
-        assert error <= allowed, f"{name} error {error:.3g} against fp64; torch in {dtype} has {torch_error:.3g}, allowed is {allowed:.3g}"
+        assert error <= allowed, (
+            f"{name} error {error:.3g} against fp64; torch in {dtype} has {torch_error:.3g}, allowed is {allowed:.3g}"
+        )
         shares[name] = error / allowed if allowed else 0.0
     return shares
 
@@ -197,7 +219,13 @@ def check_refusals(kernels: Kernels) -> dict[str, Any]:
     inputs = make(Case("ragged", torch.float16, torch.float16, 64, 64), torch.Generator().manual_seed(0))
     y = torch.empty_like(inputs.q)
     failures = []
-    for field, value in (("head_size", 72), ("latents", 0), ("kv_dtype", 2), ("q", inputs.q.data_ptr() + 2), ("k_scale", y.data_ptr())):
+    for field, value in (
+        ("head_size", 72),
+        ("latents", 0),
+        ("kv_dtype", 2),
+        ("q", inputs.q.data_ptr() + 2),
+        ("k_scale", y.data_ptr()),
+    ):
         args = arguments(inputs.q, inputs.k, inputs.v, inputs.media_rows, inputs.phi, y)
         setattr(args, field, value)
         try:

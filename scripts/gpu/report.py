@@ -26,7 +26,9 @@ def machine(nvcc: str | None) -> dict[str, Any]:
     """Device, driver, versions, commit, and the digest of the kernels' sources (a copy of the tree may have no commit)."""
     import torch
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=build.ROOT, check=False)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=build.ROOT, check=False
+    )
     found: dict[str, Any] = {
         "device": None,
         "driver": None,
@@ -62,7 +64,9 @@ def table(folder: Path = RESULTS) -> str:
     """The README's table: a column for each device that was measured, "not measured" where nothing was."""
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("gpu_check-*.json"))]
     measured = [result for result in found if result["machine"]["device"]]
-    titles = [f"{result['machine']['device']} ({result['machine']['commit'] or 'no commit'})" for result in measured] or ["any GPU"]
+    titles = [f"{result['machine']['device']} ({result['machine']['commit'] or 'no commit'})" for result in measured] or [
+        "any GPU"
+    ]
     lines = ["| | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
     for ratio in RATIOS:
         cells = []

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,6 @@ class Context:
     nvcc: str | None = None
     library: Path | None = None
     kernels: Any = None
-    facts: dict[str, Any] = field(default_factory=dict)
 
 
 class Failed(Exception):
@@ -99,7 +98,9 @@ def call_device(context: Context) -> dict[str, Any]:
     assert context.library
     context.kernels = Kernels(context.library)
     if context.architecture is None:
-        address = ctypes.addressof(ctypes.create_string_buffer(64)) // 16 * 16 + 16  # never read: without a device nothing is launched
+        address = (
+            ctypes.addressof(ctypes.create_string_buffer(64)) // 16 * 16 + 16
+        )  # never read: without a device nothing is launched
         args = Args(*[address] * 5, None, None, address, 1, 1, 1, 64, 64, 1, 1, 0.125, 1, 1)
         try:
             context.kernels.launch(args)
@@ -109,7 +110,12 @@ def call_device(context: Context) -> dict[str, Any]:
     import torch
 
     properties = torch.cuda.get_device_properties(0)
-    return {"name": properties.name, "memory": properties.total_memory, "l2": properties.L2_cache_size, "multiprocessors": properties.multi_processor_count}
+    return {
+        "name": properties.name,
+        "memory": properties.total_memory,
+        "l2": properties.L2_cache_size,
+        "multiprocessors": properties.multi_processor_count,
+    }
 
 
 def test_kernels(context: Context) -> dict[str, Any]:
@@ -174,6 +180,7 @@ def benchmark(context: Context) -> dict[str, Any]:
 
 def without_modules(*names: str) -> Callable[[Context], str | None]:
     """Says which Python modules are missing."""
+
     def missing(_: Context) -> str | None:
         absent = [name for name in names if importlib.util.find_spec(name) is None]
         return ", ".join(absent) if absent else None
@@ -196,6 +203,7 @@ def without_cuda_provider(context: Context) -> str | None:
 
 def run_cli(*commands: Sequence[str]) -> Callable[[Context], dict[str, Any]]:
     """A stage of flamingo-export commands on a bundle of the nano model; `BUNDLE` stands for its path."""
+
     def run(_: Context) -> dict[str, Any]:
         results: dict[str, Any] = {}
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(build.ROOT), str(build.ROOT / "reference")])}
@@ -204,7 +212,12 @@ def run_cli(*commands: Sequence[str]) -> Callable[[Context], dict[str, Any]]:
                 words = [word.replace("BUNDLE", f"{folder}/nano.bundle") for word in command]
                 code = "from flamingo_export.cli import main; main()"
                 done = subprocess.run(
-                    [sys.executable, "-c", code, *words], env=environment, capture_output=True, text=True, timeout=500, check=False
+                    [sys.executable, "-c", code, *words],
+                    env=environment,
+                    capture_output=True,
+                    text=True,
+                    timeout=500,
+                    check=False,
                 )
                 name = f"flamingo-export {' '.join(command)}"
                 results[name] = {"exit": done.returncode, "output": (done.stdout or done.stderr)[-4000:]}

@@ -1,9 +1,7 @@
 // The instructions that a thread of the kernels uses, on sm_80 and later.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <math_constants.h>
+#include <cuda_runtime.h>
 
 #include "mma_block.h"
 
@@ -34,8 +32,9 @@ struct CudaMachine {
     __device__ __forceinline__ int64_t load_i64(const int64_t* p) { return __ldg(reinterpret_cast<const long long*>(p)); }
     __device__ __forceinline__ float load_f32(const float* p) { return __ldg(p); }
     __device__ __forceinline__ float load_e4m3(const uint8_t* p) {
-        const uint32_t two = widen(Half{}, __ldg(p));
-        return __low2float(*reinterpret_cast<const __half2*>(&two));
+        float low, high;
+        halves(widen(Half{}, __ldg(p)), low, high);
+        return low;
     }
     __device__ __forceinline__ void load16(const char* p, uint32_t (&x)[4]) {
         const uint4 y = __ldg(reinterpret_cast<const uint4*>(p));
@@ -116,9 +115,12 @@ struct CudaMachine {
 #endif
     }
     __device__ __forceinline__ uint32_t widen(Bfloat, uint32_t two) {
-        const uint32_t half = widen(Half{}, two);
-        const float2 x = __half22float2(*reinterpret_cast<const __half2*>(&half));
-        return pack(Bfloat{}, x.x, x.y);
+        float low, high;
+        halves(widen(Half{}, two), low, high);
+        return pack(Bfloat{}, low, high);
+    }
+    __device__ __forceinline__ void halves(uint32_t two, float& low, float& high) {
+        asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}" : "=f"(low), "=f"(high) : "r"(two));
     }
 
     __device__ __forceinline__ float exp2(float x) {
@@ -132,7 +134,7 @@ struct CudaMachine {
         return r;
     }
     __device__ __forceinline__ float max(float x, float y) { return fmaxf(x, y); }
-    __device__ __forceinline__ float infinity() { return CUDART_INF_F; }
+    __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
 };
 
 }  // namespace flamingo

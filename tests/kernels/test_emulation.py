@@ -1,0 +1,54 @@
+"""The kernels' own code on the CPU against an fp64 oracle, and proof that this emulation notices what would go wrong."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+
+import pytest
+from gpu import build
+
+pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="no C++ compiler (g++)")
+
+
+def test_layout(tmp_path):
+    done = subprocess.run(
+        [build.build_emulation(tmp_path, "test_layout", flags=["-O0"])], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.slow
+def test_every_shape_against_the_oracle(tmp_path):
+    program = build.build_emulation(tmp_path, "test_blocks", flags=["-O1"])
+    done = subprocess.run([program, "11", "1"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "34 cases" in done.stdout
+
+
+MUTANTS = {
+    "no barrier before the next keys": ("m.sync();  // K has been read", "", "race"),
+    "no barrier after the values": ("m.sync();  // V is there", "", "shared memory read|race"),
+    "chunks not permuted": ("(chunk ^ (row / (8 / period) % period))", "chunk", "rows meet in a bank"),
+    "runs one too long": (
+        "row_in_tile(half) < item.run.stop",
+        "row_in_tile(half) <= item.run.stop",
+        "written twice|fp64|should be",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_emulation_notices(mutant, tmp_path):
+    """Each mutant changes one line of the kernels; cases of one shape suffice to see it."""
+    line, instead, complaint = MUTANTS[mutant]
+    kernels = tmp_path / "kernels"
+    shutil.copytree(build.KERNELS, kernels)
+    sources = [path for path in kernels.glob("*.h") if line in path.read_text()]
+    assert len(sources) == 1, f"{line!r} is to be in one header"
+    sources[0].write_text(sources[0].read_text().replace(line, instead))
+    program = build.build_emulation(tmp_path, "test_blocks", kernels=kernels, flags=["-O0", "-DONE_SHAPE"])
+    done = subprocess.run([program, "1", "6"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert any(part in done.stdout for part in complaint.split("|")), done.stdout

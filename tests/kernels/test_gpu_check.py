@@ -1,0 +1,142 @@
+"""scripts/gpu_check and what it is made of, as far as no GPU is wanted."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from gpu import build, kernel_cases, oracle, report
+from gpu.library import Args
+
+ROOT = Path(__file__).resolve().parents[2]
+
+LOG = """ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_ZN8flamingo10mma_kernelINS_8MmaShapeINS_6BfloatENS_4E4m3ELi96ELi1ELb0EEEEEv33flamingo_phi_cross_attention_args' for 'sm_90'
+ptxas info    : Function properties for _ZN8flamingo10mma_kernel
+    16 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 124 registers, used 1 barriers, 37376 bytes smem
+ptxas info    : Compile time = 100.0 ms
+ptxas info    : Compiling entry function '_ZN8flamingo10mma_kernelINS_8MmaShapeINS_4HalfES2_Li128ELi4ELb1EEEEEv33flamingo_phi_cross_attention_args' for 'sm_120'
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 96 registers, used 1 barriers, 32768 bytes smem
+ptxas info    : Compiling entry function '_ZN8flamingo11fp32_kernelINS_6SingleEEEv33flamingo_phi_cross_attention_args' for 'sm_80'
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 40 registers
+"""  # noqa: E501
+
+
+def test_resources_are_read_from_the_compilers_log():
+    assert build.parse_resources(LOG) == [
+        build.Resources("decode bf16, fp8, 96", "90", 124, 37376, 16, 20),
+        build.Resources("prefill fp16, fp16, 128", "120", 96, 32768, 0, 0),
+        build.Resources("fp32 fp32, fp32, any", "80", 40, 0, 0, 0),
+    ]
+
+
+def test_recorded_resources_are_of_these_sources_and_nothing_spills():
+    recorded = json.loads((build.KERNELS / "resources.json").read_text())
+    assert recorded["kernel_sources"] == build.digest_of_sources(), "run scripts/gpu/resources.py: the kernels have changed"
+    kernels = recorded["kernels"]
+    # 3 kinds x 4 types x 5 head sizes on tensor cores, fp32 with K and V in fp32 and FP8
+    assert len({(k["kernel"], k["architecture"]) for k in kernels}) == (3 * 4 * 5 + 2) * len(build.ALL_ARCHITECTURES)
+    assert {k["kernel"] for k in kernels if k["spilled"] or k["stack"]} == set()
+    assert max(k["shared"] for k in kernels) <= 48 << 10  # more would want an attribute, and leave sm_86 with one block
+
+
+@pytest.mark.skipif(build.find_compiler() is None, reason="no C++ compiler (g++)")
+def test_ctypes_lay_out_the_arguments_as_the_header_does(tmp_path):
+    names = [name for name, _ in Args._fields_]
+    prints = "".join(f'printf("%zu ", offsetof(A, {name}));' for name in names)
+    source = tmp_path / "offsets.cpp"
+    source.write_text(
+        f'#include <cstdio>\n#include "phi_cross_attention.h"\nusing A = flamingo_phi_cross_attention_args;\n'
+        f'int main() {{ {prints} printf("%zu", sizeof(A)); }}\n'
+    )
+    include = ["-I", build.EMULATION / "without_cuda", "-I", build.KERNELS]
+    subprocess.run([build.find_compiler(), *include, source, "-o", tmp_path / "offsets"], check=True)
+    offsets = subprocess.run([tmp_path / "offsets"], capture_output=True, text=True, check=True).stdout.split()
+    assert [int(x) for x in offsets] == [*(getattr(Args, name).offset for name in names), ctypes.sizeof(Args)]
+
+
+@pytest.mark.parametrize("layout", kernel_cases.LAYOUTS)
+def test_oracle_is_the_definition(layout):
+    case = kernel_cases.Case(layout, torch.float32, torch.float32, 32, 16)
+    inputs = kernel_cases.make(case, torch.Generator().manual_seed(3), device="cpu")
+    y = oracle.attend(inputs.q, inputs.k, inputs.v, inputs.media_rows, inputs.phi, dtype=torch.float64)
+    picked = torch.randperm(inputs.phi.numel(), generator=torch.Generator().manual_seed(4))[:25]
+    for b, s in ((int(i) // inputs.phi.shape[1], int(i) % inputs.phi.shape[1]) for i in picked):
+        medium = int(inputs.phi[b, s])
+        row = int(inputs.media_rows[b, medium - 1]) if 1 <= medium <= inputs.media_rows.shape[1] else -1
+        if not 0 <= row < inputs.k.shape[0]:
+            assert bool((y[b, s] == 0).all())
+            continue
+        for head in range(inputs.q.shape[2]):
+            query, keys = inputs.q[b, s, head].tolist(), inputs.k[row, head].tolist()
+            shares = [math.exp(sum(a * c for a, c in zip(query, key, strict=True)) * 32**-0.5) for key in keys]
+            for d in (0, 7, 31):
+                values = inputs.v[row, head, :, d].tolist()
+                right = sum(p * x for p, x in zip(shares, values, strict=True)) / sum(shares)
+                assert float(y[b, s, head, d]) == pytest.approx(right, rel=1e-9, abs=1e-12)
+
+
+def test_comparison_takes_torchs_result_and_refuses_wrong_ones():
+    case = kernel_cases.Case("ragged", torch.bfloat16, torch.float8_e4m3fn, 64, 64)
+    inputs = kernel_cases.make(case, torch.Generator().manual_seed(5), device="cpu")
+    y = oracle.attend(
+        inputs.q, inputs.k, inputs.v, inputs.media_rows, inputs.phi, dtype=torch.bfloat16, k_scale=0.75, v_scale=1.5
+    )
+    shares = kernel_cases.compare(inputs, y)
+    assert max(shares.values()) < 1
+    filled, empty = (inputs.phi > 0).nonzero()[0], (inputs.phi == 0).nonzero()[0]
+    for place, value, complaint in (
+        (filled, torch.nan, "never written"),
+        (filled, 9.0, "greatest error"),
+        (empty, 1e-30, "exactly zero"),
+    ):
+        wrong = y.clone()
+        wrong[place[0], place[1], 1, 5] = value
+        with pytest.raises(AssertionError, match=complaint):
+            kernel_cases.compare(inputs, wrong)
+
+
+def test_cases_leave_nothing_to_read_but_what_is_seen():
+    case = kernel_cases.Case("prompt of 32 images", torch.float16, torch.float16, 32, 16)
+    inputs = kernel_cases.make(case, torch.Generator().manual_seed(6), device="cpu")
+    seen = oracle.rows_seen(inputs.media_rows, inputs.phi, 32)
+    assert set(seen.unique().tolist()) == {-1, *range(32)}
+    assert bool(inputs.q[seen < 0].isnan().all())
+    assert not bool(inputs.q[seen >= 0].isnan().any())
+
+
+def test_table_says_what_was_not_measured(tmp_path):
+    assert report.table(tmp_path).count("not measured") == len(report.RATIOS)
+    ratios = {"prefill bf16, share of the copy bandwidth": 0.71, "decode, masked SDPA over ours": 21.5}
+    machine = {"device": "NVIDIA H200", "commit": "abc1234"}
+    path = report.save({"machine": machine, "stages": {"benchmark": {"result": {"ratios": ratios}}}}, tmp_path)
+    assert path.name == "gpu_check-nvidia-h200.json"
+    rows = report.table(tmp_path).splitlines()
+    assert rows[0] == "| | NVIDIA H200 (abc1234) |"
+    assert "| prefill bf16, share of the copy bandwidth | 71% |" in rows
+    assert "| decode, masked SDPA over ours | 21.50 x |" in rows
+    assert report.table(tmp_path).count("not measured") == len(report.RATIOS) - 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(build.find_nvcc() is None, reason="no nvcc (the CUDA toolkit)")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: run scripts/gpu_check itself")
+def test_without_a_gpu_the_first_cuda_call_says_so(tmp_path):
+    """The library is built (no kernel spills on sm_90), loads, and its launch fails with a reason; exit code 3."""
+    command = [sys.executable, str(ROOT / "scripts" / "gpu_check"), "--only", "device", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 3, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].split()[:2] == ["build", "passed"]
+    assert lines[1].split()[:3] == ["device", "no", "device:"]
+    assert "first CUDA call of the kernels failed with cudaError" in lines[1]
+    assert list(tmp_path.iterdir()) == []
