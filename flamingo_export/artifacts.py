@@ -15,6 +15,7 @@ from flamingo_export.progress import SILENT, Progress
 
 _CHUNK = 1 << 22
 _CACHE_SCHEMA = 1
+_READ_FOLDERS = ("weights", "tokenizer", "golden")
 
 
 def file_record(root: Path, path: Path, progress: Progress = SILENT) -> FileRecord:
@@ -55,11 +56,44 @@ def open_bundle(bundle: Path, *, progress: Progress = SILENT) -> Manifest:
 
     A file's digest is computed at the first opening and whenever its size or time has changed; what was found right is noted in the
     user's cache folder, so read-only bundles open as well. Raises BundleError naming every file that is missing, cut short, altered,
-    a link or outside of the bundle.
+    a link or outside of the bundle, and if the manifest's values cannot be.
     """
     manifest = read_manifest(bundle)
+    check_manifest(bundle, manifest)
     verify(bundle, manifest, progress=progress)
     return manifest
+
+
+def check_manifest(bundle: Path, manifest: Manifest) -> None:
+    """Raises BundleError unless the manifest's values can be: graphs and weights that it lists with their digests, a sound configuration,
+    limits that leave room."""
+    listed = {record.path for record in manifest.files}
+    faults = [
+        f"graph {graph.name} is {graph.file!r}, expected a file that the manifest lists"
+        for graph in manifest.graphs
+        if graph.file not in listed
+    ]
+    faults += [f"{path} is not among the files that it lists" for path in _unlisted(bundle, listed)]
+    if manifest.schema_version < 1:
+        faults.append(f"schema_version is {manifest.schema_version}, expected at least 1")
+    limits = manifest.limits
+    for name, value in msgspec.structs.asdict(limits).items():
+        if value < 1:
+            faults.append(f"limits.{name} is {value}, expected at least 1")
+    if limits.chunk > limits.max_length:
+        faults.append(f"limits.chunk is {limits.chunk}, more than max_length {limits.max_length}")
+    try:
+        manifest.config.validate()
+    except ValueError as error:
+        faults.append(str(error))
+    if faults:
+        raise BundleError(f"the manifest of {bundle} cannot be right: {'; '.join(faults)}. Build the bundle again.")
+
+
+def _unlisted(bundle: Path, listed: set[str]) -> list[str]:
+    """What the runtime or the graphs may read without its being named: weights, tokenizer, golden values."""
+    found = (path for folder in _READ_FOLDERS for path in (bundle / folder).rglob("*") if not path.is_dir())
+    return sorted({path.relative_to(bundle).as_posix() for path in found} - listed)
 
 
 def verify(bundle: Path, manifest: Manifest, *, cache: Path | None = None, progress: Progress = SILENT) -> Verification:
@@ -106,7 +140,14 @@ def cache_folder() -> Path:
 def _mark(bundle: Path, record: FileRecord) -> _Mark | str:
     """The file as it is now, or what is wrong with it."""
     pure = PurePosixPath(record.path)
-    if pure.is_absolute() or ".." in pure.parts or "\\" in record.path or not pure.parts or record.path == MANIFEST_NAME:
+    if (
+        "\0" in record.path
+        or pure.is_absolute()
+        or ".." in pure.parts
+        or "\\" in record.path
+        or not pure.parts
+        or record.path == MANIFEST_NAME
+    ):
         return f"{record.path!r} does not name a file of the bundle"
     path = bundle.joinpath(*pure.parts)
     inside = [bundle.joinpath(*pure.parts[: count + 1]) for count in range(len(pure.parts))]

@@ -143,6 +143,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
+_MAKE = "flamingo-export build --size nano (or --checkpoint FOLDER)"
+
+
 class _Version(msgspec.Struct):
     schema_version: int
 
@@ -157,9 +160,9 @@ def read_manifest(bundle: Path) -> Manifest:
         text = path.read_bytes()
     except FileNotFoundError:
         if not bundle.exists():
-            raise BundleError(f"{bundle} does not exist. Make it: flamingo-export build --out {bundle}") from None
+            raise BundleError(f"{bundle} does not exist. Make it: {_MAKE} --out {bundle}") from None
         raise BundleError(
-            f"{bundle} has no {MANIFEST_NAME}, so it is not a complete bundle. Build it again: flamingo-export build --out {bundle}"
+            f"{bundle} has no {MANIFEST_NAME}, so it is not a complete bundle. Build it again: {_MAKE} --out {bundle}"
         ) from None
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error.strerror}") from error

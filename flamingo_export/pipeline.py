@@ -22,7 +22,7 @@ from flamingo_export.artifacts import file_record
 from flamingo_export.backends.registry import COMPILERS, get_compiler
 from flamingo_export.build_request import BuildRequest, default_limits, resolve_precision
 from flamingo_export.bundle_tokenizer import checked_tokenizer, placeholder_tokenizer
-from flamingo_export.errors import CheckpointError, ParityError
+from flamingo_export.errors import BuildError, CheckpointError, ParityError
 from flamingo_export.graphs import build_graph, save_graph
 from flamingo_export.manifest import (
     MANIFEST_NAME,
@@ -125,7 +125,12 @@ def build(request: BuildRequest, *, progress: Progress = SILENT) -> BuildResult:
             progress.note(f"going on with the interrupted build in {place.work}: {len(journal.groups)} files are finished")
         elif journal.discarded:
             progress.note("an interrupted build to the same path was of other weights or another version; starting anew")
-        workplace.check_disk(place, _bytes_left(job, journal))
+        try:
+            workplace.check_disk(place, _bytes_left(job, journal))
+        except BuildError:
+            if not journal.groups:
+                place.discard()  # nothing was begun
+            raise
         try:
             result = _fill(job, journal, progress)
         except CheckpointError:

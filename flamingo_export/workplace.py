@@ -25,6 +25,10 @@ class WorkPlace(msgspec.Struct, frozen=True):
 
     out: Path
 
+    def __post_init__(self) -> None:
+        if not self.out.name or "\0" in str(self.out):
+            raise BuildError(f"{str(self.out)!r} cannot be the name of a bundle. Choose another output path: --out NAME.bundle")
+
     @property
     def work(self) -> Path:
         """Folder the bundle is put together in."""

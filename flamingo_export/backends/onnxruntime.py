@@ -184,6 +184,7 @@ class OnnxRuntimeSession:
             raise InputError(f"{self._spec.name}: {name} is not an input")
         if self._bound.get(name) is buffer:
             return
+        self._check_open()
         self._binding.bind_ortvalue_input(name, buffer.value)
         if name in self._alias_of:
             self._binding.bind_ortvalue_output(self._alias_of[name], buffer.value)
@@ -216,6 +217,10 @@ class OnnxRuntimeSession:
         self._binding = self._session = None
         self._bound, self._feeds, self._checked = {}, {}, {}
 
+    def _check_open(self) -> None:
+        if self._session is None:
+            raise BackendError(f"{self._spec.name}: the session is closed. Load the bundle again.")
+
     def _hold(self, name: str, value: Array) -> Array:
         held = np.empty(value.shape, self._kinds[name])
         self._binding.bind_ortvalue_input(name, _ort_value(held))
@@ -228,8 +233,7 @@ class OnnxRuntimeSession:
         known = self._checked.get(key)
         if known is not None:
             return known
-        if self._session is None:
-            raise BackendError(f"{self._spec.name}: the session is closed. Load the bundle again.")
+        self._check_open()
         check_feeds(self._spec, feeds, self._bound)
         faults = [
             f"{name} is {value.dtype}, expected {self._kinds[name]}"

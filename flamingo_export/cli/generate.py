@@ -66,6 +66,8 @@ def generate(
     flamingo-export generate nano.bundle --shots shots.jsonl --image q.png --question "What colour is the square?"
     """
     from flamingo_export.cli.options import formatted, media_as_typed, opened
+    from flamingo_export.errors import InputError
+    from flamingo_export.runtime.options import GenerateOptions
 
     samples = temperature not in (None, 0.0) or top_k is not None or top_p is not None
     if samples and beams is not None and beams > 1:
@@ -88,6 +90,12 @@ def generate(
         "top_p": top_p,
         "seed": seed,
     }
+    if not samples and beams is not None and n_best > beams:
+        raise typer.BadParameter(f"{n_best} best of {beams} beams cannot be told", param_hint="--n-best")
+    try:
+        GenerateOptions(**settings).check_values()
+    except InputError as error:
+        raise typer.BadParameter(str(error).replace("_", "-")) from None
     with opened(bundle, backend, device, threads) as model:
         result = _streamed(model, request, settings) if stream else model.generate(request, **settings)
         _print(result, request, streamed=stream, as_json=as_json)

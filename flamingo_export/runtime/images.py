@@ -42,6 +42,7 @@ def load_image(source: ImageSource) -> Pixels:
         return _from_array(source)
     if isinstance(source, Image.Image):
         with _translated("the image given"):
+            refuse_animation(source, "the image given")
             return to_rgb(source, "the image given")
     if not isinstance(source, str | os.PathLike):
         raise ImageError(f"an image is given as {type(source).__name__}; give a path, a PIL image or a uint8 array [H, W, 3]")

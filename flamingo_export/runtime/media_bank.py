@@ -55,7 +55,7 @@ class MediaBank:
             others = f", {pinned} of them in use by other requests" if pinned else ""
             raise CapacityError(
                 f"{len(wanted)} different images and videos are needed at once, the bank holds {self.capacity}{others}. "
-                "Use fewer shots or smaller batches, or build with more rows: --bank-rows."
+                "Use fewer shots or smaller batches, or build with more rows (limits=ShapeLimits(bank_rows=...))."
             )
 
     @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import TypedDict
 
 from flamingo_export.errors import InputError
@@ -13,6 +14,8 @@ from flamingo_reference.config import ModelConfig
 
 DEFAULT_BEAMS = 3
 DEFAULT_NEW_TOKENS = 64
+MAX_LENGTH_PENALTY = 10.0
+"""On either side: beyond it the powers of lengths leave the range of floating point numbers."""
 
 
 class Settings(TypedDict, total=False):
@@ -60,12 +63,23 @@ class GenerateOptions:
 
     def check(self, config: ModelConfig) -> None:
         """Raises InputError naming each setting that cannot be."""
-        faults = []
+        self.check_values()
+        if not self.samples and 2 * self.width > config.language_model.vocab_size:
+            raise InputError(
+                f"{self.width} beams need a vocabulary of at least {2 * self.width}, it has {config.language_model.vocab_size}"
+            )
+
+    def check_values(self) -> None:
+        """Raises InputError naming each setting that cannot be, whatever the model."""
+        faults = self._types()
+        if faults:
+            raise InputError("; ".join(faults))
         for name, value, least in (
             ("beams", self.beams, 1),
             ("max_new_tokens", self.max_new_tokens, 1),
             ("num_return", self.num_return, 1),
             ("top_k", self.top_k, 1),
+            ("seed", self.seed, 0),
         ):
             if value is not None and value < least:
                 faults.append(f"{name} is {value}, expected at least {least}")
@@ -73,18 +87,26 @@ class GenerateOptions:
             faults.append(f"temperature is {self.temperature}, expected 0 or more")
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
             faults.append(f"top_p is {self.top_p}, expected more than 0 and at most 1")
-        if self.length_penalty != self.length_penalty:
-            faults.append("length_penalty is not a number")
+        if not -MAX_LENGTH_PENALTY <= self.length_penalty <= MAX_LENGTH_PENALTY:
+            faults.append(f"length_penalty is {self.length_penalty}, expected {-MAX_LENGTH_PENALTY} to {MAX_LENGTH_PENALTY}")
         if self.samples and self.beams is not None and self.beams > 1:
             faults.append(f"{self.beams} beams and sampling were both asked for; choose one")
         if not faults and not self.samples and self.num_return > self.width:
             faults.append(f"num_return is {self.num_return}, but there are {self.width} beams; use at least as many beams")
-        if not faults and not self.samples and 2 * self.width > config.language_model.vocab_size:
-            faults.append(
-                f"{self.width} beams need a vocabulary of at least {2 * self.width}, it has {config.language_model.vocab_size}"
-            )
         if faults:
             raise InputError("; ".join(faults))
+
+    def _types(self) -> list[str]:
+        faults = []
+        for name in ("beams", "max_new_tokens", "num_return", "top_k", "seed"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
+                faults.append(f"{name} is {value!r}, expected a whole number")
+        for name in ("temperature", "top_p", "length_penalty"):
+            value = getattr(self, name)
+            if not isinstance(value, Real) and not (value is None and name != "length_penalty"):
+                faults.append(f"{name} is {value!r}, expected a number")
+        return faults
 
     def new_tokens(self, prompt: int, limits: ShapeLimits) -> int:
         """Tokens to generate at most after a prompt of this length. Raises CapacityError if they, or a single one, do not fit the cache."""

@@ -72,7 +72,7 @@ def read_shots(path: str | os.PathLike[str]) -> list[Shot]:
     """
     file = Path(path)
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # a text may hold other line separators
     except FileNotFoundError:
         raise PromptError(f"shots file {file} does not exist") from None
     except IsADirectoryError:
@@ -103,6 +103,8 @@ def _parse_shot(line: str, folder: Path) -> Shot:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise PromptError(f"not JSON ({error.msg} at column {error.colno})") from None
+    except (RecursionError, ValueError) as error:
+        raise PromptError(f"not JSON that can be read ({error})") from None
     if not isinstance(record, dict):
         raise PromptError(f"a JSON {type(record).__name__}, expected an object like {{'image': 'a.png', 'caption': '...'}}")
     if unknown := sorted(set(record) - {"image", "video", "question", "answer", "caption"}):
@@ -116,7 +118,11 @@ def _parse_shot(line: str, folder: Path) -> Shot:
     for key in ("image", "video"):
         if key in record:
             place = folder / record[key]
-            if not place.exists():
+            try:
+                there = place.exists()
+            except (OSError, ValueError) as error:
+                raise PromptError(f"{key} {record[key][:80]!r} is no path ({error})") from None
+            if not there:
                 raise PromptError(f"{key} {place} does not exist")
             medium = place if key == "image" else Video(source=place)
     return Shot(
@@ -154,6 +160,8 @@ def _plain(text: str) -> str:
     text = text.strip()
     if not text:
         raise PromptError("a question or answer is empty")
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise PromptError(f"{text!a} holds half of a surrogate pair, which is no character")
     for tag in TAGS:
         if tag in text:
             raise PromptError(f"{text!r} contains the tag {tag}; images are placed by the prompt's format, give plain text")

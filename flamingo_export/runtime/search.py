@@ -135,6 +135,9 @@ class BeamSearch:
         return bool(self._scores[0] / self._length**self._length_penalty > self._kept[-1].score)
 
 
+LEAST_TEMPERATURE = 1e-6
+
+
 class Sampling:
     """Independent branches, each drawing from its distribution; temperature 0 takes the likeliest token (greedy, one branch)."""
 
@@ -149,7 +152,9 @@ class Sampling:
         seed: int | None = None,
     ) -> None:
         self._rule = rule
-        self._temperature, self._top_k, self._top_p = temperature, top_k, top_p
+        # Below the least temperature a draw is the likeliest token, and dividing by it would leave the range of fp32.
+        self._temperature = max(temperature, LEAST_TEMPERATURE) if temperature else 0.0
+        self._top_k, self._top_p = top_k, top_p
         self.width = branches
         # A generator a branch: what a branch draws does not depend on how long its neighbours go on.
         self._generators = [np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(branches)]

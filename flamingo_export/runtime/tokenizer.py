@@ -50,6 +50,8 @@ class Tokenizer:
         """Token ids; `<BOS>` is put first unless the text begins with it or add_bos is off. Raises PromptError for an empty text."""
         if not text.strip():
             raise PromptError("the prompt is empty. Give at least one word or tag, for example '<image>Output:'.")
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise PromptError(f"the text holds half of a surrogate pair, which is no character: {text[:80]!a}")
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return [self.ids.bos, *ids] if add_bos and ids[:1] != [self.ids.bos] else ids
 

@@ -50,6 +50,8 @@ def load_video(video: Video, *, default_frames: int) -> Iterator[Pixels]:
         source = _frame_files(path)
     elif not isinstance(source, Sequence | np.ndarray):
         raise ImageError(f"a video is given as {type(source).__name__}; give a file, a folder of frames or a list of images")
+    if isinstance(source, np.ndarray) and source.ndim != 4:
+        raise ImageError(f"a video is given as an array of shape {source.shape}; give one [T, H, W, 3], or a list of frames")
     if len(source) == 0:
         raise ImageError("a video has no frames")
     for index in sample_frames(len(source), wanted):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -130,7 +131,11 @@ def _replaced_forward(label: str, module: Any) -> Iterator[str]:
             forward = vars(base)["forward"]
             where = (getattr(forward, "__module__", None), getattr(forward, "__qualname__", None))
             # nn.Module's own stand-in, of classes without a forward such as ModuleList, is named otherwise.
-            if where != (base.__module__, f"{base.__qualname__}.forward") and base.__qualname__ != "Module":
+            named = where == (base.__module__, f"{base.__qualname__}.forward") and not hasattr(forward, "__wrapped__")
+            # functools.wraps copies names, but not where the code was written.
+            code = getattr(forward, "__code__", None)
+            written = getattr(sys.modules.get(base.__module__), "__file__", None)
+            if not (named and code is not None and code.co_filename == written) and base.__qualname__ != "Module":
                 yield f"{label}: the forward of {base.__qualname__} was replaced by {where[0]}.{where[1]}"
             return
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from flamingo_export.artifacts import file_record
 from flamingo_export.graphs import build_graph, save_graph
 from flamingo_export.manifest import GraphRecord, Manifest, ShapeLimits, SourceRecord, write_manifest
 from flamingo_export.precision import Precision
@@ -94,7 +95,7 @@ def write_bundle(source: WeightSource, bundle: Path, *, precision: Precision | N
             limits=ShapeLimits(max_length=source.config.language_model.max_positions, chunk=16, bank_rows=8),
             source=SourceRecord(kind="live", sha256="0" * 64),
             graphs=tuple(GraphRecord(name=name, file=f"{name}.onnx") for name in SUBGRAPHS),
-            files=(),
+            files=tuple(file_record(bundle, path) for path in sorted(bundle.rglob("*")) if path.is_file()),
         ),
     )
     return bundle

@@ -126,3 +126,55 @@ def test_a_newer_schema_and_a_half_manifest(bundle: Path) -> None:
         open_bundle(bundle)
     with pytest.raises(BundleError, match="does not exist"):
         open_bundle(bundle.parent / "none.bundle")
+
+
+@pytest.mark.parametrize("file", ["/tmp/decoder.onnx", "../decoder.onnx", "decoder-2.onnx"])
+def test_a_graph_that_is_not_listed_is_not_run(file: str, bundle: Path) -> None:
+    """A manifest may not send the runtime to a file whose digest nobody knows."""
+
+    def elsewhere(manifest: Manifest) -> Manifest:
+        graphs = tuple(
+            msgspec.structs.replace(graph, file=file) if graph.name == "decoder" else graph for graph in manifest.graphs
+        )
+        return msgspec.structs.replace(manifest, graphs=graphs)
+
+    rewritten(bundle, elsewhere)
+    with pytest.raises(BundleError, match=r"graph decoder is .*expected a file that the manifest lists"):
+        open_bundle(bundle)
+
+
+def test_weights_and_tokenizers_that_are_not_listed_are_refused(bundle: Path) -> None:
+    rewritten(
+        bundle,
+        lambda manifest: msgspec.structs.replace(
+            manifest, files=tuple(record for record in manifest.files if record.path.endswith(".onnx"))
+        ),
+    )
+    with pytest.raises(BundleError, match=r"tokenizer/tokenizer\.json is not among.*weights/decoder"):
+        open_bundle(bundle)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"chunk": 0}, r"limits\.chunk is 0"),
+        ({"bank_rows": -1}, r"limits\.bank_rows is -1"),
+        ({"max_length": 4, "chunk": 8}, r"limits\.chunk is 8, more than max_length 4"),
+    ],
+)
+def test_limits_that_cannot_be(change: dict[str, int], words: str, bundle: Path) -> None:
+    rewritten(
+        bundle, lambda manifest: msgspec.structs.replace(manifest, limits=msgspec.structs.replace(manifest.limits, **change))
+    )
+    with pytest.raises(BundleError, match=words):
+        open_bundle(bundle)
+
+
+def test_a_configuration_that_cannot_be(bundle: Path) -> None:
+    def headless(manifest: Manifest) -> Manifest:
+        lm = msgspec.structs.replace(manifest.config.language_model, num_heads=0)
+        return msgspec.structs.replace(manifest, config=msgspec.structs.replace(manifest.config, language_model=lm))
+
+    rewritten(bundle, headless)
+    with pytest.raises(BundleError, match=r"cannot be right: .*num_heads"):
+        open_bundle(bundle)

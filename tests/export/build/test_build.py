@@ -257,3 +257,9 @@ def test_limits_and_storage_are_as_asked(spoken_config: ModelConfig, tmp_path: P
     assert (manifest.limits, manifest.precision.storage) == (limits, "fp16")
     assert default_limits(spoken_config).max_length == 2048
     assert default_limits(PRESETS["9b"]).max_length == 4096
+
+
+@pytest.mark.parametrize("out", [".", "/", "a\0b"])
+def test_paths_that_cannot_be_a_bundle(out: str, spoken_config: ModelConfig) -> None:
+    with pytest.raises(BuildError, match="cannot be the name of a bundle"):
+        api.build(RandomWeights(config=spoken_config), out=out, parity="skip")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -265,3 +266,19 @@ def test_training_mode_and_frozen_parameters_are_fine(model: Flamingo) -> None:
     model.train()
     model.vision_encoder.requires_grad_(False)
     assert LiveSource(model).shape("resampler.latents") == (6, 24)
+
+
+def test_a_wrapped_forward_is_refused_though_it_bears_the_old_name(model: Flamingo, monkeypatch: pytest.MonkeyPatch) -> None:
+    norm: Any = type(model.language_model.norm)
+    original = norm.forward
+
+    @functools.wraps(original)
+    def louder(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return 2 * original(self, x)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(norm, "forward", louder)
+    with pytest.raises(UnsupportedModel, match="the forward of RMSNorm was replaced"):
+        LiveSource(model)
+    del louder.__wrapped__
+    with pytest.raises(UnsupportedModel, match="the forward of RMSNorm was replaced"):
+        LiveSource(model)

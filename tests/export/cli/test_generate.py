@@ -154,3 +154,18 @@ def test_candidates_are_ranked(cli, bundle, pictures, model):
     open_ended = json.loads(cli(*line, "--open", "--json").out)["scores"]
     by_name = {each["candidate"]: each["logprob"] for each in ranked}
     assert all(each["logprob"] > by_name[each["candidate"]] for each in open_ended)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--length-penalty", "1000"], "length-penalty is 1000"),
+        (["--temperature", "inf"], "temperature is inf"),
+        (["--top-p", "0"], "top-p is 0"),
+        (["--n-best", "5", "--beams", "3"], "5 best of 3 beams"),
+    ],
+)
+def test_settings_that_cannot_be_are_usage_errors(cli, bundle, pictures, options, words):
+    outcome = cli("generate", bundle, "--image", pictures / "a.png", *options)
+    assert outcome.code == 2
+    assert words in outcome.err

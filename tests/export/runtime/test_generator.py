@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from flamingo_export.errors import CapacityError, InputError
+from flamingo_export.errors import BackendError, CapacityError, InputError
 from flamingo_export.runtime.model import Model
 from flamingo_export.runtime.options import GenerateOptions
 from flamingo_export.runtime.request import Request
@@ -317,7 +317,15 @@ def test_phi_beyond_the_media_is_refused_before_the_graph_runs(load_tiny: LoadTi
         ({"top_k": 0}, "top_k is 0"),
         ({"beams": 3, "temperature": 0.7}, "3 beams and sampling"),
         ({"beams": 40}, "40 beams need a vocabulary of at least 80"),
-        ({"length_penalty": math.nan}, "length_penalty is not a number"),
+        ({"length_penalty": math.nan}, "length_penalty is nan"),
+        ({"length_penalty": 1000.0}, "length_penalty is 1000.0, expected -10.0 to 10.0"),
+        ({"length_penalty": -math.inf}, "length_penalty is -inf"),
+        ({"seed": -1, "top_k": 2}, "seed is -1"),
+        ({"seed": 1.5, "top_k": 2}, "seed is 1.5, expected a whole number"),
+        ({"beams": True}, "beams is True, expected a whole number"),
+        ({"beams": "3"}, "beams is '3', expected a whole number"),
+        ({"temperature": "1"}, "temperature is '1', expected a number"),
+        ({"length_penalty": None}, "length_penalty is None, expected a number"),
     ],
 )
 def test_settings_that_cannot_be(load_tiny: LoadTiny, settings: dict, message: str) -> None:  # type: ignore[type-arg]
@@ -329,3 +337,10 @@ def _timings():  # type: ignore[no-untyped-def]
     from flamingo_export.runtime.generator import Timings
 
     return Timings()
+
+
+def test_a_closed_model_says_so(load_tiny: LoadTiny) -> None:
+    model = load_tiny()
+    model.close()
+    with pytest.raises(BackendError, match="the session is closed"):
+        model.generate([1, 10], max_new_tokens=1)

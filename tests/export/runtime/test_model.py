@@ -15,8 +15,10 @@ import pytest
 from PIL import Image
 
 import flamingo_export
+from flamingo_export.artifacts import file_record
 from flamingo_export.bundle_tokenizer import placeholder_tokenizer
 from flamingo_export.errors import ImageError, InputError, PromptError
+from flamingo_export.manifest import read_manifest, write_manifest
 from flamingo_export.runtime.model import Model
 from flamingo_export.runtime.prompts import qa_prompt
 from flamingo_export.runtime.request import Request
@@ -38,6 +40,9 @@ def text_model(
     bundle = bundle_writer(RandomSource(config, seed=1), tmp_path_factory.mktemp("text") / "text.bundle")
     (bundle / "tokenizer").mkdir()
     (bundle / "tokenizer" / "tokenizer.json").write_text(placeholder_tokenizer(config), encoding="utf-8")
+    manifest = read_manifest(bundle)
+    record = file_record(bundle, bundle / "tokenizer" / "tokenizer.json")
+    write_manifest(bundle, msgspec.structs.replace(manifest, files=(*manifest.files, record)))
     with flamingo_export.load(bundle, threads=1) as model:
         yield model
 

@@ -117,3 +117,27 @@ def test_files_that_are_no_shots(folder: Path) -> None:
         read_shots(write(folder, "", " "))
     with pytest.raises(PromptError, match="is not UTF-8 text"):
         read_shots(folder / "a.png")
+
+
+def test_line_separators_of_unicode_stay_in_their_text(folder: Path) -> None:
+    path = folder / "lines.jsonl"
+    path.write_text(
+        '{"image": "a.png", "caption": "a\u2028b\u0085c"}\r\n{"image": "a.png", "caption": "d"}\n', encoding="utf-8"
+    )
+    assert [shot.answer for shot in read_shots(path)] == ["a\u2028b\u0085c", "d"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("[" * 100_000, "not JSON that can be read"),
+        ('{"image": ' + "1" * 5000 + "}", "not JSON that can be read"),
+        ('{"image": "' + "a" * 5000 + '", "caption": "b"}', "is no path"),
+        ('{"image": "a.png", "caption": "a\\ud800"}', "surrogate"),
+    ],
+)
+def test_lines_that_break_readers_are_named(folder: Path, line: str, message: str) -> None:
+    path = folder / "bad.jsonl"
+    path.write_text(line + "\n", encoding="utf-8")
+    with pytest.raises(PromptError, match=f"line 1: .*{message}"):
+        read_shots(path)

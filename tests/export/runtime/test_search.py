@@ -253,3 +253,14 @@ def test_a_seed_repeats_and_branches_differ() -> None:
     assert len(set(sample(5, 3))) == 3
     # the first branch draws the same whether it has neighbours or not
     assert set(sample(5, 1)) <= set(sample(5, 3))
+
+
+@pytest.mark.parametrize("temperature", [1e-320, 1e-46, 1e-9])
+@pytest.mark.parametrize("top_k", [None, 5])
+@pytest.mark.filterwarnings("error")
+def test_a_vanishing_temperature_takes_the_likeliest(temperature: float, top_k: int | None) -> None:
+    logits = np.random.default_rng(3).normal(0, 5, (1, 40)).astype(np.float32)
+    search = Sampling(StopRule(eoc=2, banned=3, max_new_tokens=1), branches=1, temperature=temperature, top_k=top_k, seed=1)
+    search.advance(logits.copy())
+    without_image = np.where(np.arange(40) == 3, -np.inf, logits[0])
+    assert search.results()[0].token_ids == (int(np.argmax(without_image)),)

@@ -87,3 +87,8 @@ def test_what_is_no_video(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1500])
     with pytest.raises(ImageError, match="damaged or truncated"):
         list(load_video(Video(source=path), default_frames=8))
+
+
+def test_one_image_is_no_video() -> None:
+    with pytest.raises(ImageError, match=r"array of shape \(80, 100, 3\)"):
+        list(load_video(Video(source=np.zeros((80, 100, 3), np.uint8)), default_frames=8))
