@@ -191,6 +191,14 @@ def without_modules(*names: str) -> Callable[[Context], str | None]:
 PACKAGE = ("msgspec", "onnx_ir", "safetensors", "tokenizers", "typer")  # what flamingo_export itself wants
 
 
+def without_rtx(context: Context) -> str | None:
+    """The module has another name when only its two wheels are installed."""
+    names = ("tensorrt_rtx", "tensorrt_rtx_bindings")
+    if all(importlib.util.find_spec(name) is None for name in names):
+        return "tensorrt_rtx (pip install tensorrt_rtx_cu13_libs tensorrt_rtx_cu13_bindings)"
+    return without_modules(*PACKAGE)(context)
+
+
 def without_cuda_provider(context: Context) -> str | None:
     absent = without_modules("onnxruntime", *PACKAGE)(context)
     if absent:
@@ -240,7 +248,7 @@ STAGES: list[Stage] = [
         ("parity", "BUNDLE", "--backend", "tensorrt"),
         ("bench", "BUNDLE", "--backend", "tensorrt", "--json"),
     )),
-    Stage("tensorrt-rtx", without_modules("tensorrt_rtx", *PACKAGE), run_cli(
+    Stage("tensorrt-rtx", without_rtx, run_cli(
         ("build", "--size", "nano", "--backend", "tensorrt-rtx", "--out", "BUNDLE"),
         ("parity", "BUNDLE", "--backend", "tensorrt-rtx"),
         ("bench", "BUNDLE", "--backend", "tensorrt-rtx", "--json"),
