@@ -62,22 +62,24 @@ def test_digest(tmp_path: Path) -> None:
         plugin.digest(tmp_path)
 
 
+CREATOR = SimpleNamespace(name="PhiCrossAttention", plugin_version="1", plugin_namespace="flamingo")
+
+
 class Registry:
     """TensorRT's registry as far as loading goes; `takes`: whether it accepts a library."""
 
-    def __init__(self, takes: bool = True, creator: object = None) -> None:
-        self.takes, self.creator = takes, creator
+    def __init__(self, takes: bool = True, there: bool = False) -> None:
+        self.takes = takes
+        other = SimpleNamespace(name="PhiCrossAttention", plugin_version="1", plugin_namespace="")
+        self.all_creators = [other, CREATOR] if there else [other]
         self.loaded: list[str] = []
-
-    def get_creator(self, name: str, version: str, namespace: str) -> object:
-        assert (name, version, namespace) == ("PhiCrossAttention", "1", "flamingo")
-        return self.creator
 
     def load_library(self, path: str) -> object:
         self.loaded.append(path)
-        if self.takes:
-            self.creator = object()
-        return self.creator
+        if not self.takes:
+            return None
+        self.all_creators.append(CREATOR)
+        return object()
 
 
 def module(registry: Registry, name: str = "tensorrt_of_a_test") -> ModuleType:
@@ -103,7 +105,7 @@ def test_another_library_is_not_taken_for_the_loaded_one(tmp_path: Path) -> None
     with pytest.raises(IncompatibleEngine, match="already has flamingo::PhiCrossAttention from a library with digest"):
         plugin.load(module(registry), put(tmp_path / "b.so", b"other"))
     with pytest.raises(IncompatibleEngine, match="loaded by other code"):
-        plugin.load(module(Registry(creator=object()), "another_tensorrt"), tmp_path / "a.so")
+        plugin.load(module(Registry(there=True), "another_tensorrt"), tmp_path / "a.so")
 
 
 def test_another_digest_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:

@@ -68,6 +68,7 @@ def test_rtx_compiles_a_call(case: str, dtype: str, library: Path, rtx_path: dic
     assert found["layers"] == {"PLUGIN_V3": 1}
     assert found["y"] == [dtype, [-1, -1, 3, 64]]
     assert found["bytes"] > 0, found["errors"]
+    assert not [line for line in found["errors"] if "CUDA driver version is insufficient" not in line]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from flamingo_export.errors import BackendError, IncompatibleEngine
 
@@ -70,14 +71,20 @@ def load(trt: ModuleType, path: Path | None = None, *, expected: str | None = No
             f"Name the library it was built with ({VARIABLE}=...), or build the engine again with this one."
         )
     registry = trt.get_plugin_registry()
-    if registry.get_creator(NAME, VERSION, NAMESPACE) is not None:
+    if _registered(registry):
         _check_same(trt, path, found)
         return found
     _check_rtx_resolves(trt)
-    if registry.load_library(str(path)) is None or registry.get_creator(NAME, VERSION, NAMESPACE) is None:
+    if registry.load_library(str(path)) is None or not _registered(registry):
         raise BackendError(f"TensorRT {trt.__version__} does not take the plugin library {path}: {_why_not(path)}")
     _loaded[trt.__name__] = found
     return found
+
+
+def _registered(registry: Any) -> bool:
+    """By the list: `get_creator` reports an error to the log where there is none."""
+    wanted = (NAME, VERSION, NAMESPACE)
+    return any((one.name, one.plugin_version, one.plugin_namespace) == wanted for one in registry.all_creators)
 
 
 def _check_same(trt: ModuleType, path: Path, found: str) -> None:
