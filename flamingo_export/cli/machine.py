@@ -12,8 +12,12 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
+
+if TYPE_CHECKING:
+    from flamingo_export.backends.tensorrt.library import Library
 
 RTX, DATACENTER, PLUGIN = "TensorRT for RTX", "TensorRT (datacenter)", "flamingo plugin library"
 
@@ -182,8 +186,8 @@ def tensorrt() -> list[Finding]:
     header = _first_file("NvInfer.h", _include_folders())
     compiler = shutil.which("nvcc") or _first_file("nvcc", [Path("/usr/local/cuda/bin")])
     return [
-        _finding(RTX, _first_package(*versions) or _importable_as(*rtx.modules), rtx.install),
-        _finding(DATACENTER, _first_package(*found) or _importable_as(*bindings.modules), bindings.install),
+        _finding(RTX, _first_package(*versions) or _module_of(rtx), rtx.install),
+        _finding(DATACENTER, _first_package(*found) or _module_of(bindings), bindings.install),
         _finding(
             "TensorRT libraries", runtime, "on a GPU host: NVIDIA's tar or Debian packages (libnvinfer), or the wheel above"
         ),
@@ -193,9 +197,11 @@ def tensorrt() -> list[Finding]:
     ]
 
 
-def _importable_as(*modules: str) -> str | None:
-    """A module that can be imported though no distribution of it is installed: a folder on PYTHONPATH."""
-    return next((name for name in modules if _importable(name)), None)
+def _module_of(library: Library) -> str | None:
+    """A library that can be imported though no distribution of it is installed: a folder on PYTHONPATH."""
+    from flamingo_export.backends.tensorrt.library import installed
+
+    return f"a module {' or '.join(library.modules)}" if installed(library) else None
 
 
 def _plugin() -> Finding:

@@ -19,7 +19,7 @@ import msgspec
 
 from flamingo_export.backends.tensorrt.log import Heard, listening
 from flamingo_export.backends.tensorrt.monitor import UNITS, Phases, monitor, watched
-from flamingo_export.backends.tensorrt.parsing import check_network, layer_counts, parse
+from flamingo_export.backends.tensorrt.parsing import check_network, check_warnings, layer_counts, parse
 from flamingo_export.backends.tensorrt.summary import summarise
 from flamingo_export.errors import BackendError, BuildError
 from flamingo_export.lowering.lint import Expected
@@ -102,6 +102,7 @@ def _build(trt: ModuleType, task: Task, heard: Heard, phases: Phases, cancelled:
             raise writer.error
         if not done or not writer.size:
             raise BuildError(f"TensorRT {trt.__version__} did not build {task.spec.name}. {heard.explanation()}")
+        check_warnings(trt, task.spec, heard)
         _save_timing_cache(config, task.timing_cache)
         del cache, held, config, network, parser, builder
     summary = summarise(heard.facts, task.expected, layers, task.profiles)

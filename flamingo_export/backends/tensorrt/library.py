@@ -77,10 +77,12 @@ def installed(library: Library) -> bool:
 
 
 def _there(name: str) -> bool:
+    """Whether it can be imported. A mere folder of that name on the path, which Python takes for a package, is no library."""
     try:
-        return name in sys.modules or find_spec(name) is not None
+        spec = None if name in sys.modules else find_spec(name)
     except (ImportError, ValueError):
         return False
+    return name in sys.modules or (spec is not None and spec.origin is not None)
 
 
 def device() -> Device | None:

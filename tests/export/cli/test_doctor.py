@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from flamingo_export.backends.tensorrt import library, plugin
 from flamingo_export.cli import doctor, machine
 
 
@@ -38,6 +39,8 @@ def test_what_is_missing_comes_with_a_remedy(monkeypatch):
     monkeypatch.setattr(machine, "_first_file", lambda name, folders: None)
     monkeypatch.setattr(machine.ctypes.util, "find_library", lambda name: None)
     monkeypatch.setattr(machine, "_wheel_library", lambda module, pattern: None)
+    monkeypatch.setattr(library, "installed", lambda which: False)
+    monkeypatch.setattr(plugin, "find_plugin", lambda: None)
     for finding in [machine.torch(), *machine.tensorrt()]:
         assert not finding.found
         assert finding.remedy
@@ -49,6 +52,23 @@ def test_headers_are_found_through_tensorrt_root(monkeypatch, tmp_path):
     monkeypatch.setenv("TENSORRT_ROOT", str(tmp_path))
     headers = {finding.name: finding for finding in machine.tensorrt()}["TensorRT headers"]
     assert (headers.found, headers.detail) == (True, str(tmp_path / "include" / "NvInfer.h"))
+
+
+def test_what_can_be_built_follows_from_what_is_there():
+    def findings(*names):
+        every = (machine.RTX, machine.DATACENTER, machine.PLUGIN)
+        return [
+            machine.Finding(name=name, found=name in names, detail="", remedy=None if name in names else f"get {name}")
+            for name in every
+        ]
+
+    gpu = machine.Gpu(name="Some GPU", compute_capability="9.0", memory=1)
+    rtx, datacenter, _ = doctor._engine_tasks(findings(machine.RTX), [])
+    assert (rtx.found, datacenter.found) == (True, False)
+    assert datacenter.detail == "needs TensorRT, a GPU, the plugin"
+    assert datacenter.remedy == f"get {machine.DATACENTER}"
+    rtx, datacenter, run = doctor._engine_tasks(findings(machine.DATACENTER, machine.PLUGIN), [gpu])
+    assert (rtx.found, datacenter.found, run.found) == (False, True, False)
 
 
 class FakeDriver:

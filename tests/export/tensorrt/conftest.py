@@ -1,0 +1,33 @@
+"""TensorRT for RTX, and a task for any graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import trt_wheels
+
+TARGET = "sm89"
+
+
+@pytest.fixture
+def rtx() -> ModuleType:
+    """TensorRT for RTX, or a skip with a reason."""
+    return trt_wheels.rtx()
+
+
+@pytest.fixture(scope="session")
+def nano_bundles(tmp_path_factory) -> dict[str, Path]:
+    """Nano's trained weights in 16 bits, as a build without engines leaves them."""
+    import flamingo_export
+    from flamingo_export.build_request import source_for_size
+    from flamingo_export.manifest import ShapeLimits
+
+    folder = tmp_path_factory.mktemp("nano")
+    limits = ShapeLimits(max_length=512, chunk=64, bank_rows=16)
+    made = {}
+    for storage in ("fp16", "bf16"):
+        made[storage] = folder / f"{storage}.bundle"
+        flamingo_export.build(source_for_size("nano"), out=made[storage], storage=storage, limits=limits, parity="skip")
+    return made

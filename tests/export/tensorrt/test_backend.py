@@ -1,0 +1,299 @@
+"""What needs no TensorRT: names and refusals, estimates, messages in other words, phases of a build, and builds that go on where they were."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections import Counter
+from types import ModuleType
+
+import onnx_ir as ir
+import pytest
+
+import flamingo_export
+from flamingo_export import artifacts, pipeline
+from flamingo_export.backends.base import SessionOptions
+from flamingo_export.backends.registry import availability, get_backend, get_compiler
+from flamingo_export.backends.tensorrt import backend as backend_module
+from flamingo_export.backends.tensorrt import library
+from flamingo_export.backends.tensorrt.builder import Built
+from flamingo_export.backends.tensorrt.estimate import GIB, check_memory, estimate
+from flamingo_export.backends.tensorrt.log import Heard, meaning
+from flamingo_export.backends.tensorrt.monitor import UNITS, Phases, watched
+from flamingo_export.backends.tensorrt.summary import summarise
+from flamingo_export.build_request import BuildRequest, source_for_size
+from flamingo_export.errors import BackendError, BuildError
+from flamingo_export.lowering.lint import Expected
+from flamingo_export.lowering.shapes import Bounds, Profile
+from flamingo_export.manifest import read_manifest
+from flamingo_export.progress import SILENT
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(artifacts, "cache_folder", lambda: tmp_path / "cache")
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(library, "device", lambda: None)
+
+
+def fake_library() -> ModuleType:
+    """Enough of TensorRT for RTX to choose a target."""
+    module = ModuleType("tensorrt_rtx")
+    module.__version__ = "1.7.1.116"
+    module.Builder = object
+    module.ComputeCapability = type("ComputeCapability", (), {"SM80": 80, "SM89": 89, "SM120": 120, "NONE": 0})
+    return module
+
+
+def test_neither_runs_engines_without_a_driver(no_gpu, monkeypatch):
+    monkeypatch.setattr(library, "installed", lambda which: True)
+    for name in ("tensorrt-rtx", "tensorrt"):
+        assert not availability()[name].usable
+        with pytest.raises(BackendError, match=f"{name} cannot run here: .*no NVIDIA driver"):
+            get_backend(name)
+        with pytest.raises(
+            BackendError, match=r"engine of decoder cannot be opened: .*no NVIDIA driver.*--backend onnxruntime"
+        ):
+            record = type("Record", (), {"name": "decoder"})()
+            get_compiler(name).open(None, None, record, SessionOptions())
+    assert get_backend("auto").name == "onnxruntime"
+    with pytest.raises(BackendError, match="'onnxruntime' compiles no engines"):
+        get_compiler("onnxruntime")
+
+
+def test_what_is_missing_is_said(no_gpu, monkeypatch):
+    monkeypatch.setattr(library, "_there", lambda name: False)
+    with pytest.raises(BackendError, match=r"TensorRT for RTX is not installed\. pip install tensorrt_rtx_cu13_bindings"):
+        get_compiler("tensorrt-rtx", target="sm89").prepare()
+    assert availability()["tensorrt"].remedy == library.DATACENTER.install
+    monkeypatch.setattr(library, "load", lambda which: fake_library())
+    with pytest.raises(BackendError, match=r"on the GPU that runs them.*no NVIDIA driver.*--backend tensorrt-rtx"):
+        get_compiler("tensorrt").prepare()
+
+
+def test_targets(no_gpu, monkeypatch):
+    trt = fake_library()
+    assert library.resolve_target(library.RTX, trt, "SM89") == "sm89"
+    with pytest.raises(BackendError, match=r"no target 'sm90'.*sm120, sm80, sm89"):
+        library.resolve_target(library.RTX, trt, "sm90")
+    with pytest.raises(BackendError, match="no GPU here to build for, and no --target"):
+        library.resolve_target(library.RTX, trt, None)
+    monkeypatch.setattr(library, "device", lambda: library.Device(target="sm80"))
+    assert library.resolve_target(library.RTX, trt, None) == "sm80"
+    assert library.resolve_target(library.DATACENTER, trt, None) == "sm80"
+    with pytest.raises(BackendError, match="GPU of this machine, sm80, not for sm89"):
+        library.resolve_target(library.DATACENTER, trt, "sm89")
+
+
+def test_a_folder_of_the_same_name_is_no_library(tmp_path, monkeypatch):
+    (tmp_path / "tensorrt_rtx").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert not library._there("tensorrt_rtx")
+
+
+def test_memory_that_cannot_suffice_is_refused_before_work():
+    big = ir.ExternalTensor("weights/x.safetensors", 0, 4 * GIB, ir.DataType.FLOAT16, shape=ir.Shape([2, GIB]), name="w")
+    needed = estimate(Expected(plugin_layers=0, cache_updates=0, attentions=0, weights={"w": big}, kernels={}))
+    assert needed.weight_bytes == 4 * GIB
+    assert 10 * GIB < needed.memory < 14 * GIB
+    check_memory("decoder", needed, 14 * GIB)
+    with pytest.raises(
+        BuildError, match=r"engine of decoder takes about 1\d\.\d GiB .* 8\.0 GiB are available.*cut the decoder into parts"
+    ):
+        check_memory("decoder", needed, 8 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Error Code 10: Internal Error (Could not find any implementation for node X.)", "memory is short"),
+        ("Error Code 2: OutOfMemory (Requested size was 123 bytes.)", "memory ran out"),
+        ("creator && Plugin not found, are the plugin name, version, and namespace correct?", "plugin library is not loaded"),
+        ("No importer registered for op: Frobnicate.", "does not have an operator"),
+        (
+            "The engine plan file is not compatible with this version of TensorRT, expecting 10 got 11",
+            "another TensorRT version",
+        ),
+        ("The engine plan file is generated on an incompatible device", "another GPU"),
+        ("CUDA initialization failure with error: 35", "driver is missing or too old"),
+    ],
+)
+def test_messages_in_other_words(text, words):
+    assert words in (meaning(text) or "")
+    heard = Heard()
+    heard.hear(1, text)
+    assert words in heard.explanation()
+    assert text in heard.explanation()
+    assert meaning("something else") is None
+
+
+def test_nested_phases_fill_one_bar():
+    phases, total = Phases(), 0
+    phases.start("Building", None, 2)
+    phases.start("Optimizing", "Building", 4)
+    assert phases.units() == 0
+    for index, units in ((0, 125), (1, 125), (3, 250)):
+        phases.step("Optimizing", index)
+        found = phases.units()
+        assert found == units
+        total += found
+    phases.finish("Optimizing")
+    assert phases.units() == 0  # never backwards
+    phases.step("Building", 0)
+    phases.start("Timing", "Building", 1)
+    phases.step("Timing", 0)
+    phases.finish("Building")
+    assert total + phases.units() == UNITS
+
+
+def test_ctrl_c_waits_for_the_work_to_stop():
+    cancelled, ended = threading.Event(), threading.Event()
+
+    class Pressed:
+        def advance(self, amount):
+            raise KeyboardInterrupt
+
+    def work():
+        cancelled.wait(10)
+        ended.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        watched(work, Phases(), cancelled, Pressed())
+    assert ended.is_set()
+    with pytest.raises(ZeroDivisionError):
+        watched(lambda: 1 // 0, Phases(), threading.Event(), SILENT)
+
+
+def test_the_summary_reads_what_the_builder_says():
+    facts = [
+        "Total Activation Memory: 1000 bytes",
+        "Total Activation Memory: 200 bytes",
+        "Engine Layer Information:\n"
+        "Name: _gemm_mha_v2_myl0_9, LayerType: kgen, Inputs: [ { Name: q, Datatype: Half}], Constants: [], "
+        "Outputs: [ { Name: y, Datatype: Half}], TacticName: _gemm_mha_v2_0x1, StreamId: 0, Metadata: [ONNX Layer: a]\n"
+        "Name: _gemm_mha_v2_myl1_9, LayerType: kgen, Inputs: [], Constants: [], Outputs: [ { Name: y, Datatype: Half}], TacticName: x, "
+        "StreamId: 0, Metadata: \n"
+        "Name: PhiCrossAttention/mask, LayerType: gemm, Inputs: [ { Name: q, Datatype: Half}], Constants: [], "
+        "Outputs: [ { Name: y, Datatype: Float}], TacticName: , StreamId: 0, Metadata: ",
+    ]
+    profiles = tuple(Profile(name=name, bounds={"B": Bounds(1, 2, 3)}) for name in ("prefill", "decode"))
+    expected = Expected(plugin_layers=0, cache_updates=2, attentions=1, weights={}, kernels={})
+    summary = summarise(facts, expected, Counter({"CAST": 3, "SHUFFLE": 4}), profiles)
+    assert (summary.layers, summary.kernels) == (7, {"kgen": 2, "gemm": 1})
+    assert (summary.fused_attentions, summary.output_types) == (1, {"Half": 2, "Float": 1})
+    assert [profile.activation_bytes for profile in summary.profiles] == [1000, 200]
+    assert summary.profiles[0].bounds == {"B": (1, 2, 3)}
+
+
+class FakeBuilds:
+    """Stands for the compiler: writes a few bytes, counts, and is interrupted where it is told to."""
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        self.built: list[str] = []
+        self.stop_at = stop_at
+
+    def __call__(self, trt, task, *, progress):
+        if len(self.built) == self.stop_at:
+            raise KeyboardInterrupt
+        self.built.append(task.spec.name)
+        task.engine.parent.mkdir(parents=True, exist_ok=True)
+        data = task.spec.name.encode()
+        task.engine.write_bytes(data)
+        expected = Expected(plugin_layers=0, cache_updates=0, attentions=0, weights={}, kernels={})
+        summary = summarise([], expected, Counter(), task.profiles)
+        return Built(size=len(data), sha256=hashlib.sha256(data).hexdigest(), summary=summary)
+
+
+@pytest.fixture
+def compile_with(monkeypatch, tmp_path):
+    """Builds random nano with a stand-in for the compiler."""
+    monkeypatch.setattr(library, "load", lambda which: fake_library())
+
+    def run(builds, *, target="sm89", backend="tensorrt-rtx", overwrite=False):
+        monkeypatch.setattr(backend_module, "build", builds)
+        request = BuildRequest(
+            source=source_for_size("nano", seed=3), out=tmp_path / "n.bundle", parity="skip", backend=backend, target=target, overwrite=overwrite
+        )  # fmt: skip
+        return pipeline.build(request)
+
+    return run
+
+
+def test_an_engine_finished_before_a_kill_is_not_built_again(compile_with, tmp_path):
+    first = FakeBuilds(stop_at=2)
+    with pytest.raises(KeyboardInterrupt):
+        compile_with(first)
+    assert first.built == ["vision_encoder", "resampler"]
+    assert not (tmp_path / "n.bundle").exists()
+    second = FakeBuilds()
+    result = compile_with(second)
+    assert second.built == ["media_kv", "decoder"]
+    bundle, manifest = result.path, read_manifest(result.path)
+    assert [engine.graph for engine in manifest.engines] == ["vision_encoder", "resampler", "media_kv", "decoder"]
+    artifacts.open_bundle(bundle)  # every file as recorded, engines too
+    listed = {file.path for file in manifest.files}
+    for engine in manifest.engines:
+        assert engine.file in listed
+        assert engine.lowered in listed
+        assert engine.sha256 == hashlib.sha256((bundle / engine.file).read_bytes()).hexdigest()
+    stray = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()} - listed
+    assert stray == {"manifest.json"}
+
+
+def test_another_target_is_built_anew_and_leaves_nothing_of_the_old(compile_with, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        compile_with(FakeBuilds(stop_at=3))
+    again = FakeBuilds()
+    result = compile_with(again, target="sm120")
+    assert len(again.built) == 4
+    assert [path.name for path in (result.path / "engines").iterdir() if any(path.iterdir())] == ["tensorrt-rtx-sm120"]
+
+
+def test_without_engines_after_an_interrupted_build_with_them(compile_with):
+    with pytest.raises(KeyboardInterrupt):
+        compile_with(FakeBuilds(stop_at=1))
+    result = compile_with(FakeBuilds(), backend="onnxruntime", target=None)
+    assert result.manifest.engines == ()
+    assert not any(path.is_file() for path in result.path.rglob("*.engine"))
+    assert not any("tensorrt" in file.path for file in result.manifest.files)
+
+
+def test_the_bundle_with_engines_still_generates_on_the_cpu(compile_with):
+    result = compile_with(FakeBuilds())
+    with flamingo_export.load(result.path, backend="onnxruntime") as model:
+        assert model.generate([5, 6, 7], max_new_tokens=2).token_ids
+
+
+def test_the_plan_counts_the_engines(tmp_path):
+    sizes = []
+    for name in ("onnxruntime", "tensorrt-rtx"):
+        request = BuildRequest(source=source_for_size("nano", seed=3), out=tmp_path / "n.bundle", backend=name)
+        sizes.append(pipeline.plan(request))
+    assert sizes[1].disk_bytes - sizes[0].disk_bytes == int(pipeline.ENGINE_RATIO * sizes[0].weight_bytes)
+
+
+def test_inspect_prints_the_engine(compile_with, capsys):
+    from flamingo_export.cli import main
+
+    bundle = compile_with(FakeBuilds()).path
+    assert main(["inspect", str(bundle), "--engine", "decoder"]) == 0
+    text = capsys.readouterr().out
+    for word in ("engines/tensorrt-rtx-sm89/decoder.engine", "1.7.1.116", "prefill", "decode", "no plugin library needed"):
+        assert word in text
+    assert main(["inspect", str(bundle), "--engine", "decoder", "--json"]) == 0
+    (record,) = json.loads(capsys.readouterr().out)
+    assert (record["graph"], record["target"]) == ("decoder", "sm89")
+    assert main(["inspect", str(bundle), "--engine", "other"]) == 1
+    assert "it has engines of vision_encoder, resampler, media_kv, decoder" in capsys.readouterr().err
+    assert main(["inspect", "--size", "nano", "--engine", "decoder"]) == 2
+
+
+def test_a_target_wants_a_compiler(capsys):
+    from flamingo_export.cli import main
+
+    assert main(["build", "--size", "nano", "--target", "sm89"]) == 2
+    assert "--backend tensorrt-rtx" in capsys.readouterr().err
