@@ -53,7 +53,7 @@ def plugin_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
             configured.write_text(done.stdout)
     reason = next((line for line in configured.read_text().splitlines() if "the plugin is not built" in line), None)
     if reason:
-        pytest.skip(reason.removeprefix("-- "))
+        pytest.skip(f"{reason.removeprefix('-- ').partition(':')[0]} (docs/plugin.md: TENSORRT_ROOT)")
     return folder
 
 
