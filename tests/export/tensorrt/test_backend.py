@@ -6,6 +6,7 @@ import hashlib
 import json
 import threading
 from collections import Counter
+from pathlib import Path
 from types import ModuleType
 
 import onnx_ir as ir
@@ -26,7 +27,7 @@ from flamingo_export.build_request import BuildRequest, source_for_size
 from flamingo_export.errors import BackendError, BuildError
 from flamingo_export.lowering.lint import Expected
 from flamingo_export.lowering.shapes import Bounds, Profile
-from flamingo_export.manifest import read_manifest
+from flamingo_export.manifest import GraphRecord, read_manifest
 from flamingo_export.progress import SILENT
 
 
@@ -58,8 +59,7 @@ def test_neither_runs_engines_without_a_driver(no_gpu, monkeypatch):
         with pytest.raises(
             BackendError, match=r"engine of decoder cannot be opened: .*no NVIDIA driver.*--backend onnxruntime"
         ):
-            record = type("Record", (), {"name": "decoder"})()
-            get_compiler(name).open(None, None, record, SessionOptions())
+            get_compiler(name).open(Path(), None, GraphRecord(name="decoder", file=""), SessionOptions())
     assert get_backend("auto").name == "onnxruntime"
     with pytest.raises(BackendError, match="'onnxruntime' compiles no engines"):
         get_compiler("onnxruntime")
