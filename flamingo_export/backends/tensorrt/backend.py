@@ -13,7 +13,7 @@ import onnx_ir as ir
 from flamingo_export.backends.base import Availability, Session, SessionOptions
 from flamingo_export.backends.tensorrt import library, plugin
 from flamingo_export.backends.tensorrt.builder import Task, build
-from flamingo_export.backends.tensorrt.estimate import available_memory, check_memory, estimate
+from flamingo_export.backends.tensorrt.estimate import GIB, available_memory, check_memory, estimate
 from flamingo_export.backends.tensorrt.library import Library
 from flamingo_export.errors import BackendError
 from flamingo_export.lowering.lint import check_graph
@@ -23,6 +23,7 @@ from flamingo_export.manifest import EngineRecord, GraphRecord, Manifest
 from flamingo_export.progress import SILENT, Progress
 from flamingo_export.specs import SubgraphSpec, decoder_spec, subgraph_specs
 
+_WORTH_TELLING = 45.0  # seconds
 Finished = Callable[[str, str], EngineRecord | None]
 """(path of an engine in the bundle, digest of all that it depends on) -> the record of one that an interrupted build has finished."""
 
@@ -100,6 +101,10 @@ class TensorRTBackend:
             return earlier
         needed = estimate(expected)
         check_memory(graph.name, needed, available_memory())
+        if needed.seconds > _WORTH_TELLING:
+            progress.note(
+                f"engine {graph.name}: about {needed.memory / GIB:.0f} GiB of memory and {needed.seconds / 60:.0f} minutes of one core"
+            )
         task = Task(
             graph=path,
             spec=spec,
