@@ -1,13 +1,14 @@
 # make demo    the nano model on real image files, from a fresh clone; PyTorch is not needed
 # make test    every check and test        make lint   the checks alone
 # make bench   the figures of the README's results table
+# make plugin  the TensorRT plugin; needs nvcc, CMake and TensorRT's headers (TENSORRT_ROOT=...)
 # make clean   removes what the above made, .venv included
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench plugin clean
 
 # Paths are relative throughout, so the folder's own path may hold spaces. The venv's programs are called through its Python for the same reason.
 PY := .venv/bin/python
@@ -16,7 +17,7 @@ export PIP_ROOT_USER_ACTION := ignore
 WORKERS ?= 2
 
 help:
-	@sed -n 's/^# //p' Makefile | head -4
+	@sed -n 's/^# //p' Makefile | head -5
 
 # The first Python of at least 3.11 among the usual names; PYTHON=... overrides.
 .venv/made:
@@ -53,6 +54,11 @@ lint: .venv/installed-dev
 
 test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+plugin:
+	cmake -S . -B build -DBUILD_TESTING=OFF
+	@if cmake --build build --target help | grep -q flamingo_plugins; then cmake --build build --target flamingo_plugins; \
+	else echo "make: the plugin cannot be built here, see the messages above and docs/plugin.md" >&2; exit 1; fi
 
 bench: .venv/installed-dev
 	$(PY) benchmarks/decoder_cpu.py
