@@ -6,12 +6,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
+from flamingo_export.artifacts import file_record
 from flamingo_export.backends.base import Backend
 from flamingo_export.backends.onnxruntime import OnnxRuntimeBackend
-from flamingo_export.manifest import read_manifest
+from flamingo_export.manifest import read_manifest, write_manifest
 from flamingo_export.sources import LiveSource
 from flamingo_export.validate import ParityReport, check_build
 from flamingo_export.validate.golden import Goldens, load_goldens
@@ -19,7 +21,16 @@ from flamingo_export.validate.parity import compare_with
 from flamingo_reference.model import Flamingo
 
 MEMORY = 4 << 30
+GOLDEN = ("golden/cases.json", "golden/tensors.safetensors")
 Compare = Callable[..., ParityReport]
+
+
+def list_goldens(bundle: Path) -> None:
+    """Writes the bundle's golden values, as they now are, into its manifest."""
+    manifest = read_manifest(bundle)
+    files = [record for record in manifest.files if record.path not in GOLDEN]
+    files += [file_record(bundle, bundle / name) for name in GOLDEN if (bundle / name).exists()]
+    write_manifest(bundle, msgspec.structs.replace(manifest, files=tuple(files)))
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +39,9 @@ def checked(tiny_bundle: Path, tiny_model: Flamingo, tmp_path_factory: pytest.Te
     torch.set_num_threads(1)
     bundle = tmp_path_factory.mktemp("checked") / "tiny.bundle"
     shutil.copytree(tiny_bundle, bundle)
-    return bundle, check_build(bundle, read_manifest(bundle), LiveSource(tiny_model), memory=MEMORY)
+    report = check_build(bundle, read_manifest(bundle), LiveSource(tiny_model), memory=MEMORY)
+    list_goldens(bundle)
+    return bundle, report
 
 
 @pytest.fixture(scope="session")

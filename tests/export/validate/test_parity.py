@@ -21,6 +21,7 @@ from flamingo_export.validate.golden import Goldens, load_goldens, save_goldens
 from flamingo_export.validate.report import REPORT_JSON, read_report
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.model import Flamingo
+from tests.export.validate.conftest import list_goldens
 
 Compare = Callable[..., ParityReport]
 
@@ -149,15 +150,18 @@ def test_without_torch_the_golden_values_are_used(copy: Path) -> None:
 
 def test_golden_values_of_other_weights_or_storage_are_refused(copy: Path, goldens: Goldens) -> None:
     save_goldens(copy / "golden", msgspec.structs.replace(goldens, weights_sha256="1" * 64))
+    list_goldens(copy)
     with pytest.raises(ParityError, match="of other weights"):
         check_bundle(copy)
     save_goldens(copy / "golden", msgspec.structs.replace(goldens, storage="bf16"))
+    list_goldens(copy)
     with pytest.raises(ParityError, match="of bf16 weights"):
         check_bundle(copy)
 
 
 def test_with_nothing_to_compare_with_it_says_what_to_do(copy: Path) -> None:
     shutil.rmtree(copy / "golden")
+    list_goldens(copy)
     with pytest.raises(ParityError, match="--checkpoint DIR"):
         check_bundle(copy)
 
@@ -166,6 +170,7 @@ def test_a_failure_is_kept_in_the_manifest(copy: Path, goldens: Goldens) -> None
     key = "adjacent images|logits"
     wrong = msgspec.structs.replace(goldens.expected[key], values=goldens.expected[key].values + 1.0)
     save_goldens(copy / "golden", msgspec.structs.replace(goldens, expected={**goldens.expected, key: wrong}))
+    list_goldens(copy)
     report = check_bundle(copy)
     assert report.verdict == "failed"
     assert read_manifest(copy).parity.state == "failed"
@@ -207,5 +212,6 @@ def test_random_weights_of_another_recipe_are_not_compared_with(copy: Path) -> N
     manifest = read_manifest(copy)
     write_manifest(copy, msgspec.structs.replace(manifest, source=SourceRecord(kind="random", seed=0, sha256="2" * 64)))
     shutil.rmtree(copy / "golden")
+    list_goldens(copy)
     with pytest.raises(ParityError, match="draws other random weights"):
         check_bundle(copy)
