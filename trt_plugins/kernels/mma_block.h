@@ -159,45 +159,43 @@ struct Pieces<T, E4m3> {
     }
 };
 
-// Positions of a tile in sequence that see one bank row, or none.
+// Positions of a tile in sequence that see one bank row. `row` < 0: there is no such run.
 struct Run {
     int start, stop, row;
 };
 
-// The bank rows of a tile's positions, held by every warp: a lane has those of positions `lane` and `lane` + 32. Where runs begin is known as
-// bits, the same in all lanes, so that the compiler sees that a warp goes through them together.
-template <class Machine>
-struct Rows {
-    int low, high;
-    uint64_t starts, media;  // bit p: position p has another row than position p - 1; has a medium
+// Where runs begin in a tile of at most 64 positions, as bits that all lanes of all warps have alike: the compiler then knows that a warp goes
+// through its runs together. A lane looks up the positions `lane` and `lane` + 32.
+struct Runs {
+    uint64_t starts, media;  // bit p: position p has another row than position p - 1; position p has a medium
 
-    FLAMINGO_FUNCTION Rows(Machine& m, const Args& args, int64_t batch, int first, int positions) {
+    template <class Machine>
+    FLAMINGO_FUNCTION Runs(Machine& m, const Args& args, int64_t batch, int first, int positions) {
         const int lane = m.lane();
-        low = lane < positions ? bank_row(m, args, batch, first + lane) : OUTSIDE;
-        high = lane + WARP < positions ? bank_row(m, args, batch, first + lane + WARP) : OUTSIDE;
+        const int low = lane < positions ? bank_row(m, args, batch, first + lane) : OUTSIDE;
+        const int high = lane + WARP < positions ? bank_row(m, args, batch, first + lane + WARP) : OUTSIDE;
         const int before_low = m.shuffle(low, (lane + WARP - 1) % WARP);
         const int before_high = m.shuffle(lane == WARP - 1 ? low : high, (lane + WARP - 1) % WARP);
         starts = bits(m, lane == 0 || low != before_low, high != before_high);
         media = bits(m, low >= 0, high >= 0);
     }
 
-    FLAMINGO_FUNCTION uint64_t bits(Machine& m, bool lower, bool upper) {
+    template <class Machine>
+    static FLAMINGO_FUNCTION uint64_t bits(Machine& m, bool lower, bool upper) {
         const uint64_t one = m.ballot(lower), other = m.ballot(upper);
         return one | other << WARP;
     }
 
-    FLAMINGO_FUNCTION int at(Machine& m, int position) const {
-        const int one = m.shuffle(low, position % WARP), other = m.shuffle(high, position % WARP);
-        return position < WARP ? one : other;
-    }
+    FLAMINGO_FUNCTION bool has_medium(int position) const { return media >> position & 1; }
 
-    // The first run with a medium at or after `from`, where a run begins; a row below zero when there is none.
-    FLAMINGO_FUNCTION Run next(Machine& m, int from) const {
+    // The first run with a medium at or after `from`, where a run begins. Its row is looked up anew, rather than held in registers all along.
+    template <class Machine>
+    FLAMINGO_FUNCTION Run next(Machine& m, const Args& args, int64_t batch, int first, int from) const {
         const uint64_t here = from < 2 * WARP ? starts & media & ~uint64_t(0) << from : 0;
         if (!here) return {from, from, NO_MEDIUM};
         const int start = m.first_bit(here);
         const uint64_t later = starts & ~uint64_t(1) << start;
-        return {start, later ? m.first_bit(later) : 2 * WARP, at(m, start)};
+        return {start, later ? m.first_bit(later) : 2 * WARP, bank_row(m, args, batch, first + start)};
     }
 };
 
@@ -274,9 +272,9 @@ class MmaBlock {
         }
     }
 
-    FLAMINGO_FUNCTION Item next(const Rows<Machine>& rows, const Item& item) {
+    FLAMINGO_FUNCTION Item next(const Runs& runs, const Item& item) {
         if (!Shape::ONE_PASS && item.key0 + SLICE < args.latents) return {item.run, item.key0 + SLICE};
-        return {rows.next(m, item.run.stop), 0};
+        return {runs.next(m, args, batch, first, item.run.stop), 0};
     }
 
     // q . k of 16 rows and the 64 keys of the slice; the warps of a shared row tile compute 16 keys each and exchange them.
@@ -368,9 +366,9 @@ class MmaBlock {
         }
     }
 
-    FLAMINGO_FUNCTION void store_zeros(const Rows<Machine>& rows) {
+    FLAMINGO_FUNCTION void store_zeros(const Runs& runs) {
         bool mine[2];
-        UNROLL for (int half = 0; half < 2; ++half) mine[half] = rows.at(m, row_in_tile(half)) == NO_MEDIUM;
+        UNROLL for (int half = 0; half < 2; ++half) mine[half] = first + row_in_tile(half) < args.positions && !runs.has_medium(row_in_tile(half));
         if (!m.ballot(mine[0] || mine[1])) return;
         const float zero[4][4] = {}, one[2] = {1, 1};
         ROLL for (int group = share; group < Shape::GROUPS; group += Shape::SHARES) store(group, zero, one, mine);
@@ -390,31 +388,37 @@ public:
     FLAMINGO_FUNCTION void run() {
         Queries q;
         load_queries(q);
-        const Rows<Machine> rows(m, args, batch, first, Shape::POSITIONS);
-        Item item = {rows.next(m, 0), 0};
+        const Runs runs(m, args, batch, first, Shape::POSITIONS);
+        Item item = {runs.next(m, args, batch, first, 0), 0};
         if (item.run.row >= 0) {
             fetch(args.k, item, K_TILE);
             m.commit();
             fetch(args.v, item, V_TILE);
             m.commit();
         }
-        store_zeros(rows);
+        store_zeros(runs);
         arrange_queries(q);
-        const float scale_log2 = args.scale * (args.k_scale ? m.load_f32(args.k_scale) : 1.0f) * 1.44269504088896340736f;
-        const float v_scale = args.v_scale ? m.load_f32(args.v_scale) : 1.0f;
+        float scale_log2 = args.scale * 1.44269504088896340736f, v_scale = 1;
+        if constexpr (P::BYTES == 1) {
+            if (args.k_scale) scale_log2 *= m.load_f32(args.k_scale);
+            if (args.v_scale) v_scale = m.load_f32(args.v_scale);
+        }
 
         float o[Shape::GROUPS_EACH][4][4];  // kept from slice to slice
         float greatest[2] = {}, sum[2] = {};
         while (item.run.row >= 0) {
-            const Item following = next(rows, item);
-            const bool more = following.run.row >= 0;
-            const bool first_slice = item.key0 == 0, last_slice = Shape::ONE_PASS || item.key0 + SLICE >= args.latents;
+            const bool first_slice = Shape::ONE_PASS || item.key0 == 0, last_slice = Shape::ONE_PASS || item.key0 + SLICE >= args.latents;
             const bool active = Shape::ROW_TILES == 1 || (item.run.start < (row_tile + 1) * ROW_TILE && item.run.stop > row_tile * ROW_TILE);
             float s[SLICE / 8][4], earlier[2];
+            if (first_slice) {
+                UNROLL for (int half = 0; half < 2; ++half) greatest[half] = -m.infinity(), sum[half] = 0;
+            }
             m.forget();
             m.wait_for_older();
             m.sync();  // K is there
             if (active) scores(q, s);
+            const Item following = next(runs, item);
+            const bool more = following.run.row >= 0;
             if (more) {
                 m.sync();  // K has been read
                 fetch(args.k, following, K_TILE);
@@ -422,9 +426,6 @@ public:
             m.commit();
             uint32_t p[Shape::KEYS16][4];
             if (active) {
-                if (first_slice) {
-                    UNROLL for (int half = 0; half < 2; ++half) greatest[half] = -m.infinity(), sum[half] = 0;
-                }
                 softmax(s, scale_log2, args.latents - item.key0, greatest, sum, earlier);
                 UNROLL for (int u = 0; u < Shape::KEYS16; ++u) {
                     UNROLL for (int i = 0; i < 4; ++i) p[u][i] = m.pack(T{}, s[2 * u + i / 2][i % 2 * 2], s[2 * u + i / 2][i % 2 * 2 + 1]);

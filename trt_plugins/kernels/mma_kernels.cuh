@@ -6,12 +6,20 @@
 
 namespace flamingo {
 
-// Blocks that a multiprocessor should hold at least: what registers allow when none is spilled. Results of all dimensions take most of them.
+// Blocks that a multiprocessor should hold at least, which bounds the registers: as many as leave nothing to spill. Queries of a large head, and
+// results that are kept from slice to slice, take most of them.
 template <class Shape>
-constexpr int MIN_BLOCKS = Shape::GROUPS_EACH == 1 || Shape::ONE_PASS ? 4 : Shape::D <= 96 ? 3 : 2;
+constexpr int min_blocks() {
+    if (Shape::ROW_TILES == 1) return 4;
+    if (!Shape::ONE_PASS) return Shape::D <= 80 ? 3 : 2;
+#if __CUDA_ARCH__ == 1000
+    if (Shape::D == 64) return 3;  // 2 registers short of 4 blocks, on this architecture alone
+#endif
+    return Shape::D <= 96 ? 4 : 3;
+}
 
 template <class Shape>
-__global__ void __launch_bounds__(THREADS, MIN_BLOCKS<Shape>) mma_kernel(const __grid_constant__ Args args) {
+__global__ void __launch_bounds__(THREADS, min_blocks<Shape>()) mma_kernel(const __grid_constant__ Args args) {
     __shared__ __align__(128) char shared[Shape::SHARED_BYTES];
     CudaMachine machine(shared);
     MmaBlock<CudaMachine, Shape>(machine, args, blockIdx.x).run();
