@@ -38,7 +38,10 @@ class Rival:
         }
         self.config, self.beams = config, beams
         lm, block = config.language_model, config.cross_attention
-        self.cache = torch.randn(lm.num_layers, 2, 1, lm.num_heads, CAPACITY, lm.head_size)
+        # A tensor of its own for each layer, written whole by index_copy_: of one large tensor the compiler would copy all at each write.
+        self.keys, self.values = (
+            [torch.randn(1, lm.num_heads, CAPACITY, lm.head_size) for _ in range(lm.num_layers)] for _ in range(2)
+        )
         self.media = torch.randn(2, 1, block.num_heads, config.resampler.num_latents, block.head_size)
         self.slots = torch.arange(CACHED, CACHED + beams)
         visible = torch.zeros(1, 1, beams, CAPACITY, dtype=torch.bool)
@@ -65,12 +68,12 @@ class Rival:
             normed = F.rms_norm(x, (lm.width,), w[f"{name}/attention_norm/weight"], lm.norm_eps)
             q, k, v = (normed @ w[f"{name}/self_attention/qkv_proj"]).chunk(3, dim=-1)
             q, k, v = (part.unflatten(-1, heads).transpose(1, 2) for part in (q, k, v))
-            self.cache[layer, 0][:, :, self.slots] = k
-            self.cache[layer, 1][:, :, self.slots] = v
+            self.keys[layer].index_copy_(2, self.slots, k)
+            self.values[layer].index_copy_(2, self.slots, v)
             table = w[f"{name}/self_attention/distances"].flatten(2)[:, :, :CAPACITY]
             bias = ((q + w[f"{name}/self_attention/position_bias"]) @ table).gather(-1, self.distance) + self.mask
             query = q + w[f"{name}/self_attention/content_bias"]
-            seen = F.scaled_dot_product_attention(query, self.cache[layer, 0], self.cache[layer, 1], attn_mask=bias)
+            seen = F.scaled_dot_product_attention(query, self.keys[layer], self.values[layer], attn_mask=bias)
             x = x + seen.transpose(1, 2).flatten(2) @ w[f"{name}/self_attention/out_proj"]
             normed = F.rms_norm(x, (lm.width,), w[f"{name}/ffw_norm/weight"], lm.norm_eps)
             x = x + F.gelu(normed @ w[f"{name}/ffw_up"]) @ w[f"{name}/ffw_down"]
