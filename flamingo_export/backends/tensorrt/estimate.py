@@ -12,7 +12,7 @@ GIB = 1 << 30
 MEMORY_RATIO = 2.7
 MEMORY_BASE = GIB
 # Seconds of one core for a gigabyte of weights, and for an engine however small.
-SECONDS_PER_GB = 8.0
+SECONDS_PER_GB = 20.0
 SECONDS_BASE = 5.0
 
 
