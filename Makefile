@@ -57,8 +57,9 @@ test: lint
 
 plugin:
 	cmake -S . -B build -DBUILD_TESTING=OFF
-	@if cmake --build build --target help | grep -q flamingo_plugins; then cmake --build build --target flamingo_plugins; \
-	else echo "make: the plugin cannot be built here, see the messages above and docs/plugin.md" >&2; exit 1; fi
+	@targets="$$(cmake --build build --target help)"; \
+	case "$$targets" in *flamingo_plugins*) cmake --build build --parallel --target flamingo_plugins ;; \
+	*) echo "make: the plugin cannot be built here, see the messages above and docs/plugin.md" >&2; exit 1 ;; esac
 
 bench: .venv/installed-dev
 	$(PY) benchmarks/decoder_cpu.py
