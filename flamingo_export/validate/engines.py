@@ -16,6 +16,7 @@ from flamingo_export.manifest import GraphRecord, Manifest
 from flamingo_export.specs import gated_in
 from flamingo_export.validate.cases import DecoderCase
 from flamingo_export.validate.compare import AnyArray
+from flamingo_export.validate.memory import release
 from flamingo_export.validate.oracle import drawn_bank
 from flamingo_export.validate.plan import Plan
 from flamingo_reference.config import ModelConfig
@@ -126,6 +127,7 @@ def opened(
         yield session
     finally:
         session.close()
+        release()
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import msgspec
 
 from flamingo_export.precision import StorageType
 from flamingo_export.sources import LiveSource, WeightSource
+from flamingo_export.validate.memory import release
 from flamingo_export.weights import bundle_weights
 from flamingo_reference.config import ModelConfig
 
@@ -71,8 +72,12 @@ class SourceParts:
             undo = _widen(module, at_use=prefix == "vision_encoder")
             first = wide(module)
             undo()
+            release()
             _narrow(module, prefix, self._rounded, self._storage)
-            return first, narrow(module)
+            second = narrow(module)
+        del module
+        release()
+        return first, second
 
     def _load(self, prefix: str) -> nn.Module:
         import torch
