@@ -25,10 +25,11 @@ class Availability(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SessionOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """How a session is opened. `threads` 0 lets the backend choose; `device` is `cpu` or `cuda`."""
+    """How a session is opened. `threads` 0 lets the backend choose; `device` is `cpu` or `cuda`; `lean` puts memory before speed."""
 
     threads: int = 0
     device: str = "cpu"
+    lean: bool = False
 
 
 class Buffer(Protocol):

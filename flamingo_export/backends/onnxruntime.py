@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from flamingo_export.backends.base import Array, Availability, Buffer, SessionOptions, check_feeds
+from flamingo_export.backends.memory import release
 from flamingo_export.errors import BackendError, BundleError, InputError
 from flamingo_export.manifest import EngineRecord, GraphRecord, Manifest
 from flamingo_export.specs import SubgraphSpec, decoder_spec, subgraph_specs
@@ -59,7 +60,7 @@ class OnnxRuntimeBackend:
             else decoder_spec(config, range(*graph.layers), name=graph.name)
         )
         path = bundle / graph.file
-        session_options, providers = _session_options(options.threads), _providers(options.device)
+        session_options, providers = _session_options(options), _providers(options.device)
         try:
             session = onnxruntime.InferenceSession(path, session_options, providers=providers, enable_fallback=False)
         except MemoryError as error:
@@ -73,6 +74,7 @@ class OnnxRuntimeBackend:
                 f"{path} cannot be loaded by onnxruntime {onnxruntime.__version__}: {_first_line(error)}. "
                 "Check the bundle (flamingo-export inspect) or build it again."
             ) from error
+        release()  # opening NFNet-F6 leaves 2.3 GB freed but kept
         return OnnxRuntimeSession(session, spec)
 
 
@@ -87,11 +89,14 @@ def physical_cores() -> int:
     return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
 
 
-def _session_options(threads: int) -> Any:
+def _session_options(wanted: SessionOptions) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or physical_cores()
+    if wanted.lean:
+        # Without the blocked layout of convolutions, whose weights are in memory twice while it is made: NFNet-F6 opens in 1.7 GB, not 4.1.
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.intra_op_num_threads = wanted.threads or physical_cores()
     options.inter_op_num_threads = 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = 3

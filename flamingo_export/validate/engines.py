@@ -11,12 +11,12 @@ import msgspec
 import numpy as np
 
 from flamingo_export.backends.base import Backend, Buffer, Session, SessionOptions
+from flamingo_export.backends.memory import release
 from flamingo_export.errors import ParityError
 from flamingo_export.manifest import GraphRecord, Manifest
 from flamingo_export.specs import gated_in
 from flamingo_export.validate.cases import DecoderCase
 from flamingo_export.validate.compare import AnyArray
-from flamingo_export.validate.memory import release
 from flamingo_export.validate.oracle import drawn_bank
 from flamingo_export.validate.plan import Plan
 from flamingo_reference.config import ModelConfig

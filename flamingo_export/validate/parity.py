@@ -150,9 +150,11 @@ def compare_with(
 
     started = time.monotonic() if started is None else started
     options = options or SessionOptions(threads=1 if is_small(manifest.config) else 0)
-    checker = Checker(bundle, manifest, goldens, backend, options, progress)
     needed = engine_bytes(manifest.config)
     whole = needed <= memory
+    if not whole:
+        options = msgspec.structs.replace(options, lean=True)
+    checker = Checker(bundle, manifest, goldens, backend, options, progress)
     checker.run(whole=whole)
     not_run = []
     traces: tuple[Trace, ...] = ()

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import msgspec
 
+from flamingo_export.backends.memory import release
 from flamingo_export.precision import StorageType
 from flamingo_export.sources import LiveSource, WeightSource
-from flamingo_export.validate.memory import release
 from flamingo_export.weights import bundle_weights
 from flamingo_reference.config import ModelConfig
 

@@ -1,4 +1,4 @@
-"""Freed memory back to the system, so that a check of one part after the other keeps to the memory of one part."""
+"""Freed memory back to the system, so that what was done with and what is yet to come are not in memory together."""
 
 from __future__ import annotations
 
