@@ -139,9 +139,9 @@ sys.modules["torch"] = None
 import numpy as np
 import flamingo_reference
 from flamingo_reference import config, phi, search, time_weights
-from flamingo_reference.checkpoints import native, writer
+from flamingo_reference.checkpoints import names, native, writer
 config.PRESETS["nano"].validate()
-assert len(native.expected_tensors(config.PRESETS["80b"])) > 1000
+assert len(names.expected_tensors(config.PRESETS["80b"])) > 1000
 rules = search.Rules(eoc=0, image=1, max_new_tokens=3)
 assert search.greedy(lambda ids: np.eye(4)[[2] * len(ids)], [1], rules).hypotheses[0].token_ids == (2, 2, 2)
 try:
