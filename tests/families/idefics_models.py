@@ -14,8 +14,17 @@ from flamingo_reference.checkpoints import idefics
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.model import Flamingo
 
-IMAGE, END = 61, 2
+FAKE, IMAGE, END = 60, 61, 2
 SIDE = 30  # four patches of 7 and two pixels that are not read
+
+PROMPTS = {
+    "one image": [1, 7, FAKE, IMAGE, FAKE, 20, 21],
+    "several images": [1, FAKE, IMAGE, FAKE, IMAGE, FAKE, 30, 31, FAKE, IMAGE, FAKE, 12],
+    "text before the first image": [1, 8, 9, 10, 11, FAKE, IMAGE, FAKE, 33],
+    "text only after an end": [1, FAKE, IMAGE, FAKE, 20, END, 21, 22],
+    "an end, then another image": [1, FAKE, IMAGE, FAKE, 20, END, 1, 40, FAKE, IMAGE, FAKE, 41],
+    "an end before the first image": [1, 5, END, 6, FAKE, IMAGE, FAKE, 7],
+}
 
 
 def their_config(*, qk_norm: bool = True, vector: bool = False, tied: bool = False) -> IdeficsConfig:
@@ -111,3 +120,29 @@ def image_attention_mask(tokens: list[int], num_images: int) -> torch.Tensor:
     seen, _ = processing.image_attention_mask_for_packed_input_ids(torch.tensor([tokens]), _Tokenizer(), "pt")
     mask: torch.Tensor = processing.incremental_to_binary_attention_mask(seen, "pt", num_classes=num_images)
     return mask
+
+
+def their_logits(model: Any, tokens: list[int], images: torch.Tensor) -> torch.Tensor:
+    """transformers' logits [S, V]; images [1, M, 3, I, I]."""
+    mask = image_attention_mask(tokens, images.shape[1])
+    with torch.no_grad():
+        out = model(input_ids=torch.tensor([tokens]), pixel_values=images, image_attention_mask=mask)
+    logits: torch.Tensor = out.logits[0]
+    return logits
+
+
+def generated(
+    model: Any, tokens: list[int], images: torch.Tensor, *, beams: int, new_tokens: int
+) -> tuple[list[list[int]], list[float]]:
+    """transformers' own greedy or beam search, with its cache; `<image>` is taken out before the softmax, as it is here."""
+    hook = model.lm_head.register_forward_hook(lambda _, __, out: out.index_fill(-1, torch.tensor([IMAGE]), -torch.inf))
+    out = model.generate(
+        input_ids=torch.tensor([tokens]), pixel_values=images, image_attention_mask=image_attention_mask(tokens, images.shape[1]),
+        attention_mask=torch.ones(1, len(tokens), dtype=torch.int64), num_beams=beams, num_return_sequences=beams, do_sample=False,
+        length_penalty=0.0, early_stopping=False, max_new_tokens=new_tokens, eos_token_id=END, pad_token_id=0,
+        return_dict_in_generate=True, output_scores=True,
+    )  # fmt: skip
+    hook.remove()
+    texts = [sequence[len(tokens) :].tolist() for sequence in out.sequences]
+    ended = [text[: text.index(END) + 1] if END in text else text for text in texts]
+    return ended, out.sequences_scores.tolist() if beams > 1 else []

@@ -7,7 +7,19 @@ import re
 import numpy as np
 import pytest
 import torch
-from idefics_models import END, IMAGE, image_attention_mask, our_config, our_model, pixels, published, their_config, their_model
+from idefics_models import (
+    END,
+    IMAGE,
+    PROMPTS,
+    generated,
+    our_config,
+    our_model,
+    pixels,
+    published,
+    their_config,
+    their_logits,
+    their_model,
+)
 
 from flamingo_reference.checkpoints import idefics
 from flamingo_reference.checkpoints.names import expected_tensors, parameter_counts
@@ -16,40 +28,7 @@ from flamingo_reference.config import ConfigError, ModelConfig
 from flamingo_reference.phi import phi_from_tokens
 from flamingo_reference.search import Rules, beam_search, flamingo_next_logits
 
-FAKE = 60
-PROMPTS = {
-    "one image": [1, 7, FAKE, IMAGE, FAKE, 20, 21],
-    "several images": [1, FAKE, IMAGE, FAKE, IMAGE, FAKE, 30, 31, FAKE, IMAGE, FAKE, 12],
-    "text before the first image": [1, 8, 9, 10, 11, FAKE, IMAGE, FAKE, 33],
-    "text only after an end": [1, FAKE, IMAGE, FAKE, 20, END, 21, 22],
-    "an end, then another image": [1, FAKE, IMAGE, FAKE, 20, END, 1, 40, FAKE, IMAGE, FAKE, 41],
-    "an end before the first image": [1, 5, END, 6, FAKE, IMAGE, FAKE, 7],
-}
 KINDS = [(True, False), (False, True), (True, True), (False, False)]
-
-
-def theirs(model: object, tokens: list[int], images: torch.Tensor) -> torch.Tensor:
-    mask = image_attention_mask(tokens, images.shape[1])
-    with torch.no_grad():
-        out = model(input_ids=torch.tensor([tokens]), pixel_values=images, image_attention_mask=mask)  # type: ignore[operator]
-    return out.logits[0]
-
-
-def generated(
-    model: object, tokens: list[int], images: torch.Tensor, *, beams: int, new_tokens: int
-) -> tuple[list[list[int]], list[float]]:
-    """transformers' own greedy or beam search, with its cache; `<image>` is taken out before the softmax, as it is here."""
-    hook = model.lm_head.register_forward_hook(lambda _, __, out: out.index_fill(-1, torch.tensor([IMAGE]), -torch.inf))  # type: ignore[attr-defined]
-    out = model.generate(  # type: ignore[attr-defined]
-        input_ids=torch.tensor([tokens]), pixel_values=images, image_attention_mask=image_attention_mask(tokens, images.shape[1]),
-        attention_mask=torch.ones(1, len(tokens), dtype=torch.int64), num_beams=beams, num_return_sequences=beams, do_sample=False,
-        length_penalty=0.0, early_stopping=False, max_new_tokens=new_tokens, eos_token_id=END, pad_token_id=0,
-        return_dict_in_generate=True, output_scores=True,
-    )  # fmt: skip
-    hook.remove()
-    texts = [sequence[len(tokens) :].tolist() for sequence in out.sequences]
-    ended = [text[: text.index(END) + 1] if END in text else text for text in texts]
-    return ended, out.sequences_scores.tolist() if beams > 1 else []
 
 
 def ours(model: object, tokens: list[int], images: torch.Tensor) -> torch.Tensor:
@@ -65,7 +44,7 @@ def test_logits(case: str, qk_norm: bool, vector: bool) -> None:
     model = their_model(their_config(qk_norm=qk_norm, vector=vector))
     tokens = PROMPTS[case]
     images = pixels(tokens.count(IMAGE))
-    wanted, found = theirs(model, tokens, images), ours(our_model(model), tokens, images)
+    wanted, found = their_logits(model, tokens, images), ours(our_model(model), tokens, images)
     # transformers turns, normalises and takes softmax in fp32 whatever the model's type: the agreement is that of fp32.
     torch.testing.assert_close(found, wanted, rtol=0, atol=4e-6 * wanted.square().mean().sqrt().item())
 
