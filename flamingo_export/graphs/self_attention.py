@@ -11,6 +11,8 @@ What attention knows of positions is in the keys (rotary), or in an additive mas
 
 from __future__ import annotations
 
+from typing import Any
+
 import onnx_ir as ir
 
 from flamingo_export.graphs import alibi, relative_positions
@@ -91,7 +93,7 @@ def _qkv(build: GraphBuilder, lm: LanguageModelConfig, normed: ir.Value, weights
 def _turned(
     build: GraphBuilder, lm: LanguageModelConfig, positions: RotaryPositions, x: ir.Value, places: ir.Value, name: str
 ) -> ir.Value:
-    partial = {} if positions.size == lm.head_size else {"rotary_embedding_dim": positions.size}
+    partial: dict[str, Any] = {} if positions.size == lm.head_size else {"rotary_embedding_dim": positions.size}
     tables = build.weight("decoder/rotary_cos"), build.weight("decoder/rotary_sin")
     turned: ir.Value = build.op("RotaryEmbedding", x, *tables, places, name=f"rotary_{name}", **partial)
     return turned

@@ -146,10 +146,10 @@ def rotary_table(
 def alibi_slopes(num_heads: int, positions: AlibiPositions) -> Array:
     """Each head's penalty for a distance of one, float32 [H, 1, 1]; the definition is the reference's (positions.py)."""
     whole = 2 ** math.ceil(math.log2(num_heads))
-    slopes = 2.0 ** (-positions.max_bias * np.arange(1, whole + 1) / whole)
+    slopes: Array = 2.0 ** (-positions.max_bias * np.arange(1, whole + 1) / whole)
     if whole != num_heads:
         slopes = np.concatenate([slopes[1::2], slopes[::2]])[:num_heads]
-    return slopes.astype(np.float32)[:, None, None]
+    return slopes[:, None, None].astype(np.float32)
 
 
 # Weights of the usual layers. `name` is the bundle's, `source` the checkpoint's.

@@ -45,12 +45,17 @@ class LanguageModelLayer(nn.Module):
         q, k, v = self.q_proj(normed), self.k_proj(normed), self.v_proj(normed)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q_BHSD, k_BGSD, v_BGSD = (x.unflatten(-1, (-1, config.head_size)).transpose(1, 2) for x in (q, k, v))
+        q_BHSD, k_BGSD, v_BGSD = (self._heads(x) for x in (q, k, v))
         if isinstance(config.positions, RotaryPositions):
             if positions_BS is None:
                 positions_BS = torch.arange(hidden_BSW.shape[1], device=hidden_BSW.device)[None]
             q_BHSD, k_BGSD = (rotate(x, positions_BS, config.positions) for x in (q_BHSD, k_BGSD))
         return q_BHSD, k_BGSD, v_BGSD
+
+    def _heads(self, x_BSI: Tensor) -> Tensor:
+        """[B, S, heads * D] -> [B, heads, S, D]."""
+        x_BHSD: Tensor = x_BSI.unflatten(-1, (-1, self.config.head_size)).transpose(1, 2)
+        return x_BHSD
 
     def distance_table(self, num_distances: int) -> Tensor:
         """Projected distances 0 .. num_distances - 1, at most max_positions of them: [X, H, D]. Relative positions only."""
@@ -67,7 +72,8 @@ class LanguageModelLayer(nn.Module):
         assert isinstance(self.config.positions, AlibiPositions)
         slopes = alibi_slopes(self.config.num_heads, self.config.positions)
         slopes_H11 = torch.tensor(slopes, dtype=torch.float64, device=like.device)[:, None, None]
-        return (-slopes_H11 * distance_BSC[:, None] * self.config.head_size**0.5).to(like.dtype)
+        scores: Tensor = -slopes_H11 * distance_BSC[:, None] * self.config.head_size**0.5
+        return scores.to(like.dtype)
 
     def attend(self, q_BHSD: Tensor, k_BGCD: Tensor, v_BGCD: Tensor, position_BHSC: Tensor | None, mask_BqSC: Tensor) -> Tensor:
         """Attention output [B, S, W]; rows that may see nothing are zero. position: what distances add to scores, before the scale."""

@@ -35,7 +35,8 @@ class ResamplerLayer(nn.Module):
 
     def _heads(self, x_NLI: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:
         x_NLHD = x_NLI.unflatten(-1, (self.config.num_heads, self.config.head_size))
-        return (x_NLHD if norm is None else norm(x_NLHD)).transpose(1, 2)
+        x_NHLD: Tensor = (x_NLHD if norm is None else norm(x_NLHD)).transpose(1, 2)
+        return x_NHLD
 
     def forward(self, latents_NRW: Tensor, media_NTPxW: Tensor) -> Tensor:
         latents = self.latent_norm(latents_NRW)

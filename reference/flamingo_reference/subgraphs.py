@@ -139,7 +139,9 @@ class Decoder(Subgraph):
         self.language_model.layers = nn.ModuleDict({str(j): m for j, m in zip(layers, layer_modules, strict=True)})
         if self.last:
             self.language_model.norm = ends.norm
-            self.language_model.head = ends.head
+            if ends.head is not None:
+                self.language_model.head = ends.head
+        self.output = "embedding.weight" if ends.head is None else "head.weight"
         self.tables: dict[int, Tensor] = {}
         caches = [f"past_{kind}.{j}" for j in layers for kind in "kv"]
         banks = [f"media_{kind}.{i}" for i in self.gated.values() for kind in "kv"]
@@ -197,9 +199,8 @@ class Decoder(Subgraph):
             return {"hidden_out": hidden, **caches}
         wanted_BKW = hidden.gather(1, feeds["logit_positions"][:, :, None].expand(-1, -1, hidden.shape[-1]))
         normed = self.language_model.get_submodule("norm")(wanted_BKW)
-        tied = self.language_model.head is None
-        output = self.language_model.get_parameter("embedding.weight" if tied else "head.weight")
-        return {"logits": nn.functional.linear(normed, output), **caches}
+        logits = nn.functional.linear(normed, self.language_model.get_parameter(self.output))
+        return {"logits": logits, **caches}
 
     def _layer(self, j: int) -> LanguageModelLayer:
         layer = self.language_model.get_submodule(f"layers.{j}")
