@@ -331,10 +331,11 @@ def ours(theirs: Theirs, *, layout: str = "openai") -> tuple[Flamingo, openflami
     tensors = {"checkpoint": theirs.checkpoint(), "language_model": theirs.language_model(), "vision": theirs.vision(layout)}
     files = files_of(tensors, theirs.language_model_config())
     config: ModelConfig = openflamingo.config_from(files, tokens=TOKENS)
-    state = {}
-    for name, recipe in openflamingo.recipes(config, files).items():
-        sources = [tensors[file][tensor] for file, tensor in (source.split(":", 1) for source in recipe.sources)]
-        state[name] = torch.from_numpy(np.array(recipe.make(sources)))
+    joined = {name: tensor for held in tensors.values() for name, tensor in held.items()}
+    state = {
+        name: torch.from_numpy(np.array(recipe.make([joined[source] for source in recipe.sources])))
+        for name, recipe in openflamingo.recipes(config, files).items()
+    }
     model = Flamingo(config).double()
     model.load_state_dict(state, strict=True)
     return model.requires_grad_(False).eval(), files

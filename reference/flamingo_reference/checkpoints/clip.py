@@ -21,7 +21,7 @@ HEAD_SIZE = 64
 IGNORED = (
     (r"(visual\.ln_post|vision_model\.post_layernorm)\.(weight|bias)", "norm that the features do not go through"),
     (r"(visual\.proj|visual_projection\.weight)", "projection into the space shared with text"),
-    (r"(transformer\.|text_model\.|token_embedding\.|ln_final\.).*", "CLIP's text encoder"),
+    (r"(transformer\.resblocks\.|text_model\.|token_embedding\.|ln_final\.).*", "CLIP's text encoder"),
     (r"(positional_embedding|text_projection|text_projection\.weight|logit_scale)", "CLIP's text encoder"),
     (r"(input_resolution|context_length|vocab_size)", "sizes stored as tensors"),
     (r"vision_model\.embeddings\.position_ids", "the numbers 0, 1, ..., which need no tensor"),

@@ -4,7 +4,7 @@
     language_model   the rest of the language model, as published
     vision           CLIP, as published; its ln_post is left out, as it was in training
 
-A source of a recipe is named `file:tensor` by these three. Names in checkpoint.pt vary with how it was saved: `module.` in front, the
+No two of the files have a tensor of the same name. Names in checkpoint.pt vary with how it was saved: `module.` in front, the
 gated blocks in a list of their own, the language model's layers below `decoder_layer`; `Files` finds them all.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -22,16 +22,15 @@ from flamingo_reference.checkpoints.language_models import Family, family_of
 from flamingo_reference.checkpoints.recipes import Recipe, Shape, as_is, reshaped, rows, with_bias
 from flamingo_reference.config import ConfigError, CrossAttentionConfig, ModelConfig, ResamplerConfig, TokenIds, ViTConfig
 
-CHECKPOINT, LANGUAGE_MODEL, VISION = "checkpoint", "language_model", "vision"
 HEAD_SIZE = 64
 """Of perceiver and gated blocks in every published model; the tensors do not tell."""
 IGNORED = (
-    *((rf"{VISION}:{pattern}", reason) for pattern, reason in clip.IGNORED),
-    *((rf"(({LANGUAGE_MODEL}:)|({CHECKPOINT}:)){pattern}", reason) for pattern, reason in language_models.IGNORED),
-    (rf"{CHECKPOINT}:(module\.)?vision_encoder\..*", "a copy of CLIP, which is read from its own file"),
-    (rf"{CHECKPOINT}:(module\.)?lang_encoder\.old_decoder_blocks\..*", "second names of the language model's layers"),
+    *clip.IGNORED,
+    *language_models.IGNORED,
+    (r"(module\.)?vision_encoder\..*", "a copy of CLIP, which is read from its own file"),
+    (r"(module\.)?lang_encoder\.old_decoder_blocks\..*", "second names of the language model's layers"),
 )
-"""Tensors of the files that the model does not need: pattern of the whole name, and why."""
+"""Tensors of the files that the model never needs: pattern of the whole name, and why."""
 
 
 class Files(msgspec.Struct, frozen=True, kw_only=True):
@@ -131,17 +130,24 @@ def config_from(
 
 
 def recipes(config: ModelConfig, files: Files) -> dict[str, Recipe]:
-    """Every tensor of ours; sources are named `file:tensor`. Raises ConfigError if no file holds the rows of all tokens."""
+    """Every tensor of ours, from those of the three files. Raises ConfigError if no file holds the rows of all tokens."""
     assert isinstance(config.vision, ViTConfig)
     trained = files.trained()
     return {
-        **_prefixed(clip.recipes_for(config.vision, files.vision), lambda name: f"{VISION}:{name}"),
-        **_prefixed(_perceiver(config) | _gated(config, files.family), lambda name: f"{CHECKPOINT}:{trained.get(name, name)}"),
+        **clip.recipes_for(config.vision, files.vision),
+        **_renamed(_perceiver(config) | _gated(config, files.family), lambda name: trained.get(name, name)),
         **_language_model(config, files, trained),
     }
 
 
-def _prefixed(recipes: Mapping[str, Recipe], rename: Any) -> dict[str, Recipe]:
+def ignored(files: Files) -> tuple[tuple[str, str], ...]:
+    """IGNORED, and those of the language model's tensors that checkpoint.pt holds as they were trained."""
+    trained = files.trained()
+    given_way = [name for name in files.language_model if f"lang_encoder.{name}" in trained]
+    return *IGNORED, *((re.escape(name), "trained further: checkpoint.pt has it") for name in given_way)
+
+
+def _renamed(recipes: Mapping[str, Recipe], rename: Callable[[str], str]) -> dict[str, Recipe]:
     return {
         ours: Recipe({rename(name): shape for name, shape in recipe.sources.items()}, recipe.make)
         for ours, recipe in recipes.items()
@@ -236,15 +242,14 @@ def _language_model(config: ModelConfig, files: Files, trained: Mapping[str, str
 
     def place(name: str) -> str:
         """The trained tensor where there is one, else the published."""
-        actual = trained.get(f"lang_encoder.{name}")
-        return f"{LANGUAGE_MODEL}:{name}" if actual is None else f"{CHECKPOINT}:{actual}"
+        return trained.get(f"lang_encoder.{name}", name)
 
-    found = _prefixed(language_models.recipes(lm, family), place)
+    found = _renamed(language_models.recipes(lm, family), place)
+    shapes = {**files.language_model, **files.checkpoint}
     vocabulary = {"embedding": family.embedding} if lm.tied_head else {"embedding": family.embedding, "head": family.head}
     for ours, theirs in vocabulary.items():
         source = place(f"{theirs}.weight")
-        shapes = {CHECKPOINT: files.checkpoint, LANGUAGE_MODEL: files.language_model}[source.split(":")[0]]
-        shape = shapes.get(source.split(":", 1)[1], (lm.vocab_size, lm.width))
+        shape = shapes.get(source, (lm.vocab_size, lm.width))
         if shape[0] < lm.vocab_size:
             raise ConfigError(
                 f"{source} has {shape[0]} rows for {lm.vocab_size} tokens; no file holds the rows of the tokens that were added. "
