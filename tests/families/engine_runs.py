@@ -34,7 +34,7 @@ class EngineRuns:
         """float32 [S, V] at every position of one request; images [M, 3, I, I]."""
         engines, decoder = self.engines, self.engines.decoder
         encoder = MediaEncoder(engines.vision_encoder, engines.resampler, engines.media_kv, self.config)
-        media = [medium for _, medium in encoder.encode(self._media(images))]
+        media = [medium for _, medium in encoder.encode(self.media(images))]
         length = len(tokens)
         for tensor in decoder.spec.inputs:
             if tensor.name.startswith(("media_k.", "media_v.")):
@@ -61,7 +61,7 @@ class EngineRuns:
 
     def generate(self, tokens: list[int], images: torch.Tensor, *, beams: int, new_tokens: int) -> list[Hypothesis]:
         """The runtime's own loop, best hypothesis first."""
-        media = self._media(images)
+        media = self.media(images)
         ids, limits = np.array(tokens), self.manifest.limits
         phi = phi_from_tokens(ids[None], self.config.tokens.image, self.config.tokens.reset)[0]
         digests = iter(media)
@@ -74,7 +74,8 @@ class EngineRuns:
         return search.results()
 
     @staticmethod
-    def _media(images: torch.Tensor) -> list[Medium]:
+    def media(images: torch.Tensor) -> list[Medium]:
+        """Images [M, 3, I, I] as media of one frame."""
         return [Medium(pixels=image[None].float().numpy(), digest=bytes([n])) for n, image in enumerate(images)]
 
 
