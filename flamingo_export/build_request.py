@@ -10,7 +10,7 @@ import msgspec
 from flamingo_export.errors import BuildError, CheckpointError
 from flamingo_export.manifest import ShapeLimits
 from flamingo_export.precision import Precision, StorageType, default_precision
-from flamingo_reference.checkpoints.native import parameter_counts
+from flamingo_reference.checkpoints.names import parameter_counts
 from flamingo_reference.config import PRESETS, ModelConfig
 
 BuildBackend = Literal["onnxruntime", "tensorrt-rtx", "tensorrt"]

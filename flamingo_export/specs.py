@@ -4,9 +4,11 @@ Graph builders declare exactly these, the reference's subgraphs take exactly the
 
     vision_encoder   pixels -> features                        F frames, I image side, P patches, E feature width
     resampler        features, time_weights -> latents         N media, T frames of a medium, R latents, W width
+                                                               (time_weights only where frames have time embeddings)
     media_kv         latents -> media_k.i, media_v.i           one pair a gated layer i
     decoder          tokens, media, cache -> logits, cache     B requests, S positions in this call, C cache capacity,
                                                                K positions whose logits are wanted, M media of a request
+                                                               (key_positions only where attention depends on distances)
 
 Ids, rows and indices are int64, the mask is bool, the rest is floating point of the graph's compute type.
 """
@@ -77,7 +79,7 @@ def decoder_spec(config: ModelConfig, layers: range, *, name: str) -> SubgraphSp
     lm, block = config.language_model, config.cross_attention
     first, last = layers.start == 0, layers.stop == lm.num_layers
     media_shape: tuple[Dim, ...] = ("N", block.num_heads, config.resampler.num_latents, block.head_size)
-    cache_shape: tuple[Dim, ...] = ("B", lm.num_heads, "C", lm.head_size)
+    cache_shape: tuple[Dim, ...] = ("B", lm.kv_heads, "C", lm.head_size)
     gated = [i for i, _ in gated_in(config, layers)]
     inputs = [
         TensorSpec("token_ids", "int64", ("B", "S")) if first else TensorSpec("hidden", "float", ("B", "S", lm.width)),
@@ -88,8 +90,9 @@ def decoder_spec(config: ModelConfig, layers: range, *, name: str) -> SubgraphSp
     inputs += [
         TensorSpec("write_index", "int64", ("B",)),
         TensorSpec("mask", "bool", ("B", 1, "S", "C")),
-        TensorSpec("key_positions", "int64", ("B", "C")),
     ]
+    if lm.uses_distances:
+        inputs.append(TensorSpec("key_positions", "int64", ("B", "C")))
     if last:
         inputs.append(TensorSpec("logit_positions", "int64", ("B", "K")))
     for i in gated:
@@ -116,12 +119,12 @@ def _vision_encoder(config: ModelConfig) -> SubgraphSpec:
 
 def _resampler(config: ModelConfig) -> SubgraphSpec:
     resampler, vision = config.resampler, config.vision
+    inputs = [TensorSpec("features", "float", ("N", "T", vision.num_patches, vision.feature_width))]
+    if resampler.num_time_embeddings:
+        inputs.append(TensorSpec("time_weights", "float", ("T", resampler.num_time_embeddings)))
     return SubgraphSpec(
         name="resampler",
-        inputs=(
-            TensorSpec("features", "float", ("N", "T", vision.num_patches, vision.feature_width)),
-            TensorSpec("time_weights", "float", ("T", resampler.num_time_embeddings)),
-        ),
+        inputs=tuple(inputs),
         outputs=(TensorSpec("latents", "float", ("N", resampler.num_latents, resampler.width)),),
     )
 

@@ -19,6 +19,7 @@ from flamingo_export.errors import BackendError, CheckpointError, InputError
 from flamingo_export.manifest import EngineRecord, GraphRecord, Manifest
 from flamingo_export.origin import find_origin
 from flamingo_export.specs import SubgraphSpec, decoder_spec, subgraph_specs
+from flamingo_reference.config import RelativePositions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,7 +81,8 @@ class ReferenceBackend:
         module = load_subgraph(config, kind, self._source.read, layers=layers, dtype=torch.float32).eval()
         if isinstance(module, Decoder):
             module.in_place = True
-            module.precompute(config.language_model.max_positions)
+            if isinstance(config.language_model.positions, RelativePositions):
+                module.precompute(config.language_model.max_positions)
         return ReferenceSession(module, spec)
 
 

@@ -149,7 +149,7 @@ def _engine_tasks(tensorrt: list[Finding], gpus: list[Gpu]) -> list[Finding]:
 
 def _sizes(found: Hardware) -> list[SizeFit]:
     from flamingo_export.precision import BYTES_PER_WEIGHT, default_precision
-    from flamingo_reference.checkpoints.native import parameter_counts
+    from flamingo_reference.checkpoints.names import parameter_counts
     from flamingo_reference.config import PRESETS
 
     fits = []

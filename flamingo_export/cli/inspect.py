@@ -56,7 +56,7 @@ def inspect(
 
 def components(config: ModelConfig) -> list[Component]:
     """Parameters per component, computed from the shapes, and their total."""
-    from flamingo_reference.checkpoints.native import parameter_counts
+    from flamingo_reference.checkpoints.names import parameter_counts
     from flamingo_reference.config import PRESETS, QUOTED_PARAMETERS
 
     counts = parameter_counts(config)

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from flamingo_export.precision import StorageType
 from flamingo_export.specs import SubgraphSpec, TensorSpec
 from flamingo_export.weights import Placed, WeightIndex
+from flamingo_reference.config import FeedForward, Norm
 
 OPSET = 24
 IR_VERSION = 10
@@ -108,27 +109,52 @@ class GraphBuilder:
             self._casts[name] = node.outputs[0]
         return self._casts[name]
 
-    def linear(self, x: ir.Value, weight: str, *, name: str) -> ir.Value:
-        """x @ weight, without bias."""
+    def linear(self, x: ir.Value, weight: str, *, name: str, bias: bool = False) -> ir.Value:
+        """x @ weight, plus the bias stored beside it where it has one."""
         product: ir.Value = self.op("MatMul", x, self.weight(weight), name=name)
-        return product
+        return self.op("Add", product, self.weight(f"{weight}.bias"), name=f"{name}/bias") if bias else product
 
     def layer_norm(self, x: ir.Value, weight: str, *, name: str, eps: float = 1e-5) -> ir.Value:
         """LayerNorm over the last axis, with scale and bias."""
-        scale, bias = self.weight(f"{weight}/weight"), self.weight(f"{weight}/bias")
-        normed: ir.Value = self.op("LayerNormalization", x, scale, bias, name=name, axis=-1, epsilon=eps)
-        return normed
+        return self.norm(x, weight, name=name, eps=eps)
 
     def rms_norm(self, x: ir.Value, weight: str, *, name: str, eps: float) -> ir.Value:
         """RMSNorm over the last axis."""
-        normed: ir.Value = self.op("RMSNormalization", x, self.weight(f"{weight}/weight"), name=name, axis=-1, epsilon=eps)
+        return self.norm(x, weight, name=name, eps=eps, kind="rms_norm")
+
+    def norm(
+        self, x: ir.Value, weight: str, *, name: str, eps: float, kind: Norm = "layer_norm", bias: bool = True
+    ) -> ir.Value:
+        """A norm over the last axis. bias: of a LayerNorm; RMSNorm has none."""
+        operator = "RMSNormalization" if kind == "rms_norm" else "LayerNormalization"
+        scales = [self.weight(f"{weight}/weight")]
+        if kind == "layer_norm" and bias:
+            scales.append(self.weight(f"{weight}/bias"))
+        normed: ir.Value = self.op(operator, x, *scales, name=name, axis=-1, epsilon=eps)
         return normed
 
-    def squared_relu(self, x: ir.Value) -> ir.Value:
-        """relu(x)^2."""
-        positive = self.op("Relu", x, name="relu")
-        squared: ir.Value = self.op("Mul", positive, positive, name="square")
-        return squared
+    def activation(self, x: ir.Value, kind: FeedForward) -> ir.Value:
+        """What a feed-forward layer applies between its matrices; for swiglu x holds both projections, the one under the swish first."""
+        if kind == "swiglu":
+            gate, up = self.op("Split", x, name="swiglu/split", outputs=2, axis=-1, num_outputs=2)
+            return self.op("Mul", self._swish(gate, name="swiglu/swish"), up, name="swiglu")  # type: ignore[no-any-return]
+        if kind == "gelu":
+            return self.op("Gelu", x, name="gelu")  # type: ignore[no-any-return]
+        if kind == "quick_gelu":
+            return self._swish(x, name="quick_gelu", slope=1.702)
+        positive: ir.Value = self.op("Relu", x, name="relu")
+        return positive if kind == "relu" else self.op("Mul", positive, positive, name="square")
+
+    def _swish(self, x: ir.Value, *, name: str, slope: float = 1.0) -> ir.Value:
+        """x * sigmoid(slope * x). Not the operator Swish: ONNX Runtime's kernel of it took six times as long."""
+        scaled = x if slope == 1.0 else self.op("Mul", x, self.constant(slope, dtype=np.float32), name=f"{name}/slope")
+        swished: ir.Value = self.op("Mul", x, self.op("Sigmoid", scaled, name=f"{name}/sigmoid"), name=name)
+        return swished
+
+    def feed_forward(self, normed: ir.Value, weights: str, kind: FeedForward, *, bias: bool = False) -> ir.Value:
+        """The feed-forward half of a layer, without its norm and residual."""
+        up = self.linear(normed, f"{weights}/ffw_up", name="ffw_up", bias=bias)
+        return self.linear(self.activation(up, kind), f"{weights}/ffw_down", name="ffw_down", bias=bias)
 
     def reshape(self, x: ir.Value, shape: Sequence[int], *, name: str = "reshape") -> ir.Value:
         """0 keeps a size of x at that place, -1 is what is left."""

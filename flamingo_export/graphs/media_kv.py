@@ -20,5 +20,8 @@ def media_kv(config: ModelConfig, index: WeightIndex) -> ir.Model:
         with build.scope(f"layer.{i}"):
             for kind in "kv":
                 projected = build.linear(inputs["latents"], f"media_kv/layer.{i}/{kind}_proj", name=f"{kind}_proj")
-                outputs[f"media_{kind}.{i}"] = build.heads(projected, block.num_heads, block.head_size, name=kind)
+                value = build.heads(projected, block.num_heads, block.head_size, name=kind)
+                if kind == "k" and block.qk_norm:
+                    value = build.rms_norm(value, f"media_kv/layer.{i}/k_norm", name="k_norm", eps=block.norm_eps)
+                outputs[f"media_{kind}.{i}"] = value
     return build.model(spec, inputs, outputs)

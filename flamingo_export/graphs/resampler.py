@@ -1,6 +1,6 @@
 """The `resampler` graph: Perceiver Resampler.
 
-features [N,T,P,E] -- input_proj -- + time embeddings -- join frames --> media [N,T*P,W]
+features [N,T,P,E] -- [input_proj] -- [+ time embeddings] -- join frames --> media [N,T*P,W]
 latents [R,W] expanded; each layer: attention(latents, concat(media, latents)), then feed-forward, both residual; final norm
 """
 
@@ -15,14 +15,18 @@ from flamingo_reference.config import ModelConfig
 
 
 def resampler(config: ModelConfig, index: WeightIndex) -> ir.Model:
-    """features [N, T, P, E], time_weights [T, 8] -> latents [N, R, W]."""
+    """features [N, T, P, E], time_weights [T, 8] (where frames have time embeddings) -> latents [N, R, W]."""
     sizes, spec = config.resampler, subgraph_specs(config)["resampler"]
     build = GraphBuilder(index, prefix="resampler")
     inputs = graph_inputs(spec)
-    media = build.linear(inputs["features"], "resampler/input_proj", name="input_proj")
-    times = build.op("MatMul", inputs["time_weights"], build.weight("resampler/time_embeddings"), name="time_embeddings")
-    times = build.op("Unsqueeze", times, build.constant([1]), name="time_embeddings/patches")
-    media = build.reshape(build.op("Add", media, times, name="add_time"), [0, -1, sizes.width], name="join_frames")
+    media = inputs["features"]
+    if sizes.input_proj:
+        media = build.linear(media, "resampler/input_proj", name="input_proj")
+    if sizes.num_time_embeddings:
+        times = build.op("MatMul", inputs["time_weights"], build.weight("resampler/time_embeddings"), name="time_embeddings")
+        times = build.op("Unsqueeze", times, build.constant([1]), name="time_embeddings/patches")
+        media = build.op("Add", media, times, name="add_time")
+    media = build.reshape(media, [0, -1, sizes.width], name="join_frames")
     count = build.op("Shape", inputs["features"], name="count", start=0, end=1)
     shape = build.op("Concat", count, build.constant([sizes.num_latents, sizes.width]), name="latents/shape", axis=0)
     latents = build.op("Expand", build.weight("resampler/latents"), shape, name="latents/expand")
@@ -42,9 +46,11 @@ def _layer(build: GraphBuilder, weights: str, latents: ir.Value, media: ir.Value
         "Split", build.linear(keys, f"{weights}/kv_proj", name="kv_proj"), name="kv", outputs=2, axis=-1, num_outputs=2
     )
     k, v = build.heads(k, heads, head_size, name="k"), build.heads(v, heads, head_size, name="v")
+    if config.resampler.qk_norm:
+        q, k = (build.layer_norm(x, f"{weights}/{name}_norm", name=f"{name}_norm") for name, x in (("q", q), ("k", k)))
     seen = build.op("Attention", q, k, v, name="attention", scale=float(head_size**-0.5))
     seen = build.linear(build.merge_heads(seen, heads * head_size), f"{weights}/out_proj", name="out_proj")
     latents = build.op("Add", latents, seen, name="residual")
-    hidden = build.linear(build.layer_norm(latents, f"{weights}/ffw_norm", name="ffw_norm"), f"{weights}/ffw_up", name="ffw_up")
-    hidden = build.squared_relu(hidden)
-    return build.op("Add", latents, build.linear(hidden, f"{weights}/ffw_down", name="ffw_down"), name="ffw_residual")  # type: ignore[no-any-return]
+    normed = build.layer_norm(latents, f"{weights}/ffw_norm", name="ffw_norm")
+    hidden = build.feed_forward(normed, weights, config.resampler.activation)
+    return build.op("Add", latents, hidden, name="ffw_residual")  # type: ignore[no-any-return]

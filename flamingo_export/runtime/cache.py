@@ -40,6 +40,16 @@ def check_capacity(*, prompt: int, width: int, new_tokens: int, limits: ShapeLim
     )
 
 
+def check_positions(*, prompt: int, new_tokens: int, position_limit: int | None) -> None:
+    """Raises CapacityError, before any work, if a request reaches beyond the positions that the model has (None: it has all)."""
+    if position_limit is not None and prompt + new_tokens > position_limit:
+        room = max(0, position_limit - prompt)
+        raise CapacityError(
+            f"a prompt of {prompt} tokens with {new_tokens} new ones needs {prompt + new_tokens} positions, the model has {position_limit}. "
+            + (f"Generate at most {room} tokens, or use fewer shots." if room else "Use fewer shots.")
+        )
+
+
 class Cache:
     """Buffers bound to the decoder, and for each row the prompt that its first slots still hold."""
 

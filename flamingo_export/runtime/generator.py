@@ -14,7 +14,7 @@ from flamingo_export.backends.base import Array
 from flamingo_export.errors import InputError
 from flamingo_export.manifest import ShapeLimits
 from flamingo_export.runtime.cache import Cache
-from flamingo_export.runtime.engines import Engines
+from flamingo_export.runtime.engines import Engines, run_decoder
 from flamingo_export.runtime.media_bank import MediaBank
 from flamingo_export.runtime.media_encoder import MediaEncoder
 from flamingo_export.runtime.prefill import Ints, PrefillRow, prefill
@@ -22,6 +22,7 @@ from flamingo_export.runtime.request import Prepared
 from flamingo_export.runtime.search import Search, Step
 from flamingo_export.runtime.tree import BeamTree
 from flamingo_reference.config import ModelConfig
+from flamingo_reference.phi import phi_after
 
 Steps = GeneratorType[None, None, None]
 
@@ -52,8 +53,8 @@ class Timings:
 class Filled:
     """A batch whose prompts are in the cache, by cache row.
 
-    requests: index of the request in each row. logits float32 [B, V] after each prompt. media_rows [B, 1] and phi [B] of its last position:
-    the medium that whatever follows looks at.
+    requests: index of the request in each row. logits float32 [B, V] after each prompt. media_rows [B, 1] and phi [B]: the medium that
+    whatever follows looks at.
     """
 
     requests: Ints
@@ -87,7 +88,7 @@ class Generator:
         with self.filled(batch, slots, timings) as filled:
             order = filled.requests.tolist()
             tree = BeamTree(filled.lengths.tolist(), width, self.cache.capacity)
-            feeds = _DecodeFeeds(filled, width, pad=self.config.tokens.pad)
+            feeds = _DecodeFeeds(filled, width, pad=self.config.tokens.pad, reset=self.config.tokens.reset)
             logits = filled.logits[:, None]
             active = dict(enumerate(order))
             started = time.perf_counter()
@@ -106,7 +107,7 @@ class Generator:
                     self.cache.prepare(size, max(needed, self.cache.capacity))
                     if self.cache.capacity > tree.capacity:
                         tree.grow(self.cache.capacity)
-                logits = self.decoder.run(feeds.next(tree, chosen, size))["logits"]
+                logits = run_decoder(self.decoder, feeds.next(tree, chosen, size))
                 for row in active:
                     tree.commit(row)
                 now = time.perf_counter()
@@ -161,7 +162,8 @@ class Generator:
         )
         timings.prompt_tokens += sum(len(row.token_ids) for row in rows)
         timings.reused_tokens += sum(row.start for row in rows)
-        phi = np.array([row.phi[-1] for row in rows], np.int64)
+        reset = self.config.tokens.reset
+        phi = np.array([phi_after(row.token_ids, row.phi, reset) for row in rows], np.int64)
         media_rows = np.array([row.media_rows[last - 1] if last else 0 for row, last in zip(rows, phi, strict=True)], np.int64)
         lengths = np.array([len(row.token_ids) for row in rows], np.int64)
         return Filled(requests=order, lengths=lengths, logits=logits, media_rows=media_rows[:, None], phi=np.minimum(phi, 1))
@@ -170,12 +172,14 @@ class Generator:
 class _DecodeFeeds:
     """Inputs of decoding steps, allocated once."""
 
-    def __init__(self, filled: Filled, width: int, *, pad: int) -> None:
+    def __init__(self, filled: Filled, width: int, *, pad: int, reset: int | None) -> None:
         batch = len(filled.requests)
         self.size = batch
         self._tokens = np.full((batch, width), pad, np.int64)
-        self._pad = pad
+        self._pad, self._reset = pad, reset
         self._phi = np.repeat(filled.phi[:, None], width, axis=1)
+        self._following = self._phi.copy()
+        """phi of whatever continues each branch: 0 once it has come to the reset."""
         self._media_rows = filled.media_rows
         self._logit_positions = np.tile(np.arange(width, dtype=np.int64), (batch, 1))
 
@@ -185,6 +189,8 @@ class _DecodeFeeds:
             if step is not None:
                 tree.step(row, step.parents)
                 self._tokens[row] = step.tokens
+                self._phi[row] = self._following[row][step.parents]
+                self._following[row] = np.where(self._tokens[row] == self._reset, 0, self._phi[row])
             elif row < size:
                 tree.retire(row)
                 self._tokens[row] = self._pad

@@ -14,6 +14,8 @@ from flamingo_export.runtime.videos import Video, load_video
 from flamingo_reference.config import ModelConfig
 
 MediumSource = ImageSource | Video
+DEFAULT_FRAMES = 8
+"""Frames taken of a video by a model that has no time embeddings, which would say how many it was trained on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,7 @@ class Medium:
 def load_medium(source: MediumSource, config: ModelConfig) -> Medium:
     """Decodes and prepares one medium. Raises ImageError."""
     if isinstance(source, Video):
-        return medium_of(load_video(source, default_frames=config.resampler.num_time_embeddings), config)
+        return medium_of(load_video(source, default_frames=config.resampler.num_time_embeddings or DEFAULT_FRAMES), config)
     return medium_of([load_image(source)], config)
 
 

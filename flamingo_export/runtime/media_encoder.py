@@ -46,6 +46,7 @@ class MediaEncoder:
             for start in range(0, len(flat), MAX_FRAMES_AT_ONCE)
         ]
         features = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        weights = time_weights(num_frames, self._config.resampler.num_time_embeddings)
-        shaped = features.reshape(num_media, num_frames, *features.shape[1:])
-        return self._resampler.run({"features": shaped, "time_weights": weights})["latents"]
+        feeds = {"features": features.reshape(num_media, num_frames, *features.shape[1:])}
+        if self._config.resampler.num_time_embeddings:
+            feeds["time_weights"] = time_weights(num_frames, self._config.resampler.num_time_embeddings)
+        return self._resampler.run(feeds)["latents"]

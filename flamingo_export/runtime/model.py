@@ -178,7 +178,8 @@ class Model:
         options.check(self.config)
         known: dict[bytes, Medium] = {}
         prepared = [prepare(request, self.config, self.tokenizer, known) for request in requests]
-        limits = [options.new_tokens(len(request.token_ids), self.manifest.limits) for request in prepared]
+        end = self.config.language_model.position_limit
+        limits = [options.new_tokens(len(request.token_ids), self.manifest.limits, end) for request in prepared]
         for request in prepared:
             self.generator.bank.check(request.media)
         timings.prepare = time.perf_counter() - started

@@ -8,7 +8,7 @@ from typing import TypedDict
 
 from flamingo_export.errors import InputError
 from flamingo_export.manifest import ShapeLimits
-from flamingo_export.runtime.cache import check_capacity, slots_for
+from flamingo_export.runtime.cache import check_capacity, check_positions, slots_for
 from flamingo_export.runtime.search import BeamSearch, Sampling, Search, StopRule
 from flamingo_reference.config import ModelConfig
 
@@ -108,13 +108,17 @@ class GenerateOptions:
                 faults.append(f"{name} is {value!r}, expected a number")
         return faults
 
-    def new_tokens(self, prompt: int, limits: ShapeLimits) -> int:
-        """Tokens to generate at most after a prompt of this length. Raises CapacityError if they, or a single one, do not fit the cache."""
+    def new_tokens(self, prompt: int, limits: ShapeLimits, position_limit: int | None = None) -> int:
+        """Tokens to generate at most after a prompt of this length.
+
+        Raises CapacityError if they, or a single one, do not fit the cache or the model's positions.
+        """
+        least = 1 if self.max_new_tokens is None else self.max_new_tokens
+        check_positions(prompt=prompt, new_tokens=least, position_limit=position_limit)
+        check_capacity(prompt=prompt, width=self.width, new_tokens=least, limits=limits)
         if self.max_new_tokens is not None:
-            check_capacity(prompt=prompt, width=self.width, new_tokens=self.max_new_tokens, limits=limits)
             return self.max_new_tokens
-        check_capacity(prompt=prompt, width=self.width, new_tokens=1, limits=limits)
-        fits = DEFAULT_NEW_TOKENS
+        fits = DEFAULT_NEW_TOKENS if position_limit is None else min(DEFAULT_NEW_TOKENS, position_limit - prompt)
         while slots_for(prompt=prompt, width=self.width, new_tokens=fits, chunk=limits.chunk) > limits.max_length:
             fits -= 1
         return fits

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from flamingo_export.backends.base import Array, Session
 from flamingo_export.errors import InputError
+from flamingo_export.runtime.engines import run_decoder
 
 Ints = npt.NDArray[np.int64]
 
@@ -56,7 +57,7 @@ def prefill(
         feeds = _feeds(rows, done, counts, size, capacity, pad)
         # Logits cost a product with the whole vocabulary, so none are asked for until a prompt ends.
         feeds["logit_positions"] = np.maximum(counts - 1, 0)[:, None] if ending.any() else np.zeros((len(rows), 0), np.int64)
-        logits = decoder.run(feeds)["logits"]
+        logits = run_decoder(decoder, feeds)
         done += counts
         for index in np.flatnonzero(counts):
             written(int(index), int(done[index]))

@@ -61,7 +61,7 @@ def prepare(
     known = {} if known is None else known
     loaded = (load_medium(source, config) for source in request.media)
     media = tuple(known.setdefault(medium.digest, medium) for medium in loaded)
-    phi = phi_from_tokens(ids[None], config.tokens.image)[0]
+    phi = phi_from_tokens(ids[None], config.tokens.image, config.tokens.reset)[0]
     digests = iter(media)
     keys = tuple(next(digests).digest if token == config.tokens.image else token for token in ids.tolist())
     return Prepared(token_ids=ids, phi=phi, media=media, keys=keys)

@@ -8,6 +8,8 @@ import numpy as np
 
 from flamingo_export.backends.base import Array, Session
 from flamingo_export.errors import CapacityError
+from flamingo_export.runtime.cache import check_positions
+from flamingo_export.runtime.engines import run_decoder
 from flamingo_export.runtime.generator import Filled, Generator, Timings
 from flamingo_export.runtime.request import Prepared
 from flamingo_export.runtime.search import log_sum_exp, without
@@ -24,6 +26,7 @@ def score(generator: Generator, request: Prepared, candidates: Sequence[Sequence
     prompt, limits = len(request.token_ids), generator.limits
     # The last token of a candidate is predicted, never run.
     longest = max(len(candidate) - 1 for candidate in candidates)
+    check_positions(prompt=prompt, new_tokens=longest + 1, position_limit=generator.config.language_model.position_limit)
     needed = prompt + max(limits.chunk, longest)
     if needed > limits.max_length:
         raise CapacityError(
@@ -44,7 +47,12 @@ def score(generator: Generator, request: Prepared, candidates: Sequence[Sequence
             if not inputs.size:
                 continue
             logits = branch_logits(
-                generator.decoder, filled, [len(candidates[index]) - 1 for index in group], inputs, generator.cache.capacity
+                generator.decoder,
+                filled,
+                [len(candidates[index]) - 1 for index in group],
+                inputs,
+                generator.cache.capacity,
+                reset=generator.config.tokens.reset,
             )
             wanted = np.concatenate([np.asarray(candidates[index][1:], np.int64) for index in group])
             found = iter(_logprobs(logits, np.arange(len(wanted)), wanted, banned))
@@ -53,27 +61,34 @@ def score(generator: Generator, request: Prepared, candidates: Sequence[Sequence
     return results
 
 
-def branch_logits(decoder: Session, filled: Filled, lengths: Sequence[int], token_ids: Array, capacity: int) -> Array:
-    """Logits float32 [K, V] of branches side by side after row 0's prompt; lengths: tokens of each branch, token_ids: all of them [K]."""
+def branch_logits(
+    decoder: Session, filled: Filled, lengths: Sequence[int], token_ids: Array, capacity: int, *, reset: int | None
+) -> Array:
+    """Logits float32 [K, V] of branches side by side after row 0's prompt; lengths: tokens of each branch, token_ids: all of them [K].
+
+    reset: after this token a branch sees no medium.
+    """
     prompt, total = int(filled.lengths[0]), len(token_ids)
     depth = np.concatenate([np.arange(length) for length in lengths])
     branch = np.repeat(np.arange(len(lengths)), lengths)
     mask = np.zeros((1, 1, total, capacity), np.bool_)
     mask[..., :prompt] = True
     mask[0, 0, :, prompt : prompt + total] = (branch[:, None] == branch) & (depth <= depth[:, None])
+    # A position sees the prompt's medium unless the reset stands before it in its own branch.
+    ended = (mask[0, 0, :, prompt : prompt + total] & (token_ids == reset) & (depth < depth[:, None])).any(axis=1)
     key_positions = np.arange(capacity, dtype=np.int64)[None].copy()
     key_positions[0, prompt : prompt + total] = prompt + depth
     feeds = {
         "token_ids": token_ids[None],
         "positions": (prompt + depth)[None],
         "media_rows": filled.media_rows,
-        "phi": np.full((1, total), filled.phi[0], np.int64),
+        "phi": np.where(ended, 0, filled.phi[0])[None].astype(np.int64),
         "write_index": filled.lengths,
         "mask": mask,
         "key_positions": key_positions,
         "logit_positions": np.arange(total, dtype=np.int64)[None],
     }
-    logits: Array = decoder.run(feeds)["logits"][0]
+    logits: Array = run_decoder(decoder, feeds)[0]
     return logits
 
 

@@ -17,7 +17,7 @@ Array = npt.NDArray[Any]
 
 
 class WeightSource(Protocol):
-    """A model's tensors under the names of `flamingo_reference.checkpoints.native.expected_tensors`."""
+    """A model's tensors under the names of `flamingo_reference.checkpoints.names.expected_tensors`."""
 
     @property
     def config(self) -> ModelConfig: ...

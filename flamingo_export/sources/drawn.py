@@ -12,7 +12,7 @@ import numpy as np
 from flamingo_export.errors import CheckpointError
 from flamingo_export.manifest import SourceRecord
 from flamingo_export.sources.base import Array
-from flamingo_reference.checkpoints import native
+from flamingo_reference.checkpoints.names import expected_tensors
 from flamingo_reference.config import ConfigError, ModelConfig
 
 # Bumped whenever other numbers are drawn for the same seed.
@@ -39,7 +39,7 @@ class RandomSource:
         except ConfigError as error:
             raise CheckpointError(str(error)) from error
         self.config, self.seed = config, seed
-        self._shapes = native.expected_tensors(config)
+        self._shapes = expected_tensors(config)
         digest = hashlib.sha256(msgspec.json.encode([RECIPE, seed, self._shapes])).hexdigest()
         self.identity = f"random {digest}"
 

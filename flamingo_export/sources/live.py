@@ -15,7 +15,7 @@ import numpy as np
 from flamingo_export.errors import UnsupportedModel
 from flamingo_export.manifest import SourceRecord
 from flamingo_export.sources.base import Array, combined_digest, tensor_digest
-from flamingo_reference.checkpoints import native
+from flamingo_reference.checkpoints.names import expected_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -151,7 +151,7 @@ def _global_hooks() -> Iterator[str]:
 def _tensor_faults(model: Flamingo) -> Iterator[str]:
     import torch
 
-    tensors, wanted = dict(model.named_parameters(remove_duplicate=False)), native.expected_tensors(model.config)
+    tensors, wanted = dict(model.named_parameters(remove_duplicate=False)), expected_tensors(model.config)
     for name in wanted:
         if name not in tensors:
             yield f"parameter {name} is missing"

@@ -27,6 +27,8 @@ PHI_CASES = (
     TREE_CASE,
 )
 """Cases of the decoder that every engine must pass; a report without one of them has failed."""
+RESET_CASE = "the end of a text, then another image"
+"""The same for models whose text sees no medium after its end."""
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,15 +74,24 @@ class EncoderCase(msgspec.Struct, frozen=True, kw_only=True):
     frames: int = 1
 
 
+def phi_cases(config: ModelConfig) -> tuple[str, ...]:
+    """Names of the cases of phi that a model's report must have."""
+    return PHI_CASES if config.tokens.reset is None else (*PHI_CASES, RESET_CASE)
+
+
 def encoder_cases(config: ModelConfig) -> tuple[EncoderCase, ...]:
-    """vision_encoder, resampler with one, several and more frames than time embeddings, media_kv."""
-    several = min(3, config.resampler.num_time_embeddings)
-    many = config.resampler.num_time_embeddings + 3
+    """vision_encoder, resampler with one, several and more frames than time embeddings (where there are any), media_kv."""
+    embeddings = config.resampler.num_time_embeddings
+    several = min(3, embeddings or 3)
+    videos = [EncoderCase(name=f"videos of {several} frames", subgraph="resampler", rows=2, frames=several)]
+    if embeddings:
+        many = embeddings + 3
+        name = f"a video of {many} frames (interpolated)"
+        videos.append(EncoderCase(name=name, subgraph="resampler", rows=1, frames=many))
     return (
         EncoderCase(name="two frames", subgraph="vision_encoder", rows=2),
         EncoderCase(name="images", subgraph="resampler", rows=2),
-        EncoderCase(name=f"videos of {several} frames", subgraph="resampler", rows=2, frames=several),
-        EncoderCase(name=f"a video of {many} frames (interpolated)", subgraph="resampler", rows=1, frames=many),
+        *videos,
         EncoderCase(name="two media", subgraph="media_kv", rows=2),
     )
 
@@ -104,24 +115,27 @@ def decoder_cases(config: ModelConfig) -> tuple[DecoderCase, ...]:
         make.case(LAYERS_CASE, "titttitttttt", chunk=8),
         make.case(END_TO_END_CASE, "titttitttt", media=[(0, 1)], bank_rows=2, from_pixels=True),
     ]
-    assert {case.name for case in cases} == {*PHI_CASES, LAYERS_CASE, END_TO_END_CASE}
+    if config.tokens.reset is not None:
+        cases.append(make.case(RESET_CASE, "titteteitt", "ite", "iteit", media=[(3, 0), (2,), (1, 2)], chunk=4))
+    assert {case.name for case in cases} == {*phi_cases(config), LAYERS_CASE, END_TO_END_CASE}
     return tuple(cases)
 
 
 class _Maker:
-    """Turns patterns of `t` (text) and `i` (image) into requests with drawn text tokens, three of them to be decoded."""
+    """Turns patterns of `t` (text), `i` (image) and `e` (end of a text) into requests with drawn text tokens, three more to be decoded."""
 
     decoded = 3
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
         ids = config.tokens
-        special = {ids.pad, ids.bos, ids.eoc, ids.image}
+        special = {ids.pad, ids.bos, ids.eoc, ids.image, ids.reset}
         self.text = [token for token in range(config.language_model.vocab_size) if token not in special][:4096] or [ids.eoc]
 
     def tokens(self, key: str, pattern: str) -> tuple[int, ...]:
-        drawn = iter(self._draw(key, len(pattern)))
-        return tuple(self.config.tokens.image if kind == "i" else next(drawn) for kind in pattern)
+        ids, drawn = self.config.tokens, iter(self._draw(key, len(pattern)))
+        special = {"i": ids.image} if ids.reset is None else {"i": ids.image, "e": ids.reset}
+        return tuple(special[kind] if kind in special else next(drawn) for kind in pattern)
 
     def case(
         self,

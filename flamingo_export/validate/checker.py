@@ -16,10 +16,10 @@ from flamingo_export.progress import Progress
 from flamingo_export.validate.cases import (
     END_TO_END_CASE,
     LAYERS_CASE,
-    PHI_CASES,
     DecoderCase,
     decoder_cases,
     encoder_cases,
+    phi_cases,
 )
 from flamingo_export.validate.compare import AnyArray, failed, gate
 from flamingo_export.validate.engines import (
@@ -31,11 +31,10 @@ from flamingo_export.validate.engines import (
     run_stage,
 )
 from flamingo_export.validate.golden import Goldens
-from flamingo_export.validate.oracle import encoder_feeds, fed_positions
+from flamingo_export.validate.oracle import encoder_feeds, fed_positions, resampler_feeds
 from flamingo_export.validate.plan import plan_case
 from flamingo_export.validate.report import LayerPoint, Level, Row
 from flamingo_export.validate.tolerances import tolerance
-from flamingo_reference.time_weights import time_weights
 
 LAYER_BY_LAYER = "layer by layer, for want of memory"
 
@@ -127,8 +126,7 @@ class Checker:
 
     def _end_to_end_latents(self, session: Session, features: AnyArray) -> AnyArray | None:
         with self._guarded("end_to_end", END_TO_END_CASE, "resampler"):
-            one = time_weights(1, self.config.resampler.num_time_embeddings)
-            latents = session.run({"features": features[:, None], "time_weights": one})["latents"]
+            latents = session.run(resampler_feeds(self.config, features[:, None]))["latents"]
             self._gate("end_to_end", END_TO_END_CASE, "resampler", "latents", latents, kind="resampler")
             return latents
         return None
@@ -252,7 +250,7 @@ class Checker:
         wanted: list[tuple[Level, str, str]] = [
             ("subgraph", f"{case.subgraph}, {case.name}", case.subgraph) for case in encoder_cases(self.config)
         ]
-        wanted += [("phi", name, "decoder") for name in PHI_CASES]
+        wanted += [("phi", name, "decoder") for name in phi_cases(self.config)]
         wanted += [("subgraph", LAYERS_CASE, "decoder"), ("end_to_end", END_TO_END_CASE, "decoder")]
         for level, case, subgraph in wanted:
             if (level, case) not in seen:

@@ -56,7 +56,7 @@ def run_stage(
             session.bind(f"media_{kind}.{i}", buffer)
     lm = config.language_model
     caches: dict[str, Buffer] = {
-        name: session.allocate(name, (plan.batch, lm.num_heads, plan.capacity, lm.head_size)) for name in spec.aliases.values()
+        name: session.allocate(name, (plan.batch, lm.kv_heads, plan.capacity, lm.head_size)) for name in spec.aliases.values()
     }
     wanted = {tensor.name for tensor in spec.inputs}
     last = layers.stop == lm.num_layers

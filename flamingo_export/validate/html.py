@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from flamingo_export.validate.cases import END_TO_END_CASE, LAYERS_CASE, PHI_CASES, TREE_CASE
+from flamingo_export.validate.cases import END_TO_END_CASE, LAYERS_CASE, PHI_CASES, RESET_CASE, TREE_CASE
 from flamingo_export.validate.plots import gates_plot, layers_plot
 from flamingo_export.validate.report import ParityReport, Row, Strip, Trace, write_atomically
 from flamingo_export.validate.tolerances import INDEPENDENT_ROUNDING, RULE
@@ -37,12 +37,13 @@ def render_html(report: ParityReport) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"number": _number, "share": _share, "picture": _picture}
     template = environment.from_string(resources.files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8"))
+    shown = [*PHI_CASES, *((RESET_CASE,) if RESET_CASE in report.strips else ()), END_TO_END_CASE]
     plotted = [row for row in report.rows if row.level not in ("layer", "trace")]
     return template.render(
         report=report,
         gates_plot=Markup(gates_plot(plotted)) if plotted else "",
         layers_plot=Markup(layers_plot(report.layers)) if report.layers else "",
-        phi=[(name, _row_of(report.rows, name), _strips(report, name)) for name in (*PHI_CASES, END_TO_END_CASE)],
+        phi=[(name, _row_of(report.rows, name), _strips(report, name)) for name in shown],
         tree_case=TREE_CASE,
         layers_case=LAYERS_CASE,
         traces=[(trace, _row_of(report.rows, _trace_case(trace))) for trace in report.traces],

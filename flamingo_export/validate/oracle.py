@@ -44,8 +44,15 @@ def encoder_feeds(config: ModelConfig, case: EncoderCase) -> dict[str, AnyArray]
         return {"pixels": inputs.normal(key, (case.rows, 3, vision.image_size, vision.image_size))}
     if case.subgraph == "resampler":
         shape = (case.rows, case.frames, vision.num_patches, vision.feature_width)
-        return {"features": inputs.normal(key, shape), "time_weights": time_weights(case.frames, resampler.num_time_embeddings)}
+        return resampler_feeds(config, inputs.normal(key, shape))
     return {"latents": inputs.normal(key, (case.rows, resampler.num_latents, resampler.width))}
+
+
+def resampler_feeds(config: ModelConfig, features: AnyArray) -> dict[str, AnyArray]:
+    """Inputs of the resampler for features [N, T, P, E]: time weights only where frames have time embeddings."""
+    embeddings = config.resampler.num_time_embeddings
+    times = {"time_weights": time_weights(features.shape[1], embeddings)} if embeddings else {}
+    return {"features": features, **times}
 
 
 def drawn_bank(config: ModelConfig, i: int, rows: int) -> tuple[AnyArray, AnyArray]:
@@ -101,14 +108,12 @@ class _Recorder:
         self.progress.advance(1)
         feeds = [encoder_feeds(config, case) for case in by_subgraph["resampler"]]
         # The end-to-end case: the encoder's own frames, as images.
-        one = torch.from_numpy(time_weights(1, config.resampler.num_time_embeddings))
+        embeddings = config.resampler.num_time_embeddings
+        one = [torch.from_numpy(time_weights(1, embeddings))] if embeddings else []
 
         def resample(module: Any, chained: Tensor) -> list[Tensor]:
-            found = [
-                module(torch.from_numpy(feed["features"]).to(chained), torch.from_numpy(feed["time_weights"]).to(chained))
-                for feed in feeds
-            ]
-            return [*found, module(chained[:, None], one.to(chained))]
+            found = [module(*(torch.from_numpy(array).to(chained) for array in feed.values())) for feed in feeds]
+            return [*found, module(chained[:, None], *(weights.to(chained) for weights in one))]
 
         wide, narrow = self.parts.stage("resampler", lambda m: resample(m, features[0]), lambda m: resample(m, features[1]))
         for case, one_wide, one_narrow in zip(by_subgraph["resampler"], wide, narrow, strict=False):
@@ -208,7 +213,7 @@ class _Recorder:
         import torch
 
         sequence = self.plans[key[0]].sequences[key[1]]
-        phi = phi_from_tokens(np.asarray([sequence.tokens]), self.config.tokens.image)
+        phi = phi_from_tokens(np.asarray([sequence.tokens]), self.config.tokens.image, self.config.tokens.reset)
         rows = np.asarray([sequence.media or (0,)], np.int64)
         return torch.from_numpy(rows), torch.from_numpy(phi)
 

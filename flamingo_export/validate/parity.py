@@ -28,7 +28,7 @@ from flamingo_export.validate.checker import Checker
 from flamingo_export.validate.golden import CASES_FILE, TENSORS_FILE, Goldens, load_goldens, save_goldens
 from flamingo_export.validate.plan import strips
 from flamingo_export.validate.report import Against, NotRun, ParityReport, Trace, Verdict, write_report
-from flamingo_reference.checkpoints.native import expected_tensors
+from flamingo_reference.checkpoints.names import expected_tensors
 from flamingo_reference.config import ModelConfig
 
 GOLDEN_FOLDER = "golden"

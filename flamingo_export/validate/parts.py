@@ -123,10 +123,10 @@ def _empty_part(config: ModelConfig, prefix: str) -> nn.Module:
     from flamingo_reference.cross_attention import GatedCrossAttention
     from flamingo_reference.decoder import LanguageModel, LanguageModelLayer
     from flamingo_reference.resampler import PerceiverResampler
-    from flamingo_reference.vision_nfnet import NFNet
+    from flamingo_reference.vision import make_vision_encoder
 
     if prefix == "vision_encoder":
-        return NFNet(config.vision)
+        return make_vision_encoder(config.vision)
     if prefix == "resampler":
         return PerceiverResampler(config)
     if prefix.startswith("cross_attention."):

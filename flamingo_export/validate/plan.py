@@ -57,7 +57,7 @@ def strips(config: ModelConfig, case: DecoderCase) -> tuple[Strip, ...]:
     """The sequences of a case as the report shows them."""
     shown = []
     for index, sequence in enumerate(plan_case(config, case).sequences):
-        phi = phi_from_tokens(np.asarray([sequence.tokens]), config.tokens.image)[0].tolist()
+        phi = phi_from_tokens(np.asarray([sequence.tokens]), config.tokens.image, config.tokens.reset)[0].tolist()
         rows = [sequence.media[seen - 1] + 1 if seen else 0 for seen in phi]
         tokens = (-row if token == config.tokens.image else row for token, row in zip(sequence.tokens, rows, strict=True))
         request = case.requests[0 if case.beams else index]
@@ -173,7 +173,7 @@ class _Planner:
         for b, row in enumerate(rows):
             for s, at in enumerate(row):
                 sequence = self.sequences[at.sequence]
-                seen = int(phi_from_tokens(np.asarray([sequence.tokens]), ids.image)[0, at.position])
+                seen = int(phi_from_tokens(np.asarray([sequence.tokens]), ids.image, ids.reset)[0, at.position])
                 if decoding:
                     phi[b, s] = min(seen, 1)
                     if seen:

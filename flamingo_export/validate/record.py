@@ -17,7 +17,7 @@ from flamingo_export.precision import StorageType, default_precision
 from flamingo_export.sources import CheckpointSource
 from flamingo_export.validate.golden import Goldens, save_goldens
 from flamingo_export.validate.parity import GOLDEN_FOLDER, available_memory, record
-from flamingo_reference.checkpoints.native import parameter_counts
+from flamingo_reference.checkpoints.names import parameter_counts
 
 
 def record_checkpoint(checkpoint: Path, *, storage: StorageType | None = None) -> Goldens:

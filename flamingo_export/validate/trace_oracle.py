@@ -14,7 +14,7 @@ from flamingo_export.errors import CapacityError
 from flamingo_export.manifest import ShapeLimits
 from flamingo_export.precision import StorageType
 from flamingo_export.progress import Progress
-from flamingo_export.runtime.cache import check_capacity
+from flamingo_export.runtime.cache import check_capacity, check_positions
 from flamingo_export.runtime.media import medium_of
 from flamingo_export.runtime.tokenizer import Tokenizer
 from flamingo_export.sources import LiveSource, WeightSource
@@ -49,6 +49,8 @@ def record_traces(
             for beams in BEAMS:
                 try:
                     check_capacity(prompt=len(prompt.tokens), width=beams, new_tokens=prompt.new_tokens, limits=limits)
+                    known = config.language_model.position_limit
+                    check_positions(prompt=len(prompt.tokens), new_tokens=prompt.new_tokens, position_limit=known)
                 except CapacityError:
                     progress.advance(1)
                     continue
@@ -135,7 +137,7 @@ def _logits(model: Flamingo, bank: list[tuple[Tensor, Tensor]], prompt: TracePro
     import torch
 
     fed = np.asarray([(*prompt.tokens, *tokens[:-1])], np.int64)
-    phi = torch.from_numpy(phi_from_tokens(fed, model.config.tokens.image))
+    phi = torch.from_numpy(phi_from_tokens(fed, model.config.tokens.image, model.config.tokens.reset))
     rows = torch.arange(len(prompt.media), dtype=torch.int64)[None]
     logits = model(torch.from_numpy(fed), bank, rows, phi)[0, len(prompt.tokens) - 1 :]
     return np.asarray(logits.double().numpy())

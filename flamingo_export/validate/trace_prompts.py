@@ -68,7 +68,7 @@ def _nano_prompts(config: ModelConfig, tokenizer: Tokenizer) -> Iterator[TracePr
 
 def _drawn_prompts(config: ModelConfig) -> Iterator[TracePrompt]:
     ids = config.tokens
-    special = {ids.pad, ids.bos, ids.eoc, ids.image}
+    special = {ids.pad, ids.bos, ids.eoc, ids.image, ids.reset}
     text = [token for token in range(config.language_model.vocab_size) if token not in special] or [ids.eoc]
     for case, pattern, shown in (
         ("text without an image", "tttt", ()),

@@ -81,10 +81,14 @@ def _generate(generator: Generator, manifest: Manifest, golden: GoldenTrace) -> 
     image = manifest.config.tokens.image
     digests = iter(media)
     keys = tuple(next(digests).digest if token == image else token for token in golden.prompt_tokens)
-    prepared = Prepared(token_ids=ids, phi=phi_from_tokens(ids[None], image)[0], media=media, keys=keys)
+    prepared = Prepared(
+        token_ids=ids, phi=phi_from_tokens(ids[None], image, manifest.config.tokens.reset)[0], media=media, keys=keys
+    )
     options = GenerateOptions(beams=golden.num_beams, max_new_tokens=golden.new_tokens)
     options.check(manifest.config)
-    search = options.search(manifest.config, options.new_tokens(len(ids), manifest.limits))
+    search = options.search(
+        manifest.config, options.new_tokens(len(ids), manifest.limits, manifest.config.language_model.position_limit)
+    )
     for _ in generator.run([prepared], [search], Timings()):
         pass
     return search.results()

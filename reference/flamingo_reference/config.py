@@ -1,15 +1,23 @@
 """What a Flamingo model is made of: typed configuration and the paper's sizes.
 
-Nothing here imports torch: the exporter and the runtime read the same description as the reference model.
+Defaults are the paper's model; the other values of a choice are those of the families whose checkpoints people have (OpenFlamingo,
+IDEFICS). Nothing here imports torch: the exporter and the runtime read the same description as the reference model.
 Sources: Flamingo (arXiv 2204.14198, tables 1 and 5), Brock et al. 2021 (NFNet), Hoffmann et al. 2022 (Chinchilla).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
+from typing import Literal
 
 import msgspec
+
+Activation = Literal["relu", "squared_relu", "gelu", "quick_gelu"]
+"""gelu is the exact one (erf); quick_gelu is x * sigmoid(1.702 x), CLIP's."""
+FeedForward = Literal["relu", "squared_relu", "gelu", "quick_gelu", "swiglu"]
+"""down(activation(up(x))), or for swiglu down(swish(gate(x)) * up(x)) (Shazeer 2020)."""
+Norm = Literal["layer_norm", "rms_norm"]
 
 
 class ConfigError(ValueError):
@@ -44,6 +52,43 @@ class NFNetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         return side * side
 
 
+class ViTConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="vit"):
+    """CLIP's vision transformer (Radford et al. 2021): patches, a class token, learned positions, a norm before pre-norm layers."""
+
+    image_size: int
+    patch_size: int
+    width: int
+    num_layers: int
+    num_heads: int
+    ffw_width: int
+    activation: Activation = "quick_gelu"
+    class_token: bool = False
+    """Whether the class token is the first of the features, or left out of them."""
+    final_norm: bool = False
+    """Whether the features went through a LayerNorm after the last layer."""
+    norm_eps: float = 1e-5
+
+    @property
+    def head_size(self) -> int:
+        """Width of a head."""
+        return self.width // self.num_heads
+
+    @property
+    def feature_width(self) -> int:
+        """E: width of a feature."""
+        return self.width
+
+    @property
+    def grid_size(self) -> int:
+        """Patches of the image; pixels beyond the last whole patch are not read."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def num_patches(self) -> int:
+        """P: features of an image, the class token among them where it is kept."""
+        return self.grid_size + self.class_token
+
+
 class ResamplerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Perceiver Resampler: [T, P, E] features of one medium to [R, W] latents."""
 
@@ -54,19 +99,52 @@ class ResamplerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     ffw_width: int
     num_latents: int = 64
     num_time_embeddings: int = 8
+    """0: frames are told apart by nothing, and the subgraph has no `time_weights`."""
+    activation: Activation = "squared_relu"
+    input_proj: bool = True
+    """Whether features are projected to the resampler's width, or have it already."""
+    qk_norm: bool = False
+    """LayerNorm of each head's queries and keys."""
 
 
 class CrossAttentionConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Gated xattn-dense blocks, one before language model layer i when i % every == 0."""
+    """Gated xattn-dense blocks, one before language model layer i when i % every == offset."""
 
     every: int
     num_heads: int
     head_size: int
     ffw_width: int
+    offset: int = 0
+    norm: Norm = "layer_norm"
+    """Of both halves' inputs; media are not normalised."""
+    norm_eps: float = 1e-5
+    qk_norm: bool = False
+    """RMSNorm of each head's queries and keys."""
+    feed_forward: FeedForward = "squared_relu"
+    gate: Literal["scalar", "vector"] = "scalar"
+    """tanh gates: one number, or one for each channel."""
+
+
+class RelativePositions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="relative"):
+    """Transformer-XL (Dai et al. 2019): a learned projection of the distance. Beyond max_positions - 1 it reads the last entry."""
+
+
+class RotaryPositions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="rotary"):
+    """Queries and keys turned by their position (Su et al. 2021), halves paired: channel c goes with c + size / 2."""
+
+    size: int
+    """Channels of a head that are turned, the first ones; the others are left as they are (GPT-NeoX)."""
+    base: float = 10000.0
+
+
+class AlibiPositions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="alibi"):
+    """A penalty that grows with the distance, at another rate for each head (Press et al. 2022)."""
+
+    max_bias: float = 8.0
 
 
 class LanguageModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Chinchilla-style decoder: RMSNorm, Transformer-XL relative positions, GELU feed-forward, tied output."""
+    """Pre-norm decoder. The defaults are Chinchilla's: RMSNorm, Transformer-XL positions, GELU feed-forward, no biases, tied output."""
 
     num_layers: int
     width: int
@@ -75,8 +153,38 @@ class LanguageModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unkn
     ffw_width: int
     vocab_size: int
     max_positions: int
-    """Distances beyond max_positions - 1 read the table's last entry."""
+    """Relative: distances beyond max_positions - 1 read the table's last entry. Rotary: the table's length, positions beyond are refused."""
     norm_eps: float = 1e-6
+    num_kv_heads: int | None = None
+    """Heads of keys and values, each shared by as many query heads; None: one for each."""
+    positions: RelativePositions | RotaryPositions | AlibiPositions = RelativePositions()
+    norm: Norm = "rms_norm"
+    norm_bias: bool = False
+    """Whether LayerNorms have a bias."""
+    qk_norm: bool = False
+    """LayerNorm, without bias, of queries and keys before they are split into heads (MPT)."""
+    feed_forward: FeedForward = "gelu"
+    bias: bool = False
+    """Whether the projections of attention and feed-forward have biases."""
+    parallel: bool = False
+    """Whether attention and feed-forward both read the layer's input (GPT-NeoX), or the feed-forward what attention made of it."""
+    tied_head: bool = True
+    """Whether the output is the embedding, or a matrix of its own."""
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads in the cache."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def uses_distances(self) -> bool:
+        """Whether attention depends on how far apart positions are; otherwise keys hold all that is to be known of theirs."""
+        return not isinstance(self.positions, RotaryPositions)
+
+    @property
+    def position_limit(self) -> int | None:
+        """Positions that the model has; None where there is no end."""
+        return self.max_positions if isinstance(self.positions, RotaryPositions) else None
 
 
 class TokenIds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -86,13 +194,15 @@ class TokenIds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     bos: int
     eoc: int
     image: int
+    reset: int | None = None
+    """After this token no medium is seen until the next one (IDEFICS: the end of a text); None: the last one is seen on."""
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A whole Flamingo."""
 
     name: str
-    vision: NFNetConfig
+    vision: NFNetConfig | ViTConfig
     resampler: ResamplerConfig
     cross_attention: CrossAttentionConfig
     language_model: LanguageModelConfig
@@ -104,35 +214,79 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     @property
     def gated_layers(self) -> tuple[int, ...]:
         """LM layers with a gated cross-attention block before them, in order; media_k.i is the i-th of them."""
-        return tuple(range(0, self.language_model.num_layers, self.cross_attention.every))
+        return tuple(range(self.cross_attention.offset, self.language_model.num_layers, self.cross_attention.every))
 
     def validate(self) -> None:
         """Raises ConfigError naming each field that makes the model impossible to build."""
-        faults = []
-        vision, lm = self.vision, self.language_model
-        if len(vision.widths) != len(vision.depths) or not vision.widths:
-            faults.append(f"vision.widths {vision.widths} and vision.depths {vision.depths} differ in length or are empty")
-        for part in ("vision", "resampler", "cross_attention", "language_model"):
-            for field, value in msgspec.structs.asdict(getattr(self, part)).items():
-                counts = value if isinstance(value, tuple) else (value,)
-                if any(isinstance(count, int) and count < 1 for count in counts):
-                    faults.append(f"{part}.{field} is {value}, expected at least 1")
-        for width in vision.widths:
-            middle = int(width * vision.bottleneck_ratio)
-            if vision.group_width > 0 and (middle < 1 or middle % vision.group_width):
-                faults.append(f"vision.group_width {vision.group_width} does not divide bottleneck width {middle}")
-        if lm.width % 2:
-            faults.append(f"language_model.width {lm.width} is odd; the sinusoids of relative positions come in pairs")
-        for field in ("pad", "bos", "eoc", "image"):
-            token = getattr(self.tokens, field)
-            if not 0 <= token < lm.vocab_size:
-                faults.append(f"tokens.{field} {token} is outside the vocabulary of {lm.vocab_size}")
-        if self.tokens.image in (self.tokens.pad, self.tokens.bos, self.tokens.eoc):
-            faults.append(f"tokens.image {self.tokens.image} is also another token; every occurrence of it stands for a medium")
+        faults = [*_sizes(self), *_vision(self.vision), *_bridge(self), *_language_model(self.language_model), *_tokens(self)]
         if min(self.pixel_std) <= 0:
             faults.append(f"pixel_std {self.pixel_std} has an entry that is not positive")
         if faults:
             raise ConfigError(f"model config {self.name!r}: " + "; ".join(faults))
+
+
+_MAY_BE_ZERO = ("cross_attention.offset", "resampler.num_time_embeddings")
+
+
+def _sizes(config: ModelConfig) -> Iterator[str]:
+    for part in ("vision", "resampler", "cross_attention", "language_model"):
+        for field, value in msgspec.structs.asdict(getattr(config, part)).items():
+            least = 0 if f"{part}.{field}" in _MAY_BE_ZERO else 1
+            counts = value if isinstance(value, tuple) else (value,)
+            if any(isinstance(count, int) and not isinstance(count, bool) and count < least for count in counts):
+                yield f"{part}.{field} is {value}, expected at least {least}"
+
+
+def _vision(vision: NFNetConfig | ViTConfig) -> Iterator[str]:
+    if isinstance(vision, ViTConfig):
+        if vision.num_heads > 0 and vision.width % vision.num_heads:
+            yield f"vision.num_heads {vision.num_heads} does not divide vision.width {vision.width}"
+        if vision.image_size < vision.patch_size:
+            yield f"vision.patch_size {vision.patch_size} is larger than vision.image_size {vision.image_size}"
+        return
+    if len(vision.widths) != len(vision.depths) or not vision.widths:
+        yield f"vision.widths {vision.widths} and vision.depths {vision.depths} differ in length or are empty"
+    for width in vision.widths:
+        middle = int(width * vision.bottleneck_ratio)
+        if vision.group_width > 0 and (middle < 1 or middle % vision.group_width):
+            yield f"vision.group_width {vision.group_width} does not divide bottleneck width {middle}"
+
+
+def _bridge(config: ModelConfig) -> Iterator[str]:
+    resampler, block = config.resampler, config.cross_attention
+    if not resampler.input_proj and resampler.width != config.vision.feature_width:
+        yield (
+            f"resampler.width {resampler.width} differs from the vision encoder's {config.vision.feature_width}, "
+            "which needs resampler.input_proj"
+        )
+    if block.every > 0 and not 0 <= block.offset < block.every:
+        yield f"cross_attention.offset {block.offset} is outside 0 to {block.every - 1}"
+    elif block.every > 0 and config.language_model.num_layers > 0 and not config.gated_layers:
+        yield f"no layer is gated: cross_attention.offset {block.offset} of {config.language_model.num_layers} layers"
+
+
+def _language_model(lm: LanguageModelConfig) -> Iterator[str]:
+    if isinstance(lm.positions, RelativePositions) and lm.width % 2:
+        yield f"language_model.width {lm.width} is odd; the sinusoids of relative positions come in pairs"
+    if isinstance(lm.positions, RotaryPositions):
+        size = lm.positions.size
+        if size < 2 or size % 2 or size > lm.head_size:
+            yield f"language_model.positions.size {size} is no even number of channels from 2 to head_size {lm.head_size}"
+        if lm.positions.base <= 0:
+            yield f"language_model.positions.base is {lm.positions.base}, expected more than 0"
+    if lm.kv_heads > 0 and lm.num_heads % lm.kv_heads:
+        yield f"language_model.num_kv_heads {lm.kv_heads} does not divide num_heads {lm.num_heads}"
+    if lm.norm == "rms_norm" and lm.norm_bias:
+        yield "language_model.norm_bias is for LayerNorm; RMSNorm has no bias"
+
+
+def _tokens(config: ModelConfig) -> Iterator[str]:
+    tokens, size = config.tokens, config.language_model.vocab_size
+    for field, token in msgspec.structs.asdict(tokens).items():
+        if token is not None and not 0 <= token < size:
+            yield f"tokens.{field} {token} is outside the vocabulary of {size}"
+    if tokens.image in (tokens.pad, tokens.bos, tokens.eoc, tokens.reset):
+        yield f"tokens.image {tokens.image} is also another token; every occurrence of it stands for a medium"
 
 
 # F6's widths and depths: Brock et al. 2021, table 6. 320 pixels: Flamingo, section 3.1.1 of the appendix.

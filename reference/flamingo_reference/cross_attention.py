@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flamingo_reference.config import ModelConfig
-from flamingo_reference.resampler import squared_relu
+from flamingo_reference.layers import RMSNorm, feed_forward, make_norm, make_swish
 
 
 def phi_cross_attention(q_BSHD: Tensor, k_NHRD: Tensor, v_NHRD: Tensor, media_rows_BM: Tensor, phi_BS: Tensor) -> Tensor:
@@ -34,10 +34,10 @@ def phi_cross_attention(q_BSHD: Tensor, k_NHRD: Tensor, v_NHRD: Tensor, media_ro
     return attended
 
 
-def project_media(projection: nn.Module, latents_NRW: Tensor, heads: tuple[int, int]) -> Tensor:
-    """Keys or values of media [N, H, R, D]; heads is (H, D)."""
-    projected: Tensor = projection(latents_NRW)
-    return projected.reshape(*latents_NRW.shape[:2], *heads).transpose(1, 2)
+def project_media(projection: nn.Module, latents_NRW: Tensor, heads: tuple[int, int], norm: nn.Module | None = None) -> Tensor:
+    """Keys or values of media [N, H, R, D]; heads is (H, D), norm that of each head's keys."""
+    projected: Tensor = projection(latents_NRW).unflatten(-1, heads)
+    return (projected if norm is None else norm(projected)).transpose(1, 2)
 
 
 class GatedCrossAttention(nn.Module):
@@ -47,26 +47,33 @@ class GatedCrossAttention(nn.Module):
         super().__init__()
         block, width = config.cross_attention, config.language_model.width
         inner = block.num_heads * block.head_size
-        self.num_heads, self.head_size = block.num_heads, block.head_size
-        self.norm = nn.LayerNorm(width)
+        self.config = block
+        self.norm = make_norm(block.norm, width, block.norm_eps)
         self.q_proj = nn.Linear(width, inner, bias=False)
         self.k_proj = nn.Linear(config.resampler.width, inner, bias=False)
         self.v_proj = nn.Linear(config.resampler.width, inner, bias=False)
+        self.q_norm = RMSNorm(block.head_size, block.norm_eps) if block.qk_norm else None
+        self.k_norm = RMSNorm(block.head_size, block.norm_eps) if block.qk_norm else None
         self.out_proj = nn.Linear(inner, width, bias=False)
-        self.attention_gate = nn.Parameter(torch.zeros(()))
-        self.ffw_norm = nn.LayerNorm(width)
+        gate = () if block.gate == "scalar" else (width,)
+        self.attention_gate = nn.Parameter(torch.zeros(gate))
+        self.ffw_norm = make_norm(block.norm, width, block.norm_eps)
+        self.ffw_swish = make_swish(block.feed_forward, width, block.ffw_width)
         self.ffw_up = nn.Linear(width, block.ffw_width, bias=False)
         self.ffw_down = nn.Linear(block.ffw_width, width, bias=False)
-        self.ffw_gate = nn.Parameter(torch.zeros(()))
+        self.ffw_gate = nn.Parameter(torch.zeros(gate))
 
     def media_kv(self, latents_NRW: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of media: latents [N, R, W of the resampler] -> two [N, H, R, D]."""
-        heads = (self.num_heads, self.head_size)
-        return project_media(self.k_proj, latents_NRW, heads), project_media(self.v_proj, latents_NRW, heads)
+        heads = (self.config.num_heads, self.config.head_size)
+        return project_media(self.k_proj, latents_NRW, heads, self.k_norm), project_media(self.v_proj, latents_NRW, heads)
 
     def forward(self, hidden_BSW: Tensor, k_NHRD: Tensor, v_NHRD: Tensor, media_rows_BM: Tensor, phi_BS: Tensor) -> Tensor:
-        q_BSHD = self.q_proj(self.norm(hidden_BSW)).unflatten(-1, (self.num_heads, self.head_size))
+        q_BSHD = self.q_proj(self.norm(hidden_BSW)).unflatten(-1, (self.config.num_heads, self.config.head_size))
+        if self.q_norm is not None:
+            q_BSHD = self.q_norm(q_BSHD)
         attended = phi_cross_attention(q_BSHD, k_NHRD, v_NHRD, media_rows_BM, phi_BS)
         hidden_BSW = hidden_BSW + torch.tanh(self.attention_gate) * self.out_proj(attended.flatten(2))
-        down: Tensor = self.ffw_down(squared_relu(self.ffw_up(self.ffw_norm(hidden_BSW))))
+        normed, kind = self.ffw_norm(hidden_BSW), self.config.feed_forward
+        down = feed_forward(normed, kind, up=self.ffw_up, down=self.ffw_down, swish=self.ffw_swish)
         return hidden_BSW + torch.tanh(self.ffw_gate) * down

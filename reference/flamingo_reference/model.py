@@ -1,6 +1,6 @@
 """Flamingo: frozen vision encoder, Perceiver Resampler, frozen language model with gated cross-attention.
 
-Parameter names are those of `flamingo_reference.checkpoints.native.expected_tensors`. Shape suffixes: F frames, N media, T frames
+Parameter names are those of `flamingo_reference.checkpoints.names.expected_tensors`. Shape suffixes: F frames, N media, T frames
 of a medium, P patches, E feature width, R latents, B requests, S positions, M media of a request, W width, V vocabulary.
 """
 
@@ -19,7 +19,7 @@ from flamingo_reference.cross_attention import GatedCrossAttention
 from flamingo_reference.decoder import LanguageModel
 from flamingo_reference.resampler import PerceiverResampler
 from flamingo_reference.time_weights import time_weights
-from flamingo_reference.vision_nfnet import NFNet
+from flamingo_reference.vision import make_vision_encoder
 
 MediaKV = Sequence[tuple[Tensor, Tensor]]
 """Keys and values [N, H, R, D] of the media bank, one pair a gated layer."""
@@ -32,7 +32,7 @@ class Flamingo(nn.Module):
         super().__init__()
         config.validate()
         self.config = config
-        self.vision_encoder = NFNet(config.vision)
+        self.vision_encoder = make_vision_encoder(config.vision)
         self.resampler = PerceiverResampler(config)
         self.cross_attention = nn.ModuleList(GatedCrossAttention(config) for _ in config.gated_layers)
         self.language_model = LanguageModel(config.language_model)
@@ -41,8 +41,9 @@ class Flamingo(nn.Module):
         """Latents [N, R, W] of media of T frames each."""
         num_frames = pixels_NT3II.shape[1]
         features = self.vision_encoder(pixels_NT3II.flatten(0, 1)).unflatten(0, (-1, num_frames))
-        weights = time_weights(num_frames, self.config.resampler.num_time_embeddings)
-        latents: Tensor = self.resampler(features, torch.from_numpy(weights).to(features))
+        num_embeddings = self.config.resampler.num_time_embeddings
+        weights = torch.from_numpy(time_weights(num_frames, num_embeddings)).to(features) if num_embeddings else None
+        latents: Tensor = self.resampler(features, weights)
         return latents
 
     def media_kv(self, latents_NRW: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -61,7 +62,7 @@ class Flamingo(nn.Module):
         blocks = iter(zip(self.cross_attention, media_kv, strict=True))
         hidden = self.language_model.embedding(token_ids_BS)
         for index, layer in enumerate(self.language_model.layers):
-            if index % self.config.cross_attention.every == 0:
+            if index in self.config.gated_layers:
                 block, (k_NHRD, v_NHRD) = next(blocks)
                 hidden = block(hidden, k_NHRD, v_NHRD, media_rows_BM, phi_BS)
             hidden = layer(hidden)

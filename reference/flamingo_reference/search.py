@@ -178,7 +178,7 @@ def flamingo_next_logits(model: Flamingo, media_kv: MediaKV, media_rows: Sequenc
     from flamingo_reference.phi import phi_from_tokens
 
     def next_logits(token_ids: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-        phi = torch.from_numpy(phi_from_tokens(token_ids, model.config.tokens.image))
+        phi = torch.from_numpy(phi_from_tokens(token_ids, model.config.tokens.image, model.config.tokens.reset))
         rows = torch.tensor(list(media_rows), dtype=torch.int64).expand(len(token_ids), -1)
         with torch.no_grad():
             logits: Tensor = model(torch.from_numpy(token_ids), media_kv, rows, phi)

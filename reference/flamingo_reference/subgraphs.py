@@ -26,7 +26,8 @@ from flamingo_reference.cross_attention import GatedCrossAttention, project_medi
 from flamingo_reference.decoder import LanguageModel, LanguageModelLayer
 from flamingo_reference.model import Flamingo, torch_from_numpy
 from flamingo_reference.resampler import PerceiverResampler
-from flamingo_reference.vision_nfnet import NFNet
+from flamingo_reference.vision import VisionEncoder as Encoder
+from flamingo_reference.vision import make_vision_encoder
 
 Tensors = Mapping[str, Tensor]
 SUBGRAPHS = ("vision_encoder", "resampler", "media_kv", "decoder")
@@ -51,7 +52,7 @@ class VisionEncoder(Subgraph):
 
     inputs, outputs = ("pixels",), ("features",)
 
-    def __init__(self, encoder: NFNet) -> None:
+    def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         self.vision_encoder = encoder
 
@@ -61,25 +62,26 @@ class VisionEncoder(Subgraph):
 
 
 class Resampler(Subgraph):
-    """features [N, T, P, E], time_weights [T, 8] -> latents [N, R, W]."""
+    """features [N, T, P, E], time_weights [T, 8] (where there are time embeddings) -> latents [N, R, W]."""
 
-    inputs, outputs = ("features", "time_weights"), ("latents",)
+    outputs = ("latents",)
 
     def __init__(self, resampler: PerceiverResampler) -> None:
         super().__init__()
         self.resampler = resampler
+        self.inputs = ("features",) if resampler.time_embeddings is None else ("features", "time_weights")
 
     def forward(self, feeds: Tensors) -> dict[str, Tensor]:
         self.check(feeds)
-        return {"latents": self.resampler(feeds["features"], feeds["time_weights"])}
+        return {"latents": self.resampler(feeds["features"], feeds.get("time_weights"))}
 
 
 class _Projections(nn.Module):
-    """The two matrices of a gated block that media go through."""
+    """What media go through of a gated block: two matrices, and the norm of keys where there is one."""
 
-    def __init__(self, k_proj: nn.Linear, v_proj: nn.Linear) -> None:
+    def __init__(self, block: GatedCrossAttention) -> None:
         super().__init__()
-        self.k_proj, self.v_proj = k_proj, v_proj
+        self.k_proj, self.v_proj, self.k_norm = block.k_proj, block.v_proj, block.k_norm
 
 
 class MediaKV(Subgraph):
@@ -87,10 +89,10 @@ class MediaKV(Subgraph):
 
     inputs = ("latents",)
 
-    def __init__(self, config: ModelConfig, projections: Iterable[tuple[nn.Linear, nn.Linear]]) -> None:
+    def __init__(self, config: ModelConfig, blocks: Iterable[GatedCrossAttention]) -> None:
         super().__init__()
         self.heads = (config.cross_attention.num_heads, config.cross_attention.head_size)
-        self.cross_attention = nn.ModuleList(_Projections(k_proj, v_proj) for k_proj, v_proj in projections)
+        self.cross_attention = nn.ModuleList(_Projections(block) for block in blocks)
         self.outputs = tuple(f"media_{kind}.{i}" for i in range(len(config.gated_layers)) for kind in "kv")
 
     def forward(self, feeds: Tensors) -> dict[str, Tensor]:
@@ -98,7 +100,7 @@ class MediaKV(Subgraph):
         found: dict[str, Tensor] = {}
         for i, block in enumerate(self.cross_attention):
             assert isinstance(block, _Projections)
-            found[f"media_k.{i}"] = project_media(block.k_proj, feeds["latents"], self.heads)
+            found[f"media_k.{i}"] = project_media(block.k_proj, feeds["latents"], self.heads, block.k_norm)
             found[f"media_v.{i}"] = project_media(block.v_proj, feeds["latents"], self.heads)
         return found
 
@@ -107,9 +109,9 @@ class Decoder(Subgraph):
     """The decoder, or the part of it with these LM layers and the gated blocks before them.
 
     token_ids [B, S] (hidden [B, S, W] unless the part is the first), positions [B, S], media_rows [B, M], phi [B, S],
-    write_index [B], mask bool [B, 1, S, C], key_positions [B, C] (of the slots as this call leaves them), logit_positions [B, K]
-    (last part only), media_k.i / media_v.i [N, Hx, R, Dx], past_k.j / past_v.j [B, H, C, D] -> logits [B, K, V] (hidden_out [B, S, W]
-    unless the part is the last), present_k.j / present_v.j [B, H, C, D].
+    write_index [B], mask bool [B, 1, S, C], key_positions [B, C] (of the slots as this call leaves them; only where attention depends
+    on distances), logit_positions [B, K] (last part only), media_k.i / media_v.i [N, Hx, R, Dx], past_k.j / past_v.j [B, G, C, D] with
+    G heads of keys and values -> logits [B, K, V] (hidden_out [B, S, W] unless the part is the last), present_k.j / present_v.j.
 
     in_place: the caches given are written to and returned, as the graphs do; else they are copied.
     Raises ValueError for missing or unknown inputs, a call that does not fit the cache, and phi beyond the media.
@@ -132,11 +134,14 @@ class Decoder(Subgraph):
         self.gated = {layer: i for i, layer in enumerate(config.gated_layers) if layer in layers}
         self.cross_attention = nn.ModuleDict({str(i): m for i, m in zip(self.gated.values(), gated_modules, strict=True)})
         self.language_model = nn.Module()
-        if self.first or self.last:
+        if self.first or (self.last and ends.head is None):
             self.language_model.embedding = ends.embedding
         self.language_model.layers = nn.ModuleDict({str(j): m for j, m in zip(layers, layer_modules, strict=True)})
         if self.last:
             self.language_model.norm = ends.norm
+            if ends.head is not None:
+                self.language_model.head = ends.head
+        self.output = "embedding.weight" if ends.head is None else "head.weight"
         self.tables: dict[int, Tensor] = {}
         caches = [f"past_{kind}.{j}" for j in layers for kind in "kv"]
         banks = [f"media_{kind}.{i}" for i in self.gated.values() for kind in "kv"]
@@ -146,7 +151,7 @@ class Decoder(Subgraph):
             *(("media_rows", "phi") if self.gated else ()),
             "write_index",
             "mask",
-            "key_positions",
+            *(("key_positions",) if config.language_model.uses_distances else ()),
             *(("logit_positions",) if self.last else ()),
             *banks,
             *caches,
@@ -154,7 +159,7 @@ class Decoder(Subgraph):
         self.outputs = ("logits" if self.last else "hidden_out", *(name.replace("past_", "present_") for name in caches))
 
     def precompute(self, num_distances: int) -> None:
-        """Projects the distances 0 .. num_distances - 1 of each layer once, for weights that no longer change.
+        """Projects the distances 0 .. num_distances - 1 of each layer once, for weights that no longer change. Relative positions only.
 
         Afterwards greater distances read the last of them. Without it every call projects as many distances as it meets.
         """
@@ -170,7 +175,9 @@ class Decoder(Subgraph):
             )
         embed = self.language_model.get_submodule("embedding") if self.first else None
         hidden = feeds["hidden"] if embed is None else embed(feeds["token_ids"])
-        distance_BSC = feeds["positions"][:, :, None] - feeds["key_positions"][:, None, :]
+        distance_BSC = None
+        if "key_positions" in self.inputs:
+            distance_BSC = feeds["positions"][:, :, None] - feeds["key_positions"][:, None, :]
         caches: dict[str, Tensor] = {}
         for j in self.layers:
             if j in self.gated:
@@ -182,6 +189,7 @@ class Decoder(Subgraph):
                 past_k=feeds[f"past_k.{j}"],
                 past_v=feeds[f"past_v.{j}"],
                 write_index_B=feeds["write_index"],
+                positions_BS=feeds["positions"],
                 distance_BSC=distance_BSC,
                 mask_B1SC=feeds["mask"],
                 table_XHD=self.tables.get(j),
@@ -191,8 +199,8 @@ class Decoder(Subgraph):
             return {"hidden_out": hidden, **caches}
         wanted_BKW = hidden.gather(1, feeds["logit_positions"][:, :, None].expand(-1, -1, hidden.shape[-1]))
         normed = self.language_model.get_submodule("norm")(wanted_BKW)
-        embedding = self.language_model.get_parameter("embedding.weight")
-        return {"logits": nn.functional.linear(normed, embedding), **caches}
+        logits = nn.functional.linear(normed, self.language_model.get_parameter(self.output))
+        return {"logits": logits, **caches}
 
     def _layer(self, j: int) -> LanguageModelLayer:
         layer = self.language_model.get_submodule(f"layers.{j}")
@@ -205,7 +213,7 @@ def subgraphs_of(model: Flamingo) -> dict[str, Subgraph]:
     return {
         "vision_encoder": VisionEncoder(model.vision_encoder),
         "resampler": Resampler(model.resampler),
-        "media_kv": MediaKV(model.config, ((block.k_proj, block.v_proj) for block in model.gated_blocks())),
+        "media_kv": MediaKV(model.config, model.gated_blocks()),
         "decoder": decoder_of(model),
     }
 
@@ -229,20 +237,18 @@ def decoder_of(model: Flamingo, layers: range | None = None, *, in_place: bool =
 def empty_subgraph(config: ModelConfig, name: str, *, layers: range | None = None) -> Subgraph:
     """A subgraph made from the configuration alone, holding exactly the parameters it uses. `layers`: a part of the decoder."""
     if name == "vision_encoder":
-        return VisionEncoder(NFNet(config.vision))
+        return VisionEncoder(make_vision_encoder(config.vision))
     if name == "resampler":
         return Resampler(PerceiverResampler(config))
     if name == "media_kv":
-        inner, width = config.cross_attention.num_heads * config.cross_attention.head_size, config.resampler.width
-        pairs = [[nn.Linear(width, inner, bias=False) for _ in "kv"] for _ in config.gated_layers]
-        return MediaKV(config, [(k_proj, v_proj) for k_proj, v_proj in pairs])
+        return MediaKV(config, [GatedCrossAttention(config) for _ in config.gated_layers])
     if name == "decoder":
         layers = range(config.language_model.num_layers) if layers is None else layers
         if layers.step != 1 or not 0 <= layers.start < layers.stop <= config.language_model.num_layers:
             raise ValueError(f"{layers} is no run of the {config.language_model.num_layers} LM layers")
         blocks = [GatedCrossAttention(config) for layer in config.gated_layers if layer in layers]
         for block in blocks:
-            del block.k_proj, block.v_proj  # media_kv's
+            del block.k_proj, block.v_proj, block.k_norm  # media_kv's
         return Decoder(
             config,
             layers,

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flamingo_reference.checkpoints.native import needs_downsample, squeeze_width
+from flamingo_reference.checkpoints.names import needs_downsample, squeeze_width
 from flamingo_reference.config import NFNetConfig
 
 # Makes unit-variance input leave GELU with unit variance: Brock et al. 2021, appendix; the value is DeepMind's.

@@ -17,7 +17,8 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import TINY, tiny_model
 
 from flamingo_reference.checkpoints import native
-from flamingo_reference.checkpoints.native import CheckpointError, expected_tensors, load_native, parameter_counts, save_native
+from flamingo_reference.checkpoints.names import expected_tensors, parameter_counts
+from flamingo_reference.checkpoints.native import CheckpointError, load_native, save_native
 from flamingo_reference.config import PRESETS, ModelConfig
 from flamingo_reference.model import Flamingo, numpy_from_torch
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 from tiny_models import TINY, smaller
+from variations import VARIATIONS
 
-from flamingo_reference.config import NANO, PRESETS, QUOTED_PARAMETERS, ConfigError, ModelConfig
-from flamingo_reference.phi import phi_from_tokens
+import flamingo_reference
+from flamingo_reference.config import NANO, PRESETS, QUOTED_PARAMETERS, ConfigError, ModelConfig, RotaryPositions
+from flamingo_reference.phi import phi_after, phi_from_tokens
 from flamingo_reference.time_weights import time_weights
 
 
@@ -70,6 +73,36 @@ def test_impossible_models_are_refused(parts: dict[str, dict[str, Any]], message
         smaller(NANO, **parts).validate()
 
 
+@pytest.mark.parametrize(
+    ("name", "parts", "message"),
+    [
+        ("idefics-like", {"vision": {"num_heads": 3}}, "vision.num_heads 3 does not divide vision.width 40"),
+        ("idefics-like", {"vision": {"patch_size": 31}}, "vision.patch_size 31 is larger than vision.image_size 30"),
+        ("idefics-like", {"resampler": {"width": 44}}, "resampler.width 44 differs from the vision encoder's 40"),
+        ("idefics-like", {"resampler": {"num_time_embeddings": -1}}, "num_time_embeddings is -1, expected at least 0"),
+        ("idefics-like", {"language_model": {"num_kv_heads": 3}}, "num_kv_heads 3 does not divide num_heads 4"),
+        ("idefics-like", {"language_model": {"norm_bias": True}}, "norm_bias is for LayerNorm"),
+        ("idefics-like", {"language_model": {"positions": RotaryPositions(size=5)}}, "positions.size 5 is no even number"),
+        ("idefics-like", {"language_model": {"positions": RotaryPositions(size=14)}}, "from 2 to head_size 12"),
+        ("idefics-like", {"language_model": {"positions": RotaryPositions(size=4, base=0.0)}}, "positions.base is 0.0"),
+        ("idefics-like", {"tokens": {"reset": 61}}, "tokens.image 61 is also another token"),
+        ("idefics-like", {"tokens": {"reset": 62}}, "tokens.reset 62 is outside the vocabulary of 62"),
+        ("openflamingo-mpt-like", {"cross_attention": {"offset": 2}}, "cross_attention.offset 2 is outside 0 to 1"),
+        ("openflamingo-mpt-like", {"cross_attention": {"every": 9, "offset": 8}}, "no layer is gated"),
+    ],
+)
+def test_impossible_variations_are_refused(name: str, parts: dict[str, dict[str, Any]], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        smaller(VARIATIONS[name], **parts).validate()
+
+
+def test_configs_of_earlier_versions_still_load() -> None:
+    """The shipped checkpoint's file, written before there were variations."""
+    path = Path(flamingo_reference.__file__).parent / "nano" / "checkpoint" / "config.json"
+    assert b'positions": {' not in path.read_bytes()
+    assert msgspec.json.decode(path.read_bytes(), type=ModelConfig) == NANO
+
+
 def test_all_faults_are_named_at_once() -> None:
     bad = smaller(NANO, resampler={"num_layers": 0}, language_model={"width": 3, "ffw_width": 0}, tokens={"pad": -1})
     with pytest.raises(ConfigError) as caught:
@@ -95,6 +128,28 @@ def test_phi(tokens: list[int], wanted: list[int]) -> None:
     assert found[0].tolist() == wanted
     for position in range(len(tokens)):
         assert found[1, position] == sum(token == 3 for token in tokens[::-1][: position + 1])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "wanted"),
+    [
+        ([3, 5, 2, 5, 3, 5], [1, 1, 1, 0, 2, 2]),  # the reset itself still sees its medium, the next medium counts on
+        ([2, 3, 5], [0, 1, 1]),  # a reset before any medium
+        ([3, 2, 3], [1, 1, 2]),
+        ([3, 2, 2, 5], [1, 1, 0, 0]),
+        ([3, 3, 2, 5], [1, 2, 2, 0]),
+        ([2], [0]),
+        ([3, 2], [1, 1]),
+    ],
+)
+def test_phi_with_a_reset(tokens: list[int], wanted: list[int]) -> None:
+    found = phi_from_tokens(np.array([tokens, [5] * len(tokens)]), image_id=3, reset_id=2)
+    assert found.dtype == np.int64
+    assert found.tolist() == [wanted, [0] * len(tokens)]
+    for length in range(1, len(tokens)):  # what comes later changes nothing
+        assert phi_from_tokens(np.array([tokens[:length]]), 3, 2)[0].tolist() == wanted[:length]
+        if tokens[length] != 3:
+            assert phi_after(np.array(tokens[:length]), found[0, :length], 2) == wanted[length]
 
 
 @pytest.mark.parametrize("tokens", [np.zeros((2, 0), np.int64), np.zeros(3, np.int64)])
@@ -139,9 +194,9 @@ sys.modules["torch"] = None
 import numpy as np
 import flamingo_reference
 from flamingo_reference import config, phi, search, time_weights
-from flamingo_reference.checkpoints import native, writer
+from flamingo_reference.checkpoints import names, native, writer
 config.PRESETS["nano"].validate()
-assert len(native.expected_tensors(config.PRESETS["80b"])) > 1000
+assert len(names.expected_tensors(config.PRESETS["80b"])) > 1000
 rules = search.Rules(eoc=0, image=1, max_new_tokens=3)
 assert search.greedy(lambda ids: np.eye(4)[[2] * len(ids)], [1], rules).hypotheses[0].token_ids == (2, 2, 2)
 try:

@@ -10,9 +10,10 @@ from tiny_models import TINY, smaller, tiny_model
 from torch.nn import functional as F
 
 from flamingo_reference.cross_attention import phi_cross_attention
-from flamingo_reference.decoder import LanguageModelLayer, sinusoids
+from flamingo_reference.decoder import LanguageModelLayer
 from flamingo_reference.model import Flamingo
 from flamingo_reference.phi import phi_from_tokens
+from flamingo_reference.positions import sinusoids
 from flamingo_reference.time_weights import time_weights
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-12}
@@ -123,6 +124,7 @@ def test_positions_are_relative(tiny: Flamingo) -> None:
             past_k=cache,
             past_v=cache,
             write_index_B=torch.zeros(1, dtype=torch.int64),
+            positions_BS=positions,
             distance_BSC=positions[:, :, None] - positions[:, None, :],
             mask_B1SC=torch.ones(3, 3, dtype=torch.bool).tril()[None, None],
         )

@@ -13,7 +13,7 @@ from tiny_models import TINY, tiny_model
 from torch import Tensor
 
 from flamingo_reference import subgraphs
-from flamingo_reference.checkpoints.native import expected_tensors
+from flamingo_reference.checkpoints.names import expected_tensors
 from flamingo_reference.config import PRESETS
 from flamingo_reference.model import Flamingo, numpy_from_torch
 from flamingo_reference.phi import phi_from_tokens

@@ -10,7 +10,7 @@ import torch
 from tiny_models import randomise
 from torch import Tensor, nn
 
-from flamingo_reference.checkpoints.native import parameter_counts, squeeze_width
+from flamingo_reference.checkpoints.names import parameter_counts, squeeze_width
 from flamingo_reference.config import NFNET_F6, PRESETS, NFNetConfig
 from flamingo_reference.vision_nfnet import NFNet, pad_same
 

@@ -22,7 +22,7 @@ from flamingo_reference.config import ModelConfig
 from flamingo_reference.nano import data
 from flamingo_reference.resampler import PerceiverResampler
 from flamingo_reference.time_weights import time_weights
-from flamingo_reference.vision_nfnet import NFNet
+from flamingo_reference.vision import make_vision_encoder
 
 VARIANTS = 6  # scenes of a batch that share all but one attribute
 DIGITS, ROAMING = 0.13, 0.08  # shares of a batch; the rest are scenes
@@ -64,13 +64,13 @@ class ImageHead(nn.Module):
         self.resampler = PerceiverResampler(config)
         self.out = nn.Linear(config.resampler.num_latents * config.resampler.width, joint)
         with torch.no_grad():
-            self.resampler.time_embeddings.mul_(0.02)
+            self.resampler.get_parameter("time_embeddings").mul_(0.02)
             for name, parameter in self.resampler.named_parameters():
                 if name.endswith(("proj.weight", "ffw_up.weight", "ffw_down.weight")):
                     parameter.normal_(0.0, parameter.shape[1] ** -0.5)
 
     def forward(self, features_NTPE: Tensor) -> Tensor:
-        weights = time_weights(features_NTPE.shape[1], self.resampler.time_embeddings.shape[0])
+        weights = time_weights(features_NTPE.shape[1], len(self.resampler.get_parameter("time_embeddings")))
         latents = self.resampler(features_NTPE, torch.from_numpy(weights))
         return self.out(latents.flatten(1))  # type: ignore[no-any-return]
 
@@ -113,7 +113,7 @@ def train_vision(
     """A trained vision encoder, and the resampler of its head, from which the bridge's starts."""
     torch.manual_seed(seed)
     joint = 128
-    vision = NFNet(config.vision)
+    vision = make_vision_encoder(config.vision)
     text = TextEncoder(config.language_model.vocab_size, 128, joint)
     head = ImageHead(config, joint)
     temperature = nn.Parameter(torch.tensor(2.3))

@@ -19,7 +19,7 @@ from flamingo_export.build_request import CheckpointFolder, LiveModel, RandomWei
 from flamingo_export.errors import CheckpointError, UnsupportedModel
 from flamingo_export.sources import CheckpointSource, LiveSource, RandomSource, combined_digest, open_source, tensor_digest
 from flamingo_reference import cross_attention
-from flamingo_reference.checkpoints.native import expected_tensors
+from flamingo_reference.checkpoints.names import expected_tensors
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.model import Flamingo
 

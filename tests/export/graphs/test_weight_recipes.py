@@ -27,7 +27,7 @@ from flamingo_export.weights import (
     layout,
 )
 from flamingo_reference import vision_nfnet
-from flamingo_reference.checkpoints.native import expected_tensors, parameter_counts
+from flamingo_reference.checkpoints.names import expected_tensors, parameter_counts
 from flamingo_reference.config import NANO, PRESETS, ModelConfig
 from flamingo_reference.model import Flamingo
 

@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from flamingo_reference.checkpoints.native import expected_tensors  # noqa: E402
+from flamingo_reference.checkpoints.names import expected_tensors  # noqa: E402
 from flamingo_reference.config import NANO  # noqa: E402
 from flamingo_reference.model import Flamingo  # noqa: E402
 from flamingo_reference.nano import CHECKPOINT, pages  # noqa: E402

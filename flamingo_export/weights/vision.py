@@ -1,0 +1,132 @@
+"""Weights of the vision encoder: NFNet with its kernels standardised and its gains folded, or CLIP's ViT."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+
+from flamingo_export.weights.recipes import (
+    GELU_GAIN,
+    Array,
+    Weight,
+    as_is,
+    branch_scale,
+    feed_forward_up,
+    linear,
+    linear_bias,
+    norm,
+    standardised,
+)
+from flamingo_reference.checkpoints.names import needs_downsample, squeeze_width
+from flamingo_reference.config import ModelConfig, NFNetConfig, ViTConfig
+
+GROUP = "vision_encoder"
+
+
+def vision_encoder(config: ModelConfig) -> Iterator[Weight]:
+    """Weights of the `vision_encoder` graph."""
+    yield from _vit(config.vision) if isinstance(config.vision, ViTConfig) else _nfnet(config.vision)
+
+
+def _nfnet(vision: NFNetConfig) -> Iterator[Weight]:
+    def conv(name: str, out: int, into: int, kernel: int, scale: float) -> Iterator[Weight]:
+        source = f"vision_encoder.{name.replace('/', '.')}"
+        yield Weight(
+            name=f"vision_encoder/{name}/weight",
+            shape=(out, into, kernel, kernel),
+            group="vision_encoder",
+            sources=(f"{source}.weight", f"{source}.gain"),
+            make=functools.partial(standardised, scale=scale),
+        )
+        yield bias(name, out)
+
+    def bias(name: str, out: int) -> Weight:
+        source = f"vision_encoder.{name.replace('/', '.')}.bias"
+        return Weight(
+            name=f"vision_encoder/{name}/bias",
+            shape=(out,),
+            group="vision_encoder",
+            sources=(source,),
+            make=as_is,
+            full_precision=True,
+        )
+
+    width = 3
+    for index, out in enumerate(vision.stem_widths):
+        yield from conv(f"stem/{index}", out, width, 3, GELU_GAIN if index else 1.0)
+        width = out
+    variance = 1.0
+    for stage, (out, depth) in enumerate(zip(vision.widths, vision.depths, strict=True)):
+        middle, squeezed = int(out * vision.bottleneck_ratio), squeeze_width(out, vision.squeeze_excite_ratio)
+        for block in range(depth):
+            prefix = f"stages/{stage}/{block}"
+            into_block = GELU_GAIN * variance**-0.5
+            if needs_downsample(stage, block, width, out):
+                yield from conv(f"{prefix}/downsample", out, width, 1, into_block)
+            yield from conv(f"{prefix}/conv1", middle, width, 1, into_block)
+            yield from conv(f"{prefix}/conv2", middle, vision.group_width, 3, GELU_GAIN)
+            yield from conv(f"{prefix}/conv2b", middle, vision.group_width, 3, GELU_GAIN)
+            yield from conv(f"{prefix}/conv3", out, middle, 1, GELU_GAIN)
+            for name, rows, columns in (("fc1", squeezed, out), ("fc2", out, squeezed)):
+                yield Weight(
+                    name=f"vision_encoder/{prefix}/squeeze_excite/{name}/weight",
+                    shape=(rows, columns, 1, 1),
+                    group="vision_encoder",
+                    sources=(f"vision_encoder.stages.{stage}.{block}.squeeze_excite.{name}.weight",),
+                    make=as_is,
+                )
+                yield bias(f"{prefix}/squeeze_excite/{name}", rows)
+            yield Weight(
+                name=f"vision_encoder/{prefix}/branch_scale",
+                shape=(1,),
+                group="vision_encoder",
+                sources=(f"vision_encoder.stages.{stage}.{block}.skip_gain",),
+                make=functools.partial(branch_scale, alpha=vision.alpha),
+                full_precision=True,
+            )
+            variance = (1.0 if block == 0 else variance) + vision.alpha**2
+            width = out
+    yield from conv("final_conv", vision.feature_width, width, 1, 1.0)
+
+
+def _vit(vision: ViTConfig) -> Iterator[Weight]:
+    width, patch = vision.width, vision.patch_size
+    yield Weight(
+        name="vision_encoder/patch_embedding",
+        shape=(width, 3, patch, patch),
+        group=GROUP,
+        sources=("vision_encoder.patch_embedding.weight",),
+        make=as_is,
+        moves_only=True,
+    )
+    yield Weight(
+        name="vision_encoder/position_embedding",
+        shape=(vision.grid_size + 1, width),
+        group=GROUP,
+        sources=("vision_encoder.position_embedding.weight", "vision_encoder.class_embedding"),
+        make=_with_class_token,
+        full_precision=True,
+    )
+    yield from norm("vision_encoder/pre_norm", width, GROUP, "vision_encoder.pre_norm")
+    for layer in range(vision.num_layers):
+        name, source = f"vision_encoder/layer.{layer}", f"vision_encoder.layers.{layer}"
+        qkv = [f"{source}.{part}_proj" for part in "qkv"]
+        yield from norm(f"{name}/attention_norm", width, GROUP, f"{source}.attention_norm")
+        yield linear(f"{name}/qkv_proj", (width, 3 * width), GROUP, *(f"{part}.weight" for part in qkv))
+        yield linear_bias(f"{name}/qkv_proj", 3 * width, GROUP, *(f"{part}.bias" for part in qkv))
+        yield linear(f"{name}/out_proj", (width, width), GROUP, f"{source}.out_proj.weight")
+        yield linear_bias(f"{name}/out_proj", width, GROUP, f"{source}.out_proj.bias")
+        yield from norm(f"{name}/ffw_norm", width, GROUP, f"{source}.ffw_norm")
+        yield from feed_forward_up(name, source, GROUP, width, vision.ffw_width, vision.activation, bias=True)
+        yield linear(f"{name}/ffw_down", (vision.ffw_width, width), GROUP, f"{source}.ffw_down.weight")
+        yield linear_bias(f"{name}/ffw_down", width, GROUP, f"{source}.ffw_down.bias")
+    if vision.final_norm:
+        yield from norm("vision_encoder/final_norm", width, GROUP, "vision_encoder.final_norm")
+
+
+def _with_class_token(sources: Sequence[Array]) -> Array:
+    """Position embeddings, the class token added to the first: nothing else stands there."""
+    positions, class_token = sources
+    added = positions.copy()
+    added[0] += class_token
+    return added

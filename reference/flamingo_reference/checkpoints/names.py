@@ -1,0 +1,189 @@
+"""Name and shape of every tensor of our own checkpoint format: the parameter names of `flamingo_reference.model.Flamingo`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from flamingo_reference.config import (
+    FeedForward,
+    ModelConfig,
+    NFNetConfig,
+    Norm,
+    RelativePositions,
+    ViTConfig,
+)
+
+Shape = tuple[int, ...]
+Named = Iterator[tuple[str, Shape]]
+
+
+def expected_tensors(config: ModelConfig) -> dict[str, Shape]:
+    """Name and shape of every tensor of a checkpoint, in the order the model uses them."""
+    tensors: dict[str, Shape] = {}
+    for name, shape in _vit(config.vision) if isinstance(config.vision, ViTConfig) else _nfnet(config.vision):
+        tensors[f"vision_encoder.{name}"] = shape
+    for name, shape in _resampler(config):
+        tensors[f"resampler.{name}"] = shape
+    for index in range(len(config.gated_layers)):
+        for name, shape in _cross_attention(config):
+            tensors[f"cross_attention.{index}.{name}"] = shape
+    for name, shape in _language_model(config):
+        tensors[f"language_model.{name}"] = shape
+    return tensors
+
+
+def component_of(name: str) -> str:
+    """The component a tensor belongs to: vision_encoder, resampler, cross_attention or language_model."""
+    return name.split(".", 1)[0]
+
+
+def parameter_counts(config: ModelConfig) -> dict[str, int]:
+    """Number of parameters of each component, in model order."""
+    counts: dict[str, int] = {}
+    for name, shape in expected_tensors(config).items():
+        counts[component_of(name)] = counts.get(component_of(name), 0) + math.prod(shape)
+    return counts
+
+
+def squeeze_width(width: int, ratio: float) -> int:
+    """Width inside a squeeze-excite block: width * ratio to the nearest multiple of 8, at least 8 (as timm has it)."""
+    return max(8, int(width * ratio + 4) // 8 * 8)
+
+
+def needs_downsample(stage: int, block: int, width: int, out: int) -> bool:
+    """Whether an NFNet block has a convolution on its shortcut: where the width changes or a later stage begins with stride 2."""
+    return width != out or (block == 0 and stage > 0)
+
+
+def _conv(name: str, out: int, into: int, kernel: int) -> Named:
+    yield f"{name}.weight", (out, into, kernel, kernel)
+    yield f"{name}.bias", (out,)
+    yield f"{name}.gain", (out, 1, 1, 1)
+
+
+def _nfnet(vision: NFNetConfig) -> Named:
+    width = 3
+    for index, stem_width in enumerate(vision.stem_widths):
+        yield from _conv(f"stem.{index}", stem_width, width, 3)
+        width = stem_width
+    for stage, (out, depth) in enumerate(zip(vision.widths, vision.depths, strict=True)):
+        middle = int(out * vision.bottleneck_ratio)
+        squeezed = squeeze_width(out, vision.squeeze_excite_ratio)
+        for block in range(depth):
+            prefix = f"stages.{stage}.{block}"
+            if needs_downsample(stage, block, width, out):
+                yield from _conv(f"{prefix}.downsample", out, width, 1)
+            yield from _conv(f"{prefix}.conv1", middle, width, 1)
+            yield from _conv(f"{prefix}.conv2", middle, vision.group_width, 3)
+            yield from _conv(f"{prefix}.conv2b", middle, vision.group_width, 3)
+            yield from _conv(f"{prefix}.conv3", out, middle, 1)
+            yield f"{prefix}.squeeze_excite.fc1.weight", (squeezed, out, 1, 1)
+            yield f"{prefix}.squeeze_excite.fc1.bias", (squeezed,)
+            yield f"{prefix}.squeeze_excite.fc2.weight", (out, squeezed, 1, 1)
+            yield f"{prefix}.squeeze_excite.fc2.bias", (out,)
+            yield f"{prefix}.skip_gain", ()
+            width = out
+    yield from _conv("final_conv", vision.feature_width, width, 1)
+
+
+def _vit(vision: ViTConfig) -> Named:
+    width = vision.width
+    yield "class_embedding", (width,)
+    yield "patch_embedding.weight", (width, 3, vision.patch_size, vision.patch_size)
+    yield "position_embedding.weight", (vision.grid_size + 1, width)
+    yield from _norm("pre_norm", width, "layer_norm", bias=True)
+    for layer in range(vision.num_layers):
+        prefix = f"layers.{layer}"
+        yield from _norm(f"{prefix}.attention_norm", width, "layer_norm", bias=True)
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            yield from _linear(f"{prefix}.{name}", width, width, bias=True)
+        yield from _norm(f"{prefix}.ffw_norm", width, "layer_norm", bias=True)
+        yield from _feed_forward(f"{prefix}.", width, vision.ffw_width, vision.activation, bias=True)
+    if vision.final_norm:
+        yield from _norm("final_norm", width, "layer_norm", bias=True)
+
+
+def _norm(name: str, width: int, kind: Norm, *, bias: bool) -> Named:
+    yield f"{name}.weight", (width,)
+    if kind == "layer_norm" and bias:
+        yield f"{name}.bias", (width,)
+
+
+def _linear(name: str, out: int, into: int, *, bias: bool = False) -> Named:
+    yield f"{name}.weight", (out, into)
+    if bias:
+        yield f"{name}.bias", (out,)
+
+
+def _feed_forward(prefix: str, width: int, inner: int, kind: FeedForward, *, bias: bool = False) -> Named:
+    if kind == "swiglu":
+        yield from _linear(f"{prefix}ffw_swish", inner, width, bias=bias)
+    yield from _linear(f"{prefix}ffw_up", inner, width, bias=bias)
+    yield from _linear(f"{prefix}ffw_down", width, inner, bias=bias)
+
+
+def _resampler(config: ModelConfig) -> Named:
+    resampler = config.resampler
+    width, inner = resampler.width, resampler.num_heads * resampler.head_size
+    if resampler.input_proj:
+        yield from _linear("input_proj", width, config.vision.feature_width)
+    yield "latents", (resampler.num_latents, width)
+    if resampler.num_time_embeddings:
+        yield "time_embeddings", (resampler.num_time_embeddings, width)
+    for layer in range(resampler.num_layers):
+        prefix = f"layers.{layer}"
+        yield from _norm(f"{prefix}.media_norm", width, "layer_norm", bias=True)
+        yield from _norm(f"{prefix}.latent_norm", width, "layer_norm", bias=True)
+        for name in ("q_proj", "k_proj", "v_proj"):
+            yield from _linear(f"{prefix}.{name}", inner, width)
+        if resampler.qk_norm:
+            for name in ("q_norm", "k_norm"):
+                yield from _norm(f"{prefix}.{name}", resampler.head_size, "layer_norm", bias=True)
+        yield from _linear(f"{prefix}.out_proj", width, inner)
+        yield from _norm(f"{prefix}.ffw_norm", width, "layer_norm", bias=True)
+        yield from _feed_forward(f"{prefix}.", width, resampler.ffw_width, resampler.activation)
+    yield from _norm("norm", width, "layer_norm", bias=True)
+
+
+def _cross_attention(config: ModelConfig) -> Named:
+    block = config.cross_attention
+    width, media_width, inner = config.language_model.width, config.resampler.width, block.num_heads * block.head_size
+    gate: Shape = () if block.gate == "scalar" else (width,)
+    yield from _norm("norm", width, block.norm, bias=True)
+    yield from _linear("q_proj", inner, width)
+    yield from _linear("k_proj", inner, media_width)
+    yield from _linear("v_proj", inner, media_width)
+    if block.qk_norm:
+        yield "q_norm.weight", (block.head_size,)
+        yield "k_norm.weight", (block.head_size,)
+    yield from _linear("out_proj", width, inner)
+    yield "attention_gate", gate
+    yield from _norm("ffw_norm", width, block.norm, bias=True)
+    yield from _feed_forward("", width, block.ffw_width, block.feed_forward)
+    yield "ffw_gate", gate
+
+
+def _language_model(config: ModelConfig) -> Named:
+    lm = config.language_model
+    inner, kv_inner = lm.num_heads * lm.head_size, lm.kv_heads * lm.head_size
+    yield "embedding.weight", (lm.vocab_size, lm.width)
+    for layer in range(lm.num_layers):
+        prefix = f"layers.{layer}"
+        yield from _norm(f"{prefix}.attention_norm", lm.width, lm.norm, bias=lm.norm_bias)
+        yield from _linear(f"{prefix}.q_proj", inner, lm.width, bias=lm.bias)
+        yield from _linear(f"{prefix}.k_proj", kv_inner, lm.width, bias=lm.bias)
+        yield from _linear(f"{prefix}.v_proj", kv_inner, lm.width, bias=lm.bias)
+        if lm.qk_norm:
+            yield f"{prefix}.q_norm.weight", (inner,)
+            yield f"{prefix}.k_norm.weight", (kv_inner,)
+        if isinstance(lm.positions, RelativePositions):
+            yield f"{prefix}.relative_proj.weight", (inner, lm.width)
+            yield f"{prefix}.content_bias", (lm.num_heads, lm.head_size)
+            yield f"{prefix}.position_bias", (lm.num_heads, lm.head_size)
+        yield from _linear(f"{prefix}.out_proj", lm.width, inner, bias=lm.bias)
+        yield from _norm(f"{prefix}.ffw_norm", lm.width, lm.norm, bias=lm.norm_bias)
+        yield from _feed_forward(f"{prefix}.", lm.width, lm.ffw_width, lm.feed_forward, bias=lm.bias)
+    yield from _norm("norm", lm.width, lm.norm, bias=lm.norm_bias)
+    if not lm.tied_head:
+        yield "head.weight", (lm.vocab_size, lm.width)

@@ -1,0 +1,92 @@
+"""How the tensors of a published checkpoint become ours: for each of our names, those it is made of and what is done to them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from flamingo_reference.config import ConfigError
+
+Shape = tuple[int, ...]
+AnyArray = npt.NDArray[Any]
+Make = Callable[[Sequence[AnyArray]], AnyArray]
+
+
+class Recipe(msgspec.Struct, frozen=True):
+    """sources: name and shape of the file's tensors, given to `make` in this order; what it returns has our shape and their type."""
+
+    sources: Mapping[str, Shape]
+    make: Make
+
+
+def as_is(name: str, shape: Shape) -> Recipe:
+    """The tensor itself."""
+    return Recipe({name: shape}, _first)
+
+
+def reshaped(name: str, shape: Shape, ours: Shape) -> Recipe:
+    """The same numbers in another shape."""
+    return Recipe({name: shape}, functools.partial(_reshaped, shape=ours))
+
+
+def rows(name: str, shape: Shape, start: int, stop: int) -> Recipe:
+    """Rows start .. stop - 1 of a tensor that holds several of ours."""
+    return Recipe({name: shape}, functools.partial(_rows, start=start, stop=stop))
+
+
+def joined(sources: Mapping[str, Shape]) -> Recipe:
+    """Tensors one after the other along their first axis."""
+    return Recipe(sources, _joined)
+
+
+def with_bias(ours: str, theirs: str, shape: Shape) -> dict[str, Recipe]:
+    """Weight and bias of a linear layer or norm, under our name and theirs; shape: that of the weight."""
+    return {
+        f"{ours}.weight": as_is(f"{theirs}.weight", shape),
+        f"{ours}.bias": as_is(f"{theirs}.bias", shape[:1]),
+    }
+
+
+def source_shapes(recipes: Mapping[str, Recipe]) -> dict[str, Shape]:
+    """Name and shape of every tensor that recipes read."""
+    return {name: shape for recipe in recipes.values() for name, shape in recipe.sources.items()}
+
+
+def setting(raw: Mapping[str, Any], name: str, kind: type, default: Any = None, *, where: str = "config.json") -> Any:
+    """An entry of a published config of the type expected. Raises ConfigError if it is of another, or missing and without a default."""
+    value = raw.get(name, default)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ConfigError(f"{where}: {name} is {value!r}, expected {kind.__name__}. Fetch the file again.")
+    return value
+
+
+def choice(raw: Mapping[str, Any], name: str, known: Mapping[Any, Any], default: Any, *, where: str = "config.json") -> Any:
+    """What an entry of a published config stands for here. Raises ConfigError for a value that has no counterpart."""
+    value = raw.get(name, default)
+    if isinstance(value, list | dict) or value not in known:
+        expected = ", ".join(repr(each) for each in known)
+        raise ConfigError(f"{where}: {name} is {value!r}, which is not supported; expected {expected}.")
+    return known[value]
+
+
+def _first(sources: Sequence[AnyArray]) -> AnyArray:
+    return sources[0]
+
+
+def _reshaped(sources: Sequence[AnyArray], *, shape: Shape) -> AnyArray:
+    return sources[0].reshape(shape)
+
+
+def _rows(sources: Sequence[AnyArray], *, start: int, stop: int) -> AnyArray:
+    return sources[0][start:stop]
+
+
+def _joined(sources: Sequence[AnyArray]) -> AnyArray:
+    return np.concatenate(sources)

@@ -1,0 +1,99 @@
+"""A bundle's engines driven as the runtime does, on pixels and token ids given as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from flamingo_export.artifacts import open_bundle
+from flamingo_export.backends.base import SessionOptions
+from flamingo_export.backends.registry import get_backend
+from flamingo_export.runtime.engines import Engines, run_decoder
+from flamingo_export.runtime.generator import Generator, Timings
+from flamingo_export.runtime.media import Medium
+from flamingo_export.runtime.media_encoder import MediaEncoder
+from flamingo_export.runtime.options import GenerateOptions
+from flamingo_export.runtime.request import Prepared
+from flamingo_export.runtime.search import Hypothesis
+from flamingo_reference.phi import phi_from_tokens
+
+
+class EngineRuns:
+    """The opened engines of a bundle, on ONNX Runtime with one thread."""
+
+    def __init__(self, bundle: Path) -> None:
+        self.manifest = open_bundle(bundle)
+        self.config = self.manifest.config
+        self.engines = Engines.open(bundle, self.manifest, get_backend("onnxruntime"), SessionOptions(threads=1))
+
+    def logits(self, tokens: list[int], images: torch.Tensor) -> np.ndarray:
+        """float32 [S, V] at every position of one request; images [M, 3, I, I]."""
+        engines, decoder = self.engines, self.engines.decoder
+        encoder = MediaEncoder(engines.vision_encoder, engines.resampler, engines.media_kv, self.config)
+        media = [medium for _, medium in encoder.encode(self.media(images))]
+        length = len(tokens)
+        for tensor in decoder.spec.inputs:
+            if tensor.name.startswith(("media_k.", "media_v.")):
+                buffer = decoder.allocate(tensor.name, (max(1, len(media)), *tensor.shape[1:]))  # type: ignore[arg-type]
+                for row, values in enumerate(media):
+                    buffer.write(row, values[tensor.name])
+                decoder.bind(tensor.name, buffer)
+            elif tensor.name.startswith("past_"):
+                _, heads, _, size = tensor.shape
+                decoder.bind(tensor.name, decoder.allocate(tensor.name, (1, heads, length, size)))  # type: ignore[arg-type]
+        places = np.arange(length)[None]
+        ids = np.array([tokens])
+        feeds = {
+            "token_ids": ids,
+            "positions": places,
+            "media_rows": np.arange(max(1, len(media)))[None],
+            "phi": phi_from_tokens(ids, self.config.tokens.image, self.config.tokens.reset),
+            "write_index": np.zeros(1, np.int64),
+            "mask": np.tri(length, dtype=np.bool_)[None, None],
+            "key_positions": places,
+            "logit_positions": places,
+        }
+        return np.asarray(run_decoder(decoder, feeds)[0])
+
+    def generate(self, tokens: list[int], images: torch.Tensor, *, beams: int, new_tokens: int) -> list[Hypothesis]:
+        """The runtime's own loop, best hypothesis first."""
+        media = self.media(images)
+        ids, limits = np.array(tokens), self.manifest.limits
+        phi = phi_from_tokens(ids[None], self.config.tokens.image, self.config.tokens.reset)[0]
+        digests = iter(media)
+        keys = tuple(next(digests).digest if token == self.config.tokens.image else token for token in tokens)
+        options = GenerateOptions(beams=beams, max_new_tokens=new_tokens)
+        search = options.search(self.config, new_tokens)
+        generator = Generator(self.engines, self.config, limits)
+        for _ in generator.run([Prepared(token_ids=ids, phi=phi, media=tuple(media), keys=keys)], [search], Timings()):
+            pass
+        return search.results()
+
+    @staticmethod
+    def media(images: torch.Tensor) -> list[Medium]:
+        """Images [M, 3, I, I] as media of one frame."""
+        return [Medium(pixels=image[None].float().numpy(), digest=bytes([n])) for n, image in enumerate(images)]
+
+
+@contextmanager
+def opened(bundle: Path) -> Iterator[EngineRuns]:
+    """The engines for the length of a `with` block."""
+    runs = EngineRuns(bundle)
+    try:
+        yield runs
+    finally:
+        runs.engines.close()
+
+
+def assert_as_exact(found: np.ndarray, exact: torch.Tensor, eager: torch.Tensor) -> None:
+    """The engine's error against transformers in fp64 is at most what the table of tolerances allows beside transformers in fp32."""
+    from flamingo_export.validate.tolerances import tolerance
+
+    wanted = exact.double().numpy()
+    rms = float(np.sqrt(np.mean(wanted**2)))
+    error, own = (float(np.abs(each - wanted).max()) / rms for each in (found, eager.double().numpy()))
+    assert error <= tolerance("decoder").limit(torch_error=own, peak=float(np.abs(wanted).max()) / rms), (error, own)
