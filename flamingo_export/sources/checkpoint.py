@@ -12,6 +12,7 @@ from flamingo_export.errors import CheckpointError
 from flamingo_export.manifest import SourceRecord
 from flamingo_export.sources.base import Array, combined_digest
 from flamingo_reference.checkpoints import native
+from flamingo_reference.checkpoints.tensors import CheckpointError as UnreadableCheckpoint
 from flamingo_reference.config import ConfigError
 
 
@@ -26,7 +27,7 @@ class CheckpointSource:
             raise CheckpointError(f"{folder} is no folder; a checkpoint is one with config.json and model.safetensors.")
         try:
             self.config, self._reader = native.load_native(folder)
-        except (native.CheckpointError, ConfigError) as error:
+        except (UnreadableCheckpoint, ConfigError) as error:
             raise CheckpointError(str(error)) from error
         stats = [(path.name, path.stat()) for path in sorted(folder.glob("*.safetensors"))]
         marks = [[str(folder.resolve()), name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
