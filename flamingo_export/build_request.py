@@ -10,6 +10,7 @@ import msgspec
 from flamingo_export.errors import BuildError, CheckpointError
 from flamingo_export.manifest import ShapeLimits
 from flamingo_export.precision import Precision, StorageType, default_precision
+from flamingo_reference.checkpoints.loading import CheckpointFiles
 from flamingo_reference.checkpoints.names import parameter_counts
 from flamingo_reference.config import PRESETS, ModelConfig
 
@@ -18,10 +19,8 @@ ParityMode = Literal["auto", "skip"]
 """auto: against PyTorch where it is installed, else the manifest says `not_run`. skip: the manifest says `not_run`."""
 
 
-class CheckpointFolder(msgspec.Struct, frozen=True, kw_only=True):
-    """Weights of a checkpoint folder in the native format."""
-
-    path: Path
+class CheckpointFolder(CheckpointFiles, frozen=True, kw_only=True):
+    """Weights of a checkpoint: a folder or file in our own format or that of a known family, and the files that belong to it."""
 
 
 class RandomWeights(msgspec.Struct, frozen=True, kw_only=True):

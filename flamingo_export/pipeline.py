@@ -207,6 +207,7 @@ def _fill(job: _Job, journal: Journal, progress: Progress) -> BuildResult:
         precision=job.precision,
         limits=job.request.limits or default_limits(config),
         source=job.source.record(digests),
+        inputs=job.source.inputs,
         graphs=graphs,
         files=(*records, *_other_files(work)),
         tools=_tool_versions(),

@@ -87,9 +87,13 @@ def opened(bundle: Path, backend: str, device: str, threads: int) -> Iterator[Mo
 
 
 def formatted(
-    *, media: list[MediumSource], prompt: str | None, question: str | None, shots: Path | None, text_only: bool
+    bundle: Path, *, media: list[MediumSource], prompt: str | None, question: str | None, shots: Path | None, text_only: bool
 ) -> Request:
-    """The request that a prompt, or a question or caption with shots, amounts to. Raises typer.BadParameter where they exclude each other."""
+    """The request that a prompt, or a question or caption with shots in the bundle's forms, amounts to.
+
+    Raises typer.BadParameter where they exclude each other.
+    """
+    from flamingo_export.manifest import read_manifest
     from flamingo_export.runtime.prompts import caption_prompt, qa_prompt, read_shots, without_media
     from flamingo_export.runtime.request import Request
 
@@ -112,7 +116,10 @@ def formatted(
         )
     examples = read_shots(shots) if shots is not None else []
     examples = without_media(examples) if text_only else examples
-    return caption_prompt(examples, media[0]) if question is None else qa_prompt(examples, question, media[0])
+    inputs = read_manifest(bundle).inputs
+    if question is None:
+        return caption_prompt(examples, media[0], inputs)
+    return qa_prompt(examples, question, media[0], inputs)
 
 
 def known_size(name: str) -> ModelConfig:

@@ -203,10 +203,10 @@ def _update(
     rank = int(_by_pattern(settings.rank_pattern, module, settings.r))
     transposed = settings.fan_in_fan_out or embedding
     rows, columns = (shape[::-1] if transposed else shape) if len(shape) == 2 else (0, 0)
-    found = adapter.shape(parts["up"]), adapter.shape(parts["down"])
-    if found != ((rows, rank), (rank, columns)):
+    up, down = adapter.shape(parts["up"]), adapter.shape(parts["down"])
+    if (up, down) != ((rows, rank), (rank, columns)):
         wanted = f"{(rows, rank)} and {(rank, columns)}" if len(shape) == 2 else "an update of a matrix"
-        return f"{parts['up']} {found[0]} and {parts['down']} {found[1]} for {target} {shape}, expected {wanted}"
+        return f"{parts['up']} {up} and {parts['down']} {down} for {target} {shape}, expected {wanted}"
     alpha = _by_pattern(settings.alpha_pattern, module, settings.lora_alpha)
     scale = alpha / math.sqrt(rank) if settings.use_rslora else alpha / rank
     return _Update(parts["down"], parts["up"], scale, transposed)

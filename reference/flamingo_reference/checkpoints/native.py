@@ -23,7 +23,14 @@ def load_native(folder: Path) -> tuple[ModelConfig, FileReader]:
 
     Raises CheckpointError naming all tensors that are missing, unknown or of another shape at once.
     """
-    path = folder / "config.json"
+    config = read_config(folder / "config.json")
+    reader = open_tensors(folder, (SINGLE,))
+    accounting.account(expected_tensors(config), reader, where=str(folder), model=config.name)
+    return config, reader
+
+
+def read_config(path: Path) -> ModelConfig:
+    """The model that a config.json in our own format describes. Raises CheckpointError if it is none, or cannot be built."""
     try:
         config = msgspec.json.decode(path.read_bytes(), type=ModelConfig)
     except OSError as error:
@@ -34,9 +41,7 @@ def load_native(folder: Path) -> tuple[ModelConfig, FileReader]:
         config.validate()
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    reader = open_tensors(folder, (SINGLE,))
-    accounting.account(expected_tensors(config), reader, where=str(folder), model=config.name)
-    return config, reader
+    return config
 
 
 def check_tensors(config: ModelConfig, shapes: Mapping[str, Shape], *, where: str) -> None:
