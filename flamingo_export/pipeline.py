@@ -156,7 +156,7 @@ def _prepare(request: BuildRequest) -> _Job:
     if drawn:
         notes.append("the weights are seeded random numbers, not those of a trained model: its answers mean nothing")
     if source.tokenizer is not None:
-        tokenizer: str | None = checked_tokenizer(source.tokenizer, config)
+        tokenizer: str | None = checked_tokenizer(source.tokenizer, config, source.inputs.tags)
     else:
         tokenizer = placeholder_tokenizer(config) if drawn else None
         notes.append(

@@ -25,6 +25,8 @@ class Tags(msgspec.Struct, frozen=True, kw_only=True):
     image: str = "<image>"
     around_image: str | None = None
     """Stands before and after every image, once between two that follow each other (IDEFICS)."""
+    added: tuple[str, ...] = ()
+    """Tokens that training put behind the language model's vocabulary, in this order; `<PAD>` only where there was no padding token."""
 
     @property
     def all(self) -> tuple[str, ...]:
@@ -53,7 +55,7 @@ PAPER = InputFormat()
 """Flamingo (arXiv 2204.14198): section 3.1 and appendix C."""
 OPENFLAMINGO = InputFormat(
     fit="crop",
-    tags=Tags(bos=None, eoc="<|endofchunk|>"),
+    tags=Tags(bos=None, eoc="<|endofchunk|>", added=("<|endofchunk|>", "<image>", "<PAD>")),
     prompts=PromptForms(
         caption_example="{image}Output:{answer}<|endofchunk|>",
         caption="{image}Output:",

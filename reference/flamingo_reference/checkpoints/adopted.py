@@ -35,7 +35,7 @@ class PartFiles(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Parts(msgspec.Struct, frozen=True, kw_only=True):
-    """All files of a model, and its tokenizer's ids by text, empty where there is none."""
+    """All files of a model, and the ids of its tokenizer's added tokens by text, the family's own included; empty where there is none."""
 
     model: PartFiles
     language_model: PartFiles | None = None

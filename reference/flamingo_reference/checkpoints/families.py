@@ -9,6 +9,7 @@ import msgspec
 
 from flamingo_reference.checkpoints import native
 from flamingo_reference.checkpoints.adopted import Adopted, Parts
+from flamingo_reference.input_format import IDEFICS, OPENFLAMINGO, PAPER, InputFormat
 
 Part = Literal["model", "language_model", "vision_encoder"]
 
@@ -18,7 +19,8 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
 
     part: what of a model it holds. model_types: values of model_type in config.json that say so; settings: keys of config.json that say so
     where there is no model_type. marks: regular expressions, each of which matches the whole name of one of its tensors at least.
-    needs: the parts that it leaves to other files. adopt: makes the model of its files, None where it is but a part of one.
+    needs: the parts that it leaves to other files.
+    inputs: how it takes images and text. adopt: makes the model of its files, None where it is but a part of one.
     """
 
     name: str
@@ -28,6 +30,7 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
     settings: tuple[str, ...] = ()
     marks: tuple[str, ...]
     needs: tuple[Part, ...] = ()
+    inputs: InputFormat = PAPER
     adopt: Callable[[Parts], Adopted] | None = None
 
 
@@ -48,6 +51,7 @@ FAMILIES: tuple[Family, ...] = (
         name="idefics",
         title="IDEFICS v1",
         model_types=("idefics",),
+        inputs=IDEFICS,
         marks=(r"model\.gated_cross_attn_layers\.\d+\..+", r"model\.embed_tokens\.weight"),
     ),
     Family(
@@ -55,6 +59,7 @@ FAMILIES: tuple[Family, ...] = (
         title="OpenFlamingo",
         marks=(r"perceiver\.latents", r"lang_encoder\..*gated_cross_attn_layers?\..+"),
         needs=("language_model", "vision_encoder"),
+        inputs=OPENFLAMINGO,
     ),
     Family(
         name="llama",

@@ -10,15 +10,15 @@ import msgspec
 from flamingo_reference.checkpoints.accounting import account
 from flamingo_reference.checkpoints.adopted import Adopted, AdoptedReader, JoinedReader, PartFiles, Parts
 from flamingo_reference.checkpoints.families import FAMILIES, Family, Part
-from flamingo_reference.checkpoints.json_file import read_json
 from flamingo_reference.checkpoints.lora import LoraReader
 from flamingo_reference.checkpoints.recognition import Recognised, recognise
 from flamingo_reference.checkpoints.tensors import CheckpointError, Shape, TensorReader
+from flamingo_reference.checkpoints.tokenizer_file import NAMES as TOKENIZERS
+from flamingo_reference.checkpoints.tokenizer_file import added_ids, open_tokenizer
 from flamingo_reference.config import ConfigError, ModelConfig
 from flamingo_reference.input_format import InputFormat
 
 OPTIONS: Mapping[Part, str] = {"language_model": "--lm", "vision_encoder": "--vision"}
-_TOKENIZERS = ("tokenizer/tokenizer.json", "tokenizer.json", "tokenizer.model")
 
 
 class CheckpointFiles(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,7 +74,7 @@ def load(files: CheckpointFiles, families: Sequence[Family] = FAMILIES) -> Check
             part: PartFiles(path=found.path, family=found.family.name, settings=found.settings, reader=readers[part])
             for part, found in recognised.items()
         },
-        token_ids=_token_ids(tokenizer),
+        token_ids=added_ids(open_tokenizer(tokenizer, model.family.inputs.tags.added)) if tokenizer is not None else {},
     )
     try:
         adopted = model.family.adopt(parts)
@@ -109,11 +109,11 @@ def find_tokenizer(files: CheckpointFiles) -> Path | None:
         if place is None:
             continue
         folder = place if place.is_dir() else place.parent
-        for name in _TOKENIZERS:
+        for name in TOKENIZERS:
             if (folder / name).is_file():
                 return folder / name
     if files.tokenizer is not None:
-        raise CheckpointError(f"{files.tokenizer} has none of {', '.join(_TOKENIZERS)}.")
+        raise CheckpointError(f"{files.tokenizer} has none of {', '.join(TOKENIZERS)}.")
     return None
 
 
@@ -188,19 +188,3 @@ def _accounted(adopted: Adopted, readers: Mapping[Part, TensorReader], where: st
     if unmade:
         raise AssertionError(f"tensors without a recipe, or the other way round: {', '.join(unmade)}")
     return AdoptedReader(joined, adopted.expected, adopted.recipes), ignored
-
-
-def _token_ids(tokenizer: Path | None) -> dict[str, int]:
-    """Ids of the tokens that were added to the vocabulary, and so carry structure, by their text."""
-    if tokenizer is None or tokenizer.suffix != ".json":
-        return {}
-    added = read_json(tokenizer).get("added_tokens", [])
-    try:
-        return {token.content: token.id for token in msgspec.convert(added, list[_AddedToken])}
-    except msgspec.ValidationError as error:
-        raise CheckpointError(f"{tokenizer} has malformed added_tokens: {error}.") from error
-
-
-class _AddedToken(msgspec.Struct, frozen=True):
-    id: int
-    content: str

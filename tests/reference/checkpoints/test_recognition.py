@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 from tiny_models import TINY, tiny_model
+from tokenizers import Tokenizer, models
 
 from flamingo_reference.checkpoints import native
 from flamingo_reference.checkpoints.accounting import Ignored
@@ -135,8 +136,8 @@ def test_parts_that_are_missing_or_too_many(tmp_path: Path) -> None:
         match=r"OpenFlamingo, which leaves its language model and vision encoder to other files\. Add --lm FOLDER --vision",
     ):
         load(CheckpointFiles(path=bridge))
+    families = [msgspec.structs.replace(family, adopt=adopt_toy) for family in FAMILIES]
     with pytest.raises(CheckpointError, match=r"--vision .*mpt is an MPT language model, expected a vision encoder"):
-        families = [msgspec.structs.replace(family, adopt=adopt_toy) for family in FAMILIES]
         load(CheckpointFiles(path=bridge, language_model=lm, vision_encoder=lm), families)
     with pytest.raises(CheckpointError, match=r"is an MPT language model .*, a part of a model\. .* --checkpoint MODEL --lm"):
         load(CheckpointFiles(path=lm))
@@ -240,9 +241,9 @@ def toy(tmp_path: Path) -> CheckpointFiles:
     for place, tensors in files.items():
         (tmp_path / place).mkdir()
         save_file(tensors, tmp_path / place / "model.safetensors")
-    (tmp_path / "lm" / "tokenizer.json").write_text(
-        json.dumps({"added_tokens": [{"id": 3, "content": "<image>", "special": True}]})
-    )
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1, "c": 2}, unk_token="a"))
+    tokenizer.add_special_tokens(["<image>"])
+    tokenizer.save(str(tmp_path / "lm" / "tokenizer.json"))
     return CheckpointFiles(path=tmp_path / "bridge", language_model=tmp_path / "lm", vision_encoder=tmp_path / "vision")
 
 
@@ -263,8 +264,10 @@ def test_parts_become_one_model(toy: CheckpointFiles) -> None:
 
 def test_a_tensor_in_two_parts(toy: CheckpointFiles) -> None:
     path = toy.vision_encoder / "model.safetensors"  # type: ignore[operator]
-    save_file(load_file(path) | {"perceiver.latents": np.zeros(2, np.float32)}, path)
-    with pytest.raises(CheckpointError, match=r"held by more than one part: perceiver\.latents \(in model, vision encoder\)"):
+    save_file(load_file(path) | {"perceiver.norm.weight": np.zeros(2, np.float32)}, path)
+    with pytest.raises(
+        CheckpointError, match=r"held by more than one part: perceiver\.norm\.weight \(in model, vision encoder\)"
+    ):
         load(toy, [TOY, TOY_LM, TOY_VISION])
 
 
