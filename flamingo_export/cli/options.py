@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +12,7 @@ import typer
 from typer.core import TyperCommand
 
 if TYPE_CHECKING:
+    from flamingo_export.build_request import CheckpointFolder
     from flamingo_export.runtime.media import MediumSource
     from flamingo_export.runtime.model import Model
     from flamingo_export.runtime.request import Request
@@ -48,6 +50,55 @@ Frames = Annotated[
 ]
 Device = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+OtherLanguageModel = Annotated[
+    Path | None,
+    typer.Option("--lm", metavar="FOLDER", help="The language model, where the checkpoint leaves it out.", show_default=False),
+]
+OtherVision = Annotated[
+    Path | None,
+    typer.Option(
+        "--vision", metavar="FOLDER|FILE", help="The vision encoder, where the checkpoint leaves it out.", show_default=False
+    ),
+]
+Loras = Annotated[
+    list[Path] | None,
+    typer.Option("--lora", metavar="FOLDER", help="A LoRA adapter (PEFT) to merge; repeat for more.", show_default=False),
+]
+OtherTokenizer = Annotated[
+    Path | None,
+    typer.Option(
+        "--tokenizer", metavar="FILE|FOLDER", help="The tokenizer, where it is not beside the checkpoint.", show_default=False
+    ),
+]
+
+
+def checkpoint_files(
+    checkpoint: Path,
+    language_model: Path | None,
+    vision: Path | None,
+    loras: list[Path] | None,
+    tokenizer: Path | None = None,
+) -> CheckpointFolder:
+    """What the options of a checkpoint and its parts name."""
+    from flamingo_export.build_request import CheckpointFolder
+
+    return CheckpointFolder(
+        path=checkpoint,
+        language_model=language_model,
+        vision_encoder=vision,
+        adapters=tuple(loras or ()),
+        tokenizer=tokenizer,
+    )
+
+
+class Parity(StrEnum):
+    """Whether to compare with the reference."""
+
+    auto = "auto"
+    skip = "skip"
+
+
+ParityChoice = Annotated[Parity, typer.Option("--parity", help="auto: compare with the reference where PyTorch is installed.")]
 
 
 class MediaCommand(TyperCommand):
