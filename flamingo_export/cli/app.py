@@ -34,7 +34,7 @@ app.command("generate", short_help="Describe images and videos, or answer a ques
 )
 app.command("score", short_help="Rank candidate answers by their log-likelihood.", cls=MediaCommand)(score.score)
 app.command("parity", short_help="Check a bundle's engines against the PyTorch reference or recorded values.")(parity.parity)
-app.command("inspect", short_help="Show what a bundle or a size is made of.")(inspect.inspect)
+app.command("inspect", short_help="Show what a bundle, a checkpoint or a size is made of.")(inspect.inspect)
 app.command("doctor", short_help="Show what this machine can run, and what to install for the rest.")(doctor.doctor)
 app.command("bench", short_help="Measure a bundle's speed on this machine.")(bench.bench)
 
