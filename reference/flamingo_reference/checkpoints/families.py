@@ -87,7 +87,7 @@ FAMILIES: tuple[Family, ...] = (
         title="a CLIP vision encoder",
         part="vision_encoder",
         model_types=("clip", "clip_vision_model"),
-        marks=(r"(?:visual\.class_embedding|(?:clip\.)?vision_model\.embeddings\.class_embedding)",),
+        marks=(r"(?:visual\.|(?:clip\.)?vision_model\.embeddings\.|embeddings\.)class_embedding",),
     ),
 )
 """More telling ones first: an IDEFICS checkpoint has all that a LLaMA's has."""
