@@ -7,8 +7,8 @@ from typing import Literal
 
 import msgspec
 
-from flamingo_reference.checkpoints import native
 from flamingo_reference.checkpoints.adopted import Adopted, Parts
+from flamingo_reference.checkpoints.adoptions import adopt_idefics, adopt_native, adopt_openflamingo
 from flamingo_reference.input_format import IDEFICS, OPENFLAMINGO, PAPER, InputFormat
 
 Part = Literal["model", "language_model", "vision_encoder"]
@@ -34,18 +34,13 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
     adopt: Callable[[Parts], Adopted] | None = None
 
 
-def _adopt_native(parts: Parts) -> Adopted:
-    config = native.read_config(parts.model.path / "config.json")
-    return Adopted(config=config, expected=native.expected_tensors(config))
-
-
 FAMILIES: tuple[Family, ...] = (
     Family(
         name="native",
         title="flamingo-export's own format",
         settings=("vision", "resampler", "cross_attention", "language_model"),
         marks=(r"resampler\.latents", r"language_model\.embedding\.weight", r"cross_attention\.\d+\..+"),
-        adopt=_adopt_native,
+        adopt=adopt_native,
     ),
     Family(
         name="idefics",
@@ -53,6 +48,7 @@ FAMILIES: tuple[Family, ...] = (
         model_types=("idefics",),
         inputs=IDEFICS,
         marks=(r"model\.gated_cross_attn_layers\.\d+\..+", r"model\.embed_tokens\.weight"),
+        adopt=adopt_idefics,
     ),
     Family(
         name="openflamingo",
@@ -60,6 +56,7 @@ FAMILIES: tuple[Family, ...] = (
         marks=(r"perceiver\.latents", r"lang_encoder\..*gated_cross_attn_layers?\..+"),
         needs=("language_model", "vision_encoder"),
         inputs=OPENFLAMINGO,
+        adopt=adopt_openflamingo,
     ),
     Family(
         name="llama",
