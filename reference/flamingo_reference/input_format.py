@@ -5,8 +5,6 @@ Data alone, recorded with every bundle. Sizes, means and standard deviations are
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Literal
 
 import msgspec
@@ -87,10 +85,6 @@ IDEFICS_INSTRUCT = InputFormat(
     ),
 )
 """IDEFICS tuned on instructions: each turn ends with a token of its own."""
-
-FORMATS: Mapping[str, InputFormat] = MappingProxyType(
-    {"paper": PAPER, "openflamingo": OPENFLAMINGO, "idefics": IDEFICS, "idefics-instruct": IDEFICS_INSTRUCT}
-)
 
 
 def with_bos(inputs: InputFormat, bos: str | None) -> InputFormat:

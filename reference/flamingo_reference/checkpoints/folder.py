@@ -14,13 +14,22 @@ from flamingo_reference.checkpoints.torch_file import open_torch_file
 INDEX_SUFFIX = ".index.json"
 NAMES = ("model.safetensors", "adapter_model.safetensors", "pytorch_model.bin", "adapter_model.bin", "checkpoint.pt")
 """Files looked for in a folder, safetensors first; each may be shards with an index, whose name is the file's and `.index.json`."""
+_ARCHIVE = b"PK\x03\x04"
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 _MAX_INDEX = 100_000_000  # bytes
 
 
 def open_file(path: Path) -> dict[str, TensorEntry]:
-    """The tensors of one file, by its suffix. Raises CheckpointError if it is cut short, malformed or of another kind."""
-    return open_torch_file(path) if path.suffix in _TORCH_SUFFIXES else open_header(path)
+    """The tensors of one file: of torch's format where it begins as an archive or is called so, else of safetensors.
+
+    Raises CheckpointError if it is cut short, malformed or of another kind.
+    """
+    try:
+        with path.open("rb") as file:
+            archive = file.read(len(_ARCHIVE)) == _ARCHIVE
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}. Fetch it again.") from error
+    return open_torch_file(path) if archive or path.suffix in _TORCH_SUFFIXES else open_header(path)
 
 
 def open_tensors(path: Path, names: Iterable[str] = NAMES) -> FileReader:

@@ -149,19 +149,18 @@ def _adapted(readers: Mapping[Part, TensorReader], adapters: Sequence[Path]) -> 
     """The parts with each adapter merged into the one it was trained on, and the adapters' files."""
     merged, files = dict(readers), []
     for adapter in adapters:
-        failures = []
+        failures: list[str] = []
         for part in merged:
             try:
                 reader = LoraReader(merged[part], adapter)
             except CheckpointError as error:
-                failures.append(error)
+                failures.append(str(error) if len(merged) == 1 else f"{part.replace('_', ' ')}: {error}")
                 continue
             merged[part] = reader
             files += reader.files
             break
         else:
-            # Of several parts, the one that the adapter fits best says most: fewest of its tensors are left over.
-            raise min(failures, key=lambda error: len(str(error)))
+            raise CheckpointError("; ".join(failures))
     return merged, files
 
 

@@ -76,15 +76,15 @@ class LoraReader:
         Raises CheckpointError naming settings that cannot be merged, and all tensors of the adapter that have no counterpart in the base, lack
         their other half or are misshapen.
         """
-        self._base = base
-        settings = _settings(adapter / CONFIG)
+        self._base, self._config = base, adapter / CONFIG
+        settings = _settings(self._config)
         self._adapter: FileReader = open_tensors(adapter, WEIGHTS)
         self._updates, self._replaced = _plan(settings, self._adapter, base, adapter)
 
     @property
     def files(self) -> list[Path]:
-        """The adapter's files of tensors."""
-        return self._adapter.files
+        """The adapter's files: all that merging depends on."""
+        return [self._config, *self._adapter.files]
 
     @property
     def changed(self) -> list[str]:

@@ -76,6 +76,11 @@ def test_wrappers_and_prefixes_are_taken_off(tmp_path: Path, wrapper: str | None
     check(tmp_path / "a.pt", tensors())
 
 
+def test_an_archive_by_any_name(tmp_path: Path) -> None:
+    torch.save(tensors(), tmp_path / "last.ckpt")
+    check(tmp_path / "last.ckpt", tensors())
+
+
 def test_a_prefix_that_only_some_names_have_stays(tmp_path: Path) -> None:
     torch.save({"module.a": torch.zeros(1), "b": torch.zeros(2)}, tmp_path / "a.pt")
     assert open_tensors(tmp_path / "a.pt").names() == ["module.a", "b"]
