@@ -19,6 +19,7 @@ from flamingo_reference.checkpoints.accounting import Ignored
 from flamingo_reference.checkpoints.adopted import Adopted, Parts
 from flamingo_reference.checkpoints.families import FAMILIES, Family
 from flamingo_reference.checkpoints.loading import CheckpointFiles, load
+from flamingo_reference.checkpoints.names import expected_tensors
 from flamingo_reference.checkpoints.recognition import recognise
 from flamingo_reference.checkpoints.tensors import CheckpointError
 from flamingo_reference.input_format import OPENFLAMINGO
@@ -156,7 +157,7 @@ def test_our_own_format(tmp_path: Path) -> None:
     save_native(tmp_path / "c")
     found = load(CheckpointFiles(path=tmp_path / "c"))
     assert (found.family.name, found.config, found.ignored, found.tokenizer) == ("native", TINY, {}, None)
-    assert set(found.reader.names()) == set(native.expected_tensors(TINY))
+    assert set(found.reader.names()) == set(expected_tensors(TINY))
     np.testing.assert_array_equal(
         found.reader.read("resampler.latents"), tiny_model().state_dict()["resampler.latents"].float().numpy()
     )
@@ -169,7 +170,7 @@ def test_our_own_format_with_an_adapter(tmp_path: Path) -> None:
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
     module, (out, into) = (
         "language_model.layers.1.q_proj",
-        native.expected_tensors(TINY)["language_model.layers.1.q_proj.weight"],
+        expected_tensors(TINY)["language_model.layers.1.q_proj.weight"],
     )
     down, up = np.ones((2, into), np.float32), np.ones((out, 2), np.float32)
     save_file(
@@ -195,7 +196,7 @@ class Renamed(msgspec.Struct, frozen=True):
 
 
 def adopt_toy(parts: Parts) -> Adopted:
-    expected = native.expected_tensors(TINY)
+    expected = expected_tensors(TINY)
     places = {
         "language_model": "transformer.blocks.",
         "vision_encoder": "visual.",
@@ -227,7 +228,7 @@ TOY_VISION = Family(name="toy_vision", title="a toy's eyes", part="vision_encode
 
 @pytest.fixture
 def toy(tmp_path: Path) -> CheckpointFiles:
-    expected = native.expected_tensors(TINY)
+    expected = expected_tensors(TINY)
     arrays = {
         name: np.random.default_rng(i).standard_normal(shape).astype(np.float32)
         for i, (name, shape) in enumerate(expected.items())
@@ -253,7 +254,7 @@ def test_parts_become_one_model(toy: CheckpointFiles) -> None:
     assert found.inputs == OPENFLAMINGO
     assert found.tokenizer == toy.language_model / "tokenizer.json"  # type: ignore[operator]
     assert len(found.files) == 3
-    expected = native.expected_tensors(TINY)
+    expected = expected_tensors(TINY)
     assert found.reader.names() == list(expected)
     for i, (name, shape) in enumerate(expected.items()):
         assert found.reader.shape(name) == shape
@@ -281,3 +282,26 @@ def test_faults_are_named_by_the_files_names(toy: CheckpointFiles) -> None:
         match=r"missing perceiver\.layers\.0\.q_proj\.weight .*\(nearest: perceiver\.layers\.0\.q_proj\.weight\)",
     ):
         load(toy, [TOY, TOY_LM, TOY_VISION])
+
+
+def test_an_adapter_is_merged_into_the_part_it_was_trained_on(toy: CheckpointFiles, tmp_path: Path) -> None:
+    families = [TOY, TOY_LM, TOY_VISION]
+    ours = "language_model.layers.1.q_proj.weight"
+    out, into = expected_tensors(TINY)[ours]
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 3}))
+
+    def write_halves(module: str) -> None:
+        halves = {"A": np.ones((1, into), np.float32), "B": np.ones((out, 1), np.float32)}
+        tensors = {f"base_model.model.{module}.lora_{half}.weight": array for half, array in halves.items()}
+        save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
+
+    write_halves("transformer.blocks.layers.1.q_proj")
+    adapted = msgspec.structs.replace(toy, adapters=(tmp_path / "adapter",))
+    difference = load(adapted, families).reader.read(ours) - load(toy, families).reader.read(ours)
+    np.testing.assert_allclose(difference, 3.0, atol=1e-5)
+    write_halves("transformer.blocks.layers.99.q_proj")
+    with pytest.raises(CheckpointError) as caught:
+        load(adapted, families)
+    for part in ("model: ", "language model: ", "vision encoder: ", "(nearest: transformer.blocks.layers."):
+        assert part in str(caught.value)
