@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flamingo_export.api import build as build
     from flamingo_export.api import load as load
+    from flamingo_export.api import refit as refit
     from flamingo_export.errors import FlamingoExportError as FlamingoExportError
     from flamingo_export.runtime.model import Generation as Generation
     from flamingo_export.runtime.model import Model as Model
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 _HOME = {
     "build": "api",
     "load": "api",
+    "refit": "api",
     "FlamingoExportError": "errors",
     "Generation": "runtime.model",
     "Model": "runtime.model",

@@ -52,6 +52,26 @@ def build(
     return pipeline.build(request, progress=progress)
 
 
+def refit(
+    bundle: Path | str,
+    model: Path | str | Flamingo | Source,
+    *,
+    out: Path | str,
+    parity: ParityMode = "auto",
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> BuildResult:
+    """A new bundle at `out`: the graphs of `bundle` with the weights of `model`, another of the same shapes, a fine-tuned one say.
+
+    model: as `build` takes it. Stored in the bundle's type, within its limits, proved and published as `build` does.
+    Raises what `build` raises; BundleError if `bundle` is damaged; CheckpointError naming every setting in which the two differ.
+    """
+    from flamingo_export import build_request, pipeline
+
+    request = build_request.refit_request(Path(bundle), _source(model, None), Path(out), parity=parity, overwrite=overwrite)
+    return pipeline.build(request, progress=progress)
+
+
 def load(bundle: Path | str, *, backend: str = "auto", device: str = "cpu", threads: int = 0) -> Model:
     """Opens a bundle to generate text with: `load("nano.bundle").generate("<image>Output:", images=["a.png"])`.
 

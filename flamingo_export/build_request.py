@@ -8,8 +8,9 @@ from typing import Any, Literal
 import msgspec
 
 from flamingo_export.errors import BuildError, CheckpointError
-from flamingo_export.manifest import ShapeLimits
+from flamingo_export.manifest import ShapeLimits, read_manifest
 from flamingo_export.precision import Precision, StorageType, default_precision
+from flamingo_reference.checkpoints.loading import CheckpointFiles
 from flamingo_reference.checkpoints.names import parameter_counts
 from flamingo_reference.config import PRESETS, ModelConfig
 
@@ -18,10 +19,8 @@ ParityMode = Literal["auto", "skip"]
 """auto: against PyTorch where it is installed, else the manifest says `not_run`. skip: the manifest says `not_run`."""
 
 
-class CheckpointFolder(msgspec.Struct, frozen=True, kw_only=True):
-    """Weights of a checkpoint folder in the native format."""
-
-    path: Path
+class CheckpointFolder(CheckpointFiles, frozen=True, kw_only=True):
+    """Weights of a checkpoint: a folder or file in our own format or that of a known family, and the files that belong to it."""
 
 
 class RandomWeights(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,7 +46,8 @@ class BuildRequest(msgspec.Struct, frozen=True, kw_only=True):
     storage: None takes fp32 below a billion parameters, bf16 above. limits: None takes those of `default_limits`.
     overwrite: a bundle at `out` is replaced once the new one is complete. resume: go on with what an interrupted build of the same
     request has finished. backend: `onnxruntime`, which runs the portable graphs, or `tensorrt-rtx` or `tensorrt`, which compile engines
-    beside them. target: the GPU they are for (`sm89`), None for this machine's.
+    beside them. target: the GPU they are for (`sm89`), None for this machine's. graphs_of: a bundle whose graphs, limits and, where the
+    source has none, tokenizer are taken as they are (`refit_request`).
     """
 
     source: Source
@@ -59,6 +59,27 @@ class BuildRequest(msgspec.Struct, frozen=True, kw_only=True):
     resume: bool = True
     backend: BuildBackend = "onnxruntime"
     target: str | None = None
+    graphs_of: Path | None = None
+
+
+def refit_request(
+    bundle: Path, source: Source, out: Path, *, parity: ParityMode = "auto", overwrite: bool = False, resume: bool = True
+) -> BuildRequest:
+    """A new bundle at `out` of the source's weights in the graphs of `bundle`, stored in its types, within its limits.
+
+    Raises BundleError if there is no such bundle. Engines are not taken over: they hold the weights they were compiled with.
+    """
+    manifest = read_manifest(bundle)
+    return BuildRequest(
+        source=source,
+        out=out,
+        storage=manifest.precision.storage,
+        limits=manifest.limits,
+        parity=parity,
+        overwrite=overwrite,
+        resume=resume,
+        graphs_of=bundle,
+    )
 
 
 def source_for_size(size: str, *, seed: int | None = None) -> Source:
@@ -88,10 +109,12 @@ def nano_checkpoint() -> Path:
 
 
 def default_out(source: Source) -> Path:
-    """Where a bundle goes when nothing else is said: `flamingo-9b.bundle` for sizes and models, `NAME.bundle` for a folder NAME."""
+    """Where a bundle goes when nothing else is said: `flamingo-9b.bundle` for sizes and models, `NAME.bundle` for a folder NAME
+    or a file in it."""
     if isinstance(source, CheckpointFolder):
         folder = source.path.resolve()
-        return Path("flamingo-nano.bundle" if folder == nano_checkpoint().resolve() else f"{folder.name}.bundle")
+        name = folder.parent.name if folder.is_file() else folder.name
+        return Path("flamingo-nano.bundle" if folder == nano_checkpoint().resolve() else f"{name}.bundle")
     # A live model may be anything until it is looked at, which opening it as a source does.
     config = source.config if isinstance(source, RandomWeights) else getattr(source.model, "config", None)
     return Path(f"flamingo-{config.name}.bundle" if isinstance(config, ModelConfig) else "flamingo.bundle")

@@ -5,29 +5,37 @@ from __future__ import annotations
 from pathlib import Path
 
 from flamingo_export.errors import CheckpointError
+from flamingo_reference.checkpoints.tensors import CheckpointError as UnreadableCheckpoint
+from flamingo_reference.checkpoints.tokenizer_file import open_tokenizer
 from flamingo_reference.config import ModelConfig
+from flamingo_reference.input_format import PAPER, Tags
 
 _STRUCTURE = {"pad": "<PAD>", "bos": "<BOS>", "eoc": "<EOC>", "image": "<image>"}
 _NUM_BYTES = 256
+_MAX_SPARE_ROWS = 255  # of an embedding, without a token
 
 
-def checked_tokenizer(path: Path, config: ModelConfig) -> str:
-    """The text of a tokenizer.json that fits the model.
+def checked_tokenizer(path: Path, config: ModelConfig, tags: Tags = PAPER.tags) -> str:
+    """The text of a tokenizer.json that fits the model, made of a SentencePiece model where `path` is one.
 
+    tags: the texts of the tokens that carry structure, and those that are added where the file lacks them.
     Raises CheckpointError if it cannot be read, or is of another vocabulary: of another size, or with other ids for the tags.
     """
-    from tokenizers import Tokenizer
-
     advice = "Bring the tokenizer that the model was trained with."
     try:
-        text = path.read_text(encoding="utf-8")
-        tokenizer = Tokenizer.from_str(text)
-    except Exception as error:  # the library raises bare Exception
-        raise CheckpointError(f"{path} is no tokenizer.json ({error}). {advice}") from error
+        tokenizer = open_tokenizer(path, tags.added)
+    except UnreadableCheckpoint as error:
+        raise CheckpointError(str(error)) from error
     size, expected = tokenizer.get_vocab_size(with_added_tokens=True), config.language_model.vocab_size
-    if size != expected:
+    # Others pad their embeddings to a round number of rows.
+    spare = 0 if tags == PAPER.tags else _MAX_SPARE_ROWS
+    if not expected - spare <= size <= expected:
         raise CheckpointError(f"{path} has {size} tokens, the model's vocabulary has {expected}. {advice}")
-    wanted = {tag: getattr(config.tokens, field) for field, tag in _STRUCTURE.items() if field != "pad"}
+    wanted = {
+        tag: getattr(config.tokens, field)
+        for field, tag in (("bos", tags.bos), ("eoc", tags.eoc), ("image", tags.image))
+        if tag
+    }
     faults = [
         f"{tag} is {tokenizer.token_to_id(tag)}, expected {index}"
         for tag, index in wanted.items()
@@ -35,7 +43,7 @@ def checked_tokenizer(path: Path, config: ModelConfig) -> str:
     ]
     if faults:
         raise CheckpointError(f"{path} is of another vocabulary than the model: {'; '.join(faults)}. {advice}")
-    return text
+    return path.read_text(encoding="utf-8") if path.suffix == ".json" and not tags.added else str(tokenizer.to_str())
 
 
 def placeholder_tokenizer(config: ModelConfig) -> str | None:

@@ -12,6 +12,7 @@ import msgspec
 from flamingo_export.errors import BundleError
 from flamingo_export.precision import Precision, StorageType
 from flamingo_reference.config import ModelConfig
+from flamingo_reference.input_format import PAPER, InputFormat
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -105,6 +106,8 @@ class SourceRecord(msgspec.Struct, frozen=True, kw_only=True):
     kind: Literal["checkpoint", "live", "random"]
     sha256: str | None = None
     seed: int | None = None
+    family: str | None = None
+    """Of a checkpoint: whose format it was in (`flamingo_reference.checkpoints.families`)."""
 
 
 class ParityRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -124,6 +127,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     precision: Precision
     limits: ShapeLimits
     source: SourceRecord
+    inputs: InputFormat = PAPER
+    """How images and text become its input."""
     graphs: tuple[GraphRecord, ...]
     engines: tuple[EngineRecord, ...] = ()
     files: tuple[FileRecord, ...]

@@ -7,9 +7,10 @@ from pathlib import Path
 from flamingo_export.errors import CheckpointError
 from flamingo_export.manifest import Manifest
 from flamingo_export.sources import CheckpointSource, RandomSource, WeightSource, combined_digest, tensor_digest
+from flamingo_reference.checkpoints.loading import CheckpointFiles
 
 
-def find_origin(manifest: Manifest, checkpoint: Path | None = None) -> WeightSource:
+def find_origin(manifest: Manifest, checkpoint: CheckpointFiles | Path | None = None) -> WeightSource:
     """The source of a bundle's weights: `checkpoint` where given, else the shipped nano checkpoint or the seed of random weights.
 
     Raises CheckpointError if it is not known, or has other weights than the bundle.
@@ -19,8 +20,9 @@ def find_origin(manifest: Manifest, checkpoint: Path | None = None) -> WeightSou
         source = CheckpointSource(checkpoint)
         digest = source_digest(source)
         if digest != recorded.sha256:
+            named = checkpoint if isinstance(checkpoint, Path) else checkpoint.path
             raise CheckpointError(
-                f"{checkpoint} has other weights ({digest[:12]}) than the bundle was built from ({(recorded.sha256 or 'unknown')[:12]}). "
+                f"{named} has other weights ({digest[:12]}) than the bundle was built from ({(recorded.sha256 or 'unknown')[:12]}). "
                 "Give the checkpoint that it was built from."
             )
         return source

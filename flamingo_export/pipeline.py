@@ -35,6 +35,8 @@ from flamingo_export.manifest import (
 )
 from flamingo_export.precision import Precision
 from flamingo_export.progress import SILENT, Progress
+from flamingo_export.refit import fitting
+from flamingo_export.runtime.tokenizer import TOKENIZER_FILE
 from flamingo_export.sources import RandomSource, WeightSource, open_source
 from flamingo_export.specs import SUBGRAPHS
 from flamingo_export.weight_files import stored_bytes, write_weights
@@ -86,6 +88,8 @@ class _Job(msgspec.Struct, frozen=True, kw_only=True):
     place: WorkPlace
     compiler: tuple[TensorRTBackend, Prepared] | None
     tokenizer: str | None
+    donor: Manifest | None
+    """Of the bundle whose graphs are taken."""
     notes: tuple[str, ...]
 
 
@@ -115,7 +119,7 @@ def build(request: BuildRequest, *, progress: Progress = SILENT) -> BuildResult:
     Raises CheckpointError and UnsupportedModel (weights that cannot be built), BuildError (output, disk, another build), and ParityError
     if the engines do not compute what the reference computes; nothing is published then.
     """
-    job = _prepare(request)
+    job = _prepare(request, progress)
     place = job.place
     with workplace.exclusive(place), workplace.disk_errors(place):
         workplace.mend(place)
@@ -143,7 +147,7 @@ def build(request: BuildRequest, *, progress: Progress = SILENT) -> BuildResult:
     return result
 
 
-def _prepare(request: BuildRequest) -> _Job:
+def _prepare(request: BuildRequest, progress: Progress) -> _Job:
     source = open_source(request.source)
     config = source.config
     try:
@@ -151,18 +155,26 @@ def _prepare(request: BuildRequest) -> _Job:
         native.check_tensors(config, {name: source.shape(name) for name in source.names()}, where="the weights")
     except ValueError as error:
         raise CheckpointError(str(error)) from error
+    donor = fitting(request.graphs_of, source, progress=progress) if request.graphs_of is not None else None
     notes = []
     drawn = isinstance(source, RandomSource)
     if drawn:
         notes.append("the weights are seeded random numbers, not those of a trained model: its answers mean nothing")
     if source.tokenizer is not None:
-        tokenizer: str | None = checked_tokenizer(source.tokenizer, config)
+        tokenizer: str | None = checked_tokenizer(source.tokenizer, config, source.inputs.tags)
+    elif request.graphs_of is not None and (request.graphs_of / TOKENIZER_FILE).is_file():
+        tokenizer = checked_tokenizer(request.graphs_of / TOKENIZER_FILE, config, source.inputs.tags)
+        notes.append(f"the checkpoint has no tokenizer: that of {request.graphs_of.name} is kept")
     else:
         tokenizer = placeholder_tokenizer(config) if drawn else None
         notes.append(
             "the tokenizer is a stand-in that spells text byte by byte"
             if tokenizer
             else "there is no tokenizer: prompts must be token ids"
+        )
+    if donor is not None and donor.engines:
+        notes.append(
+            f"the engines of {request.graphs_of} hold its weights and are not taken over: build them for the new bundle"
         )
     compiler = get_compiler(request.backend, target=request.target) if request.backend in COMPILERS else None
     return _Job(
@@ -172,6 +184,7 @@ def _prepare(request: BuildRequest) -> _Job:
         place=WorkPlace(request.out),
         compiler=(compiler, compiler.prepare()) if compiler is not None else None,
         tokenizer=tokenizer,
+        donor=donor,
         notes=tuple(notes),
     )
 
@@ -179,7 +192,8 @@ def _prepare(request: BuildRequest) -> _Job:
 def _identity(job: _Job) -> str:
     """What must be the same for an interrupted build to be gone on with: all that finished weights depend on."""
     versions = [importlib.metadata.version(tool) for tool in ("flamingo-export", "numpy")]
-    return hashlib.sha256(msgspec.json.encode([job.source.identity, job.source.config, job.precision, versions])).hexdigest()
+    weights = [job.source.identity, job.source.config, job.precision, versions]
+    return hashlib.sha256(msgspec.json.encode(weights)).hexdigest()
 
 
 def _bytes_left(job: _Job, journal: Journal) -> int:
@@ -200,13 +214,14 @@ def _fill(job: _Job, journal: Journal, progress: Progress) -> BuildResult:
     records, digests = write_weights(job.source, bundle_weights(config), job.precision, work, journal, progress)
     graphs = _write_graphs(job, progress)
     if job.tokenizer is not None:
-        (work / "tokenizer").mkdir()
-        (work / "tokenizer" / "tokenizer.json").write_text(job.tokenizer, encoding="utf-8")
+        (work / TOKENIZER_FILE).parent.mkdir()
+        (work / TOKENIZER_FILE).write_text(job.tokenizer, encoding="utf-8")
     manifest = Manifest(
         config=config,
         precision=job.precision,
         limits=job.request.limits or default_limits(config),
         source=job.source.record(digests),
+        inputs=job.source.inputs,
         graphs=graphs,
         files=(*records, *_other_files(work)),
         tools=_tool_versions(),
@@ -223,6 +238,12 @@ def _fill(job: _Job, journal: Journal, progress: Progress) -> BuildResult:
 
 def _write_graphs(job: _Job, progress: Progress) -> tuple[GraphRecord, ...]:
     config, work = job.source.config, job.place.work
+    if job.donor is not None and job.request.graphs_of is not None:
+        progress.stage("graphs", len(job.donor.graphs))
+        for record in job.donor.graphs:
+            shutil.copyfile(job.request.graphs_of / record.file, work / record.file)
+            progress.advance(1)
+        return job.donor.graphs
     index = WeightIndex.read(work)
     progress.stage("graphs", len(SUBGRAPHS))
     records = []

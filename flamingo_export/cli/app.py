@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from flamingo_export.cli import bench, build, doctor, generate, inspect, parity, score
+from flamingo_export.cli import bench, build, doctor, generate, inspect, parity, refit, score
 from flamingo_export.cli.options import MediaCommand
 from flamingo_export.errors import FlamingoExportError
 
@@ -28,12 +28,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("build", short_help="Make a bundle from a checkpoint or a size.")(build.build)
+app.command("refit", short_help="Put other weights of the same shapes into a bundle.")(refit.refit)
 app.command("generate", short_help="Describe images and videos, or answer a question about them.", cls=MediaCommand)(
     generate.generate
 )
 app.command("score", short_help="Rank candidate answers by their log-likelihood.", cls=MediaCommand)(score.score)
 app.command("parity", short_help="Check a bundle's engines against the PyTorch reference or recorded values.")(parity.parity)
-app.command("inspect", short_help="Show what a bundle or a size is made of.")(inspect.inspect)
+app.command("inspect", short_help="Show what a bundle, a checkpoint or a size is made of.")(inspect.inspect)
 app.command("doctor", short_help="Show what this machine can run, and what to install for the rest.")(doctor.doctor)
 app.command("bench", short_help="Measure a bundle's speed on this machine.")(bench.bench)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 import typer
 
-from flamingo_export.cli.options import AsJson
+from flamingo_export.cli.options import AsJson, Loras, OtherLanguageModel, OtherTokenizer, OtherVision, Parity, ParityChoice
 
 if TYPE_CHECKING:
     from flamingo_export.pipeline import BuildPlan, BuildResult
@@ -35,21 +35,23 @@ class Compiler(StrEnum):
     tensorrt = "tensorrt"
 
 
-class Parity(StrEnum):
-    """Whether to compare with the reference."""
-
-    auto = "auto"
-    skip = "skip"
-
-
 def build(
     size: Annotated[
         str | None,
         typer.Option("--size", help="nano (trained weights), 3b, 9b or 80b (random weights).", show_default=False),
     ] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option("--checkpoint", help="A folder with config.json and safetensors files.", show_default=False)
+        Path | None,
+        typer.Option(
+            "--checkpoint",
+            help="A checkpoint: a folder, or a file of tensors. Its family is told by its files.",
+            show_default=False,
+        ),
     ] = None,
+    language_model: OtherLanguageModel = None,
+    vision: OtherVision = None,
+    loras: Loras = None,
+    tokenizer: OtherTokenizer = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="The bundle. Default flamingo-SIZE.bundle or CHECKPOINT.bundle.", show_default=False),
@@ -89,9 +91,7 @@ def build(
         int | None,
         typer.Option("--max-batch", min=1, help="Requests side by side in an engine. Default 8.", show_default=False),
     ] = None,
-    parity: Annotated[
-        Parity, typer.Option("--parity", help="auto: compare with the reference where PyTorch is installed.")
-    ] = Parity.auto,
+    parity: ParityChoice = Parity.auto,
     plan: Annotated[bool, typer.Option("--plan", help="Only say what would be written.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace what is at --out.")] = False,
     as_json: AsJson = False,
@@ -106,18 +106,23 @@ def build(
         raise typer.BadParameter("give either --size or --checkpoint", param_hint="--size")
     if checkpoint is not None and seed is not None:
         raise typer.BadParameter("a checkpoint has its weights; a seed makes random ones for --size", param_hint="--seed")
+    beside = {"--lm": language_model, "--vision": vision, "--lora": loras, "--tokenizer": tokenizer}
+    if checkpoint is None and any(beside.values()):
+        option = next(name for name, given in beside.items() if given)
+        raise typer.BadParameter("goes with a checkpoint: add --checkpoint", param_hint=option)
     if target is not None and backend is Compiler.onnxruntime:
         raise typer.BadParameter("only engines have a target: add --backend tensorrt-rtx", param_hint="--target")
     from flamingo_export import pipeline
-    from flamingo_export.build_request import BuildRequest, CheckpointFolder, default_limits, default_out, source_for_size
-    from flamingo_export.cli.options import known_size
-    from flamingo_export.cli.output import print_json
+    from flamingo_export.build_request import BuildRequest, default_limits, default_out, source_for_size
+    from flamingo_export.cli.options import checkpoint_files, known_size
     from flamingo_export.cli.progress import reported
     from flamingo_export.manifest import ShapeLimits
     from flamingo_export.sources import open_source
 
     source = (
-        source_for_size(known_size(size).name, seed=seed) if size is not None else CheckpointFolder(path=checkpoint or Path())
+        source_for_size(known_size(size).name, seed=seed)
+        if size is not None
+        else checkpoint_files(checkpoint or Path(), language_model, vision, loras, tokenizer)
     )
     limits = ShapeLimits(max_length=max_length, chunk=max(1, min(_CHUNK, max_length // 8))) if max_length else None
     if max_batch is not None:
@@ -138,14 +143,16 @@ def build(
         return
     with reported() as progress:
         result = pipeline.build(request, progress=progress)
+    print_result(result, as_json)
+
+
+def print_result(result: BuildResult, as_json: bool) -> None:
+    """What was published, and what a user should know about it."""
+    from flamingo_export.cli.output import human_bytes, print_json
+
     if as_json:
         print_json({"bundle": result.path, "notes": result.notes, "manifest": result.manifest})
-    else:
-        _print(result)
-
-
-def _print(result: BuildResult) -> None:
-    from flamingo_export.cli.output import human_bytes
+        return
 
     manifest = result.manifest
     total = sum(file.size for file in manifest.files)

@@ -11,7 +11,7 @@ import typer
 if TYPE_CHECKING:
     from flamingo_export.cli.machine import Finding, Gpu, Hardware
 
-_RUNTIME_OVERHEAD = 1.1
+RUNTIME_OVERHEAD = 1.1
 """Memory of a running model over its weights in the compute type: cache, bank and activations (an allowance, not measured)."""
 
 
@@ -156,7 +156,7 @@ def _sizes(found: Hardware) -> list[SizeFit]:
     for name, config in PRESETS.items():
         count = sum(parameter_counts(config).values())
         stored = count * BYTES_PER_WEIGHT[default_precision(count).storage]
-        running = int(count * BYTES_PER_WEIGHT["fp32"] * _RUNTIME_OVERHEAD)
+        running = int(count * BYTES_PER_WEIGHT["fp32"] * RUNTIME_OVERHEAD)
         fits.append(
             SizeFit(
                 size=name,

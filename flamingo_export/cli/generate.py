@@ -79,7 +79,7 @@ def generate(
             "--stream prints text as it comes, --json the whole at the end: choose one", param_hint="--stream"
         )
     media = media_as_typed(ctx, images, videos, frames)
-    request = formatted(media=media, prompt=prompt, question=question, shots=shots, text_only=text_only)
+    request = formatted(bundle, media=media, prompt=prompt, question=question, shots=shots, text_only=text_only)
     settings: Settings = {
         "beams": beams if beams is not None or samples else max(3, n_best),
         "max_new_tokens": max_new_tokens,

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 import typer
 
+from flamingo_export.cli.options import AsJson, Loras, OtherLanguageModel, OtherTokenizer, OtherVision
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -27,7 +29,9 @@ class Component(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def inspect(
-    bundle: Annotated[Path | None, typer.Argument(help="A bundle.", show_default=False)] = None,
+    bundle: Annotated[
+        Path | None, typer.Argument(help="A bundle, or a checkpoint: a folder or file.", show_default=False)
+    ] = None,
     size: Annotated[
         str | None, typer.Option("--size", help="Show a size instead: nano, 3b, 9b or 80b.", show_default=False)
     ] = None,
@@ -37,16 +41,31 @@ def inspect(
             "--engine", metavar="GRAPH", help="Show the engines of a graph of the bundle, such as decoder.", show_default=False
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    language_model: OtherLanguageModel = None,
+    vision: OtherVision = None,
+    loras: Loras = None,
+    tokenizer: OtherTokenizer = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Show what a bundle is made of (parameters, graphs, files, limits, how parity stands), or what a size would be."""
-    from flamingo_export.cli.options import known_size
+    """Show what a bundle is made of (parameters, graphs, files, limits, how parity stands), or what a checkpoint or a size would be.
+
+    Exits with 1 for a checkpoint that cannot be built; all that is wrong with it is named.
+    """
+    from flamingo_export.cli.inspect_checkpoint import inspect_checkpoint, looks_like_checkpoint
+    from flamingo_export.cli.options import checkpoint_files, known_size
 
     if (bundle is None) == (size is None):
-        raise typer.BadParameter("give either a bundle or --size", param_hint="BUNDLE")
+        raise typer.BadParameter("give either a bundle, a checkpoint or --size", param_hint="BUNDLE")
     if engine is not None and bundle is None:
         raise typer.BadParameter("engines are part of a bundle", param_hint="--engine")
-    if bundle is not None and engine is not None:
+    is_checkpoint = bundle is not None and engine is None and looks_like_checkpoint(bundle)
+    if not is_checkpoint and (language_model or vision or loras or tokenizer):
+        raise typer.BadParameter("parts go with a checkpoint", param_hint="BUNDLE")
+    if bundle is not None and is_checkpoint:
+        files = checkpoint_files(bundle, language_model, vision, loras, tokenizer)
+        if not inspect_checkpoint(files, as_json):
+            raise typer.Exit(1)
+    elif bundle is not None and engine is not None:
         _inspect_engines(bundle, engine, as_json)
     elif bundle is not None:
         _inspect_bundle(bundle, as_json)

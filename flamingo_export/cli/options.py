@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +12,7 @@ import typer
 from typer.core import TyperCommand
 
 if TYPE_CHECKING:
+    from flamingo_export.build_request import CheckpointFolder
     from flamingo_export.runtime.media import MediumSource
     from flamingo_export.runtime.model import Model
     from flamingo_export.runtime.request import Request
@@ -48,6 +50,55 @@ Frames = Annotated[
 ]
 Device = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+OtherLanguageModel = Annotated[
+    Path | None,
+    typer.Option("--lm", metavar="FOLDER", help="The language model, where the checkpoint leaves it out.", show_default=False),
+]
+OtherVision = Annotated[
+    Path | None,
+    typer.Option(
+        "--vision", metavar="FOLDER|FILE", help="The vision encoder, where the checkpoint leaves it out.", show_default=False
+    ),
+]
+Loras = Annotated[
+    list[Path] | None,
+    typer.Option("--lora", metavar="FOLDER", help="A LoRA adapter (PEFT) to merge; repeat for more.", show_default=False),
+]
+OtherTokenizer = Annotated[
+    Path | None,
+    typer.Option(
+        "--tokenizer", metavar="FILE|FOLDER", help="The tokenizer, where it is not beside the checkpoint.", show_default=False
+    ),
+]
+
+
+def checkpoint_files(
+    checkpoint: Path,
+    language_model: Path | None,
+    vision: Path | None,
+    loras: list[Path] | None,
+    tokenizer: Path | None = None,
+) -> CheckpointFolder:
+    """What the options of a checkpoint and its parts name."""
+    from flamingo_export.build_request import CheckpointFolder
+
+    return CheckpointFolder(
+        path=checkpoint,
+        language_model=language_model,
+        vision_encoder=vision,
+        adapters=tuple(loras or ()),
+        tokenizer=tokenizer,
+    )
+
+
+class Parity(StrEnum):
+    """Whether to compare with the reference."""
+
+    auto = "auto"
+    skip = "skip"
+
+
+ParityChoice = Annotated[Parity, typer.Option("--parity", help="auto: compare with the reference where PyTorch is installed.")]
 
 
 class MediaCommand(TyperCommand):
@@ -87,9 +138,13 @@ def opened(bundle: Path, backend: str, device: str, threads: int) -> Iterator[Mo
 
 
 def formatted(
-    *, media: list[MediumSource], prompt: str | None, question: str | None, shots: Path | None, text_only: bool
+    bundle: Path, *, media: list[MediumSource], prompt: str | None, question: str | None, shots: Path | None, text_only: bool
 ) -> Request:
-    """The request that a prompt, or a question or caption with shots, amounts to. Raises typer.BadParameter where they exclude each other."""
+    """The request that a prompt, or a question or caption with shots in the bundle's forms, amounts to.
+
+    Raises typer.BadParameter where they exclude each other.
+    """
+    from flamingo_export.manifest import read_manifest
     from flamingo_export.runtime.prompts import caption_prompt, qa_prompt, read_shots, without_media
     from flamingo_export.runtime.request import Request
 
@@ -112,7 +167,10 @@ def formatted(
         )
     examples = read_shots(shots) if shots is not None else []
     examples = without_media(examples) if text_only else examples
-    return caption_prompt(examples, media[0]) if question is None else qa_prompt(examples, question, media[0])
+    inputs = read_manifest(bundle).inputs
+    if question is None:
+        return caption_prompt(examples, media[0], inputs)
+    return qa_prompt(examples, question, media[0], inputs)
 
 
 def known_size(name: str) -> ModelConfig:

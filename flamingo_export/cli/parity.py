@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flamingo_export.cli.options import AsJson
+from flamingo_export.cli.options import AsJson, Loras, OtherLanguageModel, OtherVision, checkpoint_files
 
 if TYPE_CHECKING:
     from flamingo_export.validate.report import ParityReport
@@ -22,6 +22,9 @@ def parity(
             "--checkpoint", help="The checkpoint that the bundle was built from, for the reference.", show_default=False
         ),
     ] = None,
+    language_model: OtherLanguageModel = None,
+    vision: OtherVision = None,
+    loras: Loras = None,
     html: Annotated[
         Path | None, typer.Option("--html", help="Write the report as a self-contained page.", show_default=False)
     ] = None,
@@ -37,10 +40,13 @@ def parity(
     from flamingo_export.errors import ParityError
     from flamingo_export.validate import check_bundle
 
+    if checkpoint is None and (language_model or vision or loras):
+        raise typer.BadParameter("parts go with a checkpoint: add --checkpoint", param_hint="--checkpoint")
+    files = checkpoint_files(checkpoint, language_model, vision, loras) if checkpoint is not None else None
     if html is not None and package("matplotlib") is None:  # said now, not after minutes of work
         raise ParityError("the report's plots need matplotlib: pip install 'flamingo-export[report]'")
     with reported() as progress:
-        report = check_bundle(bundle, backend=backend, checkpoint=checkpoint, progress=progress)
+        report = check_bundle(bundle, backend=backend, checkpoint=files, progress=progress)
     if html is not None:
         from flamingo_export.validate.html import write_html
 

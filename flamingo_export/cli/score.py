@@ -48,7 +48,7 @@ def score(
             f"{candidates!r} has an empty answer; give some, separated by commas", param_hint="--candidates"
         )
     media = media_as_typed(ctx, images, videos, frames)
-    request = formatted(media=media, prompt=prompt, question=question, shots=shots, text_only=text_only)
+    request = formatted(bundle, media=media, prompt=prompt, question=question, shots=shots, text_only=text_only)
     with opened(bundle, backend, device, threads) as model:
         scores = model.score(request, [answer + "<EOC>" if end else answer for answer in answers])
     ranked = sorted(zip(answers, scores, strict=True), key=lambda pair: -pair[1].logprob)

@@ -7,7 +7,6 @@ import onnx_ir as ir
 
 from flamingo_export.graphs.builder import GraphBuilder
 from flamingo_export.graphs.relative_positions import MASKED
-from flamingo_export.weights import alibi_slopes
 from flamingo_reference.config import AlibiPositions, LanguageModelConfig
 
 
@@ -19,7 +18,7 @@ def additive_mask(
         here = build.op("Unsqueeze", inputs["positions"], build.constant([1, 3]), name="positions")
         there = build.op("Unsqueeze", inputs["key_positions"], build.constant([1, 2]), name="key_positions")
         closeness = build.op("Cast", build.op("Sub", there, here, name="closeness"), name="float", to=ir.DataType.FLOAT)
-        slopes = build.constant(alibi_slopes(lm.num_heads, positions), dtype=np.float32, name="slopes")
-        bias = build.op("Mul", closeness, slopes, name="bias")
+        slopes = np.array(positions.slopes(lm.num_heads), np.float32)[:, None, None]
+        bias = build.op("Mul", closeness, build.constant(slopes, dtype=np.float32, name="slopes"), name="bias")
         masked = build.constant(MASKED, dtype=np.float32)
         return build.op("Where", inputs["mask"], bias, masked, name="mask")  # type: ignore[no-any-return]

@@ -1,9 +1,9 @@
 """Reading images and turning them into what the vision encoder takes.
 
 An image is decoded to uint8 RGB [H, W, 3] as a viewer would show it (EXIF orientation applied, transparency over white, 16-bit
-scaled to 8), then resized with Pillow's antialiased bicubic filter so that its longer side is the encoder's image size, aspect kept, centred
-and padded with the mean colour, which is exactly zero after normalisation (Flamingo, arXiv 2204.14198, section 3.1: mean padding;
-filter and centring are this project's choice).
+scaled to 8), then made a square of the encoder's image size as its model was trained (`ImageFit`), with Pillow's antialiased bicubic filter.
+Padding has the mean colour, which is exactly zero after normalisation (Flamingo, arXiv 2204.14198, section 3.1: mean padding; filter and
+centring are this project's choice).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from flamingo_export.errors import ImageError
 from flamingo_reference.config import ModelConfig
+from flamingo_reference.input_format import ImageFit
 
 Pixels = npt.NDArray[np.uint8]
 ImageSource = str | os.PathLike[str] | Image.Image | npt.NDArray[Any]
@@ -89,24 +90,48 @@ def to_rgb(image: Image.Image, name: str) -> Pixels:
     return np.array(image.convert("RGB"), dtype=np.uint8)
 
 
-def preprocess(pixels: Pixels, config: ModelConfig) -> npt.NDArray[np.float32]:
-    """What the vision encoder takes: float32 [3, I, I], resized, padded with the mean colour, normalised.
+def preprocess(pixels: Pixels, config: ModelConfig, fit: ImageFit = "pad") -> npt.NDArray[np.float32]:
+    """What the vision encoder takes: float32 [3, I, I], made a square as `fit` says, normalised.
 
     pixels: uint8 RGB [H, W, 3], as load_image returns them.
     """
     side = config.vision.image_size
-    height, width = pixels.shape[:2]
-    scale = side / max(height, width)
-    new_height, new_width = (min(side, max(1, round(size * scale))) for size in (height, width))
-    image = Image.fromarray(pixels)
-    if (new_height, new_width) != (height, width):
-        image = image.resize((new_width, new_height), RESAMPLING)
+    image = _fitted(Image.fromarray(pixels), side, fit)
     mean, std = (np.asarray(values, np.float32) for values in (config.pixel_mean, config.pixel_std))
     normalised = (np.asarray(image, np.float32) / np.float32(255) - mean) / std
     square = np.zeros((3, side, side), np.float32)
-    top, left = (side - new_height) // 2, (side - new_width) // 2
-    square[:, top : top + new_height, left : left + new_width] = normalised.transpose(2, 0, 1)
+    top, left = (side - image.height) // 2, (side - image.width) // 2
+    square[:, top : top + image.height, left : left + image.width] = normalised.transpose(2, 0, 1)
     return square
+
+
+def _fitted(image: Image.Image, side: int, fit: ImageFit) -> Image.Image:
+    """The image in the size that it has within the square: smaller than it on one side where it is to be padded."""
+    if fit == "crop":
+        return _cropped(image, side)
+    width, height = side, side
+    if fit == "pad":
+        scale = side / max(image.size)
+        width, height = (min(side, max(1, round(size * scale))) for size in image.size)
+    return image if image.size == (width, height) else image.resize((width, height), RESAMPLING)
+
+
+def _cropped(image: Image.Image, side: int) -> Image.Image:
+    """The middle of the image, its shorter side made `side`.
+
+    Rounding is that of the transforms CLIP and OpenFlamingo were trained with (torchvision's Resize and CenterCrop): the longer side is cut to
+    a whole number, the margin rounded to nearest even.
+    """
+    shorter = min(image.size)
+    width, height = (side if size == shorter else int(side * size / shorter) for size in image.size)
+    left, top = (round((size - side) / 2.0) for size in (width, height))
+    if (width, height) == image.size:
+        return image.crop((left, top, left + side, top + side))
+    if width * height > MAX_PIXELS:  # a line of pixels: its whole would not fit in memory, so only what is kept is made
+        across, down = image.width / width, image.height / height
+        box = (left * across, top * down, (left + side) * across, (top + side) * down)
+        return image.resize((side, side), RESAMPLING, box=box)
+    return image.resize((width, height), RESAMPLING).crop((left, top, left + side, top + side))
 
 
 def _from_array(array: npt.NDArray[Any]) -> Pixels:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from flamingo_export.runtime.images import ImageSource, Pixels, load_image, preprocess
 from flamingo_export.runtime.videos import Video, load_video
 from flamingo_reference.config import ModelConfig
+from flamingo_reference.input_format import ImageFit
 
 MediumSource = ImageSource | Video
 DEFAULT_FRAMES = 8
@@ -27,19 +28,20 @@ class Medium:
     digest: bytes
 
 
-def load_medium(source: MediumSource, config: ModelConfig) -> Medium:
-    """Decodes and prepares one medium. Raises ImageError."""
+def load_medium(source: MediumSource, config: ModelConfig, fit: ImageFit = "pad") -> Medium:
+    """Decodes and prepares one medium, made a square as `fit` says. Raises ImageError."""
     if isinstance(source, Video):
-        return medium_of(load_video(source, default_frames=config.resampler.num_time_embeddings or DEFAULT_FRAMES), config)
-    return medium_of([load_image(source)], config)
+        default = config.resampler.num_time_embeddings or DEFAULT_FRAMES
+        return medium_of(load_video(source, default_frames=default), config, fit)
+    return medium_of([load_image(source)], config, fit)
 
 
-def medium_of(frames: Iterable[Pixels], config: ModelConfig) -> Medium:
+def medium_of(frames: Iterable[Pixels], config: ModelConfig, fit: ImageFit = "pad") -> Medium:
     """The medium of decoded frames, uint8 RGB [H, W, 3] each; they are taken one at a time, so that large ones are not held together."""
     digest = hashlib.sha256()
     prepared = []
     for frame in frames:
         digest.update(repr(frame.shape).encode())
         digest.update(np.ascontiguousarray(frame).data)
-        prepared.append(preprocess(frame, config))
+        prepared.append(preprocess(frame, config, fit))
     return Medium(pixels=np.stack(prepared), digest=digest.digest())

@@ -66,7 +66,9 @@ class Model:
         """Opens the graphs. Raises BackendError or BundleError."""
         self.bundle, self.manifest, self.backend = bundle, manifest, backend
         self.config = manifest.config
-        self.tokenizer = Tokenizer.open(bundle, self.config) if (bundle / TOKENIZER_FILE).is_file() else None
+        self.inputs = manifest.inputs
+        has_tokenizer = (bundle / TOKENIZER_FILE).is_file()
+        self.tokenizer = Tokenizer.open(bundle, self.config, self.inputs.tags) if has_tokenizer else None
         self.engines = Engines.open(bundle, manifest, backend, options)
         self.generator = Generator(self.engines, self.config, manifest.limits)
 
@@ -149,7 +151,7 @@ class Model:
             raise InputError("no candidates were given. Give a list of at least one answer.")
         request = as_request(prompt, images, videos)
         timings = Timings()
-        prepared = prepare(request, self.config, self.tokenizer)
+        prepared = prepare(request, self.config, self.tokenizer, fit=self.inputs.fit)
         ids = [self._candidate_ids(request, candidate) for candidate in candidates]
         results = score(self.generator, prepared, ids, timings)
         return [
@@ -177,7 +179,7 @@ class Model:
         started = time.perf_counter()
         options.check(self.config)
         known: dict[bytes, Medium] = {}
-        prepared = [prepare(request, self.config, self.tokenizer, known) for request in requests]
+        prepared = [prepare(request, self.config, self.tokenizer, known, fit=self.inputs.fit) for request in requests]
         end = self.config.language_model.position_limit
         limits = [options.new_tokens(len(request.token_ids), self.manifest.limits, end) for request in prepared]
         for request in prepared:

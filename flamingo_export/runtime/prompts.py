@@ -1,4 +1,6 @@
-"""The paper's prompt formats, and the shots file.
+"""Prompts made of examples and a query, and the shots file.
+
+The forms are those the model was trained with or evaluated by, recorded in the bundle (`InputFormat`); the paper's are
 
     question answering   <BOS><image>Question: {q} Answer: {a}<EOC> ... <image>Question: {q} Answer:
     vision to text       <BOS><image>Output: {caption}<EOC> ... <image>Output:
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +31,9 @@ from typing import Any
 from flamingo_export.errors import PromptError
 from flamingo_export.runtime.media import MediumSource
 from flamingo_export.runtime.request import Request
-from flamingo_export.runtime.tokenizer import BOS, EOC, IMAGE, TAGS
+from flamingo_export.runtime.tokenizer import with_tags_around
 from flamingo_export.runtime.videos import Video
+from flamingo_reference.input_format import PAPER, InputFormat, Tags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,23 +45,28 @@ class Shot:
     medium: MediumSource | None = None
 
 
-def qa_prompt(shots: Sequence[Shot], question: str, medium: MediumSource | None) -> Request:
-    """Question answering: support examples, then the question about `medium`. Raises PromptError if an example has no question."""
+def qa_prompt(shots: Sequence[Shot], question: str, medium: MediumSource | None, inputs: InputFormat = PAPER) -> Request:
+    """Question answering: support examples, then the question about `medium`. inputs: the forms, such as a model's `inputs`.
+
+    Raises PromptError if an example has no question.
+    """
     for index, shot in enumerate(shots, start=1):
         if shot.question is None:
             raise PromptError(f"shot {index} is a caption, but a question is asked. Give each shot a question and an answer.")
-    examples = [(shot.medium, f"Question: {_plain(shot.question or '')} Answer:", shot.answer) for shot in shots]
-    return _assemble(examples, medium, f"Question: {_plain(question)} Answer:")
+    return _assemble(shots, inputs.prompts.question_example, medium, inputs.prompts.question, question, inputs.tags)
 
 
-def caption_prompt(shots: Sequence[Shot], medium: MediumSource | None) -> Request:
-    """Vision to text: support examples with captions, then `medium`. Raises PromptError if an example asks a question."""
+def caption_prompt(shots: Sequence[Shot], medium: MediumSource | None, inputs: InputFormat = PAPER) -> Request:
+    """Vision to text: support examples with captions, then `medium`. inputs: the forms, such as a model's `inputs`.
+
+    Raises PromptError if an example asks a question.
+    """
     for index, shot in enumerate(shots, start=1):
         if shot.question is not None:
             raise PromptError(
                 f"shot {index} asks a question, but a caption is wanted. Ask a question too (--question), or use captions."
             )
-    return _assemble([(shot.medium, "Output:", shot.answer) for shot in shots], medium, "Output:")
+    return _assemble(shots, inputs.prompts.caption_example, medium, inputs.prompts.caption, None, inputs.tags)
 
 
 def without_media(shots: Sequence[Shot]) -> list[Shot]:
@@ -126,7 +135,9 @@ def _parse_shot(line: str, folder: Path) -> Shot:
                 raise PromptError(f"{key} {place} does not exist")
             medium = place if key == "image" else Video(source=place)
     return Shot(
-        answer=_plain(_answer_of(record)), question=_plain(record["question"]) if "question" in record else None, medium=medium
+        answer=_plain(_answer_of(record), PAPER.tags),
+        question=_plain(record["question"], PAPER.tags) if "question" in record else None,
+        medium=medium,
     )
 
 
@@ -142,27 +153,36 @@ def _answer_of(record: dict[str, Any]) -> str:
     return str(record["caption"])
 
 
-def _assemble(examples: Sequence[tuple[MediumSource | None, str, str]], medium: MediumSource | None, query: str) -> Request:
-    text, media = BOS, []
-    for shown, given, answer in examples:
-        if shown is not None:
-            text += IMAGE
-            media.append(shown)
-        text += f"{given} {_plain(answer)}{EOC}"
+def _assemble(
+    shots: Sequence[Shot], example: str, medium: MediumSource | None, query: str, question: str | None, tags: Tags
+) -> Request:
+    """The examples in one form, then the query in another. `<BOS>` stands once, at the start."""
+    text, media = tags.bos or "", []
+    for shot in shots:
+        text += _filled(example, shot.medium, shot.question, shot.answer, tags)
+        if shot.medium is not None:
+            media.append(shot.medium)
     if medium is not None:
-        text += IMAGE
         media.append(medium)
-    return Request(prompt=text + query, media=media)
+    return Request(prompt=text + _filled(query, medium, question, None, tags), media=media)
 
 
-def _plain(text: str) -> str:
+def _filled(form: str, medium: MediumSource | None, question: str | None, answer: str | None, tags: Tags) -> str:
+    """A form with its fields put in, in one pass: a question may hold braces."""
+    image = with_tags_around(tags.image, tags) if medium is not None else ""
+    given = {"question": question, "answer": answer}
+    fields = {"image": image, **{name: _plain(text, tags) for name, text in given.items() if text is not None}}
+    return re.sub(r"\{(image|question|answer)\}", lambda field: fields[field[1]], form)
+
+
+def _plain(text: str, tags: Tags) -> str:
     """The text without outer blanks. Raises PromptError if it is empty or contains a tag, which would shift every later image."""
     text = text.strip()
     if not text:
         raise PromptError("a question or answer is empty")
     if any("\ud800" <= letter <= "\udfff" for letter in text):
         raise PromptError(f"{text!a} holds half of a surrogate pair, which is no character")
-    for tag in TAGS:
+    for tag in tags.all:
         if tag in text:
             raise PromptError(f"{text!r} contains the tag {tag}; images are placed by the prompt's format, give plain text")
     return text

@@ -11,8 +11,9 @@ import numpy.typing as npt
 from flamingo_export.errors import PromptError
 from flamingo_export.runtime.cache import Key
 from flamingo_export.runtime.media import Medium, MediumSource, load_medium
-from flamingo_export.runtime.tokenizer import IMAGE, Tokenizer
+from flamingo_export.runtime.tokenizer import Tokenizer
 from flamingo_reference.config import ModelConfig
+from flamingo_reference.input_format import ImageFit
 from flamingo_reference.phi import phi_from_tokens
 
 Ints = npt.NDArray[np.int64]
@@ -37,12 +38,17 @@ class Prepared:
 
 
 def prepare(
-    request: Request, config: ModelConfig, tokenizer: Tokenizer | None, known: dict[bytes, Medium] | None = None
+    request: Request,
+    config: ModelConfig,
+    tokenizer: Tokenizer | None,
+    known: dict[bytes, Medium] | None = None,
+    *,
+    fit: ImageFit = "pad",
 ) -> Prepared:
     """Encodes and checks a request, and decodes its media.
 
     tokenizer: may be None where the prompt is token ids. known: media of other requests by digest, so that what is shown by many is held
-    in memory once; this request's are added.
+    in memory once; this request's are added. fit: how images become squares.
     Raises PromptError for an empty prompt, ids outside the vocabulary or a wrong number of media, ImageError for media that cannot be read.
     """
     if isinstance(request.prompt, str):
@@ -55,11 +61,11 @@ def prepare(
     if tags != given:
         advice = "Add a tag for each image or video" if given > tags else "Give an image or video for each tag"
         raise PromptError(
-            f"the prompt has {_count(tags, f'{IMAGE} tag')}, but {_count(given, 'image or video', 'images or videos')} "
+            f"the prompt has {_count(tags, '<image> tag')}, but {_count(given, 'image or video', 'images or videos')} "
             f"{'was' if given == 1 else 'were'} given. {advice}, in order."
         )
     known = {} if known is None else known
-    loaded = (load_medium(source, config) for source in request.media)
+    loaded = (load_medium(source, config, fit) for source in request.media)
     media = tuple(known.setdefault(medium.digest, medium) for medium in loaded)
     phi = phi_from_tokens(ids[None], config.tokens.image, config.tokens.reset)[0]
     digests = iter(media)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from flamingo_export.errors import BundleError, PromptError
 from flamingo_reference.config import ModelConfig
+from flamingo_reference.input_format import PAPER, Tags
 
-BOS, EOC, IMAGE = "<BOS>", "<EOC>", "<image>"
-"""The paper's tags, as they stand in prompts."""
-TAGS = (BOS, EOC, IMAGE)
 TOKENIZER_FILE = Path("tokenizer") / "tokenizer.json"
 _REPLACEMENT = "\ufffd"
 _MAX_HELD = 3  # tokens: a character has four bytes at most, and a token at least one
@@ -20,16 +19,16 @@ _MAX_HELD = 3  # tokens: a character has four bytes at most, and a token at leas
 class Tokenizer:
     """Encodes prompts with their tags, decodes what was generated."""
 
-    def __init__(self, tokenizer: Any, config: ModelConfig) -> None:
+    def __init__(self, tokenizer: Any, config: ModelConfig, tags: Tags = PAPER.tags) -> None:
         """tokenizer: a `tokenizers.Tokenizer`. Raises PromptError if it is not of this model's vocabulary."""
-        self._tokenizer = tokenizer
+        self._tokenizer, self._tags = tokenizer, tags
         self.ids = config.tokens
         self.special = frozenset(index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special)
         """Ids that leave no text when decoded."""
-        _check_vocabulary(tokenizer, config)
+        _check_vocabulary(tokenizer, config, tags)
 
     @classmethod
-    def open(cls, bundle: Path, config: ModelConfig) -> Tokenizer:
+    def open(cls, bundle: Path, config: ModelConfig, tags: Tags = PAPER.tags) -> Tokenizer:
         """The bundle's tokenizer. Raises BundleError if it has none that can be read, PromptError if it does not fit the model."""
         from tokenizers import Tokenizer as FastTokenizer
 
@@ -44,16 +43,21 @@ class Tokenizer:
             raise BundleError(f"{path} cannot be read: {error}. Build the bundle again.") from error
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        return cls(tokenizer, config)
+        return cls(tokenizer, config, tags)
 
     def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
-        """Token ids; `<BOS>` is put first unless the text begins with it or add_bos is off. Raises PromptError for an empty text."""
+        """Token ids. Raises PromptError for an empty text.
+
+        `<BOS>` is put first unless the text begins with it, the model was trained without or add_bos is off; every image gets the tags that
+        the model was trained to see around it.
+        """
         if not text.strip():
             raise PromptError("the prompt is empty. Give at least one word or tag, for example '<image>Output:'.")
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             raise PromptError(f"the text holds half of a surrogate pair, which is no character: {text[:80]!a}")
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return [self.ids.bos, *ids] if add_bos and ids[:1] != [self.ids.bos] else ids
+        ids: list[int] = self._tokenizer.encode(with_tags_around(text, self._tags), add_special_tokens=False).ids
+        wanted = add_bos and self._tags.bos is not None and ids[:1] != [self.ids.bos]
+        return [self.ids.bos, *ids] if wanted else ids
 
     def encode_continuation(self, prompt: str, continuation: str) -> list[int]:
         """Ids of `continuation` where it follows `prompt`: a space is put between them unless one of them has it.
@@ -75,6 +79,15 @@ class Tokenizer:
         """Text of generated tokens, without tags."""
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
         return text
+
+
+def with_tags_around(text: str, tags: Tags) -> str:
+    """The text with `tags.around_image` before and after every image, once between images that follow each other; given ones are kept."""
+    around, image = tags.around_image, tags.image
+    if around is None:
+        return text
+    images = re.compile(f"(?:{re.escape(around)})*(?:{re.escape(image)}(?:{re.escape(around)})*)+")
+    return images.sub(lambda run: around + f"{image}{around}" * run.group().count(image), text)
 
 
 class TextStream:
@@ -112,18 +125,22 @@ class TextStream:
         return self._tokenizer.decode(self._ids[self._start : stop])
 
 
-def _check_vocabulary(tokenizer: Any, config: ModelConfig) -> None:
+def _check_vocabulary(tokenizer: Any, config: ModelConfig, tags: Tags) -> None:
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     largest = max(vocabulary.values(), default=-1)
     size = config.language_model.vocab_size
     advice = "Use the tokenizer that the checkpoint was trained with."
     if largest >= size:
         raise PromptError(f"the tokenizer has ids up to {largest}, the model embeds {size} tokens. {advice}")
-    wanted = {BOS: config.tokens.bos, EOC: config.tokens.eoc, IMAGE: config.tokens.image}
+    wanted = {tags.eoc: config.tokens.eoc, tags.image: config.tokens.image}
+    if tags.bos is not None:
+        wanted = {tags.bos: config.tokens.bos, **wanted}
     faults = [
         f"{tag} is {vocabulary.get(tag, 'missing')}, expected {index}"
         for tag, index in wanted.items()
         if vocabulary.get(tag) != index
     ]
+    if tags.around_image is not None and tags.around_image not in vocabulary:
+        faults.append(f"{tags.around_image} is missing")
     if faults:
         raise PromptError(f"the tokenizer is of another vocabulary: {'; '.join(faults)}. {advice}")

@@ -22,7 +22,7 @@ __all__ = [
 def open_source(source: Source) -> WeightSource:
     """The weights that a request names, without reading them. Raises CheckpointError or UnsupportedModel."""
     if isinstance(source, CheckpointFolder):
-        return CheckpointSource(source.path)
+        return CheckpointSource(source)
     if isinstance(source, RandomWeights):
         return RandomSource(source.config, source.seed)
     return LiveSource(source.model, source.tokenizer)

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from flamingo_export.manifest import SourceRecord
 from flamingo_reference.config import ModelConfig
+from flamingo_reference.input_format import InputFormat
 
 Array = npt.NDArray[Any]
 
@@ -29,6 +30,10 @@ class WeightSource(Protocol):
     @property
     def digested(self) -> bool:
         """Whether the tensors are to be hashed while they are read, for `record`."""
+
+    @property
+    def inputs(self) -> InputFormat:
+        """How images and text become the model's input."""
 
     @property
     def tokenizer(self) -> Path | None:

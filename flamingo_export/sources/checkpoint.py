@@ -1,4 +1,4 @@
-"""Weights of a checkpoint folder in our own format."""
+"""Weights of a checkpoint: our own format, or one of the families whose checkpoints people have."""
 
 from __future__ import annotations
 
@@ -11,42 +11,41 @@ import msgspec
 from flamingo_export.errors import CheckpointError
 from flamingo_export.manifest import SourceRecord
 from flamingo_export.sources.base import Array, combined_digest
-from flamingo_reference.checkpoints import native
-from flamingo_reference.config import ConfigError
+from flamingo_reference.checkpoints.loading import CheckpointFiles, load
+from flamingo_reference.checkpoints.tensors import CheckpointError as UnreadableCheckpoint
 
 
 class CheckpointSource:
-    """A checkpoint folder: `config.json`, safetensors files, and where it has them `tokenizer/tokenizer.json` and `golden/`."""
+    """A checkpoint folder or file, with the language model, vision encoder and adapters that belong to it."""
 
     digested = True
 
-    def __init__(self, folder: Path) -> None:
-        """Raises CheckpointError if config or tensors are missing, do not fit each other or are cut short."""
-        if not folder.is_dir():
-            raise CheckpointError(f"{folder} is no folder; a checkpoint is one with config.json and model.safetensors.")
+    def __init__(self, files: CheckpointFiles | Path) -> None:
+        """Raises CheckpointError if config or tensors are missing, of an unknown family, do not fit each other or are cut short."""
+        if isinstance(files, Path):
+            files = CheckpointFiles(path=files)
         try:
-            self.config, self._reader = native.load_native(folder)
-        except (native.CheckpointError, ConfigError) as error:
+            self.checkpoint = load(files)
+        except UnreadableCheckpoint as error:
             raise CheckpointError(str(error)) from error
-        stats = [(path.name, path.stat()) for path in sorted(folder.glob("*.safetensors"))]
-        marks = [[str(folder.resolve()), name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
-        self.identity = f"checkpoint {hashlib.sha256(msgspec.json.encode([marks, self.config])).hexdigest()}"
-        tokenizer, golden = folder / "tokenizer" / "tokenizer.json", folder / "golden"
-        self.tokenizer = tokenizer if tokenizer.is_file() else None
-        self.golden = golden if golden.is_dir() else None
+        self.config, self.inputs = self.checkpoint.config, self.checkpoint.inputs
+        self.tokenizer, self.golden = self.checkpoint.tokenizer, self.checkpoint.golden
+        marks = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in self.checkpoint.files]
+        content = msgspec.json.encode([marks, [str(path) for path in files.adapters], self.config])
+        self.identity = f"checkpoint {hashlib.sha256(content).hexdigest()}"
 
     def names(self) -> list[str]:
         """All tensor names."""
-        return self._reader.names()
+        return self.checkpoint.reader.names()
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""
-        return self._reader.shape(name)
+        return self.checkpoint.reader.shape(name)
 
     def read(self, name: str) -> Array:
-        """A tensor, mapped from its file."""
-        return self._reader.read(name)
+        """A tensor, mapped from its file or made of what is there."""
+        return self.checkpoint.reader.read(name)
 
     def record(self, digests: Mapping[str, str]) -> SourceRecord:
         """The digest of all tensors names the checkpoint."""
-        return SourceRecord(kind="checkpoint", sha256=combined_digest(digests))
+        return SourceRecord(kind="checkpoint", sha256=combined_digest(digests), family=self.checkpoint.family.name)

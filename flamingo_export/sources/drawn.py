@@ -14,6 +14,7 @@ from flamingo_export.manifest import SourceRecord
 from flamingo_export.sources.base import Array
 from flamingo_reference.checkpoints.names import expected_tensors
 from flamingo_reference.config import ConfigError, ModelConfig
+from flamingo_reference.input_format import PAPER
 
 # Bumped whenever other numbers are drawn for the same seed.
 RECIPE = 1
@@ -30,6 +31,7 @@ class RandomSource:
 
     tokenizer = None
     golden = None
+    inputs = PAPER
     digested = False
 
     def __init__(self, config: ModelConfig, seed: int) -> None:

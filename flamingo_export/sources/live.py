@@ -16,6 +16,7 @@ from flamingo_export.errors import UnsupportedModel
 from flamingo_export.manifest import SourceRecord
 from flamingo_export.sources.base import Array, combined_digest, tensor_digest
 from flamingo_reference.checkpoints.names import expected_tensors
+from flamingo_reference.input_format import PAPER
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +31,7 @@ class LiveSource:
     """A `flamingo_reference.model.Flamingo` in memory, exactly as the builder knows it."""
 
     golden = None
+    inputs = PAPER
     digested = False  # once is enough: see identity
 
     def __init__(self, model: Flamingo, tokenizer: Path | None = None) -> None:

@@ -130,7 +130,8 @@ class _Recorder:
         gated = {layer: i for i, layer in enumerate(config.gated_layers)}
         last = config.language_model.num_layers - 1
         for j in range(config.language_model.num_layers):
-            alone = {key: hidden.float() for key, hidden in wide.items() if key[0] == LAYERS_CASE}
+            # The first layer of an engine embeds the tokens itself, with the embedding as it is stored.
+            alone = {key: hidden.float() for key, hidden in (wide if j else narrow).items() if key[0] == LAYERS_CASE}
             self.goldens.hidden[str(j)] = alone[LAYERS_CASE, 0][0].numpy().copy()
             if j in gated:
                 wide, (narrow, alone) = self._gated(gated[j], wide, narrow, alone)

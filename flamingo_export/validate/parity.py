@@ -28,6 +28,7 @@ from flamingo_export.validate.checker import Checker
 from flamingo_export.validate.golden import CASES_FILE, TENSORS_FILE, Goldens, load_goldens, save_goldens
 from flamingo_export.validate.plan import strips
 from flamingo_export.validate.report import Against, NotRun, ParityReport, Trace, Verdict, write_report
+from flamingo_reference.checkpoints.loading import CheckpointFiles
 from flamingo_reference.checkpoints.names import expected_tensors
 from flamingo_reference.config import ModelConfig
 
@@ -73,7 +74,7 @@ def check_bundle(
     bundle: Path,
     *,
     backend: str | Backend = "onnxruntime",
-    checkpoint: Path | None = None,
+    checkpoint: CheckpointFiles | Path | None = None,
     options: SessionOptions | None = None,
     memory: int | None = None,
     progress: Progress = SILENT,
@@ -188,7 +189,7 @@ def compare_with(
 
 
 def _expectation(
-    bundle: Path, manifest: Manifest, checkpoint: Path | None, memory: int, progress: Progress
+    bundle: Path, manifest: Manifest, checkpoint: CheckpointFiles | Path | None, memory: int, progress: Progress
 ) -> tuple[Goldens, Against]:
     """What to compare with. The live reference is preferred; a checkpoint that was named must be usable."""
     why = "PyTorch is not installed"

@@ -40,7 +40,7 @@ def record_traces(
 
     config = source.config
     wide, narrow = reference_models(source, storage)
-    decode = Tokenizer.open(tokenizer.parent.parent, config).decode if tokenizer is not None else None
+    decode = Tokenizer.open(tokenizer.parent.parent, config, source.inputs.tags).decode if tokenizer is not None else None
     prompts = trace_prompts(config, tokenizer)
     progress.stage("reference token traces", len(prompts) * len(BEAMS))
     traces = []

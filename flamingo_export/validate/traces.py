@@ -36,7 +36,9 @@ def check_traces(
     if not goldens.traces:
         return (), [failed("trace", "token traces", "runtime", TENSOR, "no traces were recorded, and no reason why")]
     progress.stage("token traces", len(goldens.traces))
-    decode = Tokenizer.open(bundle, manifest.config).decode if (bundle / TOKENIZER_FILE).is_file() else None
+    decode = (
+        Tokenizer.open(bundle, manifest.config, manifest.inputs.tags).decode if (bundle / TOKENIZER_FILE).is_file() else None
+    )
 
     def label(token: int) -> str:
         """One token as the report shows it."""

@@ -19,7 +19,6 @@ from flamingo_export.weights.recipes import (
     SQUEEZE_EXCITE_GAIN,
     STANDARDISATION_EPS,
     Weight,
-    alibi_slopes,
     distance_blocks,
 )
 
@@ -33,7 +32,6 @@ __all__ = [
     "Placed",
     "Weight",
     "WeightIndex",
-    "alibi_slopes",
     "bundle_weights",
     "distance_blocks",
     "group_file",

@@ -14,7 +14,7 @@ import numpy as np
 from flamingo_export.precision import Precision, StorageType
 from flamingo_export.weights.components import bundle_weights
 from flamingo_export.weights.recipes import Array, Weight
-from flamingo_reference.checkpoints.native import open_header
+from flamingo_reference.checkpoints.safetensors_file import open_header
 from flamingo_reference.config import ModelConfig
 
 STORAGE_DTYPES: Mapping[StorageType, Any] = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}

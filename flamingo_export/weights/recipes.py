@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flamingo_export.precision import Precision, StorageType
-from flamingo_reference.config import AlibiPositions, FeedForward, Norm, RotaryPositions
+from flamingo_reference.config import FeedForward, Norm, RotaryPositions
 
 Array = npt.NDArray[Any]
 Recipe = Callable[[Sequence[Array]], Array]
@@ -141,15 +141,6 @@ def rotary_table(
     half = positions.size // 2
     frequency = positions.base ** (-np.arange(half) / half)
     return function(np.arange(num_positions)[:, None] * frequency)
-
-
-def alibi_slopes(num_heads: int, positions: AlibiPositions) -> Array:
-    """Each head's penalty for a distance of one, float32 [H, 1, 1]; the definition is the reference's (positions.py)."""
-    whole = 2 ** math.ceil(math.log2(num_heads))
-    slopes: Array = 2.0 ** (-positions.max_bias * np.arange(1, whole + 1) / whole)
-    if whole != num_heads:
-        slopes = np.concatenate([slopes[1::2], slopes[::2]])[:num_heads]
-    return slopes[:, None, None].astype(np.float32)
 
 
 # Weights of the usual layers. `name` is the bundle's, `source` the checkpoint's.

@@ -7,6 +7,7 @@ Sources: Flamingo (arXiv 2204.14198, tables 1 and 5), Brock et al. 2021 (NFNet),
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Literal
@@ -141,6 +142,15 @@ class AlibiPositions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """A penalty that grows with the distance, at another rate for each head (Press et al. 2022)."""
 
     max_bias: float = 8.0
+
+    def slopes(self, num_heads: int) -> list[float]:
+        """Each head's penalty for a distance of one: a falling power of two.
+
+        A number of heads that is no power of two takes every second slope of the next one, the finer ones first, as MPT was trained.
+        """
+        whole = 2 ** math.ceil(math.log2(num_heads))
+        slopes = [2.0 ** (-self.max_bias * (head + 1) / whole) for head in range(whole)]
+        return slopes if whole == num_heads else [*slopes[1::2], *slopes[::2]][:num_heads]
 
 
 class LanguageModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from flamingo_reference.config import AlibiPositions, LanguageModelConfig, RelativePositions, RotaryPositions
 from flamingo_reference.layers import feed_forward, make_norm, make_swish
-from flamingo_reference.positions import alibi_slopes, rotate, shift_by_distance, sinusoids
+from flamingo_reference.positions import rotate, shift_by_distance, sinusoids
 
 
 class LanguageModelLayer(nn.Module):
@@ -70,8 +70,9 @@ class LanguageModelLayer(nn.Module):
     def alibi_scores(self, distance_BSC: Tensor, like: Tensor) -> Tensor:
         """-slope * distance [B, H, S, C] in the dtype of `like`, before the scale that scores are multiplied by. ALiBi only."""
         assert isinstance(self.config.positions, AlibiPositions)
-        slopes = alibi_slopes(self.config.num_heads, self.config.positions)
-        slopes_H11 = torch.tensor(slopes, dtype=torch.float64, device=like.device)[:, None, None]
+        slopes_H11 = torch.tensor(self.config.positions.slopes(self.config.num_heads), dtype=torch.float64, device=like.device)[
+            :, None, None
+        ]
         scores: Tensor = -slopes_H11 * distance_BSC[:, None] * self.config.head_size**0.5
         return scores.to(like.dtype)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flamingo_reference.checkpoints import native
+from flamingo_reference.checkpoints.tensors import AnyArray
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.cross_attention import GatedCrossAttention
 from flamingo_reference.decoder import LanguageModel
@@ -84,7 +85,7 @@ class Flamingo(nn.Module):
         native.save_native(Path(path), self.config, tensors, tokenizer=tokenizer)
 
 
-def numpy_from_torch(tensor: Tensor) -> native.AnyArray:
+def numpy_from_torch(tensor: Tensor) -> AnyArray:
     """An array of the same numbers, sharing memory where the tensor lies on the host; bfloat16 is that of ml_dtypes."""
     tensor = tensor.detach().cpu().contiguous()
     if tensor.dtype == torch.bfloat16:
@@ -92,7 +93,7 @@ def numpy_from_torch(tensor: Tensor) -> native.AnyArray:
     return tensor.numpy()
 
 
-def torch_from_numpy(array: native.AnyArray) -> Tensor:
+def torch_from_numpy(array: AnyArray) -> Tensor:
     """A tensor of the same numbers; bfloat16, which numpy lacks, is reinterpreted."""
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view("int16").copy()).view(torch.bfloat16)

@@ -1,17 +1,15 @@
-"""Where a position stands, as attention is told of it: sinusoids of relative positions, rotations, ALiBi's slopes.
+"""Where a position stands, as attention is told of it: sinusoids of relative positions, and rotations.
 
 Shape suffixes: B requests, S positions, H heads, D head size, W width, X distances, Z turned channels of a head.
 """
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flamingo_reference.config import AlibiPositions, RotaryPositions
+from flamingo_reference.config import RotaryPositions
 
 
 def sinusoids(num_distances: int, width: int, like: Tensor) -> Tensor:
@@ -49,13 +47,3 @@ def rotate(x_BHSD: Tensor, positions_BS: Tensor, config: RotaryPositions) -> Ten
     cos, sin = angle_B1SZ.cos().to(x_BHSD.dtype), angle_B1SZ.sin().to(x_BHSD.dtype)
     first, second, rest = x_BHSD[..., :half], x_BHSD[..., half : config.size], x_BHSD[..., config.size :]
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
-
-
-def alibi_slopes(num_heads: int, config: AlibiPositions) -> list[float]:
-    """Each head's penalty for a distance of one (Press et al. 2022): a falling power of two.
-
-    A number of heads that is no power of two takes every second slope of the next one, the finer ones first, as MPT was trained.
-    """
-    whole = 2 ** math.ceil(math.log2(num_heads))
-    slopes = [2.0 ** (-config.max_bias * (head + 1) / whole) for head in range(whole)]
-    return slopes if whole == num_heads else [*slopes[1::2], *slopes[::2]][:num_heads]

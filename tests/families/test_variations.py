@@ -16,7 +16,7 @@ import flamingo_export
 from flamingo_export.errors import CapacityError
 from flamingo_export.graphs import build_graph
 from flamingo_export.manifest import ShapeLimits, read_manifest
-from flamingo_export.precision import Precision
+from flamingo_export.precision import Precision, StorageType
 from flamingo_export.runtime.generator import Generator, Timings
 from flamingo_export.runtime.options import GenerateOptions
 from flamingo_export.runtime.request import Prepared
@@ -116,10 +116,11 @@ def test_the_cached_decoder_is_the_whole_model(config: ModelConfig) -> None:
     torch.testing.assert_close(torch.cat(found, dim=1), wanted, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("storage", ["fp32", "fp16"])
 @each
-def test_built_engines_are_the_reference(config: ModelConfig, tmp_path: Path) -> None:
+def test_built_engines_are_the_reference(config: ModelConfig, storage: StorageType, tmp_path: Path) -> None:
     out = tmp_path / "v.bundle"
-    flamingo_export.build(drawn_model(config), out=out)
+    flamingo_export.build(drawn_model(config), out=out, storage=storage)
     report = read_report(out)
     assert report is not None
     failed = [(row.case, row.subgraph, row.tensor, row.error, row.limit, row.note) for row in report.rows if not row.passed]

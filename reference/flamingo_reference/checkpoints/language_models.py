@@ -14,6 +14,9 @@ import msgspec
 from flamingo_reference.checkpoints.recipes import AnyArray, Recipe, as_is, choice, rows, setting, with_bias
 from flamingo_reference.config import AlibiPositions, ConfigError, LanguageModelConfig, RotaryPositions
 
+_setting = functools.partial(setting, where="config.json of the language model")
+_choice = functools.partial(choice, where="config.json of the language model")
+
 IGNORED = (
     (r".*\.rotary_emb\.inv_freq", "frequencies of the rotary positions, which follow from the config"),
     (r".*\.attention\.(bias|masked_bias)", "GPT-NeoX's causal mask, which follows from the positions"),
@@ -47,10 +50,6 @@ def recipes(lm: LanguageModelConfig, family: Family) -> dict[str, Recipe]:
         layer = family.layer(lm, f"{family.layers}.{i}")
         found |= {f"layers.{i}.{name}": recipe for name, recipe in layer.items()}
     return found | family.norm(lm)
-
-
-_setting = functools.partial(setting, where="config.json of the language model")
-_choice = functools.partial(choice, where="config.json of the language model")
 
 
 def _head_size(width: int, heads: int) -> int:

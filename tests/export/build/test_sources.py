@@ -100,7 +100,7 @@ def test_missing_extra_and_misshapen_weights_are_named_at_once(tiny_model: Flami
 
 
 def test_no_folder_and_no_config(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is no folder"):
+    with pytest.raises(CheckpointError, match="does not exist"):
         CheckpointSource(tmp_path / "nothing")
     with pytest.raises(CheckpointError, match=r"config\.json"):
         CheckpointSource(tmp_path)

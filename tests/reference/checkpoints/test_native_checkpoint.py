@@ -16,9 +16,10 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from tiny_models import TINY, tiny_model
 
-from flamingo_reference.checkpoints import native
+from flamingo_reference.checkpoints.folder import open_tensors
 from flamingo_reference.checkpoints.names import expected_tensors, parameter_counts
-from flamingo_reference.checkpoints.native import CheckpointError, load_native, save_native
+from flamingo_reference.checkpoints.native import load_native, save_native
+from flamingo_reference.checkpoints.tensors import CheckpointError
 from flamingo_reference.config import PRESETS, ModelConfig
 from flamingo_reference.model import Flamingo, numpy_from_torch
 
@@ -214,7 +215,7 @@ def shift(header: dict[str, Any]) -> None:
 
 
 def retype(header: dict[str, Any]) -> None:
-    next(iter(header.values()))["dtype"] = "I8"
+    next(iter(header.values()))["dtype"] = "F4"
 
 
 def reshape(header: dict[str, Any]) -> None:
@@ -230,7 +231,7 @@ def negative(header: dict[str, Any]) -> None:
     ("change", "message"),
     [
         (shift, "tensors overlap or leave gaps"),
-        (retype, "has element type I8, expected one of F64, F32, F16, BF16"),
+        (retype, "has element type F4, expected one of F64, F32, F16, BF16"),
         (reshape, r"bytes for shape \(1, 2, 3\)"),
         (negative, "bytes for shape"),
     ],
@@ -332,4 +333,4 @@ def test_config_that_is_none(folder: Path, change: dict[str, Any], message: str)
 
 def test_empty_tensor(tmp_path: Path) -> None:
     save_file({"nothing": np.zeros((0, 4), np.float32)}, tmp_path / "model.safetensors")
-    assert native.open_tensors(tmp_path).read("nothing").shape == (0, 4)
+    assert open_tensors(tmp_path).read("nothing").shape == (0, 4)

@@ -1,0 +1,188 @@
+"""`flamingo-export inspect CHECKPOINT`: what a checkpoint is, what is missing, and what would be built of it, before any work."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+if TYPE_CHECKING:
+    from flamingo_export.build_request import CheckpointFolder
+    from flamingo_export.cli.inspect import Component
+    from flamingo_export.precision import StorageType
+    from flamingo_reference.checkpoints.recognition import Recognised
+
+# What building takes besides the tensor at hand: the interpreter, graphs and tokenizer. Bytes of a number of that tensor: as read, as made.
+_BUILD_BASE = 500_000_000
+_BUILD_BYTES = 4 + 4
+
+
+class WouldBuild(msgspec.Struct, frozen=True, kw_only=True):
+    """What `build` would make: parameters by component, bytes of the bundle's weights, needed disk, memory to build and to run, about."""
+
+    name: str
+    parameters: list[Component]
+    storage: StorageType
+    weight_bytes: int
+    disk_bytes: int
+    build_bytes: int
+    run_bytes: int
+    fit: str
+    image_size: int
+    tags: tuple[str, ...]
+
+
+class Survey(msgspec.Struct, frozen=True, kw_only=True):
+    """What was found. types: number of tensors by element type. ignored: tensors by the reason for which they are left out.
+    fault: why it cannot be built, in full; None where it can."""
+
+    path: str
+    family: str
+    title: str
+    evidence: tuple[str, ...]
+    files: int
+    file_bytes: int
+    tensors: int
+    types: dict[str, int]
+    ignored: dict[str, list[str]]
+    tokenizer: str | None
+    build: WouldBuild | None
+    fault: str | None
+
+
+def looks_like_checkpoint(path: Path) -> bool:
+    """Whether a path is to be taken for a checkpoint rather than a bundle: a file, or a folder without manifest but with a config or tensors."""
+    from flamingo_export.manifest import MANIFEST_NAME
+    from flamingo_reference.checkpoints.folder import INDEX_SUFFIX, NAMES
+
+    if path.is_file():
+        return True
+    names = {"config.json", *NAMES, *(f"{name}{INDEX_SUFFIX}" for name in NAMES)}
+    return not (path / MANIFEST_NAME).exists() and any((path / name).is_file() for name in names)
+
+
+def inspect_checkpoint(source: CheckpointFolder, as_json: bool) -> bool:
+    """Prints what a checkpoint is; whether it can be built. Raises CheckpointError if it is of no known family."""
+    from flamingo_export.cli.output import print_json
+
+    found = survey(source)
+    if as_json:
+        print_json(found)
+    else:
+        _print(found)
+    return found.fault is None
+
+
+def survey(source: CheckpointFolder) -> Survey:
+    """What a checkpoint is, without reading a number of it. Raises CheckpointError if it is of no known family, or its files are damaged."""
+    from flamingo_export.errors import CheckpointError
+    from flamingo_reference.checkpoints.loading import find_tokenizer
+    from flamingo_reference.checkpoints.recognition import recognise
+    from flamingo_reference.checkpoints.tensors import CheckpointError as UnreadableCheckpoint
+
+    try:
+        recognised = recognise(source.path)
+        tokenizer = find_tokenizer(source)
+    except UnreadableCheckpoint as error:
+        raise CheckpointError(str(error)) from error
+    ignored: dict[str, list[str]] = {}
+    build, fault = None, None
+    try:
+        build, left_out = _would_build(source)
+        for name, reason in left_out.items():
+            ignored.setdefault(reason, []).append(name)
+    except CheckpointError as error:
+        fault = str(error)
+    return _survey(recognised, ignored, tokenizer, build, fault)
+
+
+def _survey(
+    recognised: Recognised,
+    ignored: dict[str, list[str]],
+    tokenizer: Path | None,
+    build: WouldBuild | None,
+    fault: str | None,
+) -> Survey:
+    reader = recognised.reader
+    names = reader.names()
+    return Survey(
+        path=str(recognised.path),
+        family=recognised.family.name,
+        title=recognised.family.title,
+        evidence=recognised.evidence,
+        files=len(reader.files),
+        file_bytes=sum(path.stat().st_size for path in reader.files),
+        tensors=len(names),
+        types=dict(Counter(str(reader.dtype(name)) for name in names)),
+        ignored=ignored,
+        tokenizer=str(tokenizer) if tokenizer is not None else None,
+        build=build,
+        fault=fault,
+    )
+
+
+def _would_build(source: CheckpointFolder) -> tuple[WouldBuild, dict[str, str]]:
+    from flamingo_export import pipeline
+    from flamingo_export.build_request import BuildRequest, default_out
+    from flamingo_export.bundle_tokenizer import checked_tokenizer
+    from flamingo_export.cli.doctor import RUNTIME_OVERHEAD
+    from flamingo_export.cli.inspect import components
+    from flamingo_export.precision import BYTES_PER_WEIGHT
+    from flamingo_export.sources import CheckpointSource
+    from flamingo_export.weights import bundle_weights
+
+    opened = CheckpointSource(source)
+    if opened.tokenizer is not None:
+        checked_tokenizer(opened.tokenizer, opened.config, opened.inputs.tags)
+    plan = pipeline.plan(BuildRequest(source=source, out=default_out(source)))
+    parts = components(plan.config)
+    largest = max(math.prod(weight.shape) for weight in bundle_weights(plan.config))
+    return WouldBuild(
+        name=plan.config.name,
+        parameters=parts,
+        storage=plan.precision.storage,
+        weight_bytes=plan.weight_bytes,
+        disk_bytes=plan.disk_bytes,
+        build_bytes=_BUILD_BASE + _BUILD_BYTES * largest,
+        run_bytes=int(parts[-1].parameters * BYTES_PER_WEIGHT["fp32"] * RUNTIME_OVERHEAD),
+        fit=opened.inputs.fit,
+        image_size=plan.config.vision.image_size,
+        tags=opened.inputs.tags.all,
+    ), dict(opened.checkpoint.ignored)
+
+
+def _print(found: Survey) -> None:
+    from rich.markup import escape
+
+    from flamingo_export.cli.output import human_bytes, human_count, results, table
+
+    console = results()
+    types = ", ".join(f"{count} {kind}" for kind, count in found.types.items())
+    plural = "" if found.files == 1 else "s"
+    console.print(f"[bold]{escape(found.path)}[/bold]  {escape(found.title)}", soft_wrap=True)
+    lines = [
+        ("told by", "; ".join(found.evidence)),
+        ("tensors", f"{found.tensors} ({types}) in {found.files} file{plural} of {human_bytes(found.file_bytes)}"),
+        ("tokenizer", found.tokenizer or "none found: prompts must be token ids (or name one: --tokenizer)"),
+    ]
+    for reason, names in found.ignored.items():
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        lines.append((f"left out {len(names)}", f"{shown}: {reason}"))
+    for label, text in lines:
+        console.print(f"{label:<13} {text}", markup=False, soft_wrap=True)
+    if found.build is None:
+        console.print(f"cannot be built: {found.fault}", markup=False, soft_wrap=True)
+        return
+    build = found.build
+    console.print(
+        f"images        {build.image_size}x{build.image_size}, {build.fit}; tags {', '.join(build.tags)}", markup=False
+    )
+    rows = [(part.name, f"{part.parameters:,}", human_count(part.parameters)) for part in build.parameters]
+    console.print(table(("component", "parameters", ""), rows, title=f"would be built: {build.name}", right=(1, 2)))
+    console.print(
+        f"bundle of {human_bytes(build.weight_bytes)} in {build.storage}; needs {human_bytes(build.disk_bytes)} of disk, about "
+        f"{human_bytes(build.build_bytes)} of memory to build and {human_bytes(build.run_bytes)} to run on a CPU"
+    )

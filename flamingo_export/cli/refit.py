@@ -1,0 +1,50 @@
+"""`flamingo-export refit`: other weights of the same shapes in a bundle's graphs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flamingo_export.cli.options import (
+    AsJson,
+    Loras,
+    OtherLanguageModel,
+    OtherTokenizer,
+    OtherVision,
+    Parity,
+    ParityChoice,
+    checkpoint_files,
+)
+
+
+def refit(
+    bundle: Annotated[Path, typer.Argument(help="The bundle whose graphs are used.", show_default=False)],
+    checkpoint: Annotated[
+        Path, typer.Option("--checkpoint", help="Other weights of the same shapes: a folder or file.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The new bundle.", show_default=False)],
+    language_model: OtherLanguageModel = None,
+    vision: OtherVision = None,
+    loras: Loras = None,
+    tokenizer: OtherTokenizer = None,
+    parity: ParityChoice = Parity.auto,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is at --out.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Put a fine-tuned checkpoint into a bundle without building graphs anew. Interrupted, the same command goes on where it was.
+
+    \b
+    flamingo-export refit my.bundle --checkpoint tuned/ --out tuned.bundle
+    """
+    from flamingo_export import pipeline
+    from flamingo_export.build_request import refit_request
+    from flamingo_export.cli.build import print_result
+    from flamingo_export.cli.progress import reported
+
+    source = checkpoint_files(checkpoint, language_model, vision, loras, tokenizer)
+    request = refit_request(bundle, source, out, parity=parity.value, overwrite=force)
+    with reported() as progress:
+        result = pipeline.build(request, progress=progress)
+    print_result(result, as_json)

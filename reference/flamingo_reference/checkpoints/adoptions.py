@@ -1,0 +1,75 @@
+"""How each family's files become a model: its configuration, names, ignored tensors and input format, from what its own module knows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from flamingo_reference.checkpoints import idefics, native, openflamingo
+from flamingo_reference.checkpoints.accounting import Ignored
+from flamingo_reference.checkpoints.adopted import Adopted, PartFiles, Parts
+from flamingo_reference.checkpoints.names import expected_tensors
+from flamingo_reference.checkpoints.recipes import setting
+from flamingo_reference.checkpoints.tensors import CheckpointError, Shape
+from flamingo_reference.config import TokenIds
+from flamingo_reference.input_format import IDEFICS, IDEFICS_INSTRUCT, OPENFLAMINGO, with_bos
+
+_LLAMA_BOS = "<s>"
+
+
+def adopt_native(parts: Parts) -> Adopted:
+    """Our own format: names are ours already."""
+    config = native.read_config(parts.model.path / "config.json")
+    return Adopted(config=config, expected=expected_tensors(config))
+
+
+def adopt_idefics(parts: Parts) -> Adopted:
+    """IDEFICS v1. One tuned on instructions is told by the token that ends its turns."""
+    settings, ids = parts.model.settings, parts.token_ids
+    turn = ids.get(IDEFICS_INSTRUCT.tags.eoc)
+    inputs = IDEFICS if turn is None else IDEFICS_INSTRUCT
+    config = idefics.config_from(settings, image=ids.get(inputs.tags.image), eoc=turn)
+    return Adopted(
+        config=config,
+        expected=expected_tensors(config),
+        recipes=idefics.recipes(config, additional_vocab=setting(settings, "additional_vocab_size", int, 0)),
+        ignored=_rules(idefics.IGNORED),
+        inputs=inputs,
+    )
+
+
+def adopt_openflamingo(parts: Parts) -> Adopted:
+    """OpenFlamingo v2, of its checkpoint.pt, language model and CLIP. Raises CheckpointError if there is no tokenizer: the ids of the tokens
+    that were added stand nowhere else."""
+    lm, vision, ids = parts.language_model, parts.vision_encoder, parts.token_ids
+    assert lm is not None
+    assert vision is not None
+    eoc, image = ids.get(OPENFLAMINGO.tags.eoc), ids.get(OPENFLAMINGO.tags.image)
+    if eoc is None or image is None:
+        raise CheckpointError(
+            f"no tokenizer is beside {parts.model.path} or {lm.path}, and the ids of <image> and <|endofchunk|> follow from it. "
+            "Name the language model's: --tokenizer FILE"
+        )
+    bos = setting(lm.settings, "bos_token_id", int, eoc) if lm.settings.get("bos_token_id") is not None else eoc
+    pad = ids.get("<PAD>")
+    files = openflamingo.Files(
+        checkpoint=_shapes(parts.model),
+        language_model=_shapes(lm),
+        vision=_shapes(vision),
+        language_model_config=lm.settings,
+    )
+    config = openflamingo.config_from(files, tokens=TokenIds(pad=eoc if pad is None else pad, bos=bos, eoc=eoc, image=image))
+    return Adopted(
+        config=config,
+        expected=expected_tensors(config),
+        recipes=openflamingo.recipes(config, files),
+        ignored=_rules(openflamingo.ignored(files)),
+        inputs=with_bos(OPENFLAMINGO, _LLAMA_BOS) if lm.family == "llama" else OPENFLAMINGO,
+    )
+
+
+def _shapes(part: PartFiles) -> dict[str, Shape]:
+    return {name: part.reader.shape(name) for name in part.reader.names()}
+
+
+def _rules(pairs: Iterable[tuple[str, str]]) -> tuple[Ignored, ...]:
+    return tuple(Ignored(*pair) for pair in pairs)

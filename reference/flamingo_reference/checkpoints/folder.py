@@ -1,0 +1,129 @@
+"""Tensors of a checkpoint as it is published: one file, or shards with an index, of safetensors or of torch's own format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from flamingo_reference.checkpoints.safetensors_file import open_header
+from flamingo_reference.checkpoints.tensors import CheckpointError, FileReader, TensorEntry
+from flamingo_reference.checkpoints.torch_file import open_torch_file
+
+INDEX_SUFFIX = ".index.json"
+NAMES = ("model.safetensors", "adapter_model.safetensors", "pytorch_model.bin", "adapter_model.bin", "checkpoint.pt")
+"""Files looked for in a folder, safetensors first; each may be shards with an index, whose name is the file's and `.index.json`."""
+_ARCHIVE = b"PK\x03\x04"
+_TORCH_SUFFIXES = (".pt", ".pth", ".bin")
+_MAX_INDEX = 100_000_000  # bytes
+
+
+def open_file(path: Path) -> dict[str, TensorEntry]:
+    """The tensors of one file: of torch's format where it begins as an archive or is called so, else of safetensors.
+
+    Raises CheckpointError if it is cut short, malformed or of another kind.
+    """
+    try:
+        with path.open("rb") as file:
+            archive = file.read(len(_ARCHIVE)) == _ARCHIVE
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}. Fetch it again.") from error
+    return open_torch_file(path) if archive or path.suffix in _TORCH_SUFFIXES else open_header(path)
+
+
+def open_tensors(path: Path, names: Iterable[str] = NAMES) -> FileReader:
+    """The tensors of a checkpoint: a file, or a folder with one of the files `names` or with shards and their index.
+
+    Raises CheckpointError naming all files that are missing, cut short or malformed, and all tensors that are not where the index says, are
+    held twice or not listed.
+    """
+    if path.is_file():
+        return FileReader({name: (path, entry) for name, entry in open_file(path).items()})
+    names = tuple(names)
+    for name in names:
+        index, single = path / (name + INDEX_SUFFIX), path / name
+        if index.is_file():
+            return _open_shards(index)
+        if single.is_file():
+            return FileReader({tensor: (single, entry) for tensor, entry in open_file(single).items()})
+    raise CheckpointError(
+        f"{path} has neither {names[0]} nor {names[0]}{INDEX_SUFFIX}"
+        + (f" (nor {', '.join(names[1:])})" if names[1:] else "")
+        + "; a checkpoint folder needs one."
+    )
+
+
+def _open_shards(index: Path) -> FileReader:
+    weight_map, faults = _read_index(index)
+    files = sorted(set(weight_map.values()))
+    outside = [file for file in files if Path(file).name != file or file == ".." or "\\" in file or "\0" in file]
+    missing = [file for file in files if file not in outside and not (index.parent / file).is_file()]
+    if outside:
+        faults.append(f"names files outside of its folder: {', '.join(outside)}")
+    if missing:
+        faults.append(f"names files that are not there: {', '.join(missing)}. Fetch them")
+    shards, broken = _open_all(index.parent, [file for file in files if file not in (*outside, *missing)], open_file)
+    faults += broken
+    owners: dict[str, list[str]] = {}
+    for file, entries in shards.items():
+        for name in entries:
+            owners.setdefault(name, []).append(file)
+    twice = {name: places for name, places in owners.items() if len(places) > 1}
+    if twice:
+        places = "; ".join(f"{name} in {', '.join(files)}" for name, files in sorted(twice.items()))
+        faults.append(f"tensors held by more than one file: {places}. Remove the files that do not belong")
+    for file, entries in shards.items():
+        lost = [name for name, place in weight_map.items() if place == file and name not in entries]
+        if lost:
+            faults.append(
+                f"{index.parent / file} does not hold {', '.join(lost)}, which the index places there. Fetch it again"
+            )
+    unlisted = sorted(set(owners) - set(weight_map))
+    if unlisted:
+        faults.append(f"the index does not list {', '.join(unlisted)}. Remove the files that do not belong")
+    if faults:
+        raise CheckpointError(f"{index}: " + "; ".join(faults) + ".")
+    return FileReader({name: (index.parent / file, shards[file][name]) for name, file in weight_map.items()})
+
+
+def _open_all(
+    folder: Path, files: Iterable[str], reader: Callable[[Path], dict[str, TensorEntry]]
+) -> tuple[dict[str, dict[str, TensorEntry]], list[str]]:
+    """The tensors of every file that can be opened, and what is wrong with the others."""
+    opened: dict[str, dict[str, TensorEntry]] = {}
+    faults = []
+    for file in files:
+        try:
+            opened[file] = reader(folder / file)
+        except CheckpointError as error:
+            faults.append(str(error).removesuffix("."))
+    return opened, faults
+
+
+def _read_index(path: Path) -> tuple[dict[str, str], list[str]]:
+    """Tensor name -> file name, and the tensors that it lists twice."""
+    repeated: list[str] = []
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                repeated.append(key)
+            found[key] = value
+        return found
+
+    try:
+        if path.stat().st_size > _MAX_INDEX:
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes, expected at most {_MAX_INDEX}.")
+        content = json.loads(path.read_bytes(), object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} is malformed: {error}. Fetch it again.") from error
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, Mapping) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(
+            f"{path} is malformed: expected an object weight_map of tensor names to file names. Fetch it again."
+        )
+    return dict(weight_map), [f"lists {', '.join(repeated)} twice"] if repeated else []

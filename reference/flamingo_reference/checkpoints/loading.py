@@ -1,0 +1,189 @@
+"""A checkpoint of any known family, as our model: its configuration, and each tensor read when it is wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from flamingo_reference.checkpoints.accounting import account
+from flamingo_reference.checkpoints.adopted import Adopted, AdoptedReader, JoinedReader, PartFiles, Parts
+from flamingo_reference.checkpoints.families import FAMILIES, Family, Part
+from flamingo_reference.checkpoints.lora import LoraReader
+from flamingo_reference.checkpoints.recognition import Recognised, recognise
+from flamingo_reference.checkpoints.tensors import CheckpointError, Shape, TensorReader
+from flamingo_reference.checkpoints.tokenizer_file import NAMES as TOKENIZERS
+from flamingo_reference.checkpoints.tokenizer_file import added_ids, open_tokenizer
+from flamingo_reference.config import ConfigError, ModelConfig
+from flamingo_reference.input_format import InputFormat
+
+OPTIONS: Mapping[Part, str] = {"language_model": "--lm", "vision_encoder": "--vision"}
+
+
+class CheckpointFiles(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a model lies: its checkpoint, the parts that some families leave to other files, LoRA adapters to merge, its tokenizer where that
+    is not beside one of them."""
+
+    path: Path
+    language_model: Path | None = None
+    vision_encoder: Path | None = None
+    adapters: tuple[Path, ...] = ()
+    tokenizer: Path | None = None
+
+
+class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """A checkpoint whose every tensor is accounted for.
+
+    reader: our tensors. ignored: tensors of the files that are not needed, each with the reason. files: all files that the numbers are read
+    from. tokenizer: a tokenizer.json or tokenizer.model, golden: a folder of golden values, None where there is none.
+    """
+
+    family: Family
+    evidence: tuple[str, ...]
+    config: ModelConfig
+    reader: TensorReader
+    inputs: InputFormat
+    ignored: Mapping[str, str]
+    files: tuple[Path, ...]
+    tokenizer: Path | None
+    golden: Path | None
+
+
+def load(files: CheckpointFiles, families: Sequence[Family] = FAMILIES) -> Checkpoint:
+    """A checkpoint as our model, no number read yet.
+
+    Raises CheckpointError if files are missing, damaged, of an unknown family, of the wrong part, or do not fit each other: every tensor
+    that is missing, unknown, misshapen, held twice or no float is named.
+    """
+    model = recognise(files.path, families)
+    given: dict[Part, Path | None] = {"language_model": files.language_model, "vision_encoder": files.vision_encoder}
+    _check_parts(model, given)
+    if model.family.adopt is None:
+        raise CheckpointError(
+            f"{files.path} is {model.family.title} ({model.evidence[0]}), which this version cannot build yet."
+        )
+    recognised: dict[Part, Recognised] = {"model": model}
+    for part, path in given.items():
+        if path is not None:
+            recognised[part] = _part(path, part, families)
+    readers, used = _adapted({part: found.reader for part, found in recognised.items()}, files.adapters)
+    tokenizer = find_tokenizer(files)
+    parts = Parts(
+        **{
+            part: PartFiles(path=found.path, family=found.family.name, settings=found.settings, reader=readers[part])
+            for part, found in recognised.items()
+        },
+        token_ids=added_ids(open_tokenizer(tokenizer, model.family.inputs.tags.added)) if tokenizer is not None else {},
+    )
+    try:
+        adopted = model.family.adopt(parts)
+        adopted.config.validate()
+    except ConfigError as error:
+        raise CheckpointError(f"{files.path}: {error}") from error
+    where = ", ".join(str(found.path) for found in recognised.values())
+    reader, ignored = _accounted(adopted, readers, where)
+    golden = files.path / "golden"
+    return Checkpoint(
+        family=model.family,
+        evidence=model.evidence,
+        config=adopted.config,
+        reader=reader,
+        inputs=adopted.inputs,
+        ignored=ignored,
+        files=tuple(sorted({*used, *(path for found in recognised.values() for path in found.reader.files)})),
+        tokenizer=tokenizer,
+        golden=golden if golden.is_dir() else None,
+    )
+
+
+def find_tokenizer(files: CheckpointFiles) -> Path | None:
+    """The tokenizer given, or the one beside the checkpoint, or beside its language model."""
+    if files.tokenizer is not None:
+        if not files.tokenizer.exists():
+            raise CheckpointError(f"{files.tokenizer} does not exist. Give a tokenizer.json, or the folder that holds it.")
+        if files.tokenizer.is_file():
+            return files.tokenizer
+    places = [files.tokenizer] if files.tokenizer is not None else [files.path, files.language_model]
+    for place in places:
+        if place is None:
+            continue
+        folder = place if place.is_dir() else place.parent
+        for name in TOKENIZERS:
+            if (folder / name).is_file():
+                return folder / name
+    if files.tokenizer is not None:
+        raise CheckpointError(f"{files.tokenizer} has none of {', '.join(TOKENIZERS)}.")
+    return None
+
+
+def _check_parts(model: Recognised, given: Mapping[Part, Path | None]) -> None:
+    """Raises CheckpointError if a part is missing, or given and not wanted."""
+    family = model.family
+    if family.part != "model":
+        raise CheckpointError(
+            f"{model.path} is {family.title} ({model.evidence[0]}), a part of a model. Give the model's own checkpoint, and this one "
+            f"with it: --checkpoint MODEL {OPTIONS[family.part]} {model.path}"
+        )
+    missing = [part for part in family.needs if given[part] is None]
+    if missing:
+        names = " and ".join(part.replace("_", " ") for part in missing)
+        options = " ".join(f"{OPTIONS[part]} FOLDER" for part in missing)
+        raise CheckpointError(f"{model.path} is {family.title}, which leaves its {names} to other files. Add {options}.")
+    extra = [part for part, path in given.items() if path is not None and part not in family.needs]
+    if extra:
+        names = " and ".join(part.replace("_", " ") for part in extra)
+        raise CheckpointError(
+            f"{model.path} is {family.title}, which holds its {names} itself. Leave out {', '.join(OPTIONS[p] for p in extra)}."
+        )
+
+
+def _part(path: Path, part: Part, families: Sequence[Family]) -> Recognised:
+    found = recognise(path, families)
+    if found.family.part != part:
+        raise CheckpointError(f"{OPTIONS[part]} {path} is {found.family.title}, expected a {part.replace('_', ' ')}.")
+    return found
+
+
+def _adapted(readers: Mapping[Part, TensorReader], adapters: Sequence[Path]) -> tuple[dict[Part, TensorReader], list[Path]]:
+    """The parts with each adapter merged into the one it was trained on, and the adapters' files."""
+    merged, files = dict(readers), []
+    for adapter in adapters:
+        failures: list[str] = []
+        for part in merged:
+            try:
+                reader = LoraReader(merged[part], adapter)
+            except CheckpointError as error:
+                failures.append(str(error) if len(merged) == 1 else f"{part.replace('_', ' ')}: {error}")
+                continue
+            merged[part] = reader
+            files += reader.files
+            break
+        else:
+            raise CheckpointError("; ".join(failures))
+    return merged, files
+
+
+def _accounted(adopted: Adopted, readers: Mapping[Part, TensorReader], where: str) -> tuple[TensorReader, dict[str, str]]:
+    """The reader of our tensors, and what is left out. Raises CheckpointError as `account` does."""
+    owners: dict[str, list[str]] = {}
+    for part, part_reader in readers.items():
+        for name in part_reader.names():
+            owners.setdefault(name, []).append(part.replace("_", " "))
+    twice = [f"{name} (in {', '.join(parts)})" for name, parts in owners.items() if len(parts) > 1]
+    if twice:
+        raise CheckpointError(
+            f"{where}: tensors held by more than one part: {'; '.join(twice)}. Remove those that do not belong."
+        )
+    joined: TensorReader = JoinedReader(list(readers.values()))
+    name = adopted.config.name
+    if adopted.recipes is None:
+        return joined, account(adopted.expected, joined, where=where, model=name, ignored=adopted.ignored)
+    sources: dict[str, Shape] = {}
+    for recipe in adopted.recipes.values():
+        sources |= recipe.sources
+    ignored = account(sources, joined, where=where, model=name, ignored=adopted.ignored)
+    unmade = sorted(set(adopted.expected) ^ set(adopted.recipes))
+    if unmade:
+        raise AssertionError(f"tensors without a recipe, or the other way round: {', '.join(unmade)}")
+    return AdoptedReader(joined, adopted.expected, adopted.recipes), ignored

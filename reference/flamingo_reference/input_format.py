@@ -1,0 +1,92 @@
+"""How images and text become a model's input, as it was trained: the fit of images, the tags in text, the forms of prompts.
+
+Data alone, recorded with every bundle. Sizes, means and standard deviations are the model configuration's.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+ImageFit = Literal["pad", "crop", "stretch"]
+"""How an image becomes a square, always with Pillow's antialiased bicubic filter. pad: its longer side fits, the rest is the mean colour.
+crop: its shorter side fits, the middle is taken. stretch: each side fits, whatever its shape."""
+
+
+class Tags(msgspec.Struct, frozen=True, kw_only=True):
+    """Texts of the tokens that carry structure; their ids are the model configuration's."""
+
+    bos: str | None = "<BOS>"
+    """Put before every text; None where the model was trained without."""
+    eoc: str = "<EOC>"
+    image: str = "<image>"
+    around_image: str | None = None
+    """Stands before and after every image, once between two that follow each other (IDEFICS)."""
+    added: tuple[str, ...] = ()
+    """Tokens that training put behind the language model's vocabulary, in this order; `<PAD>` only where there was no padding token."""
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        """The tags there are."""
+        return tuple(tag for tag in (self.bos, self.eoc, self.image, self.around_image) if tag is not None)
+
+
+class PromptForms(msgspec.Struct, frozen=True, kw_only=True):
+    """Texts with the fields {image}, {question} and {answer}: an example, and what is asked after the examples."""
+
+    caption_example: str = "{image}Output: {answer}<EOC>"
+    caption: str = "{image}Output:"
+    question_example: str = "{image}Question: {question} Answer: {answer}<EOC>"
+    question: str = "{image}Question: {question} Answer:"
+
+
+class InputFormat(msgspec.Struct, frozen=True, kw_only=True):
+    """All of it."""
+
+    fit: ImageFit = "pad"
+    tags: Tags = Tags()
+    prompts: PromptForms = PromptForms()
+
+
+PAPER = InputFormat()
+"""Flamingo (arXiv 2204.14198): section 3.1 and appendix C."""
+OPENFLAMINGO = InputFormat(
+    fit="crop",
+    tags=Tags(bos=None, eoc="<|endofchunk|>", added=("<|endofchunk|>", "<image>", "<PAD>")),
+    prompts=PromptForms(
+        caption_example="{image}Output:{answer}<|endofchunk|>",
+        caption="{image}Output:",
+        question_example="{image}Question:{question} Short answer:{answer}<|endofchunk|>",
+        question="{image}Question:{question} Short answer:",
+    ),
+)
+"""OpenFlamingo (arXiv 2308.01390): CLIP's own preprocessing; the prompts of its evaluation. Its tokenizers put nothing before a text, but
+LLaMA's, see `with_bos`."""
+IDEFICS = InputFormat(
+    fit="stretch",
+    tags=Tags(bos="<s>", eoc="</s>", around_image="<fake_token_around_image>"),
+    prompts=PromptForms(
+        caption_example="User:{image}Describe this image.\nAssistant: {answer}\n",
+        caption="User:{image}Describe this image.\nAssistant:",
+        question_example="User:{image}{question}\nAssistant: {answer}\n",
+        question="User:{image}{question}\nAssistant:",
+    ),
+)
+"""IDEFICS (OBELICS, arXiv 2306.16527): images stretched to the encoder's square; the prompts of its published examples."""
+IDEFICS_INSTRUCT = InputFormat(
+    fit="stretch",
+    tags=Tags(bos="<s>", eoc="<end_of_utterance>", around_image="<fake_token_around_image>"),
+    prompts=PromptForms(
+        caption_example="User:{image}Describe this image.<end_of_utterance>\nAssistant: {answer}<end_of_utterance>\n",
+        caption="User:{image}Describe this image.<end_of_utterance>\nAssistant:",
+        question_example="User:{image}{question}<end_of_utterance>\nAssistant: {answer}<end_of_utterance>\n",
+        question="User:{image}{question}<end_of_utterance>\nAssistant:",
+    ),
+)
+"""IDEFICS tuned on instructions: each turn ends with a token of its own."""
+
+
+def with_bos(inputs: InputFormat, bos: str | None) -> InputFormat:
+    """The same format with another token, or none, before every text."""
+    return msgspec.structs.replace(inputs, tags=msgspec.structs.replace(inputs.tags, bos=bos))

@@ -1,0 +1,68 @@
+"""Checkpoints in published layouts: transformers and torch themselves read what the script writes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from transformers import CLIPVisionModel, IdeficsForVisionText2Text, MptForCausalLM
+
+from flamingo_reference.checkpoints.folder import open_tensors
+from flamingo_reference.checkpoints.recognition import recognise
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        import write_checkpoint
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    return write_checkpoint
+
+
+def test_idefics(script: ModuleType, tmp_path: Path) -> None:
+    script.MODELS["idefics-tiny"](tmp_path)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) == 5
+    found = recognise(tmp_path)
+    assert found.family.name == "idefics"
+    model, loading = IdeficsForVisionText2Text.from_pretrained(tmp_path, dtype=torch.bfloat16, output_loading_info=True)
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+    assert not loading["mismatched_keys"]
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, torch.from_numpy(found.reader.read(name).astype(np.float32)).to(torch.bfloat16)), name
+
+
+def test_openflamingo(script: ModuleType, tmp_path: Path) -> None:
+    script.MODELS["openflamingo-tiny"](tmp_path)
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model_state_dict"]
+    reader = open_tensors(tmp_path / "checkpoint.pt")
+    assert [f"module.{name}" for name in reader.names()] == list(saved)
+    for name in reader.names():
+        np.testing.assert_array_equal(reader.read(name), saved[f"module.{name}"].numpy())
+    assert saved["module.perceiver.layers.0.0.to_q.weight"].std() == pytest.approx(32**-0.5, rel=0.1)
+    for folder, kind in (("mpt", MptForCausalLM), ("clip", CLIPVisionModel)):
+        _, loading = kind.from_pretrained(tmp_path / folder, output_loading_info=True)
+        assert not loading["unexpected_keys"]
+        assert set(loading["missing_keys"]) <= {"lm_head.weight"}
+    assert recognise(tmp_path / "checkpoint.pt").family.name == "openflamingo"
+    assert recognise(tmp_path / "mpt").family.name == "mpt"
+    assert recognise(tmp_path / "clip").family.name == "clip"
+
+
+def test_names_and_shapes_of_the_published_size(script: ModuleType) -> None:
+    """IDEFICS-9B: the published model has 8.93 billion parameters (the config is from memory; the sum tells a slip of it)."""
+    from transformers import IdeficsConfig
+
+    shapes = script.meta_shapes(lambda: IdeficsForVisionText2Text(IdeficsConfig(**script.IDEFICS_9B)))
+    assert shapes["model.gated_cross_attn_layers.7.cross_attn.k_proj.weight"] == (4096, 1280)
+    assert shapes["model.perceiver_resampler.blocks.5.0.q_proj.weight"] == (1536, 1280)
+    assert shapes["model.embed_tokens.additional_embedding.weight"] == (2, 4096)
+    assert sum(int(np.prod(shape)) for shape in shapes.values()) == pytest.approx(8.93e9, rel=0.005)

@@ -1,0 +1,101 @@
+"""inspect CHECKPOINT: what it is and what would be built, without reading a number; what is missing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+import flamingo_export
+from flamingo_export.build_request import nano_checkpoint
+from flamingo_reference.checkpoints.tensors import FileReader
+
+
+@pytest.fixture
+def nano(tmp_path: Path) -> Path:
+    shutil.copytree(nano_checkpoint(), tmp_path / "my-model")
+    return tmp_path / "my-model"
+
+
+def test_what_would_be_built_is_what_build_makes(cli, nano: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = flamingo_export.build(nano, out=tmp_path / "b.bundle", parity="skip").path
+    monkeypatch.setattr(FileReader, "read", None)  # no number is looked at
+    outcome = cli("inspect", nano)
+    assert outcome.code == 0
+    for part in (
+        "flamingo-export's own format",
+        "told by",
+        "float",
+        "would be built: nano",
+        "language_model",
+        "64x64, pad",
+        "<EOC>",
+    ):
+        assert part in outcome.out
+    found = json.loads(cli("inspect", nano, "--json").out)
+    weights = sum(path.stat().st_size for path in (built / "weights").iterdir())
+    assert found["build"]["weight_bytes"] == pytest.approx(weights, rel=0.01)  # the files' headers are not counted
+    assert found["build"]["weight_bytes"] < found["build"]["disk_bytes"]
+    assert found["tensors"] == sum(found["types"].values()) == len(load_file(nano / "model.safetensors"))
+    assert (found["family"], found["fault"], found["ignored"]) == ("native", None, {})
+    assert found["tokenizer"] == str(nano / "tokenizer" / "tokenizer.json")
+
+
+def test_what_is_missing_is_named(cli, nano: Path) -> None:
+    tensors = load_file(nano / "model.safetensors")
+    tensors["resampler.latent"] = tensors.pop("resampler.latents")
+    save_file(tensors, nano / "model.safetensors")
+    outcome = cli("inspect", nano)
+    assert outcome.code == 1
+    assert "flamingo-export's own format" in outcome.out
+    assert "cannot be built" in outcome.out
+    assert "missing resampler.latents (16, 128)" in outcome.out
+    assert "unknown resampler.latent (16, 128) (nearest: resampler.latents)" in outcome.out
+    assert json.loads(cli("inspect", nano, "--json").out)["build"] is None
+
+
+def test_a_tokenizer_of_another_size(cli, nano: Path, tmp_path: Path) -> None:
+    config = json.loads((nano / "config.json").read_text())
+    tokenizer = json.loads((nano / "tokenizer" / "tokenizer.json").read_text())
+    last = max(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
+    tokenizer["model"]["merges"] = [pair for pair in tokenizer["model"]["merges"] if "".join(pair) != last]
+    del tokenizer["model"]["vocab"][last]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    outcome = cli("inspect", nano, "--tokenizer", tmp_path / "tokenizer.json")
+    assert outcome.code == 1
+    size = config["language_model"]["vocab_size"]
+    assert f"has {size - 1} tokens, the model's vocabulary has {size}" in outcome.out
+
+
+def test_parts_that_are_missing(cli, tmp_path: Path) -> None:
+    torch.save(
+        {"perceiver.latents": torch.zeros(2, 3), "lang_encoder.gated_cross_attn_layers.0.x": torch.zeros(1)}, tmp_path / "c.pt"
+    )
+    outcome = cli("inspect", tmp_path / "c.pt")
+    assert outcome.code == 1
+    assert "OpenFlamingo" in outcome.out
+    assert "leaves its language model and vision encoder to other files. Add --lm FOLDER --vision FOLDER" in outcome.out
+
+
+def test_what_is_no_checkpoint(cli, tmp_path: Path) -> None:
+    save_file({"a": np.zeros(2)}, tmp_path / "model.safetensors")
+    outcome = cli("inspect", tmp_path)
+    assert (outcome.code, outcome.out) == (1, "")
+    assert "of no known family" in outcome.err
+    (tmp_path / "model.safetensors").write_bytes(b"short")
+    assert "is cut short" in cli("inspect", tmp_path).err
+    (tmp_path / "empty").mkdir()
+    assert "no manifest.json" in cli("inspect", tmp_path / "empty").err
+
+
+def test_options_that_go_with_checkpoints_alone(cli, bundle: Path) -> None:
+    outcome = cli("inspect", bundle, "--lm", bundle)
+    assert outcome.code == 2
+    assert "parts go with a checkpoint" in outcome.err
+    assert cli("build", "--size", "nano", "--lora", bundle).code == 2
+    assert cli("parity", bundle, "--vision", bundle).code == 2

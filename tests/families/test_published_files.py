@@ -1,0 +1,244 @@
+"""From files as they are published to answers: written by transformers and torch, recognised, built, and compared with what wrote them."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from engine_runs import assert_as_exact, opened
+from idefics_models import FAKE, IMAGE, PROMPTS, SIDE, generated, pixels, their_config, their_logits, their_model
+from openflamingo_models import SIDE as CLIP_SIDE
+from openflamingo_models import Theirs
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
+
+import flamingo_export
+from flamingo_export.build_request import CheckpointFolder
+from flamingo_export.errors import CheckpointError
+from flamingo_export.manifest import read_manifest
+from flamingo_reference.input_format import IDEFICS, IDEFICS_INSTRUCT, OPENFLAMINGO, with_bos
+
+
+def write_tokenizer(folder: Path, words: list[str], special: list[str]) -> None:
+    """Words parted by spaces; the special ones are added tokens of the ids that they have among the words."""
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=words[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(special)
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+# IDEFICS
+
+WORDS = ["<unk>", "<s>", "</s>", *(f"w{index}" for index in range(3, 60)), "<fake_token_around_image>", "<image>"]
+SPECIAL = ["<unk>", "<s>", "</s>", "<fake_token_around_image>", "<image>"]
+
+
+@pytest.fixture(scope="module")
+def idefics(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A folder as on the hub, in shards with an index, and the model that it holds."""
+    folder: Path = tmp_path_factory.mktemp("hub") / "idefics-tiny"
+    config = their_config(vector=True)
+    config.max_position_embeddings = 256  # parity shows 32 images
+    theirs = their_model(config, seed=3).float()
+    theirs.save_pretrained(folder, max_shard_size="100KB")
+    write_tokenizer(folder, WORDS, SPECIAL)
+    return folder, theirs
+
+
+@pytest.fixture(scope="module")
+def idefics_bundle(idefics: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out: Path = tmp_path_factory.mktemp("bundles") / "idefics.bundle"
+    return flamingo_export.build(idefics[0], out=out).path
+
+
+def test_idefics_is_proved_and_recorded(idefics: tuple[Path, Any], idefics_bundle: Path) -> None:
+    assert len(list(idefics[0].glob("model-*.safetensors"))) > 3
+    manifest = read_manifest(idefics_bundle)
+    assert manifest.parity.state == "passed"
+    assert (manifest.source.family, manifest.inputs) == ("idefics", IDEFICS)
+    assert manifest.config.tokens.image == IMAGE
+    assert (idefics_bundle / "tokenizer" / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("case", PROMPTS)
+def test_idefics_logits(idefics: tuple[Path, Any], idefics_bundle: Path, case: str) -> None:
+    tokens = PROMPTS[case]
+    images = pixels(tokens.count(IMAGE), seed=1).float()
+    exact = their_logits(copy.deepcopy(idefics[1]).double(), tokens, images.double())
+    with opened(idefics_bundle) as runs:
+        assert_as_exact(runs.logits(tokens, images[0]), exact, their_logits(idefics[1], tokens, images))
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_idefics_from_text_and_image_files(idefics: tuple[Path, Any], idefics_bundle: Path, tmp_path: Path, beams: int) -> None:
+    """The runtime's own way from a prompt and files of images, beside transformers' tokens, pixels and generation."""
+    rng = np.random.default_rng(7)
+    pictures = [Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8)) for size in ((50, 41, 3), (20, 64, 3))]
+    paths = [tmp_path / f"{index}.png" for index in range(2)]
+    for path, picture in zip(paths, pictures, strict=True):
+        picture.save(path)
+    theirs = np.asarray(IdeficsImageProcessorPil(image_size=SIDE)(pictures, return_tensors="np"))
+    tokens = [1, 9, FAKE, IMAGE, FAKE, IMAGE, FAKE, 12, 13]
+    wanted, _ = generated(
+        copy.deepcopy(idefics[1]).double(), tokens, torch.from_numpy(theirs)[None].double(), beams=beams, new_tokens=8
+    )
+    with flamingo_export.load(idefics_bundle, threads=1) as model:
+        answer = model.generate("w9 <image><image> w12 w13", images=paths, beams=beams, max_new_tokens=8)
+    assert [list(text.token_ids) for text in (answer,)] == wanted[:1]
+
+
+def test_an_instructed_idefics_is_told_by_its_tokenizer(idefics: tuple[Path, Any], tmp_path: Path) -> None:
+    config = their_config()
+    config.additional_vocab_size = 3
+    their_model(config).float().save_pretrained(tmp_path)
+    write_tokenizer(tmp_path, [*WORDS, "<end_of_utterance>"], [*SPECIAL, "<end_of_utterance>"])
+    result = flamingo_export.build(tmp_path, out=tmp_path / "b.bundle", parity="skip")
+    assert result.manifest.inputs == IDEFICS_INSTRUCT
+    assert (result.manifest.config.tokens.eoc, result.manifest.config.tokens.reset) == (62, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"hidden_size": 56}, r"model\.norm\.weight has shape \(48,\), expected \(56,\)"),
+        ({"num_hidden_layers": 8}, r"missing model\.layers\.7\.input_layernorm\.weight \(48,\)"),
+        ({"qk_layer_norms": False}, r"unknown model\.gated_cross_attn_layers\.0\.cross_attn\.q_layer_norm\.weight"),
+        ({"alpha_type": "float"}, r"alpha_dense has shape \(1, 1, 48\), expected \(1,\)"),
+        ({"num_attention_heads": 5}, "hidden_size 48 must be a multiple of num_attention_heads 5"),
+        ({"vocab_size": 61}, r"model\.embed_tokens\.weight has shape \(60, 48\), expected \(61, 48\)"),
+        ({"hidden_size": "48"}, "hidden_size is '48', expected int"),
+        ({"model_type": "idefics2"}, "model_type 'idefics2', which is not known"),
+        ({"model_type": "clip"}, "but the tensors look like IDEFICS v1"),
+    ],
+)
+def test_a_config_that_contradicts_the_shapes(
+    idefics: tuple[Path, Any], tmp_path: Path, change: dict[str, Any], named: str
+) -> None:
+    for path in idefics[0].iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    raw = json.loads((idefics[0] / "config.json").read_text())
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(raw | change))
+    with pytest.raises(CheckpointError, match=named):
+        flamingo_export.build(tmp_path, out=tmp_path / "b.bundle", parity="skip")
+    assert not (tmp_path / "b.bundle").exists()
+
+
+def test_a_tokenizer_of_another_model(idefics: tuple[Path, Any], tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, [*WORDS, "more"], SPECIAL)
+    source = CheckpointFolder(path=idefics[0], tokenizer=tmp_path)
+    with pytest.raises(CheckpointError, match="has 63 tokens, the model's vocabulary has 62"):
+        flamingo_export.build(source, out=tmp_path / "b.bundle", parity="skip")
+
+
+def test_an_adapter_of_peft_for_the_language_model(idefics: tuple[Path, Any], tmp_path: Path) -> None:
+    """Merged into the shards' tensor while it is read: the logits are transformers' with W + 2 B A put in."""
+    folder, theirs = idefics
+    generator = torch.Generator().manual_seed(4)
+    module = "model.layers.3.mlp.up_proj"
+    down, up = torch.randn(2, 48, generator=generator) * 0.1, torch.randn(88, 2, generator=generator) * 0.1
+    halves = {f"base_model.model.{module}.lora_{half}.weight": part.numpy() for half, part in (("A", down), ("B", up))}
+    save_file(halves, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
+    source = CheckpointFolder(path=folder, adapters=(tmp_path,))
+    bundle = flamingo_export.build(source, out=tmp_path / "b.bundle", parity="skip").path
+    changed = copy.deepcopy(theirs).double()
+    with torch.no_grad():
+        changed.get_submodule(module).weight += 2 * up.double() @ down.double()
+    tokens, images = PROMPTS["one image"], pixels(1, seed=1).float()
+    with opened(bundle) as runs:
+        found = runs.logits(tokens, images[0])
+    exact = their_logits(changed, tokens, images.double())
+    assert_as_exact(found, exact, their_logits(copy.deepcopy(changed).float(), tokens, images))
+    assert (exact - their_logits(copy.deepcopy(theirs).double(), tokens, images.double())).abs().max() > 0.01
+
+
+# OpenFlamingo
+
+PROMPT = [0, 7, 8, 62, 9, 10, 11, 62, 62, 12, 61, 13, 14]
+
+
+def write_openflamingo(folder: Path, theirs: Theirs, *, layout: str = "openai") -> CheckpointFolder:
+    """checkpoint.pt as training saved it, the language model's folder with a tokenizer that lacks the added tokens, CLIP's file."""
+    lm = folder / "lm"
+    lm.mkdir(parents=True)
+    trained = {f"module.{name}": torch.from_numpy(array.copy()).float() for name, array in theirs.checkpoint().items()}
+    torch.save(
+        {"epoch": 9, "model_state_dict": trained, "optimizer_state_dict": {"state": {0: torch.ones(3)}}},
+        folder / "checkpoint.pt",
+    )
+    save_file(
+        {name: np.ascontiguousarray(array, np.float32) for name, array in theirs.language_model().items()},
+        lm / "model.safetensors",
+    )
+    (lm / "config.json").write_text(json.dumps(theirs.language_model_config()))
+    bos = ["<s>"] if theirs.kind == "llama" else []
+    write_tokenizer(lm, ["<unk>", *(bos or ["w1"]), *(f"w{index}" for index in range(2, 61))], bos)
+    clip = {name: torch.from_numpy(np.array(array)).float() for name, array in theirs.vision(layout).items()}
+    if layout == "openai":
+        torch.save(clip, folder / "ViT-L-14.pt")
+        return CheckpointFolder(path=folder / "checkpoint.pt", language_model=lm, vision_encoder=folder / "ViT-L-14.pt")
+    (folder / "clip").mkdir()
+    save_file({name: tensor.numpy() for name, tensor in clip.items()}, folder / "clip" / "model.safetensors")
+    raw = theirs.clip.config.to_dict()
+    (folder / "clip" / "config.json").write_text(json.dumps(raw))
+    return CheckpointFolder(path=folder / "checkpoint.pt", language_model=lm, vision_encoder=folder / "clip")
+
+
+@pytest.mark.parametrize("kind", ["mpt", "mosaic_gpt", "gpt_neox, parallel", "llama"])
+def test_openflamingo(kind: str, tmp_path: Path) -> None:
+    theirs = Theirs(kind, every=1 if kind == "mosaic_gpt" else 2)
+    source = write_openflamingo(tmp_path, theirs, layout="transformers" if kind == "mpt" else "openai")
+    result = flamingo_export.build(source, out=tmp_path / "of.bundle", parity="auto" if kind == "mpt" else "skip")
+    manifest = result.manifest
+    assert manifest.inputs == (with_bos(OPENFLAMINGO, "<s>") if kind == "llama" else OPENFLAMINGO)
+    assert (manifest.config.tokens.eoc, manifest.config.tokens.image, manifest.config.tokens.pad) == (61, 62, 63)
+    assert manifest.parity.state == ("passed" if kind == "mpt" else "not_run")
+    # The engines' weights are fp32, so theirs are rounded too.
+    theirs.tensors = {name: tensor.float().double() for name, tensor in theirs.tensors.items()}
+    theirs.norms = theirs.norms.float().double()
+    images = torch.randn(3, 3, CLIP_SIDE, CLIP_SIDE, generator=torch.Generator().manual_seed(5))
+    exact = theirs.to(torch.float32).to(torch.float64).logits(PROMPT, images)
+    eager = theirs.to(torch.float32).logits(PROMPT, images)
+    with opened(result.path) as runs:
+        assert_as_exact(runs.logits(PROMPT, images), exact, eager)
+
+
+def test_openflamingos_text_is_encoded_with_the_added_tokens(tmp_path: Path) -> None:
+    source = write_openflamingo(tmp_path, Theirs("mpt"))
+    bundle = flamingo_export.build(source, out=tmp_path / "of.bundle", parity="skip").path
+    with flamingo_export.load(bundle, threads=1) as model:
+        assert model.tokenizer is not None
+        assert model.tokenizer.encode("<image> w7 <|endofchunk|>") == [62, 7, 61]
+        picture = Image.fromarray(np.full((40, 30, 3), 90, np.uint8))
+        assert model.generate("<image> w7", images=[picture], max_new_tokens=3).token_ids
+
+
+def test_parts_that_do_not_belong_together(tmp_path: Path) -> None:
+    mine = write_openflamingo(tmp_path / "mine", Theirs("mpt"))
+    lm = tmp_path / "mine" / "lm"
+    tensors = load_file(lm / "model.safetensors")
+    cut = {name: array[..., :36] if name.endswith("wte.weight") else array for name, array in tensors.items()}
+    save_file({name: np.ascontiguousarray(array) for name, array in cut.items()}, lm / "model.safetensors")
+    raw = json.loads((lm / "config.json").read_text())
+    (lm / "config.json").write_text(json.dumps(raw | {"d_model": 36}))
+    with pytest.raises(
+        CheckpointError, match=r"the width of text in the gated blocks in checkpoint\.pt is 48, the other files have 36"
+    ):
+        flamingo_export.build(mine, out=tmp_path / "b.bundle", parity="skip")
+    other = write_openflamingo(tmp_path / "other", Theirs("llama"))
+    swapped = CheckpointFolder(path=other.path, language_model=lm, vision_encoder=other.vision_encoder)
+    with pytest.raises(
+        CheckpointError, match=r"holds no gated block.*Is the language model given the one that it was trained with"
+    ):
+        flamingo_export.build(swapped, out=tmp_path / "b.bundle", parity="skip")
+    (tmp_path / "other" / "lm" / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no tokenizer is beside .* --tokenizer FILE"):
+        flamingo_export.build(other, out=tmp_path / "b.bundle", parity="skip")
