@@ -16,6 +16,7 @@ from flamingo_export.backends.tensorrt.builder import Task, build
 from flamingo_export.backends.tensorrt.estimate import GIB, available_memory, check_memory, estimate
 from flamingo_export.backends.tensorrt.library import Library
 from flamingo_export.errors import BackendError
+from flamingo_export.lowering.candidates import add_candidates
 from flamingo_export.lowering.lint import check_graph
 from flamingo_export.lowering.shapes import profiles
 from flamingo_export.lowering.tensorrt import lower, save_lowered
@@ -80,7 +81,7 @@ class TensorRTBackend:
         finished: Finished = lambda path, request: None,
     ) -> EngineRecord:
         """`build` with what `prepare` found; an engine that `finished` knows is not built again."""
-        trt, spec, limits = prepared.trt, spec_of(manifest, graph), manifest.limits
+        trt, spec, limits = prepared.trt, engine_spec(manifest, graph), manifest.limits
         compute = manifest.precision.storage
         lowered = lower(
             ir.load(bundle / graph.file),
@@ -88,6 +89,7 @@ class TensorRTBackend:
             capacity=limits.max_length,
             native_functions=self.native_functions,
         )
+        add_candidates(lowered, spec, banned=manifest.config.tokens.image)
         expected = check_graph(
             lowered, spec, compute=compute, capacity=limits.max_length, native_functions=self.native_functions
         )
