@@ -20,7 +20,12 @@ from flamingo_export.errors import BackendError, BundleError, InputError
 from flamingo_export.manifest import EngineRecord, GraphRecord, Manifest
 from flamingo_export.specs import SubgraphSpec, decoder_spec, subgraph_specs
 
-_KINDS: dict[str, np.dtype[Any]] = {"float": np.dtype(np.float32), "fp32": np.dtype(np.float32), "int64": np.dtype(np.int64), "bool": np.dtype(np.bool_)}
+_KINDS: dict[str, np.dtype[Any]] = {
+    "float": np.dtype(np.float32),
+    "fp32": np.dtype(np.float32),
+    "int64": np.dtype(np.int64),
+    "bool": np.dtype(np.bool_),
+}
 _INSTALL = "Install it: pip install onnxruntime"
 _INSTALL_CUDA = "Install it: pip install onnxruntime-gpu (instead of onnxruntime), with CUDA 13 and its driver"
 

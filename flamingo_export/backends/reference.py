@@ -28,7 +28,12 @@ if TYPE_CHECKING:
     from flamingo_reference.subgraphs import Subgraph
 
 _INSTALL = "Install it: pip install 'flamingo-export[torch]'"
-_KINDS: dict[str, np.dtype[Any]] = {"float": np.dtype(np.float32), "fp32": np.dtype(np.float32), "int64": np.dtype(np.int64), "bool": np.dtype(np.bool_)}
+_KINDS: dict[str, np.dtype[Any]] = {
+    "float": np.dtype(np.float32),
+    "fp32": np.dtype(np.float32),
+    "int64": np.dtype(np.int64),
+    "bool": np.dtype(np.bool_),
+}
 
 
 class ReferenceBackend:

@@ -84,9 +84,7 @@ def candidates_of(scores: Scores, banned: int, count: int) -> Candidates:
     top = without(scores, banned)
     rows, tokens = top_tokens(scores, count)
     values = scores[rows, tokens]
-    return Candidates(
-        ids=tokens.reshape(width, -1), values=values.reshape(width, -1), log_sum_exp=log_sum_exp(scores, top)
-    )
+    return Candidates(ids=tokens.reshape(width, -1), values=values.reshape(width, -1), log_sum_exp=log_sum_exp(scores, top))
 
 
 def without(logits: Logits, banned: int) -> Logits:

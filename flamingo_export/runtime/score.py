@@ -8,9 +8,9 @@ import numpy as np
 
 from flamingo_export.backends.base import Array, Session
 from flamingo_export.errors import CapacityError
+from flamingo_export.runtime.candidates import Candidates, Logits, Scores, log_sum_exp, run_decoder, without
 from flamingo_export.runtime.generator import Filled, Generator, Timings
 from flamingo_export.runtime.request import Prepared
-from flamingo_export.runtime.candidates import Candidates, Logits, Scores, log_sum_exp, run_decoder, without
 
 MAX_TOKENS_AT_ONCE = 512
 """Candidate tokens of one pass; more go in several, so that the logits [1, K, V] stay small."""
@@ -32,7 +32,9 @@ def score(generator: Generator, request: Prepared, candidates: Sequence[Sequence
         )
     at_once = min(MAX_TOKENS_AT_ONCE, *(generator.decoder.largest.get(size, MAX_TOKENS_AT_ONCE) for size in "SK"))
     if longest > generator.decoder.largest.get("S", longest):
-        raise CapacityError(f"a candidate of {longest + 1} tokens was given, the engine takes {at_once + 1}. Use shorter candidates.")
+        raise CapacityError(
+            f"a candidate of {longest + 1} tokens was given, the engine takes {at_once + 1}. Use shorter candidates."
+        )
     room = min(at_once, limits.max_length - prompt)
     groups = list(_groups(candidates, room))
     slots = prompt + max(sum(len(candidates[index]) - 1 for index in group) for group in groups)
