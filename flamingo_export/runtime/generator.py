@@ -53,8 +53,8 @@ class Timings:
 class Filled:
     """A batch whose prompts are in the cache, by cache row.
 
-    requests: index of the request in each row. scores: candidates [B, n] or logits [B, V] after each prompt. media_rows [B, 1] and phi [B] of its last position:
-    the medium that whatever follows looks at.
+    requests: index of the request in each row. scores: candidates [B, n] or logits [B, V] after each prompt. media_rows [B, 1] and phi [B] of
+    its last position: the medium that whatever follows looks at.
     """
 
     requests: Ints

@@ -68,7 +68,11 @@ class Model:
         self.config = manifest.config
         self.tokenizer = Tokenizer.open(bundle, self.config) if (bundle / TOKENIZER_FILE).is_file() else None
         self.engines = Engines.open(bundle, manifest, backend, options)
-        self.generator = Generator(self.engines, self.config, manifest.limits)
+        try:
+            self.generator = Generator(self.engines, self.config, manifest.limits)
+        except BaseException:
+            self.engines.close()
+            raise
 
     @overload
     def generate(self, prompt: Batch, *, batch_size: int = ..., **settings: Unpack[Settings]) -> list[Generation]: ...

@@ -171,9 +171,8 @@ class TensorRTBackend:
         """
         state, here = self.availability(), library.device()
         if not state.usable or here is None:
-            raise BackendError(
-                f"the engine of {graph.name} cannot be opened: {state.detail}. {state.remedy or 'Use --backend onnxruntime: the bundle has it too.'}"
-            )
+            advice = state.remedy or "Use --backend onnxruntime: the bundle has it too."
+            raise BackendError(f"the engine of {graph.name} cannot be opened: {state.detail}. {advice}")
         record = find_record(bundle, manifest, graph, self.name, here.target)
         trt = self._module or library.load(self._library)
         path = check_record(bundle, manifest, record, trt.__version__)
