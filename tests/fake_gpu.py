@@ -44,9 +44,7 @@ def install(monkeypatch: pytest.MonkeyPatch, home: Path) -> FakeGpu:
     return found
 
 
-def add_engines(
-    source: Path, bundle: Path, *, changes: Mapping[str, Mapping[str, Any]] | None = None, **limits: int
-) -> Path:
+def add_engines(source: Path, bundle: Path, *, changes: Mapping[str, Mapping[str, Any]] | None = None, **limits: int) -> Path:
     """A copy of a bundle with an engine for each graph, for the fake TensorRT. changes: graph -> what its file says otherwise."""
     shutil.copytree(source, bundle)
     manifest = read_manifest(bundle)
@@ -55,9 +53,7 @@ def add_engines(
     engines = []
     for graph in manifest.graphs:
         contract = contract_of(manifest, graph)
-        model = lower(
-            ir.load(bundle / graph.file), compute=compute, capacity=contract.capacity, native_functions=frozenset()
-        )
+        model = lower(ir.load(bundle / graph.file), compute=compute, capacity=contract.capacity, native_functions=frozenset())
         add_candidates(model, contract.spec, banned=manifest.config.tokens.image)
         lowered = bundle / f"{graph.name}.tensorrt-rtx.onnx"
         save_lowered(model, lowered)
@@ -70,7 +66,11 @@ def add_engines(
                 sha256=file.sha256, size=file.size, lowered=lowered.name, compute=compute,
             )
         )  # fmt: skip
-    listed = {record.path for record in manifest.files} | {engine.file for engine in engines} | {engine.lowered or "" for engine in engines}
+    listed = (
+        {record.path for record in manifest.files}
+        | {engine.file for engine in engines}
+        | {engine.lowered or "" for engine in engines}
+    )
     files = tuple(file_record(bundle, bundle / path) for path in sorted(listed))
     write_manifest(bundle, msgspec.structs.replace(manifest, engines=tuple(engines), files=files))
     return bundle

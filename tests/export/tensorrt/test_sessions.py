@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -100,7 +101,10 @@ def test_a_second_question_and_a_stream(both: Load):
     for asked in (first, second, second):
         found, expected = (model.generate(asked, beams=3, max_new_tokens=5) for model in (engines, host))
         same(found, expected)
-        assert (found.timings.reused_tokens, found.timings.media_reused) == (expected.timings.reused_tokens, expected.timings.media_reused)
+        assert (found.timings.reused_tokens, found.timings.media_reused) == (
+            expected.timings.reused_tokens,
+            expected.timings.media_reused,
+        )
 
 
 def test_videos_and_images_in_one_prompt(both: Load):
@@ -157,7 +161,9 @@ def test_a_step_is_one_graph_and_moves_few_bytes(both: Load, gpu):
     lm, capacity = engines.config.language_model, engines.manifest.limits.max_length
     for width in (1, 3):
         asked = request(80 + width, 30, 2)
-        stream = engines.generator.run(*prepared(engines, asked, width), )
+        stream = engines.generator.run(
+            *prepared(engines, asked, width),
+        )
         for _ in range(3):  # run, captured, launched
             next(stream)
         graphs, launches = gpu.cuda.graphs, gpu.cuda.calls["launch"]
@@ -167,7 +173,9 @@ def test_a_step_is_one_graph_and_moves_few_bytes(both: Load, gpu):
             next(stream)
         moved = gpu.cuda.crossed - before
         candidates = LIMITS["beams"] + 1
-        fed = width * (8 + 8 + 8 + 8 + capacity) + 8 + 8 + capacity * 8  # tokens, positions, phi, logit_positions, mask; rows, index, keys
+        fed = (
+            width * (8 + 8 + 8 + 8 + capacity) + 8 + 8 + capacity * 8
+        )  # tokens, positions, phi, logit_positions, mask; rows, index, keys
         assert moved["to device"] == steps * fed
         assert moved["to host"] == steps * width * (candidates * (4 + 8) + 4)
         assert moved["on device"] == 0
@@ -222,4 +230,5 @@ def test_closing_gives_everything_back(gpu, tiny_bundle, tmp_path):
         assert gpu.cuda.used
         assert gpu.cuda.graphs
     del model
+    gc.collect()
     assert (gpu.cuda.used, gpu.cuda.graphs) == (0, 0)
