@@ -93,7 +93,7 @@ def load_engine(
     with listening(trt, heard) as logger:
         runtime = trt.Runtime(logger)
         with path.open("rb") as file:
-            engine = runtime.deserialize_cuda_engine(_reader(trt, file))
+            engine = runtime.deserialize_cuda_engine(stream_reader(trt, file))
         if engine is None:
             said = first_error(heard)
             if _is_memory(said):
@@ -129,7 +129,7 @@ def _check_memory(lane: Lane, path: Path, record: EngineRecord) -> None:
         )
 
 
-def _reader(trt: ModuleType, file: Any) -> Any:
+def stream_reader(trt: ModuleType, file: Any) -> Any:
     """The file as TensorRT reads it, so that no copy of the whole engine lies in host memory."""
 
     class Reader(trt.IStreamReaderV2):  # type: ignore[misc, name-defined]
