@@ -64,9 +64,12 @@ def _first_usable(manifest: Manifest | None) -> Backend:
     refused = []
     for name in PREFERRED:
         if name in COMPILERS:
-            compiler = get_compiler(name)
-            if manifest is not None and compiler.fits(manifest):
-                return compiler
+            # Nothing of TensorRT is imported for a bundle without engines.
+            engines = manifest.engines if manifest is not None else ()
+            if manifest is not None and any(engine.backend == name for engine in engines):
+                compiler = get_compiler(name)
+                if compiler.fits(manifest):
+                    return compiler
             continue
         backend = _load(name)
         state = backend.availability()
