@@ -137,7 +137,9 @@ def test_the_graph_finds_what_the_host_finds(tmp_path: Path, dtype):
         outputs=(TensorSpec("logits", "float", ("B", "K", size)),),
     )
     x, y = (ir.Value(name=name, shape=ir.Shape(["B", "K", size]), type=ir.TensorType(kind)) for name in ("x", "logits"))
-    model = ir.Model(ir.Graph([x], [y], name="x", nodes=[ir.node("Identity", [x], outputs=[y])], opset_imports={"": 24}), ir_version=10)
+    model = ir.Model(
+        ir.Graph([x], [y], name="x", nodes=[ir.node("Identity", [x], outputs=[y])], opset_imports={"": 24}), ir_version=10
+    )
     contract = with_candidates(spec, count)
     assert [tensor.name for tensor in contract.outputs] == ["logits", TOP_VALUES, TOP_IDS, LOG_SUM_EXP]
     add_candidates(model, contract, banned=IMAGE)

@@ -12,7 +12,7 @@ import pytest
 from fake_gpu import FakeGpu, add_engines, install
 
 import flamingo_export
-from flamingo_export.errors import InputError
+from flamingo_export.errors import BackendError, InputError
 from flamingo_export.precision import Precision
 from flamingo_export.runtime.model import Model
 from flamingo_export.runtime.request import Request
@@ -232,3 +232,95 @@ def test_closing_gives_everything_back(gpu, tiny_bundle, tmp_path):
     del model
     gc.collect()
     assert (gpu.cuda.used, gpu.cuda.graphs) == (0, 0)
+
+
+def test_media_of_the_next_batch_are_encoded_meanwhile(both: Load, gpu):
+    """While steps run, and as far as rows are free: three rows, two of them in use, so one of the next two media comes early."""
+    engines, host = both(bank_rows=3)
+    requests = [request(120 + seed, 12, 2) for seed in range(4)]
+    found = engines.generate(requests, beams=3, max_new_tokens=6, batch_size=1)
+    expected = host.generate(requests, beams=3, max_new_tokens=6, batch_size=1)
+    for one, other in zip(found, expected, strict=True):
+        same(one, other)
+    assert [one.timings.media_encoded for one in expected] == [2, 2, 2, 2]
+    assert [one.timings.media_encoded for one in found] == [2, 1, 1, 1]
+
+
+def test_prefetching_neither_waits_nor_disturbs_the_stream_of_steps(both: Load, gpu):
+    engines, _ = both()
+    first, second = (prepared(engines, request(seed, 12, 2), 1) for seed in (130, 131))
+    steps = engines.generator.run(*first)
+    for _ in range(3):
+        next(steps)
+    waited, pinned = gpu.cuda.calls["synchronize"], dict(engines.generator.bank._pins)
+    upcoming = engines.generator.prefetch(second[0])
+    encoding = engines.engines.vision_encoder._lane.stream
+    next(upcoming)
+    assert gpu.cuda.calls["synchronize"] == waited
+    asked = len(gpu.cuda._streams[encoding].queue)
+    assert asked
+    next(steps)
+    assert len(gpu.cuda._streams[encoding].queue) == asked  # the step did not wait for it
+    assert engines.generator.bank._pins == pinned
+    steps.close()
+    upcoming.close()
+    with engines.generator.filled(second[0], 16, second[2]):
+        assert second[2].media_encoded < 2
+
+
+def test_tensors_on_the_device_are_fed_as_they_are(both: Load, gpu):
+    """Results of one session, and those of other libraries through DLPack."""
+    engines, host = both()
+    pixels = np.random.default_rng(0).normal(size=(2, 3, 24, 24)).astype(np.float32)
+    weights = np.eye(1, engines.config.resampler.num_time_embeddings, dtype=np.float32)
+    vision, resampler = engines.engines.vision_encoder, engines.engines.resampler
+    features = vision.compute({"pixels": pixels})["features"]
+    before = gpu.cuda.crossed["to device"]  # the fake copies when somebody waits, so the pixels are still to come
+    found = resampler.run({"features": features.reshape(2, 1, *features.shape[1:]), "time_weights": weights})["latents"]
+    expected_features = host.engines.vision_encoder.run({"pixels": pixels})["features"]
+    expected = host.engines.resampler.run({"features": expected_features[:, None], "time_weights": weights})["latents"]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert gpu.cuda.crossed["to device"] - before == pixels.nbytes + weights.nbytes
+
+    shaped = features.reshape(2, 1, *features.shape[1:])
+
+    class Foreign:
+        """Passes our capsule on, as another library's tensor would its own."""
+
+        shape, dtype = shaped.shape, shaped.dtype
+        __dlpack__, __dlpack_device__ = shaped.__dlpack__, shaped.__dlpack_device__
+
+    latents = resampler.run({"features": Foreign(), "time_weights": weights})["latents"]
+    np.testing.assert_allclose(latents, expected, atol=1e-5)
+    with pytest.raises(InputError, match="lies on a device, and this backend takes arrays of the host"):
+        host.engines.resampler.run({"features": shaped, "time_weights": weights})
+
+
+def test_feeds_that_do_not_fit_are_named(both: Load):
+    engines, _ = both()
+    engines.generate(request(140, 5, 1), beams=1, max_new_tokens=2)
+    decoder, vision = engines.engines.decoder, engines.engines.vision_encoder
+    ones = np.zeros((1, 1), np.int64)
+    feeds = {
+        "token_ids": ones, "positions": ones, "media_rows": ones, "phi": ones, "write_index": ones[0], "logit_positions": ones,
+        "mask": np.ones((1, 1, 1, 96), np.bool_), "key_positions": np.arange(96)[None],
+    }  # fmt: skip
+    decoder.run(feeds)
+    cache = np.zeros((1, 4, 96, 10), np.float32)
+    for wrong, words in (
+        ({"past_k.0": cache}, r"past_k\.0 is updated in place: bind a buffer"),
+        ({"token_ids": ones.astype(np.int32)}, "token_ids is int32, expected int64"),
+        ({"mask": np.ones((1, 1, 1, 90), np.bool_)}, r"key_positions has shape \(1, 96\)"),
+        ({"nonsense": ones}, "nonsense is not an input"),
+    ):
+        with pytest.raises(InputError, match=words):
+            decoder.run({**feeds, **wrong})
+    with pytest.raises(InputError, match="tokens is not an output"):
+        decoder.run(feeds, outputs=("tokens",))
+    with pytest.raises(InputError, match=r"F 5 were asked for, the engine takes F 1 to 4\. Build it with larger limits"):
+        vision.run({"pixels": np.zeros((5, 3, 24, 24), np.float32)})
+    with pytest.raises(InputError, match="allocate it with this session"):
+        decoder.bind("past_k.0", object())
+    vision.close()
+    with pytest.raises(BackendError, match="the session is closed"):
+        vision.run({"pixels": np.zeros((2, 3, 24, 24), np.float32)})
