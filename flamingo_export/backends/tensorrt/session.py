@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from flamingo_export.backends.base import Array, Buffer, Tensor, check_feeds
+from flamingo_export.backends.base import Array, Buffer, Tensor
+from flamingo_export.backends.tensorrt.calls import Call, Result, plan
 from flamingo_export.backends.tensorrt.contract import Contract
 from flamingo_export.backends.tensorrt.elements import Element, decode, encode
 from flamingo_export.backends.tensorrt.loading import Loaded, first_error
@@ -35,35 +36,6 @@ MAX_GRAPHS = 16
 CAPTURED = "decode"
 """The profile whose calls are captured: they are short, many, and alike."""
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """An output of a call."""
-
-    name: str
-    shape: tuple[int, ...]
-    element: Element
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.element.size
-
-
-@dataclass(frozen=True, kw_only=True)
-class Call:
-    """What feeds of one set of shapes amount to: profile, shapes of all inputs, those fed from the host, outputs, results that are wanted.
-
-    empty: no logits were wanted (K = 0). Engines give one at least, which nobody reads.
-    """
-
-    key: tuple[Any, ...]
-    profile: int
-    shapes: dict[str, tuple[int, ...]]
-    fed: tuple[str, ...]
-    outputs: tuple[Result, ...]
-    wanted: tuple[Result, ...]
-    empty: bool
 
 
 @dataclass(kw_only=True)
@@ -229,73 +201,8 @@ class TensorRTSession:
             self._check_open()
             if len(self._calls) > 256:  # prompts of ever new lengths must not fill memory
                 self._calls.clear()
-            known = self._calls[key] = self._new_call(key, feeds, wanted)
+            known = self._calls[key] = plan(self._contract, feeds, self._bound, wanted)
         return known
-
-    def _new_call(
-        self, key: tuple[Any, ...], feeds: Mapping[str, Array | DeviceTensor], wanted: Collection[str] | None
-    ) -> Call:
-        spec, contract = self.spec, self._contract
-        check_feeds(spec, feeds, self._bound)
-        faults = [
-            f"{name} is {value.element.name} on the device, expected {self._element(name).name}"
-            for name, value in feeds.items()
-            if isinstance(value, DeviceTensor) and value.element is not self._element(name)
-        ]
-        faults += [f"{name} is updated in place: bind a buffer to it" for name in feeds if name in self._alias_of]
-        unknown = set(wanted or ()) - {tensor.name for tensor in spec.outputs}
-        faults += [f"{name} is not an output" for name in sorted(unknown)]
-        if faults:
-            raise InputError(f"{spec.name}: " + "; ".join(faults))
-        shapes = {name: feeds[name].shape if name in feeds else self._bound[name].shape for name in self._inputs}
-        sizes: dict[str, int] = {}
-        for tensor in spec.inputs:
-            sizes.update(
-                (dim, size) for dim, size in zip(tensor.shape, shapes[tensor.name], strict=True) if isinstance(dim, str)
-            )
-        asked = dict(sizes)
-        empty = sizes.get("K") == 0
-        if empty:
-            sizes["K"] = 1
-            shapes = {
-                name: tuple(1 if dim == "K" else size for dim, size in zip(self._inputs[name].shape, shape, strict=True))
-                for name, shape in shapes.items()
-            }
-
-        def results(sizes: dict[str, int]) -> list[Result]:
-            return [
-                Result(name=tensor.name, shape=contract.shape(tensor, sizes), element=contract.element(tensor))
-                for tensor in spec.outputs
-                if tensor.name not in spec.aliases
-            ]
-
-        return Call(
-            key=key,
-            profile=self._profile(sizes),
-            shapes=shapes,
-            fed=tuple(name for name, value in feeds.items() if isinstance(value, np.ndarray)),
-            outputs=tuple(results(sizes)),
-            wanted=tuple(result for result in results(asked) if wanted is None or result.name in wanted),
-            empty=empty,
-        )
-
-    def _profile(self, sizes: dict[str, int]) -> int:
-        """The narrowest profile that has these sizes. Raises InputError."""
-        capacity = sizes.get("C", self._contract.capacity)
-        if capacity != self._contract.capacity:
-            raise InputError(
-                f"{self.spec.name}: caches of {capacity} slots, the engine was built for {self._contract.capacity} and no other number"
-            )
-        profiles = self._contract.profiles
-        for index in reversed(range(len(profiles))):
-            if all(bounds.least <= sizes[symbol] <= bounds.most for symbol, bounds in profiles[index].bounds.items()):
-                return index
-        bounds = " or ".join(
-            ", ".join(f"{symbol} {bounds.least} to {bounds.most}" for symbol, bounds in profile.bounds.items())
-            for profile in profiles
-        )
-        asked = ", ".join(f"{symbol} {sizes[symbol]}" for symbol in profiles[0].bounds)
-        raise InputError(f"{self.spec.name}: {asked} were asked for, the engine takes {bounds}. Build it with larger limits.")
 
     # Memory.
 
