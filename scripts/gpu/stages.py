@@ -247,7 +247,19 @@ def engines(backend: str) -> tuple[tuple[str, ...], ...]:
     commands: list[tuple[str, ...]] = [("doctor", "--json")]
     for storage in ("fp32", "fp16"):
         bundle = f"BUNDLE.{storage}"
-        build_it = ("build", "--size", "nano", "--precision", storage, "--backend", backend, "--parity", "skip", "--out", bundle)
+        build_it = (
+            "build",
+            "--size",
+            "nano",
+            "--precision",
+            storage,
+            "--backend",
+            backend,
+            "--parity",
+            "skip",
+            "--out",
+            bundle,
+        )
         generate = ("generate", bundle, "--image", "PICTURE", "--backend", backend, "--json")
         commands += [
             build_it,

@@ -73,11 +73,14 @@ class TensorRTBackend:
         return Availability(usable=True, detail=f"{which.title} on a GPU of {here.target}")
 
     def fits(self, manifest: Manifest) -> bool:
-        """Whether a bundle has an engine of each graph for this machine's GPU and this library's version."""
+        """Whether a bundle has an engine of each graph for this machine's GPU and this library's version, and they can be run here."""
         here = library.device()
         if here is None or not self.availability().usable:
             return False
-        version = (self._module or library.load(self._library)).__version__
+        try:
+            version = (self._module or library.load(self._library)).__version__
+        except BackendError:  # installed, but it does not load: doctor says why
+            return False
         ours = {
             record.graph
             for record in manifest.engines

@@ -12,7 +12,7 @@ from types import ModuleType
 MEMBERS: dict[str, tuple[str, ...]] = {
     "Builder": ("create_network", "create_builder_config", "create_optimization_profile", "build_serialized_network_to_stream"),
     "IBuilderConfig": (
-        "add_optimization_profile", "clear_flag", "create_timing_cache", "get_timing_cache", "set_timing_cache",
+        "add_optimization_profile", "clear_flag", "create_timing_cache", "get_timing_cache", "set_flag", "set_timing_cache",
         "profiling_verbosity", "progress_monitor",
     ),
     "IConstantLayer": ("weights",),
@@ -47,6 +47,7 @@ MEMBERS: dict[str, tuple[str, ...]] = {
 # Names of TensorRT for RTX that the datacenter bindings lack; the reverse is never used, since one body serves both.
 RTX_ONLY = frozenset(
     {
+        "BuilderFlag.REQUIRE_USER_ALLOCATION",
         "ComputeCapability",
         "DynamicShapesKernelSpecializationStrategy",
         "DynamicShapesKernelSpecializationStrategy.EAGER",

@@ -51,7 +51,15 @@ def test_auto_takes_engines_that_fit(bundle, tiny_bundle, monkeypatch):
             assert model.backend.name == name
     assert availability()["tensorrt-rtx"].detail == "TensorRT for RTX on a GPU of sm89"
     assert get_backend("auto").name == "onnxruntime"
-    monkeypatch.setattr(library, "device", lambda: library.Device(target="sm120"))
+    with monkeypatch.context() as patched:
+        patched.setattr(library, "device", lambda: library.Device(target="sm120"))
+        with flamingo_export.load(bundle) as model:
+            assert model.backend.name == "onnxruntime"
+
+    def broken(which):
+        raise BackendError("it does not load")
+
+    monkeypatch.setattr(library, "load", broken)
     with flamingo_export.load(bundle) as model:
         assert model.backend.name == "onnxruntime"
 
