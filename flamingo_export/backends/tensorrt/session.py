@@ -110,13 +110,13 @@ class TensorRTSession:
         taken = self._taken(feeds)
         call = self._call(taken, outputs)
         self._fill(call, taken)
-        given = self._addresses(call, taken, {result.name: self._result(result)[1].address for result in call.outputs})
+        outputs_at = {result.name: self._result(result)[1].address for result in call.outputs}
         with listening(self._loaded.trt, heard := Heard()):
             if call.profile == self._captured_profile and len(call.fed) == len(taken) and not call.empty:
-                self._step(call, given, heard)
+                self._step(call, taken, outputs_at, heard)
             else:
                 context = self._context(call.profile)
-                self._set(context, call, given, heard)
+                self._set(context, call, self._addresses(taken, outputs_at), heard)
                 self._perform(context, call, heard)
         if call.empty:
             self._in_flight = True
@@ -136,7 +136,7 @@ class TensorRTSession:
         call = self._call(taken, ())
         self._fill(call, taken)
         tensors = {result.name: DeviceTensor.empty(self._lane, result.shape, result.element) for result in call.outputs}
-        given = self._addresses(call, taken, {name: tensor.address for name, tensor in tensors.items()})
+        given = self._addresses(taken, {name: tensor.address for name, tensor in tensors.items()})
         with listening(self._loaded.trt, heard := Heard()):
             context = self._context(call.profile)
             self._set(context, call, given, heard)
@@ -230,7 +230,7 @@ class TensorRTSession:
             held = self._results[result.name] = (Pinned(self._cuda, size), Memory(self._lane, size))
         return held
 
-    def _addresses(self, call: Call, feeds: Mapping[str, Array | DeviceTensor], outputs: dict[str, int]) -> dict[str, int]:
+    def _addresses(self, feeds: Mapping[str, Array | DeviceTensor], outputs: dict[str, int]) -> dict[str, int]:
         """Where each input and output lies. A tensor of another lane is waited for."""
         found = dict(outputs)
         for name in self._inputs:
@@ -293,13 +293,13 @@ class TensorRTSession:
                 pinned, memory = self._results[result.name]
                 cuda.copy(pinned.address, memory.address, result.nbytes, "to host", stream)
 
-    def _step(self, call: Call, addresses: dict[str, int], heard: Heard) -> None:
+    def _step(self, call: Call, feeds: Mapping[str, Array | DeviceTensor], outputs: dict[str, int], heard: Heard) -> None:
         """A call that comes again and again: run the first time, which TensorRT wants before a capture, captured the second, then launched."""
         step = self._steps.get(call.key)
         if step is None:
             self._make_room()
             step = Step(context=self._loaded.context(call.profile, captured=True))
-            self._set(step.context, call, addresses, heard)
+            self._set(step.context, call, self._addresses(feeds, outputs), heard)
             self._perform(step.context, call, heard)
             self._steps[call.key] = step
             return
