@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,11 +10,13 @@ from flamingo_export.progress import SILENT, Progress
 
 if TYPE_CHECKING:
     from flamingo_export.build_request import ParityMode, Source
-    from flamingo_export.manifest import ShapeLimits
+    from flamingo_export.manifest import Manifest, ShapeLimits
     from flamingo_export.pipeline import BuildResult
     from flamingo_export.precision import StorageType
     from flamingo_export.runtime.model import Model
     from flamingo_reference.model import Flamingo
+
+_log = logging.getLogger(__name__)
 
 
 def build(
@@ -72,22 +75,52 @@ def refit(
     return pipeline.build(request, progress=progress)
 
 
-def load(bundle: Path | str, *, backend: str = "auto", device: str = "cpu", threads: int = 0) -> Model:
+def load(
+    bundle: Path | str, *, backend: str = "auto", device: str = "cpu", threads: int = 0, fallback: str | None = None
+) -> Model:
     """Opens a bundle to generate text with: `load("nano.bundle").generate("<image>Output:", images=["a.png"])`.
 
-    backend: a name of `backends.registry.BACKEND_NAMES`, or `auto` for the best that can run here. device: `cpu` or `cuda`.
-    threads: 0 takes the physical cores. PyTorch is not needed.
+    backend: a name of `backends.registry.BACKEND_NAMES`, or `auto`: TensorRT where an engine in the bundle fits this machine,
+    else ONNX Runtime. device: `cpu` or `cuda`, for ONNX Runtime. threads: 0 takes the physical cores. PyTorch is not needed.
+    fallback: a backend to go on with where the other one cannot run the bundle, which is logged as a warning.
 
-    Raises BundleError (incomplete, damaged, of a newer schema), BackendError (unknown or not installed, device missing).
+    Raises BundleError (incomplete, damaged, of a newer schema), BackendError (unknown or not installed, device missing, an engine that
+    does not fit this machine).
     """
     from flamingo_export.artifacts import open_bundle
     from flamingo_export.backends.base import SessionOptions
     from flamingo_export.backends.registry import get_backend
+    from flamingo_export.errors import BackendError
     from flamingo_export.runtime.model import Model
 
     path = Path(bundle)
     manifest = open_bundle(path)
-    return Model(path, manifest, get_backend(backend), SessionOptions(threads=threads, device=device))
+    options = SessionOptions(threads=threads, device=device)
+    try:
+        return Model(path, manifest, get_backend(backend, manifest), options)
+    except BackendError as error:
+        if fallback is None:
+            raise
+        other = get_backend(fallback, manifest)
+        _check_memory(manifest, fallback, error)
+        _log.warning("going on with %s: %s", other.name, error)
+        return Model(path, manifest, other, options)
+
+
+def _check_memory(manifest: Manifest, fallback: str, refusal: Exception) -> None:
+    """Raises BackendError if the portable graphs, whose weights are widened to fp32, do not fit in memory."""
+    import psutil
+
+    from flamingo_export.errors import BackendError
+    from flamingo_export.precision import BYTES_PER_WEIGHT
+
+    stored = sum(file.size for file in manifest.files if file.path.startswith("weights/"))
+    needed = stored * BYTES_PER_WEIGHT["fp32"] // BYTES_PER_WEIGHT[manifest.precision.storage]
+    available = psutil.virtual_memory().available
+    if needed > available:
+        raise BackendError(
+            f"{refusal} --fallback {fallback} would take about {needed / 2**30:.1f} GiB of memory, {available / 2**30:.1f} GiB are available."
+        ) from refusal
 
 
 def _source(model: Path | str | Flamingo | Source, tokenizer: Path | None) -> Source:

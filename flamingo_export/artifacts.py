@@ -98,7 +98,7 @@ def _unlisted(bundle: Path, listed: set[str]) -> list[str]:
 
 def verify(bundle: Path, manifest: Manifest, *, cache: Path | None = None, progress: Progress = SILENT) -> Verification:
     """Checks the files of a bundle against its manifest. cache: folder of notes, None takes the user's. Raises BundleError as above."""
-    notes = (cache or cache_folder()) / f"{hashlib.sha256(os.fsencode(bundle.resolve())).hexdigest()}.json"
+    notes = _notes_file(bundle, cache)
     earlier = _read_notes(notes)
     faults: list[str] = []
     verified: dict[str, _Mark] = {}
@@ -130,6 +130,19 @@ def verify(bundle: Path, manifest: Manifest, *, cache: Path | None = None, progr
     if faults:
         raise BundleError(f"{bundle} is damaged: {'; '.join(faults)}. Build it again, or copy it again from where it came.")
     return Verification(computed=tuple(record.path for record in unknown), known=known)
+
+
+def is_intact(bundle: Path, record: FileRecord) -> bool:
+    """Whether a file of the bundle is as recorded. One that was verified and has not changed since is not read again."""
+    found = _mark(bundle, record)
+    if isinstance(found, str):
+        return False
+    known = _read_notes(_notes_file(bundle)).get(record.path) == found
+    return known or file_record(bundle, bundle / record.path).sha256 == record.sha256
+
+
+def _notes_file(bundle: Path, cache: Path | None = None) -> Path:
+    return (cache or cache_folder()) / f"{hashlib.sha256(os.fsencode(bundle.resolve())).hexdigest()}.json"
 
 
 def cache_folder() -> Path:

@@ -10,7 +10,8 @@ Graph builders declare exactly these, the reference's subgraphs take exactly the
                                                                K positions whose logits are wanted, M media of a request
                                                                (key_positions only where attention depends on distances)
 
-Ids, rows and indices are int64, the mask is bool, the rest is floating point of the graph's compute type.
+Ids, rows and indices are int64, the mask is bool, the rest is floating point of the graph's compute type ("fp32": of that type whatever
+the graph computes in).
 """
 
 from __future__ import annotations
@@ -22,9 +23,13 @@ import msgspec
 
 from flamingo_reference.config import ModelConfig
 
-ElementKind = Literal["float", "int64", "bool"]
+ElementKind = Literal["float", "fp32", "int64", "bool"]
 Dim = int | str
 """A fixed size, or the one-letter name of a size that varies from call to call."""
+
+TOP_VALUES, TOP_IDS, LOG_SUM_EXP = "top_values", "top_ids", "log_sum_exp"
+"""Outputs of a decoder that finds the best tokens itself, beside its logits: fp32 and int64 [B, K, n], best first, and fp32 [B, K].
+`<image>` is left out of all of them."""
 
 SUBGRAPHS = ("vision_encoder", "resampler", "media_kv", "decoder")
 

@@ -27,6 +27,7 @@ WHEELS = {
     "rtx": ("tensorrt_rtx_cu13_bindings==1.7.1.116", "tensorrt_rtx_cu13_libs==1.7.1.116"),
     "lean": ("tensorrt_lean_cu13_bindings==11.4.0.106", "tensorrt_lean_cu13_libs==11.4.0.106"),
     "datacenter-bindings": ("tensorrt_cu13_bindings==11.4.0.106",),
+    "cuda": ("cuda_bindings==13.5.0", "cuda_pathfinder==1.9.0"),
 }
 _INSTALL_SECONDS = 300
 
@@ -39,6 +40,11 @@ def rtx() -> ModuleType:
 def lean() -> ModuleType:
     """The module `tensorrt_lean_bindings`, or a skip. Never create its `Runtime` without a driver: it crashes."""
     return _module("lean", "tensorrt_lean_bindings")
+
+
+def cuda() -> ModuleType:
+    """cuda-python's `cuda.bindings.runtime`, or a skip. It imports without a driver; each call then says that there is none."""
+    return _module("cuda", "cuda.bindings.runtime")
 
 
 def folder(name: str) -> Path:

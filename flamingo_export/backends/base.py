@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import msgspec
@@ -14,6 +16,30 @@ from flamingo_export.manifest import EngineRecord, GraphRecord, Manifest
 from flamingo_export.specs import SubgraphSpec
 
 Array = npt.NDArray[Any]
+
+
+class DeviceArray(Protocol):
+    """A tensor in a backend's memory, handed on without passing through the host; others take it through DLPack."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the elements; those of bf16, which numpy does not have, as uint16."""
+
+    def reshape(self, *shape: int) -> DeviceArray:
+        """The same memory in another shape."""
+
+    def __getitem__(self, index: int) -> DeviceArray:
+        """A row of the first axis, sharing memory."""
+
+    def __dlpack__(self, *, stream: int | None = None) -> Any: ...
+
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+
+
+Tensor = Array | DeviceArray
 
 
 class Availability(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,8 +64,11 @@ class Buffer(Protocol):
     @property
     def shape(self) -> tuple[int, ...]: ...
 
-    def write(self, index: int, value: Array) -> None:
-        """Copies `value` [...] into row `index` of the first axis."""
+    def write(self, index: int, value: Tensor) -> None:
+        """Copies `value` [...] into row `index` of the first axis. It may still be under way when this returns, until `publish`."""
+
+    def publish(self) -> None:
+        """Runs that start from now on see all that was written."""
 
     def read(self) -> Array:
         """A copy on the host."""
@@ -61,17 +90,29 @@ class Session(Protocol):
     @property
     def spec(self) -> SubgraphSpec: ...
 
+    @property
+    def largest(self) -> Mapping[str, int]:
+        """Sizes that it cannot go beyond, by their letters; C, if there, is the one capacity that caches have. Empty: no bounds."""
+
+    @property
+    def asynchronous(self) -> bool:
+        """Whether `compute` and `Buffer.write` return before the work is done, so that it overlaps with other sessions'."""
+
     def allocate(self, name: str, shape: tuple[int, ...]) -> Buffer:
         """A zeroed buffer fit for input `name`."""
 
     def bind(self, name: str, buffer: Buffer) -> None:
         """From now on input `name` reads (and an output that aliases it writes) this buffer."""
 
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    def run(self, feeds: Mapping[str, Tensor], outputs: Collection[str] | None = None) -> dict[str, Array]:
         """Runs once and returns the outputs that are not bound, as arrays of the host that the caller owns.
 
-        Raises InputError naming inputs that are missing, unknown or of another shape or dtype than the contract.
+        outputs: those that are wanted; None: all. Floats come in float32.
+        Raises InputError naming inputs that are missing, unknown or of another shape or dtype than the contract, or sizes beyond `largest`.
         """
+
+    def compute(self, feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """As `run`, the results left where the backend has them, for other sessions of the same backend and for buffers."""
 
     def close(self) -> None:
         """Frees the session's memory; bound buffers stay valid."""
@@ -95,7 +136,30 @@ class Backend(Protocol):
     def open(self, bundle: Path, manifest: Manifest, graph: GraphRecord, options: SessionOptions) -> Session: ...
 
 
-def check_feeds(spec: SubgraphSpec, feeds: Mapping[str, Array], bound: Mapping[str, Buffer]) -> None:
+class HostSession(ABC):
+    """What sessions whose tensors lie in host memory have in common."""
+
+    largest: Mapping[str, int] = MappingProxyType({})
+    asynchronous = False
+
+    @abstractmethod
+    def run(self, feeds: Mapping[str, Tensor], outputs: Collection[str] | None = None) -> dict[str, Array]: ...
+
+    def compute(self, feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """`run`: the host is where the results are."""
+        return self.run(feeds)
+
+
+def on_host(name: str, value: Tensor) -> Array:
+    """A tensor as an array of the host, which it must be already. Raises InputError."""
+    from flamingo_export.errors import InputError
+
+    if not isinstance(value, np.ndarray):
+        raise InputError(f"{name} lies on a device, and this backend takes arrays of the host. Read it back first.")
+    return value
+
+
+def check_feeds(spec: SubgraphSpec, feeds: Mapping[str, Tensor], bound: Mapping[str, Buffer]) -> None:
     """Raises InputError unless feeds and bound buffers together are exactly the inputs of `spec`, sizes agreeing."""
     from flamingo_export.errors import InputError
 

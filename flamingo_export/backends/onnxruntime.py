@@ -8,19 +8,24 @@ device and back at each call, which is right but slow: TensorRT is the backend f
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from flamingo_export.backends.base import Array, Availability, Buffer, SessionOptions, check_feeds
+from flamingo_export.backends.base import Array, Availability, Buffer, HostSession, SessionOptions, Tensor, check_feeds, on_host
 from flamingo_export.backends.memory import release
 from flamingo_export.errors import BackendError, BundleError, InputError
 from flamingo_export.manifest import EngineRecord, GraphRecord, Manifest
 from flamingo_export.specs import SubgraphSpec, decoder_spec, subgraph_specs
 
-_KINDS: dict[str, np.dtype[Any]] = {"float": np.dtype(np.float32), "int64": np.dtype(np.int64), "bool": np.dtype(np.bool_)}
+_KINDS: dict[str, np.dtype[Any]] = {
+    "float": np.dtype(np.float32),
+    "fp32": np.dtype(np.float32),
+    "int64": np.dtype(np.int64),
+    "bool": np.dtype(np.bool_),
+}
 _INSTALL = "Install it: pip install onnxruntime"
 _INSTALL_CUDA = "Install it: pip install onnxruntime-gpu (instead of onnxruntime), with CUDA 13 and its driver"
 
@@ -134,9 +139,12 @@ class HostBuffer:
     def shape(self) -> tuple[int, ...]:
         return self.array.shape
 
-    def write(self, index: int, value: Array) -> None:
+    def write(self, index: int, value: Tensor) -> None:
         """Copies `value` into row `index`."""
-        self.array[index] = value
+        self.array[index] = on_host("the value", value)
+
+    def publish(self) -> None:
+        """Nothing: what was written is there."""
 
     def read(self) -> Array:
         """A copy."""
@@ -157,7 +165,7 @@ class HostBuffer:
         return self._views[count]
 
 
-class OnnxRuntimeSession:
+class OnnxRuntimeSession(HostSession):
     """One opened graph. What does not change from call to call stays bound; feeds are copied into inputs bound once per shape."""
 
     def __init__(self, session: Any, spec: SubgraphSpec) -> None:
@@ -196,16 +204,17 @@ class OnnxRuntimeSession:
         self._bound[name] = buffer
         self._checked.clear()
 
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    def run(self, feeds: Mapping[str, Tensor], outputs: Collection[str] | None = None) -> dict[str, Array]:
         """Outputs that are not bound, as fresh arrays. Raises InputError for feeds that break the contract, BackendError if running fails."""
-        outputs = self._outputs_for(feeds)
-        for name, value in feeds.items():
+        given = {name: on_host(name, value) for name, value in feeds.items()}
+        results_of = self._outputs_for(given)
+        for name, value in given.items():
             held = self._feeds.get(name)
             if held is None or held.shape != value.shape:
                 held = self._hold(name, value)
             np.copyto(held, value)
         results = {}
-        for name, shape, dtype in outputs:
+        for name, shape, dtype in results_of:
             array = results[name] = np.empty(shape, dtype)
             self._binding.bind_ortvalue_output(name, _ort_value(array))
         try:
@@ -215,7 +224,7 @@ class OnnxRuntimeSession:
                 raise
             advice = _MEMORY_ADVICE if _is_memory(error) else "The bundle may be damaged: flamingo-export parity checks it."
             raise BackendError(f"{self._spec.name} failed in onnxruntime: {_first_line(error)}. {advice}") from error
-        return results
+        return results if outputs is None else {name: results[name] for name in outputs}
 
     def close(self) -> None:
         """Frees graph and weights; buffers stay valid."""

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flamingo_export.backends.base import Array, Availability, Buffer, SessionOptions, check_feeds
+from flamingo_export.backends.base import Array, Availability, Buffer, HostSession, SessionOptions, check_feeds, on_host
+from flamingo_export.backends.base import Tensor as HostOrDevice
 from flamingo_export.errors import BackendError, CheckpointError, InputError
 from flamingo_export.manifest import EngineRecord, GraphRecord, Manifest
 from flamingo_export.origin import find_origin
@@ -28,7 +29,12 @@ if TYPE_CHECKING:
     from flamingo_reference.subgraphs import Subgraph
 
 _INSTALL = "Install it: pip install 'flamingo-export[torch]'"
-_KINDS: dict[str, np.dtype[Any]] = {"float": np.dtype(np.float32), "int64": np.dtype(np.int64), "bool": np.dtype(np.bool_)}
+_KINDS: dict[str, np.dtype[Any]] = {
+    "float": np.dtype(np.float32),
+    "fp32": np.dtype(np.float32),
+    "int64": np.dtype(np.int64),
+    "bool": np.dtype(np.bool_),
+}
 
 
 class ReferenceBackend:
@@ -96,9 +102,12 @@ class TorchBuffer:
     def shape(self) -> tuple[int, ...]:
         return tuple(self.tensor.shape)
 
-    def write(self, index: int, value: Array) -> None:
+    def write(self, index: int, value: HostOrDevice) -> None:
         """Copies `value` into row `index`."""
-        self.tensor.numpy()[index] = value
+        self.tensor.numpy()[index] = on_host("the value", value)
+
+    def publish(self) -> None:
+        """Nothing: what was written is there."""
 
     def read(self) -> Array:
         """A copy."""
@@ -115,7 +124,7 @@ class TorchBuffer:
         return TorchBuffer(self.tensor[:count])
 
 
-class ReferenceSession:
+class ReferenceSession(HostSession):
     """One subgraph's module. Caches are written in place, as the graphs write them."""
 
     def __init__(self, module: Subgraph, spec: SubgraphSpec) -> None:
@@ -143,7 +152,7 @@ class ReferenceSession:
             raise InputError(f"{self._spec.name}: {name} is not an input")
         self._bound[name] = buffer
 
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    def run(self, feeds: Mapping[str, HostOrDevice], outputs: Collection[str] | None = None) -> dict[str, Array]:
         """Outputs that are not bound. Raises InputError for feeds that break the contract or do not fit the cache."""
         import torch
 
@@ -154,7 +163,7 @@ class ReferenceSession:
         for tensor in self._spec.inputs:
             if tensor.name in feeds:
                 # Copied: what is fed belongs to the caller, and the decoder writes into its caches.
-                tensors[tensor.name] = torch.from_numpy(np.array(feeds[tensor.name], _KINDS[tensor.kind]))
+                tensors[tensor.name] = torch.from_numpy(np.array(on_host(tensor.name, feeds[tensor.name]), _KINDS[tensor.kind]))
             else:
                 tensors[tensor.name] = self._bound[tensor.name].tensor
         try:
@@ -163,7 +172,9 @@ class ReferenceSession:
         except ValueError as error:
             raise InputError(f"{self._spec.name}: {error}") from error
         return {
-            name: np.array(value.numpy()) for name, value in results.items() if self._spec.aliases.get(name) not in self._bound
+            name: np.array(value.numpy())
+            for name, value in results.items()
+            if self._spec.aliases.get(name) not in self._bound and (outputs is None or name in outputs)
         }
 
     def close(self) -> None:

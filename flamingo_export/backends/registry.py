@@ -11,6 +11,7 @@ from flamingo_export.errors import BackendError
 
 if TYPE_CHECKING:
     from flamingo_export.backends.tensorrt.backend import TensorRTBackend
+    from flamingo_export.manifest import Manifest
 
 _BACKENDS = MappingProxyType(
     {
@@ -21,17 +22,17 @@ _BACKENDS = MappingProxyType(
 COMPILERS = ("tensorrt-rtx", "tensorrt")
 """Backends that compile engines into a bundle."""
 BACKEND_NAMES = (*_BACKENDS, *COMPILERS)
-PREFERRED = ("onnxruntime",)
+PREFERRED = ("tensorrt", "tensorrt-rtx", "onnxruntime")
 """What `auto` tries, best first. The reference is never chosen by itself: it is there to be compared with."""
 
 
-def get_backend(name: str) -> Backend:
-    """The backend of that name; `auto` is the first of PREFERRED that can run here.
+def get_backend(name: str, manifest: Manifest | None = None) -> Backend:
+    """The backend of that name; `auto` is the first of PREFERRED that can run here, TensorRT only for a bundle with engines that fit.
 
-    Raises BackendError if there is no such backend, or it cannot run here (with what to install).
+    manifest: of the bundle that is to be run. Raises BackendError if there is no such backend, or it cannot run here (with what to install).
     """
     if name == "auto":
-        return _first_usable()
+        return _first_usable(manifest)
     if name not in BACKEND_NAMES:
         raise BackendError(f"there is no backend {name!r}. Choose one of: auto, {', '.join(BACKEND_NAMES)}.")
     backend = _load(name)
@@ -59,9 +60,17 @@ def availability() -> dict[str, Availability]:
     return {name: _load(name).availability() for name in BACKEND_NAMES}
 
 
-def _first_usable() -> Backend:
+def _first_usable(manifest: Manifest | None) -> Backend:
     refused = []
     for name in PREFERRED:
+        if name in COMPILERS:
+            # Nothing of TensorRT is imported for a bundle without engines.
+            engines = manifest.engines if manifest is not None else ()
+            if manifest is not None and any(engine.backend == name for engine in engines):
+                compiler = get_compiler(name)
+                if compiler.fits(manifest):
+                    return compiler
+            continue
         backend = _load(name)
         state = backend.availability()
         if state.usable:

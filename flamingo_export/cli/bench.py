@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 import typer
 
-from flamingo_export.cli.options import AsJson, BackendName, Device, Threads
+from flamingo_export.cli.options import AsJson, BackendName, Device, Fallback, Threads
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -64,6 +64,7 @@ def bench(
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=2, help="Tokens to generate at most.")] = 24,
     repeat: Annotated[int, typer.Option("--repeat", min=1, help="Repetitions; medians are shown.")] = 5,
     backend: BackendName = "auto",
+    fallback: Fallback = None,
     device: Device = "cpu",
     threads: Threads = 0,
     as_json: AsJson = False,
@@ -73,7 +74,7 @@ def bench(
     from flamingo_export.cli.output import print_json, waiting
 
     started = time.perf_counter()
-    with opened(bundle, backend, device, threads) as model:
+    with opened(bundle, backend, device, threads, fallback) as model:
         loaded = time.perf_counter() - started
         length = prompt_tokens or min(256, model.manifest.limits.max_length // 2)
         if length < images + _QUESTION_TOKENS + 1:

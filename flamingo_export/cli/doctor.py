@@ -143,7 +143,24 @@ def _engine_tasks(tensorrt: list[Finding], gpus: list[Gpu]) -> list[Finding]:
             detail=f"needs {', '.join(lacking)}" if lacking else "everything is there (not tested by this project so far)",
             remedy=next((each.remedy for each in (datacenter, plugin) if not each.found), None),
         ),
-        Finding(name="run engines", found=False, detail="not in this version, whatever is installed"),
+        *_running(),
+    ]
+
+
+def _running() -> list[Finding]:
+    """Whether engines of a bundle run here: the backends know."""
+    from flamingo_export.backends.registry import COMPILERS, get_compiler
+    from flamingo_export.cli.machine import Finding
+
+    states = {name: get_compiler(name).availability() for name in COMPILERS}
+    return [
+        Finding(
+            name=f"run engines (--backend {name})",
+            found=state.usable,
+            detail=f"{state.detail} (not tested by this project so far)" if state.usable else state.detail,
+            remedy=state.remedy,
+        )
+        for name, state in states.items()
     ]
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flamingo_export.cli.options import AsJson, BackendName, Device, Frames, Images, Shots, TextOnly, Threads, Videos
+from flamingo_export.cli.options import AsJson, BackendName, Device, Fallback, Frames, Images, Shots, TextOnly, Threads, Videos
 
 if TYPE_CHECKING:
     from flamingo_export.runtime.model import Generation, Model
@@ -55,6 +55,7 @@ def generate(
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed of sampling.", show_default=False)] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print text as soon as it is certain.")] = False,
     backend: BackendName = "auto",
+    fallback: Fallback = None,
     device: Device = "cpu",
     threads: Threads = 0,
     as_json: AsJson = False,
@@ -96,7 +97,7 @@ def generate(
         GenerateOptions(**settings).check_values()
     except InputError as error:
         raise typer.BadParameter(str(error).replace("_", "-")) from None
-    with opened(bundle, backend, device, threads) as model:
+    with opened(bundle, backend, device, threads, fallback) as model:
         result = _streamed(model, request, settings) if stream else model.generate(request, **settings)
         _print(result, request, streamed=stream, as_json=as_json)
 

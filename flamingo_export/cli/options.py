@@ -40,7 +40,18 @@ Shots = Annotated[
     Path | None,
     typer.Option("--shots", metavar="FILE", help="Examples to show first, JSON lines (docs/prompts.md).", show_default=False),
 ]
-BackendName = Annotated[str, typer.Option("--backend", help="What runs the graphs: auto or onnxruntime.")]
+BackendName = Annotated[
+    str, typer.Option("--backend", help="What runs the graphs: auto, onnxruntime, tensorrt-rtx or tensorrt.")
+]
+Fallback = Annotated[
+    str | None,
+    typer.Option(
+        "--fallback",
+        metavar="BACKEND",
+        help="Go on with this one (onnxruntime) where the engines do not fit.",
+        show_default=False,
+    ),
+]
 Threads = Annotated[int, typer.Option("--threads", min=0, help="Threads of the backend; 0 lets it choose.")]
 TextOnly = Annotated[
     bool, typer.Option("--text-only", help="Leave the shots' images out: with two shots, the paper's zero-shot prompt.")
@@ -126,13 +137,14 @@ def media_as_typed(
 
 
 @contextmanager
-def opened(bundle: Path, backend: str, device: str, threads: int) -> Iterator[Model]:
+def opened(bundle: Path, backend: str, device: str, threads: int, fallback: str | None = None) -> Iterator[Model]:
     """The bundle's model, with a spinner while it loads."""
     from flamingo_export import api
-    from flamingo_export.cli.output import waiting
+    from flamingo_export.cli.output import log_to_stderr, waiting
 
+    log_to_stderr()
     with waiting(f"loading {bundle}"):
-        model = api.load(bundle, backend=backend, device=device, threads=threads)
+        model = api.load(bundle, backend=backend, device=device, threads=threads, fallback=fallback)
     with model:
         yield model
 

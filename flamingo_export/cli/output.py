@@ -30,6 +30,18 @@ def remarks() -> Console:
     return Console(file=sys.stderr, highlight=False, soft_wrap=True)
 
 
+def log_to_stderr() -> None:
+    """From now on warnings of this package (another backend than asked for, steps that are not captured) are lines on stderr."""
+    import logging
+
+    log = logging.getLogger("flamingo_export")
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("flamingo-export: %(message)s"))
+    log.addHandler(handler)
+
+
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
     """A spinner on stderr while something takes its time; nothing where stderr is no terminal."""

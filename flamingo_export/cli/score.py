@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flamingo_export.cli.options import AsJson, BackendName, Device, Frames, Images, Shots, TextOnly, Threads, Videos
+from flamingo_export.cli.options import AsJson, BackendName, Device, Fallback, Frames, Images, Shots, TextOnly, Threads, Videos
 
 
 def score(
@@ -30,6 +30,7 @@ def score(
     frames: Frames = None,
     end: Annotated[bool, typer.Option("--end/--open", help="Score that the answer ends there (<EOC>), or may go on.")] = True,
     backend: BackendName = "auto",
+    fallback: Fallback = None,
     device: Device = "cpu",
     threads: Threads = 0,
     as_json: AsJson = False,
@@ -49,7 +50,7 @@ def score(
         )
     media = media_as_typed(ctx, images, videos, frames)
     request = formatted(bundle, media=media, prompt=prompt, question=question, shots=shots, text_only=text_only)
-    with opened(bundle, backend, device, threads) as model:
+    with opened(bundle, backend, device, threads, fallback) as model:
         scores = model.score(request, [answer + "<EOC>" if end else answer for answer in answers])
     ranked = sorted(zip(answers, scores, strict=True), key=lambda pair: -pair[1].logprob)
     if as_json:

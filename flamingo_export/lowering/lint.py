@@ -21,7 +21,7 @@ from flamingo_export.lowering.tensorrt import FUNCTION_DOMAIN, PLUGIN_ATTRIBUTES
 from flamingo_export.precision import StorageType
 from flamingo_export.specs import SubgraphSpec, TensorSpec
 
-_KINDS = {"int64": ir.DataType.INT64, "bool": ir.DataType.BOOL}
+_KINDS = {"fp32": ir.DataType.FLOAT, "int64": ir.DataType.INT64, "bool": ir.DataType.BOOL}
 # Attention's inputs beyond q, k, v and mask, and attributes that TensorRT drops, reads otherwise or rejects.
 _ATTENTION_INPUTS = {4: "past_key", 5: "past_value", 6: "nonpad_kv_seqlen"}
 _ATTENTION_ATTRIBUTES = ("is_causal", "softcap", "softmax_precision", "qk_matmul_output_mode")

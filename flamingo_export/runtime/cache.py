@@ -9,7 +9,7 @@ from flamingo_export.errors import CapacityError
 from flamingo_export.manifest import ShapeLimits
 
 BUCKET = 128
-"""Capacity grows in steps of this many slots: attention reads the whole capacity, growing copies it once."""
+"""Capacity grows in steps of this many slots: attention reads the whole capacity, growing copies it once. A compiled decoder has one."""
 
 Key = int | bytes
 """What decides a prompt position's keys and values, besides the positions before it: its token id, or its medium's digest at an `<image>`."""
@@ -74,7 +74,7 @@ class Cache:
                 f"{slots} cache slots are needed, the bundle allows {self._limits.max_length}. Build with a larger --max-length."
             )
         if slots > self.capacity or batch > self.batch:
-            bucket = min(-(-slots // BUCKET) * BUCKET, self._limits.max_length)
+            bucket = self._decoder.largest.get("C") or min(-(-slots // BUCKET) * BUCKET, self._limits.max_length)
             try:
                 self._reallocate(batch, max(self.capacity, bucket))
             except BaseException as error:

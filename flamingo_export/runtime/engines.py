@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from flamingo_export.backends.base import Array, Backend, Session, SessionOptions
+from flamingo_export.backends.base import Backend, Session, SessionOptions
 from flamingo_export.manifest import Manifest
-
-
-def run_decoder(decoder: Session, feeds: Mapping[str, Array]) -> Array:
-    """Logits [B, K, V] of one call. Of `feeds`, what the model does not read is left out: key_positions, where distances do not matter."""
-    wanted = {tensor.name for tensor in decoder.spec.inputs}
-    return decoder.run({name: value for name, value in feeds.items() if name in wanted})["logits"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,8 @@ from flamingo_export.backends.base import Array
 from flamingo_export.errors import InputError
 from flamingo_export.manifest import ShapeLimits
 from flamingo_export.runtime.cache import Cache
-from flamingo_export.runtime.engines import Engines, run_decoder
+from flamingo_export.runtime.candidates import Scores, run_decoder
+from flamingo_export.runtime.engines import Engines
 from flamingo_export.runtime.media_bank import MediaBank
 from flamingo_export.runtime.media_encoder import MediaEncoder
 from flamingo_export.runtime.prefill import Ints, PrefillRow, prefill
@@ -53,13 +54,13 @@ class Timings:
 class Filled:
     """A batch whose prompts are in the cache, by cache row.
 
-    requests: index of the request in each row. logits float32 [B, V] after each prompt. media_rows [B, 1] and phi [B]: the medium that
-    whatever follows looks at.
+    requests: index of the request in each row. scores: candidates [B, n] or logits [B, V] after each prompt. media_rows [B, 1] and phi [B]:
+    the medium that whatever follows looks at.
     """
 
     requests: Ints
     lengths: Ints
-    logits: Array
+    scores: Scores
     media_rows: Ints
     phi: Ints
 
@@ -78,6 +79,24 @@ class Generator:
         self.cache = Cache(engines.decoder, limits)
         self._busy = False
 
+    def check(self, requests: Sequence[Prepared], width: int) -> None:
+        """Raises InputError for what the engines or the bank cannot hold: branches of a request, frames of a video, media at once."""
+        most = self.decoder.largest.get("S")
+        if most is not None and width > most:
+            raise InputError(f"{width} beams or samples of a request were asked for, the engine takes {most}. Ask for fewer.")
+        for request in requests:
+            self._encoder.check(request.media)
+            self.bank.check(request.media)
+
+    def prefetch(self, batch: Sequence[Prepared]) -> Iterator[None]:
+        """Encodes media of the batch after this one into free rows of the bank, a few at each `next`, while steps of this one run.
+
+        Nothing, where encoding would not overlap with them.
+        """
+        if self._encoder.asynchronous:
+            media = [medium for request in batch for medium in request.media]
+            yield from self.bank.prefetch(media, self._encoder.encode)
+
     def run(self, batch: Sequence[Prepared], searches: Sequence[Search], timings: Timings) -> Steps:
         """Carries the searches of a batch to their end, pausing (yield) after each step, so that a stream can look at them.
 
@@ -85,15 +104,16 @@ class Generator:
         """
         width = searches[0].width
         slots = max(len(request.token_ids) for request in batch) + width
-        with self.filled(batch, slots, timings) as filled:
+        candidates = searches[0].num_candidates
+        with self.filled(batch, slots, timings, candidates) as filled:
             order = filled.requests.tolist()
             tree = BeamTree(filled.lengths.tolist(), width, self.cache.capacity)
             feeds = _DecodeFeeds(filled, width, pad=self.config.tokens.pad, reset=self.config.tokens.reset)
-            logits = filled.logits[:, None]
+            scores = filled.scores[:, None]
             active = dict(enumerate(order))
             started = time.perf_counter()
             while True:
-                chosen = {row: searches[index].advance(logits[row]) for row, index in active.items()}
+                chosen = {row: searches[index].advance(scores[row]) for row, index in active.items()}
                 active = {row: index for row, index in active.items() if chosen[row] is not None}
                 if not active:
                     break
@@ -107,7 +127,7 @@ class Generator:
                     self.cache.prepare(size, max(needed, self.cache.capacity))
                     if self.cache.capacity > tree.capacity:
                         tree.grow(self.cache.capacity)
-                logits = run_decoder(self.decoder, feeds.next(tree, chosen, size))
+                scores = run_decoder(self.decoder, feeds.next(tree, chosen, size), candidates)
                 for row in active:
                     tree.commit(row)
                 now = time.perf_counter()
@@ -115,8 +135,13 @@ class Generator:
                 started = now
 
     @contextmanager
-    def filled(self, batch: Sequence[Prepared], slots: int, timings: Timings) -> Iterator[Filled]:
-        """Media in the bank, pinned, and prompts in a cache of at least `slots` slots, for the length of a `with` block."""
+    def filled(
+        self, batch: Sequence[Prepared], slots: int, timings: Timings, candidates: int | None = None
+    ) -> Iterator[Filled]:
+        """Media in the bank, pinned, and prompts in a cache of at least `slots` slots, for the length of a `with` block.
+
+        candidates: best tokens wanted after each prompt, None for the logits of the whole vocabulary.
+        """
         if self._busy:
             raise InputError(
                 "another generation is still running on this model. Finish or close its stream first, or load the bundle twice."
@@ -130,13 +155,20 @@ class Generator:
                 timings.media += encoded - started
                 timings.media_encoded += use.encoded
                 timings.media_reused += use.reused
-                filled = self._prefill(batch, bank_rows, slots, timings)
+                filled = self._prefill(batch, bank_rows, slots, timings, candidates)
                 timings.prefill += time.perf_counter() - encoded
                 yield filled
         finally:
             self._busy = False
 
-    def _prefill(self, batch: Sequence[Prepared], bank_rows: dict[bytes, int], slots: int, timings: Timings) -> Filled:
+    def _prefill(
+        self,
+        batch: Sequence[Prepared],
+        bank_rows: dict[bytes, int],
+        slots: int,
+        timings: Timings,
+        candidates: int | None,
+    ) -> Filled:
         placed = self.cache.assign([request.keys for request in batch])
         order = np.argsort([row for row, _ in placed])
         rows = []
@@ -152,12 +184,13 @@ class Generator:
         self.cache.prepare(len(batch), max(slots, padded))
         for place, row in enumerate(rows):
             self.cache.hold(place, batch[order[place]].keys[: row.start])
-        logits = prefill(
+        scores = prefill(
             self.decoder,
             rows,
             capacity=self.cache.capacity,
             chunk=self.limits.chunk,
             pad=self.config.tokens.pad,
+            candidates=candidates,
             written=lambda place, length: self.cache.hold(place, batch[order[place]].keys[:length]),
         )
         timings.prompt_tokens += sum(len(row.token_ids) for row in rows)
@@ -166,7 +199,7 @@ class Generator:
         phi = np.array([phi_after(row.token_ids, row.phi, reset) for row in rows], np.int64)
         media_rows = np.array([row.media_rows[last - 1] if last else 0 for row, last in zip(rows, phi, strict=True)], np.int64)
         lengths = np.array([len(row.token_ids) for row in rows], np.int64)
-        return Filled(requests=order, lengths=lengths, logits=logits, media_rows=media_rows[:, None], phi=np.minimum(phi, 1))
+        return Filled(requests=order, lengths=lengths, scores=scores, media_rows=media_rows[:, None], phi=np.minimum(phi, 1))
 
 
 class _DecodeFeeds:

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from flamingo_export.backends.base import Array, Buffer, Session
+from flamingo_export.backends.base import Buffer, Session, Tensor
 from flamingo_export.errors import CapacityError
 from flamingo_export.runtime.media import Medium
 
-Encode = Callable[[Sequence[Medium]], Iterator[tuple[Medium, Mapping[str, Array]]]]
+Encode = Callable[[Sequence[Medium]], Iterator[tuple[Medium, Mapping[str, Tensor]]]]
 """Media -> each of them with its media_k.i / media_v.i [Hx, R, Dx], in any order."""
 
 
@@ -72,6 +72,8 @@ class MediaBank:
             if missing:
                 for medium, values in encode(missing):
                     self._store(medium.digest, values)
+            for buffer in self._buffers.values():
+                buffer.publish()
             rows = {digest: self._rows[digest] for digest in wanted}
             yield rows, BankUse(encoded=len(missing), reused=len(wanted) - len(missing))
         finally:
@@ -80,7 +82,22 @@ class MediaBank:
                 if not self._pins[digest]:
                     del self._pins[digest]
 
-    def _store(self, digest: bytes, values: Mapping[str, Array]) -> None:
+    def prefetch(self, media: Sequence[Medium], encode: Encode) -> Iterator[None]:
+        """Encodes media of a later request a few at a time, pausing (yield) after each, as far as rows are not in use.
+
+        Nothing is pinned, and what it gives up is neither in use nor among `media`: a lease finds what is left, and encodes what is not.
+        """
+        wanted = {medium.digest: medium for medium in media}
+        for digest in wanted.keys() & self._rows.keys():
+            self._rows.move_to_end(digest)
+        kept = self._pins.keys() | (wanted.keys() & self._rows.keys())
+        missing = [medium for digest, medium in wanted.items() if digest not in self._rows][: self.capacity - len(kept)]
+        for medium, values in encode(missing):
+            if medium.digest not in self._rows:
+                self._store(medium.digest, values)
+            yield
+
+    def _store(self, digest: bytes, values: Mapping[str, Tensor]) -> None:
         row = self._free.pop() if self._free else self._evict()
         try:
             for name, buffer in self._buffers.items():

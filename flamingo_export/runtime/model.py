@@ -70,7 +70,11 @@ class Model:
         has_tokenizer = (bundle / TOKENIZER_FILE).is_file()
         self.tokenizer = Tokenizer.open(bundle, self.config, self.inputs.tags) if has_tokenizer else None
         self.engines = Engines.open(bundle, manifest, backend, options)
-        self.generator = Generator(self.engines, self.config, manifest.limits)
+        try:
+            self.generator = Generator(self.engines, self.config, manifest.limits)
+        except BaseException:
+            self.engines.close()
+            raise
 
     @overload
     def generate(self, prompt: Batch, *, batch_size: int = ..., **settings: Unpack[Settings]) -> list[Generation]: ...
@@ -182,8 +186,7 @@ class Model:
         prepared = [prepare(request, self.config, self.tokenizer, known, fit=self.inputs.fit) for request in requests]
         end = self.config.language_model.position_limit
         limits = [options.new_tokens(len(request.token_ids), self.manifest.limits, end) for request in prepared]
-        for request in prepared:
-            self.generator.bank.check(request.media)
+        self.generator.check(prepared, options.width)
         timings.prepare = time.perf_counter() - started
         return prepared, limits
 
@@ -198,13 +201,16 @@ class Model:
             stop = start + self._batch_of(prepared[start:], batch_size)
             searches = [options.search(self.config, limit) for limit in limits[start:stop]]
             timings = Timings(prepare=preparation.prepare * (stop - start) / len(prepared))
+            following = prepared[stop : stop + self._batch_of(prepared[stop:], batch_size)]
+            upcoming = self.generator.prefetch(following)
             for _ in self.generator.run(prepared[start:stop], searches, timings):
-                pass
+                next(upcoming, None)
             results += [self._generation(search, options, timings) for search in searches]
         return results
 
     def _batch_of(self, prepared: Sequence[Prepared], batch_size: int) -> int:
-        """How many of the first requests are run together: up to batch_size, as far as their media fit the bank."""
+        """How many of the first requests are run together: up to batch_size, as far as engine and bank hold them."""
+        batch_size = min(batch_size, self.generator.decoder.largest.get("B", batch_size))
         media: set[bytes] = set()
         for count, request in enumerate(prepared[:batch_size]):
             media |= {medium.digest for medium in request.media}

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from flamingo_export.backends.base import Array, Session
 from flamingo_export.errors import InputError
-from flamingo_export.runtime.engines import run_decoder
+from flamingo_export.runtime.candidates import Scores, run_decoder, stacked
 
 Ints = npt.NDArray[np.int64]
 
@@ -38,18 +38,26 @@ def check_phi(phi: Ints, num_media: int) -> None:
 
 
 def prefill(
-    decoder: Session, rows: Sequence[PrefillRow], *, capacity: int, chunk: int, pad: int, written: Callable[[int, int], None]
-) -> Array:
-    """Runs the prompts from their `start` to their end and returns the last positions' logits, float32 [B, V].
+    decoder: Session,
+    rows: Sequence[PrefillRow],
+    *,
+    capacity: int,
+    chunk: int,
+    pad: int,
+    candidates: int | None,
+    written: Callable[[int, int], None],
+) -> Scores:
+    """Runs the prompts from their `start` to their end and returns the last positions' candidates [B, n] or logits, float32 [B, V].
 
-    written(row, length) is called as the cache comes to hold the first `length` positions of a row.
+    candidates: best tokens wanted, None for the whole vocabulary. written(row, length) is called as the cache comes to hold the first
+    `length` positions of a row.
     Raises InputError if phi does not fit a row's media.
     """
     for row in rows:
         check_phi(row.phi, len(row.media_rows))
     done = np.array([row.start for row in rows], np.int64)
     ends = np.array([len(row.token_ids) for row in rows], np.int64)
-    last: list[Array | None] = [None] * len(rows)
+    last: list[Scores | None] = [None] * len(rows)
     while (done < ends).any():
         size = int(min(chunk, (ends - done).max()))
         counts = np.clip(ends - done, 0, size)
@@ -57,13 +65,13 @@ def prefill(
         feeds = _feeds(rows, done, counts, size, capacity, pad)
         # Logits cost a product with the whole vocabulary, so none are asked for until a prompt ends.
         feeds["logit_positions"] = np.maximum(counts - 1, 0)[:, None] if ending.any() else np.zeros((len(rows), 0), np.int64)
-        logits = run_decoder(decoder, feeds)
+        scores = run_decoder(decoder, feeds, candidates)
         done += counts
         for index in np.flatnonzero(counts):
             written(int(index), int(done[index]))
         for index in np.flatnonzero(ending):
-            last[index] = logits[index, 0]
-    return np.stack([value for value in last if value is not None])
+            last[index] = scores[index, 0]
+    return stacked([value for value in last if value is not None])
 
 
 def _feeds(rows: Sequence[PrefillRow], done: Ints, counts: Ints, size: int, capacity: int, pad: int) -> dict[str, Array]:
@@ -79,8 +87,14 @@ def _feeds(rows: Sequence[PrefillRow], done: Ints, counts: Ints, size: int, capa
             numbers = numbers[1:]
         else:
             local = local + 1
+        # One image shown several times is one row: no more rows are named than the bank has.
+        media, again = np.unique(row.media_rows[numbers - 1], return_inverse=True)
+        if len(media) < len(numbers):
+            local = np.concatenate([[0], again + 1])[local]
+        else:
+            media = row.media_rows[numbers - 1]
         phi[index, :count] = local
-        seen.append(row.media_rows[numbers - 1])
+        seen.append(media)
     media_rows = np.zeros((batch, max(1, *(len(media) for media in seen))), np.int64)
     for index, media in enumerate(seen):
         media_rows[index, : len(media)] = media

@@ -9,10 +9,9 @@ import numpy as np
 from flamingo_export.backends.base import Array, Session
 from flamingo_export.errors import CapacityError
 from flamingo_export.runtime.cache import check_positions
-from flamingo_export.runtime.engines import run_decoder
+from flamingo_export.runtime.candidates import Candidates, Logits, Scores, log_sum_exp, run_decoder, without
 from flamingo_export.runtime.generator import Filled, Generator, Timings
 from flamingo_export.runtime.request import Prepared
-from flamingo_export.runtime.search import log_sum_exp, without
 
 MAX_TOKENS_AT_ONCE = 512
 """Candidate tokens of one pass; more go in several, so that the logits [1, K, V] stay small."""
@@ -33,14 +32,19 @@ def score(generator: Generator, request: Prepared, candidates: Sequence[Sequence
             f"a prompt of {prompt} tokens with a candidate of {longest + 1} needs {needed} cache slots, the bundle allows {limits.max_length}. "
             "Use fewer shots or shorter candidates, or build with a larger --max-length."
         )
-    room = min(MAX_TOKENS_AT_ONCE, limits.max_length - prompt)
+    at_once = min(MAX_TOKENS_AT_ONCE, *(generator.decoder.largest.get(size, MAX_TOKENS_AT_ONCE) for size in "SK"))
+    if longest > generator.decoder.largest.get("S", longest):
+        raise CapacityError(
+            f"a candidate of {longest + 1} tokens was given, the engine takes {at_once + 1}. Use shorter candidates."
+        )
+    room = min(at_once, limits.max_length - prompt)
     groups = list(_groups(candidates, room))
     slots = prompt + max(sum(len(candidates[index]) - 1 for index in group) for group in groups)
     banned = generator.config.tokens.image
     results: list[list[float]] = [[] for _ in candidates]
     with generator.filled([request], slots, timings) as filled:
         firsts = np.array([candidate[0] for candidate in candidates])
-        for index, logprob in enumerate(_logprobs(filled.logits, np.zeros_like(firsts), firsts, banned)):
+        for index, logprob in enumerate(_logprobs(_whole(filled.scores), np.zeros_like(firsts), firsts, banned)):
             results[index].append(logprob)
         for group in groups:
             inputs = np.concatenate([np.asarray(candidates[index][:-1], np.int64) for index in group])
@@ -63,7 +67,7 @@ def score(generator: Generator, request: Prepared, candidates: Sequence[Sequence
 
 def branch_logits(
     decoder: Session, filled: Filled, lengths: Sequence[int], token_ids: Array, capacity: int, *, reset: int | None
-) -> Array:
+) -> Logits:
     """Logits float32 [K, V] of branches side by side after row 0's prompt; lengths: tokens of each branch, token_ids: all of them [K].
 
     reset: after this token a branch sees no medium.
@@ -88,8 +92,13 @@ def branch_logits(
         "key_positions": key_positions,
         "logit_positions": np.arange(total, dtype=np.int64)[None],
     }
-    logits: Array = run_decoder(decoder, feeds)[0]
-    return logits
+    return _whole(run_decoder(decoder, feeds, None)[0])
+
+
+def _whole(scores: Scores) -> Logits:
+    """Logits, which were asked for."""
+    assert not isinstance(scores, Candidates)
+    return scores
 
 
 def _logprobs(logits: Array, rows: Array, tokens: Array, banned: int) -> list[float]:

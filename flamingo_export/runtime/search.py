@@ -1,9 +1,10 @@
 """Choosing tokens: greedy, beam search and sampling, in plain numpy, one object a request.
 
-A search is fed logits [branches, V] and answers with the tokens to run next and the branch that each continues, until it is done.
-Beam search is transformers' (generation/utils.py, `_beam_search`, version 5): 2W candidates a step, those that end among the best W are kept
-with score sum(log p) / length ** length_penalty, early stopping off: a request ends when no live beam can beat its worst kept one.
-`<image>` is never generated: its logit is removed before the softmax.
+A search is fed the best tokens of each branch, or logits [branches, V], and answers with the tokens to run next and the branch that each
+continues, until it is done. Beam search is transformers' (generation/utils.py, `_beam_search`, version 5): 2W candidates a step, those that
+end among the best W are kept with score sum(log p) / length ** length_penalty, early stopping off: a request ends when no live beam can beat
+its worst kept one. The 2W are the best of W + 1 a branch, which loses nothing: the best W are among the best W of their branches, and of a
+branch's best W + 1 one at most ends the text. `<image>` is never generated: its logit is removed before the softmax.
 """
 
 from __future__ import annotations
@@ -15,11 +16,17 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from flamingo_export.errors import BundleError
+from flamingo_export.runtime.candidates import (
+    Candidates,
+    Floats,
+    Ints,
+    Logits,
+    Scores,
+    candidates_of,
+    log_sum_exp,
+    without,
+)
 
-Logits = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
 NO_SCORE = -1.0e9  # transformers' "not there yet"
 
 
@@ -47,8 +54,12 @@ class Search(Protocol):
     def width(self) -> int:
         """Branches, W."""
 
-    def advance(self, logits: Logits) -> Step | None:
-        """Takes float32 [1, V] at first and [W, V] later, and overwrites them. None: the request is finished."""
+    @property
+    def num_candidates(self) -> int | None:
+        """Best tokens of a branch that it needs, None: the logits of the whole vocabulary."""
+
+    def advance(self, scores: Scores) -> Step | None:
+        """Takes candidates, or float32 logits, which it overwrites, of one branch at first and of W later. None: the request is finished."""
 
     def agreed(self) -> Sequence[int]:
         """Tokens that the best hypothesis is certain to begin with."""
@@ -80,12 +91,15 @@ class BeamSearch:
         self._length = 0
         self._kept: list[Hypothesis] = []
 
-    def advance(self, logits: Logits) -> Step | None:
+    @property
+    def num_candidates(self) -> int:
+        return self.width + 1
+
+    def advance(self, scores: Scores) -> Step | None:
         rule, width = self._rule, self.width
-        top = without(logits, rule.banned)
-        rows, tokens = top_tokens(logits, 2 * width)
-        values = logits[rows, tokens].astype(np.float64)
-        logprobs = values - log_sum_exp(logits, top)[rows]
+        found = candidates_of(scores, rule.banned, self.num_candidates)
+        rows, tokens = np.repeat(np.arange(len(found)), found.ids.shape[1]), found.ids.reshape(-1)
+        logprobs = found.values.reshape(-1).astype(np.float64) - found.log_sum_exp[rows]
         totals = self._scores[rows] + logprobs
         best = np.lexsort((tokens, rows, -totals))[: 2 * width]
         rows, tokens, logprobs, totals = rows[best], tokens[best], logprobs[best], totals[best]
@@ -162,15 +176,15 @@ class Sampling:
         self._logprobs: list[list[float]] = [[] for _ in range(branches)]
         self._open = np.ones(branches, np.bool_)
 
-    def advance(self, logits: Logits) -> Step | None:
-        top = without(logits, self._rule.banned)
-        first = len(logits) != self.width
-        chosen = np.full(self.width, self._rule.eoc, np.int64)
+    @property
+    def num_candidates(self) -> int | None:
+        """One for the likeliest token, top_k where it is set."""
+        return 1 if self._temperature == 0.0 else self._top_k
+
+    def advance(self, scores: Scores) -> Step | None:
+        first = len(scores) != self.width
         rows = np.zeros(self.width, np.int64) if first else np.arange(self.width)
-        for branch in np.flatnonzero(self._open):
-            chosen[branch] = self._choose(logits[rows[branch]], self._generators[branch])
-        values = logits[rows, chosen].astype(np.float64)
-        logprobs = values - log_sum_exp(logits, top)[rows]
+        chosen, logprobs = self._choose(scores, rows)
         for branch in np.flatnonzero(self._open):
             token = int(chosen[branch])
             self._tokens[branch].append(token)
@@ -192,86 +206,42 @@ class Sampling:
         ]
         return sorted(found, key=lambda hypothesis: -hypothesis.score)
 
-    def _choose(self, logits: Logits, generator: np.random.Generator) -> int:
-        if self._temperature == 0.0:
-            return int(np.argmax(logits))
-        if self._top_k is None and self._top_p is None:
+    def _choose(self, scores: Scores, rows: Ints) -> tuple[Ints, Floats]:
+        """A token of each open branch, `<EOC>` of the others, and its log-probability under row rows[branch] of the scores."""
+        chosen, values = np.full(self.width, self._rule.eoc, np.int64), np.zeros(self.width)
+        if self.num_candidates is not None:
+            found = candidates_of(scores, self._rule.banned, self.num_candidates)
+            for branch in np.flatnonzero(self._open):
+                row, generator = rows[branch], self._generators[branch]
+                place = self._draw_sorted(found.values[row, : self.num_candidates], generator) if self._temperature else 0
+                chosen[branch], values[branch] = found.ids[row, place], found.values[row, place]
+            return chosen, values - found.log_sum_exp[rows]
+        assert not isinstance(scores, Candidates), "the whole vocabulary was asked for"
+        top = without(scores, self._rule.banned)
+        for branch in np.flatnonzero(self._open):
+            chosen[branch] = self._draw_any(scores[rows[branch]], self._generators[branch])
+        values = scores[rows, chosen].astype(np.float64)
+        return chosen, values - log_sum_exp(scores, top)[rows]
+
+    def _draw_any(self, logits: Logits, generator: np.random.Generator) -> int:
+        """A token of the whole vocabulary."""
+        if self._top_p is None:
             return _draw(np.exp((logits - logits.max()) / np.float32(self._temperature)), generator)
-        size = len(logits)
-        count = size if self._top_k is None else min(self._top_k, size)
-        tokens = np.argsort(-logits, kind="stable")[:count] if count > 64 else top_tokens(logits[None], count)[1]
-        scaled = logits[tokens].astype(np.float64) / self._temperature
+        tokens = np.argsort(-logits, kind="stable")
+        return int(tokens[self._draw_sorted(logits[tokens], generator)])
+
+    def _draw_sorted(self, values: Logits, generator: np.random.Generator) -> int:
+        """A place among logits that are sorted, largest first."""
+        scaled = values.astype(np.float64) / self._temperature
         weights = np.exp(scaled - scaled[0])
         weights /= weights.sum()
         if self._top_p is not None:
             # The shortest list of likeliest tokens whose mass reaches top_p; the likeliest always stays.
-            count = int(np.searchsorted(np.cumsum(weights), self._top_p)) + 1
-            tokens, weights = tokens[:count], weights[:count]
-        return int(tokens[_draw(weights, generator)])
+            weights = weights[: int(np.searchsorted(np.cumsum(weights), self._top_p)) + 1]
+        return _draw(weights, generator)
 
 
 def _draw(weights: npt.NDArray[np.floating], generator: np.random.Generator) -> int:
     """An index with probability in proportion to its weight; one of weight zero is never drawn."""
     cumulative = np.cumsum(weights, dtype=np.float64)
     return int(np.searchsorted(cumulative, generator.random() * cumulative[-1], side="right"))
-
-
-def without(logits: Logits, banned: int) -> Logits:
-    """Sets the banned token's logits to minus infinity, in place, and returns each row's largest, float32 [W].
-
-    Raises BundleError if that is not finite: the model computed NaN or infinity, and any text would be noise.
-    """
-    logits[:, banned] = -np.inf
-    top: Logits = logits.max(axis=1)
-    if not np.isfinite(top).all():
-        raise BundleError("the model's logits are not finite numbers. Check its weights: flamingo-export parity")
-    return top
-
-
-def log_sum_exp(logits: Logits, top: Logits) -> Floats:
-    """Logarithm of the softmax's denominator of each row, float64 [W]; top: the rows' largest logits. Overwrites the logits.
-
-    In place, since fresh memory of a vocabulary's size costs more than the sums; numpy adds pairwise, so fp32 is good to 1e-6.
-    """
-    np.subtract(logits, top[:, None], out=logits)
-    np.exp(logits, out=logits)
-    return np.asarray(np.log(logits.sum(axis=1), dtype=np.float64) + top)
-
-
-_BLOCK = 64
-
-
-def top_tokens(logits: Logits, count: int) -> tuple[Ints, Ints]:
-    """Rows and tokens of the `count` largest logits of each row, largest first, the lower id first among equals: int64 [W * count] each.
-
-    Exact. Blocks whose maximum is below the count-th largest block maximum cannot hold any of them, so most are skipped: several times
-    as fast as partitioning a whole vocabulary. Block b is every num_blocks-th token from b on, so that maxima are taken of whole vectors.
-    """
-    width, size = logits.shape
-    count = min(count, size)
-    num_blocks = size // _BLOCK
-    rows = np.repeat(np.arange(width), count)
-    found = np.empty((width, count), np.int64)
-    if num_blocks <= 2 * count:
-        for row in range(width):
-            found[row] = _largest(logits[row], count)
-        return rows, found.reshape(-1)
-    whole = num_blocks * _BLOCK
-    maxima = logits[:, :whole].reshape(width, _BLOCK, num_blocks).max(axis=1)
-    stride, tail = np.arange(0, whole, num_blocks)[:, None], np.arange(whole, size)
-    for row in range(width):
-        threshold = np.partition(maxima[row], num_blocks - count)[num_blocks - count]
-        ids = (stride + np.flatnonzero(maxima[row] >= threshold)).reshape(-1)
-        ids = np.concatenate([ids, tail])  # ascending, so that the lower id comes first among equals
-        found[row] = ids[_largest(logits[row, ids], count)]
-    return rows, found.reshape(-1)
-
-
-def _largest(values: Logits, count: int) -> Ints:
-    """Indices of the `count` largest, largest first, the lower index first among equals."""
-    if count < len(values):
-        threshold = np.partition(values, len(values) - count)[len(values) - count]
-        candidates = np.flatnonzero(values >= threshold)
-    else:
-        candidates = np.arange(len(values))
-    return candidates[np.argsort(-values[candidates], kind="stable")[:count]]

@@ -55,8 +55,10 @@ def run_stage(
                 buffer.write(row, value)
             session.bind(f"media_{kind}.{i}", buffer)
     lm = config.language_model
+    # An engine has one capacity, larger than what the case needs.
+    capacity = session.largest.get("C", plan.capacity)
     caches: dict[str, Buffer] = {
-        name: session.allocate(name, (plan.batch, lm.kv_heads, plan.capacity, lm.head_size)) for name in spec.aliases.values()
+        name: session.allocate(name, (plan.batch, lm.kv_heads, capacity, lm.head_size)) for name in spec.aliases.values()
     }
     wanted = {tensor.name for tensor in spec.inputs}
     last = layers.stop == lm.num_layers
@@ -66,7 +68,7 @@ def run_stage(
     }
     for call in plan.calls:
         batch, width = call.token_ids.shape
-        feeds: dict[str, AnyArray] = {name: value for name, value in call.feeds.items() if name in wanted}
+        feeds: dict[str, AnyArray] = {name: _widened(name, call.feeds[name], capacity) for name in call.feeds if name in wanted}
         if hidden is None:
             feeds["token_ids"] = call.token_ids
         else:
@@ -75,12 +77,18 @@ def run_stage(
             feeds["logit_positions"] = np.tile(np.arange(width, dtype=np.int64), (batch, 1))
         for name, cache in caches.items():
             session.bind(name, cache.rows(batch))
-        results = session.run(feeds)
+        results = session.run(feeds, outputs=("logits" if last else "hidden_out",))
         values = results["logits" if last else "hidden_out"]
         for b, s in np.argwhere(call.origin[:, :, 0] >= 0).tolist():
             sequence, position = call.origin[b, s].tolist()
             output[sequence][position] = values[b, s]
     return StageResult(output=output, caches={name: cache.read() for name, cache in caches.items()})
+
+
+def _widened(name: str, value: AnyArray, capacity: int) -> AnyArray:
+    """Mask and key positions of a case for a cache with more slots, which nothing sees."""
+    missing = capacity - value.shape[-1] if name in ("mask", "key_positions") else 0
+    return np.pad(value, [(0, 0)] * (value.ndim - 1) + [(0, missing)]) if missing > 0 else value
 
 
 def _gathered(origin: AnyArray, hidden: Hidden, width: int) -> AnyArray:

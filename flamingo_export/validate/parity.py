@@ -152,12 +152,16 @@ def compare_with(
     started = time.monotonic() if started is None else started
     options = options or SessionOptions(threads=1 if is_small(manifest.config) else 0)
     needed = engine_bytes(manifest.config)
-    whole = needed <= memory
+    # Compiled engines are there or not: there are none of single layers, and their memory is the device's.
+    compiled = any(engine.backend == backend.name for engine in manifest.engines)
+    whole = needed <= memory or compiled
     if not whole:
         options = msgspec.structs.replace(options, lean=True)
     checker = Checker(bundle, manifest, goldens, backend, options, progress)
-    checker.run(whole=whole)
+    checker.run(whole=whole, layers=not compiled)
     not_run = []
+    if compiled:
+        not_run.append(NotRun(name="layer by layer", reason="the bundle has engines of whole subgraphs, none of single layers"))
     traces: tuple[Trace, ...] = ()
     if not whole:
         sizes = f"the engines take about {needed / 1e9:.1f} GB as a whole, {memory / 1e9:.1f} GB may be used"

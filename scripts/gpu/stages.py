@@ -189,14 +189,44 @@ def without_modules(*names: str) -> Callable[[Context], str | None]:
 
 
 PACKAGE = ("msgspec", "onnx_ir", "safetensors", "tokenizers", "typer")  # what flamingo_export itself wants
+WHEELS = "FLAMINGO_WHEELS"
+"""Names a folder of installed wheels (pip install --target FOLDER): TensorRT for RTX and cuda-bindings on a machine without network."""
+
+
+def find_wheels() -> None:
+    """Puts the folder of wheels on the path, if one is named."""
+    folder = os.environ.get(WHEELS)
+    if folder and folder not in sys.path:
+        sys.path.append(folder)
 
 
 def without_rtx(context: Context) -> str | None:
-    """The module has another name when only its two wheels are installed."""
-    names = ("tensorrt_rtx", "tensorrt_rtx_bindings")
-    if all(importlib.util.find_spec(name) is None for name in names):
-        return "tensorrt_rtx (pip install tensorrt_rtx_cu13_libs tensorrt_rtx_cu13_bindings)"
-    return without_modules(*PACKAGE)(context)
+    """The module has another name when only its two wheels are installed. It has no kernels for GPUs of data centers from sm90 on."""
+    find_wheels()
+    found = next((name for name in ("tensorrt_rtx", "tensorrt_rtx_bindings") if importlib.util.find_spec(name)), None)
+    if found is None:
+        return f"tensorrt_rtx (pip install tensorrt_rtx_cu13_libs tensorrt_rtx_cu13_bindings, or a folder that {WHEELS} names)"
+    absent = without_modules(*PACKAGE)(context) or without_cuda_python()
+    if absent:
+        return absent
+    if context.architecture is not None:
+        targets = importlib.import_module(found).ComputeCapability
+        if not hasattr(targets, f"SM{context.architecture}"):
+            return f"kernels for sm_{context.architecture}: TensorRT for RTX has none"
+    return None
+
+
+def without_tensorrt(context: Context) -> str | None:
+    find_wheels()
+    return without_modules("tensorrt", *PACKAGE)(context) or without_cuda_python()
+
+
+def without_cuda_python() -> str | None:
+    try:
+        found = importlib.util.find_spec("cuda.bindings.runtime")
+    except ImportError:
+        found = None
+    return None if found else f"cuda-bindings (pip install 'cuda-bindings>=13,<14', or a folder that {WHEELS} names)"
 
 
 def without_cuda_provider(context: Context) -> str | None:
@@ -209,16 +239,50 @@ def without_cuda_provider(context: Context) -> str | None:
     return None if "CUDAExecutionProvider" in present else f"onnxruntime-gpu (this onnxruntime has {', '.join(present)})"
 
 
+PICTURE = build.ROOT / "docs" / "images" / "demo.png"
+
+
+def engines(backend: str) -> tuple[tuple[str, ...], ...]:
+    """Commands that build engines for this machine's GPU in fp32 and fp16, compare and run them."""
+    commands: list[tuple[str, ...]] = [("doctor", "--json")]
+    for storage in ("fp32", "fp16"):
+        bundle = f"BUNDLE.{storage}"
+        build_it = (
+            "build",
+            "--size",
+            "nano",
+            "--precision",
+            storage,
+            "--backend",
+            backend,
+            "--parity",
+            "skip",
+            "--out",
+            bundle,
+        )
+        generate = ("generate", bundle, "--image", "PICTURE", "--backend", backend, "--json")
+        commands += [
+            build_it,
+            ("parity", bundle, "--backend", backend),
+            (*generate, "--beams", "3"),
+            (*generate, "--beams", "1"),
+            (*generate, "--temperature", "0.8", "--top-p", "0.9", "--seed", "1"),
+            ("bench", bundle, "--backend", backend, "--json"),
+        ]
+    return tuple(commands)
+
+
 def run_cli(*commands: Sequence[str]) -> Callable[[Context], dict[str, Any]]:
-    """A stage of flamingo-export commands on a bundle of the nano model; `BUNDLE` stands for its path."""
+    """A stage of flamingo-export commands on bundles of the nano model; `BUNDLE` stands for their path, `PICTURE` for an image's."""
 
     def run(_: Context) -> dict[str, Any]:
         results: dict[str, Any] = {}
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(build.ROOT), str(build.ROOT / "reference")])}
+        paths = [str(build.ROOT), str(build.ROOT / "reference"), *filter(None, [os.environ.get(WHEELS)])]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
         with tempfile.TemporaryDirectory() as folder:
             for command in commands:
-                words = [word.replace("BUNDLE", f"{folder}/nano.bundle") for word in command]
-                code = "from flamingo_export.cli import main; main()"
+                words = [word.replace("BUNDLE", f"{folder}/nano.bundle").replace("PICTURE", str(PICTURE)) for word in command]
+                code = "import sys; from flamingo_export.cli import main; sys.exit(main())"
                 done = subprocess.run(
                     [sys.executable, "-c", code, *words],
                     env=environment,
@@ -243,16 +307,8 @@ STAGES: list[Stage] = [
     Stage("kernels", without_library, test_kernels),
     Stage("benchmark", without_library, benchmark),
     Stage("sanitizer", without_sanitizer, sanitize),
-    Stage("tensorrt", without_modules("tensorrt", *PACKAGE), run_cli(
-        ("build", "--size", "nano", "--backend", "tensorrt", "--out", "BUNDLE"),
-        ("parity", "BUNDLE", "--backend", "tensorrt"),
-        ("bench", "BUNDLE", "--backend", "tensorrt", "--json"),
-    )),
-    Stage("tensorrt-rtx", without_rtx, run_cli(
-        ("build", "--size", "nano", "--backend", "tensorrt-rtx", "--out", "BUNDLE"),
-        ("parity", "BUNDLE", "--backend", "tensorrt-rtx"),
-        ("bench", "BUNDLE", "--backend", "tensorrt-rtx", "--json"),
-    )),
+    Stage("tensorrt", without_tensorrt, run_cli(*engines("tensorrt"))),
+    Stage("tensorrt-rtx", without_rtx, run_cli(*engines("tensorrt-rtx"))),
     Stage("onnxruntime-cuda", without_cuda_provider, run_cli(
         ("build", "--size", "nano", "--parity", "skip", "--out", "BUNDLE"),
         ("bench", "BUNDLE", "--backend", "onnxruntime", "--device", "cuda", "--json"),

@@ -12,7 +12,8 @@ import torch
 from flamingo_export.artifacts import open_bundle
 from flamingo_export.backends.base import SessionOptions
 from flamingo_export.backends.registry import get_backend
-from flamingo_export.runtime.engines import Engines, run_decoder
+from flamingo_export.runtime.candidates import run_decoder
+from flamingo_export.runtime.engines import Engines
 from flamingo_export.runtime.generator import Generator, Timings
 from flamingo_export.runtime.media import Medium
 from flamingo_export.runtime.media_encoder import MediaEncoder
@@ -57,7 +58,7 @@ class EngineRuns:
             "key_positions": places,
             "logit_positions": places,
         }
-        return np.asarray(run_decoder(decoder, feeds)[0])
+        return np.asarray(run_decoder(decoder, feeds, None)[0])
 
     def generate(self, tokens: list[int], images: torch.Tensor, *, beams: int, new_tokens: int) -> list[Hypothesis]:
         """The runtime's own loop, best hypothesis first."""

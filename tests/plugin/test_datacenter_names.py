@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
 
+import fake_tensorrt
 import pytest
 import trt_wheels
+from fake_cuda import FakeCuda
 
-from flamingo_export.backends.tensorrt.datacenter_names import RTX_ONLY, missing, names
+from flamingo_export.backends.tensorrt.datacenter_names import RTX_ONLY, RUNTIME_CONFIG, missing, names
+from flamingo_export.backends.tensorrt.elements import ELEMENTS
+from flamingo_export.backends.tensorrt.loading import stream_reader
 
 from .conftest import ROOT, run
 
@@ -96,4 +102,50 @@ def test_names_that_are_not_there_are_told(stubs: Path) -> None:
 
 
 def test_the_rtx_bindings_have_every_name() -> None:
-    assert missing(trt_wheels.rtx(), sorted(names_in_source() | set(names()) | RTX_ONLY)) == ()
+    types = {f"DataType.{element.trt}" for element in ELEMENTS.values()}
+    assert missing(trt_wheels.rtx(), sorted(names_in_source() | set(names()) | RTX_ONLY | types | set(RUNTIME_CONFIG))) == ()
+
+
+@pytest.mark.parametrize(
+    ("fake", "real"),
+    [
+        (fake_tensorrt.Engine, "ICudaEngine"),
+        (fake_tensorrt.Context, "IExecutionContext"),
+        (fake_tensorrt.RuntimeConfig, "IRuntimeConfig"),
+        (fake_tensorrt.RuntimeCache, "IRuntimeCache"),
+    ],
+)
+def test_the_fake_has_nothing_that_the_bindings_lack(fake: type, real: str) -> None:
+    """Names, and how many arguments a method takes."""
+    owner = getattr(trt_wheels.rtx(), real)
+    methods = {name: value for name, value in vars(fake).items() if not name.startswith("_") and callable(value)}
+    assert methods
+    for name, method in methods.items():
+        assert hasattr(owner, name), f"{real}.{name}"
+        wanted = len(inspect.signature(method).parameters)
+        signatures = re.findall(rf"{name}\(self[^)]*\)(?: ->|$)", getattr(owner, name).__doc__, re.MULTILINE)
+        assert any(len(re.findall(r"[(, ]\w+: ", signature)) == wanted for signature in signatures), (name, signatures)
+
+
+def test_the_fakes_enums_are_the_bindings() -> None:
+    trt = trt_wheels.rtx()
+    for fake in (
+        fake_tensorrt.DataType, fake_tensorrt.TensorIOMode, fake_tensorrt.SeekPosition,
+        fake_tensorrt.ExecutionContextAllocationStrategy, fake_tensorrt.DynamicShapesKernelSpecializationStrategy,
+    ):  # fmt: skip
+        assert missing(trt, [f"{fake.__name__}.{member.name}" for member in fake]) == ()
+
+
+def test_the_reader_is_one_as_the_bindings_want_it(tmp_path: Path) -> None:
+    """The real base class cannot be instantiated without a driver, so it is compared with how its documentation says it is derived."""
+    (tmp_path / "x").write_bytes(b"0123456789")
+    fake = fake_tensorrt.FakeTensorRT(FakeCuda())
+    with (tmp_path / "x").open("rb") as file:
+        reader = stream_reader(fake, file)
+        assert reader.seek(-3, fake.SeekPosition.END)
+        assert reader.read(10, 0) == b"789"
+        assert not reader.seek(-3, fake.SeekPosition.SET)
+        told = trt_wheels.rtx().IStreamReaderV2.__doc__
+        for method, result in (("read", "bytes"), ("seek", "bool")):
+            names = list(inspect.signature(getattr(type(reader), method)).parameters)
+            assert re.search(rf"def {method}\({names[0]}, {names[1]}: int, {names[2]}: \w+\) -> {result}:", told)

@@ -1,4 +1,4 @@
-"""The backends `tensorrt` and `tensorrt-rtx`: portable graph -> lowered graph -> engine in the bundle."""
+"""The backends `tensorrt` and `tensorrt-rtx`: portable graph -> lowered graph -> engine in the bundle -> session."""
 
 from __future__ import annotations
 
@@ -10,18 +10,30 @@ from types import ModuleType
 import msgspec
 import onnx_ir as ir
 
-from flamingo_export.backends.base import Availability, Session, SessionOptions
+from flamingo_export.backends.base import Availability, SessionOptions
 from flamingo_export.backends.tensorrt import library, plugin
 from flamingo_export.backends.tensorrt.builder import Task, build
+from flamingo_export.backends.tensorrt.contract import (
+    check_record,
+    contract_of,
+    engine_spec,
+    find_record,
+    rebuild_command,
+    runtime_cache_file,
+)
+from flamingo_export.backends.tensorrt.cuda import INSTALL, CudaRuntime
 from flamingo_export.backends.tensorrt.estimate import GIB, available_memory, check_memory, estimate
 from flamingo_export.backends.tensorrt.library import Library
+from flamingo_export.backends.tensorrt.loading import load_engine
+from flamingo_export.backends.tensorrt.memory import Lane
+from flamingo_export.backends.tensorrt.session import TensorRTSession
 from flamingo_export.errors import BackendError
+from flamingo_export.lowering.candidates import add_candidates
 from flamingo_export.lowering.lint import check_graph
 from flamingo_export.lowering.shapes import profiles
 from flamingo_export.lowering.tensorrt import lower, save_lowered
 from flamingo_export.manifest import EngineRecord, GraphRecord, Manifest
 from flamingo_export.progress import SILENT, Progress
-from flamingo_export.specs import SubgraphSpec, decoder_spec, subgraph_specs
 
 _WORTH_TELLING = 45.0  # seconds
 Finished = Callable[[str, str], EngineRecord | None]
@@ -33,6 +45,8 @@ class TensorRTBackend:
 
     def __init__(self, which: Library, *, target: str | None = None, module: ModuleType | None = None) -> None:
         self._library, self._target, self._module = which, target, module
+        self._lanes: tuple[Lane, Lane] | None = None
+        """Where the decoder runs and where media are encoded meanwhile, once an engine was opened."""
 
     @property
     def name(self) -> str:
@@ -48,12 +62,31 @@ class TensorRTBackend:
         which = self._library
         if self._module is None and not library.installed(which):
             return Availability(usable=False, detail=f"{which.title} is not installed", remedy=which.install)
-        builds = "builds engines for other machines here, but " if which.ahead_of_time else "is installed, but "
-        if library.device() is None:
-            return Availability(usable=False, detail=f"{which.title} {builds}there is no NVIDIA driver or GPU to run them")
-        return Availability(
-            usable=False, detail=f"{which.title} {builds}this version of flamingo-export does not run engines yet"
-        )
+        here = library.device()
+        if here is None:
+            builds = "builds engines for other machines here, but" if which.ahead_of_time else "is installed, but"
+            return Availability(usable=False, detail=f"{which.title} {builds} there is no NVIDIA driver or GPU to run them")
+        if not library.cuda_python():
+            return Availability(
+                usable=False, detail=f"{which.title} and a GPU ({here.target}) are there, cuda-python is not", remedy=INSTALL
+            )
+        return Availability(usable=True, detail=f"{which.title} on a GPU of {here.target}")
+
+    def fits(self, manifest: Manifest) -> bool:
+        """Whether a bundle has an engine of each graph for this machine's GPU and this library's version, and they can be run here."""
+        here = library.device()
+        if here is None or not self.availability().usable:
+            return False
+        try:
+            version = (self._module or library.load(self._library)).__version__
+        except BackendError:  # installed, but it does not load: doctor says why
+            return False
+        ours = {
+            record.graph
+            for record in manifest.engines
+            if (record.backend, record.target, record.tool_version) == (self.name, here.target, version)
+        }
+        return all(graph.name in ours for graph in manifest.graphs)
 
     def prepare(self) -> Prepared:
         """All that can fail before work begins: library, GPU or target, plugin. Raises BackendError saying what is missing."""
@@ -80,7 +113,7 @@ class TensorRTBackend:
         finished: Finished = lambda path, request: None,
     ) -> EngineRecord:
         """`build` with what `prepare` found; an engine that `finished` knows is not built again."""
-        trt, spec, limits = prepared.trt, spec_of(manifest, graph), manifest.limits
+        trt, spec, limits = prepared.trt, engine_spec(manifest, graph), manifest.limits
         compute = manifest.precision.storage
         lowered = lower(
             ir.load(bundle / graph.file),
@@ -88,6 +121,7 @@ class TensorRTBackend:
             capacity=limits.max_length,
             native_functions=self.native_functions,
         )
+        add_candidates(lowered, spec, banned=manifest.config.tokens.image)
         expected = check_graph(
             lowered, spec, compute=compute, capacity=limits.max_length, native_functions=self.native_functions
         )
@@ -132,12 +166,37 @@ class TensorRTBackend:
             summary=built.summary,
         )
 
-    def open(self, bundle: Path, manifest: Manifest, graph: GraphRecord, options: SessionOptions) -> Session:
-        """Raises BackendError: without a driver no engine can be opened, and with one this version does not run it yet."""
-        state = self.availability()
-        raise BackendError(
-            f"the engine of {graph.name} cannot be opened: {state.detail}. {state.remedy or 'Use --backend onnxruntime: the bundle has it too.'}"
+    def open(self, bundle: Path, manifest: Manifest, graph: GraphRecord, options: SessionOptions) -> TensorRTSession:
+        """Opens the engine of a graph; what options say of threads and device is for other backends.
+
+        Raises BackendError (library, driver, GPU or plugin missing, out of memory), IncompatibleEngine (none for this GPU, of another
+        version, altered, or another than the bundle needs), each with what to do.
+        """
+        state, here = self.availability(), library.device()
+        if not state.usable or here is None:
+            advice = state.remedy or "Use --backend onnxruntime: the bundle has it too."
+            raise BackendError(f"the engine of {graph.name} cannot be opened: {state.detail}. {advice}")
+        record = find_record(bundle, manifest, graph, self.name, here.target)
+        trt = self._module or library.load(self._library)
+        path = check_record(bundle, manifest, record, trt.__version__)
+        if record.plugin_sha256 is not None:
+            plugin.load(trt, expected=record.plugin_sha256)
+        if self._lanes is None:
+            # CUDA is asked before TensorRT, whose runtime ends the process where there is no driver.
+            cuda = CudaRuntime()
+            self._lanes = Lane(cuda, first=True), Lane(cuda, first=False)
+        contract = contract_of(manifest, graph)
+        decoding = bool(contract.spec.aliases)
+        loaded = load_engine(
+            trt,
+            self._lanes[0] if decoding else self._lanes[1],
+            path,
+            record,
+            contract,
+            kernels=runtime_cache_file(record) if self._library.ahead_of_time else None,
+            advice=f"Build it again: {rebuild_command(bundle, manifest, self.name, here.target)}",
         )
+        return TensorRTSession(loaded, contract, asynchronous=not decoding)
 
 
 class Prepared(msgspec.Struct, frozen=True, kw_only=True):
@@ -146,13 +205,6 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
     trt: ModuleType
     target: str
     plugin_sha256: str | None = None
-
-
-def spec_of(manifest: Manifest, graph: GraphRecord) -> SubgraphSpec:
-    """The contract of a graph of a bundle."""
-    if graph.layers is None:
-        return subgraph_specs(manifest.config)[graph.name]
-    return decoder_spec(manifest.config, range(*graph.layers), name=graph.name)
 
 
 def _timing_cache(which: Library, trt: ModuleType, target: str) -> Path:

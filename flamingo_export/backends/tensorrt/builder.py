@@ -118,6 +118,8 @@ def _config(trt: ModuleType, builder: Any, task: Task) -> Any:
     if task.target is not None:
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(trt.ComputeCapability, task.target.upper()), 0)
+        # Engines of TensorRT for RTX may allocate while they run, unless they must not: steps are captured as CUDA graphs.
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if task.fp32:
         config.clear_flag(trt.BuilderFlag.TF32)

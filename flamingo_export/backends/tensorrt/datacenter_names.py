@@ -12,18 +12,20 @@ from types import ModuleType
 MEMBERS: dict[str, tuple[str, ...]] = {
     "Builder": ("create_network", "create_builder_config", "create_optimization_profile", "build_serialized_network_to_stream"),
     "IBuilderConfig": (
-        "add_optimization_profile", "clear_flag", "create_timing_cache", "get_timing_cache", "set_timing_cache",
+        "add_optimization_profile", "clear_flag", "create_timing_cache", "get_timing_cache", "set_flag", "set_timing_cache",
         "profiling_verbosity", "progress_monitor",
     ),
     "IConstantLayer": ("weights",),
     "IConvolutionLayer": ("kernel",),
     "ICudaEngine": (
-        "create_engine_inspector", "create_execution_context", "device_memory_size_v2", "get_tensor_dtype", "get_tensor_mode",
-        "get_tensor_name", "get_tensor_shape", "num_io_tensors", "num_optimization_profiles",
+        "create_engine_inspector", "create_execution_context", "device_memory_size_v2", "get_aliased_input_tensor",
+        "get_tensor_dtype", "get_tensor_mode", "get_tensor_name", "get_tensor_profile_shape", "get_tensor_shape", "num_io_tensors",
+        "num_optimization_profiles",
     ),
     "EngineInspector": ("get_engine_information",),
     "IExecutionContext": (
-        "execute_async_v3", "infer_shapes", "set_input_shape", "set_optimization_profile_async", "set_tensor_address",
+        "execute_async_v3", "infer_shapes", "set_device_memory", "set_input_shape", "set_optimization_profile_async",
+        "set_tensor_address",
     ),
     "IHostMemory": ("nbytes",),
     "ILayer": ("name", "type"),
@@ -33,6 +35,7 @@ MEMBERS: dict[str, tuple[str, ...]] = {
     "IPluginCreatorV3One": ("name", "plugin_namespace", "plugin_version"),
     "IPluginRegistry": ("all_creators", "load_library"),
     "IProgressMonitor": ("phase_finish", "phase_start", "step_complete"),
+    "IStreamReaderV2": ("read", "seek"),
     "IStreamWriter": ("write",),
     "ITensor": ("dtype", "name", "shape"),
     "ITimingCache": ("serialize",),
@@ -42,7 +45,23 @@ MEMBERS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 # Names of TensorRT for RTX that the datacenter bindings lack; the reverse is never used, since one body serves both.
-RTX_ONLY = frozenset({"ComputeCapability", "IBuilderConfig.num_compute_capabilities", "IBuilderConfig.set_compute_capability"})
+RTX_ONLY = frozenset(
+    {
+        "BuilderFlag.REQUIRE_USER_ALLOCATION",
+        "ComputeCapability",
+        "DynamicShapesKernelSpecializationStrategy",
+        "DynamicShapesKernelSpecializationStrategy.EAGER",
+        "IBuilderConfig.num_compute_capabilities",
+        "IBuilderConfig.set_compute_capability",
+        "IRuntimeCache.deserialize",
+        "IRuntimeCache.serialize",
+        "IRuntimeConfig.create_runtime_cache",
+        "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy",
+        "IRuntimeConfig.set_runtime_cache",
+    }
+)
+RUNTIME_CONFIG = ("ICudaEngine.create_runtime_config", "IRuntimeConfig.set_execution_context_allocation_strategy")
+"""Used with TensorRT for RTX alone; that the datacenter bindings have them too is of no interest."""
 
 
 def names() -> tuple[str, ...]:

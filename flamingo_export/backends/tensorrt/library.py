@@ -76,6 +76,14 @@ def installed(library: Library) -> bool:
     return any(_there(name) for name in library.modules)
 
 
+def cuda_python() -> bool:
+    """Whether cuda-python's bindings are installed; they are not imported."""
+    try:
+        return find_spec("cuda.bindings.runtime") is not None
+    except (ImportError, ValueError):
+        return False
+
+
 def _there(name: str) -> bool:
     """Whether it can be imported. A mere folder of that name on the path, which Python takes for a package, is no library."""
     try:

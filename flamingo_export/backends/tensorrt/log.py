@@ -105,8 +105,8 @@ _ears: dict[str, _Ear] = {}
 def listening(trt: ModuleType, heard: Heard) -> Iterator[Any]:
     """A logger that fills `heard` for the length of a `with` block and prints nothing. It outlives the block, as TensorRT wants."""
     ear = _ears.setdefault(trt.__name__, _Ear(trt))
-    ear.listener = heard
+    before, ear.listener = ear.listener, heard
     try:
         yield ear.logger
     finally:
-        ear.listener = None
+        ear.listener = before

@@ -23,6 +23,9 @@ class FakeBuffer:
     def shape(self) -> tuple[int, ...]:
         return self.array.shape
 
+    def publish(self) -> None:
+        pass
+
     def write(self, index: int, value: np.ndarray) -> None:
         self.array[index] = value
 

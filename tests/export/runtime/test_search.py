@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flamingo_export.errors import BundleError
-from flamingo_export.runtime.search import BeamSearch, Hypothesis, Sampling, Search, StopRule, log_sum_exp, top_tokens, without
+from flamingo_export.runtime.candidates import log_sum_exp, top_tokens, without
+from flamingo_export.runtime.search import BeamSearch, Hypothesis, Sampling, Search, StopRule
 from flamingo_reference import search as reference
 
 VOCAB, EOC, IMAGE = 23, 2, 3

@@ -9,7 +9,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from flamingo_export.backends.tensorrt import builder as builder_module
 from flamingo_export.backends.tensorrt.builder import Task, build, check
+from flamingo_export.backends.tensorrt.log import Heard, listening
 from flamingo_export.errors import BuildError
 from flamingo_export.lowering.lint import check_graph
 from flamingo_export.lowering.shapes import profiles
@@ -140,6 +142,13 @@ def test_a_corrupt_graph_file(rtx, task):
     broken.graph.write_bytes(b"not a graph")
     with pytest.raises(BuildError, match="does not take"):
         check(rtx, broken)
+
+
+def test_engines_may_not_allocate_while_they_run(rtx, task):
+    """Without the flag TensorRT for RTX may, and then a step cannot be captured as a CUDA graph."""
+    with listening(rtx, Heard()) as logger:
+        config = builder_module._config(rtx, rtx.Builder(logger), task("decoder"))
+        assert config.get_flag(rtx.BuilderFlag.REQUIRE_USER_ALLOCATION)
 
 
 class Interrupting:

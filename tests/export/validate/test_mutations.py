@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -126,10 +126,10 @@ class Altered:
     def __getattr__(self, name: str) -> object:
         return getattr(self._session, name)
 
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    def run(self, feeds: Mapping[str, Array], outputs: Collection[str] | None = None) -> dict[str, Array]:
         changed = dict(feeds)
         self._change(changed)
-        return self._session.run(changed)
+        return self._session.run(changed, outputs)
 
 
 class AlteredBackend(OnnxRuntimeBackend):

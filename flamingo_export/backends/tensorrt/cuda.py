@@ -1,0 +1,228 @@
+"""The CUDA runtime calls that sessions need, behind a protocol: the real ones through cuda-python, each return code checked.
+
+Handles (streams, events, graphs) and addresses are plain ints, so that whatever stands in for CUDA in tests needs no classes of cuda-python.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Protocol
+
+from flamingo_export.errors import BackendError
+
+Direction = Literal["to device", "to host", "on device"]
+
+INSTALL = "pip install 'cuda-bindings>=13,<14'"
+OUT_OF_MEMORY = (
+    "Close what else uses the GPU, use smaller batches, build with a smaller --max-batch or --max-length or with 16-bit weights "
+    "(--precision), or go on without it: --fallback onnxruntime"
+)
+# What CUDA calls an error -> what to do about it.
+_ADVICE = {
+    "cudaErrorInsufficientDriver": "The NVIDIA driver is missing or too old for CUDA 13: install driver 580 or later",
+    "cudaErrorNoDevice": "There is no NVIDIA GPU, or CUDA_VISIBLE_DEVICES hides it",
+    "cudaErrorInvalidDevice": "There is no such GPU",
+    "cudaErrorDevicesUnavailable": "Another process has the GPU for itself (exclusive mode)",
+    "cudaErrorIllegalAddress": "The GPU cannot be used by this process any more: start it again, and please report this",
+}
+
+
+class CudaError(BackendError):
+    """A CUDA call that failed; `name` is what CUDA calls the error."""
+
+    def __init__(self, name: str, message: str) -> None:
+        super().__init__(message)
+        self.name = name
+
+
+class DeviceMemoryError(CudaError, MemoryError):
+    """Memory of the device, or pinned memory of the host, that is not to be had."""
+
+
+class Cuda(Protocol):
+    """What sessions ask of CUDA. Copies and kernels run in the order of their stream; each call raises CudaError."""
+
+    def free_memory(self) -> tuple[int, int]:
+        """(free, total) bytes of the device."""
+
+    def malloc(self, size: int) -> int:
+        """Device memory, aligned to 256 bytes. Raises DeviceMemoryError."""
+
+    def free(self, address: int) -> None:
+        """Waits for what still uses it."""
+
+    def malloc_async(self, size: int, stream: int) -> int:
+        """Device memory for what `stream` does from now on. Raises DeviceMemoryError."""
+
+    def free_async(self, address: int, stream: int) -> None:
+        """Gives it back once `stream` has done what it was asked before."""
+
+    def malloc_host(self, size: int) -> int:
+        """Pinned memory of the host: copies from and to it are asynchronous. Raises DeviceMemoryError."""
+
+    def free_host(self, address: int) -> None: ...
+
+    def copy(self, target: int, source: int, size: int, direction: Direction, stream: int) -> None: ...
+
+    def fill(self, address: int, byte: int, size: int, stream: int) -> None: ...
+
+    def stream(self, *, first: bool) -> int:
+        """A stream that does not wait for the default one. first: its kernels go before those of other streams."""
+
+    def destroy_stream(self, stream: int) -> None: ...
+
+    def synchronize(self, stream: int) -> None:
+        """Waits until the stream has done all it was asked."""
+
+    def event(self) -> int: ...
+
+    def destroy_event(self, event: int) -> None: ...
+
+    def record(self, event: int, stream: int) -> None:
+        """The event is what the stream was asked so far."""
+
+    def wait(self, stream: int, event: int) -> None:
+        """What the stream is asked from now on waits for the event; the host does not."""
+
+    def wait_on_host(self, event: int) -> None: ...
+
+    def begin_capture(self, stream: int) -> None:
+        """From now on what this thread asks of the stream goes into a graph and is not run."""
+
+    def end_capture(self, stream: int) -> int:
+        """The graph, ready to launch."""
+
+    def abandon_capture(self, stream: int) -> None:
+        """Ends a capture that failed and forgets the error."""
+
+    def launch(self, graph: int, stream: int) -> None: ...
+
+    def destroy_graph(self, graph: int) -> None: ...
+
+
+class CudaRuntime:
+    """CUDA's runtime library, through cuda-python, on one device."""
+
+    def __init__(self, device: int = 0) -> None:
+        """Raises BackendError where cuda-python is not installed, and CudaError without driver or device."""
+        try:
+            from cuda.bindings import runtime
+        except ImportError as error:
+            raise BackendError(f"running engines needs cuda-python's bindings ({error}). {INSTALL}") from error
+        self._cuda: Any = runtime
+        (count,) = self._call("cudaGetDeviceCount")
+        if count <= device:
+            raise CudaError("cudaErrorInvalidDevice", f"there are {count} CUDA devices, number {device} was asked for")
+        self._call("cudaSetDevice", device)
+        _, self._greatest = self._call("cudaDeviceGetStreamPriorityRange")
+
+    def _call(self, function: str, *arguments: Any) -> tuple[Any, ...]:
+        """The results of a call, without its return code. Raises CudaError for any code but success."""
+        code, *results = getattr(self._cuda, function)(*arguments)
+        if code == self._cuda.cudaError_t.cudaSuccess:
+            return tuple(results)
+        name = code.name
+        self._cuda.cudaGetLastError()  # an error that is not sticky is not to be met again by the next call
+        if name == "cudaErrorMemoryAllocation":
+            raise DeviceMemoryError(name, self._short_of_memory(function, arguments))
+        _, text = self._cuda.cudaGetErrorString(code)
+        advice = _ADVICE.get(name, "See the driver's log")
+        raise CudaError(name, f"{function} failed with {name} ({bytes(text).decode(errors='replace')}). {advice}.")
+
+    def _short_of_memory(self, function: str, arguments: tuple[Any, ...]) -> str:
+        wanted = f" of {arguments[0] / 2**20:.0f} MiB" if arguments and isinstance(arguments[0], int) else ""
+        code, *found = self._cuda.cudaMemGetInfo()
+        left = (
+            f", {found[0] / 2**20:.0f} of {found[1] / 2**20:.0f} MiB are free"
+            if code == self._cuda.cudaError_t.cudaSuccess
+            else ""
+        )
+        return f"CUDA is out of memory ({function}{wanted}{left}). {OUT_OF_MEMORY}."
+
+    def free_memory(self) -> tuple[int, int]:
+        free, total = self._call("cudaMemGetInfo")
+        return int(free), int(total)
+
+    def malloc(self, size: int) -> int:
+        (address,) = self._call("cudaMalloc", size)
+        return int(address)
+
+    def free(self, address: int) -> None:
+        self._call("cudaFree", address)
+
+    def malloc_async(self, size: int, stream: int) -> int:
+        (address,) = self._call("cudaMallocAsync", size, stream)
+        return int(address)
+
+    def free_async(self, address: int, stream: int) -> None:
+        self._call("cudaFreeAsync", address, stream)
+
+    def malloc_host(self, size: int) -> int:
+        (address,) = self._call("cudaMallocHost", size)
+        return int(address)
+
+    def free_host(self, address: int) -> None:
+        self._call("cudaFreeHost", address)
+
+    def copy(self, target: int, source: int, size: int, direction: Direction, stream: int) -> None:
+        kinds = self._cuda.cudaMemcpyKind
+        kind = {
+            "to device": kinds.cudaMemcpyHostToDevice,
+            "to host": kinds.cudaMemcpyDeviceToHost,
+            "on device": kinds.cudaMemcpyDeviceToDevice,
+        }[direction]
+        self._call("cudaMemcpyAsync", target, source, size, kind, stream)
+
+    def fill(self, address: int, byte: int, size: int, stream: int) -> None:
+        self._call("cudaMemsetAsync", address, byte, size, stream)
+
+    def stream(self, *, first: bool) -> int:
+        # Priorities go from least to greatest, the greatest being the smallest number; 0 is an ordinary stream's.
+        priority = self._greatest if first else 0
+        (stream,) = self._call("cudaStreamCreateWithPriority", self._cuda.cudaStreamNonBlocking, priority)
+        return int(stream)
+
+    def destroy_stream(self, stream: int) -> None:
+        self._call("cudaStreamDestroy", stream)
+
+    def synchronize(self, stream: int) -> None:
+        self._call("cudaStreamSynchronize", stream)
+
+    def event(self) -> int:
+        (event,) = self._call("cudaEventCreateWithFlags", self._cuda.cudaEventDisableTiming)
+        return int(event)
+
+    def destroy_event(self, event: int) -> None:
+        self._call("cudaEventDestroy", event)
+
+    def record(self, event: int, stream: int) -> None:
+        self._call("cudaEventRecord", event, stream)
+
+    def wait(self, stream: int, event: int) -> None:
+        self._call("cudaStreamWaitEvent", stream, event, 0)
+
+    def wait_on_host(self, event: int) -> None:
+        self._call("cudaEventSynchronize", event)
+
+    def begin_capture(self, stream: int) -> None:
+        # Thread-local: other threads of the process may allocate while this one captures.
+        self._call("cudaStreamBeginCapture", stream, self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
+
+    def end_capture(self, stream: int) -> int:
+        (graph,) = self._call("cudaStreamEndCapture", stream)
+        try:
+            (executable,) = self._call("cudaGraphInstantiate", graph, 0)
+        finally:
+            self._call("cudaGraphDestroy", graph)
+        return int(executable)
+
+    def abandon_capture(self, stream: int) -> None:
+        code, graph = self._cuda.cudaStreamEndCapture(stream)
+        if code == self._cuda.cudaError_t.cudaSuccess:
+            self._cuda.cudaGraphDestroy(graph)
+        self._cuda.cudaGetLastError()
+
+    def launch(self, graph: int, stream: int) -> None:
+        self._call("cudaGraphLaunch", graph, stream)
+
+    def destroy_graph(self, graph: int) -> None:
+        self._call("cudaGraphExecDestroy", graph)

@@ -1,0 +1,151 @@
+"""An engine file into a loaded engine that is what its bundle says, and contexts of it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from flamingo_export.backends.tensorrt.contract import Contract, check_engine
+from flamingo_export.backends.tensorrt.cuda import OUT_OF_MEMORY, DeviceMemoryError
+from flamingo_export.backends.tensorrt.log import Heard, listening
+from flamingo_export.backends.tensorrt.memory import Lane
+from flamingo_export.errors import BackendError, IncompatibleEngine
+from flamingo_export.manifest import EngineRecord
+
+_READ_BYTES = 1 << 26
+
+
+class Loaded:
+    """An engine on the device, and how its contexts are made.
+
+    All contexts take the lane's memory for activations (USER_MANAGED): they run one after the other. TensorRT for RTX compiles kernels for
+    this GPU when they are first needed; they are kept in `kernels` for the next process.
+    """
+
+    def __init__(self, trt: ModuleType, runtime: Any, engine: Any, lane: Lane, kernels: Path | None) -> None:
+        self.trt, self.engine, self.lane = trt, engine, lane
+        self._runtime = runtime
+        self._kernels = kernels
+        self._cache: Any = None
+        self._configs: dict[bool, Any] = {}
+        if kernels is not None:
+            self._configs = {captured: self._config(captured) for captured in (False, True)}
+        lane.reserve(engine.device_memory_size_v2)
+
+    def context(self, profile: int, *, captured: bool) -> Any:
+        """A context for one profile. captured: for CUDA graphs, whose kernels must be the final ones. Raises BackendError."""
+        trt, lane = self.trt, self.lane
+        heard = Heard()
+        with listening(trt, heard):
+            how = self._configs[captured] if self._configs else trt.ExecutionContextAllocationStrategy.USER_MANAGED
+            context = self.engine.create_execution_context(how)
+            if context is None:
+                raise BackendError(f"TensorRT {trt.__version__} made no context: {first_error(heard)}. {OUT_OF_MEMORY}.")
+            if not context.set_optimization_profile_async(profile, lane.stream):
+                raise BackendError(f"TensorRT {trt.__version__} did not take profile {profile}: {first_error(heard)}")
+        return context
+
+    def close(self) -> None:
+        """Keeps what was compiled, and lets go of the engine: contexts must be gone."""
+        self._save_kernels()
+        self._configs, self._cache = {}, None
+        self.engine = self._runtime = None
+
+    def _config(self, captured: bool) -> Any:
+        trt = self.trt
+        config = self.engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if captured:
+            # Compiled in the background, a graph would keep the kernel that stands in meanwhile.
+            config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        if self._cache is None:
+            self._cache = config.create_runtime_cache()
+            if self._kernels is not None and self._kernels.is_file():
+                # One of another driver or a damaged one is not taken, and kernels are compiled anew.
+                self._cache.deserialize(self._kernels.read_bytes())
+        config.set_runtime_cache(self._cache)
+        return config
+
+    def _save_kernels(self) -> None:
+        """Best effort: without it the next process compiles again."""
+        if self._cache is None or self._kernels is None:
+            return
+        try:
+            self._kernels.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self._kernels.with_name(f"{self._kernels.name}.{os.getpid()}")
+            temporary.write_bytes(bytes(memoryview(self._cache.serialize())))
+            temporary.replace(self._kernels)
+        except OSError:
+            pass
+
+
+def load_engine(
+    trt: ModuleType, lane: Lane, path: Path, record: EngineRecord, contract: Contract, *, kernels: Path | None, advice: str
+) -> Loaded:
+    """Loads an engine file and checks what it is. advice: how to build it again. kernels: file of compiled kernels, for TensorRT for RTX.
+
+    Raises IncompatibleEngine (not an engine of this version or GPU, or another one than the contract), DeviceMemoryError.
+    """
+    _check_memory(lane, path, record)
+    heard = Heard()
+    with listening(trt, heard) as logger:
+        runtime = trt.Runtime(logger)
+        with path.open("rb") as file:
+            engine = runtime.deserialize_cuda_engine(stream_reader(trt, file))
+        if engine is None:
+            said = first_error(heard)
+            if _is_memory(said):
+                raise DeviceMemoryError(
+                    "cudaErrorMemoryAllocation", f"{path} does not fit on the GPU: {said}. {OUT_OF_MEMORY}."
+                )
+            raise IncompatibleEngine(f"TensorRT {trt.__version__} does not take {path}: {said}. {advice}")
+        try:
+            check_engine(trt, engine, contract)
+        except IncompatibleEngine as error:
+            raise IncompatibleEngine(f"{path} is not the engine that this bundle needs: {error}. {advice}") from None
+        return Loaded(trt, runtime, engine, lane, kernels)
+
+
+def first_error(heard: Heard) -> str:
+    """What TensorRT said first, on one line."""
+    return " ".join(heard.errors[0].split()) if heard.errors else "it gave no reason"
+
+
+def _is_memory(text: str) -> bool:
+    return any(words in text.lower() for words in ("out of memory", "outofmemory", "memoryallocation"))
+
+
+def _check_memory(lane: Lane, path: Path, record: EngineRecord) -> None:
+    """Before anything is loaded. An engine takes its file's size, which is all weights, and the activations of its largest profile."""
+    free, total = lane.cuda.free_memory()
+    profiles = record.summary.profiles if record.summary is not None else ()
+    needed = path.stat().st_size + max((profile.activation_bytes or 0 for profile in profiles), default=0)
+    if needed > free:
+        raise DeviceMemoryError(
+            "cudaErrorMemoryAllocation",
+            f"{path} needs about {needed / 2**20:.0f} MiB on the GPU, {free / 2**20:.0f} of {total / 2**20:.0f} MiB are free. {OUT_OF_MEMORY}.",
+        )
+
+
+def stream_reader(trt: ModuleType, file: Any) -> Any:
+    """The file as TensorRT reads it, so that no copy of the whole engine lies in host memory."""
+
+    class Reader(trt.IStreamReaderV2):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            trt.IStreamReaderV2.__init__(self)
+
+        def read(self, num_bytes: int, stream: int) -> bytes:
+            data: bytes = file.read(min(num_bytes, _READ_BYTES))
+            return data
+
+        def seek(self, offset: int, where: Any) -> bool:
+            whence = {trt.SeekPosition.SET: os.SEEK_SET, trt.SeekPosition.CUR: os.SEEK_CUR, trt.SeekPosition.END: os.SEEK_END}
+            try:
+                file.seek(offset, whence[where])
+            except (OSError, ValueError):
+                return False
+            return True
+
+    return Reader()

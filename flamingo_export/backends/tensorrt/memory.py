@@ -1,0 +1,243 @@
+"""Tensors in device memory and what carries them there and back: lanes (a stream with what belongs to it), tensors, buffers."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import weakref
+from typing import Any
+
+import numpy as np
+
+from flamingo_export.backends.base import Array, Buffer, Tensor
+from flamingo_export.backends.tensorrt import dlpack
+from flamingo_export.backends.tensorrt.cuda import Cuda
+from flamingo_export.backends.tensorrt.elements import Element, decode, encode, kind_of
+from flamingo_export.errors import InputError
+
+_STAGE_BYTES = 1 << 24
+ALIGNMENT = 256
+
+
+class Memory:
+    """Device memory that goes when nothing refers to it any more. ordered: it belongs to what its lane does from now on, and costs no wait."""
+
+    def __init__(self, lane: Lane, size: int, *, ordered: bool = False) -> None:
+        cuda, stream = lane.cuda, lane.stream
+        self.lane, self.size = lane, size
+        asked = max(size, 1)
+        self.address = cuda.malloc_async(asked, stream) if ordered else cuda.malloc(asked)
+        address = self.address
+        give_back = (lambda: cuda.free_async(address, stream)) if ordered else (lambda: cuda.free(address))
+        # At the end of the process the driver frees everything, and may be gone already.
+        weakref.finalize(self, give_back).atexit = False
+
+
+class Pinned:
+    """Page-locked memory of the host, as bytes."""
+
+    def __init__(self, cuda: Cuda, size: int) -> None:
+        self.address = cuda.malloc_host(max(size, 1))
+        self.bytes: Array = np.ctypeslib.as_array((ctypes.c_uint8 * max(size, 1)).from_address(self.address))
+        weakref.finalize(self, cuda.free_host, self.address).atexit = False
+
+    def view(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
+        """Its beginning as an array."""
+        return self.bytes[: math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+
+
+class Lane:
+    """A stream, an event to wait for it with, memory for activations that sessions on it share (they run one after the other), and pinned
+    memory through which single arrays come and go."""
+
+    def __init__(self, cuda: Cuda, *, first: bool) -> None:
+        self.cuda = cuda
+        self.stream = cuda.stream(first=first)
+        weakref.finalize(self, cuda.destroy_stream, self.stream).atexit = False
+        self._event = cuda.event()
+        weakref.finalize(self, cuda.destroy_event, self._event).atexit = False
+        self.activations: Memory | None = None
+        self._stage: Pinned | None = None
+
+    def reserve(self, size: int) -> None:
+        """Makes room for the activations of one more session."""
+        if self.activations is None or self.activations.size < size:
+            self.activations = None  # the smaller block goes first, and with it waits for what still uses it
+            self.activations = Memory(self, size)
+
+    def follow(self, other: Lane) -> None:
+        """What this lane is asked from now on comes after what the other was asked so far."""
+        if other is not self:
+            self.cuda.record(other._event, other.stream)
+            self.cuda.wait(self.stream, other._event)
+
+    def upload(self, address: int, data: Array) -> None:
+        """Copies bytes [n] to the device and waits."""
+        stage = self._staging()
+        for start in range(0, len(data), _STAGE_BYTES):
+            part = data[start : start + _STAGE_BYTES]
+            stage.bytes[: len(part)] = part
+            self.cuda.copy(address + start, stage.address, len(part), "to device", self.stream)
+            self.cuda.synchronize(self.stream)
+
+    def download(self, address: int, size: int) -> Array:
+        """Waits, and returns a copy of device memory as bytes."""
+        stage, found = self._staging(), np.empty(size, np.uint8)
+        for start in range(0, size, _STAGE_BYTES):
+            count = min(_STAGE_BYTES, size - start)
+            self.cuda.copy(stage.address, address + start, count, "to host", self.stream)
+            self.cuda.synchronize(self.stream)
+            found[start : start + count] = stage.bytes[:count]
+        return found
+
+    def _staging(self) -> Pinned:
+        if self._stage is None:
+            self._stage = Pinned(self.cuda, _STAGE_BYTES)
+        return self._stage
+
+
+class DeviceTensor:
+    """A tensor in device memory, contiguous, kept alive by `owner`; what is in it is known to what `lane` does from now on."""
+
+    def __init__(self, owner: Any, address: int, shape: tuple[int, ...], element: Element, lane: Lane) -> None:
+        self._owner, self.address, self.shape, self.element, self.lane = owner, address, tuple(shape), element, lane
+
+    @classmethod
+    def empty(cls, lane: Lane, shape: tuple[int, ...], element: Element) -> DeviceTensor:
+        """Fresh memory for what the lane does next."""
+        memory = Memory(lane, math.prod(shape) * element.size, ordered=True)
+        return cls(memory, memory.address, shape, element, lane)
+
+    @classmethod
+    def taken(cls, value: Any, lane: Lane) -> DeviceTensor:
+        """Another library's tensor on the device, through DLPack. Raises InputError."""
+        found = dlpack.take(value, stream=lane.stream)
+        return cls(found, found.address, found.shape, kind_of(found.code, found.bits), lane)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the elements; uint16 stands for bf16."""
+        return self.element.storage
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.element.size
+
+    def reshape(self, *shape: int) -> DeviceTensor:
+        """The same memory in another shape. Raises InputError where the sizes differ."""
+        if math.prod(shape) != math.prod(self.shape):
+            raise InputError(f"a tensor of shape {self.shape} cannot take the shape {shape}")
+        return DeviceTensor(self._owner, self.address, shape, self.element, self.lane)
+
+    def __getitem__(self, index: int) -> DeviceTensor:
+        """A row of the first axis, sharing memory. Raises IndexError."""
+        if not 0 <= index < self.shape[0]:
+            raise IndexError(f"row {index} of a tensor of shape {self.shape}")
+        row = self.shape[1:]
+        address = self.address + index * math.prod(row) * self.element.size
+        return DeviceTensor(self._owner, address, row, self.element, self.lane)
+
+    def read(self) -> Array:
+        """A copy on the host; floats in float32."""
+        data = self.lane.download(self.address, self.nbytes)
+        return decode(data.view(self.element.storage).reshape(self.shape), self.element)
+
+    def __dlpack__(self, *, stream: int | None = None, **_: object) -> object:
+        """For other libraries, which read it on their stream; None: on CUDA's default one."""
+        cuda = self.lane.cuda
+        if stream == -1:  # the consumer needs no order
+            pass
+        elif stream is None or stream in (0, 1, 2):
+            cuda.synchronize(self.lane.stream)  # what the default streams are called differs; waiting is right for all
+        else:
+            event = cuda.event()
+            cuda.record(event, self.lane.stream)
+            cuda.wait(stream, event)
+            cuda.destroy_event(event)
+        return dlpack.give(self, self.address, self.shape, self.element.code, self.element.bits)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return dlpack.CUDA, 0
+
+
+class DeviceBuffer:
+    """A tensor that outlives calls: media bank, cache. Written by its own lane or another, read by its own."""
+
+    def __init__(self, memory: Memory, shape: tuple[int, ...], element: Element) -> None:
+        self._memory, self._shape, self.element = memory, tuple(shape), element
+        self._written_by: Lane | None = None
+        self._views: dict[int, DeviceBuffer] = {}
+
+    @classmethod
+    def zeroed(cls, lane: Lane, shape: tuple[int, ...], element: Element) -> DeviceBuffer:
+        """Raises DeviceMemoryError."""
+        memory = Memory(lane, math.prod(shape) * element.size)
+        lane.cuda.fill(memory.address, 0, memory.size, lane.stream)
+        lane.cuda.synchronize(lane.stream)  # another lane may be the first to write
+        return cls(memory, shape, element)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._shape
+
+    @property
+    def address(self) -> int:
+        return self._memory.address
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self._shape) * self.element.size
+
+    def write(self, index: int, value: Tensor) -> None:
+        """Copies `value` into row `index`: from the device by the value's lane, without waiting; from the host, waiting."""
+        row = self._shape[1:]
+        if value.shape != row or not 0 <= index < self._shape[0]:
+            raise InputError(f"a value of shape {value.shape} for row {index} of a buffer {self._shape}")
+        size = math.prod(row) * self.element.size
+        address, lane = self.address + index * size, self._memory.lane
+        if isinstance(value, np.ndarray):
+            encoded = np.empty(row, self.element.storage)
+            encode(value, encoded, self.element)
+            self.publish()
+            lane.upload(address, encoded.reshape(-1).view(np.uint8))
+            return
+        tensor = value if isinstance(value, DeviceTensor) else DeviceTensor.taken(value, lane)
+        if tensor.element is not self.element:
+            raise InputError(f"a value of {tensor.element.name} for a buffer of {self.element.name}")
+        if self._written_by not in (None, tensor.lane):
+            self.publish()
+        lane.cuda.copy(address, tensor.address, size, "on device", tensor.lane.stream)
+        self._written_by = tensor.lane
+        if tensor is not value:
+            lane.cuda.synchronize(lane.stream)  # whose memory it is may take it back now
+
+    def publish(self) -> None:
+        """What its lane is asked from now on comes after all writes so far; the host does not wait."""
+        if self._written_by is not None:
+            self._memory.lane.follow(self._written_by)
+            self._written_by = None
+
+    def read(self) -> Array:
+        """A copy on the host; floats in float32."""
+        self.publish()
+        data = self._memory.lane.download(self.address, self.nbytes)
+        return decode(data.view(self.element.storage).reshape(self._shape), self.element)
+
+    def copy_from(self, other: Buffer) -> None:
+        """Copies the whole of `other`, alike but for fewer rows, into the first rows. Raises InputError: an engine's capacity does not grow."""
+        if not isinstance(other, DeviceBuffer) or other.shape[1:] != self._shape[1:] or other.shape[0] > self._shape[0]:
+            raise InputError(f"a buffer of shape {other.shape} cannot be copied into one of {self._shape}")
+        lane = self._memory.lane
+        self.publish()
+        other.publish()
+        lane.follow(other._memory.lane)
+        lane.cuda.copy(self.address, other.address, other.nbytes, "on device", lane.stream)
+        lane.cuda.synchronize(lane.stream)  # the other may go now
+
+    def rows(self, count: int) -> DeviceBuffer:
+        """The first `count` rows, sharing memory; the same object each time, so that binding it again is free."""
+        if count == self._shape[0]:
+            return self
+        if count not in self._views:
+            self._views[count] = DeviceBuffer(self._memory, (count, *self._shape[1:]), self.element)
+        return self._views[count]

@@ -1,0 +1,345 @@
+"""One engine, opened: feeds go in through pinned memory, results come back through it, everything else stays on the device.
+
+    feed (host, float32) --round--> pinned --copy--> input                        a bound buffer is its input's address,
+                                                      |  engine                   and that of the output which aliases it
+    result (host, float32) <--widen-- pinned <--copy-- output (those asked for alone)
+
+Everything between the two pinned blocks is one sequence on the session's lane. In decoding the same sequence comes back at every step, so
+it is captured as a CUDA graph the second time, one for each set of shapes, and launched from then on. A graph belongs to the context that
+it was captured from, which must not be touched afterwards: each has one of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import OrderedDict
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from flamingo_export.backends.base import Array, Buffer, Tensor
+from flamingo_export.backends.tensorrt.calls import Call, Result, plan
+from flamingo_export.backends.tensorrt.contract import Contract
+from flamingo_export.backends.tensorrt.elements import Element, decode, encode
+from flamingo_export.backends.tensorrt.loading import Loaded, first_error
+from flamingo_export.backends.tensorrt.log import Heard, listening
+from flamingo_export.backends.tensorrt.memory import DeviceBuffer, DeviceTensor, Memory, Pinned
+from flamingo_export.errors import BackendError, InputError
+from flamingo_export.specs import SubgraphSpec, TensorSpec
+
+MAX_GRAPHS = 16
+"""CUDA graphs kept at once, the one launched longest ago going first: rows leave a batch one by one, each time with other shapes."""
+CAPTURED = "decode"
+"""The profile whose calls are captured: they are short, many, and alike."""
+_log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class Step:
+    """A context that serves calls of one set of shapes, and their graph once they have come twice."""
+
+    context: Any
+    graph: int | None = None
+
+
+class TensorRTSession:
+    """One engine. Not for use from several threads at once."""
+
+    def __init__(self, loaded: Loaded, contract: Contract, *, asynchronous: bool) -> None:
+        """asynchronous: it has a lane that others do not wait for."""
+        self._loaded, self._contract, self._lane = loaded, contract, loaded.lane
+        self._cuda = self._lane.cuda
+        self.asynchronous = asynchronous
+        spec = contract.spec
+        self._inputs = {tensor.name: tensor for tensor in spec.inputs}
+        self._alias_of = {source: output for output, source in spec.aliases.items()}
+        self._closed = False
+        self._bound: dict[str, DeviceBuffer] = {}
+        self._feeds: dict[str, tuple[Pinned, Memory]] = {}
+        self._results: dict[str, tuple[Pinned, Memory]] = {}
+        self._calls: dict[tuple[Any, ...], Call] = {}
+        self._contexts: dict[int, Any] = {}
+        self._steps: OrderedDict[tuple[Any, ...], Step] = OrderedDict()
+        self._capturing = True
+        self._activations = self._lane.activations
+        self._copied = self._cuda.event()
+        self._in_flight = False
+        """Whether what is in the pinned blocks of feeds may still be on its way to the device."""
+
+    @property
+    def spec(self) -> SubgraphSpec:
+        return self._contract.spec
+
+    @property
+    def largest(self) -> Mapping[str, int]:
+        """Largest size of each letter in any profile, and the caches' capacity."""
+        found: dict[str, int] = {"C": self._contract.capacity} if self.spec.aliases else {}
+        for profile in self._contract.profiles:
+            for symbol, bounds in profile.bounds.items():
+                found[symbol] = max(found.get(symbol, 0), bounds.most)
+        return MappingProxyType(found)
+
+    def allocate(self, name: str, shape: tuple[int, ...]) -> DeviceBuffer:
+        """A zeroed buffer on the device for input `name`. Raises DeviceMemoryError, which is a MemoryError too."""
+        return DeviceBuffer.zeroed(self._lane, shape, self._element(name))
+
+    def bind(self, name: str, buffer: Buffer) -> None:
+        """Input `name`, and the output that aliases it, are this buffer from now on. Raises InputError for one that does not fit."""
+        if not isinstance(buffer, DeviceBuffer) or buffer.element is not self._element(name):
+            raise InputError(
+                f"{self.spec.name}: a buffer of another backend was bound to {name}; allocate it with this session"
+            )
+        self._check_open()
+        before = self._bound.get(name)
+        if before is buffer:
+            return
+        if before is None or before.address != buffer.address:
+            self._forget_graphs()
+        self._bound[name] = buffer
+        self._calls.clear()
+
+    def run(self, feeds: Mapping[str, Tensor], outputs: Collection[str] | None = None) -> dict[str, Array]:
+        """Results on the host. Raises InputError for feeds that break the contract or the profiles, BackendError if running fails."""
+        if self._activations is not self._lane.activations:
+            self._forget_graphs()
+            self._activations = self._lane.activations
+        taken = self._taken(feeds)
+        call = self._call(taken, outputs)
+        self._fill(call, taken)
+        outputs_at = {result.name: self._result(result)[1].address for result in call.outputs}
+        with listening(self._loaded.trt, heard := Heard()):
+            if call.profile == self._captured_profile and len(call.fed) == len(taken) and not call.empty:
+                self._step(call, taken, outputs_at, heard)
+            else:
+                context = self._context(call.profile)
+                self._set(context, call, self._addresses(taken, outputs_at), heard)
+                self._perform(context, call, heard)
+        if call.empty:
+            self._in_flight = True
+            self._wait_for_foreign(feeds)
+            return {result.name: np.zeros(result.shape, decode(np.empty(0, result.element.storage), result.element).dtype)
+                    for result in call.wanted}  # fmt: skip
+        self._cuda.synchronize(self._lane.stream)
+        self._in_flight = False
+        return {
+            result.name: decode(self._result(result)[0].view(result.element.storage, result.shape), result.element)
+            for result in call.wanted
+        }
+
+    def compute(self, feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Results on the device, for what its lane does from now on; returns before they are worked out. Raises as `run` does."""
+        taken = self._taken(feeds)
+        call = self._call(taken, ())
+        self._fill(call, taken)
+        tensors = {result.name: DeviceTensor.empty(self._lane, result.shape, result.element) for result in call.outputs}
+        given = self._addresses(taken, {name: tensor.address for name, tensor in tensors.items()})
+        with listening(self._loaded.trt, heard := Heard()):
+            context = self._context(call.profile)
+            self._set(context, call, given, heard)
+            self._perform(context, call, heard)
+        self._in_flight = True
+        self._wait_for_foreign(feeds)
+        return tensors
+
+    def close(self) -> None:
+        """Waits, and frees engine, contexts and graphs; buffers stay valid."""
+        if self._closed:
+            return
+        self._closed = True
+        self._cuda.synchronize(self._lane.stream)
+        self._forget_graphs()
+        self._contexts = {}
+        self._loaded.close()
+        self._cuda.destroy_event(self._copied)
+        self._bound, self._feeds, self._results, self._calls = {}, {}, {}, {}
+
+    # What a call is.
+
+    @property
+    def _captured_profile(self) -> int:
+        return next((index for index, profile in enumerate(self._contract.profiles) if profile.name == CAPTURED), -1)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise BackendError(f"{self.spec.name}: the session is closed. Load the bundle again.")
+
+    def _element(self, name: str) -> Element:
+        if name not in self._inputs:
+            raise InputError(f"{self.spec.name}: {name} is not an input")
+        return self._contract.element(self._inputs[name])
+
+    def _taken(self, feeds: Mapping[str, Tensor]) -> dict[str, Array | DeviceTensor]:
+        """Feeds of the host as they are, those on the device as ours."""
+        return {
+            name: value
+            if isinstance(value, np.ndarray | DeviceTensor)
+            else DeviceTensor.taken(value, self._lane)
+            for name, value in feeds.items()
+        }  # fmt: skip
+
+    def _wait_for_foreign(self, feeds: Mapping[str, Tensor]) -> None:
+        """Tensors that are not freed in the order of this lane are kept by the caller alone, until it is told that they were read."""
+        own = (
+            isinstance(value, np.ndarray) or (isinstance(value, DeviceTensor) and value.lane is self._lane)
+            for value in feeds.values()
+        )
+        if not all(own):
+            self._cuda.synchronize(self._lane.stream)
+
+    def _call(self, feeds: Mapping[str, Array | DeviceTensor], wanted: Collection[str] | None) -> Call:
+        """The call that feeds of these shapes are; the contract is checked once for each set of shapes, not at each step."""
+        key = (
+            *((name, value.shape, value.dtype, isinstance(value, DeviceTensor)) for name, value in feeds.items()),
+            None if wanted is None else tuple(wanted),
+        )
+        known = self._calls.get(key)
+        if known is None:
+            self._check_open()
+            if len(self._calls) > 256:  # prompts of ever new lengths must not fill memory
+                self._calls.clear()
+            known = self._calls[key] = plan(self._contract, feeds, self._bound, wanted)
+        return known
+
+    # Memory.
+
+    def _most(self, tensor: TensorSpec, profile: int) -> int:
+        """Bytes of a tensor at most in a profile."""
+        bounds = self._contract.profiles[profile].bounds
+        shape = self._contract.shape(tensor, {symbol: size.most for symbol, size in bounds.items()})
+        return math.prod(shape) * self._contract.element(tensor).size
+
+    def _feed(self, name: str) -> tuple[Pinned, Memory]:
+        """Pinned and device memory of an input that is fed, as large as any profile wants it: its address never changes."""
+        if name not in self._feeds:
+            size = max(self._most(self._inputs[name], index) for index in range(len(self._contract.profiles)))
+            self._feeds[name] = (Pinned(self._cuda, size), Memory(self._lane, size))
+        return self._feeds[name]
+
+    def _result(self, result: Result) -> tuple[Pinned, Memory]:
+        """Those of an output: what the last profile, whose calls are captured, wants at most, or more where a call wants more."""
+        held = self._results.get(result.name)
+        if held is None or held[1].size < result.nbytes:
+            self._forget_graphs()
+            tensor = self.spec.output(result.name)
+            size = max(result.nbytes, self._most(tensor, len(self._contract.profiles) - 1))
+            self._results.pop(result.name, None)
+            held = self._results[result.name] = (Pinned(self._cuda, size), Memory(self._lane, size))
+        return held
+
+    def _addresses(self, feeds: Mapping[str, Array | DeviceTensor], outputs: dict[str, int]) -> dict[str, int]:
+        """Where each input and output lies. A tensor of another lane is waited for."""
+        found = dict(outputs)
+        for name in self._inputs:
+            value = feeds.get(name)
+            if isinstance(value, DeviceTensor):
+                found[name] = value.address
+                self._lane.follow(value.lane)
+            elif value is not None:
+                found[name] = self._feed(name)[1].address
+            else:
+                found[name] = self._bound[name].address
+                if name in self._alias_of:
+                    found[self._alias_of[name]] = found[name]
+        return found
+
+    def _fill(self, call: Call, feeds: Mapping[str, Array | DeviceTensor]) -> None:
+        """Feeds of the host into their pinned blocks."""
+        if self._in_flight:
+            self._cuda.wait_on_host(self._copied)
+            self._in_flight = False
+        for name in call.fed:
+            value, element = feeds[name], self._element(name)
+            assert isinstance(value, np.ndarray)
+            into = self._feed(name)[0].view(element.storage, call.shapes[name])
+            if call.empty and value.size == 0:
+                into[...] = 0
+            else:
+                encode(value, into, element)
+
+    # Running.
+
+    def _context(self, profile: int) -> Any:
+        if profile not in self._contexts:
+            self._contexts[profile] = self._loaded.context(profile, captured=False)
+        return self._contexts[profile]
+
+    def _set(self, context: Any, call: Call, addresses: dict[str, int], heard: Heard) -> None:
+        """Shapes, addresses and memory of a context."""
+        done = all(context.set_input_shape(name, shape) for name, shape in call.shapes.items())
+        done = done and all(context.set_tensor_address(name, address) for name, address in addresses.items())
+        if not done:
+            raise BackendError(f"{self.spec.name}: TensorRT did not take a shape or an address: {first_error(heard)}")
+        memory = self._lane.activations
+        if memory is not None:
+            context.set_device_memory(memory.address, memory.size)
+
+    def _perform(self, context: Any, call: Call, heard: Heard, *, mark: bool = True) -> None:
+        """Feeds to the device, the engine, wanted results to the host: asked of the lane, not waited for. mark: when feeds are copied."""
+        cuda, stream = self._cuda, self._lane.stream
+        for name in call.fed:
+            pinned, memory = self._feeds[name]
+            size = math.prod(call.shapes[name]) * self._element(name).size
+            cuda.copy(memory.address, pinned.address, size, "to device", stream)
+        if mark:
+            cuda.record(self._copied, stream)
+        if not context.execute_async_v3(stream):
+            raise BackendError(f"{self.spec.name} failed in TensorRT {self._loaded.trt.__version__}: {first_error(heard)}")
+        if not call.empty:
+            for result in call.wanted:
+                pinned, memory = self._results[result.name]
+                cuda.copy(pinned.address, memory.address, result.nbytes, "to host", stream)
+
+    def _step(self, call: Call, feeds: Mapping[str, Array | DeviceTensor], outputs: dict[str, int], heard: Heard) -> None:
+        """A call that comes again and again: run the first time, which TensorRT wants before a capture, captured the second, then launched."""
+        step = self._steps.get(call.key)
+        if step is None:
+            self._make_room()
+            step = Step(context=self._loaded.context(call.profile, captured=True))
+            self._set(step.context, call, self._addresses(feeds, outputs), heard)
+            self._perform(step.context, call, heard)
+            self._steps[call.key] = step
+            return
+        self._steps.move_to_end(call.key)
+        if step.graph is None and self._capturing:
+            step.graph = self._captured(step.context, call, heard)
+        if step.graph is None:
+            self._perform(step.context, call, heard)
+        else:
+            self._cuda.launch(step.graph, self._lane.stream)
+
+    def _captured(self, context: Any, call: Call, heard: Heard) -> int | None:
+        """The call as a graph, or None where it cannot be one, which is said once."""
+        cuda, stream = self._cuda, self._lane.stream
+        try:
+            cuda.begin_capture(stream)
+            try:
+                # An event that was recorded in a capture cannot be waited for.
+                self._perform(context, call, heard, mark=False)
+            except BackendError:
+                cuda.abandon_capture(stream)
+                raise
+            return cuda.end_capture(stream)
+        except BackendError as error:
+            self._capturing = False
+            _log.warning("%s: steps are not captured as CUDA graphs and take longer: %s", self.spec.name, error)
+            return None
+
+    def _make_room(self) -> None:
+        while len(self._steps) >= MAX_GRAPHS:
+            _, oldest = self._steps.popitem(last=False)
+            self._drop(oldest)
+
+    def _forget_graphs(self) -> None:
+        """Graphs hold addresses and shapes: when one changes, they are captured anew."""
+        if self._steps:
+            self._cuda.synchronize(self._lane.stream)
+        while self._steps:
+            self._drop(self._steps.popitem()[1])
+
+    def _drop(self, step: Step) -> None:
+        if step.graph is not None:
+            self._cuda.destroy_graph(step.graph)

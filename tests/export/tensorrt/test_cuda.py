@@ -1,0 +1,119 @@
+"""cuda-python for real as far as a machine without a driver goes: names, arguments, errors; and what the runtime makes of return codes."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from types import SimpleNamespace
+
+import pytest
+import trt_wheels
+
+from flamingo_export.backends.tensorrt import cuda as cuda_module
+from flamingo_export.backends.tensorrt.cuda import Cuda, CudaError, CudaRuntime, DeviceMemoryError
+from flamingo_export.errors import BackendError
+
+CALLS = {
+    "free_memory": (), "malloc": (64,), "free": (1,), "malloc_async": (64, 5), "free_async": (1, 5), "malloc_host": (64,),
+    "free_host": (1,), "copy": (1, 2, 3, "to device", 5), "fill": (1, 0, 3, 5), "destroy_stream": (5,), "synchronize": (5,),
+    "event": (), "destroy_event": (6,), "record": (6, 5), "wait": (5, 6), "wait_on_host": (6,), "begin_capture": (5,),
+    "end_capture": (5,), "launch": (7, 5), "destroy_graph": (7,),
+}  # fmt: skip
+
+
+@pytest.fixture
+def runtime():
+    """cuda-python's runtime module, or a skip."""
+    return trt_wheels.cuda()
+
+
+class Spy:
+    """The module with its calls answered: each call of the real signature, `codes` of those that fail."""
+
+    def __init__(self, real) -> None:
+        self.real, self.codes, self.called = real, {}, []
+
+    def __getattr__(self, name):
+        value = getattr(self.real, name)
+        if not name.startswith("cuda") or not callable(value) or inspect.isclass(value) or name == "cudaGetErrorString":
+            return value
+
+        def call(*arguments):
+            # The real one parses its arguments before it looks for a driver, so a wrong number or type is a TypeError here as well.
+            results = value(*arguments)
+            self.called.append(name)
+            success = self.real.cudaError_t.cudaSuccess
+            answers = [1 if result is None else result for result in results[1:]]
+            if name == "cudaGetDeviceCount":
+                answers = [1]
+            return (self.codes.get(name, success), *answers)
+
+        return call
+
+
+@pytest.fixture
+def spied(runtime) -> tuple[CudaRuntime, Spy]:
+    if runtime.cudaGetDeviceCount()[0] == runtime.cudaError_t.cudaSuccess:
+        pytest.skip("there is a GPU, which would take the made-up addresses for real ones")
+    made = CudaRuntime.__new__(CudaRuntime)
+    spy = Spy(runtime)
+    made._cuda, made._greatest = spy, -5
+    return made, spy
+
+
+def test_every_call_is_one_of_the_real_module(spied):
+    made, spy = spied
+    for name, arguments in CALLS.items():
+        getattr(made, name)(*arguments)
+    made.stream(first=True)
+    made.abandon_capture(5)
+    wanted = {name for name, value in vars(Cuda).items() if not name.startswith("_") and callable(value)}
+    assert wanted == {*CALLS, "stream", "abandon_capture"}
+    assert {"cudaMemcpyAsync", "cudaGraphInstantiate", "cudaStreamCreateWithPriority"} <= set(spy.called)
+
+
+def test_without_a_driver_it_says_so(runtime):
+    code, _ = runtime.cudaGetDeviceCount()
+    if code == runtime.cudaError_t.cudaSuccess:
+        pytest.skip("there is a GPU")
+    with pytest.raises(
+        CudaError, match=r"cudaGetDeviceCount failed with cudaErrorInsufficientDriver.*install driver 580|no NVIDIA GPU"
+    ):
+        CudaRuntime()
+
+
+def test_without_cuda_python_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    with pytest.raises(BackendError, match="pip install 'cuda-bindings"):
+        CudaRuntime()
+
+
+def test_codes_become_errors(spied):
+    made, spy = spied
+    errors = spy.real.cudaError_t
+    spy.codes["cudaMalloc"] = errors.cudaErrorMemoryAllocation
+    with pytest.raises(DeviceMemoryError, match=r"out of memory \(cudaMalloc of 3 MiB, .* are free\).*--fallback onnxruntime"):
+        made.malloc(3 << 20)
+    assert issubclass(DeviceMemoryError, MemoryError)
+    spy.codes["cudaStreamSynchronize"] = errors.cudaErrorIllegalAddress
+    with pytest.raises(CudaError, match=r"cudaStreamSynchronize failed with cudaErrorIllegalAddress.*start it again") as caught:
+        made.synchronize(5)
+    assert caught.value.name == "cudaErrorIllegalAddress"
+    assert "cudaGetLastError" in spy.called
+    assert all(hasattr(errors, name) for name in cuda_module._ADVICE)
+
+
+def test_a_graph_that_cannot_be_made_is_not_left(spied):
+    made, spy = spied
+    spy.codes["cudaGraphInstantiate"] = spy.real.cudaError_t.cudaErrorInvalidValue
+    with pytest.raises(CudaError, match="cudaGraphInstantiate"):
+        made.end_capture(5)
+    assert spy.called[-1] == "cudaGraphDestroy"
+
+
+def test_another_device_than_there_are(runtime, monkeypatch):
+    spy = Spy(runtime)
+    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(runtime=spy))
+    with pytest.raises(CudaError, match="there are 1 CUDA devices, number 3"):
+        CudaRuntime(3)
+    assert CudaRuntime()._greatest == 1

@@ -1,0 +1,27 @@
+"""Parity on engines: whole subgraphs and token traces, by the same command as for ONNX Runtime. The GPU and TensorRT are fakes."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from fake_gpu import add_engines, install
+
+import flamingo_export
+from flamingo_export.build_request import source_for_size
+from flamingo_export.manifest import ShapeLimits
+
+
+@pytest.mark.slow
+def test_nano_passes_but_for_layers_which_have_no_engines(monkeypatch, tmp_path, capfd):
+    from flamingo_export.cli import main
+
+    limits = ShapeLimits(max_length=512, chunk=128)
+    flamingo_export.build(source_for_size("nano"), out=tmp_path / "nano.bundle", limits=limits, parity="skip")
+    gpu = install(monkeypatch, tmp_path)
+    bundle = add_engines(tmp_path / "nano.bundle", tmp_path / "x.bundle")
+    assert main(["parity", str(bundle), "--backend", "tensorrt-rtx", "--json"]) == 0
+    report = msgspec.json.decode(capfd.readouterr().out)
+    text = msgspec.json.encode(report).decode()
+    assert "layer by layer" in text
+    assert "none of single layers" in text
+    assert gpu.cuda.calls["launch"] > 50  # token traces ran as captured steps

@@ -1,0 +1,249 @@
+"""A CUDA device in host memory, for tests on machines without one: what a stream is asked is done when somebody waits for it, not before.
+
+It refuses what a device would do wrong without a word or crash on: memory that was freed or never allocated, sizes beyond an allocation,
+asynchronous copies from or to memory that is not pinned, a stream or event that is gone, allocating or waiting during a capture.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from flamingo_export.backends.tensorrt.cuda import CudaError, DeviceMemoryError, Direction
+
+Work = Callable[[], None]
+_KINDS = {"to device": ("pinned", "device"), "to host": ("device", "pinned"), "on device": ("device", "device")}
+
+
+class Misuse(AssertionError):
+    """What a program must never do with a device."""
+
+
+@dataclass
+class _Stream:
+    queue: list[Work] = field(default_factory=list)
+    captured: list[Work] | None = None
+    first: bool = False
+
+
+@dataclass
+class _Event:
+    stream: _Stream | None = None
+    done: bool = True
+    in_capture: bool = False
+
+
+class FakeCuda:
+    """Implements backends.tensorrt.cuda.Cuda. `crossed` counts bytes by direction as they are copied, `log` names calls in order."""
+
+    def __init__(self, memory: int = 1 << 32) -> None:
+        self.memory = memory
+        self.used = 0
+        self.crossed: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
+        self.fail: dict[str, BaseException] = {}
+        """Name of a call -> what it raises from now on."""
+        self._blocks: dict[int, tuple[str, np.ndarray]] = {}
+        self._streams: dict[int, _Stream] = {}
+        self._events: dict[int, _Event] = {}
+        self._graphs: dict[int, list[Work]] = {}
+        self._handles = 1000
+
+    # Memory.
+
+    def free_memory(self) -> tuple[int, int]:
+        return self.memory - self.used, self.memory
+
+    def malloc(self, size: int) -> int:
+        self._call("malloc")
+        return self._allocate("device", size)
+
+    def malloc_async(self, size: int, stream: int) -> int:
+        self._call("malloc_async")
+        self._stream(stream)
+        return self._allocate("device", size)
+
+    def malloc_host(self, size: int) -> int:
+        self._call("malloc_host")
+        return self._allocate("pinned", size)
+
+    def free(self, address: int) -> None:
+        self._call("free")
+        self._drain()
+        self._release("device", address)
+
+    def free_async(self, address: int, stream: int) -> None:
+        self._call("free_async", allowed_in_capture=True)
+        self._ask(stream, lambda: self._release("device", address))
+
+    def free_host(self, address: int) -> None:
+        self._call("free_host")
+        self._drain()
+        self._release("pinned", address)
+
+    def view(self, address: int, size: int, kind: str = "device") -> np.ndarray:
+        """The bytes of an allocation from `address` on. Raises Misuse."""
+        for start, (found, block) in self._blocks.items():
+            if start <= address < start + max(len(block), 1):
+                if found != kind:
+                    raise Misuse(f"{found} memory at {address:#x} was used as {kind} memory")
+                if address + size > start + len(block):
+                    raise Misuse(f"{size} bytes at {address:#x} go beyond an allocation of {len(block)}")
+                return block[address - start : address - start + size]
+        raise Misuse(f"{address:#x} is not allocated, or not any more")
+
+    def copy(self, target: int, source: int, size: int, direction: Direction, stream: int) -> None:
+        self._call("copy", allowed_in_capture=True)
+        read, written = _KINDS[direction]
+        self.view(source, size, read), self.view(target, size, written)
+
+        def work() -> None:
+            self.view(target, size, written)[:] = self.view(source, size, read)
+            self.crossed[direction] += size
+
+        self._ask(stream, work)
+
+    def fill(self, address: int, byte: int, size: int, stream: int) -> None:
+        self._call("fill", allowed_in_capture=True)
+        self._ask(stream, lambda: self.view(address, size).fill(byte))
+
+    # Streams and events.
+
+    def stream(self, *, first: bool) -> int:
+        self._call("stream")
+        return self._new(self._streams, _Stream(first=first))
+
+    def destroy_stream(self, stream: int) -> None:
+        self._run(self._stream(stream))
+        del self._streams[stream]
+
+    def synchronize(self, stream: int) -> None:
+        self._call("synchronize")
+        self._run(self._stream(stream))
+
+    def event(self) -> int:
+        self._call("event")
+        return self._new(self._events, _Event())
+
+    def destroy_event(self, event: int) -> None:
+        self._event(event)
+        del self._events[event]
+
+    def record(self, event: int, stream: int) -> None:
+        found, lane = self._event(event), self._stream(stream)
+        found.in_capture = lane.captured is not None
+        # What waited for the event as it was recorded before goes on waiting for that.
+        self._events[event] = fresh = _Event(lane, done=False)
+        fresh.in_capture = found.in_capture
+        self._ask(stream, lambda: setattr(fresh, "done", True))
+
+    def wait(self, stream: int, event: int) -> None:
+        found = self._event(event)
+        self._ask(stream, lambda: self._until(found))
+
+    def wait_on_host(self, event: int) -> None:
+        self._call("wait_on_host")
+        found = self._event(event)
+        if found.in_capture:
+            raise Misuse("the event was recorded during a capture: it cannot be waited for")
+        self._until(found)
+
+    # Graphs.
+
+    def begin_capture(self, stream: int) -> None:
+        self._call("begin_capture")
+        self._stream(stream).captured = []
+
+    def end_capture(self, stream: int) -> int:
+        found = self._stream(stream)
+        recorded, found.captured = found.captured, None
+        assert recorded is not None, "no capture was begun"
+        self._call("end_capture")
+        return self._new(self._graphs, recorded)
+
+    def abandon_capture(self, stream: int) -> None:
+        self._stream(stream).captured = None
+
+    def launch(self, graph: int, stream: int) -> None:
+        self._call("launch")
+        if graph not in self._graphs:
+            raise Misuse("a graph that is not there was launched")
+        for work in self._graphs[graph]:
+            self._ask(stream, work)
+
+    def destroy_graph(self, graph: int) -> None:
+        del self._graphs[graph]
+
+    @property
+    def graphs(self) -> int:
+        """Graphs that are alive."""
+        return len(self._graphs)
+
+    def ask(self, stream: int, work: Work) -> None:
+        """What an engine asks of a stream."""
+        self._ask(stream, work)
+
+    # Within.
+
+    def _call(self, name: str, *, allowed_in_capture: bool = False) -> None:
+        self.calls[name] += 1
+        if name in self.fail:
+            raise self.fail[name]
+        if not allowed_in_capture and name != "begin_capture" and any(s.captured is not None for s in self._streams.values()):
+            raise CudaError("cudaErrorStreamCaptureUnsupported", f"{name} was called during a capture")
+
+    def _allocate(self, kind: str, size: int) -> int:
+        if size < 1:
+            raise Misuse(f"{size} bytes were asked for")
+        if kind == "device":
+            if self.used + size > self.memory:
+                raise DeviceMemoryError("cudaErrorMemoryAllocation", f"CUDA is out of memory ({size} bytes)")
+            self.used += size
+        block = np.full(size + 256, 0xCD, np.uint8)  # what was not written is no zero
+        skipped = -block.ctypes.data % 256
+        block = block[skipped : skipped + size]
+        self._blocks[block.ctypes.data] = (kind, block)
+        return int(block.ctypes.data)
+
+    def _release(self, kind: str, address: int) -> None:
+        if address not in self._blocks or self._blocks[address][0] != kind:
+            raise Misuse(f"{address:#x} was freed, which is no {kind} memory, or not any more")
+        _, block = self._blocks.pop(address)
+        if kind == "device":
+            self.used -= len(block)
+
+    def _ask(self, stream: int, work: Work) -> None:
+        found = self._stream(stream)
+        (found.queue if found.captured is None else found.captured).append(work)
+
+    def _stream(self, handle: int) -> _Stream:
+        if handle not in self._streams:
+            raise Misuse("a stream that is not there was used")
+        return self._streams[handle]
+
+    def _event(self, handle: int) -> _Event:
+        if handle not in self._events:
+            raise Misuse("an event that is not there was used")
+        return self._events[handle]
+
+    def _until(self, event: _Event) -> None:
+        while not event.done:
+            assert event.stream is not None
+            assert event.stream.queue, "an event that never comes"
+            event.stream.queue.pop(0)()
+
+    def _run(self, stream: _Stream) -> None:
+        while stream.queue:
+            stream.queue.pop(0)()
+
+    def _drain(self) -> None:
+        for stream in list(self._streams.values()):
+            self._run(stream)
+
+    def _new(self, kind: dict, value: object) -> int:
+        self._handles += 1
+        kind[self._handles] = value
+        return self._handles

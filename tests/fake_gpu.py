@@ -1,0 +1,76 @@
+"""A machine with a fake GPU and a fake TensorRT for RTX, and bundles with engines for it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import onnx_ir as ir
+import pytest
+from fake_cuda import FakeCuda
+from fake_tensorrt import VERSION, FakeTensorRT, write_engine
+
+from flamingo_export.artifacts import file_record
+from flamingo_export.backends.tensorrt import backend as backend_module
+from flamingo_export.backends.tensorrt import library
+from flamingo_export.backends.tensorrt.contract import contract_of
+from flamingo_export.lowering.candidates import add_candidates
+from flamingo_export.lowering.tensorrt import lower, save_lowered
+from flamingo_export.manifest import EngineRecord, read_manifest, write_manifest
+
+TARGET = "sm89"
+
+
+class FakeGpu:
+    """What the tests look at: the device, the library."""
+
+    def __init__(self) -> None:
+        self.cuda = FakeCuda()
+        self.trt = FakeTensorRT(self.cuda)
+
+
+def install(monkeypatch: pytest.MonkeyPatch, home: Path) -> FakeGpu:
+    """Puts the fakes in the place of driver, cuda-python and TensorRT for RTX, and the home folder out of reach."""
+    found = FakeGpu()
+    monkeypatch.setattr(library, "installed", lambda which: which is library.RTX)
+    monkeypatch.setattr(library, "load", lambda which: found.trt)
+    monkeypatch.setattr(library, "device", lambda: library.Device(target=TARGET))
+    monkeypatch.setattr(library, "cuda_python", lambda: True)
+    monkeypatch.setattr(backend_module, "CudaRuntime", lambda: found.cuda)
+    monkeypatch.setattr(Path, "home", lambda: home)
+    return found
+
+
+def add_engines(source: Path, bundle: Path, *, changes: Mapping[str, Mapping[str, Any]] | None = None, **limits: int) -> Path:
+    """A copy of a bundle with an engine for each graph, for the fake TensorRT. changes: graph -> what its file says otherwise."""
+    shutil.copytree(source, bundle)
+    manifest = read_manifest(bundle)
+    manifest = msgspec.structs.replace(manifest, limits=msgspec.structs.replace(manifest.limits, **limits))
+    compute = manifest.precision.storage
+    engines = []
+    for graph in manifest.graphs:
+        contract = contract_of(manifest, graph)
+        model = lower(ir.load(bundle / graph.file), compute=compute, capacity=contract.capacity, native_functions=frozenset())
+        add_candidates(model, contract.spec, banned=manifest.config.tokens.image)
+        lowered = bundle / f"{graph.name}.tensorrt-rtx.onnx"
+        save_lowered(model, lowered)
+        path = bundle / "engines" / f"tensorrt-rtx-{TARGET}" / f"{graph.name}.engine"
+        write_engine(path, lowered, contract, changes=(changes or {}).get(graph.name))
+        file = file_record(bundle, path)
+        engines.append(
+            EngineRecord(
+                graph=graph.name, file=file.path, backend="tensorrt-rtx", target=TARGET, tool_version=VERSION,
+                sha256=file.sha256, size=file.size, lowered=lowered.name, compute=compute,
+            )
+        )  # fmt: skip
+    listed = (
+        {record.path for record in manifest.files}
+        | {engine.file for engine in engines}
+        | {engine.lowered or "" for engine in engines}
+    )
+    files = tuple(file_record(bundle, bundle / path) for path in sorted(listed))
+    write_manifest(bundle, msgspec.structs.replace(manifest, engines=tuple(engines), files=files))
+    return bundle
