@@ -9,7 +9,7 @@ import msgspec
 
 from flamingo_export.errors import BuildError, CheckpointError
 from flamingo_export.manifest import ShapeLimits, read_manifest
-from flamingo_export.precision import Precision, StorageType, default_precision
+from flamingo_export.precision import Policy, Precision, StorageType, default_storage
 from flamingo_reference.checkpoints.loading import CheckpointFiles
 from flamingo_reference.checkpoints.names import parameter_counts
 from flamingo_reference.config import PRESETS, ModelConfig
@@ -43,7 +43,8 @@ Source = CheckpointFolder | RandomWeights | LiveModel
 class BuildRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One build.
 
-    storage: None takes fp32 below a billion parameters, bf16 above. limits: None takes those of `default_limits`.
+    storage: None takes fp32 below a billion parameters, bf16 above. policy: which matrices are quantised, None is none. calibration: the
+    table of activation ranges for it; without one the model is calibrated first, unless `uncalibrated`. limits: None takes those of `default_limits`.
     overwrite: a bundle at `out` is replaced once the new one is complete. resume: go on with what an interrupted build of the same
     request has finished. backend: `onnxruntime`, which runs the portable graphs, or `tensorrt-rtx` or `tensorrt`, which compile engines
     beside them. target: the GPU they are for (`sm89`), None for this machine's. graphs_of: a bundle whose graphs, limits and, where the
@@ -53,6 +54,9 @@ class BuildRequest(msgspec.Struct, frozen=True, kw_only=True):
     source: Source
     out: Path
     storage: StorageType | None = None
+    policy: Policy | None = None
+    calibration: Path | None = None
+    uncalibrated: bool = False
     limits: ShapeLimits | None = None
     parity: ParityMode = "auto"
     overwrite: bool = False
@@ -74,6 +78,7 @@ def refit_request(
         source=source,
         out=out,
         storage=manifest.precision.storage,
+        policy=manifest.precision.policy,
         limits=manifest.limits,
         parity=parity,
         overwrite=overwrite,
@@ -120,9 +125,9 @@ def default_out(source: Source) -> Path:
     return Path(f"flamingo-{config.name}.bundle" if isinstance(config, ModelConfig) else "flamingo.bundle")
 
 
-def resolve_precision(config: ModelConfig, storage: StorageType | None) -> Precision:
+def resolve_precision(config: ModelConfig, storage: StorageType | None, policy: Policy | None = None) -> Precision:
     """The precision asked for, or the default for a model of this size."""
-    return Precision(storage=storage) if storage is not None else default_precision(sum(parameter_counts(config).values()))
+    return Precision(storage=storage or default_storage(sum(parameter_counts(config).values())), policy=policy)
 
 
 def default_limits(config: ModelConfig) -> ShapeLimits:

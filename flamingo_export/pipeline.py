@@ -96,9 +96,9 @@ class _Job(msgspec.Struct, frozen=True, kw_only=True):
 def plan(request: BuildRequest) -> BuildPlan:
     """What `build` would write, without writing. Raises CheckpointError or UnsupportedModel as it would."""
     config = open_source(request.source).config
-    precision = resolve_precision(config, request.storage)
+    precision = resolve_precision(config, request.storage, request.policy)
     sizes: dict[str, int] = {}
-    for weight in bundle_weights(config):
+    for weight in bundle_weights(config, precision):
         component = weight.name.split("/", 1)[0]
         sizes[component] = sizes.get(component, 0) + stored_bytes(weight, precision)
     total = sum(sizes.values())
@@ -180,7 +180,7 @@ def _prepare(request: BuildRequest, progress: Progress) -> _Job:
     return _Job(
         request=request,
         source=source,
-        precision=resolve_precision(config, request.storage),
+        precision=resolve_precision(config, request.storage, request.policy),
         place=WorkPlace(request.out),
         compiler=(compiler, compiler.prepare()) if compiler is not None else None,
         tokenizer=tokenizer,
@@ -197,7 +197,7 @@ def _identity(job: _Job) -> str:
 
 
 def _bytes_left(job: _Job, journal: Journal) -> int:
-    every = groups(bundle_weights(job.source.config))
+    every = groups(bundle_weights(job.source.config, job.precision))
     sizes = {group: sum(stored_bytes(weight, job.precision) for weight in members) for group, members in every.items()}
     weights = sum(size for group, size in sizes.items() if group not in journal.groups)
     compiled = sum(record.file.size for record in journal.groups.values() if record.file.path.startswith(ENGINES_FOLDER))
@@ -211,7 +211,7 @@ def _engine_bytes(request: BuildRequest, weights: int) -> int:
 def _fill(job: _Job, journal: Journal, progress: Progress) -> BuildResult:
     """Everything in the work folder, the manifest last."""
     work, config = job.place.work, job.source.config
-    records, digests = write_weights(job.source, bundle_weights(config), job.precision, work, journal, progress)
+    records, digests = write_weights(job.source, bundle_weights(config, job.precision), job.precision, work, journal, progress)
     graphs = _write_graphs(job, progress)
     if job.tokenizer is not None:
         (work / TOKENIZER_FILE).parent.mkdir()

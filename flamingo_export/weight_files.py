@@ -15,18 +15,22 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
 
 from flamingo_export.errors import CheckpointError
 from flamingo_export.manifest import FileRecord
-from flamingo_export.precision import Precision
+from flamingo_export.precision import Precision, Quantisation
 from flamingo_export.progress import Progress
 from flamingo_export.sources.base import Array, WeightSource, tensor_digest
-from flamingo_export.weights import STORAGE_DTYPES, Weight, group_file, groups, layout
+from flamingo_export.quantize.matrices import FP8_LARGEST, quantised, range_scale
+from flamingo_export.weights import STORAGE_DTYPES, Weight, group_file, groups, layout, pieces
 from flamingo_export.workplace import Finished, Journal
+
+if TYPE_CHECKING:
+    from flamingo_export.quantize.table import CalibrationTable
 
 THREADS = 2
 # Tensors of more numbers than this are made one at a time, however many threads there are.
@@ -43,9 +47,9 @@ class _Done(msgspec.Struct, frozen=True):
 
 
 class _Made(msgspec.Struct, frozen=True):
-    """A tensor in its storage type, or what forbids storing it."""
+    """A tensor as it is stored (codes and scales, where it is quantised), or what forbids storing it."""
 
-    array: Array | None
+    pieces: tuple[Array, ...]
     sources: dict[str, str]
     bad: tuple[str, ...] = ()
     overflow: str | None = None
@@ -53,14 +57,23 @@ class _Made(msgspec.Struct, frozen=True):
 
 def stored_bytes(weight: Weight, precision: Precision) -> int:
     """Bytes of a tensor in the bundle."""
-    return math.prod(weight.shape) * int(np.dtype(STORAGE_DTYPES[weight.storage(precision)]).itemsize)
+    return sum(piece.size for piece in pieces(weight, precision))
 
 
 def write_weights(
-    source: WeightSource, weights: Sequence[Weight], precision: Precision, work: Path, journal: Journal, progress: Progress
+    source: WeightSource,
+    weights: Sequence[Weight],
+    precision: Precision,
+    work: Path,
+    journal: Journal,
+    progress: Progress,
+    *,
+    calibration: CalibrationTable | None = None,
 ) -> tuple[list[FileRecord], dict[str, str]]:
     """Writes every group that the journal does not hold yet; returns the files' records in order and the digest of each source tensor.
 
+    calibration: ranges of what matrices are multiplied with, for those that a policy quantises; without it each range is taken for
+    E4M3's own and all input channels for equally important.
     Raises CheckpointError naming all tensors that hold NaN or infinity, or overflow the storage type; OSError if the disk is full.
     """
     grouped = groups(weights)
@@ -68,7 +81,7 @@ def write_weights(
     for group in grouped:
         if group in journal.groups:
             progress.advance(sum(stored_bytes(weight, precision) for weight in grouped[group]))
-    _Stream(source, precision, work).run(
+    _Stream(source, precision, work, calibration).run(
         {group: members for group, members in grouped.items() if group not in journal.groups}, journal, progress
     )
     digests: dict[str, str] = {}
@@ -78,8 +91,8 @@ def write_weights(
 
 
 class _Stream:
-    def __init__(self, source: WeightSource, precision: Precision, work: Path) -> None:
-        self._source, self._precision, self._work = source, precision, work
+    def __init__(self, source: WeightSource, precision: Precision, work: Path, calibration: CalibrationTable | None) -> None:
+        self._source, self._precision, self._work, self._calibration = source, precision, work, calibration
         self._events: SimpleQueue[int | _Done | BaseException] = SimpleQueue()
         self._stop = threading.Event()
         self._large = threading.Lock()
@@ -144,22 +157,24 @@ class _Stream:
                     if self._stop.is_set():
                         return None
                     with self._turn(weight):
-                        made = _make(self._source, weight, self._precision)
+                        made = _make(self._source, weight, self._precision, self._calibration)
                         sources |= made.sources
                         self._bad.update(made.bad)
                         if made.overflow is not None:
                             self._overflows.append(made.overflow)
-                        if self._faulty or made.array is None:
+                        if self._faulty:
                             continue
-                        data = made.array.reshape(-1).view(np.uint8).data
-                        for start in range(0, len(data), _CHUNK):
-                            if self._stop.is_set():
-                                return None
-                            chunk = data[start : start + _CHUNK]
-                            digest.update(chunk)
-                            _write_all(file.fileno(), chunk)
-                            self._events.put(len(chunk))
-                        del data, made
+                        for piece in made.pieces:
+                            data = piece.reshape(-1).view(np.uint8).data
+                            for start in range(0, len(data), _CHUNK):
+                                if self._stop.is_set():
+                                    return None
+                                chunk = data[start : start + _CHUNK]
+                                digest.update(chunk)
+                                _write_all(file.fileno(), chunk)
+                                self._events.put(len(chunk))
+                            del data
+                        del made
                 if self._faulty:
                     return None
                 os.fsync(file.fileno())
@@ -181,10 +196,10 @@ def _write_all(handle: int, data: memoryview) -> None:
         data = data[os.write(handle, data) :]
 
 
-def _make(source: WeightSource, weight: Weight, precision: Precision) -> _Made:
-    """Reads, checks, folds and casts one tensor."""
-    storage = weight.storage(precision)
-    dtype = np.dtype(STORAGE_DTYPES[storage])
+def _make(source: WeightSource, weight: Weight, precision: Precision, calibration: CalibrationTable | None) -> _Made:
+    """Reads, checks, folds and casts or quantises one tensor."""
+    how = weight.quantisation(precision)
+    dtype = np.dtype(np.float32) if how is not None else np.dtype(STORAGE_DTYPES[weight.storage(precision)])
     inputs: list[Array] = []
     digests: dict[str, str] = {}
     bad: list[str] = []
@@ -199,7 +214,7 @@ def _make(source: WeightSource, weight: Weight, precision: Precision) -> _Made:
         largest = max(largest, top)
         inputs.append(_moved(cast(array, dtype)) if weight.moves_only else cast(array, np.dtype(np.float32)))
     if bad:
-        return _Made(None, digests, bad=tuple(bad))
+        return _Made((), digests, bad=tuple(bad))
     with np.errstate(all="ignore"):  # what overflows is found below
         result = weight.make(inputs)
     if weight.moves_only:
@@ -210,8 +225,20 @@ def _make(source: WeightSource, weight: Weight, precision: Precision) -> _Made:
     if result.shape != weight.shape:
         raise AssertionError(f"{weight.name} was made in shape {result.shape}, expected {weight.shape}")
     if not math.isfinite(float(cast(np.array([largest]), dtype)[0])):
-        return _Made(None, digests, overflow=f"{weight.name} (up to {largest:.3g})")
-    return _Made(result, digests)
+        return _Made((), digests, overflow=f"{weight.name} (up to {largest:.3g})")
+    if how is None:
+        return _Made((result,), digests)
+    del inputs
+    return _Made(_quantised(weight, result, how, calibration), digests)
+
+
+def _quantised(weight: Weight, matrix: Array, how: Quantisation, calibration: CalibrationTable | None) -> tuple[Array, ...]:
+    """The pieces of a quantised matrix, as `weights.pieces` lists them."""
+    if how.element == "fp8":
+        threshold = calibration.threshold(weight.name) if calibration is not None else FP8_LARGEST
+        return (*quantised(matrix, how), np.float32(range_scale(threshold)).reshape(()))
+    rms = calibration.channel_rms(weight.name) if calibration is not None else None
+    return quantised(matrix, how, None if rms is None else np.square(rms))
 
 
 def cast(array: Array, dtype: np.dtype[Any]) -> Array:

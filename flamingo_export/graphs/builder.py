@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from flamingo_export.precision import StorageType
+from flamingo_export.precision import ElementType
 from flamingo_export.specs import SubgraphSpec, TensorSpec
-from flamingo_export.weights import Placed, WeightIndex
+from flamingo_export.weights import INPUT_SCALE, SCALE, Placed, WeightIndex
 from flamingo_reference.config import FeedForward, Norm
 
 OPSET = 24
@@ -19,11 +20,15 @@ IR_VERSION = 10
 FUNCTION_DOMAIN = "flamingo"
 
 _KINDS = {"float": ir.DataType.FLOAT, "int64": ir.DataType.INT64, "bool": ir.DataType.BOOL}
-_STORAGE: Mapping[StorageType, ir.DataType] = {
+_STORAGE: Mapping[ElementType, ir.DataType] = {
     "fp32": ir.DataType.FLOAT,
     "fp16": ir.DataType.FLOAT16,
     "bf16": ir.DataType.BFLOAT16,
+    "fp8": ir.DataType.FLOAT8E4M3FN,
+    "int8": ir.DataType.INT8,
+    "int4": ir.DataType.INT4,
 }
+_FP8_ZERO = ir.tensor(np.zeros((), ml_dtypes.float8_e4m3fn), dtype=ir.DataType.FLOAT8E4M3FN, name="fp8/zero")
 
 
 class GraphBuilder:
@@ -109,10 +114,46 @@ class GraphBuilder:
             self._casts[name] = node.outputs[0]
         return self._casts[name]
 
+    def holds(self, name: str) -> bool:
+        """Whether there is a weight of that name."""
+        return self._index is not None and name in self._index
+
     def linear(self, x: ir.Value, weight: str, *, name: str, bias: bool = False) -> ir.Value:
-        """x @ weight, plus the bias stored beside it where it has one."""
-        product: ir.Value = self.op("MatMul", x, self.weight(weight), name=name)
+        """x @ weight, plus the bias stored beside it where it has one. Of a quantised weight: between quantisation and its undoing,
+        as backends look for it to make one kernel of all."""
+        if self.holds(weight + SCALE):
+            if self.holds(weight + INPUT_SCALE):
+                x = self.through_fp8(x, self.stored(weight + INPUT_SCALE), name=f"{name}/input")
+            product: ir.Value = self.op("MatMul", x, self._dequantised(weight), name=name)
+        else:
+            product = self.op("MatMul", x, self.weight(weight), name=name)
         return self.op("Add", product, self.weight(f"{weight}.bias"), name=f"{name}/bias") if bias else product
+
+    def _dequantised(self, weight: str) -> ir.Value:
+        """A quantised matrix behind its DequantizeLinear: scales of blocks along the input, or one for each output channel."""
+        codes, scales = self.stored(weight), self.stored(weight + SCALE)
+        assert codes.shape is not None and scales.shape is not None
+        along: dict[str, int] = {"axis": 1}
+        if len(scales.shape) == 2:
+            along = {"axis": 0, "block_size": int(codes.shape[0]) // int(scales.shape[0])}
+        node = ir.node(
+            "DequantizeLinear",
+            [codes, scales],
+            attributes=along,
+            outputs=[ir.Value(name=f"{weight}/dequantised")],
+            name=f"{weight}/dequantise",
+        )
+        self._nodes.append(node)
+        return node.outputs[0]
+
+    def through_fp8(self, x: ir.Value, scale: ir.Value, *, name: str) -> ir.Value:
+        """x rounded to E4M3 times `scale`, as a pair of nodes."""
+        if _FP8_ZERO.name not in self._initializers:
+            zero = ir.Value(name=_FP8_ZERO.name, shape=ir.Shape([]), type=ir.TensorType(_FP8_ZERO.dtype), const_value=_FP8_ZERO)
+            self._initializers[_FP8_ZERO.name] = zero
+        zero = self._initializers[_FP8_ZERO.name]
+        codes = self.op("QuantizeLinear", x, scale, zero, name=f"{name}/quantise")
+        return self.op("DequantizeLinear", codes, scale, zero, name=f"{name}/dequantise")  # type: ignore[no-any-return]
 
     def layer_norm(self, x: ir.Value, weight: str, *, name: str, eps: float = 1e-5) -> ir.Value:
         """LayerNorm over the last axis, with scale and bias."""

@@ -105,7 +105,7 @@ def _head(build: GraphBuilder, config: ModelConfig, hidden: ir.Value, logit_posi
     )
     lm = config.language_model
     normed = build.norm(wanted, "decoder/norm", name="norm", eps=lm.norm_eps, kind=lm.norm, bias=lm.norm_bias)
-    if not lm.tied_head:
+    if not lm.tied_head or build.holds("decoder/head"):
         return build.linear(normed, "decoder/head", name="head")
     head = build.op("Transpose", build.weight("decoder/embedding"), name="head/transpose", perm=[1, 0])
     return build.op("MatMul", normed, head, name="head")  # type: ignore[no-any-return]

@@ -12,7 +12,19 @@ safetensors file before a byte of it is written, so graphs can be built, and bui
 from __future__ import annotations
 
 from flamingo_export.weights.components import bundle_weights
-from flamingo_export.weights.layout import STORAGE_DTYPES, WEIGHTS_FOLDER, Placed, WeightIndex, group_file, groups, layout
+from flamingo_export.weights.layout import (
+    INPUT_SCALE,
+    SCALE,
+    STORAGE_DTYPES,
+    WEIGHTS_FOLDER,
+    Piece,
+    Placed,
+    WeightIndex,
+    group_file,
+    groups,
+    layout,
+    pieces,
+)
 from flamingo_export.weights.recipes import (
     DISTANCE_BLOCK,
     GELU_GAIN,
@@ -25,10 +37,13 @@ from flamingo_export.weights.recipes import (
 __all__ = [
     "DISTANCE_BLOCK",
     "GELU_GAIN",
+    "INPUT_SCALE",
+    "SCALE",
     "SQUEEZE_EXCITE_GAIN",
     "STANDARDISATION_EPS",
     "STORAGE_DTYPES",
     "WEIGHTS_FOLDER",
+    "Piece",
     "Placed",
     "Weight",
     "WeightIndex",
@@ -37,4 +52,5 @@ __all__ = [
     "group_file",
     "groups",
     "layout",
+    "pieces",
 ]

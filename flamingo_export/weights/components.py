@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from flamingo_export.precision import Precision
 from flamingo_export.weights.recipes import (
     DISTANCE_BLOCK,
     Weight,
@@ -26,9 +27,12 @@ from flamingo_export.weights.vision import vision_encoder
 from flamingo_reference.config import ModelConfig, RelativePositions, RotaryPositions
 
 
-def bundle_weights(config: ModelConfig) -> list[Weight]:
-    """Every tensor of the bundle, group by group. A group is one safetensors file, the unit of resuming a build."""
-    return [*vision_encoder(config), *_resampler(config), *_media_kv(config), *_decoder(config)]
+def bundle_weights(config: ModelConfig, precision: Precision | None = None) -> list[Weight]:
+    """Every tensor of the bundle, group by group. A group is one safetensors file, the unit of resuming a build.
+
+    precision: None is any without a policy. A head that is quantised is a matrix of its own, tied to the embedding or not.
+    """
+    return [*vision_encoder(config), *_resampler(config), *_media_kv(config), *_decoder(config, precision)]
 
 
 def _resampler(config: ModelConfig) -> Iterator[Weight]:
@@ -66,7 +70,7 @@ def _media_kv(config: ModelConfig) -> Iterator[Weight]:
             yield from norm(f"media_kv/layer.{i}/k_norm", block.head_size, "media_kv", source, kind="rms_norm")
 
 
-def _decoder(config: ModelConfig) -> Iterator[Weight]:
+def _decoder(config: ModelConfig, precision: Precision | None) -> Iterator[Weight]:
     lm = config.language_model
     yield Weight(
         name="decoder/embedding",
@@ -87,8 +91,10 @@ def _decoder(config: ModelConfig) -> Iterator[Weight]:
                 make=functools.partial(rotary_table, positions=lm.positions, num_positions=lm.max_positions, function=function),
                 full_precision=True,
             )
-    if not lm.tied_head:
-        yield linear("decoder/head", (lm.width, lm.vocab_size), "decoder.head", "language_model.head.weight")
+    source = "language_model.embedding.weight" if lm.tied_head else "language_model.head.weight"
+    head = linear("decoder/head", (lm.width, lm.vocab_size), "decoder.head", source)
+    if not lm.tied_head or (precision is not None and head.quantisation(precision) is not None):
+        yield head
     for layer in range(lm.num_layers):
         if layer in config.gated_layers:
             yield from _gated_block(config, config.gated_layers.index(layer), layer)
@@ -110,7 +116,7 @@ def _gated_block(config: ModelConfig, i: int, layer: int) -> Iterator[Weight]:
 
 
 def _gated(name: str, shape: tuple[int, int], group: str, *sources: str) -> Weight:
-    return Weight(name=name, shape=shape, group=group, sources=sources, make=gated_transposed)
+    return Weight(name=name, shape=shape, group=group, sources=sources, make=gated_transposed, product=True)
 
 
 def _language_model_layer(config: ModelConfig, layer: int) -> Iterator[Weight]:

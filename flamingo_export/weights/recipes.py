@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from flamingo_export.precision import Precision, StorageType
+from flamingo_export.precision import Precision, Quantisation, StorageType
 from flamingo_reference.config import FeedForward, Norm, RotaryPositions
 
 Array = npt.NDArray[Any]
@@ -32,7 +32,8 @@ class Weight(msgspec.Struct, frozen=True, kw_only=True):
     """A tensor of the bundle.
 
     sources: the checkpoint's tensors it is made of, given to `make` in this order; `moves_only` recipes merely transpose and join, so
-    they may be applied after rounding to the storage type. `full_precision` tensors stay fp32 whatever the storage.
+    they may be applied after rounding to the storage type. `full_precision` tensors stay fp32 whatever the storage. `product`: it is
+    the right side of a matrix product and nothing else, so a policy may quantise it.
     """
 
     name: str
@@ -42,10 +43,18 @@ class Weight(msgspec.Struct, frozen=True, kw_only=True):
     make: Recipe
     full_precision: bool = False
     moves_only: bool = False
+    product: bool = False
 
     def storage(self, precision: Precision) -> StorageType:
-        """Type the tensor is stored in."""
-        return "fp32" if self.full_precision else precision.storage
+        """Type the tensor is stored in where it is not quantised."""
+        return "fp32" if self.full_precision else precision.element(self.name)
+
+    def quantisation(self, precision: Precision) -> Quantisation | None:
+        """How the tensor is quantised, if it is. int4 packs outputs in pairs, so it leaves a matrix with an odd number of them alone."""
+        if not self.product:
+            return None
+        how = precision.quantisation(self.name, self.shape[0])
+        return None if how is not None and how.element == "int4" and self.shape[1] % 2 else how
 
 
 # Recipes. Each takes the source tensors in order.
@@ -148,7 +157,7 @@ def rotary_table(
 
 def linear(name: str, shape: tuple[int, int], group: str, *sources: str) -> Weight:
     """One matrix [in, out], or several side by side."""
-    return Weight(name=name, shape=shape, group=group, sources=sources, make=transposed, moves_only=True)
+    return Weight(name=name, shape=shape, group=group, sources=sources, make=transposed, moves_only=True, product=True)
 
 
 def linear_bias(name: str, width: int, group: str, *sources: str) -> Weight:

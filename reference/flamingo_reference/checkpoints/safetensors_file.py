@@ -18,6 +18,8 @@ _DTYPES: Mapping[str, Any] = {
     "F32": np.float32,
     "F16": np.float16,
     "BF16": ml_dtypes.bfloat16,
+    # Of quantised bundles; a checkpoint's weights may not be of it (tensors.FLOATS).
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
     # No weight is of these, but published files carry buffers (position_ids) that are ignored by name.
     "I64": np.int64,
     "I32": np.int32,

@@ -1,0 +1,93 @@
+"""Policies by name, and from a user's file: TOML, rules of its own after those of the preset that it extends.
+
+    extends = "int4"
+    name = "int4, first layer in 8 bits"
+
+    [[rules]]
+    weights = "decoder/layer.0/*"
+    format = "int8"
+    block = 128
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from flamingo_export.errors import BuildError
+from flamingo_export.precision import SMALLEST_BLOCK, Policy, Rule
+
+PRESETS = ("fp8", "int8", "int4")
+_LARGEST_BLOCK = 1024
+
+
+class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    name: str | None = None
+    extends: str | None = None
+    rules: tuple[Rule, ...] = ()
+    attention: Literal["storage", "fp8"] | None = None
+    media: Literal["storage", "fp8"] | None = None
+
+
+def preset(name: str) -> Policy:
+    """One of PRESETS. Raises BuildError for another name."""
+    if name not in PRESETS:
+        raise BuildError(f"{name!r} is no policy; there are {', '.join(PRESETS)}, or a file of your own (docs/precision.md)")
+    return msgspec.toml.decode(preset_text(name), type=Policy)
+
+
+def preset_text(name: str) -> str:
+    """The file of a preset, with the reasons of its rules: what a user copies to change it."""
+    return files(__package__).joinpath("presets", f"{name}.toml").read_text("utf-8")
+
+
+def read_policy(path: Path) -> Policy:
+    """A user's policy. Raises BuildError if the file cannot be read or says what no policy can."""
+    try:
+        found = msgspec.toml.decode(path.read_bytes(), type=_File)
+    except OSError as error:
+        raise BuildError(f"the policy {path} cannot be read: {error.strerror}") from error
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise BuildError(f"{path} is no policy: {error}. See docs/precision.md, or start from a preset.") from error
+    base = preset(found.extends) if found.extends is not None else Policy(name=path.stem)
+    policy = Policy(
+        name=found.name or path.stem,
+        rules=(*base.rules, *found.rules),
+        attention=found.attention or base.attention,
+        media=found.media or base.media,
+    )
+    faults = [
+        f"rule {rule.weights!r} has block {rule.block}, expected a power of two from {SMALLEST_BLOCK} to {_LARGEST_BLOCK}"
+        for rule in found.rules
+        if rule.format in ("int8", "int4") and not _is_block(rule.block)
+    ]
+    faults += [f"rule {rule.weights!r} has a block, which {rule.format} has not" for rule in found.rules if _idle_block(rule)]
+    if faults:
+        raise BuildError(f"{path}: {'; '.join(faults)}")
+    return policy
+
+
+def check_policy(policy: Policy, matrices: Sequence[str]) -> None:
+    """Raises BuildError naming every rule that matches none of a model's matrices. Those of presets may: not every model has all parts."""
+    known = {rule for name in PRESETS for rule in preset(name).rules}
+    idle = [rule for rule in policy.unmatched(matrices) if rule not in known]
+    if idle:
+        import difflib
+
+        shown = []
+        for rule in idle:
+            near = difflib.get_close_matches(rule.weights, matrices, n=2, cutoff=0.0)
+            shown.append(f"{rule.weights!r} (there are {', '.join(near)})")
+        raise BuildError(f"rules of policy {policy.name!r} match no matrix of this model: {'; '.join(shown)}")
+
+
+def _is_block(block: int) -> bool:
+    return SMALLEST_BLOCK <= block <= _LARGEST_BLOCK and block & (block - 1) == 0
+
+
+def _idle_block(rule: Rule) -> bool:
+    return rule.block != 0 and rule.format not in ("int8", "int4")
