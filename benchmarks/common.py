@@ -49,14 +49,23 @@ def model_config(
     )
 
 
-def bundle(config: ModelConfig, folder: Path) -> Path:
-    """A bundle of seeded random weights in fp32."""
-    from flamingo_export.api import build
-    from flamingo_export.build_request import RandomWeights
+def bundle(config: ModelConfig, folder: Path, *, policy: str | None = None) -> Path:
+    """A bundle of seeded random weights in fp32, or quantised by a preset."""
+    from flamingo_export.build_request import BuildRequest, RandomWeights
+    from flamingo_export.pipeline import build
+    from flamingo_export.quantize.policies import preset
 
     out = folder / f"{config.name}.bundle"
     if not out.exists():
-        build(RandomWeights(config=config, seed=0), out=out, storage="fp32", parity="skip")
+        request = BuildRequest(
+            source=RandomWeights(config=config, seed=0),
+            out=out,
+            storage="fp32",
+            policy=preset(policy) if policy is not None else None,
+            uncalibrated=True,
+            parity="skip",
+        )
+        build(request)
     return out
 
 

