@@ -1,0 +1,1 @@
+"""Calibration tables and precisions to quantised weights and graphs."""
