@@ -6,6 +6,7 @@ FlamingoExportError
 │   ├── PromptError       a prompt, shots file or tokenizer that does not fit
 │   └── CapacityError     longer than the cache, or more media than the bank
 ├── CheckpointError       weights or config that cannot become a bundle
+├── CalibrationError      calibration data or a table that cannot be used
 ├── UnsupportedModel      a live model with parts that the builder does not know
 ├── BuildError            a build that cannot start or go on: output taken, disk full, another build running
 ├── BundleError           a bundle that is incomplete, altered or of a newer schema
@@ -42,6 +43,10 @@ class CapacityError(InputError):
 
 class CheckpointError(FlamingoExportError, ValueError):
     """Weights or configuration that cannot become a bundle."""
+
+
+class CalibrationError(FlamingoExportError, ValueError):
+    """Calibration data that give no statistics, or a table that is not of these weights."""
 
 
 class UnsupportedModel(FlamingoExportError, TypeError):

@@ -10,8 +10,6 @@ import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-import msgspec
-
 from flamingo_export.backends.memory import release
 from flamingo_export.precision import StorageType
 from flamingo_export.sources import LiveSource, WeightSource
@@ -67,7 +65,9 @@ class SourceParts:
     def stage(self, prefix: str, wide: Callable[[Any], Wide], narrow: Callable[[Any], Narrow]) -> tuple[Wide, Narrow]:
         import torch
 
-        module = self._load(prefix)
+        from flamingo_reference.parts import load_part
+
+        module = load_part(self.config, prefix, self._source.read)
         with torch.no_grad():
             undo = _widen(module, at_use=prefix == "vision_encoder")
             first = wide(module)
@@ -78,19 +78,6 @@ class SourceParts:
         del module
         release()
         return first, second
-
-    def _load(self, prefix: str) -> nn.Module:
-        import torch
-
-        from flamingo_reference.model import torch_from_numpy
-
-        with torch.device("meta"):
-            module = _empty_part(self.config, prefix)
-        state = {}
-        for name in module.state_dict():
-            state[name] = torch_from_numpy(self._source.read(f"{prefix}.{name}")).to(torch.float32)
-        module.load_state_dict(state, strict=True, assign=True)
-        return module.requires_grad_(False).eval()
 
 
 class LiveParts:
@@ -117,25 +104,6 @@ class LiveParts:
             module = copy.deepcopy(module).cpu().float()
             _narrow(module, prefix, self._rounded, self._storage)
             return first, narrow(module)
-
-
-def _empty_part(config: ModelConfig, prefix: str) -> nn.Module:
-    from flamingo_reference.cross_attention import GatedCrossAttention
-    from flamingo_reference.decoder import LanguageModel, LanguageModelLayer
-    from flamingo_reference.resampler import PerceiverResampler
-    from flamingo_reference.vision import make_vision_encoder
-
-    if prefix == "vision_encoder":
-        return make_vision_encoder(config.vision)
-    if prefix == "resampler":
-        return PerceiverResampler(config)
-    if prefix.startswith("cross_attention."):
-        return GatedCrossAttention(config)
-    if prefix.startswith("language_model.layers."):
-        return LanguageModelLayer(config.language_model)
-    if prefix == "language_model":
-        return LanguageModel(msgspec.structs.replace(config.language_model, num_layers=0))
-    raise ValueError(f"{prefix!r} is no part of a Flamingo")
 
 
 def _widen(module: nn.Module, *, at_use: bool) -> Callable[[], None]:

@@ -1,0 +1,30 @@
+"""Activation statistics of the PyTorch reference, for quantisation: prompts and images in, a calibration table out.
+
+    thresholds, statistics    one tensor: counts of magnitudes, and the clipping thresholds that follow
+    data, shipped             samples of a user's file, of the package, of the nano model's generators
+    watching                  which tensors of a part are looked at, under which names
+    states                    what is carried from part to part, on the disk, so that a killed calibration goes on
+    run                       calibrate(): one part of the model after the other
+
+The table itself, which quantisation reads without any of this, is `flamingo_export.quantize.table`. torch is imported inside `run` alone.
+"""
+
+from __future__ import annotations
+
+from flamingo_calibration.data import BadSample, Sample, read_samples, source_tokenizer
+from flamingo_calibration.run import calibrate
+from flamingo_calibration.shipped import nano_samples, shipped_samples
+from flamingo_calibration.states import discard
+from flamingo_calibration.statistics import weight_amax
+
+__all__ = [
+    "BadSample",
+    "Sample",
+    "calibrate",
+    "discard",
+    "nano_samples",
+    "read_samples",
+    "shipped_samples",
+    "source_tokenizer",
+    "weight_amax",
+]

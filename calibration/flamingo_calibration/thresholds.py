@@ -1,0 +1,73 @@
+"""Clipping thresholds from a histogram: the magnitude that the largest quantised number should stand for.
+
+A threshold below the largest number seen clips the few that are above it, and gives the others finer steps. All methods leave zeros out:
+they are exact whatever the threshold. Sources: Migacz 2017 (entropy, "8-bit inference with TensorRT"), Wu et al. 2020 (arXiv 2004.09602).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+Rounding = Callable[[Array, Array], Array]
+"""(magnitudes, thresholds) -> what is left of the magnitudes; broadcasts."""
+
+PERCENTILE = 99.99
+E4M3_MAX = 448.0
+_PER_OCTAVE, _OCTAVES = 32, 8
+
+
+def e4m3(magnitudes: Array, thresholds: Array) -> Array:
+    """Magnitudes clipped to a threshold and rounded to E4M3, the threshold being its largest number."""
+    scales = np.asarray(thresholds) / E4M3_MAX
+    kept = np.minimum(magnitudes / scales, E4M3_MAX).astype(ml_dtypes.float8_e4m3fn)
+    rounded: Array = kept.astype(np.float64) * scales
+    return rounded
+
+
+def candidates(amax: float) -> Array:
+    """Thresholds that are tried: 32 to an octave, from `amax` eight octaves down."""
+    tried: Array = amax * 2.0 ** (-np.arange(_PER_OCTAVE * _OCTAVES + 1) / _PER_OCTAVE)
+    return tried
+
+
+def percentile(edges: Array, counts: npt.NDArray[Any], share: float = PERCENTILE) -> float:
+    """Upper edge of the bin that this share (per cent) of the numbers is reached in. edges, counts: [bins], ascending."""
+    reached = np.cumsum(counts)
+    return float(edges[np.searchsorted(reached, share / 100 * reached[-1])])
+
+
+def mse(values: Array, counts: npt.NDArray[Any], tried: Array, rounding: Rounding = e4m3) -> float:
+    """The threshold with the least squared error, the largest of equals. values, counts: centre and count of each bin [bins]."""
+    errors = [float(counts @ (rounding(values, threshold) - values) ** 2) for threshold in tried]
+    return float(tried[int(np.argmin(errors))])
+
+
+def entropy(values: Array, counts: npt.NDArray[Any], tried: Array, rounding: Rounding = e4m3) -> float:
+    """The threshold whose rounding leaves most of the distribution: least Kullback-Leibler divergence, the largest of equals.
+
+    values, counts: centre and count of each bin that is not empty [bins], ascending. The distribution holds what is clipped in its last bin;
+    what is compared with it has the numbers below the threshold alone, each step's spread evenly over its bins.
+    """
+    best, least = float(tried[0]), np.inf
+    for threshold in tried:
+        kept = int(np.searchsorted(values, threshold, "right"))
+        if kept == 0:
+            break
+        inside = counts[:kept].astype(np.float64)
+        given = inside.copy()
+        given[-1] += counts[kept:].sum()
+        steps = rounding(values[:kept], threshold)
+        starts = np.flatnonzero(np.concatenate([[True], steps[1:] != steps[:-1]]))
+        lengths = np.diff(starts, append=kept)
+        spread = np.repeat(np.add.reduceat(inside, starts) / lengths, lengths)
+        given, spread = given / given.sum(), spread / spread.sum()
+        divergence = float(given @ np.log(given / spread))
+        if divergence < least:
+            best, least = float(threshold), divergence
+    return best

@@ -1,0 +1,81 @@
+"""Who sees what in a part of the reference: hooks that hand the operands of its products to collectors, under the table's names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from flamingo_calibration.statistics import Collector
+from flamingo_export.quantize.table import Statistics, calibrated_tensors
+from flamingo_export.weights import bundle_weights
+from flamingo_reference.config import ModelConfig, RelativePositions
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+class Watch:
+    """The collectors of one part, and the hooks that feed them. The part is the caller's own copy and is changed."""
+
+    def __init__(self, config: ModelConfig, prefix: str, module: nn.Module) -> None:
+        self._config, self._prefix = config, prefix
+        self._channels = calibrated_tensors(config)
+        self._collectors: dict[str, Collector] = {}
+        for name, path in products(config, prefix).items():
+            module.get_submodule(path).register_forward_pre_hook(self._input_of(name))
+        if prefix.startswith("language_model.layers."):
+            self._watch_attention(module, f"decoder/layer.{prefix.rsplit('.', 1)[1]}/self_attention")
+
+    def see(self, name: str, tensor: Tensor) -> None:
+        """Counts a piece of a tensor."""
+        if name not in self._collectors:
+            self._collectors[name] = Collector(name, channels=self._channels[name] > 0)
+        self._collectors[name].add(tensor.numpy())
+
+    def media(self, k: Tensor, v: Tensor) -> None:
+        """Keys and values [N, H, R, D] of media of a gated block."""
+        index = self._prefix.rsplit(".", 1)[1]
+        self.see(f"media_kv/layer.{index}/k", k)
+        self.see(f"media_kv/layer.{index}/v", v)
+
+    def head(self, normed: Tensor) -> None:
+        """What the head is multiplied with [S, W]."""
+        self.see("decoder/head", normed)
+
+    def finish(self) -> dict[str, Statistics]:
+        """Statistics of all that was seen."""
+        return {name: collector.finish() for name, collector in self._collectors.items()}
+
+    def _input_of(self, name: str) -> Callable[[Any, tuple[Any, ...]], None]:
+        def hook(_: Any, arguments: tuple[Any, ...]) -> None:
+            self.see(name, arguments[0])
+
+        return hook
+
+    def _watch_attention(self, layer: Any, name: str) -> None:
+        """Queries, keys and values on their way into attention: after norms and rotation, queries with their bias for contents."""
+        attend = layer.attend
+        relative = isinstance(self._config.language_model.positions, RelativePositions)
+
+        def watched(q_BHSD: Tensor, k_BGCD: Tensor, v_BGCD: Tensor, *others: Any) -> Any:
+            self.see(f"{name}/q", q_BHSD + layer.content_bias[:, None, :] if relative else q_BHSD)
+            self.see(f"{name}/k", k_BGCD)
+            self.see(f"{name}/v", v_BGCD)
+            return attend(q_BHSD, k_BGCD, v_BGCD, *others)
+
+        layer.attend = watched
+
+
+def products(config: ModelConfig, prefix: str) -> dict[str, str]:
+    """The products of a part, and the module within it that has each one's input. Matrices that lie side by side have the same one.
+
+    Without the head, which is no module of its own where it is the embedding.
+    """
+    named = calibrated_tensors(config)
+    found = {}
+    for weight in bundle_weights(config):
+        source = weight.sources[0] if weight.sources else ""
+        layers = prefix == "language_model"  # a part of its own each
+        if weight.name in named and weight.name != "decoder/head" and source.startswith(f"{prefix}.") and not layers:
+            found[weight.name] = source.removeprefix(f"{prefix}.").removesuffix(".weight")
+    return found
