@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -113,9 +114,19 @@ def nano_checkpoint() -> Path:
     return Path(flamingo_reference.__file__).parent / "nano" / "checkpoint"
 
 
-def default_out(source: Source) -> Path:
-    """Where a bundle goes when nothing else is said: `flamingo-9b.bundle` for sizes and models, `NAME.bundle` for a folder NAME
-    or a file in it."""
+def default_out(source: Source, policy: Policy | None = None) -> Path:
+    """Where a bundle goes when nothing else is said: `flamingo-9b.bundle` (`flamingo-9b-fp8.bundle`) for sizes and models, `NAME.bundle`
+    for a folder NAME or a file in it."""
+    plain = _plain_out(source)
+    return plain if policy is None else plain.with_name(f"{plain.stem}-{_file_name(policy.name)}.bundle")
+
+
+def _file_name(name: str) -> str:
+    """What of a policy's name can stand in a file's."""
+    return re.sub(r"[^A-Za-z0-9._]+", "-", name).strip("-.") or "quantised"
+
+
+def _plain_out(source: Source) -> Path:
     if isinstance(source, CheckpointFolder):
         folder = source.path.resolve()
         name = folder.parent.name if folder.is_file() else folder.name

@@ -110,6 +110,18 @@ class SourceRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Of a checkpoint: whose format it was in (`flamingo_reference.checkpoints.families`)."""
 
 
+class CalibrationRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the ranges of a quantised bundle's activations came from: a table that was given, one made while building of the set that
+    ships with the package, or none. The table itself is `calibration.json`."""
+
+    origin: Literal["given", "shipped", "none"]
+    method: str | None = None
+    data_sha256: str | None = None
+    samples: int = 0
+    tokens: int = 0
+    images: int = 0
+
+
 class ParityRecord(msgspec.Struct, frozen=True, kw_only=True):
     """How parity stands: never assumed. `against` says what the engines were compared with."""
 
@@ -129,6 +141,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     source: SourceRecord
     inputs: InputFormat = PAPER
     """How images and text become its input."""
+    calibration: CalibrationRecord | None = None
+    """None where nothing is quantised."""
     graphs: tuple[GraphRecord, ...]
     engines: tuple[EngineRecord, ...] = ()
     files: tuple[FileRecord, ...]

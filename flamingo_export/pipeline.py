@@ -13,7 +13,7 @@ import importlib.util
 import platform
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
@@ -22,10 +22,11 @@ from flamingo_export.artifacts import file_record
 from flamingo_export.backends.registry import COMPILERS, get_compiler
 from flamingo_export.build_request import BuildRequest, default_limits, resolve_precision
 from flamingo_export.bundle_tokenizer import checked_tokenizer, placeholder_tokenizer
-from flamingo_export.errors import BuildError, CheckpointError, ParityError
+from flamingo_export.errors import BuildError, CalibrationError, CheckpointError, ParityError
 from flamingo_export.graphs import build_graph, save_graph
 from flamingo_export.manifest import (
     MANIFEST_NAME,
+    CalibrationRecord,
     EngineRecord,
     FileRecord,
     GraphRecord,
@@ -35,6 +36,8 @@ from flamingo_export.manifest import (
 )
 from flamingo_export.precision import Precision
 from flamingo_export.progress import SILENT, Progress
+from flamingo_export.quantize.policies import check_backend, check_policy
+from flamingo_export.quantize.table import CalibrationTable, calibration_record, check_fits, read_table, write_table
 from flamingo_export.refit import fitting
 from flamingo_export.runtime.tokenizer import TOKENIZER_FILE
 from flamingo_export.sources import RandomSource, WeightSource, open_source
@@ -53,6 +56,7 @@ if TYPE_CHECKING:
 OTHER_FILES_BYTES = 64_000_000
 REPORTS_FOLDER = "reports"
 ENGINES_FOLDER = "engines"
+CALIBRATION_FILE = "calibration.json"
 # An engine holds the weights of its graph once more, and its kernels.
 ENGINE_RATIO = 1.05
 _TOOLS = ("flamingo-export", "numpy", "onnx", "onnx-ir", "onnxruntime", "torch")
@@ -87,6 +91,8 @@ class _Job(msgspec.Struct, frozen=True, kw_only=True):
     precision: Precision
     place: WorkPlace
     compiler: tuple[TensorRTBackend, Prepared] | None
+    calibration: CalibrationTable | None
+    """As it was given; None where none was, whether or not one will be made."""
     tokenizer: str | None
     donor: Manifest | None
     """Of the bundle whose graphs are taken."""
@@ -137,8 +143,8 @@ def build(request: BuildRequest, *, progress: Progress = SILENT) -> BuildResult:
             raise
         try:
             result = _fill(job, journal, progress)
-        except CheckpointError:
-            place.discard()  # the same weights would fail again
+        except (CheckpointError, CalibrationError):
+            place.discard()  # the same weights or samples would fail again
             raise
         except KeyboardInterrupt:
             progress.note(f"stopped; what is finished is kept in {place.work}, and the same command goes on from there")
@@ -155,6 +161,8 @@ def _prepare(request: BuildRequest, progress: Progress) -> _Job:
         native.check_tensors(config, {name: source.shape(name) for name in source.names()}, where="the weights")
     except ValueError as error:
         raise CheckpointError(str(error)) from error
+    precision = resolve_precision(config, request.storage, request.policy)
+    calibration = _checked_policy(request, config, precision)
     donor = fitting(request.graphs_of, source, progress=progress) if request.graphs_of is not None else None
     notes = []
     drawn = isinstance(source, RandomSource)
@@ -180,19 +188,42 @@ def _prepare(request: BuildRequest, progress: Progress) -> _Job:
     return _Job(
         request=request,
         source=source,
-        precision=resolve_precision(config, request.storage, request.policy),
+        precision=precision,
         place=WorkPlace(request.out),
         compiler=(compiler, compiler.prepare()) if compiler is not None else None,
+        calibration=calibration,
         tokenizer=tokenizer,
         donor=donor,
         notes=tuple(notes),
     )
 
 
+def _checked_policy(request: BuildRequest, config: ModelConfig, precision: Precision) -> CalibrationTable | None:
+    """The calibration table that was given. Raises BuildError for a policy that fits neither model nor backend, or needs a table and
+    could not be given one; CalibrationError for a table that cannot be read."""
+    policy = precision.policy
+    if policy is None:
+        if request.calibration is not None:
+            raise BuildError(f"--calibration {request.calibration} is of use to a quantised build alone: add --fp8, --int8 or --int4")
+        return None
+    check_policy(policy, [weight.name for weight in bundle_weights(config, precision) if weight.product])
+    check_backend(policy, request.backend)
+    if request.calibration is not None:
+        return read_table(request.calibration)
+    if policy.needs_ranges and not request.uncalibrated and importlib.util.find_spec("torch") is None:
+        raise BuildError(
+            f"policy {policy.name} quantises activations, whose ranges are found by running the reference, and PyTorch is not installed. "
+            "Give a table made elsewhere (--calibration FILE), install PyTorch (pip install 'flamingo-export[torch]'), or build without "
+            "ranges (--uncalibrated), which costs accuracy."
+        )
+    return None
+
+
 def _identity(job: _Job) -> str:
     """What must be the same for an interrupted build to be gone on with: all that finished weights depend on."""
     versions = [importlib.metadata.version(tool) for tool in ("flamingo-export", "numpy")]
-    weights = [job.source.identity, job.source.config, job.precision, versions]
+    ranges = job.calibration or ("none" if job.request.uncalibrated else "own")
+    weights = [job.source.identity, job.source.config, job.precision, ranges, versions]
     return hashlib.sha256(msgspec.json.encode(weights)).hexdigest()
 
 
@@ -211,7 +242,12 @@ def _engine_bytes(request: BuildRequest, weights: int) -> int:
 def _fill(job: _Job, journal: Journal, progress: Progress) -> BuildResult:
     """Everything in the work folder, the manifest last."""
     work, config = job.place.work, job.source.config
-    records, digests = write_weights(job.source, bundle_weights(config, job.precision), job.precision, work, journal, progress)
+    calibration, calibrated = _calibration(job, journal, progress)
+    weights = bundle_weights(config, job.precision)
+    records, digests = write_weights(job.source, weights, job.precision, work, journal, progress, calibration=calibration)
+    source = job.source.record(digests)
+    if calibration is not None:
+        check_fits(calibration, config, source.sha256)
     graphs = _write_graphs(job, progress)
     if job.tokenizer is not None:
         (work / TOKENIZER_FILE).parent.mkdir()
@@ -220,7 +256,8 @@ def _fill(job: _Job, journal: Journal, progress: Progress) -> BuildResult:
         config=config,
         precision=job.precision,
         limits=job.request.limits or default_limits(config),
-        source=job.source.record(digests),
+        calibration=calibrated,
+        source=source,
         inputs=job.source.inputs,
         graphs=graphs,
         files=(*records, *_other_files(work)),
@@ -234,6 +271,34 @@ def _fill(job: _Job, journal: Journal, progress: Progress) -> BuildResult:
     manifest = msgspec.structs.replace(manifest, files=(*records, *compiled, *_other_files(work)))
     write_manifest(work, manifest)
     return BuildResult(path=job.place.out, manifest=manifest, notes=job.notes, parity=report)
+
+
+def _calibration(
+    job: _Job, journal: Journal, progress: Progress
+) -> tuple[CalibrationTable | None, CalibrationRecord | None]:
+    """The table that quantisation reads, written into the bundle, and what the manifest says of it: as given, or made here of the set
+    that ships with the package where activations are quantised."""
+    policy, path = job.precision.policy, job.place.work / CALIBRATION_FILE
+    if policy is None:
+        return None, None
+    table = job.calibration
+    if table is None and (job.request.uncalibrated or not policy.needs_ranges):
+        return None, CalibrationRecord(origin="none")
+    origin: Literal["given", "shipped"] = "given" if table is not None else "shipped"
+    if CALIBRATION_FILE in journal.groups:
+        return (table := read_table(path)), calibration_record(table, origin)
+    if table is None:
+        from flamingo_calibration.data import source_tokenizer
+        from flamingo_calibration.run import calibrate
+        from flamingo_calibration.shipped import shipped_samples
+
+        tokenizer = source_tokenizer(job.source)
+        samples = shipped_samples(job.source.config, tokenizer, job.source.inputs)
+        table = calibrate(job.source, samples, tokenizer=tokenizer, work=job.place.calibration, progress=progress)
+    write_table(path, table)
+    journal.add(CALIBRATION_FILE, Finished(file=file_record(job.place.work, path), sources={}))
+    shutil.rmtree(job.place.calibration, ignore_errors=True)
+    return table, calibration_record(table, origin)
 
 
 def _write_graphs(job: _Job, progress: Progress) -> tuple[GraphRecord, ...]:
@@ -333,10 +398,10 @@ def _hand_on_golden(job: _Job, manifest: Manifest, progress: Progress) -> None:
         return
     if goldens is None:
         return
-    if (goldens.weights_sha256, goldens.storage) != (manifest.source.sha256, manifest.precision.storage):
+    if (goldens.weights_sha256, goldens.storage) != (manifest.source.sha256, manifest.precision.key):
         progress.note(
             f"the checkpoint's golden values are left out: they are of other weights or of {goldens.storage} storage, "
-            f"and this bundle is stored in {manifest.precision.storage}"
+            f"and this bundle is stored in {manifest.precision.name}"
         )
         return
     (job.place.work / "golden").mkdir()

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Literal
@@ -86,8 +87,17 @@ class Precision(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     @property
     def name(self) -> str:
-        """The policy's name, or the storage type."""
-        return self.policy.name if self.policy is not None else self.storage
+        """For people: the storage type, or the policy over it."""
+        return self.storage if self.policy is None else f"{self.policy.name} (the rest {self.storage})"
+
+    @property
+    def key(self) -> str:
+        """Tells apart what computes different numbers: golden values belong to one."""
+        if self.policy is None:
+            return self.storage
+        rules = [(rule.weights, rule.format, rule.block) for rule in self.policy.rules]
+        content = msgspec.json.encode([rules, self.policy.attention, self.policy.media])
+        return f"{self.storage}, {self.policy.name} {hashlib.sha256(content).hexdigest()[:12]}"
 
     def element(self, name: str) -> StorageType:
         """Type that matrix `name` is kept in where it is not quantised."""
@@ -114,10 +124,10 @@ def dividing_block(size: int, wanted: int) -> int:
 
 
 def default_precision(num_parameters: int) -> Precision:
-    """fp32 for models of less than a billion parameters, bf16 storage above (the range of fp32 at half its bytes)."""
+    """Nothing quantised, in the default storage."""
     return Precision(storage=default_storage(num_parameters))
 
 
 def default_storage(num_parameters: int) -> StorageType:
-    """fp32 below a billion parameters, bf16 above."""
+    """fp32 for models of less than a billion parameters, bf16 above (the range of fp32 at half its bytes)."""
     return "fp32" if num_parameters < 1_000_000_000 else "bf16"

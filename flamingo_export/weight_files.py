@@ -237,8 +237,9 @@ def _quantised(weight: Weight, matrix: Array, how: Quantisation, calibration: Ca
     if how.element == "fp8":
         threshold = calibration.threshold(weight.name) if calibration is not None else FP8_LARGEST
         return (*quantised(matrix, how), np.float32(range_scale(threshold)).reshape(()))
-    rms = calibration.channel_rms(weight.name) if calibration is not None else None
-    return quantised(matrix, how, None if rms is None else np.square(rms))
+    # Where only zeros were seen there are no channels, and none matters more than another.
+    rms = calibration.tensors[weight.name].channels().astype(np.float32) if calibration is not None else np.empty(0)
+    return quantised(matrix, how, np.square(rms) if rms.size else None)
 
 
 def cast(array: Array, dtype: np.dtype[Any]) -> Array:

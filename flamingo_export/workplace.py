@@ -40,6 +40,11 @@ class WorkPlace(msgspec.Struct, frozen=True):
         return self.out.with_name(f".{self.out.name}.building.json")
 
     @property
+    def calibration(self) -> Path:
+        """Folder of a calibration that is part of the build, while it runs."""
+        return self.out.with_name(f".{self.out.name}.calibrating")
+
+    @property
     def lock(self) -> Path:
         """Held while a build runs."""
         return self.out.with_name(f".{self.out.name}.lock")
@@ -53,6 +58,7 @@ class WorkPlace(msgspec.Struct, frozen=True):
         """Removes all that an unfinished build has left."""
         self.journal.unlink(missing_ok=True)
         shutil.rmtree(self.work, ignore_errors=True)
+        shutil.rmtree(self.calibration, ignore_errors=True)
 
 
 class Finished(msgspec.Struct, frozen=True, kw_only=True):

@@ -13,7 +13,7 @@ from flamingo_export.cli.options import AsJson, Loras, OtherLanguageModel, Other
 
 if TYPE_CHECKING:
     from flamingo_export.pipeline import BuildPlan, BuildResult
-    from flamingo_export.precision import StorageType
+    from flamingo_export.precision import Policy, StorageType
 
 _CHUNK = 256  # positions of one prefill call, fewer where the cache is short
 """Positions of a prefill call where --max-length is given; smaller caches take half of their length."""
@@ -64,6 +64,27 @@ def build(
             show_default=False,
         ),
     ] = None,
+    fp8: Annotated[bool, typer.Option("--fp8", help="Quantise weights and activations to 8-bit floats (E4M3), for GPUs.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Quantise weights to 8-bit integers in blocks, for CPUs.")] = False,
+    int4: Annotated[bool, typer.Option("--int4", help="Quantise weights to 4-bit integers in blocks, for CPUs.")] = False,
+    policy: Annotated[
+        Path | None,
+        typer.Option(
+            "--policy", metavar="FILE", help="Which matrices are quantised, and how (docs/precision.md).", show_default=False
+        ),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            "--calibration",
+            metavar="FILE",
+            help="Ranges of activations, by flamingo-export calibrate. Default for --fp8: found while building.",
+            show_default=False,
+        ),
+    ] = None,
+    uncalibrated: Annotated[
+        bool, typer.Option("--uncalibrated", help="Quantise activations without knowing their ranges, which costs accuracy.")
+    ] = False,
     seed: Annotated[
         int | None,
         typer.Option("--seed", min=0, help="Seed of random weights, also for nano.", show_default=False),
@@ -101,6 +122,7 @@ def build(
     \b
     flamingo-export build --size nano --out nano.bundle
     flamingo-export build --size 3b --backend tensorrt-rtx --target sm89 --out 3b.bundle
+    flamingo-export build --size 9b --fp8
     """
     if (size is None) == (checkpoint is None):
         raise typer.BadParameter("give either --size or --checkpoint", param_hint="--size")
@@ -112,6 +134,9 @@ def build(
         raise typer.BadParameter("goes with a checkpoint: add --checkpoint", param_hint=option)
     if target is not None and backend is Compiler.onnxruntime:
         raise typer.BadParameter("only engines have a target: add --backend tensorrt-rtx", param_hint="--target")
+    chosen = _policy({"fp8": fp8, "int8": int8, "int4": int4}, policy)
+    if calibration is not None and uncalibrated:
+        raise typer.BadParameter("goes without --calibration", param_hint="--uncalibrated")
     from flamingo_export import pipeline
     from flamingo_export.build_request import BuildRequest, default_limits, default_out, source_for_size
     from flamingo_export.cli.options import checkpoint_files, known_size
@@ -130,8 +155,11 @@ def build(
     storage: StorageType | None = precision.value if precision else None
     request = BuildRequest(
         source=source,
-        out=out or default_out(source),
+        out=out or default_out(source, chosen),
         storage=storage,
+        policy=chosen,
+        calibration=calibration,
+        uncalibrated=uncalibrated,
         limits=limits,
         parity=parity.value,
         overwrite=force,
@@ -144,6 +172,19 @@ def build(
     with reported() as progress:
         result = pipeline.build(request, progress=progress)
     print_result(result, as_json)
+
+
+def _policy(presets: dict[str, bool], file: Path | None) -> Policy | None:
+    """The policy that was asked for. Raises typer.BadParameter for more than one."""
+    named = [name for name, asked in presets.items() if asked]
+    if len(named) + (file is not None) > 1:
+        given = [f"--{name}" for name in named] + ["--policy"] * (file is not None)
+        raise typer.BadParameter(f"{' and '.join(given)} exclude each other", param_hint=given[-1])
+    from flamingo_export.quantize.policies import preset, read_policy
+
+    if file is not None:
+        return read_policy(file)
+    return preset(named[0]) if named else None
 
 
 def print_result(result: BuildResult, as_json: bool) -> None:
@@ -162,7 +203,7 @@ def print_result(result: BuildResult, as_json: bool) -> None:
         "live": "weights of the live model",
     }[manifest.source.kind]
     print(
-        f"{result.path}: Flamingo {manifest.config.name}, {human_bytes(total)}, {weights}, stored in {manifest.precision.storage}"
+        f"{result.path}: Flamingo {manifest.config.name}, {human_bytes(total)}, {weights}, stored in {manifest.precision.name}"
     )
     for engine in manifest.engines:
         print(
@@ -186,7 +227,7 @@ def _print_plan(found: BuildPlan, as_json: bool) -> None:
         return
     rows = [(name, human_bytes(size)) for name, size in found.bytes_per_component.items()]
     rows.append(("all weights", human_bytes(found.weight_bytes)))
-    title = f"{found.out}: Flamingo {found.config.name}, weights in {found.precision.storage}"
+    title = f"{found.out}: Flamingo {found.config.name}, weights in {found.precision.name}"
     results().print(table(("component", "size"), rows, title=title, right=(1,)))
     folder = next(parent for parent in found.out.resolve().parents if parent.exists())
     free = shutil.disk_usage(folder).free

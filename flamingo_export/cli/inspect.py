@@ -205,7 +205,7 @@ def _summary(manifest: Manifest) -> str:
     if parity.against:
         stands += {"reference": " against the PyTorch reference", "golden": " against golden values"}[parity.against]
     lines = {
-        "weights": f"stored as {precision.storage}, computed in {precision.compute}; from {came}",
+        "weights": f"stored as {precision.name}, computed in {precision.compute}; from {came}",
         "limits": f"{limits.max_length} cache slots, prefill by {limits.chunk}, {limits.bank_rows} media kept encoded",
         "parity": stands,
         "made with": ", ".join(f"{name} {version}" for name, version in manifest.tools.items()) or "not recorded",

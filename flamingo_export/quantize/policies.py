@@ -85,6 +85,18 @@ def check_policy(policy: Policy, matrices: Sequence[str]) -> None:
         raise BuildError(f"rules of policy {policy.name!r} match no matrix of this model: {'; '.join(shown)}")
 
 
+def check_backend(policy: Policy, backend: str) -> None:
+    """Raises BuildError if the backend cannot compile what the policy says, with the nearest that it can."""
+    if backend == "onnxruntime":
+        return
+    if any(rule.format == "int8" for rule in policy.rules):
+        raise BuildError(
+            f"{backend} has no product of floats with int8 weights in blocks, which policy {policy.name!r} wants. The nearest that it has: "
+            "fp8 (the same bytes), or int4 for all that is quantised (a file that extends int4 with format = \"int4\" or \"storage\" "
+            "for the rules that say int8). On the CPU, --backend onnxruntime has it."
+        )
+
+
 def _is_block(block: int) -> bool:
     return SMALLEST_BLOCK <= block <= _LARGEST_BLOCK and block & (block - 1) == 0
 

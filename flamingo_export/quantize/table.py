@@ -22,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from flamingo_export.errors import CalibrationError
+from flamingo_export.manifest import CalibrationRecord
 from flamingo_export.weights import bundle_weights
-from flamingo_export.weights.recipes import gated_transposed, transposed
 from flamingo_reference.config import ModelConfig
 
 SCHEMA_VERSION = 1
@@ -83,7 +83,7 @@ class CalibrationTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 def calibrated_tensors(config: ModelConfig) -> dict[str, int]:
     """Keys of a model's table, in the order of the bundle's weights, with the number of input channels (0: an operand of attention)."""
     lm = config.language_model
-    products = {weight.name: weight.shape[0] for weight in bundle_weights(config) if weight.make in (transposed, gated_transposed)}
+    products = {weight.name: weight.shape[0] for weight in bundle_weights(config) if weight.product}
     operands = [f"media_kv/layer.{i}/{kind}" for i in range(len(config.gated_layers)) for kind in "kv"]
     operands += [f"decoder/layer.{layer}/self_attention/{kind}" for layer in range(lm.num_layers) for kind in "qkv"]
     return products | {"decoder/head": lm.width} | dict.fromkeys(operands, 0)
@@ -110,6 +110,18 @@ def check_fits(table: CalibrationTable, config: ModelConfig, weights_sha256: str
         found = len(table.tensors[name].channels())
         if found not in ((channels,) if table.tensors[name].amax else (0,)):
             raise CalibrationError(f"the calibration table has {found} channels of {name}, expected {channels}. {_AGAIN}")
+
+
+def calibration_record(table: CalibrationTable, origin: Literal["given", "shipped"]) -> CalibrationRecord:
+    """What a manifest says of a table."""
+    return CalibrationRecord(
+        origin=origin,
+        method=table.method,
+        data_sha256=table.data_sha256,
+        samples=table.samples,
+        tokens=table.tokens,
+        images=table.images,
+    )
 
 
 def read_table(path: Path) -> CalibrationTable:
