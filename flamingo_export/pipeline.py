@@ -207,7 +207,7 @@ def _checked_policy(request: BuildRequest, config: ModelConfig, precision: Preci
             raise BuildError(f"--calibration {request.calibration} is of use to a quantised build alone: add --fp8, --int8 or --int4")
         return None
     check_policy(policy, [weight.name for weight in bundle_weights(config, precision) if weight.product])
-    check_backend(policy, request.backend)
+    check_backend(policy, request.backend, request.target)
     if request.calibration is not None:
         return read_table(request.calibration)
     if policy.needs_ranges and not request.uncalibrated and importlib.util.find_spec("torch") is None:

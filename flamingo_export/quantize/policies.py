@@ -23,6 +23,8 @@ from flamingo_export.precision import SMALLEST_BLOCK, Policy, Rule
 
 PRESETS = ("fp8", "int8", "int4")
 _LARGEST_BLOCK = 1024
+WITHOUT_FP8 = ("sm75", "sm80", "sm86")
+"""Targets whose tensor cores have no FP8."""
 
 
 class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -85,15 +87,14 @@ def check_policy(policy: Policy, matrices: Sequence[str]) -> None:
         raise BuildError(f"rules of policy {policy.name!r} match no matrix of this model: {'; '.join(shown)}")
 
 
-def check_backend(policy: Policy, backend: str) -> None:
-    """Raises BuildError if the backend cannot compile what the policy says, with the nearest that it can."""
-    if backend == "onnxruntime":
+def check_backend(policy: Policy, backend: str, target: str | None) -> None:
+    """Raises BuildError if the backend cannot compute what the policy says, with the nearest that it can."""
+    if backend == "onnxruntime" or target is None or not policy.needs_ranges:
         return
-    if any(rule.format == "int8" for rule in policy.rules):
+    if target in WITHOUT_FP8:
         raise BuildError(
-            f"{backend} has no product of floats with int8 weights in blocks, which policy {policy.name!r} wants. The nearest that it has: "
-            "fp8 (the same bytes), or int4 for all that is quantised (a file that extends int4 with format = \"int4\" or \"storage\" "
-            "for the rules that say int8). On the CPU, --backend onnxruntime has it."
+            f"policy {policy.name!r} computes products in FP8, which {target} has no units for (from sm89 on there are). The nearest that it "
+            "has: --int8 or --int4 (weights alone), or --precision bf16."
         )
 
 
