@@ -20,7 +20,7 @@ from flamingo_export.runtime.media import medium_of
 from flamingo_export.runtime.tokenizer import Tokenizer
 from flamingo_export.sources import LiveSource, WeightSource
 from flamingo_export.validate.golden import GoldenText, GoldenTrace
-from flamingo_export.validate.parts import rounded_weights
+from flamingo_export.validate.parts import narrow_weights, rounded_weights
 from flamingo_export.validate.trace_prompts import TracePrompt, to_png, trace_prompts
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.input_format import Tags
@@ -110,11 +110,7 @@ def reference_models(source: WeightSource, storage: StorageType) -> tuple[Flamin
     if storage == "fp32" and all(each.dtype == torch.float32 and each.is_cpu for each in parameters):
         return wide, model
     narrow = copy.deepcopy(model).cpu().float().eval()
-    stored = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[storage]
-    rounded = rounded_weights(source.config)
-    for name, parameter in narrow.named_parameters():
-        if name in rounded:
-            parameter.data = parameter.data.to(stored).float()
+    narrow_weights(narrow, "", rounded_weights(source.config), storage)
     return wide, narrow
 
 

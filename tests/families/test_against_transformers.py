@@ -78,10 +78,10 @@ def test_layer_by_layer_where_the_whole_does_not_fit(hub: tuple[Path, Path], cop
 
 
 @pytest.mark.parametrize(("qk_norm", "vector", "tied"), [(False, False, False), (True, True, True)])
-@pytest.mark.parametrize("storage", ["fp32", "bf16"])
-def test_every_kind(tmp_path: Path, qk_norm: bool, vector: bool, tied: bool, storage: Any) -> None:
+def test_stored_in_16_bits_as_it_is_published(tmp_path: Path, qk_norm: bool, vector: bool, tied: bool) -> None:
+    """Every weight is exact in bf16 but for those that gates are folded into, which transformers keeps apart."""
     write(tmp_path / "m", seed=5, dtype=torch.bfloat16, qk_norm=qk_norm, vector=vector, tied=tied)
-    bundle = flamingo_export.build(tmp_path / "m", out=tmp_path / "b.bundle", parity="skip", storage=storage).path
+    bundle = flamingo_export.build(tmp_path / "m", out=tmp_path / "b.bundle", parity="skip", storage="bf16").path
     report = check_bundle(bundle, backend="onnxruntime", checkpoint=tmp_path / "m", against="transformers", memory=1)
     assert report.verdict == "passed", report.summary
 
@@ -132,20 +132,19 @@ def damaged(bundle: Path, weight: str, change: float) -> None:
 @pytest.mark.parametrize(
     ("weight", "diverging"),
     [
-        ("vision_encoder/layer.1/mlp_up", "vision_encoder"),
+        ("vision_encoder/layer.1/ffw_up", "vision_encoder"),
         ("resampler/layer.0/kv_proj", "resampler"),
-        ("media_kv/1/k_proj", "media_kv"),
+        ("media_kv/layer.2/k_proj", "media_kv"),
         ("decoder/layer.2/cross_attention/q_proj", "decoder/layer.2"),
         ("decoder/layer.3/ffw_up", "decoder/layer.3"),
     ],
 )
-@pytest.mark.parametrize("memory", [None, 1])
 def test_a_damaged_weight_fails(
-    hub: tuple[Path, Path], copy: Path, weight: str, diverging: str, memory: int | None, monkeypatch: pytest.MonkeyPatch
+    hub: tuple[Path, Path], copy: Path, weight: str, diverging: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     damaged(copy, weight, 0.05)
     monkeypatch.setattr("flamingo_export.artifacts.open_bundle", read_manifest)  # which sees by the digest that it is damaged
-    report = check_bundle(copy, backend="onnxruntime", checkpoint=hub[0], against="transformers", memory=memory)
+    report = check_bundle(copy, backend="onnxruntime", checkpoint=hub[0], against="transformers", memory=1)
     assert report.verdict == "failed"
     assert report.first_diverging_layer == diverging
     assert read_manifest(copy).parity.state == "failed"

@@ -11,7 +11,7 @@ import torch
 from flamingo_export.errors import ParityError
 from flamingo_export.precision import StorageType
 from flamingo_export.sources import CheckpointSource
-from flamingo_export.validate.parts import Narrow, Wide, rounded_weights
+from flamingo_export.validate.parts import Narrow, Wide, as_stored, rounded_weights
 from flamingo_export.validate.transformers.streamed import StreamedModel
 from flamingo_reference.model import torch_from_numpy
 
@@ -27,19 +27,26 @@ class TransformersParts:
         checkpoint = source.checkpoint
         assert checkpoint.recipes is not None
         self.config = source.config
-        stored = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[storage]
-        rounded = {name for ours in rounded_weights(self.config) for name in checkpoint.recipes[ours].sources}
+        recipes = checkpoint.recipes
+        # Their names of the weights that are rounded, each with its gate.
+        rounded = {
+            name: None if gate is None else next(iter(recipes[gate].sources))
+            for ours, gate in rounded_weights(self.config).items()
+            for name in recipes[ours].sources
+        }
 
-        def exact(name: str) -> Tensor:
-            return torch_from_numpy(checkpoint.published.read(name)).to(torch.float64, copy=True)
+        def published(name: str) -> Tensor:
+            return torch_from_numpy(checkpoint.published.read(name))
 
-        def as_stored(name: str) -> Tensor:
-            tensor = torch_from_numpy(checkpoint.published.read(name)).to(torch.float32, copy=True)
-            return tensor.to(stored).float() if name in rounded else tensor
+        def stored(name: str) -> Tensor:
+            if name not in rounded:
+                return published(name).to(torch.float32, copy=True)
+            gate = rounded[name]
+            return as_stored(published(name), None if gate is None else published(gate).flatten(), storage)
 
-        self.wide = StreamedModel(checkpoint.settings, exact, torch.float64)
-        self.narrow = StreamedModel(checkpoint.settings, as_stored, torch.float32)
-        ours = {name for recipe in checkpoint.recipes.values() for name in recipe.sources}
+        self.wide = StreamedModel(checkpoint.settings, lambda name: published(name).to(torch.float64, copy=True), torch.float64)
+        self.narrow = StreamedModel(checkpoint.settings, stored, torch.float32)
+        ours = {name for recipe in recipes.values() for name in recipe.sources}
         other = sorted(ours ^ (self.wide.tensor_names() - set(checkpoint.ignored)))
         if other:
             raise ParityError(f"transformers' model and the bundle's are not made of the same tensors: {', '.join(other)}.")
@@ -130,7 +137,7 @@ class _Layer:
         output = self._layer(
             hidden, attention_mask=mask[None, None], position_ids=torch.arange(length)[None], past_key_values=cache
         )
-        return output[0] if isinstance(output, tuple) else output
+        return _hidden(output)
 
 
 class _Gated:
@@ -155,7 +162,8 @@ class _Gated:
         def by_head(tensor: Tensor) -> Tensor:
             if tensor.dim() == 4:
                 return tensor
-            return tensor.unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)
+            apart: Tensor = tensor.unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)
+            return apart
 
         return by_head(found["k"]), by_head(found["v"])
 
@@ -177,4 +185,10 @@ class _Gated:
                 image_attention_mask=mask.repeat_interleave(count, dim=1)[None, None],
                 cross_attention_gate=sees.any(dim=1).to(hidden.dtype)[None],
             )
-        return output[0] if isinstance(output, tuple) else output
+        return _hidden(output)
+
+
+def _hidden(output: Any) -> Tensor:
+    """What a layer returns: hidden states, which some versions put into a tuple."""
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden

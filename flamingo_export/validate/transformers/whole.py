@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -117,7 +118,7 @@ def _inputs(
 
 def _image_attention_mask(token_ids: Tensor, num_images: int, config: ModelConfig) -> Tensor:
     """transformers' own [B, S, M]: which image each position sees."""
-    from transformers.models.idefics import processing_idefics as processing
+    processing: Any = importlib.import_module("transformers.models.idefics.processing_idefics")
 
     class _Ids:
         eos_token_id = config.tokens.reset
