@@ -127,7 +127,7 @@ class ParityRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     state: Literal["passed", "failed", "not_run"]
     backends: tuple[str, ...] = ()
-    against: Literal["reference", "golden"] | None = None
+    against: Literal["reference", "golden", "transformers"] | None = None
     report: str | None = None
 
 

@@ -203,7 +203,11 @@ def _summary(manifest: Manifest) -> str:
     if parity.backends:
         stands += f" on {', '.join(parity.backends)}"
     if parity.against:
-        stands += {"reference": " against the PyTorch reference", "golden": " against golden values"}[parity.against]
+        stands += {
+            "reference": " against the PyTorch reference",
+            "golden": " against golden values",
+            "transformers": " against transformers' own model",
+        }[parity.against]
     lines = {
         "weights": f"stored as {precision.name}, computed in {precision.compute}; from {came}",
         "limits": f"{limits.max_length} cache slots, prefill by {limits.chunk}, {limits.bank_rows} media kept encoded",

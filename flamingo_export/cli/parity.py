@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +12,14 @@ from flamingo_export.cli.options import AsJson, Loras, OtherLanguageModel, Other
 
 if TYPE_CHECKING:
     from flamingo_export.validate.report import ParityReport
+
+
+class AgainstWhat(StrEnum):
+    """What engines are compared with."""
+
+    reference = "reference"
+    transformers = "transformers"
+    golden = "golden"
 
 
 def parity(
@@ -25,6 +34,15 @@ def parity(
     language_model: OtherLanguageModel = None,
     vision: OtherVision = None,
     loras: Loras = None,
+    against: Annotated[
+        AgainstWhat | None,
+        typer.Option(
+            "--against",
+            help="reference: PyTorch's. transformers: its own model, for IDEFICS. golden: values in the bundle. "
+            "Default the reference where it is at hand, else golden.",
+            show_default=False,
+        ),
+    ] = None,
     html: Annotated[
         Path | None, typer.Option("--html", help="Write the report as a self-contained page.", show_default=False)
     ] = None,
@@ -33,6 +51,10 @@ def parity(
     """Check every subgraph, logits and token traces: against PyTorch where it is installed, else against the bundle's golden values.
 
     Exits with 1 unless everything passed.
+
+    \b
+    flamingo-export parity nano.bundle
+    flamingo-export parity idefics.bundle --against transformers --checkpoint idefics-9b/
     """
     from flamingo_export.cli.machine import package
     from flamingo_export.cli.output import print_json
@@ -46,7 +68,9 @@ def parity(
     if html is not None and package("matplotlib") is None:  # said now, not after minutes of work
         raise ParityError("the report's plots need matplotlib: pip install 'flamingo-export[report]'")
     with reported() as progress:
-        report = check_bundle(bundle, backend=backend, checkpoint=files, progress=progress)
+        report = check_bundle(
+            bundle, backend=backend, checkpoint=files, progress=progress, against=against.value if against else None
+        )
     if html is not None:
         from flamingo_export.validate.html import write_html
 

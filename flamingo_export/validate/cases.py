@@ -104,7 +104,7 @@ def decoder_cases(config: ModelConfig) -> tuple[DecoderCase, ...]:
         make.case("no image", "ttttttt"),
         make.case("adjacent images", "tiiittt"),
         make.case("image last", "ttitti"),
-        make.case("32 images", "t" + "it" * 32, bank_rows=32),
+        make.case("32 images", make.many_images(32), bank_rows=32),
         make.case("one image shown twice (A, B, A)", "ittittitt", media=[(0, 1, 0)]),
         make.case("a bank shared by requests", "itittt", "itttit", media=[(2, 0), (0, 1)]),
         make.case("padding and batches of different lengths", "tit", "ititttittt", "ttiitt", keep_rows=True, chunk=4),
@@ -119,6 +119,23 @@ def decoder_cases(config: ModelConfig) -> tuple[DecoderCase, ...]:
         cases.append(make.case(RESET_CASE, "titteteitt", "ite", "iteit", media=[(3, 0), (2,), (1, 2)], chunk=4))
     assert {case.name for case in cases} == {*phi_cases(config), LAYERS_CASE, END_TO_END_CASE}
     return tuple(cases)
+
+
+def pixel_cases(config: ModelConfig) -> tuple[DecoderCase, ...]:
+    """More cases that begin with pixels, for comparing with a model that takes nothing else: one image, several, text before the first
+    image, and for models whose text sees no medium after its end, that."""
+    make = _Maker(config)
+    patterns = {
+        "one image": ("itttt", (1,)),
+        "several images": ("itiitt", (0, 1, 0)),
+        "text before the first image": ("tttitt", (1,)),
+    }
+    if config.tokens.reset is not None:
+        patterns[RESET_CASE] = ("titteteitt", (0, 1))
+    return tuple(
+        make.case(f"{name}, from pixels", pattern, media=[media], bank_rows=2, from_pixels=True)
+        for name, (pattern, media) in patterns.items()
+    )
 
 
 class _Maker:
@@ -156,6 +173,14 @@ class _Maker:
         return DecoderCase(
             name=name, requests=tuple(requests), bank_rows=bank_rows, chunk=chunk, keep_rows=keep_rows, from_pixels=from_pixels
         )
+
+    def many_images(self, count: int) -> str:
+        """Text, then images with text after each; side by side, and fewer, where the model's positions end too early for that."""
+        limit = self.config.language_model.position_limit
+        room = 1 << 20 if limit is None else limit - self.decoded
+        if 1 + 2 * count <= room:
+            return "t" + "it" * count
+        return "t" + "i" * min(count, room - 2) + "t"
 
     def tree(self) -> DecoderCase:
         prompt = self.tokens(TREE_CASE, "titttit")

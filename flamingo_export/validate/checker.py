@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,14 +50,16 @@ class Checker:
         backend: Backend,
         options: SessionOptions,
         progress: Progress,
+        cases: Sequence[DecoderCase] | None = None,
     ) -> None:
+        """cases: of the decoder, None for `decoder_cases`."""
         self.bundle, self.manifest, self.goldens = bundle, manifest, goldens
         self.backend, self.options, self.progress = backend, options, progress
         self.config = manifest.config
         self.rows: list[Row] = []
         self.points: list[LayerPoint] = []
         self.first_diverging: str | None = None
-        self._cases = decoder_cases(self.config)
+        self._cases = decoder_cases(self.config) if cases is None else cases
         self._plans = {case.name: plan_case(self.config, case) for case in self._cases}
         self._encoded: dict[str, AnyArray] | None = None
 
@@ -256,6 +258,7 @@ class Checker:
         ]
         wanted += [("phi", name, "decoder") for name in phi_cases(self.config)]
         wanted += [("subgraph", LAYERS_CASE, "decoder"), ("end_to_end", END_TO_END_CASE, "decoder")]
+        wanted += [("end_to_end", case.name, "decoder") for case in self._cases if case.from_pixels]
         for level, case, subgraph in wanted:
             if (level, case) not in seen:
                 self.rows.append(failed(level, case, subgraph, "all outputs", "the case was not run"))
@@ -267,7 +270,7 @@ class Checker:
 
 
 def _level(case: DecoderCase) -> Level:
-    if case.name == END_TO_END_CASE:
+    if case.from_pixels:
         return "end_to_end"
     return "subgraph" if case.name == LAYERS_CASE else "phi"
 

@@ -6,6 +6,7 @@ Sequences run whole and uncached; the engine's chunks, caches, masks and trees o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -16,6 +17,7 @@ from flamingo_export.validate import inputs
 from flamingo_export.validate.cases import (
     END_TO_END_CASE,
     LAYERS_CASE,
+    DecoderCase,
     EncoderCase,
     decoder_cases,
     encoder_cases,
@@ -73,16 +75,18 @@ def fed_positions(plan: Plan) -> dict[int, list[int]]:
     return {sequence: sorted(positions) for sequence, positions in sorted(fed.items())}
 
 
-def record_numbers(parts: Parts, goldens: Goldens, progress: Progress = SILENT) -> None:
-    """Fills `goldens` with what is expected in every case. Needs torch."""
-    _Recorder(parts, goldens, progress).run()
+def record_numbers(
+    parts: Parts, goldens: Goldens, progress: Progress = SILENT, *, cases: Sequence[DecoderCase] | None = None
+) -> None:
+    """Fills `goldens` with what is expected in every case. cases: of the decoder, None for `decoder_cases`. Needs torch."""
+    _Recorder(parts, goldens, progress, decoder_cases(parts.config) if cases is None else cases).run()
 
 
 class _Recorder:
-    def __init__(self, parts: Parts, goldens: Goldens, progress: Progress) -> None:
+    def __init__(self, parts: Parts, goldens: Goldens, progress: Progress, cases: Sequence[DecoderCase]) -> None:
         self.parts, self.goldens, self.progress = parts, goldens, progress
         self.config = parts.config
-        self.cases = {case.name: case for case in decoder_cases(self.config)}
+        self.cases = {case.name: case for case in cases}
         self.plans = {name: plan_case(self.config, case) for name, case in self.cases.items()}
         self.latents: tuple[Any, Any] = (None, None)
         """Of the end-to-end case, in fp64 and fp32."""

@@ -6,12 +6,14 @@ engines:   the same cases and prompts through the bundle (checker.py, traces.py)
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import math
 import os
 import platform
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -22,8 +24,8 @@ from flamingo_export.errors import CheckpointError, ParityError
 from flamingo_export.manifest import FileRecord, Manifest, ParityRecord, write_manifest
 from flamingo_export.origin import find_origin, source_digest
 from flamingo_export.progress import SILENT, Progress
-from flamingo_export.sources import WeightSource
-from flamingo_export.validate.cases import decoder_cases
+from flamingo_export.sources import CheckpointSource, WeightSource
+from flamingo_export.validate.cases import decoder_cases, pixel_cases
 from flamingo_export.validate.checker import Checker
 from flamingo_export.validate.golden import CASES_FILE, TENSORS_FILE, Goldens, load_goldens, save_goldens
 from flamingo_export.validate.plan import strips
@@ -78,14 +80,19 @@ def check_bundle(
     options: SessionOptions | None = None,
     memory: int | None = None,
     progress: Progress = SILENT,
+    against: Against | None = None,
 ) -> ParityReport:
     """Compares a bundle's engines with the live reference where torch and the weights are at hand, else with its golden values.
+
+    against: what to compare with; None as just said. `transformers`: its own model of an IDEFICS checkpoint, layer by layer, as a whole
+    from pixels to logits, and, where memory allows, in the tokens that its `generate` chooses.
 
     checkpoint: where the bundle's weights came from; not needed for the shipped nano checkpoint and random weights. memory: bytes
     to keep to; None is what the machine has free. Writes reports/parity.json and how parity stands into the manifest, and golden
     values where the bundle had none; a bundle that may not be written to is compared all the same.
 
-    Raises BundleError (damaged), BackendError, CheckpointError (`checkpoint` has other weights), ParityError (nothing to compare with).
+    Raises BundleError (damaged), BackendError, CheckpointError (`checkpoint` has other weights), ParityError (nothing to compare with, or
+    what was asked for is not installed or has no such model).
     """
     from flamingo_export.artifacts import open_bundle
 
@@ -93,9 +100,9 @@ def check_bundle(
     manifest = open_bundle(bundle)
     chosen = _backend(backend)
     budget = min(memory or 1 << 62, available_memory())
-    goldens, against = _expectation(bundle, manifest, checkpoint, budget, progress)
+    goldens, with_what = _expectation(bundle, manifest, checkpoint, budget, progress, against)
     report = compare_with(
-        bundle, manifest, goldens, chosen, against, memory=budget, progress=progress, started=started, options=options
+        bundle, manifest, goldens, chosen, with_what, memory=budget, progress=progress, started=started, options=options
     )
     _keep(bundle, manifest, goldens, report, progress)
     return report
@@ -111,27 +118,40 @@ def record(
     progress: Progress = SILENT,
 ) -> Goldens:
     """Golden values of a source's weights as `manifest` stores them: numbers of every case, and token traces where memory allows."""
-    import torch
-
     from flamingo_export.validate.oracle import record_numbers
     from flamingo_export.validate.parts import parts_of
     from flamingo_export.validate.trace_oracle import record_traces
 
     storage = manifest.precision.storage
     goldens = Goldens(weights_sha256=digest, storage=storage, model=source.config.name)
+    with _torch_threads(source.config):
+        record_numbers(parts_of(source, storage), goldens, progress)
+        goldens.no_traces = _no_room(source.config, memory)
+        if not goldens.no_traces:
+            goldens.traces = record_traces(source, storage, manifest.limits, tokenizer, progress)
+    return goldens
+
+
+def _no_room(config: ModelConfig, memory: int) -> str:
+    """Why the whole reference cannot be asked for token traces; empty if it can."""
+    needed = reference_bytes(config)
+    return (
+        "" if needed <= memory else f"the reference takes {needed / 1e9:.1f} GB as a whole, {memory / 1e9:.1f} GB may be used"
+    )
+
+
+@contextlib.contextmanager
+def _torch_threads(config: ModelConfig) -> Iterator[None]:
+    """One thread for small models."""
+    import torch
+
     threads = torch.get_num_threads()
-    if is_small(source.config):
+    if is_small(config):
         torch.set_num_threads(1)
     try:
-        record_numbers(parts_of(source, storage), goldens, progress)
-        needed = reference_bytes(source.config)
-        if needed > memory:
-            goldens.no_traces = f"the reference takes {needed / 1e9:.1f} GB as a whole, {memory / 1e9:.1f} GB may be used"
-        else:
-            goldens.traces = record_traces(source, storage, manifest.limits, tokenizer, progress)
+        yield
     finally:
         torch.set_num_threads(threads)
-    return goldens
 
 
 def compare_with(
@@ -157,7 +177,10 @@ def compare_with(
     whole = needed <= memory or compiled
     if not whole:
         options = msgspec.structs.replace(options, lean=True)
-    checker = Checker(bundle, manifest, goldens, backend, options, progress)
+    cases = decoder_cases(manifest.config)
+    if against == "transformers":
+        cases = (*cases, *pixel_cases(manifest.config))
+    checker = Checker(bundle, manifest, goldens, backend, options, progress, cases)
     checker.run(whole=whole, layers=not compiled)
     not_run = []
     if compiled:
@@ -185,7 +208,7 @@ def compare_with(
         layers=tuple(checker.points),
         first_diverging_layer=checker.first_diverging,
         traces=traces,
-        strips={case.name: strips(manifest.config, case) for case in decoder_cases(manifest.config)},
+        strips={case.name: strips(manifest.config, case) for case in cases},
         not_run=tuple(not_run),
         environment=environment(backend),
         seconds=round(time.monotonic() - started, 3),
@@ -193,28 +216,37 @@ def compare_with(
 
 
 def _expectation(
-    bundle: Path, manifest: Manifest, checkpoint: CheckpointFiles | Path | None, memory: int, progress: Progress
+    bundle: Path,
+    manifest: Manifest,
+    checkpoint: CheckpointFiles | Path | None,
+    memory: int,
+    progress: Progress,
+    wanted: Against | None,
 ) -> tuple[Goldens, Against]:
-    """What to compare with. The live reference is preferred; a checkpoint that was named must be usable."""
-    why = "PyTorch is not installed"
-    if torch_found():
+    """What to compare with. The live reference is preferred; a checkpoint that was named must be usable, and so must what is wanted."""
+    if wanted == "golden" and checkpoint is not None:
+        raise ParityError("golden values lie in the bundle; a checkpoint is for --against reference or transformers")
+    why = "" if wanted == "golden" else "PyTorch is not installed"
+    if wanted != "golden" and torch_found():
+        tokenizer = bundle / "tokenizer" / "tokenizer.json"
+        kept = tokenizer if tokenizer.is_file() else None
+        if wanted == "transformers":
+            return _transformers(manifest, checkpoint, kept, memory, progress), "transformers"
         try:
             source = find_origin(manifest, checkpoint)
         except CheckpointError as error:
-            if checkpoint is not None:
+            if checkpoint is not None or wanted is not None:
                 raise
             why = str(error)
         else:
-            tokenizer = bundle / "tokenizer" / "tokenizer.json"
             digest = manifest.source.sha256 or source_digest(source)
-            kept = tokenizer if tokenizer.is_file() else None
             return record(source, manifest, digest, tokenizer=kept, memory=memory, progress=progress), "reference"
-    elif checkpoint is not None:
+    elif checkpoint is not None or wanted in ("reference", "transformers"):
         raise ParityError("comparing with a checkpoint needs PyTorch: pip install 'flamingo-export[torch]'")
     goldens = load_goldens(bundle / GOLDEN_FOLDER)
     if goldens is None:
         raise ParityError(
-            f"{bundle} has no golden values and no live reference is at hand ({why}). "
+            f"{bundle} has no golden values{f' and no live reference is at hand ({why})' if why else ''}. "
             "Run parity where PyTorch is installed, with --checkpoint DIR unless the weights are nano's or random."
         )
     if goldens.weights_sha256 != manifest.source.sha256:
@@ -228,6 +260,30 @@ def _expectation(
             "Run parity where PyTorch is installed."
         )
     return goldens, "golden"
+
+
+def _transformers(
+    manifest: Manifest, checkpoint: CheckpointFiles | Path | None, tokenizer: Path | None, memory: int, progress: Progress
+) -> Goldens:
+    """What transformers' own model expects. Raises ParityError if it is not installed, or the bundle is of another family."""
+    from flamingo_export.validate.transformers.record import record_transformers
+    from flamingo_export.validate.transformers.streamed import idefics_classes
+
+    idefics_classes()
+    family = manifest.source.family
+    if family != "idefics":
+        made_of = f"a checkpoint of {family}" if family else f"{manifest.source.kind} weights"
+        raise ParityError(
+            f"the bundle was built from {made_of}, and transformers' own model is known for IDEFICS alone. "
+            "Compare it with the reference: leave out --against transformers."
+        )
+    source = find_origin(manifest, checkpoint)
+    assert isinstance(source, CheckpointSource)
+    digest = manifest.source.sha256 or source_digest(source)
+    with _torch_threads(source.config):
+        return record_transformers(
+            source, manifest, digest, tokenizer=tokenizer, no_traces=_no_room(source.config, memory), progress=progress
+        )
 
 
 def _keep(bundle: Path, manifest: Manifest, goldens: Goldens, report: ParityReport, progress: Progress) -> None:
@@ -296,7 +352,7 @@ def environment(backend: Backend) -> dict[str, str]:
         "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
         "backend": backend.availability().detail,
     }
-    for package in ("flamingo-export", "numpy", "onnxruntime", "torch"):
+    for package in ("flamingo-export", "numpy", "onnxruntime", "torch", "transformers"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

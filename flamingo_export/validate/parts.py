@@ -7,7 +7,7 @@ A live model's own modules are used, hooks and all, not modules made anew from i
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from flamingo_export.backends.memory import release
@@ -42,15 +42,31 @@ def parts_of(source: WeightSource, storage: StorageType) -> Parts:
     return LiveParts(source.model, storage) if isinstance(source, LiveSource) else SourceParts(source, storage)
 
 
-def rounded_weights(config: ModelConfig) -> frozenset[str]:
-    """Checkpoint tensors that reach the bundle in its storage type; the others stay fp32."""
-    return frozenset(
-        name
+def rounded_weights(config: ModelConfig) -> dict[str, str | None]:
+    """Checkpoint tensors that reach the bundle in its storage type, each with the gate that it is multiplied by, if any; the others stay
+    fp32."""
+    return {
+        name: next((source for source in weight.sources if source.endswith("_gate")), None)
         for weight in bundle_weights(config)
         if not weight.full_precision
         for name in weight.sources
         if name.endswith(".weight")
-    )
+    }
+
+
+def as_stored(weight: Tensor, gate: Tensor | None, storage: StorageType) -> Tensor:
+    """A weight [out, in] in fp32 as the bundle stores it: rounded, where it is gated after it was multiplied by tanh(gate), [] or [out].
+
+    The product is divided by the factor again, since the model that it goes into applies the gate itself.
+    """
+    import torch
+
+    stored = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[storage]
+    if gate is None or storage == "fp32":
+        return weight.float().to(stored).float()
+    factor = gate.double().tanh().float().reshape(-1, 1)
+    rounded = (weight.float() * factor).to(stored).float()
+    return torch.where(factor == 0, weight.float(), rounded / factor)
 
 
 class SourceParts:
@@ -73,7 +89,7 @@ class SourceParts:
             first = wide(module)
             undo()
             release()
-            _narrow(module, prefix, self._rounded, self._storage)
+            narrow_weights(module, prefix, self._rounded, self._storage)
             second = narrow(module)
         del module
         release()
@@ -102,7 +118,7 @@ class LiveParts:
             if as_is:
                 return first, narrow(module)
             module = copy.deepcopy(module).cpu().float()
-            _narrow(module, prefix, self._rounded, self._storage)
+            narrow_weights(module, prefix, self._rounded, self._storage)
             return first, narrow(module)
 
 
@@ -139,13 +155,12 @@ def _widen(module: nn.Module, *, at_use: bool) -> Callable[[], None]:
     return undo
 
 
-def _narrow(module: nn.Module, prefix: str, rounded: frozenset[str], storage: StorageType) -> None:
-    """Parameters to fp32, those that the bundle stores in 16 bits rounded to them first; in place."""
-    import torch
-
-    stored = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[storage]
-    for name, parameter in module.named_parameters():
+def narrow_weights(module: nn.Module, prefix: str, rounded: Mapping[str, str | None], storage: StorageType) -> None:
+    """Parameters to fp32, those that the bundle stores in 16 bits as they are there; in place."""
+    parameters = {f"{prefix}.{name}" if prefix else name: parameter for name, parameter in module.named_parameters()}
+    for name, parameter in parameters.items():
         data: Tensor = parameter.data
-        if f"{prefix}.{name}" in rounded:
-            data = data.float().to(stored)
+        if name in rounded:
+            gate = rounded[name]
+            data = as_stored(data, None if gate is None else parameters[gate].data, storage)
         parameter.data = data.float()

@@ -10,7 +10,7 @@ from typing import Literal
 import msgspec
 
 Verdict = Literal["passed", "failed", "not_run"]
-Against = Literal["reference", "golden"]
+Against = Literal["reference", "golden", "transformers"]
 Level = Literal["subgraph", "layer", "phi", "end_to_end", "trace"]
 
 REPORT_SCHEMA = 1

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from flamingo_export.errors import CapacityError
 from flamingo_export.manifest import ShapeLimits
@@ -19,15 +20,16 @@ from flamingo_export.runtime.media import medium_of
 from flamingo_export.runtime.tokenizer import Tokenizer
 from flamingo_export.sources import LiveSource, WeightSource
 from flamingo_export.validate.golden import GoldenText, GoldenTrace
-from flamingo_export.validate.parts import rounded_weights
+from flamingo_export.validate.parts import narrow_weights, rounded_weights
 from flamingo_export.validate.trace_prompts import TracePrompt, to_png, trace_prompts
+from flamingo_reference.config import ModelConfig
+from flamingo_reference.input_format import Tags
 from flamingo_reference.phi import phi_from_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from flamingo_reference.model import Flamingo
-    from flamingo_reference.search import SearchResult
 
 BEAMS = (1, 3)
 
@@ -38,27 +40,56 @@ def record_traces(
     """Greedy and beam-3 traces of every prompt that fits the bundle's limits. Needs torch, and memory for the whole model."""
     import torch
 
-    config = source.config
     wide, narrow = reference_models(source, storage)
-    decode = Tokenizer.open(tokenizer.parent.parent, config, source.inputs.tags).decode if tokenizer is not None else None
+    with torch.no_grad():
+        return traces_of(
+            source.config,
+            limits,
+            tokenizer,
+            source.inputs.tags,
+            lambda prompt: (_AskedReference(wide, prompt), _AskedReference(narrow, prompt)),
+            progress,
+        )
+
+
+class AskedModel(Protocol):
+    """A whole model and the media of one prompt."""
+
+    def logits(self, token_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """[B, S] -> [B, S, V]."""
+
+    def generate(self, tokens: Sequence[int], *, beams: int, new_tokens: int) -> list[tuple[int, ...]] | None:
+        """New tokens of every hypothesis by a search of the model's own, best first; None if it has none."""
+
+
+def traces_of(
+    config: ModelConfig,
+    limits: ShapeLimits,
+    tokenizer: Path | None,
+    tags: Tags,
+    models: Callable[[TracePrompt], tuple[AskedModel, AskedModel]],
+    progress: Progress,
+) -> tuple[GoldenTrace, ...]:
+    """Greedy and beam-3 traces of every prompt that fits the bundle's limits. models: those in fp64 and fp32, for a prompt."""
+    decode = Tokenizer.open(tokenizer.parent.parent, config, tags).decode if tokenizer is not None else None
     prompts = trace_prompts(config, tokenizer)
     progress.stage("reference token traces", len(prompts) * len(BEAMS))
     traces = []
-    with torch.no_grad():
-        for prompt in prompts:
-            for beams in BEAMS:
-                try:
-                    check_capacity(prompt=len(prompt.tokens), width=beams, new_tokens=prompt.new_tokens, limits=limits)
-                    known = config.language_model.position_limit
-                    check_positions(prompt=len(prompt.tokens), new_tokens=prompt.new_tokens, position_limit=known)
-                except CapacityError:
-                    progress.advance(1)
-                    continue
-                trace = _trace(wide, narrow, prompt, beams)
-                if decode is not None:
-                    trace = _with_text(trace, decode(trace.tokens).strip())
-                traces.append(trace)
+    for prompt in prompts:
+        wide, narrow = models(prompt)
+        for beams in BEAMS:
+            try:
+                check_capacity(prompt=len(prompt.tokens), width=beams, new_tokens=prompt.new_tokens, limits=limits)
+                known = config.language_model.position_limit
+                check_positions(prompt=len(prompt.tokens), new_tokens=prompt.new_tokens, position_limit=known)
+            except CapacityError:
                 progress.advance(1)
+                continue
+            trace = _trace(config, wide, narrow, prompt, beams)
+            if decode is not None:
+                trace = _with_text(trace, decode(trace.tokens).strip())
+            traces.append(trace)
+            progress.advance(1)
     return tuple(traces)
 
 
@@ -79,26 +110,23 @@ def reference_models(source: WeightSource, storage: StorageType) -> tuple[Flamin
     if storage == "fp32" and all(each.dtype == torch.float32 and each.is_cpu for each in parameters):
         return wide, model
     narrow = copy.deepcopy(model).cpu().float().eval()
-    stored = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[storage]
-    rounded = rounded_weights(source.config)
-    for name, parameter in narrow.named_parameters():
-        if name in rounded:
-            parameter.data = parameter.data.to(stored).float()
+    narrow_weights(narrow, "", rounded_weights(source.config), storage)
     return wide, narrow
 
 
-def _trace(wide: Flamingo, narrow: Flamingo, prompt: TracePrompt, beams: int) -> GoldenTrace:
+def _trace(config: ModelConfig, wide: AskedModel, narrow: AskedModel, prompt: TracePrompt, beams: int) -> GoldenTrace:
     from flamingo_reference import search
 
-    config = wide.config
-    rules = search.Rules(eoc=config.tokens.eoc, image=config.tokens.image, max_new_tokens=prompt.new_tokens)
-    banks = [_bank(model, prompt) for model in (wide, narrow)]
-    rows = list(range(len(prompt.media)))
-    ask = search.flamingo_next_logits(wide, banks[0], rows)
-    result: SearchResult = search.beam_search(ask, prompt.tokens, rules, beams=beams)
-    best = result.hypotheses[0]
-    logits = [_logits(model, bank, prompt, best.token_ids) for model, bank in zip((wide, narrow), banks, strict=True)]
-    exact, own = (search.log_probabilities(each, config.tokens.image) for each in logits)
+    ids = config.tokens
+    rules = search.Rules(eoc=ids.eoc, image=ids.image, max_new_tokens=prompt.new_tokens)
+    result = search.beam_search(lambda asked: wide.logits(asked)[:, -1], prompt.tokens, rules, beams=beams)
+    hypotheses = [GoldenText(tokens=each.token_ids, logprobs=each.token_logprobs) for each in result.hypotheses]
+    generated = wide.generate(prompt.tokens, beams=beams, new_tokens=prompt.new_tokens)
+    if generated is not None:  # the margins of the plain search, which asked the same model, say how close the choices were
+        hypotheses = [_scored(wide, prompt, tokens, ids.image) for tokens in generated]
+    best = hypotheses[0]
+    logits = [_following(model, prompt, best.tokens) for model in (wide, narrow)]
+    exact, own = (search.log_probabilities(each, ids.image) for each in logits)
     finite = np.isfinite(exact)
     return GoldenTrace(
         case=prompt.case,
@@ -107,14 +135,45 @@ def _trace(wide: Flamingo, narrow: Flamingo, prompt: TracePrompt, beams: int) ->
         media=tuple(tuple(to_png(frame) for frame in frames) for frames in prompt.media),
         num_beams=beams,
         new_tokens=prompt.new_tokens,
-        tokens=best.token_ids,
-        logprobs=best.token_logprobs,
+        tokens=best.tokens,
+        logprobs=best.logprobs,
         margins=tuple(margin if math.isfinite(margin) else None for margin in result.margins),
         final_margin=result.final_margin if math.isfinite(result.final_margin) else None,
         torch_error=float(np.abs(exact[finite] - own[finite]).max()),
-        others=tuple(GoldenText(tokens=other.token_ids, logprobs=other.token_logprobs) for other in result.hypotheses[1:]),
+        others=tuple(hypotheses[1:]),
         peak=float(max(np.abs(logits[0]).max(), np.abs(exact[finite]).max())),
     )
+
+
+def _scored(model: AskedModel, prompt: TracePrompt, tokens: Sequence[int], image: int) -> GoldenText:
+    from flamingo_reference.search import log_probabilities
+
+    rows = log_probabilities(_following(model, prompt, tokens), image)
+    return GoldenText(tokens=tuple(tokens), logprobs=tuple(float(row[token]) for row, token in zip(rows, tokens, strict=True)))
+
+
+def _following(model: AskedModel, prompt: TracePrompt, tokens: Sequence[int]) -> npt.NDArray[np.float64]:
+    """Logits [number of new tokens, V] that each new token was chosen from."""
+    fed = np.asarray([(*prompt.tokens, *tokens[:-1])], np.int64)
+    return model.logits(fed)[0, len(prompt.tokens) - 1 :]
+
+
+class _AskedReference:
+    def __init__(self, model: Flamingo, prompt: TracePrompt) -> None:
+        self._model, self._bank = model, _bank(model, prompt)
+        self._rows = list(range(len(prompt.media)))
+
+    def logits(self, token_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        import torch
+
+        ids = self._model.config.tokens
+        phi = torch.from_numpy(phi_from_tokens(token_ids, ids.image, ids.reset))
+        rows = torch.tensor(self._rows, dtype=torch.int64).expand(len(token_ids), -1)
+        found: Tensor = self._model(torch.from_numpy(token_ids), self._bank, rows, phi)
+        return np.asarray(found.double().numpy())
+
+    def generate(self, tokens: Sequence[int], *, beams: int, new_tokens: int) -> None:
+        return None
 
 
 def _bank(model: Flamingo, prompt: TracePrompt) -> list[tuple[Tensor, Tensor]]:
@@ -130,17 +189,6 @@ def _bank(model: Flamingo, prompt: TracePrompt) -> list[tuple[Tensor, Tensor]]:
         latents = model.config.resampler
         rows.append(torch.zeros(1, latents.num_latents, latents.width, dtype=dtype))
     return model.media_kv(torch.cat(rows))
-
-
-def _logits(model: Flamingo, bank: list[tuple[Tensor, Tensor]], prompt: TracePrompt, tokens: Sequence[int]) -> np.ndarray:
-    """Logits float64 [number of new tokens, V] that each new token was chosen from."""
-    import torch
-
-    fed = np.asarray([(*prompt.tokens, *tokens[:-1])], np.int64)
-    phi = torch.from_numpy(phi_from_tokens(fed, model.config.tokens.image, model.config.tokens.reset))
-    rows = torch.arange(len(prompt.media), dtype=torch.int64)[None]
-    logits = model(torch.from_numpy(fed), bank, rows, phi)[0, len(prompt.tokens) - 1 :]
-    return np.asarray(logits.double().numpy())
 
 
 def _with_text(trace: GoldenTrace, text: str) -> GoldenTrace:

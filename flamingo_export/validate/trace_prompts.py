@@ -70,14 +70,18 @@ def _drawn_prompts(config: ModelConfig) -> Iterator[TracePrompt]:
     ids = config.tokens
     special = {ids.pad, ids.bos, ids.eoc, ids.image, ids.reset}
     text = [token for token in range(config.language_model.vocab_size) if token not in special] or [ids.eoc]
-    for case, pattern, shown in (
+    cases: list[tuple[str, str, tuple[int, ...]]] = [
         ("text without an image", "tttt", ()),
         ("one image", "itt", (0,)),
         ("text before the first image", "tttittt", (1,)),
         ("one image shown twice (A, B, A)", "itittitt", (0, 1, 0)),
-    ):
+    ]
+    if ids.reset is not None:
+        cases.append(("the end of a text, then another image", "ittetitt", (0, 1)))
+    for case, pattern, shown in cases:
         drawn = iter(inputs.integers(f"trace/{case}", len(pattern), 0, len(text)))
-        tokens = (ids.bos, *(ids.image if kind == "i" else text[next(drawn)] for kind in pattern))
+        placed = {"i": ids.image} if ids.reset is None else {"i": ids.image, "e": ids.reset}
+        tokens = (ids.bos, *(placed[kind] if kind in placed else text[next(drawn)] for kind in pattern))
         media = tuple((blocks(f"trace/{which}", config.vision.image_size),) for which in shown)
         yield TracePrompt(case=case, text=" ".join(map(str, tokens)), tokens=tokens, media=media, new_tokens=6)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from flamingo_reference.checkpoints.accounting import account
-from flamingo_reference.checkpoints.adopted import Adopted, AdoptedReader, JoinedReader, PartFiles, Parts
+from flamingo_reference.checkpoints.adopted import Adopted, AdoptedReader, JoinedReader, PartFiles, Parts, Recipe
 from flamingo_reference.checkpoints.families import FAMILIES, Family, Part
 from flamingo_reference.checkpoints.lora import LoraReader
 from flamingo_reference.checkpoints.recognition import Recognised, recognise
@@ -37,6 +38,8 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
 
     reader: our tensors. ignored: tensors of the files that are not needed, each with the reason. files: all files that the numbers are read
     from. tokenizer: a tokenizer.json or tokenizer.model, golden: a folder of golden values, None where there is none.
+    settings: config.json as published. published: the files' own tensors, adapters merged in; recipes: how ours are made of them, None where
+    names are ours already.
     """
 
     family: Family
@@ -48,6 +51,9 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     files: tuple[Path, ...]
     tokenizer: Path | None
     golden: Path | None
+    settings: Mapping[str, Any]
+    published: TensorReader
+    recipes: Mapping[str, Recipe] | None
 
 
 def load(files: CheckpointFiles, families: Sequence[Family] = FAMILIES) -> Checkpoint:
@@ -82,7 +88,8 @@ def load(files: CheckpointFiles, families: Sequence[Family] = FAMILIES) -> Check
     except ConfigError as error:
         raise CheckpointError(f"{files.path}: {error}") from error
     where = ", ".join(str(found.path) for found in recognised.values())
-    reader, ignored = _accounted(adopted, readers, where)
+    published = _joined(readers, where)
+    reader, ignored = _accounted(adopted, published, where)
     golden = files.path / "golden"
     return Checkpoint(
         family=model.family,
@@ -94,6 +101,9 @@ def load(files: CheckpointFiles, families: Sequence[Family] = FAMILIES) -> Check
         files=tuple(sorted({*used, *(path for found in recognised.values() for path in found.reader.files)})),
         tokenizer=tokenizer,
         golden=golden if golden.is_dir() else None,
+        settings=model.settings,
+        published=published,
+        recipes=adopted.recipes,
     )
 
 
@@ -164,8 +174,8 @@ def _adapted(readers: Mapping[Part, TensorReader], adapters: Sequence[Path]) -> 
     return merged, files
 
 
-def _accounted(adopted: Adopted, readers: Mapping[Part, TensorReader], where: str) -> tuple[TensorReader, dict[str, str]]:
-    """The reader of our tensors, and what is left out. Raises CheckpointError as `account` does."""
+def _joined(readers: Mapping[Part, TensorReader], where: str) -> TensorReader:
+    """All parts' tensors by their published names. Raises CheckpointError naming those that two parts hold."""
     owners: dict[str, list[str]] = {}
     for part, part_reader in readers.items():
         for name in part_reader.names():
@@ -175,7 +185,11 @@ def _accounted(adopted: Adopted, readers: Mapping[Part, TensorReader], where: st
         raise CheckpointError(
             f"{where}: tensors held by more than one part: {'; '.join(twice)}. Remove those that do not belong."
         )
-    joined: TensorReader = JoinedReader(list(readers.values()))
+    return JoinedReader(list(readers.values()))
+
+
+def _accounted(adopted: Adopted, joined: TensorReader, where: str) -> tuple[TensorReader, dict[str, str]]:
+    """The reader of our tensors, and what is left out. Raises CheckpointError as `account` does."""
     name = adopted.config.name
     if adopted.recipes is None:
         return joined, account(adopted.expected, joined, where=where, model=name, ignored=adopted.ignored)

@@ -1,0 +1,1 @@
+"""Parity against transformers: expected values from its own IDEFICS, run whole or part by part on the checkpoint's tensors."""
