@@ -37,7 +37,7 @@ from flamingo_export.manifest import (
 from flamingo_export.precision import Precision
 from flamingo_export.progress import SILENT, Progress
 from flamingo_export.quantize.policies import check_backend, check_policy
-from flamingo_export.quantize.table import CalibrationTable, calibration_record, check_fits, read_table, write_table
+from flamingo_export.quantize.table import CALIBRATION_FILE, CalibrationTable, calibration_record, check_fits, read_table, write_table
 from flamingo_export.refit import fitting
 from flamingo_export.runtime.tokenizer import TOKENIZER_FILE
 from flamingo_export.sources import RandomSource, WeightSource, open_source
@@ -56,7 +56,6 @@ if TYPE_CHECKING:
 OTHER_FILES_BYTES = 64_000_000
 REPORTS_FOLDER = "reports"
 ENGINES_FOLDER = "engines"
-CALIBRATION_FILE = "calibration.json"
 # An engine holds the weights of its graph once more, and its kernels.
 ENGINE_RATIO = 1.05
 _TOOLS = ("flamingo-export", "numpy", "onnx", "onnx-ir", "onnxruntime", "torch")

@@ -27,6 +27,8 @@ from flamingo_export.weights import bundle_weights
 from flamingo_reference.config import ModelConfig
 
 SCHEMA_VERSION = 1
+CALIBRATION_FILE = "calibration.json"
+"""Where a bundle keeps the table that it was quantised with."""
 Method = Literal["amax", "percentile", "mse", "entropy"]
 METHODS: tuple[Method, ...] = get_args(Method)
 _SHOWN_NAMES = 8

@@ -85,7 +85,7 @@ class Checker:
         row = gate(
             self.goldens.get(case, tensor),
             actual,
-            tolerance=tolerance(kind, self.manifest.precision.storage),
+            tolerance=tolerance(kind, self.manifest.precision),
             level=level,
             case=case,
             subgraph=subgraph,
@@ -231,7 +231,7 @@ class Checker:
         row = gate(
             expected,
             carried[0] if carried else None,
-            tolerance=tolerance("layer", self.manifest.precision.storage),
+            tolerance=tolerance("layer", self.manifest.precision),
             level="layer",
             case=LAYERS_CASE,
             subgraph="decoder",

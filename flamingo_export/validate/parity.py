@@ -24,7 +24,9 @@ from flamingo_export.errors import CheckpointError, ParityError
 from flamingo_export.manifest import FileRecord, Manifest, ParityRecord, write_manifest
 from flamingo_export.origin import find_origin, source_digest
 from flamingo_export.progress import SILENT, Progress
+from flamingo_export.quantize.table import CALIBRATION_FILE, CalibrationTable, read_table
 from flamingo_export.sources import CheckpointSource, WeightSource
+from flamingo_export.validate.as_stored import AsStored
 from flamingo_export.validate.cases import decoder_cases, pixel_cases
 from flamingo_export.validate.checker import Checker
 from flamingo_export.validate.golden import CASES_FILE, TENSORS_FILE, Goldens, load_goldens, save_goldens
@@ -62,7 +64,13 @@ def check_build(
     tokenizer = folder / "tokenizer" / "tokenizer.json"
     digest = manifest.source.sha256 or source_digest(source)
     goldens = record(
-        source, manifest, digest, tokenizer=tokenizer if tokenizer.is_file() else None, memory=budget, progress=progress
+        source,
+        manifest,
+        digest,
+        tokenizer=tokenizer if tokenizer.is_file() else None,
+        memory=budget,
+        calibration=_calibration(folder),
+        progress=progress,
     )
     save_goldens(folder / GOLDEN_FOLDER, goldens)
     report = compare_with(
@@ -115,20 +123,24 @@ def record(
     *,
     tokenizer: Path | None,
     memory: int,
+    calibration: CalibrationTable | None = None,
     progress: Progress = SILENT,
 ) -> Goldens:
-    """Golden values of a source's weights as `manifest` stores them: numbers of every case, and token traces where memory allows."""
+    """Golden values of a source's weights as `manifest` stores them: numbers of every case, and token traces where memory allows.
+
+    calibration: the table that a quantised bundle was made with.
+    """
     from flamingo_export.validate.oracle import record_numbers
     from flamingo_export.validate.parts import parts_of
     from flamingo_export.validate.trace_oracle import record_traces
 
-    storage = manifest.precision.storage
-    goldens = Goldens(weights_sha256=digest, storage=storage, model=source.config.name)
+    stored = AsStored(source.config, manifest.precision, calibration)
+    goldens = Goldens(weights_sha256=digest, storage=manifest.precision.key, model=source.config.name)
     with _torch_threads(source.config):
-        record_numbers(parts_of(source, storage), goldens, progress)
+        record_numbers(parts_of(source, stored), goldens, progress)
         goldens.no_traces = _no_room(source.config, memory)
         if not goldens.no_traces:
-            goldens.traces = record_traces(source, storage, manifest.limits, tokenizer, progress)
+            goldens.traces = record_traces(source, stored, manifest.limits, tokenizer, progress)
     return goldens
 
 
@@ -202,7 +214,7 @@ def compare_with(
         backend=backend.name,
         against=against,
         model=manifest.config.name,
-        storage=manifest.precision.storage,
+        storage=manifest.precision.name,
         weights=goldens.weights_sha256,
         rows=tuple(checker.rows),
         layers=tuple(checker.points),
@@ -240,7 +252,9 @@ def _expectation(
             why = str(error)
         else:
             digest = manifest.source.sha256 or source_digest(source)
-            return record(source, manifest, digest, tokenizer=kept, memory=memory, progress=progress), "reference"
+            table = _calibration(bundle)
+            goldens = record(source, manifest, digest, tokenizer=kept, memory=memory, calibration=table, progress=progress)
+            return goldens, "reference"
     elif checkpoint is not None or wanted in ("reference", "transformers"):
         raise ParityError("comparing with a checkpoint needs PyTorch: pip install 'flamingo-export[torch]'")
     goldens = load_goldens(bundle / GOLDEN_FOLDER)
@@ -254,12 +268,18 @@ def _expectation(
             f"the golden values in {bundle} are of other weights ({goldens.weights_sha256[:12]}) than the bundle's "
             f"({(manifest.source.sha256 or 'unknown')[:12]}). Build it again."
         )
-    if goldens.storage != manifest.precision.storage:
+    if goldens.storage != manifest.precision.key:
         raise ParityError(
-            f"the golden values in {bundle} are of {goldens.storage} weights, the bundle stores {manifest.precision.storage}. "
+            f"the golden values in {bundle} are of {goldens.storage} weights, the bundle stores {manifest.precision.key}. "
             "Run parity where PyTorch is installed."
         )
     return goldens, "golden"
+
+
+def _calibration(bundle: Path) -> CalibrationTable | None:
+    """The table that the bundle was quantised with, if it was with one."""
+    path = bundle / CALIBRATION_FILE
+    return read_table(path) if path.is_file() else None
 
 
 def _transformers(
@@ -276,6 +296,11 @@ def _transformers(
         raise ParityError(
             f"the bundle was built from {made_of}, and transformers' own model is known for IDEFICS alone. "
             "Compare it with the reference: leave out --against transformers."
+        )
+    if manifest.precision.policy is not None:
+        raise ParityError(
+            f"the bundle is quantised ({manifest.precision.name}), which transformers' model is not. Compare it with the reference (leave "
+            "out --against transformers), and a bundle that is not quantised with transformers."
         )
     source = find_origin(manifest, checkpoint)
     assert isinstance(source, CheckpointSource)

@@ -11,9 +11,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from flamingo_export.backends.memory import release
-from flamingo_export.precision import StorageType
 from flamingo_export.sources import LiveSource, WeightSource
-from flamingo_export.weights import bundle_weights
+from flamingo_export.validate.as_stored import AsStored
 from flamingo_reference.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -37,46 +36,18 @@ class Parts(Protocol):
         """
 
 
-def parts_of(source: WeightSource, storage: StorageType) -> Parts:
+def parts_of(source: WeightSource, stored: AsStored) -> Parts:
     """The parts of a source: of the live model itself where it is one."""
-    return LiveParts(source.model, storage) if isinstance(source, LiveSource) else SourceParts(source, storage)
-
-
-def rounded_weights(config: ModelConfig) -> dict[str, str | None]:
-    """Checkpoint tensors that reach the bundle in its storage type, each with the gate that it is multiplied by, if any; the others stay
-    fp32."""
-    return {
-        name: next((source for source in weight.sources if source.endswith("_gate")), None)
-        for weight in bundle_weights(config)
-        if not weight.full_precision
-        for name in weight.sources
-        if name.endswith(".weight")
-    }
-
-
-def as_stored(weight: Tensor, gate: Tensor | None, storage: StorageType) -> Tensor:
-    """A weight [out, in] in fp32 as the bundle stores it: rounded, where it is gated after it was multiplied by tanh(gate), [] or [out].
-
-    The product is divided by the factor again, since the model that it goes into applies the gate itself.
-    """
-    import torch
-
-    stored = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[storage]
-    if gate is None or storage == "fp32":
-        return weight.float().to(stored).float()
-    factor = gate.double().tanh().float().reshape(-1, 1)
-    rounded = (weight.float() * factor).to(stored).float()
-    return torch.where(factor == 0, weight.float(), rounded / factor)
+    return LiveParts(source.model, stored) if isinstance(source, LiveSource) else SourceParts(source, stored)
 
 
 class SourceParts:
     """Parts made from a source of weights, each read when its turn comes."""
 
-    def __init__(self, source: WeightSource, storage: StorageType) -> None:
+    def __init__(self, source: WeightSource, stored: AsStored) -> None:
         self.config = source.config
-        self._source, self._storage = source, storage
+        self._source, self._stored = source, stored
         self._names = list(source.names())
-        self._rounded = rounded_weights(self.config)
 
     def stage(self, prefix: str, wide: Callable[[Any], Wide], narrow: Callable[[Any], Narrow]) -> tuple[Wide, Narrow]:
         import torch
@@ -89,7 +60,7 @@ class SourceParts:
             first = wide(module)
             undo()
             release()
-            narrow_weights(module, prefix, self._rounded, self._storage)
+            self._stored.apply(module, prefix)
             second = narrow(module)
         del module
         release()
@@ -99,10 +70,9 @@ class SourceParts:
 class LiveParts:
     """Parts of a model in memory: fp64 on copies, fp32 on the very modules (on copies where they must be rounded or moved)."""
 
-    def __init__(self, model: Flamingo, storage: StorageType) -> None:
+    def __init__(self, model: Flamingo, stored: AsStored) -> None:
         self.config = model.config
-        self._model, self._storage = model, storage
-        self._rounded = rounded_weights(self.config)
+        self._model, self._stored = model, stored
 
     def stage(self, prefix: str, wide: Callable[[Any], Wide], narrow: Callable[[Any], Narrow]) -> tuple[Wide, Narrow]:
         import torch
@@ -112,13 +82,13 @@ class LiveParts:
             module = copy.copy(module)
             module._modules = {name: child for name, child in module._modules.items() if name != "layers"}
         tensors = list(module.parameters())
-        as_is = self._storage == "fp32" and all(tensor.dtype == torch.float32 and tensor.is_cpu for tensor in tensors)
+        as_is = self._stored.exact and all(tensor.dtype == torch.float32 and tensor.is_cpu for tensor in tensors)
         with torch.no_grad():
             first = wide(copy.deepcopy(module).cpu().double())
             if as_is:
                 return first, narrow(module)
             module = copy.deepcopy(module).cpu().float()
-            narrow_weights(module, prefix, self._rounded, self._storage)
+            self._stored.apply(module, prefix)
             return first, narrow(module)
 
 
@@ -153,14 +123,3 @@ def _widen(module: nn.Module, *, at_use: bool) -> Callable[[], None]:
             handle.remove()
 
     return undo
-
-
-def narrow_weights(module: nn.Module, prefix: str, rounded: Mapping[str, str | None], storage: StorageType) -> None:
-    """Parameters to fp32, those that the bundle stores in 16 bits as they are there; in place."""
-    parameters = {f"{prefix}.{name}" if prefix else name: parameter for name, parameter in module.named_parameters()}
-    for name, parameter in parameters.items():
-        data: Tensor = parameter.data
-        if name in rounded:
-            gate = rounded[name]
-            data = as_stored(data, None if gate is None else parameters[gate].data, storage)
-        parameter.data = data.float()

@@ -7,6 +7,10 @@ came from, whose size the rms tells.
 Rule: the engine's error may be twice that of PyTorch in the same dtype (weights rounded to the bundle's storage, computed in fp32) on
 the same input, plus a floor of a few ulps of the tensor's largest number. For logits, PyTorch's error is the largest over all cases of
 the decoder: it is one computation, and a case of few numbers does not find its largest error by itself.
+
+Of a quantised bundle PyTorch's error is that of the reference with weights and activations rounded as the policy says (as_stored.py), so
+it is the price of the policy, and the engine may not pay much more. The price itself is bounded as well: a wrong scale in a calibration
+table makes both wrong alike.
 """
 
 from __future__ import annotations
@@ -16,23 +20,24 @@ from types import MappingProxyType
 
 import msgspec
 
-from flamingo_export.precision import StorageType
+from flamingo_export.precision import Precision
 
 FP32_ULP = 2.0**-23
 
 
 class Tolerance(msgspec.Struct, frozen=True, kw_only=True):
-    """`factor` times PyTorch's error, plus `floor_ulps` ulps (fp32) of the reference's largest absolute value."""
+    """`factor` times PyTorch's error, plus `floor_ulps` ulps (fp32) of the reference's largest absolute value, `most` at most."""
 
     factor: float
     floor_ulps: float
     reason: str
+    most: float = math.inf
 
     def limit(self, *, torch_error: float, peak: float) -> float:
         """The largest error that passes. `peak` is max(abs(reference)) / rms(reference). NaN if PyTorch's own error is not finite."""
         if not math.isfinite(torch_error):
             return math.nan
-        return self.factor * torch_error + self.floor_ulps * FP32_ULP * peak
+        return min(self.most, self.factor * torch_error + self.floor_ulps * FP32_ULP * peak)
 
 
 RULE = Tolerance(
@@ -53,6 +58,16 @@ INDEPENDENT_ROUNDING = Tolerance(
     ),
 )
 
+_QUANTISED = (
+    "Engine and PyTorch round the same weights to the same codes, so their errors agree but where an activation lies so close between two "
+    "codes that fp32's own rounding decides. Measured on nano: 1.03 times PyTorch's error at most."
+)
+
+
+def _quantised(most: float, bounds: str) -> Tolerance:
+    return Tolerance(factor=1.5, floor_ulps=4.0, reason=f"{_QUANTISED} {bounds}", most=most)
+
+
 TABLE = MappingProxyType(
     {
         "vision_encoder": RULE,
@@ -61,15 +76,32 @@ TABLE = MappingProxyType(
         "media_kv": RULE,
         "decoder": RULE,
         "layer": RULE,
+        "quantised, int8": _quantised(0.5, "Largest error of nano: 0.14 of the rms, in the resampler."),
+        "quantised, fp8": _quantised(1.0, "Largest error of nano: 0.34 of the rms, in the logits."),
+        "quantised, int4": _quantised(1.5, "Largest error of nano: 0.57 of the rms, in the logits."),
+        "quantised layer, int8": _quantised(0.1, "Largest error of a layer of nano: 0.025 of the rms."),
+        "quantised layer, fp8": _quantised(0.4, "Largest error of a layer of nano: 0.15 of the rms."),
+        "quantised layer, int4": _quantised(1.0, "Largest error of a layer of nano: 0.34 of the rms."),
     }
 )
 """What is compared -> its tolerance. A kind without a row of its own for 16-bit storage has the same in all types."""
 
 
-def tolerance(kind: str, storage: StorageType = "fp32") -> Tolerance:
-    """The row of TABLE for `kind`. Raises KeyError: a comparison without a row is a fault of the caller, not a default."""
+def tolerance(kind: str, precision: Precision) -> Tolerance:
+    """The row of TABLE for `kind`. Raises KeyError: a comparison without a row is a fault of the caller, not a default.
+
+    A policy is judged by the coarsest of its formats. The vision encoder, which no preset quantises, is by its storage.
+    """
+    coarsest = next((name for name in ("int4", "fp8", "int8") if name in _formats(precision)), None)
+    if coarsest is not None and kind != "vision_encoder":
+        return TABLE[f"quantised layer, {coarsest}" if kind == "layer" else f"quantised, {coarsest}"]
     narrow = f"{kind}, 16-bit storage"
-    return TABLE[narrow] if storage != "fp32" and narrow in TABLE else TABLE[kind]
+    return TABLE[narrow] if precision.storage != "fp32" and narrow in TABLE else TABLE[kind]
+
+
+def _formats(precision: Precision) -> set[str]:
+    policy = precision.policy
+    return set() if policy is None else {policy.attention, policy.media, *(rule.format for rule in policy.rules)}
 
 
 def trace_limit(*, torch_error: float, peak: float) -> float:

@@ -13,14 +13,13 @@ import numpy.typing as npt
 
 from flamingo_export.errors import CapacityError
 from flamingo_export.manifest import ShapeLimits
-from flamingo_export.precision import StorageType
 from flamingo_export.progress import Progress
 from flamingo_export.runtime.cache import check_capacity, check_positions
 from flamingo_export.runtime.media import medium_of
 from flamingo_export.runtime.tokenizer import Tokenizer
 from flamingo_export.sources import LiveSource, WeightSource
 from flamingo_export.validate.golden import GoldenText, GoldenTrace
-from flamingo_export.validate.parts import narrow_weights, rounded_weights
+from flamingo_export.validate.as_stored import AsStored
 from flamingo_export.validate.trace_prompts import TracePrompt, to_png, trace_prompts
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.input_format import Tags
@@ -35,12 +34,12 @@ BEAMS = (1, 3)
 
 
 def record_traces(
-    source: WeightSource, storage: StorageType, limits: ShapeLimits, tokenizer: Path | None, progress: Progress
+    source: WeightSource, stored: AsStored, limits: ShapeLimits, tokenizer: Path | None, progress: Progress
 ) -> tuple[GoldenTrace, ...]:
     """Greedy and beam-3 traces of every prompt that fits the bundle's limits. Needs torch, and memory for the whole model."""
     import torch
 
-    wide, narrow = reference_models(source, storage)
+    wide, narrow = reference_models(source, stored)
     with torch.no_grad():
         return traces_of(
             source.config,
@@ -93,7 +92,7 @@ def traces_of(
     return tuple(traces)
 
 
-def reference_models(source: WeightSource, storage: StorageType) -> tuple[Flamingo, Flamingo]:
+def reference_models(source: WeightSource, stored: AsStored) -> tuple[Flamingo, Flamingo]:
     """The whole reference in fp64, and in fp32 with weights as the bundle stores them: the live model itself where that is the same."""
     import torch
 
@@ -107,10 +106,10 @@ def reference_models(source: WeightSource, storage: StorageType) -> tuple[Flamin
         model.load_state_dict({name: torch_from_numpy(source.read(name)) for name in source.names()}, assign=True)
     wide = copy.deepcopy(model).cpu().double().eval()
     parameters = list(model.parameters())
-    if storage == "fp32" and all(each.dtype == torch.float32 and each.is_cpu for each in parameters):
+    if stored.exact and all(each.dtype == torch.float32 and each.is_cpu for each in parameters):
         return wide, model
     narrow = copy.deepcopy(model).cpu().float().eval()
-    narrow_weights(narrow, "", rounded_weights(source.config), storage)
+    stored.apply(narrow, "")
     return wide, narrow
 
 

@@ -11,7 +11,8 @@ import torch
 from flamingo_export.errors import ParityError
 from flamingo_export.precision import StorageType
 from flamingo_export.sources import CheckpointSource
-from flamingo_export.validate.parts import Narrow, Wide, as_stored, rounded_weights
+from flamingo_export.validate.as_stored import as_stored, rounded_names
+from flamingo_export.validate.parts import Narrow, Wide
 from flamingo_export.validate.transformers.streamed import StreamedModel
 from flamingo_reference.model import torch_from_numpy
 
@@ -31,7 +32,7 @@ class TransformersParts:
         # Their names of the weights that are rounded, each with its gate.
         rounded = {
             name: None if gate is None else next(iter(recipes[gate].sources))
-            for ours, gate in rounded_weights(self.config).items()
+            for ours, gate in rounded_names(self.config)
             for name in recipes[ours].sources
         }
 
