@@ -179,6 +179,8 @@ def _prepare(request: BuildRequest, progress: Progress) -> _Job:
             if tokenizer
             else "there is no tokenizer: prompts must be token ids"
         )
+    if request.uncalibrated and precision.policy is not None and precision.policy.needs_ranges:
+        notes.append("activations are quantised without knowing the ranges they have (--uncalibrated): accuracy may suffer")
     if donor is not None and donor.engines:
         notes.append(
             f"the engines of {request.graphs_of} hold its weights and are not taken over: build them for the new bundle"

@@ -66,9 +66,9 @@ class OnnxRuntimeBackend:
             else decoder_spec(config, range(*graph.layers), name=graph.name)
         )
         path = bundle / graph.file
-        session_options, providers = _session_options(options, manifest.precision.policy), _providers(options.device)
+        settings, providers = session_options(options, manifest.precision.policy), _providers(options.device)
         try:
-            session = onnxruntime.InferenceSession(path, session_options, providers=providers, enable_fallback=False)
+            session = onnxruntime.InferenceSession(path, settings, providers=providers, enable_fallback=False)
         except MemoryError as error:
             raise BackendError(f"{path} does not fit in memory. {_MEMORY_ADVICE}") from error
         except Exception as error:
@@ -95,7 +95,8 @@ def physical_cores() -> int:
     return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
 
 
-def _session_options(wanted: SessionOptions, policy: Policy | None) -> Any:
+def session_options(wanted: SessionOptions, policy: Policy | None) -> Any:
+    """ONNX Runtime's options for a session of a bundle's graph."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

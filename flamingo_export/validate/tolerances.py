@@ -23,6 +23,7 @@ import msgspec
 from flamingo_export.precision import Precision
 
 FP32_ULP = 2.0**-23
+FP32 = Precision(storage="fp32")
 
 
 class Tolerance(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,7 +88,7 @@ TABLE = MappingProxyType(
 """What is compared -> its tolerance. A kind without a row of its own for 16-bit storage has the same in all types."""
 
 
-def tolerance(kind: str, precision: Precision) -> Tolerance:
+def tolerance(kind: str, precision: Precision = FP32) -> Tolerance:
     """The row of TABLE for `kind`. Raises KeyError: a comparison without a row is a fault of the caller, not a default.
 
     A policy is judged by the coarsest of its formats. The vision encoder, which no preset quantises, is by its storage.

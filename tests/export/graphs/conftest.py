@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 import torch
 
+from flamingo_export.precision import Precision
 from flamingo_export.validate.tolerances import tolerance
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.model import Flamingo
@@ -45,7 +46,8 @@ def assert_as_exact(kind: str, exact: Any, eager: Any, actual: Any, storage: Any
     rms = float(np.sqrt(np.mean(np.square(exact)))) or 1.0
     own = float(np.abs(eager - exact).max()) / rms
     error = float(np.abs(actual - exact).max()) / rms
-    assert error <= tolerance(kind, storage).limit(torch_error=own, peak=float(np.abs(exact).max()) / rms), (error, own)
+    limit = tolerance(kind, Precision(storage=storage)).limit(torch_error=own, peak=float(np.abs(exact).max()) / rms)
+    assert error <= limit, (error, own)
 
 
 @pytest.fixture(scope="session")

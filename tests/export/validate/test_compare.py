@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from flamingo_export.precision import Policy, Precision, Rule
 from flamingo_export.validate.compare import NUM_SAMPLES, expect, gate
 from flamingo_export.validate.report import Row
 from flamingo_export.validate.tolerances import FP32_ULP, RULE, TABLE, tie_margin, tolerance, trace_limit
@@ -89,11 +90,24 @@ def test_an_all_zero_reference_must_be_met_exactly() -> None:
 
 def test_every_row_of_the_table_has_a_reason_and_unknown_kinds_are_refused() -> None:
     assert all(len(row.reason) > 40 for row in TABLE.values())
-    assert [name for name, row in TABLE.items() if row is not RULE] == ["vision_encoder, 16-bit storage"]
-    assert tolerance("vision_encoder", "bf16").factor > tolerance("vision_encoder", "fp32").factor
-    assert tolerance("decoder", "bf16") is RULE
+    own = [name for name, row in TABLE.items() if row is not RULE and not name.startswith("quantised")]
+    assert own == ["vision_encoder, 16-bit storage"]
+    assert tolerance("vision_encoder", Precision(storage="bf16")).factor > tolerance("vision_encoder").factor
+    assert tolerance("decoder", Precision(storage="bf16")) is RULE
     with pytest.raises(KeyError):
         tolerance("head")
+
+
+def test_a_policy_is_judged_by_its_coarsest_format_and_its_price_is_bounded() -> None:
+    def judged(kind: str, *formats: str) -> object:
+        rules = tuple(Rule(weights="*", format=name, block=32 if name != "fp8" else 0) for name in formats)  # type: ignore[arg-type]
+        return tolerance(kind, Precision(storage="fp32", policy=Policy(name="mixed", rules=rules)))
+
+    assert judged("decoder", "int8", "int4") is TABLE["quantised, int4"]
+    assert judged("layer", "int8", "fp8") is TABLE["quantised layer, fp8"]
+    assert judged("vision_encoder", "int8") is RULE
+    row = TABLE["quantised layer, int8"]
+    assert row.limit(torch_error=row.most, peak=1.0) == row.most < row.factor * row.most
 
 
 def test_margins_of_ties_grow_with_the_square_root_of_the_steps() -> None:
