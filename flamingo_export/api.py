@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 from flamingo_export.progress import SILENT, Progress
 
 if TYPE_CHECKING:
+    from flamingo_export.backends.base import Backend, SessionOptions
     from flamingo_export.build_request import ParityMode, Source
     from flamingo_export.manifest import Manifest, ShapeLimits
     from flamingo_export.pipeline import BuildResult
-    from flamingo_export.precision import StorageType
+    from flamingo_export.precision import Policy, StorageType
     from flamingo_export.runtime.model import Model
     from flamingo_reference.model import Flamingo
 
@@ -24,6 +25,9 @@ def build(
     *,
     out: Path | str | None = None,
     storage: StorageType | None = None,
+    policy: Policy | str | None = None,
+    calibration: Path | str | None = None,
+    uncalibrated: bool = False,
     limits: ShapeLimits | None = None,
     tokenizer: Path | None = None,
     parity: ParityMode = "auto",
@@ -34,19 +38,25 @@ def build(
     """Builds a bundle and publishes it at `out` once it is complete and, where PyTorch is installed, parity has passed.
 
     model: a checkpoint folder, a live `flamingo_reference.model.Flamingo` (`tokenizer`: the `tokenizer.json` it was trained with), or
-    a source, such as `build_request.source_for_size("9b")`. out: None takes `build_request.default_out`.
+    a source, such as `build_request.source_for_size("9b")`. policy: which matrices are quantised, "fp8", "int8", "int4" or one of
+    `quantize.policies.read_policy`; calibration: the table of ranges for it. out: None takes `build_request.default_out`.
     Returns the bundle's path, its manifest and what a user should know about it. An interrupted build goes on where it stopped.
 
     Raises CheckpointError (weights missing, unknown, misshapen or not finite), UnsupportedModel (a live model with parts that are not
     known), BuildError (output taken, no space, another build to the same path), ParityError (parity failed or could not be run).
     """
     from flamingo_export import build_request, pipeline
+    from flamingo_export.quantize.policies import preset
 
     source = _source(model, tokenizer)
+    chosen = preset(policy) if isinstance(policy, str) else policy
     request = build_request.BuildRequest(
         source=source,
-        out=Path(out) if out is not None else build_request.default_out(source),
+        out=Path(out) if out is not None else build_request.default_out(source, chosen),
         storage=storage,
+        policy=chosen,
+        calibration=Path(calibration) if calibration is not None else None,
+        uncalibrated=uncalibrated,
         limits=limits,
         parity=parity,
         overwrite=overwrite,
@@ -91,20 +101,31 @@ def load(
     from flamingo_export.backends.base import SessionOptions
     from flamingo_export.backends.registry import get_backend
     from flamingo_export.errors import BackendError
-    from flamingo_export.runtime.model import Model
 
     path = Path(bundle)
     manifest = open_bundle(path)
     options = SessionOptions(threads=threads, device=device)
     try:
-        return Model(path, manifest, get_backend(backend, manifest), options)
+        return _opened(path, manifest, get_backend(backend, manifest), options)
     except BackendError as error:
         if fallback is None:
             raise
         other = get_backend(fallback, manifest)
         _check_memory(manifest, fallback, error)
         _log.warning("going on with %s: %s", other.name, error)
-        return Model(path, manifest, other, options)
+        return _opened(path, manifest, other, options)
+
+
+def _opened(path: Path, manifest: Manifest, backend: Backend, options: SessionOptions) -> Model:
+    from flamingo_export.runtime.model import Model
+
+    policy = manifest.precision.policy
+    if backend.name == "onnxruntime" and policy is not None and policy.needs_ranges:
+        _log.warning(
+            "%s has no products of FP8: it computes them in fp32, at fp32's speed and memory, which is for parity alone. "
+            "For speed on a CPU build with --int4 or --int8.", backend.name
+        )  # fmt: skip
+    return Model(path, manifest, backend, options)
 
 
 def _check_memory(manifest: Manifest, fallback: str, refusal: Exception) -> None:
@@ -115,7 +136,11 @@ def _check_memory(manifest: Manifest, fallback: str, refusal: Exception) -> None
     from flamingo_export.precision import BYTES_PER_WEIGHT
 
     stored = sum(file.size for file in manifest.files if file.path.startswith("weights/"))
-    needed = stored * BYTES_PER_WEIGHT["fp32"] // BYTES_PER_WEIGHT[manifest.precision.storage]
+    policy = manifest.precision.policy
+    if policy is None:
+        needed = stored * BYTES_PER_WEIGHT["fp32"] // BYTES_PER_WEIGHT[manifest.precision.storage]
+    else:  # codes of blocks stay as they are, of FP8 they are widened
+        needed = stored * (4 if policy.needs_ranges else 2)
     available = psutil.virtual_memory().available
     if needed > available:
         raise BackendError(

@@ -46,7 +46,8 @@ class EngineSummary(msgspec.Struct, frozen=True, kw_only=True):
     """What the builder said of an engine.
 
     layers of the network before fusion; kernels by kind, over all profiles; attentions in the graph and those that one kernel computes;
-    output_types: kernels that write a type.
+    output_types: kernels that write a type. quantised_products of the graph, and those whose weights a kernel of their own widens before
+    they are multiplied (in the profile with the most of them): bytes are saved on the disk then, not in time.
     """
 
     layers: int
@@ -58,6 +59,8 @@ class EngineSummary(msgspec.Struct, frozen=True, kw_only=True):
     output_types: dict[str, int]
     weight_bytes: int
     profiles: tuple[ProfileSummary, ...]
+    quantised_products: int = 0
+    widened_products: int = 0
 
 
 class EngineRecord(msgspec.Struct, frozen=True, kw_only=True):

@@ -37,7 +37,14 @@ from flamingo_export.manifest import (
 from flamingo_export.precision import Precision
 from flamingo_export.progress import SILENT, Progress
 from flamingo_export.quantize.policies import check_backend, check_policy
-from flamingo_export.quantize.table import CALIBRATION_FILE, CalibrationTable, calibration_record, check_fits, read_table, write_table
+from flamingo_export.quantize.table import (
+    CALIBRATION_FILE,
+    CalibrationTable,
+    calibration_record,
+    check_fits,
+    read_table,
+    write_table,
+)
 from flamingo_export.refit import fitting
 from flamingo_export.runtime.tokenizer import TOKENIZER_FILE
 from flamingo_export.sources import RandomSource, WeightSource, open_source
@@ -205,7 +212,9 @@ def _checked_policy(request: BuildRequest, config: ModelConfig, precision: Preci
     policy = precision.policy
     if policy is None:
         if request.calibration is not None:
-            raise BuildError(f"--calibration {request.calibration} is of use to a quantised build alone: add --fp8, --int8 or --int4")
+            raise BuildError(
+                f"--calibration {request.calibration} is of use to a quantised build alone: add --fp8, --int8 or --int4"
+            )
         return None
     check_policy(policy, [weight.name for weight in bundle_weights(config, precision) if weight.product])
     check_backend(policy, request.backend, request.target)
@@ -274,9 +283,7 @@ def _fill(job: _Job, journal: Journal, progress: Progress) -> BuildResult:
     return BuildResult(path=job.place.out, manifest=manifest, notes=job.notes, parity=report)
 
 
-def _calibration(
-    job: _Job, journal: Journal, progress: Progress
-) -> tuple[CalibrationTable | None, CalibrationRecord | None]:
+def _calibration(job: _Job, journal: Journal, progress: Progress) -> tuple[CalibrationTable | None, CalibrationRecord | None]:
     """The table that quantisation reads, written into the bundle, and what the manifest says of it: as given, or made here of the set
     that ships with the package where activations are quantised."""
     policy, path = job.precision.policy, job.place.work / CALIBRATION_FILE

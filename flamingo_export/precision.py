@@ -1,8 +1,8 @@
 """Precision of a bundle: how weights are stored, which products are quantised, and what the portable graphs compute in.
 
-    Precision       storage type of all weights, and the policy that quantises some of them
-    Policy          rules in order, the last that matches a weight wins; presets lie in `policies/`, users write their own
-    Quantisation    what a rule says of one matrix: its element type and the rows that share a scale
+Precision       storage type of all weights, and the policy that quantises some of them
+Policy          rules in order, the last that matches a weight wins; presets lie in `policies/`, users write their own
+Quantisation    what a rule says of one matrix: its element type and the rows that share a scale
 """
 
 from __future__ import annotations

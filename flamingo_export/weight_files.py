@@ -24,8 +24,8 @@ from flamingo_export.errors import CheckpointError
 from flamingo_export.manifest import FileRecord
 from flamingo_export.precision import Precision, Quantisation
 from flamingo_export.progress import Progress
-from flamingo_export.sources.base import Array, WeightSource, tensor_digest
 from flamingo_export.quantize.matrices import FP8_LARGEST, quantised, range_scale
+from flamingo_export.sources.base import Array, WeightSource, tensor_digest
 from flamingo_export.weights import STORAGE_DTYPES, Weight, group_file, groups, layout, pieces
 from flamingo_export.workplace import Finished, Journal
 

@@ -208,7 +208,8 @@ def check_samples(
         )
     if not checked.num_media:
         raise CalibrationError(
-            "no sample has an image, so nothing is known of what media look like to the model. Add samples with images. " + example()
+            "no sample has an image, so nothing is known of what media look like to the model. Add samples with images. "
+            + example()
         )
     return checked
 

@@ -67,7 +67,9 @@ def calibrate(
     Raises CalibrationError (samples that cannot be used, too few, activations that are constant or not finite, disk full, torch missing).
     """
     if importlib.util.find_spec("torch") is None:
-        raise CalibrationError("calibration runs the PyTorch reference, which needs PyTorch: pip install 'flamingo-export[torch]'")
+        raise CalibrationError(
+            "calibration runs the PyTorch reference, which needs PyTorch: pip install 'flamingo-export[torch]'"
+        )
     checked = check_samples(samples, source, tokenizer, skip_bad=skip_bad, progress=progress)
     if work is not None:
         with exclusive(work):
@@ -226,7 +228,9 @@ class _Calibration:
             k, v = module.media_kv(torch.from_numpy(shown))
             watch.media(k, v)
             rows = torch.arange(len(sample.media))[None]
-            found: Tensor = module(torch.from_numpy(hidden.read(index)[None]), k, v, rows, torch.from_numpy(sample.phi[None]))[0]
+            found: Tensor = module(torch.from_numpy(hidden.read(index)[None]), k, v, rows, torch.from_numpy(sample.phi[None]))[
+                0
+            ]
             return found
 
         return run

@@ -64,7 +64,9 @@ def build(
             show_default=False,
         ),
     ] = None,
-    fp8: Annotated[bool, typer.Option("--fp8", help="Quantise weights and activations to 8-bit floats (E4M3), for GPUs.")] = False,
+    fp8: Annotated[
+        bool, typer.Option("--fp8", help="Quantise weights and activations to 8-bit floats (E4M3), for GPUs.")
+    ] = False,
     int8: Annotated[bool, typer.Option("--int8", help="Quantise weights to 8-bit integers in blocks, for CPUs.")] = False,
     int4: Annotated[bool, typer.Option("--int4", help="Quantise weights to 4-bit integers in blocks, for CPUs.")] = False,
     policy: Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +14,7 @@ from flamingo_export.cli.options import AsJson, Loras, OtherLanguageModel, Other
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from flamingo_export.manifest import EngineRecord, Manifest
+    from flamingo_export.manifest import EngineRecord, EngineSummary, Manifest
     from flamingo_export.specs import SubgraphSpec, TensorSpec
     from flamingo_reference.config import ModelConfig
 
@@ -173,6 +174,7 @@ def _print_engine(console: Console, engine: EngineRecord) -> None:
         ("layers before fusion", str(summary.layers)),
         ("kernels, all profiles", ", ".join(f"{count} {kind}" for kind, count in summary.kernels.items()) or "not told"),
         ("fused attention", f"{summary.fused_attentions} of {summary.attentions}"),
+        *_quantised_row(summary),
         ("plugin layers", str(summary.plugin_layers)),
         ("cache updates in place", str(summary.cache_updates)),
         ("kernels that write", ", ".join(f"{name} {count}" for name, count in summary.output_types.items()) or "not told"),
@@ -188,6 +190,53 @@ def _print_engine(console: Console, engine: EngineRecord) -> None:
         for profile in summary.profiles
     ]
     console.print(table(("profile", "sizes, tuned for those in brackets", "intermediate results"), profiles, right=(2,)))
+
+
+def _quantised_row(summary: EngineSummary) -> list[tuple[str, str]]:
+    if not summary.quantised_products:
+        return []
+    fused = summary.quantised_products - summary.widened_products
+    text = f"{fused} of {summary.quantised_products} multiplied as they are"
+    if summary.widened_products:
+        text += f"; not fused: {summary.widened_products}, whose weights a kernel of their own widens first"
+    return [("quantised products", text)]
+
+
+def _quantised_lines(manifest: Manifest) -> dict[str, str]:
+    """What a policy does to this model, what it leaves though it was asked, and what that means on the CPU."""
+    from flamingo_export.weights import bundle_weights
+
+    precision = manifest.precision
+    if precision.policy is None:
+        return {}
+    products = [weight for weight in bundle_weights(manifest.config, precision) if weight.product]
+    counts: Counter[str] = Counter()
+    left = []
+    for weight in products:
+        how, rule = weight.quantisation(precision), precision.policy.rule(weight.name)
+        counts[how.element if how is not None else weight.storage(precision)] += 1
+        if how is None and rule is not None and rule.format in ("fp8", "int8", "int4"):
+            left.append(weight.name)
+    lines = {"products": ", ".join(f"{count} in {name}" for name, count in counts.most_common())}
+    if left:
+        shown = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+        lines["unfused"] = (
+            f"{len(left)} products stay in {precision.storage}, since no block of 16 or more divides their input: {shown}"
+        )
+    if precision.policy.needs_ranges:
+        lines["on a CPU"] = "products of FP8 are computed in fp32 there, at fp32's speed and memory: for parity, not for speed"
+    record = manifest.calibration
+    if record is not None:
+        told = {"given": "a table that was given", "shipped": "the set that ships with the package", "none": "none"}[
+            record.origin
+        ]
+        found = (
+            f" ({record.method}; {record.samples} samples, {record.tokens} tokens, {record.images} images)"
+            if record.tokens
+            else ""
+        )
+        lines["ranges"] = told + found
+    return lines
 
 
 def _summary(manifest: Manifest) -> str:
@@ -210,6 +259,7 @@ def _summary(manifest: Manifest) -> str:
         }[parity.against]
     lines = {
         "weights": f"stored as {precision.name}, computed in {precision.compute}; from {came}",
+        **_quantised_lines(manifest),
         "limits": f"{limits.max_length} cache slots, prefill by {limits.chunk}, {limits.bank_rows} media kept encoded",
         "parity": stands,
         "made with": ", ".join(f"{name} {version}" for name, version in manifest.tools.items()) or "not recorded",

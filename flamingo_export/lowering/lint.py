@@ -33,6 +33,8 @@ class Expected(msgspec.Struct, frozen=True, kw_only=True):
     plugin_layers: int
     cache_updates: int
     attentions: int
+    quantised: int = 0
+    """Products of a quantised matrix."""
     weights: Mapping[str, ir.ExternalTensor]
     """Weights that nodes read, by name."""
     kernels: Mapping[str, str]
@@ -67,6 +69,7 @@ def check_graph(
         plugin_layers=sum(node.domain == FUNCTION_DOMAIN and node.op_type in native_functions for node in model.graph),
         cache_updates=calls[("", "TensorScatter", "")],
         attentions=attentions,
+        quantised=sum(_is_quantised_product(node) for node in model.graph),
         weights={name: value for name, value in used.items() if name and isinstance(value, ir.ExternalTensor)},
         kernels={
             node.name or "": node.inputs[1].name or ""
@@ -74,6 +77,13 @@ def check_graph(
             if node.op_type == "Conv" and node.inputs[1] is not None and node.inputs[1].is_initializer()
         },
     )
+
+
+def _is_quantised_product(node: ir.Node) -> bool:
+    matrix = node.inputs[1] if node.op_type == "MatMul" else None
+    made = matrix.producer() if matrix is not None else None
+    codes = made.inputs[0] if made is not None and made.op_type == "DequantizeLinear" else None
+    return codes is not None and codes.is_initializer()
 
 
 def _contract(graph: ir.Graph, spec: SubgraphSpec, compute: StorageType, capacity: int) -> Iterator[str]:

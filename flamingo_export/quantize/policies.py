@@ -1,12 +1,12 @@
 """Policies by name, and from a user's file: TOML, rules of its own after those of the preset that it extends.
 
-    extends = "int4"
-    name = "int4, first layer in 8 bits"
+extends = "int4"
+name = "int4, first layer in 8 bits"
 
-    [[rules]]
-    weights = "decoder/layer.0/*"
-    format = "int8"
-    block = 128
+[[rules]]
+weights = "decoder/layer.0/*"
+format = "int8"
+block = 128
 """
 
 from __future__ import annotations

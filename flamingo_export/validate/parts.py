@@ -7,7 +7,7 @@ A live model's own modules are used, hooks and all, not modules made anew from i
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from flamingo_export.backends.memory import release
@@ -16,7 +16,7 @@ from flamingo_export.validate.as_stored import AsStored
 from flamingo_reference.config import ModelConfig
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from flamingo_reference.model import Flamingo
 

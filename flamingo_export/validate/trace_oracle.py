@@ -18,8 +18,8 @@ from flamingo_export.runtime.cache import check_capacity, check_positions
 from flamingo_export.runtime.media import medium_of
 from flamingo_export.runtime.tokenizer import Tokenizer
 from flamingo_export.sources import LiveSource, WeightSource
-from flamingo_export.validate.golden import GoldenText, GoldenTrace
 from flamingo_export.validate.as_stored import AsStored
+from flamingo_export.validate.golden import GoldenText, GoldenTrace
 from flamingo_export.validate.trace_prompts import TracePrompt, to_png, trace_prompts
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.input_format import Tags

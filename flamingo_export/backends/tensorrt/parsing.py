@@ -58,6 +58,7 @@ def check_warnings(trt: ModuleType, spec: SubgraphSpec, heard: Heard) -> None:
     """Raises BuildError if the compiler found an input that nothing reads, which it only warns of: the parser has dropped its reader."""
     _refuse(trt, spec, [" ".join(text.split()) for text in heard.warnings if "unused input" in text.lower()])
 
+
 # What the bindings give as an object without its numbers, for want of a type in numpy.
 _UNREADABLE = {"BF16": ir.DataType.BFLOAT16, "FP8": ir.DataType.FLOAT8E4M3FN, "INT4": ir.DataType.INT4}
 

@@ -14,6 +14,10 @@ _KERNEL = re.compile(r"^Name: (?P<name>.*?), LayerType: (?P<kind>[\w ]+), (?P<re
 _OUTPUTS = re.compile(r"Outputs: \[(.*?)\], TacticName:")
 _DATATYPE = re.compile(r"Datatype: (\w+)")
 _MEMORY = re.compile(r"Total Activation Memory: (\d+) bytes")
+# A kernel that reads nothing but quantised constants and writes floats: it widens weights, and the product is another kernel's.
+_WIDENS = re.compile(
+    r"Inputs: \[\], Constants: \[.*?Datatype: (?:Int4|Int8|FP8)\b.*?\], Outputs: \[.*?Datatype: (?:Half|BFloat16|Float)\b"
+)
 # What TensorRT calls a kernel that computes a whole attention: _gemm_mha_v2, fmha_v2 and the like.
 _ATTENTION = re.compile(r"mha", re.IGNORECASE)
 
@@ -23,10 +27,11 @@ def summarise(facts: Iterable[str], expected: Expected, layers: Counter[str], pr
     text = "\n".join(facts)
     kinds: Counter[str] = Counter()
     types: Counter[str] = Counter()
-    attention = 0
+    attention = widening = 0
     for kernel in _KERNEL.finditer(text):
         kinds[kernel["kind"]] += 1
         attention += bool(_ATTENTION.search(kernel["name"]))
+        widening += bool(_WIDENS.search(kernel["rest"]))
         outputs = _OUTPUTS.search(kernel["rest"])
         types.update(set(_DATATYPE.findall(outputs[1])) if outputs else ())
     memory = [int(found) for found in _MEMORY.findall(text)]
@@ -35,6 +40,8 @@ def summarise(facts: Iterable[str], expected: Expected, layers: Counter[str], pr
         kernels=dict(kinds.most_common()),
         attentions=expected.attentions,
         fused_attentions=attention // len(profiles),
+        quantised_products=expected.quantised,
+        widened_products=min(expected.quantised, -(-widening // len(profiles))),
         plugin_layers=expected.plugin_layers,
         cache_updates=expected.cache_updates,
         output_types=dict(types.most_common()),

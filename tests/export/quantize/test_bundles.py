@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from flamingo_export import api, pipeline
-from flamingo_export.backends.onnxruntime import session_options
 from flamingo_export.backends.base import SessionOptions
+from flamingo_export.backends.onnxruntime import session_options
 from flamingo_export.build_request import BuildRequest, RandomWeights, nano_checkpoint, source_for_size
 from flamingo_export.errors import BuildError, CalibrationError, CheckpointError, ParityError
 from flamingo_export.manifest import read_manifest
@@ -129,9 +129,7 @@ def test_a_wrong_scale_of_an_activation_fails_parity(built: pipeline.BuildResult
     assert report.first_diverging_layer == "decoder/layer.3"
 
 
-def test_a_wrong_table_fails_the_build_though_reference_and_engine_agree(
-    built: pipeline.BuildResult, tmp_path: Path
-) -> None:
+def test_a_wrong_table_fails_the_build_though_reference_and_engine_agree(built: pipeline.BuildResult, tmp_path: Path) -> None:
     if not (built.path / CALIBRATION_FILE).exists():
         pytest.skip("this policy was built without a table")
     table = read_table(built.path / CALIBRATION_FILE)
@@ -212,7 +210,9 @@ def test_weights_that_are_not_finite_are_still_refused(tmp_path: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
     from flamingo_export.build_request import CheckpointFolder
 
-    request = BuildRequest(source=CheckpointFolder(path=folder), out=tmp_path / "n.bundle", policy=preset("int4"), parity="skip")
+    request = BuildRequest(
+        source=CheckpointFolder(path=folder), out=tmp_path / "n.bundle", policy=preset("int4"), parity="skip"
+    )
     with pytest.raises(CheckpointError, match=r"language_model\.layers\.1\.ffw_up\.weight"):
         pipeline.build(request)
 

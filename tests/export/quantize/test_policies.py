@@ -39,7 +39,7 @@ def test_every_product_of_the_decoder_is_quantised() -> None:
     """By its bytes: what is left are embedding, distances, norms and scales."""
     for name, element in (("fp8", "fp8"), ("int8", "int8"), ("int4", "int4")):
         found = stored(preset(name))
-        products = [tensor for tensor in found if tensor.endswith("_proj") or "/ffw_" in tensor and "norm" not in tensor]
+        products = [tensor for tensor in found if tensor.endswith("_proj") or ("/ffw_" in tensor and "norm" not in tensor)]
         products = [tensor for tensor in products if tensor.startswith("decoder/layer") and not tensor.endswith("scale")]
         assert len(products) == 40 * 4 + 10 * 4
         assert {found[tensor] for tensor in products} == {element}
@@ -70,7 +70,10 @@ def test_a_file_extends_a_preset_and_its_rules_win(tmp_path: Path) -> None:
     ("text", "words"),
     [
         ('[[rules]]\nweights = "decoder/*"\nformat = "int3"\n', "int3"),
-        ('[[rules]]\nweights = "decoder/*"\nformat = "int8"\nblock = 48\n', "block 48, expected a power of two from 16 to 1024"),
+        (
+            '[[rules]]\nweights = "decoder/*"\nformat = "int8"\nblock = 48\n',
+            "block 48, expected a power of two from 16 to 1024",
+        ),
         ('[[rules]]\nweights = "decoder/*"\nformat = "int4"\n', "block 0"),
         ('[[rules]]\nweights = "decoder/*"\nformat = "fp8"\nblock = 32\n', "has a block, which fp8 has not"),
         ('extends = "int5"\n', "'int5' is no policy; there are fp8, int8, int4"),
