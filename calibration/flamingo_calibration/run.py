@@ -40,7 +40,7 @@ RECIPE = 1
 
 
 class _Step(msgspec.Struct, frozen=True, kw_only=True):
-    """A part of the model on its way: name of the stream it writes (None: nothing comes out), and what runs it on one item."""
+    """A part of the model on its way: the stream it writes (None: nothing comes out) with the shapes in it, and what makes one of them."""
 
     prefix: str
     output: str | None
@@ -67,11 +67,15 @@ def calibrate(
     Raises CalibrationError (samples that cannot be used, too few, activations that are constant or not finite, disk full, torch missing).
     """
     if importlib.util.find_spec("torch") is None:
-        raise CalibrationError("calibration runs the PyTorch reference, which needs PyTorch: pip install 'flamingo-export[torch]'")
+        raise CalibrationError("calibration runs the PyTorch reference. Install it: pip install 'flamingo-export[torch]'")
     checked = check_samples(samples, source, tokenizer, skip_bad=skip_bad, progress=progress)
     if work is not None:
         with exclusive(work):
-            return _Calibration(source, checked, work, progress).run(method)
+            try:
+                return _Calibration(source, checked, work, progress).run(method)
+            except KeyboardInterrupt:
+                progress.note(f"stopped; what is finished is kept in {work}, and the same command goes on from there")
+                raise
     with tempfile.TemporaryDirectory(prefix="flamingo-calibration-") as folder:
         return _Calibration(source, checked, Path(folder), progress).run(method)
 
@@ -225,8 +229,8 @@ class _Calibration:
                 shown[place] = latents.read(self.first_medium[index] + place)
             k, v = module.media_kv(torch.from_numpy(shown))
             watch.media(k, v)
-            rows = torch.arange(len(sample.media))[None]
-            found: Tensor = module(torch.from_numpy(hidden.read(index)[None]), k, v, rows, torch.from_numpy(sample.phi[None]))[0]
+            rows, phi = torch.arange(len(sample.media))[None], torch.from_numpy(sample.phi[None])
+            found: Tensor = module(torch.from_numpy(hidden.read(index)[None]), k, v, rows, phi)[0]
             return found
 
         return run

@@ -78,7 +78,9 @@ class Collector:
         """Centre, upper edge and count of each bin that is not empty, ascending. Zeros are left out, as are what is as good as zero."""
         filled = np.flatnonzero(self._counts[:_NOT_FINITE])
         filled = filled[filled > 0] if filled[-1] else filled
-        lower, upper = ((step.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64) for step in (filled, filled + 1))
+        lower, upper = (
+            (step.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64) for step in (filled, filled + 1)
+        )
         upper = np.minimum(upper, amax)
         return (lower + upper) / 2, upper, self._counts[filled]
 
@@ -98,5 +100,7 @@ def weight_amax(weight: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     for index, row in enumerate(flat):  # one row at a time: a matrix of 80b has 270 million numbers
         largest[index] = np.abs(row.astype(np.float32)).max()
     if not np.isfinite(largest).all():
-        raise CalibrationError(f"output channel {int(np.flatnonzero(~np.isfinite(largest))[0])} of a weight holds NaN or infinity")
+        raise CalibrationError(
+            f"output channel {int(np.flatnonzero(~np.isfinite(largest))[0])} of a weight holds NaN or infinity"
+        )
     return largest

@@ -71,11 +71,11 @@ def products(config: ModelConfig, prefix: str) -> dict[str, str]:
 
     Without the head, which is no module of its own where it is the embedding.
     """
+    if prefix == "language_model":  # its layers are parts of their own
+        return {}
     named = calibrated_tensors(config)
-    found = {}
-    for weight in bundle_weights(config):
-        source = weight.sources[0] if weight.sources else ""
-        layers = prefix == "language_model"  # a part of its own each
-        if weight.name in named and weight.name != "decoder/head" and source.startswith(f"{prefix}.") and not layers:
-            found[weight.name] = source.removeprefix(f"{prefix}.").removesuffix(".weight")
-    return found
+    return {
+        weight.name: weight.sources[0].removeprefix(f"{prefix}.").removesuffix(".weight")
+        for weight in bundle_weights(config)
+        if weight.name in named and weight.sources[0].startswith(f"{prefix}.")
+    }

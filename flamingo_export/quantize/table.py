@@ -83,7 +83,9 @@ class CalibrationTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 def calibrated_tensors(config: ModelConfig) -> dict[str, int]:
     """Keys of a model's table, in the order of the bundle's weights, with the number of input channels (0: an operand of attention)."""
     lm = config.language_model
-    products = {weight.name: weight.shape[0] for weight in bundle_weights(config) if weight.make in (transposed, gated_transposed)}
+    products = {
+        weight.name: weight.shape[0] for weight in bundle_weights(config) if weight.make in (transposed, gated_transposed)
+    }
     operands = [f"media_kv/layer.{i}/{kind}" for i in range(len(config.gated_layers)) for kind in "kv"]
     operands += [f"decoder/layer.{layer}/self_attention/{kind}" for layer in range(lm.num_layers) for kind in "qkv"]
     return products | {"decoder/head": lm.width} | dict.fromkeys(operands, 0)
