@@ -93,10 +93,11 @@ def _page(items: Sequence[data.Item], inputs: InputFormat, *, ask: bool) -> Samp
         question, answer = item.questions[0] if ask else (None, item.caption)
         shots.append(Shot(question=question, answer=answer, medium=_medium(item)))
     *before, last = shots
-    if last.question is not None:
-        request = qa_prompt(before, last.question, last.medium, inputs)
-    else:
-        request = caption_prompt(before, last.medium, inputs)
+    request = (
+        caption_prompt(before, last.medium, inputs)
+        if last.question is None
+        else qa_prompt(before, last.question, last.medium, inputs)
+    )
     return Sample(prompt=f"{request.prompt} {last.answer}{inputs.tags.eoc}", media=request.media)
 
 
