@@ -153,9 +153,9 @@ class _Calibration:
                 with self.work.stream(step.output, step.shapes).writing() as file:
                     for result in self._results(step, module, watch):
                         put(file, result.numpy())
+        journal.statistics |= watch.finish()
         del module
         release()
-        journal.statistics |= watch.finish()
         journal.digests |= self.read_now
         journal.parts = number + 1
         self.work.save()

@@ -149,3 +149,27 @@ def run_whole(model: Flamingo, sample: Sample, keep: Callable[[str, torch.Tensor
             hidden = layer(hidden)
         keep("decoder/head", model.language_model.norm(hidden))
         return model.language_model.logits(hidden)
+
+
+class Recorder:
+    """A Progress that keeps what it was told."""
+
+    def __init__(self) -> None:
+        self.stages: dict[str, int] = {}
+        self.done: dict[str, int] = {}
+        self.notes: list[str] = []
+        self._stage = ""
+
+    def stage(self, name: str, total: int, unit: str = "items") -> None:
+        self._stage, self.stages[name], self.done[name] = name, total, 0
+
+    def advance(self, amount: int) -> None:
+        self.done[self._stage] += amount
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    return Recorder()

@@ -63,7 +63,9 @@ def test_scales_with_powers_of_two():
 
 def test_e4m3_is_the_format_that_onnx_knows():
     """Against the format's own values, written out: sign, four bits of exponent, three of mantissa, 448 the largest."""
-    grid = sorted({m / 8 * 2.0**-6 for m in range(8)} | {(1 + m / 8) * 2.0**e for e in range(-6, 9) for m in range(8)} - {480.0})
+    grid = sorted(
+        {m / 8 * 2.0**-6 for m in range(8)} | {(1 + m / 8) * 2.0**e for e in range(-6, 9) for m in range(8)} - {480.0}
+    )
     values = np.abs(drawn((2000,), kind="heavy")).astype(np.float64)
     threshold = 5.0
     found = thresholds.e4m3(values, threshold)
@@ -106,7 +108,9 @@ def test_entropy_is_that_of_plain_loops(kind):
     filled = np.flatnonzero(counts)
     values, counts = ((edges[1:] + edges[:-1]) / 2)[filled], counts[filled]
     tried = thresholds.candidates(float(magnitudes.max()))[::8]
-    assert thresholds.entropy(values, counts, tried) == pytest.approx(plain_entropy(values.tolist(), counts.tolist(), tried.tolist()))
+    assert thresholds.entropy(values, counts, tried) == pytest.approx(
+        plain_entropy(values.tolist(), counts.tolist(), tried.tolist())
+    )
 
 
 def test_clipping_pays_for_an_outlier_in_entropy_and_not_in_amax():
