@@ -122,7 +122,7 @@ def test_files_that_cannot_be_read(tmp_path, write):
         read_samples(tmp_path / "missing.jsonl")
     with pytest.raises(CalibrationError, match="cannot be read: Is a directory"):
         read_samples(tmp_path)
-    with pytest.raises(CalibrationError, match="has no lines. A line is like"):
+    with pytest.raises(CalibrationError, match=r"has no lines\. A line is like"):
         read_samples(write("", " "))
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(CalibrationError, match="not UTF-8"):

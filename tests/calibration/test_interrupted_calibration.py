@@ -135,9 +135,10 @@ def interrupted(make, monkeypatch, prefix="cross_attention.0") -> None:
             raise KeyboardInterrupt
         return load(config, wanted, read)
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched:
         patched.setattr(flamingo_reference.parts, "load_part", loading)
-        make()
+        with pytest.raises(KeyboardInterrupt):
+            make()
 
 
 def test_work_of_other_weights_is_thrown_away(make, monkeypatch):
@@ -182,12 +183,10 @@ def test_a_full_disk_says_what_is_kept(make, monkeypatch):
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with (
-        monkeypatch.context() as patched,
-        pytest.raises(CalibrationError, match="No space left on device.*run the same command"),
-    ):
+    with monkeypatch.context() as patched:
         patched.setattr(run, "put", full)
-        make()
+        with pytest.raises(CalibrationError, match=r"No space left on device.*run the same command"):
+            make()
     make()
 
 
