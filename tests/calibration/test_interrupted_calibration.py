@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from variations import drawn_model
+from variations import GROUPED, drawn_model
 
 import flamingo_reference.parts
 from flamingo_calibration import calibrate, discard, run, shipped_samples
@@ -125,6 +125,25 @@ def test_finished_parts_are_not_run_again(make, monkeypatch):
     make(progress=heard)
     assert loaded == ["language_model.layers.1", "cross_attention.0", "language_model.layers.2", "language_model"]
     assert "going on with the interrupted calibration: 4 of 8 parts are finished" in heard.notes
+
+
+def test_the_vision_encoder_goes_on_after_the_last_medium(make, monkeypatch):
+    expected = make("whole")
+    shown: list[int] = []
+    load = run.load_medium
+
+    def loading(*arguments: Any) -> Any:
+        shown.append(len(shown))
+        if len(shown) == 4:
+            raise KeyboardInterrupt
+        return load(*arguments)
+
+    monkeypatch.setattr(run, "load_medium", loading)
+    with pytest.raises(KeyboardInterrupt):
+        make()
+    assert make() == expected
+    media = sum(len(sample.media) for sample in shipped_samples(GROUPED, None)[:7])
+    assert len(shown) == 4 + media - 3  # three were kept
 
 
 def interrupted(make, monkeypatch, prefix="cross_attention.0") -> None:

@@ -70,7 +70,9 @@ def test_entropy_is_modelopts_with_its_bins_and_steps(kind):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("modelopt") is None, reason="nvidia-modelopt is not installed; its figures are recorded")
+@pytest.mark.skipif(
+    importlib.util.find_spec("modelopt") is None, reason="nvidia-modelopt is not installed; its figures are recorded"
+)
 def test_what_was_recorded_is_what_modelopt_finds():
     found = oracle.figures()
     assert found["methods"] == RECORDED["methods"]
