@@ -236,7 +236,7 @@ def _quantised(weight: Weight, matrix: Array, how: Quantisation, calibration: Ca
     """The pieces of a quantised matrix, as `weights.pieces` lists them."""
     if how.element == "fp8":
         threshold = calibration.threshold(weight.name) if calibration is not None else FP8_LARGEST
-        return (*quantised(matrix, how), np.float32(range_scale(threshold)).reshape(()))
+        return (*quantised(matrix, how), np.array(range_scale(threshold), np.float32))
     # Where only zeros were seen there are no channels, and none matters more than another.
     rms = calibration.tensors[weight.name].channels().astype(np.float32) if calibration is not None else np.empty(0)
     return quantised(matrix, how, np.square(rms) if rms.size else None)

@@ -208,8 +208,7 @@ def check_samples(
         )
     if not checked.num_media:
         raise CalibrationError(
-            "no sample has an image, so nothing is known of what media look like to the model. Add samples with images. "
-            + example()
+            f"no sample has an image, so nothing is known of what media look like to the model. Add some that have. {example()}"
         )
     return checked
 

@@ -21,8 +21,8 @@ import msgspec
 import numpy as np
 
 from flamingo_calibration.data import BadSample, Checked, Sample, check_samples
-from flamingo_calibration.states import Array, Shapes, Stream, Work, exclusive, put
-from flamingo_calibration.watching import Watch
+from flamingo_calibration.states import Array, Shapes, Stream, Work, exclusive, put, settle
+from flamingo_calibration.watching import Watch, products
 from flamingo_export.backends.memory import release
 from flamingo_export.errors import CalibrationError
 from flamingo_export.progress import SILENT, Progress
@@ -40,7 +40,7 @@ RECIPE = 1
 
 
 class _Step(msgspec.Struct, frozen=True, kw_only=True):
-    """A part of the model on its way: name of the stream it writes (None: nothing comes out), and what runs it on one item."""
+    """A part of the model on its way: the stream it writes (None: nothing comes out) with the shapes in it, and what makes one of them."""
 
     prefix: str
     output: str | None
@@ -67,13 +67,15 @@ def calibrate(
     Raises CalibrationError (samples that cannot be used, too few, activations that are constant or not finite, disk full, torch missing).
     """
     if importlib.util.find_spec("torch") is None:
-        raise CalibrationError(
-            "calibration runs the PyTorch reference, which needs PyTorch: pip install 'flamingo-export[torch]'"
-        )
+        raise CalibrationError("calibration runs the PyTorch reference. Install it: pip install 'flamingo-export[torch]'")
     checked = check_samples(samples, source, tokenizer, skip_bad=skip_bad, progress=progress)
     if work is not None:
         with exclusive(work):
-            return _Calibration(source, checked, work, progress).run(method)
+            try:
+                return _Calibration(source, checked, work, progress).run(method)
+            except KeyboardInterrupt:
+                progress.note(f"stopped; what is finished is kept in {work}, and the same command goes on from there")
+                raise
     with tempfile.TemporaryDirectory(prefix="flamingo-calibration-") as folder:
         return _Calibration(source, checked, Path(folder), progress).run(method)
 
@@ -145,24 +147,35 @@ class _Calibration:
         watch = Watch(self.config, step.prefix, module)
         with torch.no_grad():
             if step.output is None:
-                for _ in self._results(step, module, watch):
-                    pass
+                for index in range(len(step.shapes)):
+                    step.run(module, watch, index)
+                    self.progress.advance(1)
             else:
-                with self.work.stream(step.output, step.shapes).writing() as file:
-                    for result in self._results(step, module, watch):
-                        put(file, result.numpy())
+                self._write(step, self.work.stream(step.output, step.shapes), module, watch)
+        journal.statistics |= watch.finish()
         del module
         release()
-        journal.statistics |= watch.finish()
         journal.digests |= self.read_now
-        journal.parts = number + 1
+        journal.parts, journal.items = number + 1, 0
         self.work.save()
         self.work.keep(self._needed(steps, number + 1))
 
-    def _results(self, step: _Step, module: Any, watch: Watch) -> Iterator[Tensor]:
-        for index in range(len(step.shapes)):
-            yield step.run(module, watch, index)
-            self.progress.advance(1)
+    def _write(self, step: _Step, stream: Stream, module: Any, watch: Watch) -> None:
+        """What a part makes of all items, into its stream; of the vision encoder each is journalled, if it has no statistics to lose."""
+        journal, within = self.work.journal, step.prefix == "vision_encoder" and not products(self.config, step.prefix)
+        if within and journal.items == len(step.shapes) and stream.complete:  # killed before the journal knew of the whole part
+            self.progress.advance(journal.items)
+            return
+        kept = journal.items if within and stream.holds(journal.items) else 0
+        self.progress.advance(kept)
+        with stream.writing(kept) as file:
+            for index in range(kept, len(step.shapes)):
+                put(file, step.run(module, watch, index).numpy())
+                if within:
+                    settle(file)
+                    journal.items = index + 1
+                    self.work.save()
+                self.progress.advance(1)
 
     def _read(self, name: str) -> Any:
         array = self.source.read(name)
@@ -227,10 +240,8 @@ class _Calibration:
                 shown[place] = latents.read(self.first_medium[index] + place)
             k, v = module.media_kv(torch.from_numpy(shown))
             watch.media(k, v)
-            rows = torch.arange(len(sample.media))[None]
-            found: Tensor = module(torch.from_numpy(hidden.read(index)[None]), k, v, rows, torch.from_numpy(sample.phi[None]))[
-                0
-            ]
+            rows, phi = torch.arange(len(sample.media))[None], torch.from_numpy(sample.phi[None])
+            found: Tensor = module(torch.from_numpy(hidden.read(index)[None]), k, v, rows, phi)[0]
             return found
 
         return run

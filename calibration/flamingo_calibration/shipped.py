@@ -65,10 +65,9 @@ def nano_samples(inputs: InputFormat = PAPER) -> list[Sample]:
     """64 pages of the nano model's scenes and videos (training split): captions and questions with 0 to 3 examples before them."""
     samples = []
     for page in range(NANO_PAGES):
-        items = [
-            data.video(page, split="train") if page % 8 == 7 else data.scene(4 * page + n, split="train") for n in range(4)
-        ]
-        made = _page(items[: 1 + page % 4], inputs, ask=page % 2 == 1)
+        seeds = range(4 * page, 4 * page + 1 + page % 4)
+        items = [(data.video if page % 8 == 7 else data.scene)(seed, split="train") for seed in seeds]
+        made = _page(items, inputs, ask=page % 3 == 1)
         samples.append(Sample(prompt=made.prompt, media=made.media, name=f"nano page {page + 1}"))
     return samples
 
@@ -89,16 +88,17 @@ def _documents(inputs: InputFormat) -> Iterator[Sample]:
 
 def _page(items: Sequence[data.Item], inputs: InputFormat, *, ask: bool) -> Sample:
     """Examples, then a query with its answer."""
-    asked = [item.questions[0] if ask else (None, item.caption) for item in items]
-    shots = [
-        Shot(question=question, answer=answer, medium=_medium(item))
-        for item, (question, answer) in zip(items, asked, strict=True)
-    ]
+    shots = []
+    for item in items:
+        question, answer = item.questions[0] if ask else (None, item.caption)
+        shots.append(Shot(question=question, answer=answer, medium=_medium(item)))
     *before, last = shots
-    prompt = (
-        qa_prompt(before, last.question, last.medium, inputs) if last.question else caption_prompt(before, last.medium, inputs)
+    request = (
+        caption_prompt(before, last.medium, inputs)
+        if last.question is None
+        else qa_prompt(before, last.question, last.medium, inputs)
     )
-    return Sample(prompt=f"{prompt.prompt} {last.answer}{inputs.tags.eoc}", media=prompt.media)
+    return Sample(prompt=f"{request.prompt} {last.answer}{inputs.tags.eoc}", media=request.media)
 
 
 def _medium(item: data.Item) -> Any:
@@ -118,7 +118,8 @@ def picture(seed: int) -> Pixels:
         random.random(x.shape),
     )
     blend = kinds[seed % len(kinds)][:, :, None]
-    return np.rint(colours[0] * (1 - blend) + colours[1] * blend).astype(np.uint8)
+    drawn: Pixels = np.rint(colours[0] * (1 - blend) + colours[1] * blend).astype(np.uint8)
+    return drawn
 
 
 def _drawn_ids(config: ModelConfig) -> Iterator[Sample]:

@@ -4,7 +4,8 @@
     WORK/NAME.f32          the arrays of a stream one after the other, as little-endian fp32
 
 A part reads streams and writes one; the journal names a part only once its stream is on the disk, and older streams go after that. Killed
-at any moment, the folder is that of the last finished part.
+at any moment, the folder is that of the last finished part. The vision encoder, which takes longest, goes on after the last medium, unless it
+has statistics: those are kept part by part.
 """
 
 from __future__ import annotations
@@ -33,10 +34,12 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 class Journal(msgspec.Struct, kw_only=True):
-    """Where a calibration stands. parts: how many are finished; digests: of the source's tensors, by name."""
+    """Where a calibration stands. parts: how many are finished; items: of the part at work, where it goes on within; digests: of the
+    source's tensors, by name."""
 
     identity: str
     parts: int = 0
+    items: int = 0
     statistics: dict[str, Statistics] = msgspec.field(default_factory=dict)
     digests: dict[str, str] = msgspec.field(default_factory=dict)
 
@@ -59,20 +62,37 @@ class Stream:
         numbers = np.fromfile(self.path, "<f4", math.prod(shape), offset=self._offsets[index])
         return numbers.astype(np.float32, copy=False).reshape(shape)
 
+    @property
+    def _unfinished(self) -> Path:
+        return self.path.with_suffix(".part")
+
+    def holds(self, items: int) -> bool:
+        """Whether so many arrays of an interrupted `writing` are there."""
+        return self._unfinished.is_file() and self._unfinished.stat().st_size >= self._offsets[items]
+
     @contextmanager
-    def writing(self) -> Iterator[IO[bytes]]:
-        """A file that takes the place of this stream's once all of it is on the disk; `put` appends to it."""
-        temporary = self.path.with_suffix(".part")
-        with temporary.open("wb") as file:
+    def writing(self, kept: int = 0) -> Iterator[IO[bytes]]:
+        """A file that takes the place of this stream's once all of it is on the disk; `put` appends to it.
+
+        kept: arrays of an interrupted writing that it begins with.
+        """
+        with self._unfinished.open("r+b" if kept else "wb") as file:
+            file.truncate(self._offsets[kept])
+            file.seek(self._offsets[kept])
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.path)
+            settle(file)
+        self._unfinished.replace(self.path)
 
 
 def put(file: IO[bytes], array: Array) -> None:
     """Appends the next array of a stream."""
     file.write(np.ascontiguousarray(array, "<f4").tobytes())
+
+
+def settle(file: IO[bytes]) -> None:
+    """Brings what was written to the disk."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 class Work:
@@ -108,8 +128,7 @@ class Work:
         temporary = self.folder / f"{JOURNAL}.part"
         with temporary.open("wb") as file:
             file.write(msgspec.json.encode(self.journal))
-            file.flush()
-            os.fsync(file.fileno())
+            settle(file)
         temporary.replace(self.folder / JOURNAL)
 
     def keep(self, streams: Sequence[Stream]) -> None:

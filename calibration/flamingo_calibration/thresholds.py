@@ -20,6 +20,8 @@ Rounding = Callable[[Array, Array], Array]
 PERCENTILE = 99.99
 E4M3_MAX = 448.0
 _PER_OCTAVE, _OCTAVES = 32, 8
+_MOST_CLIPPED = 0.1
+"""Share of the numbers beyond which `entropy` looks no further: such a threshold is no candidate, and trying them all takes time."""
 
 
 def e4m3(magnitudes: Array, thresholds: Array) -> Array:
@@ -43,9 +45,18 @@ def percentile(edges: Array, counts: npt.NDArray[Any], share: float = PERCENTILE
 
 
 def mse(values: Array, counts: npt.NDArray[Any], tried: Array, rounding: Rounding = e4m3) -> float:
-    """The threshold with the least squared error, the largest of equals. values, counts: centre and count of each bin [bins]."""
-    errors = [float(counts @ (rounding(values, threshold) - values) ** 2) for threshold in tried]
-    return float(tried[int(np.argmin(errors))])
+    """The threshold with the least squared error, the largest of equals.
+
+    values, counts: centre and count of each bin [bins]. tried: thresholds, descending; rounding clips to them.
+    """
+    best, least = float(tried[0]), np.inf
+    for threshold in tried:
+        if float(counts @ np.maximum(values - threshold, 0) ** 2) > least:
+            break  # what clipping alone costs only grows from here
+        error = float(counts @ (rounding(values, threshold) - values) ** 2)
+        if error < least:
+            best, least = float(threshold), error
+    return best
 
 
 def entropy(values: Array, counts: npt.NDArray[Any], tried: Array, rounding: Rounding = e4m3) -> float:
@@ -54,17 +65,18 @@ def entropy(values: Array, counts: npt.NDArray[Any], tried: Array, rounding: Rou
     values, counts: centre and count of each bin that is not empty [bins], ascending. The distribution holds what is clipped in its last bin;
     what is compared with it has the numbers below the threshold alone, each step's spread evenly over its bins.
     """
-    best, least = float(tried[0]), np.inf
+    best, least, total = float(tried[0]), np.inf, counts.sum()
     for threshold in tried:
         kept = int(np.searchsorted(values, threshold, "right"))
-        if kept == 0:
+        clipped = counts[kept:].sum()
+        if kept == 0 or clipped > _MOST_CLIPPED * total:
             break
         inside = counts[:kept].astype(np.float64)
         given = inside.copy()
-        given[-1] += counts[kept:].sum()
+        given[-1] += clipped
         steps = rounding(values[:kept], threshold)
         starts = np.flatnonzero(np.concatenate([[True], steps[1:] != steps[:-1]]))
-        lengths = np.diff(starts, append=kept)
+        lengths = np.append(starts[1:], kept) - starts
         spread = np.repeat(np.add.reduceat(inside, starts) / lengths, lengths)
         given, spread = given / given.sum(), spread / spread.sum()
         divergence = float(given @ np.log(given / spread))

@@ -15,14 +15,16 @@ if TYPE_CHECKING:
 
 
 class Watch:
-    """The collectors of one part, and the hooks that feed them. The part is the caller's own copy and is changed."""
+    """The collectors of one part, and what feeds them: the part is changed until `finish`."""
 
     def __init__(self, config: ModelConfig, prefix: str, module: nn.Module) -> None:
         self._config, self._prefix = config, prefix
         self._channels = calibrated_tensors(config)
         self._collectors: dict[str, Collector] = {}
+        self._undo: list[Callable[[], None]] = []
         for name, path in products(config, prefix).items():
-            module.get_submodule(path).register_forward_pre_hook(self._input_of(name))
+            handle = module.get_submodule(path).register_forward_pre_hook(self._input_of(name))
+            self._undo.append(handle.remove)
         if prefix.startswith("language_model.layers."):
             self._watch_attention(module, f"decoder/layer.{prefix.rsplit('.', 1)[1]}/self_attention")
 
@@ -43,7 +45,10 @@ class Watch:
         self.see("decoder/head", normed)
 
     def finish(self) -> dict[str, Statistics]:
-        """Statistics of all that was seen."""
+        """Statistics of all that was seen. The part is let go of: it and its hooks would else keep each other in memory."""
+        for undo in self._undo:
+            undo()
+        self._undo.clear()
         return {name: collector.finish() for name, collector in self._collectors.items()}
 
     def _input_of(self, name: str) -> Callable[[Any, tuple[Any, ...]], None]:
@@ -64,6 +69,7 @@ class Watch:
             return attend(q_BHSD, k_BGCD, v_BGCD, *others)
 
         layer.attend = watched
+        self._undo.append(lambda: delattr(layer, "attend"))
 
 
 def products(config: ModelConfig, prefix: str) -> dict[str, str]:
@@ -71,11 +77,11 @@ def products(config: ModelConfig, prefix: str) -> dict[str, str]:
 
     Without the head, which is no module of its own where it is the embedding.
     """
+    if prefix == "language_model":  # its layers are parts of their own
+        return {}
     named = calibrated_tensors(config)
-    found = {}
-    for weight in bundle_weights(config):
-        source = weight.sources[0] if weight.sources else ""
-        layers = prefix == "language_model"  # a part of its own each
-        if weight.name in named and weight.name != "decoder/head" and source.startswith(f"{prefix}.") and not layers:
-            found[weight.name] = source.removeprefix(f"{prefix}.").removesuffix(".weight")
-    return found
+    return {
+        weight.name: weight.sources[0].removeprefix(f"{prefix}.").removesuffix(".weight")
+        for weight in bundle_weights(config)
+        if weight.name in named and weight.sources[0].startswith(f"{prefix}.")
+    }

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from flamingo_export.cli import bench, build, doctor, generate, inspect, parity, refit, score
+from flamingo_export.cli import bench, build, calibrate, doctor, generate, inspect, parity, refit, score
 from flamingo_export.cli.options import MediaCommand
 from flamingo_export.errors import FlamingoExportError
 
@@ -28,6 +28,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("build", short_help="Make a bundle from a checkpoint or a size.")(build.build)
+app.command("calibrate", short_help="Measure activations of the reference, for quantisation.")(calibrate.calibrate)
 app.command("refit", short_help="Put other weights of the same shapes into a bundle.")(refit.refit)
 app.command("generate", short_help="Describe images and videos, or answer a question about them.", cls=MediaCommand)(
     generate.generate

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 import typer
 
-from flamingo_export.cli.options import AsJson, Loras, OtherLanguageModel, OtherTokenizer, OtherVision, Parity, ParityChoice
+from flamingo_export.cli.options import (
+    AsJson,
+    Loras,
+    OtherLanguageModel,
+    OtherTokenizer,
+    OtherVision,
+    Parity,
+    ParityChoice,
+    chosen_source,
+)
 
 if TYPE_CHECKING:
     from flamingo_export.pipeline import BuildPlan, BuildResult
@@ -126,31 +135,20 @@ def build(
     flamingo-export build --size 3b --backend tensorrt-rtx --target sm89 --out 3b.bundle
     flamingo-export build --size 9b --fp8
     """
-    if (size is None) == (checkpoint is None):
-        raise typer.BadParameter("give either --size or --checkpoint", param_hint="--size")
-    if checkpoint is not None and seed is not None:
-        raise typer.BadParameter("a checkpoint has its weights; a seed makes random ones for --size", param_hint="--seed")
-    beside = {"--lm": language_model, "--vision": vision, "--lora": loras, "--tokenizer": tokenizer}
-    if checkpoint is None and any(beside.values()):
-        option = next(name for name, given in beside.items() if given)
-        raise typer.BadParameter("goes with a checkpoint: add --checkpoint", param_hint=option)
+    source = chosen_source(
+        size, checkpoint, seed=seed, language_model=language_model, vision=vision, loras=loras, tokenizer=tokenizer
+    )
     if target is not None and backend is Compiler.onnxruntime:
         raise typer.BadParameter("only engines have a target: add --backend tensorrt-rtx", param_hint="--target")
     chosen = _policy({"fp8": fp8, "int8": int8, "int4": int4}, policy)
     if calibration is not None and uncalibrated:
         raise typer.BadParameter("goes without --calibration", param_hint="--uncalibrated")
     from flamingo_export import pipeline
-    from flamingo_export.build_request import BuildRequest, default_limits, default_out, source_for_size
-    from flamingo_export.cli.options import checkpoint_files, known_size
+    from flamingo_export.build_request import BuildRequest, default_limits, default_out
     from flamingo_export.cli.progress import reported
     from flamingo_export.manifest import ShapeLimits
     from flamingo_export.sources import open_source
 
-    source = (
-        source_for_size(known_size(size).name, seed=seed)
-        if size is not None
-        else checkpoint_files(checkpoint or Path(), language_model, vision, loras, tokenizer)
-    )
     limits = ShapeLimits(max_length=max_length, chunk=max(1, min(_CHUNK, max_length // 8))) if max_length else None
     if max_batch is not None:
         limits = msgspec.structs.replace(limits or default_limits(open_source(source).config), batch=max_batch)

@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperCommand
 
 if TYPE_CHECKING:
-    from flamingo_export.build_request import CheckpointFolder
+    from flamingo_export.build_request import CheckpointFolder, Source
     from flamingo_export.runtime.media import MediumSource
     from flamingo_export.runtime.model import Model
     from flamingo_export.runtime.request import Request
@@ -100,6 +100,32 @@ def checkpoint_files(
         adapters=tuple(loras or ()),
         tokenizer=tokenizer,
     )
+
+
+def chosen_source(
+    size: str | None,
+    checkpoint: Path | None,
+    *,
+    seed: int | None,
+    language_model: Path | None,
+    vision: Path | None,
+    loras: list[Path] | None,
+    tokenizer: Path | None,
+) -> Source:
+    """The weights that --size or --checkpoint and what goes with it name. Raises typer.BadParameter where they exclude each other."""
+    from flamingo_export.build_request import source_for_size
+
+    if (size is None) == (checkpoint is None):
+        raise typer.BadParameter("give either --size or --checkpoint", param_hint="--size")
+    if checkpoint is not None:
+        if seed is not None:
+            raise typer.BadParameter("a checkpoint has its weights; a seed makes random ones for --size", param_hint="--seed")
+        return checkpoint_files(checkpoint, language_model, vision, loras, tokenizer)
+    beside = {"--lm": language_model, "--vision": vision, "--lora": loras, "--tokenizer": tokenizer}
+    for option, given in beside.items():
+        if given:
+            raise typer.BadParameter("goes with a checkpoint: add --checkpoint", param_hint=option)
+    return source_for_size(known_size(size or "").name, seed=seed)
 
 
 class Parity(StrEnum):

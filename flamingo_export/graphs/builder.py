@@ -28,7 +28,6 @@ _STORAGE: Mapping[ElementType, ir.DataType] = {
     "int8": ir.DataType.INT8,
     "int4": ir.DataType.INT4,
 }
-_FP8_ZERO = ir.tensor(np.zeros((), ml_dtypes.float8_e4m3fn), dtype=ir.DataType.FLOAT8E4M3FN, name="fp8/zero")
 
 
 class GraphBuilder:
@@ -132,10 +131,12 @@ class GraphBuilder:
     def _dequantised(self, weight: str) -> ir.Value:
         """A quantised matrix behind its DequantizeLinear: scales of blocks along the input, or one for each output channel."""
         codes, scales = self.stored(weight), self.stored(weight + SCALE)
-        assert codes.shape is not None and scales.shape is not None
+        assert codes.shape is not None
+        assert scales.shape is not None
         along: dict[str, int] = {"axis": 1}
         if len(scales.shape) == 2:
-            along = {"axis": 0, "block_size": int(codes.shape[0]) // int(scales.shape[0])}
+            (rows, _), (blocks, _) = codes.shape.numpy(), scales.shape.numpy()
+            along = {"axis": 0, "block_size": rows // blocks}
         node = ir.node(
             "DequantizeLinear",
             [codes, scales],
@@ -148,10 +149,12 @@ class GraphBuilder:
 
     def through_fp8(self, x: ir.Value, scale: ir.Value, *, name: str) -> ir.Value:
         """x rounded to E4M3 times `scale`, as a pair of nodes."""
-        if _FP8_ZERO.name not in self._initializers:
-            zero = ir.Value(name=_FP8_ZERO.name, shape=ir.Shape([]), type=ir.TensorType(_FP8_ZERO.dtype), const_value=_FP8_ZERO)
-            self._initializers[_FP8_ZERO.name] = zero
-        zero = self._initializers[_FP8_ZERO.name]
+        if "fp8/zero" not in self._initializers:
+            numbers = ir.tensor(np.zeros((), ml_dtypes.float8_e4m3fn), dtype=ir.DataType.FLOAT8E4M3FN, name="fp8/zero")
+            self._initializers["fp8/zero"] = ir.Value(
+                name="fp8/zero", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.FLOAT8E4M3FN), const_value=numbers
+            )
+        zero = self._initializers["fp8/zero"]
         codes = self.op("QuantizeLinear", x, scale, zero, name=f"{name}/quantise")
         return self.op("DequantizeLinear", codes, scale, zero, name=f"{name}/dequantise")  # type: ignore[no-any-return]
 

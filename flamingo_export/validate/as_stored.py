@@ -139,7 +139,8 @@ def in_blocks(x: Tensor, block: int) -> Tensor:
     """x rounded to 8 bits, each `block` channels with a scale of their own."""
     blocks = x.unflatten(-1, (-1, block))
     scale = blocks.abs().amax(-1, keepdim=True) / 127
-    return ((blocks / scale.clamp_min(1e-30)).round() * scale).flatten(-2)
+    rounded: Tensor = (blocks / scale.clamp_min(1e-30)).round() * scale
+    return rounded.flatten(-2)
 
 
 def rounded_names(config: ModelConfig) -> Iterator[tuple[str, str | None]]:

@@ -253,8 +253,8 @@ def _expectation(
         else:
             digest = manifest.source.sha256 or source_digest(source)
             table = _calibration(bundle)
-            goldens = record(source, manifest, digest, tokenizer=kept, memory=memory, calibration=table, progress=progress)
-            return goldens, "reference"
+            recorded = record(source, manifest, digest, tokenizer=kept, memory=memory, calibration=table, progress=progress)
+            return recorded, "reference"
     elif checkpoint is not None or wanted in ("reference", "transformers"):
         raise ParityError("comparing with a checkpoint needs PyTorch: pip install 'flamingo-export[torch]'")
     goldens = load_goldens(bundle / GOLDEN_FOLDER)

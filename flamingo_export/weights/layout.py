@@ -11,14 +11,14 @@ import ml_dtypes
 import msgspec
 import numpy as np
 
-from flamingo_export.precision import ElementType, Precision, StorageType
+from flamingo_export.precision import ElementType, Precision
 from flamingo_export.quantize.matrices import code_shape, scale_shape
 from flamingo_export.weights.components import bundle_weights
 from flamingo_export.weights.recipes import Array, Weight
 from flamingo_reference.checkpoints.safetensors_file import open_header
 from flamingo_reference.config import ModelConfig
 
-STORAGE_DTYPES: Mapping[StorageType, Any] = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
+STORAGE_DTYPES: Mapping[ElementType, Any] = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
 _ELEMENT_DTYPES: Mapping[ElementType, Any] = {
     **STORAGE_DTYPES,
     "fp8": ml_dtypes.float8_e4m3fn,
@@ -58,7 +58,8 @@ class Piece(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def dtype(self) -> np.dtype[Any]:
         """Type of its numbers."""
-        return np.dtype(_ELEMENT_DTYPES[self.element])
+        dtype: np.dtype[Any] = np.dtype(_ELEMENT_DTYPES[self.element])
+        return dtype
 
     @property
     def size(self) -> int:

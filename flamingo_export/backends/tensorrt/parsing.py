@@ -97,7 +97,7 @@ def layer_counts(network: Any) -> Counter[str]:
 
 
 def _weights(trt: ModuleType, network: Any, expected: Expected, bundle: Path) -> Iterator[str]:
-    """Every weight is there under its name, with its type, its size and its numbers (those of types that numpy has not cannot be read back in Python)."""
+    """Every weight is there under its name, with its type, its size and its numbers (of types that numpy lacks: its type and size)."""
     held: dict[str, Any] = {}
     for index in range(network.num_layers):
         layer = network.get_layer(index)

@@ -1,0 +1,108 @@
+"""`flamingo-export calibrate`: how large activations become, for quantisation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flamingo_export.cli.options import AsJson, Loras, OtherLanguageModel, OtherTokenizer, OtherVision, chosen_source
+
+_NANO = "nano"
+
+
+class MethodName(StrEnum):
+    """How a clipping threshold follows from what was seen."""
+
+    amax = "amax"
+    percentile = "percentile"
+    mse = "mse"
+    entropy = "entropy"
+
+
+def calibrate(
+    size: Annotated[
+        str | None,
+        typer.Option("--size", help="nano (trained weights), 3b, 9b or 80b (random weights).", show_default=False),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option("--checkpoint", help="A checkpoint: a folder, or a file of tensors.", show_default=False)
+    ] = None,
+    language_model: OtherLanguageModel = None,
+    vision: OtherVision = None,
+    loras: Loras = None,
+    tokenizer: OtherTokenizer = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            metavar="FILE|nano",
+            help="Samples, JSON lines (docs/calibration.md), or nano's pages. Default a small set that ships with the package.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The table.")] = Path("calibration.json"),
+    method: Annotated[
+        MethodName, typer.Option("--method", help="What quantisation takes unless told otherwise; the table holds all.")
+    ] = MethodName.amax,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, help="Seed of random weights, also for nano.", show_default=False)
+    ] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out samples that cannot be read, and say how many.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", "--overwrite", help="Replace what is at --out.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run samples through the PyTorch reference, one layer in memory at a time. Interrupted, the same command goes on where it was.
+
+    \b
+    flamingo-export calibrate --checkpoint ckpt/ --data calib.jsonl --out calibration.json
+    """
+    named = chosen_source(
+        size, checkpoint, seed=seed, language_model=language_model, vision=vision, loras=loras, tokenizer=tokenizer
+    )
+    import flamingo_calibration
+    from flamingo_export.cli.output import print_json
+    from flamingo_export.cli.progress import reported
+    from flamingo_export.errors import CalibrationError
+    from flamingo_export.quantize.table import write_table
+    from flamingo_export.sources import open_source
+
+    if out.is_dir() or (out.exists() and not force):
+        raise CalibrationError(f"{out} exists. Choose another --out{'' if out.is_dir() else ', or replace it with --force'}.")
+    source = open_source(named)
+    spelled = flamingo_calibration.source_tokenizer(source)
+    samples: Sequence[flamingo_calibration.Sample | flamingo_calibration.BadSample]
+    if data is None:
+        samples = flamingo_calibration.shipped_samples(source.config, spelled, source.inputs)
+    elif data == _NANO:
+        samples = flamingo_calibration.nano_samples(source.inputs)
+    else:
+        samples = flamingo_calibration.read_samples(Path(data), source.inputs)
+    work = out.with_name(f".{out.name}.calibrating")
+    with reported() as progress:
+        table = flamingo_calibration.calibrate(
+            source,
+            samples,
+            tokenizer=spelled,
+            method=method.value,
+            work=work,
+            skip_bad=skip_bad,
+            progress=progress,
+        )
+    write_table(out, table)
+    flamingo_calibration.discard(work)
+    skipped = len(samples) - table.samples
+    if as_json:
+        told = {name: getattr(table, name) for name in table.__struct_fields__ if name != "tensors"}
+        print_json({"table": out, **told, "skipped": skipped, "tensors": len(table.tensors)})
+        return
+    left_out = f" ({skipped} left out)" if skipped else ""
+    print(
+        f"{out}: Flamingo {table.model}, {len(table.tensors)} tensors from {table.samples} samples{left_out} with {table.tokens} tokens "
+        f"and {table.images} images, method {table.method}"
+    )
