@@ -25,6 +25,7 @@ def build(
     out: Path | str | None = None,
     storage: StorageType | None = None,
     limits: ShapeLimits | None = None,
+    parts: int = 1,
     tokenizer: Path | None = None,
     parity: ParityMode = "auto",
     overwrite: bool = False,
@@ -34,7 +35,8 @@ def build(
     """Builds a bundle and publishes it at `out` once it is complete and, where PyTorch is installed, parity has passed.
 
     model: a checkpoint folder, a live `flamingo_reference.model.Flamingo` (`tokenizer`: the `tokenizer.json` it was trained with), or
-    a source, such as `build_request.source_for_size("9b")`. out: None takes `build_request.default_out`.
+    a source, such as `build_request.source_for_size("9b")`. out: None takes `build_request.default_out`. parts: graphs that the decoder is
+    cut into, run one after the other.
     Returns the bundle's path, its manifest and what a user should know about it. An interrupted build goes on where it stopped.
 
     Raises CheckpointError (weights missing, unknown, misshapen or not finite), UnsupportedModel (a live model with parts that are not
@@ -48,6 +50,7 @@ def build(
         out=Path(out) if out is not None else build_request.default_out(source),
         storage=storage,
         limits=limits,
+        parts=parts,
         parity=parity,
         overwrite=overwrite,
         resume=resume,
