@@ -1,8 +1,8 @@
 """How the decoder is cut into parts: between LM layers, so that the part which reads the most bytes of weights reads as few as can be.
 
-    decoder.0       embedding, LM layers 0 .. a - 1, each with the gated block before it
-    decoder.1                  LM layers a .. b - 1
-    decoder.2                  LM layers b .. L - 1, norm, output (the embedding once more, where the two are one)
+decoder.0       embedding, LM layers 0 .. a - 1, each with the gated block before it
+decoder.1                  LM layers a .. b - 1
+decoder.2                  LM layers b .. L - 1, norm, output (the embedding once more, where the two are one)
 """
 
 from __future__ import annotations

@@ -112,6 +112,10 @@ class WeightIndex:
     def __iter__(self) -> Iterator[str]:
         return iter(self._placed)
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each tensor by name."""
+        return {name: placed.length for name, placed in self._placed.items()}
+
     def read_tensor(self, bundle: Path, name: str) -> Array:
         """The numbers of a tensor, mapped from its file (read-only)."""
         placed = self._placed[name]
