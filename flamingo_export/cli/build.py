@@ -216,7 +216,7 @@ def _print_graphs(found: BuildPlan) -> None:
         layers = f"{graph.layers[0]} to {graph.layers[1] - 1}" if graph.layers is not None else ""
         row = [graph.name, layers, human_bytes(graph.weight_bytes)]
         if graph.engine_memory is not None and graph.engine_seconds is not None:
-            row += [human_bytes(graph.engine_memory), f"{graph.engine_seconds / 60:.0f} min"]
+            row += [human_bytes(graph.engine_memory), f"{graph.engine_seconds:.0f} s"]
         rows.append(tuple(row))
     columns = (
         "graph",
