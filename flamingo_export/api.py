@@ -29,6 +29,7 @@ def build(
     calibration: Path | str | None = None,
     uncalibrated: bool = False,
     limits: ShapeLimits | None = None,
+    parts: int = 1,
     tokenizer: Path | None = None,
     parity: ParityMode = "auto",
     overwrite: bool = False,
@@ -40,6 +41,7 @@ def build(
     model: a checkpoint folder, a live `flamingo_reference.model.Flamingo` (`tokenizer`: the `tokenizer.json` it was trained with), or
     a source, such as `build_request.source_for_size("9b")`. policy: which matrices are quantised, "fp8", "int8", "int4" or one of
     `quantize.policies.read_policy`; calibration: the table of ranges for it. out: None takes `build_request.default_out`.
+    parts: graphs that the decoder is cut into, run one after the other.
     Returns the bundle's path, its manifest and what a user should know about it. An interrupted build goes on where it stopped.
 
     Raises CheckpointError (weights missing, unknown, misshapen or not finite), UnsupportedModel (a live model with parts that are not
@@ -58,6 +60,7 @@ def build(
         calibration=Path(calibration) if calibration is not None else None,
         uncalibrated=uncalibrated,
         limits=limits,
+        parts=parts,
         parity=parity,
         overwrite=overwrite,
         resume=resume,

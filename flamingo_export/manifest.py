@@ -164,6 +164,22 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
             f"the bundle has no graph {name!r}; it has {', '.join(graph.name for graph in self.graphs)}. Build it again."
         )
 
+    def decoder_graphs(self) -> list[tuple[GraphRecord, range]]:
+        """The graphs that make up the decoder, in order, with their LM layers. Raises BundleError unless they are all of them, once."""
+        whole = range(self.config.language_model.num_layers)
+        found = [
+            (graph, range(*graph.layers) if graph.layers else whole)
+            for graph in self.graphs
+            if graph.name == "decoder" or graph.layers is not None
+        ]
+        found.sort(key=lambda pair: pair[1].start)
+        covered = [layer for _, layers in found for layer in layers]
+        if covered != list(whole):
+            raise BundleError(
+                f"the bundle's decoder graphs cover LM layers {covered}, expected 0 to {whole.stop - 1}. Build it again."
+            )
+        return found
+
 
 _MAKE = "flamingo-export build --size nano (or --checkpoint FOLDER)"
 

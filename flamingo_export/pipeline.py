@@ -22,6 +22,7 @@ from flamingo_export.artifacts import file_record
 from flamingo_export.backends.registry import COMPILERS, get_compiler
 from flamingo_export.build_request import BuildRequest, default_limits, resolve_precision
 from flamingo_export.bundle_tokenizer import checked_tokenizer, placeholder_tokenizer
+from flamingo_export.decoder_parts import check_parts, graph_bytes, graph_records
 from flamingo_export.errors import BuildError, CalibrationError, CheckpointError, ParityError
 from flamingo_export.graphs import build_graph, save_graph
 from flamingo_export.manifest import (
@@ -48,7 +49,6 @@ from flamingo_export.quantize.table import (
 from flamingo_export.refit import fitting
 from flamingo_export.runtime.tokenizer import TOKENIZER_FILE
 from flamingo_export.sources import RandomSource, WeightSource, open_source
-from flamingo_export.specs import SUBGRAPHS
 from flamingo_export.weight_files import stored_bytes, write_weights
 from flamingo_export.weights import WEIGHTS_FOLDER, WeightIndex, bundle_weights, groups
 from flamingo_export.workplace import Finished, Journal, WorkPlace
@@ -77,6 +77,17 @@ class BuildResult(msgspec.Struct, frozen=True, kw_only=True):
     parity: ParityReport | None = None
 
 
+class PlannedGraph(msgspec.Struct, frozen=True, kw_only=True):
+    """A graph of the bundle: for (parts of) the decoder its LM layers [start, stop); bytes of the weights that it reads; bytes of memory and
+    seconds of one core that its engine takes to build, None where none is."""
+
+    name: str
+    layers: tuple[int, int] | None
+    weight_bytes: int
+    engine_memory: int | None = None
+    engine_seconds: float | None = None
+
+
 class BuildPlan(msgspec.Struct, frozen=True, kw_only=True):
     """What a build would write. bytes_per_component: the bundle's weights, by the component they belong to."""
 
@@ -85,6 +96,7 @@ class BuildPlan(msgspec.Struct, frozen=True, kw_only=True):
     out: Path
     bytes_per_component: dict[str, int]
     weight_bytes: int
+    graphs: tuple[PlannedGraph, ...]
     disk_bytes: int
     """Needed at `out`'s disk, everything included, were the build to start anew."""
 
@@ -106,7 +118,7 @@ class _Job(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def plan(request: BuildRequest) -> BuildPlan:
-    """What `build` would write, without writing. Raises CheckpointError or UnsupportedModel as it would."""
+    """What `build` would write, without writing. Raises CheckpointError, UnsupportedModel or, for parts, BuildError as it would."""
     config = open_source(request.source).config
     precision = resolve_precision(config, request.storage, request.policy)
     sizes: dict[str, int] = {}
@@ -120,7 +132,25 @@ def plan(request: BuildRequest) -> BuildPlan:
         out=request.out,
         bytes_per_component=sizes,
         weight_bytes=total,
-        disk_bytes=total + _engine_bytes(request, total) + OTHER_FILES_BYTES,
+        graphs=_planned_graphs(request, config, precision),
+        disk_bytes=total + _engine_bytes(request, config, precision) + OTHER_FILES_BYTES,
+    )
+
+
+def _planned_graphs(request: BuildRequest, config: ModelConfig, precision: Precision) -> tuple[PlannedGraph, ...]:
+    sizes = WeightIndex.planned(config, precision).sizes()
+    graphs = tuple(
+        PlannedGraph(name=record.name, layers=record.layers, weight_bytes=graph_bytes(config, sizes, record))
+        for record in graph_records(config, sizes, request.parts)
+    )
+    if request.backend not in COMPILERS:
+        return graphs
+    from flamingo_export.backends.tensorrt.estimate import estimate
+
+    needed = [estimate(graph.weight_bytes) for graph in graphs]
+    return tuple(
+        msgspec.structs.replace(graph, engine_memory=each.memory, engine_seconds=each.seconds)
+        for graph, each in zip(graphs, needed, strict=True)
     )
 
 
@@ -143,6 +173,7 @@ def build(request: BuildRequest, *, progress: Progress = SILENT) -> BuildResult:
             progress.note("an interrupted build to the same path was of other weights or another version; starting anew")
         try:
             workplace.check_disk(place, _bytes_left(job, journal))
+            _check_memory(job, journal)
         except BuildError:
             if not journal.groups:
                 place.discard()  # nothing was begun
@@ -167,6 +198,7 @@ def _prepare(request: BuildRequest, progress: Progress) -> _Job:
         native.check_tensors(config, {name: source.shape(name) for name in source.names()}, where="the weights")
     except ValueError as error:
         raise CheckpointError(str(error)) from error
+    check_parts(config, request.parts)
     precision = resolve_precision(config, request.storage, request.policy)
     calibration = _checked_policy(request, config, precision)
     donor = fitting(request.graphs_of, source, progress=progress) if request.graphs_of is not None else None
@@ -242,11 +274,26 @@ def _bytes_left(job: _Job, journal: Journal) -> int:
     sizes = {group: sum(stored_bytes(weight, job.precision) for weight in members) for group, members in every.items()}
     weights = sum(size for group, size in sizes.items() if group not in journal.groups)
     compiled = sum(record.file.size for record in journal.groups.values() if record.file.path.startswith(ENGINES_FOLDER))
-    return weights + max(0, _engine_bytes(job.request, sum(sizes.values())) - compiled) + OTHER_FILES_BYTES
+    engines = _engine_bytes(job.request, job.source.config, job.precision)
+    return weights + max(0, engines - compiled) + OTHER_FILES_BYTES
 
 
-def _engine_bytes(request: BuildRequest, weights: int) -> int:
-    return int(ENGINE_RATIO * weights) if request.backend in COMPILERS else 0
+def _engine_bytes(request: BuildRequest, config: ModelConfig, precision: Precision) -> int:
+    """Of all engines: each has the weights that its graph reads, so what two parts of the decoder read counts twice."""
+    if request.backend not in COMPILERS:
+        return 0
+    return int(ENGINE_RATIO * sum(graph.weight_bytes for graph in _planned_graphs(request, config, precision)))
+
+
+def _check_memory(job: _Job, journal: Journal) -> None:
+    """Raises BuildError before any work if an engine that is not finished cannot be built in the memory there is."""
+    if job.compiler is None:
+        return
+    config, sizes = job.source.config, WeightIndex.planned(job.source.config, job.precision).sizes()
+    finished = {Path(file).stem for file in journal.groups if file.startswith(ENGINES_FOLDER)}
+    for graph in graph_records(config, sizes, job.request.parts):
+        if graph.name not in finished:
+            job.compiler[0].check_memory(config, graph, sizes)
 
 
 def _fill(job: _Job, journal: Journal, progress: Progress) -> BuildResult:
@@ -318,15 +365,13 @@ def _write_graphs(job: _Job, progress: Progress) -> tuple[GraphRecord, ...]:
             progress.advance(1)
         return job.donor.graphs
     index = WeightIndex.read(work)
-    progress.stage("graphs", len(SUBGRAPHS))
-    records = []
-    for name in SUBGRAPHS:
-        layers = (0, config.language_model.num_layers) if name == "decoder" else None
-        record = GraphRecord(name=name, file=f"{name}.onnx", layers=layers)
-        save_graph(build_graph(config, name, index), work / record.file)
-        records.append(record)
+    records = graph_records(config, index.sizes(), job.request.parts)
+    progress.stage("graphs", len(records))
+    for record in records:
+        layers = range(*record.layers) if record.layers is not None else None
+        save_graph(build_graph(config, record.name, index, layers=layers), work / record.file)
         progress.advance(1)
-    return tuple(records)
+    return records
 
 
 def _compile(job: _Job, manifest: Manifest, journal: Journal, progress: Progress) -> list[EngineRecord]:

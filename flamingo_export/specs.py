@@ -9,6 +9,7 @@ Graph builders declare exactly these, the reference's subgraphs take exactly the
     decoder          tokens, media, cache -> logits, cache     B requests, S positions in this call, C cache capacity,
                                                                K positions whose logits are wanted, M media of a request
                                                                (key_positions only where attention depends on distances)
+    decoder.k        a part of it: hidden states in but for the first, out but for the last
 
 Ids, rows and indices are int64, the mask is bool, the rest is floating point of the graph's compute type ("fp32": of that type whatever
 the graph computes in).
@@ -30,6 +31,9 @@ Dim = int | str
 TOP_VALUES, TOP_IDS, LOG_SUM_EXP = "top_values", "top_ids", "log_sum_exp"
 """Outputs of a decoder that finds the best tokens itself, beside its logits: fp32 and int64 [B, K, n], best first, and fp32 [B, K].
 `<image>` is left out of all of them."""
+
+HIDDEN, HIDDEN_OUT = "hidden", "hidden_out"
+"""What passes from one part of the decoder to the next: float [B, S, W]."""
 
 SUBGRAPHS = ("vision_encoder", "resampler", "media_kv", "decoder")
 
@@ -87,7 +91,7 @@ def decoder_spec(config: ModelConfig, layers: range, *, name: str) -> SubgraphSp
     cache_shape: tuple[Dim, ...] = ("B", lm.kv_heads, "C", lm.head_size)
     gated = [i for i, _ in gated_in(config, layers)]
     inputs = [
-        TensorSpec("token_ids", "int64", ("B", "S")) if first else TensorSpec("hidden", "float", ("B", "S", lm.width)),
+        TensorSpec("token_ids", "int64", ("B", "S")) if first else TensorSpec(HIDDEN, "float", ("B", "S", lm.width)),
         TensorSpec("positions", "int64", ("B", "S")),
     ]
     if gated:
@@ -106,7 +110,7 @@ def decoder_spec(config: ModelConfig, layers: range, *, name: str) -> SubgraphSp
     outputs = [
         TensorSpec("logits", "float", ("B", "K", lm.vocab_size))
         if last
-        else TensorSpec("hidden_out", "float", ("B", "S", lm.width))
+        else TensorSpec(HIDDEN_OUT, "float", ("B", "S", lm.width))
     ]
     outputs += [TensorSpec(f"present_{kind}.{j}", "float", cache_shape) for j in layers for kind in "kv"]
     aliases = {f"present_{kind}.{j}": f"past_{kind}.{j}" for j in layers for kind in "kv"}

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flamingo_export.manifest import EngineRecord, GraphRecord, Manifest
-from flamingo_export.specs import SubgraphSpec
+from flamingo_export.specs import SubgraphSpec, TensorSpec
 
 Array = npt.NDArray[Any]
 
@@ -79,12 +79,16 @@ class Buffer(Protocol):
     def rows(self, count: int) -> Buffer:
         """The first `count` rows of the first axis, sharing memory."""
 
+    def view(self, shape: tuple[int, ...]) -> Buffer:
+        """Its beginning as a tensor of another shape, not larger, sharing memory; the same object each time, so that binding it is free."""
+
 
 class Session(Protocol):
     """One opened subgraph.
 
     Buffers stay bound from call to call; every other input is fed to `run`. Binding an input that an output aliases
-    (`spec.aliases`) binds that output too, so the cache is updated in place and is not among the results.
+    (`spec.aliases`) binds that output too, so the cache is updated in place and is not among the results. Nor is any other output that
+    a buffer is bound to, the next session's input say.
     """
 
     @property
@@ -102,7 +106,7 @@ class Session(Protocol):
         """A zeroed buffer fit for input `name`."""
 
     def bind(self, name: str, buffer: Buffer) -> None:
-        """From now on input `name` reads (and an output that aliases it writes) this buffer."""
+        """From now on input `name` reads (and an output that aliases it writes) this buffer, or output `name` is written there."""
 
     def run(self, feeds: Mapping[str, Tensor], outputs: Collection[str] | None = None) -> dict[str, Array]:
         """Runs once and returns the outputs that are not bound, as arrays of the host that the caller owns.
@@ -160,7 +164,7 @@ def on_host(name: str, value: Tensor) -> Array:
 
 
 def check_feeds(spec: SubgraphSpec, feeds: Mapping[str, Tensor], bound: Mapping[str, Buffer]) -> None:
-    """Raises InputError unless feeds and bound buffers together are exactly the inputs of `spec`, sizes agreeing."""
+    """Raises InputError unless feeds and bound buffers together are exactly the inputs of `spec`, sizes agreeing, and so are bound outputs'."""
     from flamingo_export.errors import InputError
 
     faults: list[str] = []
@@ -180,11 +184,20 @@ def check_feeds(spec: SubgraphSpec, feeds: Mapping[str, Tensor], bound: Mapping[
         else:
             faults.append(f"{tensor.name} is missing")
             continue
-        fits = len(shape) == len(tensor.shape) and all(
-            size == (sizes.setdefault(dim, size) if isinstance(dim, str) else dim)
-            for size, dim in zip(shape, tensor.shape, strict=False)
-        )
-        if not fits:
+        if not _fits(tensor, shape, sizes):
             faults.append(f"{tensor.name} has shape {tuple(shape)}, expected {tensor.shape} with {sizes}")
+    faults += [
+        f"{tensor.name} is bound to a buffer of shape {bound[tensor.name].shape}, expected {tensor.shape} with {sizes}"
+        for tensor in spec.outputs
+        if tensor.name in bound and not _fits(tensor, bound[tensor.name].shape, sizes)
+    ]
     if faults:
         raise InputError(f"{spec.name}: " + "; ".join(faults))
+
+
+def _fits(tensor: TensorSpec, shape: tuple[int, ...], sizes: dict[str, int]) -> bool:
+    """Whether a tensor can have this shape; `sizes` takes up what it says of letters that were not known."""
+    return len(shape) == len(tensor.shape) and all(
+        size == (sizes.setdefault(dim, size) if isinstance(dim, str) else dim)
+        for size, dim in zip(shape, tensor.shape, strict=True)
+    )

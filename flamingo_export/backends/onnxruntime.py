@@ -7,6 +7,7 @@ device and back at each call, which is right but slow: TensorRT is the backend f
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -142,7 +143,7 @@ class HostBuffer:
 
         self.array: Array = array
         self.value = onnxruntime.OrtValue.ortvalue_from_numpy(array)
-        self._views: dict[int, HostBuffer] = {}
+        self._views: dict[tuple[int, ...], HostBuffer] = {}
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -167,11 +168,15 @@ class HostBuffer:
 
     def rows(self, count: int) -> HostBuffer:
         """The first `count` rows, sharing memory; the same object each time, so that binding it again is free."""
-        if count == self.array.shape[0]:
+        return self.view((count, *self.array.shape[1:]))
+
+    def view(self, shape: tuple[int, ...]) -> HostBuffer:
+        """Its beginning in another shape, sharing memory; the same object each time."""
+        if shape == self.array.shape:
             return self
-        if count not in self._views:
-            self._views[count] = HostBuffer(self.array[:count])
-        return self._views[count]
+        if shape not in self._views:
+            self._views[shape] = HostBuffer(self.array.reshape(-1)[: math.prod(shape)].reshape(shape))
+        return self._views[shape]
 
 
 class OnnxRuntimeSession(HostSession):
@@ -183,6 +188,7 @@ class OnnxRuntimeSession(HostSession):
         self._spec = spec
         self._alias_of = {source: output for output, source in spec.aliases.items()}
         self._kinds = {tensor.name: _KINDS[tensor.kind] for tensor in spec.inputs}
+        self._outputs = {tensor.name for tensor in spec.outputs if tensor.name not in spec.aliases}
         self._bound: dict[str, HostBuffer] = {}
         self._feeds: dict[str, Array] = {}
         """Arrays that the runtime reads for inputs that are fed; each keeps alive the memory bound for it."""
@@ -197,19 +203,21 @@ class OnnxRuntimeSession(HostSession):
         return HostBuffer(np.zeros(shape, self._kinds[name]))
 
     def bind(self, name: str, buffer: Buffer) -> None:
-        """Input `name`, and the output that aliases it, are this buffer from now on. Raises InputError for an unknown input."""
+        """Input `name`, and the output that aliases it, or output `name`, are this buffer from now on. Raises InputError for an unknown one."""
         if not isinstance(buffer, HostBuffer):
             raise InputError(
                 f"{self._spec.name}: a buffer of another backend was bound to {name}; allocate it with this session"
             )
-        if name not in self._kinds:
-            raise InputError(f"{self._spec.name}: {name} is not an input")
+        if name not in self._kinds and name not in self._outputs:
+            raise InputError(f"{self._spec.name}: {name} is not an input, nor an output with memory of its own")
         if self._bound.get(name) is buffer:
             return
         self._check_open()
-        self._binding.bind_ortvalue_input(name, buffer.value)
-        if name in self._alias_of:
-            self._binding.bind_ortvalue_output(self._alias_of[name], buffer.value)
+        if name in self._kinds:
+            self._binding.bind_ortvalue_input(name, buffer.value)
+        written = self._alias_of.get(name, name if name in self._outputs else None)
+        if written is not None:
+            self._binding.bind_ortvalue_output(written, buffer.value)
         self._bound[name] = buffer
         self._checked.clear()
 
@@ -271,7 +279,7 @@ class OnnxRuntimeSession(HostSession):
             sizes.update((dim, size) for dim, size in zip(tensor.shape, actual, strict=True) if isinstance(dim, str))
         outputs = []
         for tensor in self._spec.outputs:
-            if self._spec.aliases.get(tensor.name) not in self._bound:
+            if tensor.name not in self._bound and self._spec.aliases.get(tensor.name) not in self._bound:
                 shape = tuple(sizes[dim] if isinstance(dim, str) else dim for dim in tensor.shape)
                 outputs.append((tensor.name, shape, _KINDS[tensor.kind]))
         if len(self._checked) > 256:  # prompts of ever new lengths must not fill memory

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,6 +124,10 @@ class TorchBuffer:
         """The first `count` rows, sharing memory."""
         return TorchBuffer(self.tensor[:count])
 
+    def view(self, shape: tuple[int, ...]) -> TorchBuffer:
+        """Its beginning in another shape, sharing memory."""
+        return TorchBuffer(self.tensor.reshape(-1)[: math.prod(shape)].reshape(shape))
+
 
 class ReferenceSession(HostSession):
     """One subgraph's module. Caches are written in place, as the graphs write them."""
@@ -143,13 +148,14 @@ class ReferenceSession(HostSession):
         return TorchBuffer(torch.from_numpy(np.zeros(shape, _KINDS[self._spec.input(name).kind])))
 
     def bind(self, name: str, buffer: Buffer) -> None:
-        """Input `name`, and the output that aliases it, are this buffer from now on. Raises InputError for an unknown input."""
+        """Input `name`, and the output that aliases it, or output `name`, are this buffer from now on. Raises InputError for an unknown one."""
         if not isinstance(buffer, TorchBuffer):
             raise InputError(
                 f"{self._spec.name}: a buffer of another backend was bound to {name}; allocate it with this session"
             )
-        if name not in {tensor.name for tensor in self._spec.inputs}:
-            raise InputError(f"{self._spec.name}: {name} is not an input")
+        outputs = {tensor.name for tensor in self._spec.outputs} - self._spec.aliases.keys()
+        if name not in outputs | {tensor.name for tensor in self._spec.inputs}:
+            raise InputError(f"{self._spec.name}: {name} is not an input, nor an output with memory of its own")
         self._bound[name] = buffer
 
     def run(self, feeds: Mapping[str, HostOrDevice], outputs: Collection[str] | None = None) -> dict[str, Array]:
@@ -171,10 +177,14 @@ class ReferenceSession(HostSession):
                 results: dict[str, Any] = self._module(tensors)
         except ValueError as error:
             raise InputError(f"{self._spec.name}: {error}") from error
+        for name in results.keys() & self._bound.keys():
+            self._bound[name].tensor.copy_(results[name])
         return {
             name: np.array(value.numpy())
             for name, value in results.items()
-            if self._spec.aliases.get(name) not in self._bound and (outputs is None or name in outputs)
+            if name not in self._bound
+            and self._spec.aliases.get(name) not in self._bound
+            and (outputs is None or name in outputs)
         }
 
     def close(self) -> None:

@@ -42,6 +42,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     bundle: str
     model: str
     backend: str
+    decoder_parts: int
     cores: int
     images: int
     prompt_tokens: int
@@ -88,6 +89,7 @@ def bench(
             bundle=str(bundle),
             model=model.config.name,
             backend=model.backend.name,
+            decoder_parts=len(model.manifest.decoder_graphs()),
             cores=_cores(),
             images=images,
             prompt_tokens=length,
@@ -171,8 +173,9 @@ def _print(result: Result) -> None:
     from flamingo_export.cli.output import results, table
 
     console = results()
+    parts = f", decoder in {result.decoder_parts} parts" if result.decoder_parts > 1 else ""
     console.print(
-        f"[bold]{escape(result.bundle)}[/bold] ({result.model}) on {result.backend}, {result.cores} cores, "
+        f"[bold]{escape(result.bundle)}[/bold] ({result.model}{parts}) on {result.backend}, {result.cores} cores, "
         f"loaded in {result.load_seconds:.2f} s\n"
         f"prompt of {result.prompt_tokens} tokens with {result.images} images, up to {result.new_tokens} new tokens, "
         f"medians of {result.repetitions}"

@@ -123,6 +123,14 @@ def build(
         int | None,
         typer.Option("--max-batch", min=1, help="Requests side by side in an engine. Default 8.", show_default=False),
     ] = None,
+    parts: Annotated[
+        int,
+        typer.Option(
+            "--parts",
+            min=1,
+            help="Graphs that the decoder is cut into, run one after the other: engines of a large model build in less memory.",
+        ),
+    ] = 1,
     parity: ParityChoice = Parity.auto,
     plan: Annotated[bool, typer.Option("--plan", help="Only say what would be written.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace what is at --out.")] = False,
@@ -165,6 +173,7 @@ def build(
         overwrite=force,
         backend=backend.value,
         target=target,
+        parts=parts,
     )
     if plan:
         _print_plan(pipeline.plan(request), as_json)
@@ -229,7 +238,31 @@ def _print_plan(found: BuildPlan, as_json: bool) -> None:
     rows.append(("all weights", human_bytes(found.weight_bytes)))
     title = f"{found.out}: Flamingo {found.config.name}, weights in {found.precision.name}"
     results().print(table(("component", "size"), rows, title=title, right=(1,)))
+    _print_graphs(found)
     folder = next(parent for parent in found.out.resolve().parents if parent.exists())
     free = shutil.disk_usage(folder).free
     verdict = "enough" if free >= found.disk_bytes else "too little"
     print(f"needs {human_bytes(found.disk_bytes)} of disk; {folder} has {human_bytes(free)} free: {verdict}")
+
+
+def _print_graphs(found: BuildPlan) -> None:
+    """What each graph reads and, where engines are built, what that takes; nothing where neither says more than the components do."""
+    from flamingo_export.cli.output import human_bytes, results, table
+
+    compiled = any(graph.engine_memory is not None for graph in found.graphs)
+    if not compiled and not any(graph.name == "decoder.0" for graph in found.graphs):
+        return
+    rows = []
+    for graph in found.graphs:
+        layers = f"{graph.layers[0]} to {graph.layers[1] - 1}" if graph.layers is not None else ""
+        row = [graph.name, layers, human_bytes(graph.weight_bytes)]
+        if graph.engine_memory is not None and graph.engine_seconds is not None:
+            row += [human_bytes(graph.engine_memory), f"{graph.engine_seconds:.0f} s"]
+        rows.append(tuple(row))
+    columns = (
+        "graph",
+        "LM layers",
+        "weights it reads",
+        *(("memory to build its engine", "time, one core") if compiled else ()),
+    )
+    results().print(table(columns, rows, title="graphs", right=tuple(range(2, len(columns)))))

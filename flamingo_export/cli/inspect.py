@@ -144,7 +144,9 @@ def _inspect_engines(bundle: Path, graph: str, as_json: bool) -> None:
     from flamingo_export.manifest import read_manifest
 
     manifest = read_manifest(bundle)
-    found = [engine for engine in manifest.engines if engine.graph == graph]
+    # `decoder` stands for all of its parts.
+    asked = {graph, *(part.name for part, _ in manifest.decoder_graphs())} if graph == "decoder" else {graph}
+    found = [engine for engine in manifest.engines if engine.graph in asked]
     if not found:
         names = ", ".join(dict.fromkeys(engine.graph for engine in manifest.engines))
         raise BundleError(
@@ -257,10 +259,12 @@ def _summary(manifest: Manifest) -> str:
             "golden": " against golden values",
             "transformers": " against transformers' own model",
         }[parity.against]
+    parts = [f"{layers.start} to {layers.stop - 1}" for _, layers in manifest.decoder_graphs()]
     lines = {
         "weights": f"stored as {precision.name}, computed in {precision.compute}; from {came}",
         **_quantised_lines(manifest),
         "limits": f"{limits.max_length} cache slots, prefill by {limits.chunk}, {limits.bank_rows} media kept encoded",
+        "decoder": f"in {len(parts)} parts, language model layers {', '.join(parts)}" if len(parts) > 1 else "in one piece",
         "parity": stands,
         "made with": ", ".join(f"{name} {version}" for name, version in manifest.tools.items()) or "not recorded",
         "schema": str(manifest.schema_version),

@@ -1,4 +1,4 @@
-"""The opened subgraphs of a bundle."""
+"""The opened subgraphs of a bundle: one session each, the decoder's parts as one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from flamingo_export.backends.base import Backend, Session, SessionOptions
 from flamingo_export.manifest import Manifest
+from flamingo_export.runtime.decoder_parts import DecoderParts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,15 +22,23 @@ class Engines:
     @classmethod
     def open(cls, bundle: Path, manifest: Manifest, backend: Backend, options: SessionOptions) -> Engines:
         """Opens all of them. Raises BackendError or BundleError; what was opened before is closed."""
-        opened: dict[str, Session] = {}
+        graphs = [manifest.graph(name) for name in ("vision_encoder", "resampler", "media_kv")]
+        graphs += [graph for graph, _ in manifest.decoder_graphs()]
+        opened: list[Session] = []
         try:
-            for name in ("vision_encoder", "resampler", "media_kv", "decoder"):
-                opened[name] = backend.open(bundle, manifest, manifest.graph(name), options)
+            for graph in graphs:
+                opened.append(backend.open(bundle, manifest, graph, options))
+            vision_encoder, resampler, media_kv, *parts = opened
+            return cls(
+                vision_encoder=vision_encoder,
+                resampler=resampler,
+                media_kv=media_kv,
+                decoder=parts[0] if len(parts) == 1 else DecoderParts(parts),
+            )
         except BaseException:
-            for session in opened.values():
+            for session in opened:
                 session.close()
             raise
-        return cls(**opened)
 
     def close(self) -> None:
         """Frees the sessions."""

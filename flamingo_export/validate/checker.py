@@ -25,7 +25,6 @@ from flamingo_export.validate.compare import AnyArray, failed, gate
 from flamingo_export.validate.engines import (
     bank_of,
     cached,
-    decoder_records,
     layer_session,
     opened,
     run_stage,
@@ -146,7 +145,7 @@ class Checker:
         hidden: dict[str, Mapping[int, AnyArray]] = {}
         broken: set[str] = set()
         with self._guarded("subgraph", "decoder, opening", "decoder"):
-            for record, layers in decoder_records(self.manifest):
+            for record, layers in self.manifest.decoder_graphs():
                 with opened(self.backend, self.bundle, self.manifest, record, self.options) as session:
                     for case in self._cases:
                         if case.name in broken:

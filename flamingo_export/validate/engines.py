@@ -108,23 +108,6 @@ def cached(plan: Plan, cache: AnyArray, sequence: int) -> AnyArray:
     return np.stack([cache[b, :, c] for _, b, c in sorted(where)], axis=1)
 
 
-def decoder_records(manifest: Manifest) -> list[tuple[GraphRecord, range]]:
-    """The graphs that make up the bundle's decoder, in order, with their LM layers."""
-    whole = range(manifest.config.language_model.num_layers)
-    found = [
-        (graph, range(*graph.layers) if graph.layers else whole)
-        for graph in manifest.graphs
-        if graph.name == "decoder" or graph.layers is not None
-    ]
-    found.sort(key=lambda pair: pair[1].start)
-    covered = [layer for _, layers in found for layer in layers]
-    if covered != list(whole):
-        raise ParityError(
-            f"the bundle's decoder graphs cover LM layers {covered}, expected 0 to {whole.stop - 1}. Build it again."
-        )
-    return found
-
-
 @contextlib.contextmanager
 def opened(
     backend: Backend, bundle: Path, manifest: Manifest, graph: GraphRecord, options: SessionOptions

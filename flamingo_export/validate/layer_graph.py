@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from flamingo_export.errors import ParityError
 from flamingo_export.manifest import Manifest
 from flamingo_export.specs import decoder_spec
-from flamingo_export.validate.engines import decoder_records
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -21,7 +20,7 @@ def layer_graph(bundle: Path, manifest: Manifest, layer: int, *, name: str) -> i
     """
     import onnx_ir as ir
 
-    record, layers = next(pair for pair in decoder_records(manifest) if layer in pair[1])
+    record, layers = next(pair for pair in manifest.decoder_graphs() if layer in pair[1])
     whole = ir.load(bundle / record.file)
     spec = decoder_spec(manifest.config, range(layer, layer + 1), name=name)
     boundaries = {}

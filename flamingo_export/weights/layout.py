@@ -170,6 +170,10 @@ class WeightIndex:
     def __iter__(self) -> Iterator[str]:
         return iter(self._placed)
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each tensor by name."""
+        return {name: placed.length for name, placed in self._placed.items()}
+
     def read_tensor(self, bundle: Path, name: str) -> Array:
         """The numbers of a tensor as they are stored, mapped from its file (read-only): codes of a quantised matrix, int4 in pairs."""
         placed = self._placed[name]

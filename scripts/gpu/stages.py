@@ -243,16 +243,18 @@ PICTURE = build.ROOT / "docs" / "images" / "demo.png"
 
 
 def engines(backend: str) -> tuple[tuple[str, ...], ...]:
-    """Commands that build engines for this machine's GPU in fp32 and fp16, compare and run them."""
+    """Commands that build engines for this machine's GPU in fp32 and fp16, the decoder whole and in parts, compare and run them."""
     commands: list[tuple[str, ...]] = [("doctor", "--json")]
-    for storage in ("fp32", "fp16"):
-        bundle = f"BUNDLE.{storage}"
+    for storage, parts in (("fp32", "1"), ("fp16", "1"), ("fp16", "3")):
+        bundle = f"BUNDLE.{storage}-{parts}"
         build_it = (
             "build",
             "--size",
             "nano",
             "--precision",
             storage,
+            "--parts",
+            parts,
             "--backend",
             backend,
             "--parity",

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from flamingo_export.artifacts import file_record
+from flamingo_export.decoder_parts import graph_records
 from flamingo_export.graphs import build_graph, save_graph
-from flamingo_export.manifest import GraphRecord, Manifest, ShapeLimits, SourceRecord, write_manifest
+from flamingo_export.manifest import Manifest, ShapeLimits, SourceRecord, write_manifest
 from flamingo_export.precision import Precision
 from flamingo_export.sources import LiveSource, WeightSource
-from flamingo_export.specs import SUBGRAPHS
 from flamingo_export.weights import STORAGE_DTYPES, WeightIndex, bundle_weights, group_file, groups, layout
 from flamingo_reference.config import (
     CrossAttentionConfig,
@@ -73,8 +73,8 @@ def bundle_writer() -> Callable[..., Path]:
     return write_bundle
 
 
-def write_bundle(source: WeightSource, bundle: Path, *, precision: Precision | None = None) -> Path:
-    """The smallest complete bundle of a source: graphs, weights, manifest."""
+def write_bundle(source: WeightSource, bundle: Path, *, precision: Precision | None = None, parts: int = 1) -> Path:
+    """The smallest complete bundle of a source: graphs, the decoder's in parts, weights, manifest."""
     precision = precision or Precision(storage="fp32")
     (bundle / "weights").mkdir(parents=True)
     for group, weights in groups(bundle_weights(source.config)).items():
@@ -85,8 +85,10 @@ def write_bundle(source: WeightSource, bundle: Path, *, precision: Precision | N
                 made = weight.make([source.read(name) for name in weight.sources])
                 file.write(made.astype(STORAGE_DTYPES[weight.storage(precision)]).tobytes())
     index = WeightIndex.read(bundle)
-    for name in SUBGRAPHS:
-        save_graph(build_graph(source.config, name, index), bundle / f"{name}.onnx")
+    records = graph_records(source.config, index.sizes(), parts)
+    for record in records:
+        layers = range(*record.layers) if record.layers else None
+        save_graph(build_graph(source.config, record.name, index, layers=layers), bundle / record.file)
     write_manifest(
         bundle,
         Manifest(
@@ -94,7 +96,7 @@ def write_bundle(source: WeightSource, bundle: Path, *, precision: Precision | N
             precision=precision,
             limits=ShapeLimits(max_length=source.config.language_model.max_positions, chunk=16, bank_rows=8),
             source=SourceRecord(kind="live", sha256="0" * 64),
-            graphs=tuple(GraphRecord(name=name, file=f"{name}.onnx") for name in SUBGRAPHS),
+            graphs=records,
             files=tuple(file_record(bundle, path) for path in sorted(bundle.rglob("*")) if path.is_file()),
         ),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -22,7 +22,7 @@ from flamingo_export.backends.tensorrt.contract import (
     runtime_cache_file,
 )
 from flamingo_export.backends.tensorrt.cuda import INSTALL, CudaRuntime
-from flamingo_export.backends.tensorrt.estimate import GIB, available_memory, check_memory, estimate
+from flamingo_export.backends.tensorrt.estimate import GIB, Estimate, available_memory, check_memory
 from flamingo_export.backends.tensorrt.library import Library
 from flamingo_export.backends.tensorrt.loading import load_engine
 from flamingo_export.backends.tensorrt.memory import Lane
@@ -34,6 +34,8 @@ from flamingo_export.lowering.shapes import profiles
 from flamingo_export.lowering.tensorrt import lower, save_lowered
 from flamingo_export.manifest import EngineRecord, GraphRecord, Manifest
 from flamingo_export.progress import SILENT, Progress
+from flamingo_export.weights import WeightIndex
+from flamingo_reference.config import ModelConfig
 
 _WORTH_TELLING = 45.0  # seconds
 Finished = Callable[[str, str], EngineRecord | None]
@@ -95,6 +97,10 @@ class TensorRTBackend:
         digest = plugin.load(trt) if self.native_functions else None
         return Prepared(trt=trt, target=target, plugin_sha256=digest)
 
+    def check_memory(self, config: ModelConfig, graph: GraphRecord, sizes: Mapping[str, int]) -> Estimate:
+        """What compiling a graph will take. sizes: bytes of each of the bundle's weights. Raises BuildError if this machine has too little."""
+        return check_memory(config, graph, sizes, available_memory())
+
     def build(self, bundle: Path, manifest: Manifest, graph: GraphRecord, *, progress: Progress = SILENT) -> EngineRecord:
         """Lowers a graph and compiles it into the bundle.
 
@@ -133,8 +139,7 @@ class TensorRTBackend:
         earlier = finished(file, request)
         if earlier is not None:
             return earlier
-        needed = estimate(expected)
-        check_memory(graph.name, needed, available_memory())
+        needed = self.check_memory(manifest.config, graph, WeightIndex.read(bundle).sizes())
         if needed.seconds > _WORTH_TELLING:
             progress.note(
                 f"engine {graph.name}: about {needed.memory / GIB:.0f} GiB of memory and {needed.seconds / 60:.0f} minutes of one core"

@@ -31,7 +31,8 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """What feeds of one set of shapes amount to: profile, shapes of all inputs, those fed from the host, outputs, results that are wanted.
+    """What feeds of one set of shapes amount to: profile, shapes of all inputs, those fed from the host, outputs that no buffer is bound to,
+    results that are wanted.
 
     empty: no logits were wanted (K = 0). Engines give one at least, which nobody reads.
     """
@@ -86,7 +87,7 @@ def plan(
         return [
             Result(name=tensor.name, shape=contract.shape(tensor, sizes), element=contract.element(tensor))
             for tensor in spec.outputs
-            if tensor.name not in spec.aliases
+            if tensor.name not in spec.aliases and tensor.name not in bound
         ]
 
     return Call(

@@ -73,12 +73,13 @@ def rebuild_command(bundle: Path, manifest: Manifest, backend: str, target: str)
         model = "--size nano"
     else:
         model = "--checkpoint FOLDER"
-    limits = manifest.limits
+    limits, parts = manifest.limits, sum(graph.layers is not None for graph in manifest.graphs)
+    cut = f" --parts {parts}" if parts > 1 else ""
     # TensorRT itself builds for the GPU it runs on, and takes no target.
     where = f" --target {target}" if backend == "tensorrt-rtx" else ""
     return (
         f"flamingo-export build {model} --precision {manifest.precision.storage} --max-length {limits.max_length} "
-        f"--max-batch {limits.batch} --backend {backend}{where} --out {bundle} --force"
+        f"--max-batch {limits.batch}{cut} --backend {backend}{where} --out {bundle} --force"
     )
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import msgspec
 
+from flamingo_export.decoder_parts import fewest_parts, graph_bytes
 from flamingo_export.errors import BuildError
-from flamingo_export.lowering.lint import Expected
+from flamingo_export.manifest import GraphRecord
+from flamingo_reference.config import ModelConfig
 
 GIB = 1 << 30
 # Peak memory of a streamed build over the bytes of its weights, and what any build takes: measured with benchmarks/engine_build_memory.py.
@@ -24,9 +28,8 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
 
 
-def estimate(expected: Expected) -> Estimate:
-    """From the weights that a graph reads."""
-    weights = sum(tensor.nbytes for tensor in expected.weights.values())
+def estimate(weights: int) -> Estimate:
+    """From the bytes of the weights that a graph reads."""
     return Estimate(
         weight_bytes=weights,
         memory=int(weights * MEMORY_RATIO) + MEMORY_BASE,
@@ -41,12 +44,24 @@ def available_memory() -> int:
     return int(psutil.virtual_memory().available)
 
 
-def check_memory(name: str, needed: Estimate, available: int) -> None:
-    """Raises BuildError if the build of `name` would need more than is available."""
-    if needed.memory > available:
-        raise BuildError(
-            f"building the engine of {name} takes about {needed.memory / GIB:.1f} GiB of memory ({MEMORY_RATIO} times its "
-            f"{needed.weight_bytes / GIB:.1f} GiB of weights), {available / GIB:.1f} GiB are available. Free some, build on a machine with "
-            "more (TensorRT for RTX needs no GPU for it: copy the bundle back), store weights in 16 bits (--precision bf16), or cut the "
-            "decoder into parts (graphs.build_graph with layers=...)."
+def check_memory(config: ModelConfig, graph: GraphRecord, sizes: Mapping[str, int], available: int) -> Estimate:
+    """What the build of a graph's engine will take. sizes: bytes of each of the bundle's weights by name.
+
+    Raises BuildError if it would need more than `available` bytes; of the decoder it says into how many parts it would fit.
+    """
+    needed = estimate(graph_bytes(config, sizes, graph))
+    if needed.memory <= available:
+        return needed
+    advice = ""
+    if graph.layers is not None:
+        parts = fewest_parts(config, sizes, int((available - MEMORY_BASE) / MEMORY_RATIO))
+        advice = (
+            "Even parts of one LM layer would not fit. "
+            if parts is None
+            else f"In {parts} parts it fits: --parts {parts}. Or: "
         )
+    raise BuildError(
+        f"building the engine of {graph.name} takes about {needed.memory / GIB:.1f} GiB of memory ({MEMORY_RATIO} times its "
+        f"{needed.weight_bytes / GIB:.1f} GiB of weights), {available / GIB:.1f} GiB are available. {advice}Free some, build on a machine "
+        "with more (TensorRT for RTX needs no GPU for it: copy the bundle back), or store weights in fewer bits (--precision)."
+    )

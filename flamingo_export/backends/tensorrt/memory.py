@@ -166,7 +166,7 @@ class DeviceBuffer:
     def __init__(self, memory: Memory, shape: tuple[int, ...], element: Element) -> None:
         self._memory, self._shape, self.element = memory, tuple(shape), element
         self._written_by: Lane | None = None
-        self._views: dict[int, DeviceBuffer] = {}
+        self._views: dict[tuple[int, ...], DeviceBuffer] = {}
 
     @classmethod
     def zeroed(cls, lane: Lane, shape: tuple[int, ...], element: Element) -> DeviceBuffer:
@@ -236,8 +236,14 @@ class DeviceBuffer:
 
     def rows(self, count: int) -> DeviceBuffer:
         """The first `count` rows, sharing memory; the same object each time, so that binding it again is free."""
-        if count == self._shape[0]:
+        return self.view((count, *self._shape[1:]))
+
+    def view(self, shape: tuple[int, ...]) -> DeviceBuffer:
+        """Its beginning in another shape, sharing memory; the same object each time. Raises InputError for a larger one."""
+        if shape == self._shape:
             return self
-        if count not in self._views:
-            self._views[count] = DeviceBuffer(self._memory, (count, *self._shape[1:]), self.element)
-        return self._views[count]
+        if math.prod(shape) > math.prod(self._shape):
+            raise InputError(f"a buffer of shape {self._shape} has no room for the shape {shape}")
+        if shape not in self._views:
+            self._views[shape] = DeviceBuffer(self._memory, shape, self.element)
+        return self._views[shape]

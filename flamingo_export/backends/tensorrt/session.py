@@ -56,6 +56,7 @@ class TensorRTSession:
         self.asynchronous = asynchronous
         spec = contract.spec
         self._inputs = {tensor.name: tensor for tensor in spec.inputs}
+        self._outputs = {tensor.name: tensor for tensor in spec.outputs if tensor.name not in spec.aliases}
         self._alias_of = {source: output for output, source in spec.aliases.items()}
         self._closed = False
         self._bound: dict[str, DeviceBuffer] = {}
@@ -88,7 +89,8 @@ class TensorRTSession:
         return DeviceBuffer.zeroed(self._lane, shape, self._element(name))
 
     def bind(self, name: str, buffer: Buffer) -> None:
-        """Input `name`, and the output that aliases it, are this buffer from now on. Raises InputError for one that does not fit."""
+        """Input `name`, and the output that aliases it, or output `name`, are this buffer from now on. Raises InputError for one that
+        does not fit."""
         if not isinstance(buffer, DeviceBuffer) or buffer.element is not self._element(name):
             raise InputError(
                 f"{self.spec.name}: a buffer of another backend was bound to {name}; allocate it with this session"
@@ -104,20 +106,10 @@ class TensorRTSession:
 
     def run(self, feeds: Mapping[str, Tensor], outputs: Collection[str] | None = None) -> dict[str, Array]:
         """Results on the host. Raises InputError for feeds that break the contract or the profiles, BackendError if running fails."""
-        if self._activations is not self._lane.activations:
-            self._forget_graphs()
-            self._activations = self._lane.activations
         taken = self._taken(feeds)
         call = self._call(taken, outputs)
         self._fill(call, taken)
-        outputs_at = {result.name: self._result(result)[1].address for result in call.outputs}
-        with listening(self._loaded.trt, heard := Heard()):
-            if call.profile == self._captured_profile and len(call.fed) == len(taken) and not call.empty:
-                self._step(call, taken, outputs_at, heard)
-            else:
-                context = self._context(call.profile)
-                self._set(context, call, self._addresses(taken, outputs_at), heard)
-                self._perform(context, call, heard)
+        self._ask(call, taken, {result.name: self._result(result)[1].address for result in call.outputs}, lasting=True)
         if call.empty:
             self._in_flight = True
             self._wait_for_foreign(feeds)
@@ -136,11 +128,7 @@ class TensorRTSession:
         call = self._call(taken, ())
         self._fill(call, taken)
         tensors = {result.name: DeviceTensor.empty(self._lane, result.shape, result.element) for result in call.outputs}
-        given = self._addresses(taken, {name: tensor.address for name, tensor in tensors.items()})
-        with listening(self._loaded.trt, heard := Heard()):
-            context = self._context(call.profile)
-            self._set(context, call, given, heard)
-            self._perform(context, call, heard)
+        self._ask(call, taken, {name: tensor.address for name, tensor in tensors.items()}, lasting=not tensors)
         self._in_flight = True
         self._wait_for_foreign(feeds)
         return tensors
@@ -168,9 +156,10 @@ class TensorRTSession:
             raise BackendError(f"{self.spec.name}: the session is closed. Load the bundle again.")
 
     def _element(self, name: str) -> Element:
-        if name not in self._inputs:
-            raise InputError(f"{self.spec.name}: {name} is not an input")
-        return self._contract.element(self._inputs[name])
+        tensor = self._inputs.get(name) or self._outputs.get(name)
+        if tensor is None:
+            raise InputError(f"{self.spec.name}: {name} is not an input, nor an output with memory of its own")
+        return self._contract.element(tensor)
 
     def _taken(self, feeds: Mapping[str, Tensor]) -> dict[str, Array | DeviceTensor]:
         """Feeds of the host as they are, those on the device as ours."""
@@ -232,7 +221,7 @@ class TensorRTSession:
 
     def _addresses(self, feeds: Mapping[str, Array | DeviceTensor], outputs: dict[str, int]) -> dict[str, int]:
         """Where each input and output lies. A tensor of another lane is waited for."""
-        found = dict(outputs)
+        found = {name: self._bound[name].address for name in self._outputs if name in self._bound} | outputs
         for name in self._inputs:
             value = feeds.get(name)
             if isinstance(value, DeviceTensor):
@@ -261,6 +250,19 @@ class TensorRTSession:
                 encode(value, into, element)
 
     # Running.
+
+    def _ask(self, call: Call, feeds: Mapping[str, Array | DeviceTensor], outputs: dict[str, int], *, lasting: bool) -> None:
+        """Asks a call of the lane. lasting: the outputs' addresses are the same at the next call of these shapes, so it may be captured."""
+        if self._activations is not self._lane.activations:
+            self._forget_graphs()
+            self._activations = self._lane.activations
+        with listening(self._loaded.trt, heard := Heard()):
+            if lasting and call.profile == self._captured_profile and len(call.fed) == len(feeds) and not call.empty:
+                self._step(call, feeds, outputs, heard)
+            else:
+                context = self._context(call.profile)
+                self._set(context, call, self._addresses(feeds, outputs), heard)
+                self._perform(context, call, heard)
 
     def _context(self, profile: int) -> Any:
         if profile not in self._contexts:
@@ -310,6 +312,7 @@ class TensorRTSession:
             self._perform(step.context, call, heard)
         else:
             self._cuda.launch(step.graph, self._lane.stream)
+            self._cuda.record(self._copied, self._lane.stream)
 
     def _captured(self, context: Any, call: Call, heard: Heard) -> int | None:
         """The call as a graph, or None where it cannot be one, which is said once."""
@@ -329,6 +332,8 @@ class TensorRTSession:
             return None
 
     def _make_room(self) -> None:
+        if len(self._steps) >= MAX_GRAPHS:
+            self._cuda.synchronize(self._lane.stream)  # after `compute` it may be under way
         while len(self._steps) >= MAX_GRAPHS:
             _, oldest = self._steps.popitem(last=False)
             self._drop(oldest)

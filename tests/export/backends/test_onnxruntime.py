@@ -171,6 +171,24 @@ def test_a_buffer_of_another_size_is_checked_again(decoder: OnnxRuntimeSession) 
         decoder.run(feeds(batch=1, size=2, capacity=8))
 
 
+def test_an_output_that_is_bound_is_written_there(tiny_bundle: Path) -> None:
+    """And is not among the results; a buffer of another shape than the call's is refused."""
+    decoder = open_graph(tiny_bundle, "decoder")
+    bind_all(decoder, batch=1, capacity=8)
+    given = feeds(batch=1, size=2, capacity=8)
+    expected = decoder.run(given)["logits"]
+    buffer = HostBuffer(np.zeros((3, *expected.shape[1:]), np.float32))
+    decoder.bind("logits", buffer.view(expected.shape))
+    assert decoder.run(given) == {}
+    np.testing.assert_array_equal(buffer.read()[:1], expected)
+    assert not buffer.read()[1:].any()
+    decoder.bind("logits", buffer)
+    with pytest.raises(InputError, match=r"logits is bound to a buffer of shape \(3, "):
+        decoder.run(given)
+    with pytest.raises(InputError, match=r"present_k\.0 is not an input, nor an output with memory of its own"):
+        decoder.bind("present_k.0", buffer)
+
+
 def test_binding_what_does_not_belong(decoder: OnnxRuntimeSession) -> None:
     with pytest.raises(InputError, match=r"past_k\.9 is not an input"):
         decoder.bind("past_k.9", HostBuffer(np.zeros((1, 4, 8, 10), np.float32)))

@@ -9,7 +9,6 @@ from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
-import onnx_ir as ir
 import pytest
 
 import flamingo_export
@@ -17,9 +16,10 @@ from flamingo_export import artifacts, pipeline
 from flamingo_export.backends.base import SessionOptions
 from flamingo_export.backends.registry import availability, get_backend, get_compiler
 from flamingo_export.backends.tensorrt import backend as backend_module
-from flamingo_export.backends.tensorrt import library
+from flamingo_export.backends.tensorrt import estimate, library
 from flamingo_export.backends.tensorrt.builder import Built
-from flamingo_export.backends.tensorrt.estimate import GIB, check_memory, estimate
+from flamingo_export.backends.tensorrt.contract import rebuild_command
+from flamingo_export.backends.tensorrt.estimate import GIB, check_memory
 from flamingo_export.backends.tensorrt.log import Heard, meaning
 from flamingo_export.backends.tensorrt.monitor import UNITS, Phases, watched
 from flamingo_export.backends.tensorrt.summary import summarise
@@ -29,6 +29,7 @@ from flamingo_export.lowering.lint import Expected
 from flamingo_export.lowering.shapes import Bounds, Profile
 from flamingo_export.manifest import GraphRecord, read_manifest
 from flamingo_export.progress import SILENT
+from flamingo_reference.config import PRESETS
 
 
 @pytest.fixture(autouse=True)
@@ -95,16 +96,28 @@ def test_a_folder_of_the_same_name_is_no_library(tmp_path, monkeypatch):
     assert not library._there("tensorrt_rtx")
 
 
+NANO = PRESETS["nano"]
+SIZES = {"media_kv/layer.0/k_proj": 4 * GIB, **{f"decoder/layer.{layer}/ffw_up": GIB for layer in range(6)}}
+
+
 def test_memory_that_cannot_suffice_is_refused_before_work():
-    big = ir.ExternalTensor("weights/x.safetensors", 0, 4 * GIB, ir.DataType.FLOAT16, shape=ir.Shape([2, GIB]), name="w")
-    needed = estimate(Expected(plugin_layers=0, cache_updates=0, attentions=0, weights={"w": big}, kernels={}))
-    assert needed.weight_bytes == 4 * GIB
-    assert 10 * GIB < needed.memory < 14 * GIB
-    check_memory("decoder", needed, 14 * GIB)
+    decoder, half = (GraphRecord(name="decoder", file="", layers=(0, stop)) for stop in (6, 3))
+    needed = check_memory(NANO, decoder, SIZES, 18 * GIB)
+    assert needed.weight_bytes == 6 * GIB
+    assert 15 * GIB < needed.memory < 18 * GIB
+    assert check_memory(NANO, half, SIZES, 12 * GIB).weight_bytes == 3 * GIB
     with pytest.raises(
-        BuildError, match=r"engine of decoder takes about 1\d\.\d GiB .* 8\.0 GiB are available.*cut the decoder into parts"
+        BuildError,
+        match=r"engine of decoder takes about 1\d\.\d GiB .* 10\.0 GiB are available\. In 2 parts it fits: --parts 2\.",
     ):
-        check_memory("decoder", needed, 8 * GIB)
+        check_memory(NANO, decoder, SIZES, 10 * GIB)
+    # Parts that are too large still: three layers, where one fits.
+    with pytest.raises(BuildError, match=r"5\.0 GiB are available\. In 6 parts it fits: --parts 6\."):
+        check_memory(NANO, half, SIZES, 5 * GIB)
+    with pytest.raises(BuildError, match=r"3\.0 GiB are available\. Even parts of one LM layer would not fit\. Free some"):
+        check_memory(NANO, decoder, SIZES, 3 * GIB)
+    with pytest.raises(BuildError, match=r"engine of media_kv .* 8\.0 GiB are available\. Free some"):
+        check_memory(NANO, GraphRecord(name="media_kv", file=""), SIZES, 8 * GIB)
 
 
 @pytest.mark.parametrize(
@@ -213,11 +226,17 @@ def compile_with(monkeypatch, tmp_path):
     """Builds random nano with a stand-in for the compiler."""
     monkeypatch.setattr(library, "load", lambda which: fake_library())
 
-    def run(builds, *, target="sm89", backend="tensorrt-rtx", overwrite=False):
+    def run(builds, *, target="sm89", backend="tensorrt-rtx", overwrite=False, parts=1):
         monkeypatch.setattr(backend_module, "build", builds)
         request = BuildRequest(
-            source=source_for_size("nano", seed=3), out=tmp_path / "n.bundle", parity="skip", backend=backend, target=target, overwrite=overwrite
-        )  # fmt: skip
+            source=source_for_size("nano", seed=3),
+            out=tmp_path / "n.bundle",
+            parity="skip",
+            backend=backend,
+            target=target,
+            overwrite=overwrite,
+            parts=parts,
+        )
         return pipeline.build(request)
 
     return run
@@ -242,6 +261,69 @@ def test_an_engine_finished_before_a_kill_is_not_built_again(compile_with, tmp_p
         assert engine.sha256 == hashlib.sha256((bundle / engine.file).read_bytes()).hexdigest()
     stray = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()} - listed
     assert stray == {"manifest.json"}
+
+
+def test_parts_are_engines_of_their_own(compile_with, capsys):
+    """Finished ones outlive a kill; those of another number of parts are not taken for them."""
+    from flamingo_export.cli import main
+
+    first = FakeBuilds(stop_at=4)
+    with pytest.raises(KeyboardInterrupt):
+        compile_with(first, parts=2)
+    assert first.built[3:] == ["decoder.0"]
+    second = FakeBuilds()
+    result = compile_with(second, parts=2)
+    assert second.built == ["decoder.1"]
+    assert [engine.graph for engine in result.manifest.engines][3:] == ["decoder.0", "decoder.1"]
+    artifacts.open_bundle(result.path)
+    with pytest.raises(KeyboardInterrupt):
+        compile_with(FakeBuilds(stop_at=5), parts=3, overwrite=True)
+    third = FakeBuilds()
+    result = compile_with(third, parts=2, overwrite=True)
+    assert third.built == ["decoder.0", "decoder.1"]
+    assert sorted(path.name for path in result.path.rglob("decoder*.engine")) == ["decoder.0.engine", "decoder.1.engine"]
+    assert " --parts 2 " in rebuild_command(result.path, result.manifest, "tensorrt-rtx", "sm89")
+
+    assert main(["inspect", str(result.path), "--engine", "decoder", "--json"]) == 0
+    assert [record["graph"] for record in json.loads(capsys.readouterr().out)] == ["decoder.0", "decoder.1"]
+    assert main(["inspect", str(result.path), "--engine", "decoder.1", "--json"]) == 0
+    assert [record["graph"] for record in json.loads(capsys.readouterr().out)] == ["decoder.1"]
+
+
+def test_too_little_memory_is_said_before_anything_is_written(compile_with, monkeypatch, tmp_path):
+    """In as many parts as the message says it is built."""
+    (whole,) = (graph.weight_bytes for graph in planned(tmp_path, parts=1) if graph.layers)
+    monkeypatch.setattr(estimate, "MEMORY_BASE", 0)
+    monkeypatch.setattr(backend_module, "available_memory", lambda: int(0.7 * estimate.MEMORY_RATIO * whole))
+    refused = FakeBuilds()
+    with pytest.raises(BuildError, match=r"engine of decoder .* In 2 parts it fits: --parts 2\."):
+        compile_with(refused)
+    assert not refused.built
+    assert not list(tmp_path.iterdir())
+    assert len(compile_with(FakeBuilds(), parts=2).manifest.engines) == 5
+
+
+def planned(folder: Path, *, parts: int) -> tuple[pipeline.PlannedGraph, ...]:
+    request = BuildRequest(source=source_for_size("nano", seed=3), out=folder / "n.bundle", backend="tensorrt-rtx", parts=parts)
+    return pipeline.plan(request).graphs
+
+
+def test_the_plan_says_what_each_part_takes(tmp_path, monkeypatch, capsys):
+    from flamingo_export.cli import main
+
+    graphs = planned(tmp_path, parts=3)
+    assert [graph.name for graph in graphs][3:] == ["decoder.0", "decoder.1", "decoder.2"]
+    assert [layer for graph in graphs[3:] for layer in range(*graph.layers)] == list(range(6))
+    assert all(
+        (graph.engine_memory, graph.engine_seconds)
+        == (estimate.estimate(graph.weight_bytes).memory, estimate.estimate(graph.weight_bytes).seconds)
+        for graph in graphs
+    )
+    command = ["build", "--size", "nano", "--backend", "tensorrt-rtx", "--target", "sm89", "--parts", "3", "--plan"]
+    assert main([*command, "--out", str(tmp_path / "n.bundle")]) == 0
+    text = capsys.readouterr().out
+    for word in ("decoder.2", "4 to 5", "memory to build its engine"):
+        assert word in text
 
 
 def test_another_target_is_built_anew_and_leaves_nothing_of_the_old(compile_with, tmp_path):

@@ -12,11 +12,12 @@ from flamingo_export.manifest import ShapeLimits
 
 
 @pytest.mark.slow
-def test_nano_passes_but_for_layers_which_have_no_engines(monkeypatch, tmp_path, capfd):
+@pytest.mark.parametrize("parts", [1, 3])
+def test_nano_passes_but_for_layers_which_have_no_engines(monkeypatch, tmp_path, capfd, parts):
     from flamingo_export.cli import main
 
     limits = ShapeLimits(max_length=512, chunk=128)
-    flamingo_export.build(source_for_size("nano"), out=tmp_path / "nano.bundle", limits=limits, parity="skip")
+    flamingo_export.build(source_for_size("nano"), out=tmp_path / "nano.bundle", limits=limits, parts=parts, parity="skip")
     gpu = install(monkeypatch, tmp_path)
     bundle = add_engines(tmp_path / "nano.bundle", tmp_path / "x.bundle")
     assert main(["parity", str(bundle), "--backend", "tensorrt-rtx", "--json"]) == 0

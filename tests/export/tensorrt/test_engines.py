@@ -10,9 +10,12 @@ import numpy as np
 import psutil
 import pytest
 
+import flamingo_export
 from flamingo_export.backends.tensorrt.backend import TensorRTBackend
 from flamingo_export.backends.tensorrt.estimate import MEMORY_BASE, MEMORY_RATIO
 from flamingo_export.backends.tensorrt.library import RTX
+from flamingo_export.build_request import source_for_size
+from flamingo_export.decoder_parts import graph_bytes
 from flamingo_export.graphs import build_graph, save_graph
 from flamingo_export.manifest import GraphRecord, Manifest, ShapeLimits, SourceRecord, read_manifest
 from flamingo_export.precision import Precision
@@ -56,6 +59,29 @@ def test_every_subgraph_of_nano(rtx, nano_bundles, name, storage):
     half = {"fp16": "Half", "bf16": "BFloat16"}[storage]
     assert written[half] > 5 * written.get("Float", 0)
     assert "Half" not in written or "BFloat16" not in written
+
+
+@pytest.mark.slow
+def test_every_part_of_nano(rtx, tmp_path):
+    """As `build --parts` has them compiled: the first, one in the middle, the last; together they are the whole decoder."""
+    limits = ShapeLimits(max_length=512, chunk=64, bank_rows=16)
+    bundle, parts = tmp_path / "nano.bundle", 3
+    flamingo_export.build(source_for_size("nano"), out=bundle, storage="fp16", limits=limits, parts=parts, parity="skip")
+    manifest = read_manifest(bundle)
+    backend = TensorRTBackend(RTX, target=TARGET, module=rtx)
+    records = [backend.build(bundle, manifest, graph) for graph, _ in manifest.decoder_graphs()]
+    assert [record.file for record in records] == [f"engines/tensorrt-rtx-sm89/decoder.{k}.engine" for k in range(parts)]
+    summaries, lm = [record.summary for record in records], manifest.config.language_model
+    assert [summary.cache_updates for summary in summaries] == [2 * len(layers) for _, layers in manifest.decoder_graphs()]
+    attentions = lm.num_layers + len(manifest.config.gated_layers)
+    assert (
+        sum(summary.attentions for summary in summaries) == sum(summary.fused_attentions for summary in summaries) == attentions
+    )
+    sizes = WeightIndex.read(bundle).sizes()
+    for summary, (graph, _) in zip(summaries, manifest.decoder_graphs(), strict=True):
+        assert summary.weight_bytes == graph_bytes(manifest.config, sizes, graph)
+        assert [profile.name for profile in summary.profiles] == ["prefill", "decode"]
+        assert ("K" in summary.profiles[0].bounds) == (graph.name == "decoder.2")
 
 
 def block_bundle(name: str, layer: int, folder: Path) -> Path:

@@ -1,0 +1,128 @@
+"""A decoder in parts, run one after the other: to the loop, the cache and the media bank it is one session like any other.
+
+    token_ids ─> decoder.0 ── hidden ─> decoder.1 ── hidden ─> ... ─> decoder.K-1 ─> logits, candidates
+                 caches 0..a-1          caches a..b-1                 caches z..L-1
+
+Caches and media belong to the part that reads them: it allocates them, where it runs. Hidden states lie in a buffer that is output of one
+part and input of the next, at the same address as long as sizes allow: they never pass through a device's host, and on a GPU each part's
+step can be captured. All but the last part are asked with `compute`, which need not wait, and nobody asks them for results.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from itertools import pairwise
+from types import MappingProxyType
+from typing import Any
+
+from flamingo_export.backends.base import Array, Buffer, Session, Tensor, check_feeds
+from flamingo_export.errors import InputError
+from flamingo_export.specs import HIDDEN, HIDDEN_OUT, SubgraphSpec
+
+
+class DecoderParts:
+    """Sessions of the decoder's parts, in order, as one session. It closes them."""
+
+    def __init__(self, parts: Sequence[Session]) -> None:
+        """Raises DeviceMemoryError where there is no room for the hidden states."""
+        self._parts = tuple(parts)
+        self._reads = [frozenset(tensor.name for tensor in part.spec.inputs) - {HIDDEN} for part in parts]
+        inputs = {tensor.name: tensor for part in parts for tensor in part.spec.inputs if tensor.name != HIDDEN}
+        outputs = {tensor.name: tensor for part in parts for tensor in part.spec.outputs if tensor.name != HIDDEN_OUT}
+        self.spec = SubgraphSpec(
+            name="decoder",
+            inputs=tuple(inputs.values()),
+            outputs=tuple(outputs.values()),
+            aliases={output: source for part in parts for output, source in part.spec.aliases.items()},
+        )
+        self._bound: dict[str, Buffer] = {}
+        self._checked: set[tuple[Any, ...]] = set()
+        self._hidden: list[Buffer] = []
+        """Between each part and the next, for as many positions as were ever asked for."""
+        largest = self.largest
+        self._connect(largest.get("B", 1), largest.get("S", 1))
+
+    @property
+    def largest(self) -> Mapping[str, int]:
+        """Sizes that some part cannot go beyond."""
+        found: dict[str, int] = {}
+        for part in self._parts:
+            for symbol, size in part.largest.items():
+                found[symbol] = min(found.get(symbol, size), size)
+        return MappingProxyType(found)
+
+    @property
+    def asynchronous(self) -> bool:
+        return any(part.asynchronous for part in self._parts)
+
+    def allocate(self, name: str, shape: tuple[int, ...]) -> Buffer:
+        """A zeroed buffer for input `name`, where the part that reads it runs. Raises InputError for an unknown input."""
+        return self._readers(name)[0].allocate(name, shape)
+
+    def bind(self, name: str, buffer: Buffer) -> None:
+        """Input `name`, and the output that aliases it, are this buffer from now on. Raises InputError for one that does not fit."""
+        for part in self._readers(name):
+            part.bind(name, buffer)
+        if self._bound.get(name) is not buffer:
+            self._bound[name] = buffer
+            self._checked.clear()
+
+    def run(self, feeds: Mapping[str, Tensor], outputs: Collection[str] | None = None) -> dict[str, Array]:
+        """Runs every part once; results are those of the last one. Raises as a single session does, before any part is run."""
+        return self._parts[-1].run(self._before_last(feeds), outputs)
+
+    def compute(self, feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """As `run`, the results left where the last part has them."""
+        return self._parts[-1].compute(self._before_last(feeds))
+
+    def close(self) -> None:
+        """Frees the parts; bound buffers stay valid."""
+        for part in self._parts:
+            part.close()
+        self._bound, self._hidden = {}, []
+
+    def _readers(self, name: str) -> list[Session]:
+        found = [part for part, reads in zip(self._parts, self._reads, strict=True) if name in reads]
+        if not found:
+            raise InputError(f"{self.spec.name}: {name} is not an input")
+        return found
+
+    def _before_last(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Runs all parts but the last; returns what the last one is fed with."""
+        self._check(feeds)
+        tokens = feeds["token_ids"] if "token_ids" in feeds else self._bound["token_ids"]
+        self._connect(*tokens.shape)
+        *given, last = ({name: value for name, value in feeds.items() if name in reads} for reads in self._reads)
+        for part, each in zip(self._parts, given, strict=False):
+            part.compute(each)
+        return last
+
+    def _check(self, feeds: Mapping[str, Tensor]) -> None:
+        """Whether feeds are those of a whole decoder, once for each set of shapes and not at each step. Raises InputError."""
+        key = tuple((name, value.shape, value.dtype) for name, value in feeds.items())
+        if key in self._checked:
+            return
+        check_feeds(self.spec, feeds, self._bound)
+        caches = sorted(feeds.keys() & set(self.spec.aliases.values()))
+        if caches:
+            raise InputError(f"{self.spec.name}: {caches[0]} is updated in place: bind a buffer to it")
+        if len(self._checked) > 256:  # prompts of ever new lengths must not fill memory
+            self._checked.clear()
+        self._checked.add(key)
+
+    def _connect(self, batch: int, length: int) -> None:
+        """Hidden states of `batch` x `length` positions from each part to the next, in the memory there is or, where it is too small, in new.
+
+        A part on another device than the next would be given a buffer of its own, copied after it has run: this is the only place
+        where two parts share anything.
+        """
+        for index, (giver, taker) in enumerate(pairwise(self._parts)):
+            shape = (batch, length, *(int(size) for size in taker.spec.input(HIDDEN).shape[2:]))
+            if len(self._hidden) == index:
+                self._hidden.append(taker.allocate(HIDDEN, shape))
+            elif math.prod(self._hidden[index].shape) < math.prod(shape):
+                self._hidden[index] = taker.allocate(HIDDEN, shape)
+            view = self._hidden[index].view(shape)
+            giver.bind(HIDDEN_OUT, view)
+            taker.bind(HIDDEN, view)
