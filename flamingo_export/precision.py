@@ -51,13 +51,12 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Which matrices are quantised and how: rules in order, the last one that matches wins; what none matches is kept as stored.
 
-    attention: operands of self-attention's products. media: keys and values of media in the bank.
+    attention: queries, keys and values of self-attention, each with one scale; the cache is kept as it is.
     """
 
     name: str
     rules: tuple[Rule, ...] = ()
     attention: Literal["storage", "fp8"] = "storage"
-    media: Literal["storage", "fp8"] = "storage"
 
     def rule(self, name: str) -> Rule | None:
         """The rule that decides on matrix `name`."""
@@ -67,7 +66,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     @property
     def needs_ranges(self) -> bool:
         """Whether activations are quantised, whose ranges a calibration table gives."""
-        return "fp8" in (self.attention, self.media, *(rule.format for rule in self.rules))
+        return "fp8" in (self.attention, *(rule.format for rule in self.rules))
 
     def unmatched(self, names: Iterable[str]) -> list[Rule]:
         """Rules that match none of the matrices `names`."""
@@ -96,7 +95,7 @@ class Precision(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         if self.policy is None:
             return self.storage
         rules = [(rule.weights, rule.format, rule.block) for rule in self.policy.rules]
-        content = msgspec.json.encode([rules, self.policy.attention, self.policy.media])
+        content = msgspec.json.encode([rules, self.policy.attention])
         return f"{self.storage}, {self.policy.name} {hashlib.sha256(content).hexdigest()[:12]}"
 
     def element(self, name: str) -> StorageType:

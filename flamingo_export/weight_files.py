@@ -226,17 +226,21 @@ def _make(source: WeightSource, weight: Weight, precision: Precision, calibratio
         raise AssertionError(f"{weight.name} was made in shape {result.shape}, expected {weight.shape}")
     if not math.isfinite(float(cast(np.array([largest]), dtype)[0])):
         return _Made((), digests, overflow=f"{weight.name} (up to {largest:.3g})")
-    if how is None:
-        return _Made((result,), digests)
     del inputs
-    return _Made(_quantised(weight, result, how, calibration), digests)
+    found = (result,) if how is None else _quantised(weight, result, how, calibration)
+    return _Made((*found, *(_scale_of(name, calibration) for name in weight.operands(precision))), digests)
+
+
+def _scale_of(name: str, calibration: CalibrationTable | None) -> Array:
+    """Scale [] of an activation in E4M3: without a table, of the format's own range."""
+    threshold = calibration.threshold(name) if calibration is not None else FP8_LARGEST
+    return np.array(range_scale(threshold), np.float32)
 
 
 def _quantised(weight: Weight, matrix: Array, how: Quantisation, calibration: CalibrationTable | None) -> tuple[Array, ...]:
     """The pieces of a quantised matrix, as `weights.pieces` lists them."""
     if how.element == "fp8":
-        threshold = calibration.threshold(weight.name) if calibration is not None else FP8_LARGEST
-        return (*quantised(matrix, how), np.array(range_scale(threshold), np.float32))
+        return (*quantised(matrix, how), _scale_of(weight.name, calibration))
     # Where only zeros were seen there are no channels, and none matters more than another.
     rms = calibration.tensors[weight.name].channels().astype(np.float32) if calibration is not None else np.empty(0)
     return quantised(matrix, how, np.square(rms) if rms.size else None)

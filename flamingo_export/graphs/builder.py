@@ -113,6 +113,12 @@ class GraphBuilder:
             self._casts[name] = node.outputs[0]
         return self._casts[name]
 
+    def widened(self, x: ir.Value, weight: str, *, name: str) -> ir.Value:
+        """x, which was taken out of a stored weight, in fp32."""
+        if self.stored(weight).dtype == ir.DataType.FLOAT:
+            return x
+        return self.op("Cast", x, name=name, to=ir.DataType.FLOAT)  # type: ignore[no-any-return]
+
     def holds(self, name: str) -> bool:
         """Whether there is a weight of that name."""
         return self._index is not None and name in self._index

@@ -34,8 +34,7 @@ def decoder(config: ModelConfig, index: WeightIndex, *, layers: range | None = N
     outputs: dict[str, ir.Value] = {}
     if layers.start == 0:
         hidden = build.op("Gather", build.stored("decoder/embedding"), inputs["token_ids"], name="embedding", axis=0)
-        if build.stored("decoder/embedding").dtype != ir.DataType.FLOAT:
-            hidden = build.op("Cast", hidden, name="embedding/fp32", to=ir.DataType.FLOAT)
+        hidden = build.widened(hidden, "decoder/embedding", name="embedding/fp32")
     else:
         hidden = inputs["hidden"]
     for layer in layers:

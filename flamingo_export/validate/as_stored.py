@@ -19,7 +19,7 @@ from flamingo_export.precision import Precision, Quantisation, StorageType
 from flamingo_export.quantize.matrices import FP8_LARGEST, dequantised, quantised, range_scale
 from flamingo_export.quantize.table import CalibrationTable
 from flamingo_export.weights import Weight, bundle_weights
-from flamingo_reference.config import ModelConfig
+from flamingo_reference.config import ModelConfig, RelativePositions
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -59,6 +59,10 @@ class AsStored:
             how = weight.quantisation(self.precision)
             if how is not None:
                 self._quantise(module, prefix, weight, how, parameters)
+            if operands := weight.operands(self.precision):
+                owner = matrices[0].rpartition(".q_proj")[0].removeprefix(prefix).removeprefix(".")
+                _round_operands(module.get_submodule(owner), [self._scale(name) for name in operands])
+            if how is not None:
                 continue
             gate = next((parameters[name].data for name in weight.sources if name.endswith(_GATE)), None)
             for name in matrices:
@@ -101,9 +105,23 @@ class AsStored:
     def _rounding(self, weight: Weight, how: Quantisation) -> Any:
         if how.element != "fp8":
             return lambda x: in_blocks(x, how.block)
-        threshold = self._calibration.threshold(weight.name) if self._calibration is not None else FP8_LARGEST
-        scale = range_scale(threshold)
+        scale = self._scale(weight.name)
         return lambda x: through_fp8(x, scale)
+
+    def _scale(self, name: str) -> float:
+        return range_scale(self._calibration.threshold(name) if self._calibration is not None else FP8_LARGEST)
+
+
+def _round_operands(layer: Any, scales: list[float]) -> None:
+    """Queries, keys and values as they enter attention, queries with their bias for contents, through E4M3 from now on."""
+    attend = layer.attend
+    bias = layer.content_bias[:, None, :] if isinstance(layer.config.positions, RelativePositions) else 0.0
+
+    def rounded(q_BHSD: Tensor, k_BGCD: Tensor, v_BGCD: Tensor, *others: Any) -> Any:
+        q, k, v = (through_fp8(x, scale) for x, scale in zip((q_BHSD + bias, k_BGCD, v_BGCD), scales, strict=True))
+        return attend(q - bias, k, v, *others)  # which adds the bias again
+
+    layer.attend = rounded
 
 
 def as_stored(weight: Tensor, gate: Tensor | None, storage: StorageType) -> Tensor:

@@ -35,7 +35,7 @@ _SAFETENSORS_NAMES: Mapping[ElementType, str] = {
 }
 WEIGHTS_FOLDER = "weights"
 SCALE, INPUT_SCALE = ".scale", ".input_scale"
-"""What the names of a quantised matrix's scales end with: those of its blocks or output channels, and (fp8) that of its input."""
+"""What the names of scales end with: those of a matrix's blocks or output channels, and (fp8) that of its input or of an operand of attention."""
 
 
 class Placed(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,15 +70,16 @@ class Piece(msgspec.Struct, frozen=True, kw_only=True):
 def pieces(weight: Weight, precision: Precision) -> list[Piece]:
     """What is stored of a weight: itself, or its codes and scales where the policy quantises it."""
     how = weight.quantisation(precision)
+    operands = [Piece(name=name + INPUT_SCALE, shape=(), element="fp32") for name in weight.operands(precision)]
     if how is None:
-        return [Piece(name=weight.name, shape=weight.shape, element=weight.storage(precision))]
+        return [Piece(name=weight.name, shape=weight.shape, element=weight.storage(precision)), *operands]
     stored = [
         Piece(name=weight.name, shape=code_shape(weight.shape, how), element=how.element),
         Piece(name=weight.name + SCALE, shape=scale_shape(weight.shape, how), element="fp32"),
     ]
     if how.element == "fp8":
         stored.append(Piece(name=weight.name + INPUT_SCALE, shape=(), element="fp32"))
-    return stored
+    return [*stored, *operands]
 
 
 def groups(weights: Iterable[Weight]) -> dict[str, list[Weight]]:

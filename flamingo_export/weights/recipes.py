@@ -56,6 +56,13 @@ class Weight(msgspec.Struct, frozen=True, kw_only=True):
         how = precision.quantisation(self.name, self.shape[0])
         return None if how is not None and how.element == "int4" and self.shape[1] % 2 else how
 
+    def operands(self, precision: Precision) -> tuple[str, ...]:
+        """Names of the operands of attention that this product makes, where the policy quantises them: the calibration table's keys."""
+        wanted = precision.policy is not None and precision.policy.attention == "fp8"
+        if not wanted or not self.name.endswith("/self_attention/qkv_proj"):
+            return ()
+        return tuple(f"{self.name.removesuffix('qkv_proj')}{part}" for part in "qkv")
+
 
 # Recipes. Each takes the source tensors in order.
 
