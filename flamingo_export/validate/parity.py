@@ -110,7 +110,16 @@ def check_bundle(
     budget = min(memory or 1 << 62, available_memory())
     goldens, with_what = _expectation(bundle, manifest, checkpoint, budget, progress, against)
     report = compare_with(
-        bundle, manifest, goldens, chosen, with_what, memory=budget, progress=progress, started=started, options=options
+        bundle,
+        manifest,
+        goldens,
+        chosen,
+        with_what,
+        memory=budget,
+        progress=progress,
+        started=started,
+        options=options,
+        tasks=True,
     )
     _keep(bundle, manifest, goldens, report, progress)
     return report
@@ -177,8 +186,10 @@ def compare_with(
     progress: Progress = SILENT,
     started: float | None = None,
     options: SessionOptions | None = None,
+    tasks: bool = False,
 ) -> ParityReport:
-    """The report of a bundle's engines against recorded values."""
+    """The report of a bundle's engines against recorded values. tasks: what a quantised nano says as well, held against the reference."""
+    from flamingo_export.validate.accuracy import accuracy_row
     from flamingo_export.validate.traces import check_traces
 
     started = time.monotonic() if started is None else started
@@ -207,6 +218,9 @@ def compare_with(
     else:
         traces, rows = check_traces(bundle, manifest, goldens, backend, options, progress)
         checker.rows += rows
+        task = accuracy_row(bundle, manifest, backend, options, progress) if tasks else None
+        if task is not None:
+            checker.rows.append(task)
     failed = any(not row.passed for row in checker.rows) or not checker.rows
     verdict: Verdict = "failed" if failed else "passed"
     return ParityReport(

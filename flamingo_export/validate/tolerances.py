@@ -93,16 +93,18 @@ def tolerance(kind: str, precision: Precision = FP32) -> Tolerance:
 
     A policy is judged by the coarsest of its formats. The vision encoder, which no preset quantises, is by its storage.
     """
-    coarsest = next((name for name in ("int4", "fp8", "int8") if name in _formats(precision)), None)
-    if coarsest is not None and kind != "vision_encoder":
-        return TABLE[f"quantised layer, {coarsest}" if kind == "layer" else f"quantised, {coarsest}"]
+    found = coarsest(precision)
+    if found is not None and kind != "vision_encoder":
+        return TABLE[f"quantised layer, {found}" if kind == "layer" else f"quantised, {found}"]
     narrow = f"{kind}, 16-bit storage"
     return TABLE[narrow] if precision.storage != "fp32" and narrow in TABLE else TABLE[kind]
 
 
-def _formats(precision: Precision) -> set[str]:
+def coarsest(precision: Precision) -> str | None:
+    """The format of a policy that costs most; None where nothing is quantised."""
     policy = precision.policy
-    return set() if policy is None else {policy.attention, *(rule.format for rule in policy.rules)}
+    formats = set() if policy is None else {policy.attention, *(rule.format for rule in policy.rules)}
+    return next((name for name in ("int4", "fp8", "int8") if name in formats), None)
 
 
 def trace_limit(*, torch_error: float, peak: float) -> float:

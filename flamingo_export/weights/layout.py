@@ -35,7 +35,7 @@ _SAFETENSORS_NAMES: Mapping[ElementType, str] = {
 }
 WEIGHTS_FOLDER = "weights"
 SCALE, INPUT_SCALE = ".scale", ".input_scale"
-"""What the names of scales end with: those of a matrix's blocks or output channels, and (fp8) that of its input or of an operand of attention."""
+"""What the names of scales end with: those of a matrix's blocks or output channels, and (fp8) of its input or an operand of attention."""
 
 
 class Placed(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,0 +1,91 @@
+"""What each precision costs on the trained nano model: captions, answers, logits and tokens beside fp32's, and bytes.
+
+    python benchmarks/precision_accuracy.py [--items 2000] [--save]
+
+Held-out scenes, a caption and a question of each, greedily, on ONNX Runtime; every bundle sees the same items. Logits are compared on the
+right answers, fed as they are: mean Kullback-Leibler divergence from fp32's, and how often the first choice is the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import common
+import msgspec
+
+from flamingo_export import api
+from flamingo_export.backends.registry import get_backend
+from flamingo_export.build_request import BuildRequest, source_for_size
+from flamingo_export.manifest import read_manifest
+from flamingo_export.pipeline import build
+from flamingo_export.quantize.policies import preset
+from flamingo_export.validate.accuracy import agreement, answers, compared, logits
+from flamingo_reference.nano.tasks import tasks
+
+BUILDS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "fp16": {"storage": "fp16"},
+    "bf16": {"storage": "bf16"},
+    "fp8": {"policy": preset("fp8")},
+    "fp8, attention too": {"policy": msgspec.structs.replace(preset("fp8"), name="fp8-attention", attention="fp8")},
+    "fp8, uncalibrated": {"policy": preset("fp8"), "uncalibrated": True},
+    "int8": {"policy": preset("int8")},
+    "int4": {"policy": preset("int4")},
+    "int4, calibrated": {"policy": preset("int4")},
+}
+LOGIT_ITEMS = 200
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--items", type=int, default=2000)
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/precision_accuracy.json")
+    arguments = parser.parse_args()
+    items = tasks(arguments.items)
+    half = arguments.items // 2
+    rows: dict[str, dict[str, float]] = {}
+    said: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        table = None
+        for name, settings in BUILDS.items():
+            if name == "int4, calibrated":
+                settings = {**settings, "calibration": table}
+            bundle = Path(folder) / f"{name.replace(' ', '-').replace(',', '')}.bundle"
+            build(BuildRequest(source=source_for_size("nano"), out=bundle, parity="skip", **settings))
+            if name == "fp8":
+                table = bundle / "calibration.json"
+            manifest = read_manifest(bundle)
+            with api.load(bundle, backend="onnxruntime", threads=1) as model:
+                texts = answers(model, items)
+            numbers = logits(bundle, manifest, get_backend("onnxruntime"), items[:LOGIT_ITEMS])
+            if name == "fp32":
+                said, exact = texts, numbers
+            outcome, near = compared(items, texts, said), agreement(exact, numbers)
+            decoder = sum(file.size for file in manifest.files if file.path.startswith("weights/decoder"))
+            rows[name] = {
+                "captions": 100 * outcome.captions / half,
+                "answers": 100 * outcome.questions / half,
+                "lost_points": outcome.lost_points,
+                "equal_texts": 100 * outcome.same / outcome.total,
+                "divergence": near.divergence,
+                "same_choice": 100 * near.same_choice,
+                "decoder_bytes": decoder,
+            }
+    print(f"{half} captions and {half} answers; logits of {LOGIT_ITEMS} right answers, {near.positions} positions")
+    print("| | captions | answers | points lost | equal texts | logit KL, nats | same first choice | decoder |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name, row in rows.items():
+        print(
+            f"| {name} | {row['captions']:.1f} % | {row['answers']:.1f} % | {row['lost_points']:.2f} | {row['equal_texts']:.1f} % | "
+            f"{row['divergence']:.1e} | {row['same_choice']:.2f} % | {row['decoder_bytes'] / 2**20:.1f} MiB |"
+        )
+    if arguments.save:
+        print(common.save("precision_accuracy", {"items": arguments.items, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
