@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from flamingo_reference.checkpoints import idefics, native, openflamingo
+from flamingo_reference.checkpoints import clip, idefics, native, openflamingo
 from flamingo_reference.checkpoints.accounting import Ignored
 from flamingo_reference.checkpoints.adopted import Adopted, PartFiles, Parts
 from flamingo_reference.checkpoints.names import expected_tensors
@@ -57,7 +57,12 @@ def adopt_openflamingo(parts: Parts) -> Adopted:
         vision=_shapes(vision),
         language_model_config=lm.settings,
     )
-    config = openflamingo.config_from(files, tokens=TokenIds(pad=eoc if pad is None else pad, bos=bos, eoc=eoc, image=image))
+    config = openflamingo.config_from(
+        files,
+        tokens=TokenIds(pad=eoc if pad is None else pad, bos=bos, eoc=eoc, image=image),
+        # OpenAI's own file has no config.json: what its tensors do not tell is as in every model that it published.
+        vision=clip.config_from(vision.settings) if vision.settings else None,
+    )
     return Adopted(
         config=config,
         expected=expected_tensors(config),

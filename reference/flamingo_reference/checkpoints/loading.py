@@ -73,11 +73,10 @@ def load(files: CheckpointFiles, families: Sequence[Family] = FAMILIES) -> Check
     for part, path in given.items():
         if path is not None:
             recognised[part] = _part(path, part, families)
-    readers, used = _adapted({part: found.reader for part, found in recognised.items()}, files.adapters)
     tokenizer = find_tokenizer(files)
     parts = Parts(
         **{
-            part: PartFiles(path=found.path, family=found.family.name, settings=found.settings, reader=readers[part])
+            part: PartFiles(path=found.path, family=found.family.name, settings=found.settings, reader=found.reader)
             for part, found in recognised.items()
         },
         token_ids=added_ids(open_tokenizer(tokenizer, model.family.inputs.tags.added)) if tokenizer is not None else {},
@@ -88,7 +87,7 @@ def load(files: CheckpointFiles, families: Sequence[Family] = FAMILIES) -> Check
     except ConfigError as error:
         raise CheckpointError(f"{files.path}: {error}") from error
     where = ", ".join(str(found.path) for found in recognised.values())
-    published = _joined(readers, where)
+    published, used = _adapted(_joined(recognised, where), files.adapters, model.family)
     reader, ignored = _accounted(adopted, published, where)
     golden = files.path / "golden"
     return Checkpoint(
@@ -155,37 +154,28 @@ def _part(path: Path, part: Part, families: Sequence[Family]) -> Recognised:
     return found
 
 
-def _adapted(readers: Mapping[Part, TensorReader], adapters: Sequence[Path]) -> tuple[dict[Part, TensorReader], list[Path]]:
-    """The parts with each adapter merged into the one it was trained on, and the adapters' files."""
-    merged, files = dict(readers), []
+def _adapted(base: TensorReader, adapters: Sequence[Path], family: Family) -> tuple[TensorReader, list[Path]]:
+    """The tensors of all parts with each adapter merged in, and the adapters' files."""
+    files: list[Path] = []
     for adapter in adapters:
-        failures: list[str] = []
-        for part in merged:
-            try:
-                reader = LoraReader(merged[part], adapter)
-            except CheckpointError as error:
-                failures.append(str(error) if len(merged) == 1 else f"{part.replace('_', ' ')}: {error}")
-                continue
-            merged[part] = reader
-            files += reader.files
-            break
-        else:
-            raise CheckpointError("; ".join(failures))
-    return merged, files
+        merged = LoraReader(base, adapter, family.plain_name)
+        files += merged.files
+        base = merged
+    return base, files
 
 
-def _joined(readers: Mapping[Part, TensorReader], where: str) -> TensorReader:
+def _joined(parts: Mapping[Part, Recognised], where: str) -> TensorReader:
     """All parts' tensors by their published names. Raises CheckpointError naming those that two parts hold."""
     owners: dict[str, list[str]] = {}
-    for part, part_reader in readers.items():
-        for name in part_reader.names():
+    for part, found in parts.items():
+        for name in found.reader.names():
             owners.setdefault(name, []).append(part.replace("_", " "))
-    twice = [f"{name} (in {', '.join(parts)})" for name, parts in owners.items() if len(parts) > 1]
+    twice = [f"{name} (in {', '.join(places)})" for name, places in owners.items() if len(places) > 1]
     if twice:
         raise CheckpointError(
             f"{where}: tensors held by more than one part: {'; '.join(twice)}. Remove those that do not belong."
         )
-    return JoinedReader(list(readers.values()))
+    return JoinedReader([found.reader for found in parts.values()])
 
 
 def _accounted(adopted: Adopted, joined: TensorReader, where: str) -> tuple[TensorReader, dict[str, str]]:
