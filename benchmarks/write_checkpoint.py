@@ -1,6 +1,7 @@
 """Writes a checkpoint of random weights in a published layout and size, to build, measure and test with where the real one is not at hand.
 
     python benchmarks/write_checkpoint.py idefics-9b --out idefics-9b/                 # 18 GB: bf16 safetensors in shards, index, config.json
+    python benchmarks/write_checkpoint.py idefics-80b-index --out idefics-80b/     # config.json and index alone, for build --plan
     python benchmarks/write_checkpoint.py openflamingo-9b --out OpenFlamingo-9B/       # checkpoint.pt (fp32), mpt/ (bf16), clip/ (fp32)
 
 Names and shapes are those of transformers' classes, made on the meta device, and for OpenFlamingo's bridge those of its public code. Numbers are
@@ -24,7 +25,7 @@ import numpy as np
 
 from flamingo_export.sources.drawn import draw
 from flamingo_reference.checkpoints.torch_file import open_torch_file
-from flamingo_reference.checkpoints.writer import writing
+from flamingo_reference.checkpoints.writer import INDEX, writing
 
 Shapes = Mapping[str, tuple[int, ...]]
 SHARD_BYTES = 9_900_000_000
@@ -62,6 +63,12 @@ IDEFICS_9B = {
         "resampler_head_dim": 96,
         "qk_layer_norms_perceiver": True,
     },
+}
+IDEFICS_80B = IDEFICS_9B | {
+    "hidden_size": 8192,
+    "intermediate_size": 22016,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
 }
 IDEFICS_TINY = IDEFICS_9B | {
     "vocab_size": 300,
@@ -192,6 +199,24 @@ def write_idefics(folder: Path, settings: Mapping[str, Any], *, shard_bytes: int
     write_safetensors(folder, shapes, BF16, shard_bytes=shard_bytes)
 
 
+def write_index(folder: Path, settings: Mapping[str, Any]) -> None:
+    """config.json and the index of an IDEFICS v1, without the shards that it names: what `build --plan` and `inspect` do with."""
+    from transformers import IdeficsConfig, IdeficsForVisionText2Text
+
+    config = IdeficsConfig(**settings)
+    shapes = meta_shapes(lambda: IdeficsForVisionText2Text(config))
+    write_config(folder, config)
+    sizes = {name: math.prod(shape) * BF16.itemsize for name, shape in shapes.items()}
+    shard_of, shard, filled = {}, 1, 0
+    for name, size in sizes.items():
+        if filled and filled + size > SHARD_BYTES:
+            shard, filled = shard + 1, 0
+        shard_of[name], filled = shard, filled + size
+    files = {name: f"model-{number:05d}-of-{shard:05d}.safetensors" for name, number in shard_of.items()}
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
+    (folder / INDEX).write_text(json.dumps(index, indent=1))
+
+
 def write_openflamingo(folder: Path, mpt: Mapping[str, Any], clip: Mapping[str, Any], *, every: int, tokens: int) -> None:
     """OpenFlamingo v2 with an MPT: checkpoint.pt as training saved it, and beside it the language model (with a tokenizer of made-up words,
     as many as `tokens`) and CLIP that it leaves out."""
@@ -240,6 +265,7 @@ def write_config(folder: Path, config: Any) -> None:
 
 MODELS: Mapping[str, Callable[[Path], None]] = {
     "idefics-9b": lambda folder: write_idefics(folder, IDEFICS_9B),
+    "idefics-80b-index": lambda folder: write_index(folder, IDEFICS_80B),
     "idefics-tiny": lambda folder: write_idefics(folder, IDEFICS_TINY, shard_bytes=150_000),
     "openflamingo-9b": lambda folder: write_openflamingo(folder, MPT_7B, CLIP_L, every=4, tokens=MPT_TOKENS),
     "openflamingo-tiny": lambda folder: write_openflamingo(folder, MPT_TINY, CLIP_TINY, every=2, tokens=300),

@@ -20,7 +20,7 @@ import msgspec
 from flamingo_export import workplace
 from flamingo_export.artifacts import file_record
 from flamingo_export.backends.registry import COMPILERS, get_compiler
-from flamingo_export.build_request import BuildRequest, default_limits, resolve_precision
+from flamingo_export.build_request import BuildRequest, CheckpointFolder, default_limits, resolve_precision
 from flamingo_export.bundle_tokenizer import checked_tokenizer, placeholder_tokenizer
 from flamingo_export.errors import BuildError, CheckpointError, ParityError
 from flamingo_export.graphs import build_graph, save_graph
@@ -37,7 +37,7 @@ from flamingo_export.precision import Precision
 from flamingo_export.progress import SILENT, Progress
 from flamingo_export.refit import fitting
 from flamingo_export.runtime.tokenizer import TOKENIZER_FILE
-from flamingo_export.sources import RandomSource, WeightSource, open_source
+from flamingo_export.sources import CheckpointSource, RandomSource, WeightSource, open_source
 from flamingo_export.specs import SUBGRAPHS
 from flamingo_export.weight_files import stored_bytes, write_weights
 from flamingo_export.weights import WEIGHTS_FOLDER, WeightIndex, bundle_weights, groups
@@ -68,7 +68,8 @@ class BuildResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BuildPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """What a build would write. bytes_per_component: the bundle's weights, by the component they belong to."""
+    """What a build would write. bytes_per_component: the bundle's weights, by the component they belong to. absent: files that a build needs
+    and an index names, which are not there."""
 
     config: ModelConfig
     precision: Precision
@@ -77,6 +78,7 @@ class BuildPlan(msgspec.Struct, frozen=True, kw_only=True):
     weight_bytes: int
     disk_bytes: int
     """Needed at `out`'s disk, everything included, were the build to start anew."""
+    absent: tuple[Path, ...] = ()
 
 
 class _Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,8 +96,14 @@ class _Job(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def plan(request: BuildRequest) -> BuildPlan:
-    """What `build` would write, without writing. Raises CheckpointError or UnsupportedModel as it would."""
-    config = open_source(request.source).config
+    """What `build` would write, without writing. Raises CheckpointError or UnsupportedModel as it would, but not for shards that are missing:
+    config.json and an index suffice."""
+    absent: tuple[Path, ...] = ()
+    if isinstance(request.source, CheckpointFolder):
+        checkpoint = CheckpointSource(request.source, may_be_absent=True)
+        config, absent = checkpoint.config, checkpoint.checkpoint.absent
+    else:
+        config = open_source(request.source).config
     precision = resolve_precision(config, request.storage)
     sizes: dict[str, int] = {}
     for weight in bundle_weights(config):
@@ -109,6 +117,7 @@ def plan(request: BuildRequest) -> BuildPlan:
         bytes_per_component=sizes,
         weight_bytes=total,
         disk_bytes=total + _engine_bytes(request, total) + OTHER_FILES_BYTES,
+        absent=absent,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -176,6 +177,12 @@ def print_result(result: BuildResult, as_json: bool) -> None:
         print(f"parity not run; with PyTorch installed: flamingo-export parity {result.path}")
 
 
+def missing_files(absent: Sequence[Path]) -> str:
+    """Says that files are missing, and which."""
+    names = ", ".join(path.name for path in absent[:3]) + (f" and {len(absent) - 3} more" if len(absent) > 3 else "")
+    return f"{len(absent)} of the files that a build needs are not in {absent[0].parent}: {names}. Fetch them before building"
+
+
 def _print_plan(found: BuildPlan, as_json: bool) -> None:
     import shutil
 
@@ -192,3 +199,5 @@ def _print_plan(found: BuildPlan, as_json: bool) -> None:
     free = shutil.disk_usage(folder).free
     verdict = "enough" if free >= found.disk_bytes else "too little"
     print(f"needs {human_bytes(found.disk_bytes)} of disk; {folder} has {human_bytes(free)} free: {verdict}")
+    if found.absent:
+        print(f"planned from config.json and the index alone: {missing_files(found.absent)}")

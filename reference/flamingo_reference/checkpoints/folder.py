@@ -32,8 +32,10 @@ def open_file(path: Path) -> dict[str, TensorEntry]:
     return open_torch_file(path) if archive or path.suffix in _TORCH_SUFFIXES else open_header(path)
 
 
-def open_tensors(path: Path, names: Iterable[str] = NAMES) -> FileReader:
+def open_tensors(path: Path, names: Iterable[str] = NAMES, *, may_be_absent: bool = False) -> FileReader:
     """The tensors of a checkpoint: a file, or a folder with one of the files `names` or with shards and their index.
+
+    may_be_absent: shards that the index names need not be there; their tensors are known by name alone.
 
     Raises CheckpointError naming all files that are missing, cut short or malformed, and all tensors that are not where the index says, are
     held twice or not listed.
@@ -44,7 +46,7 @@ def open_tensors(path: Path, names: Iterable[str] = NAMES) -> FileReader:
     for name in names:
         index, single = path / (name + INDEX_SUFFIX), path / name
         if index.is_file():
-            return _open_shards(index)
+            return _open_shards(index, may_be_absent=may_be_absent)
         if single.is_file():
             return FileReader({tensor: (single, entry) for tensor, entry in open_file(single).items()})
     raise CheckpointError(
@@ -54,14 +56,14 @@ def open_tensors(path: Path, names: Iterable[str] = NAMES) -> FileReader:
     )
 
 
-def _open_shards(index: Path) -> FileReader:
+def _open_shards(index: Path, *, may_be_absent: bool) -> FileReader:
     weight_map, faults = _read_index(index)
     files = sorted(set(weight_map.values()))
     outside = [file for file in files if Path(file).name != file or file == ".." or "\\" in file or "\0" in file]
     missing = [file for file in files if file not in outside and not (index.parent / file).is_file()]
     if outside:
         faults.append(f"names files outside of its folder: {', '.join(outside)}")
-    if missing:
+    if missing and not may_be_absent:
         faults.append(f"names files that are not there: {', '.join(missing)}. Fetch them")
     shards, broken = _open_all(index.parent, [file for file in files if file not in (*outside, *missing)], open_file)
     faults += broken
@@ -84,7 +86,8 @@ def _open_shards(index: Path) -> FileReader:
         faults.append(f"the index does not list {', '.join(unlisted)}. Remove the files that do not belong")
     if faults:
         raise CheckpointError(f"{index}: " + "; ".join(faults) + ".")
-    return FileReader({name: (index.parent / file, shards[file][name]) for name, file in weight_map.items()})
+    present = {name: (index.parent / file, shards[file][name]) for name, file in weight_map.items() if file not in missing}
+    return FileReader(present, {name: index.parent / file for name, file in weight_map.items() if file in missing})
 
 
 def _open_all(
