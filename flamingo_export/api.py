@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from flamingo_export.progress import SILENT, Progress
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from flamingo_export.build_request import ParityMode, Source
     from flamingo_export.manifest import Manifest, ShapeLimits
     from flamingo_export.pipeline import BuildResult
@@ -26,6 +28,7 @@ def build(
     storage: StorageType | None = None,
     limits: ShapeLimits | None = None,
     tokenizer: Path | None = None,
+    vision_encoder: nn.Module | None = None,
     parity: ParityMode = "auto",
     overwrite: bool = False,
     resume: bool = True,
@@ -35,6 +38,9 @@ def build(
 
     model: a checkpoint folder, a live `flamingo_reference.model.Flamingo` (`tokenizer`: the `tokenizer.json` it was trained with), or
     a source, such as `build_request.source_for_size("9b")`. out: None takes `build_request.default_out`.
+    vision_encoder: for a checkpoint in our own format whose config says `"vision": {"type": "own", ...}`, the module from pixels
+    [F, 3, I, I] to features [F, P, E] that its bridge was trained on. It is traced with torch.onnx and proved by parity like the rest. (A live
+    model has it as its `vision_encoder`.)
     Returns the bundle's path, its manifest and what a user should know about it. An interrupted build goes on where it stopped.
 
     Raises CheckpointError (weights missing, unknown, misshapen or not finite), UnsupportedModel (a live model with parts that are not
@@ -43,6 +49,8 @@ def build(
     from flamingo_export import build_request, pipeline
 
     source = _source(model, tokenizer)
+    if vision_encoder is not None:
+        source = build_request.with_vision_encoder(source, vision_encoder)
     request = build_request.BuildRequest(
         source=source,
         out=Path(out) if out is not None else build_request.default_out(source),

@@ -13,6 +13,7 @@ from flamingo_export.precision import Precision, StorageType, default_precision
 from flamingo_reference.checkpoints.loading import CheckpointFiles
 from flamingo_reference.checkpoints.names import parameter_counts
 from flamingo_reference.config import PRESETS, ModelConfig
+from flamingo_reference.input_format import PAPER, InputFormat
 
 BuildBackend = Literal["onnxruntime", "tensorrt-rtx", "tensorrt"]
 ParityMode = Literal["auto", "skip"]
@@ -31,10 +32,12 @@ class RandomWeights(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LiveModel(msgspec.Struct, frozen=True, kw_only=True):
-    """Weights of a `flamingo_reference.model.Flamingo` in memory; `tokenizer` is the `tokenizer.json` it was trained with, if any."""
+    """Weights of a `flamingo_reference.model.Flamingo` in memory; `tokenizer` is the `tokenizer.json` it was trained with, if any; `inputs`:
+    how it takes images and text."""
 
     model: Any
     tokenizer: Path | None = None
+    inputs: InputFormat = PAPER
 
 
 Source = CheckpointFolder | RandomWeights | LiveModel

@@ -37,13 +37,14 @@ from flamingo_export.precision import Precision
 from flamingo_export.progress import SILENT, Progress
 from flamingo_export.refit import fitting
 from flamingo_export.runtime.tokenizer import TOKENIZER_FILE
-from flamingo_export.sources import CheckpointSource, RandomSource, WeightSource, open_source
+from flamingo_export.sources import CheckpointSource, LiveSource, RandomSource, WeightSource, open_source
 from flamingo_export.specs import SUBGRAPHS
+from flamingo_export.vision_trace import write_traced
 from flamingo_export.weight_files import stored_bytes, write_weights
 from flamingo_export.weights import WEIGHTS_FOLDER, WeightIndex, bundle_weights, groups
 from flamingo_export.workplace import Finished, Journal, WorkPlace
 from flamingo_reference.checkpoints import native
-from flamingo_reference.config import ModelConfig
+from flamingo_reference.config import ModelConfig, OwnVisionConfig
 
 if TYPE_CHECKING:
     from flamingo_export.backends.tensorrt.backend import Prepared, TensorRTBackend
@@ -164,6 +165,11 @@ def _prepare(request: BuildRequest, progress: Progress) -> _Job:
         native.check_tensors(config, {name: source.shape(name) for name in source.names()}, where="the weights")
     except ValueError as error:
         raise CheckpointError(str(error)) from error
+    if isinstance(config.vision, OwnVisionConfig) and not isinstance(source, LiveSource):
+        raise CheckpointError(
+            "config.json says that the vision encoder is a module of your own, which no file holds. Give it: "
+            "flamingo_export.build(..., vision_encoder=MODULE), or --vision-module PACKAGE.MODULE:CALLABLE"
+        )
     donor = fitting(request.graphs_of, source, progress=progress) if request.graphs_of is not None else None
     notes = []
     drawn = isinstance(source, RandomSource)
@@ -222,6 +228,8 @@ def _fill(job: _Job, journal: Journal, progress: Progress) -> BuildResult:
     work, config = job.place.work, job.source.config
     records, digests = write_weights(job.source, bundle_weights(config), job.precision, work, journal, progress)
     graphs = _write_graphs(job, progress)
+    if isinstance(job.source, LiveSource) and job.source.own_vision_encoder is not None:
+        records.append(write_traced(job.source.own_vision_encoder, config, work, "vision_encoder.onnx"))
     if job.tokenizer is not None:
         (work / TOKENIZER_FILE).parent.mkdir()
         (work / TOKENIZER_FILE).write_text(job.tokenizer, encoding="utf-8")
@@ -259,7 +267,8 @@ def _write_graphs(job: _Job, progress: Progress) -> tuple[GraphRecord, ...]:
     for name in SUBGRAPHS:
         layers = (0, config.language_model.num_layers) if name == "decoder" else None
         record = GraphRecord(name=name, file=f"{name}.onnx", layers=layers)
-        save_graph(build_graph(config, name, index), work / record.file)
+        if name != "vision_encoder" or not isinstance(config.vision, OwnVisionConfig):
+            save_graph(build_graph(config, name, index), work / record.file)
         records.append(record)
         progress.advance(1)
     return tuple(records)

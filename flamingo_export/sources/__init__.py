@@ -28,4 +28,4 @@ def open_source(source: Source) -> WeightSource:
         return CheckpointSource(source)
     if isinstance(source, RandomWeights):
         return RandomSource(source.config, source.seed)
-    return LiveSource(source.model, source.tokenizer)
+    return LiveSource(source.model, source.tokenizer, source.inputs)

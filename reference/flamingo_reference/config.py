@@ -90,6 +90,20 @@ class ViTConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return self.grid_size + self.class_token
 
 
+class OwnVisionConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="own"):
+    """A vision encoder that is not one of ours: any torch module from pixels [F, 3, I, I] to features [F, P, E]. It comes with the model, its
+    tensors are not in our checkpoints, and its graph is traced from it."""
+
+    image_size: int
+    num_patches: int
+    """P: features of an image."""
+    feature_width: int
+    """E: width of a feature."""
+
+
+VisionConfig = NFNetConfig | ViTConfig | OwnVisionConfig
+
+
 class ResamplerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Perceiver Resampler: [T, P, E] features of one medium to [R, W] latents."""
 
@@ -212,7 +226,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """A whole Flamingo."""
 
     name: str
-    vision: NFNetConfig | ViTConfig
+    vision: VisionConfig
     resampler: ResamplerConfig
     cross_attention: CrossAttentionConfig
     language_model: LanguageModelConfig
@@ -247,7 +261,9 @@ def _sizes(config: ModelConfig) -> Iterator[str]:
                 yield f"{part}.{field} is {value}, expected at least {least}"
 
 
-def _vision(vision: NFNetConfig | ViTConfig) -> Iterator[str]:
+def _vision(vision: VisionConfig) -> Iterator[str]:
+    if isinstance(vision, OwnVisionConfig):
+        return
     if isinstance(vision, ViTConfig):
         if vision.num_heads > 0 and vision.width % vision.num_heads:
             yield f"vision.num_heads {vision.num_heads} does not divide vision.width {vision.width}"
