@@ -32,6 +32,8 @@ OPSET = 20
 IR_VERSION = 10
 WEIGHTS_FILE = f"{WEIGHTS_FOLDER}/vision_encoder.own.safetensors"
 _FRAMES = 2
+# Shapes and scales stay in the graph: runtimes read them before they read external data.
+_INSIDE = 16
 
 
 def trace_vision_encoder(module: nn.Module, config: ModelConfig) -> ir.Model:
@@ -79,7 +81,7 @@ def write_traced(module: nn.Module, config: ModelConfig, work: Path, file: str) 
     tensors = {
         name: np.ascontiguousarray(value.const_value.numpy())
         for name, value in initializers.items()
-        if value.const_value is not None and value.const_value.size
+        if value.const_value is not None and value.const_value.size > _INSIDE and value.const_value.dtype.is_floating_point()
     }
     path = work / WEIGHTS_FILE
     path.parent.mkdir(exist_ok=True)
@@ -137,7 +139,10 @@ def _check_contract(module: nn.Module, pixels: Any, spec: SubgraphSpec) -> None:
 def _held_to_contract(model: ir.Model, spec: SubgraphSpec, name: str) -> ir.Model:
     import onnx_ir as ir
 
-    foreign = sorted({f"{node.domain}.{node.op_type}" for node in model.graph.all_nodes() if node.domain} | {str(key) for key in model.functions})
+    foreign = sorted(
+        {f"{node.domain}.{node.op_type}" for node in model.graph.all_nodes() if node.domain}
+        | {str(key) for key in model.functions}
+    )
     if foreign:
         raise UnsupportedModel(f"the vision encoder {name} needs operators that are not ONNX's own: {', '.join(foreign)}.")
     graph = model.graph

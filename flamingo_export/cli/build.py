@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
@@ -53,6 +53,15 @@ def build(
     vision: OtherVision = None,
     loras: Loras = None,
     tokenizer: OtherTokenizer = None,
+    vision_module: Annotated[
+        str | None,
+        typer.Option(
+            "--vision-module",
+            metavar="PACKAGE.MODULE:CALLABLE",
+            help="Your own Python: makes the torch module that a checkpoint with a vision encoder of its own needs.",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="The bundle. Default flamingo-SIZE.bundle or CHECKPOINT.bundle.", show_default=False),
@@ -107,31 +116,49 @@ def build(
         raise typer.BadParameter("give either --size or --checkpoint", param_hint="--size")
     if checkpoint is not None and seed is not None:
         raise typer.BadParameter("a checkpoint has its weights; a seed makes random ones for --size", param_hint="--seed")
-    beside = {"--lm": language_model, "--vision": vision, "--lora": loras, "--tokenizer": tokenizer}
+    if vision_module is not None and plan:
+        raise typer.BadParameter("a plan needs no module", param_hint="--vision-module")
+    beside = {
+        "--vision-module": vision_module,
+        "--lm": language_model,
+        "--vision": vision,
+        "--lora": loras,
+        "--tokenizer": tokenizer,
+    }
     if checkpoint is None and any(beside.values()):
         option = next(name for name, given in beside.items() if given)
         raise typer.BadParameter("goes with a checkpoint: add --checkpoint", param_hint=option)
     if target is not None and backend is Compiler.onnxruntime:
         raise typer.BadParameter("only engines have a target: add --backend tensorrt-rtx", param_hint="--target")
     from flamingo_export import pipeline
-    from flamingo_export.build_request import BuildRequest, default_limits, default_out, source_for_size
+    from flamingo_export.build_request import (
+        BuildRequest,
+        Source,
+        default_limits,
+        default_out,
+        source_for_size,
+        with_vision_encoder,
+    )
     from flamingo_export.cli.options import checkpoint_files, known_size
     from flamingo_export.cli.progress import reported
     from flamingo_export.manifest import ShapeLimits
     from flamingo_export.sources import open_source
 
-    source = (
+    source: Source = (
         source_for_size(known_size(size).name, seed=seed)
         if size is not None
         else checkpoint_files(checkpoint or Path(), language_model, vision, loras, tokenizer)
     )
+    target_out = out or default_out(source)
+    if vision_module is not None:
+        source = with_vision_encoder(source, made_by(vision_module))
     limits = ShapeLimits(max_length=max_length, chunk=max(1, min(_CHUNK, max_length // 8))) if max_length else None
     if max_batch is not None:
         limits = msgspec.structs.replace(limits or default_limits(open_source(source).config), batch=max_batch)
     storage: StorageType | None = precision.value if precision else None
     request = BuildRequest(
         source=source,
-        out=out or default_out(source),
+        out=target_out,
         storage=storage,
         limits=limits,
         parity=parity.value,
@@ -145,6 +172,24 @@ def build(
     with reported() as progress:
         result = pipeline.build(request, progress=progress)
     print_result(result, as_json)
+
+
+def made_by(name: str) -> Any:
+    """What the user's own callable returns. Raises typer.BadParameter if it cannot be found or called."""
+    import importlib
+    import sys
+
+    module, _, attribute = name.partition(":")
+    sys.path.insert(0, "")  # as `python -m` has it: what lies in the current folder
+    try:
+        return getattr(importlib.import_module(module), attribute)()
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise typer.BadParameter(
+            f"{name!r} is no callable that makes a module: {error}; expected PACKAGE.MODULE:CALLABLE",
+            param_hint="--vision-module",
+        ) from error
+    finally:
+        sys.path.remove("")
 
 
 def print_result(result: BuildResult, as_json: bool) -> None:

@@ -126,9 +126,7 @@ def refuse_unknown(model: Any) -> None:
 
 def _module_faults(model: Flamingo, standard: Flamingo) -> Iterator[str]:
     expected = dict(standard.named_modules(remove_duplicate=False))
-    found = {
-        name: module for name, module in model.named_modules(remove_duplicate=False) if not _own_vision(model, name)
-    }
+    found = {name: module for name, module in model.named_modules(remove_duplicate=False) if not _own_vision(model, name)}
     if isinstance(model.config.vision, OwnVisionConfig):
         encoder = expected.pop("vision_encoder")
         if type(model.vision_encoder) is type(encoder):
@@ -183,9 +181,7 @@ def _tensor_faults(model: Flamingo) -> Iterator[str]:
     import torch
 
     wanted = expected_tensors(model.config)
-    tensors = {
-        name: tensor for name, tensor in model.named_parameters(remove_duplicate=False) if not _own_vision(model, name)
-    }
+    tensors = {name: tensor for name, tensor in model.named_parameters(remove_duplicate=False) if not _own_vision(model, name)}
     for name in wanted:
         if name not in tensors:
             yield f"parameter {name} is missing"

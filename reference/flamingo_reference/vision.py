@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from flamingo_reference.config import NFNetConfig, OwnVisionConfig, VisionConfig, ViTConfig
+from flamingo_reference.config import OwnVisionConfig, VisionConfig, ViTConfig
 from flamingo_reference.vision_nfnet import NFNet
 from flamingo_reference.vision_vit import ViT
 
