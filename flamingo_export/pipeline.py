@@ -35,7 +35,7 @@ from flamingo_export.manifest import (
 )
 from flamingo_export.precision import Precision
 from flamingo_export.progress import SILENT, Progress
-from flamingo_export.refit import fitting
+from flamingo_export.fitting import fitting
 from flamingo_export.runtime.tokenizer import TOKENIZER_FILE
 from flamingo_export.sources import CheckpointSource, LiveSource, RandomSource, WeightSource, open_source
 from flamingo_export.specs import SUBGRAPHS
