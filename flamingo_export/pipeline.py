@@ -23,6 +23,7 @@ from flamingo_export.backends.registry import COMPILERS, get_compiler
 from flamingo_export.build_request import BuildRequest, CheckpointFolder, default_limits, resolve_precision
 from flamingo_export.bundle_tokenizer import checked_tokenizer, placeholder_tokenizer
 from flamingo_export.errors import BuildError, CheckpointError, ParityError
+from flamingo_export.fitting import fitting
 from flamingo_export.graphs import build_graph, save_graph
 from flamingo_export.manifest import (
     MANIFEST_NAME,
@@ -35,7 +36,6 @@ from flamingo_export.manifest import (
 )
 from flamingo_export.precision import Precision
 from flamingo_export.progress import SILENT, Progress
-from flamingo_export.fitting import fitting
 from flamingo_export.runtime.tokenizer import TOKENIZER_FILE
 from flamingo_export.sources import CheckpointSource, LiveSource, RandomSource, WeightSource, open_source
 from flamingo_export.specs import SUBGRAPHS

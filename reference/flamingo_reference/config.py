@@ -249,6 +249,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             raise ConfigError(f"model config {self.name!r}: " + "; ".join(faults))
 
 
+_MOST_LAYERS = 10_000
+"""Hundreds of times what models have: every layer has names of its own, so a number that is not one must not be counted up to."""
 _MAY_BE_ZERO = ("cross_attention.offset", "resampler.num_time_embeddings")
 
 
@@ -259,6 +261,8 @@ def _sizes(config: ModelConfig) -> Iterator[str]:
             counts = value if isinstance(value, tuple) else (value,)
             if any(isinstance(count, int) and not isinstance(count, bool) and count < least for count in counts):
                 yield f"{part}.{field} is {value}, expected at least {least}"
+            if field in ("num_layers", "depths") and max(counts, default=0) > _MOST_LAYERS:
+                yield f"{part}.{field} is {value}, expected at most {_MOST_LAYERS}"
 
 
 def _vision(vision: VisionConfig) -> Iterator[str]:
@@ -287,7 +291,7 @@ def _bridge(config: ModelConfig) -> Iterator[str]:
         )
     if block.every > 0 and not 0 <= block.offset < block.every:
         yield f"cross_attention.offset {block.offset} is outside 0 to {block.every - 1}"
-    elif block.every > 0 and config.language_model.num_layers > 0 and not config.gated_layers:
+    elif block.every > 0 and config.language_model.num_layers > 0 and block.offset >= config.language_model.num_layers:
         yield f"no layer is gated: cross_attention.offset {block.offset} of {config.language_model.num_layers} layers"
 
 

@@ -28,6 +28,7 @@ def adopt_idefics(parts: Parts) -> Adopted:
     turn = ids.get(IDEFICS_INSTRUCT.tags.eoc)
     inputs = IDEFICS if turn is None else IDEFICS_INSTRUCT
     config = idefics.config_from(settings, image=ids.get(inputs.tags.image), eoc=turn)
+    config.validate()
     return Adopted(
         config=config,
         expected=expected_tensors(config),
@@ -63,6 +64,7 @@ def adopt_openflamingo(parts: Parts) -> Adopted:
         # OpenAI's own file has no config.json: what its tensors do not tell is as in every model that it published.
         vision=clip.config_from(vision.settings) if vision.settings else None,
     )
+    config.validate()
     return Adopted(
         config=config,
         expected=expected_tensors(config),

@@ -188,7 +188,8 @@ def _gated_layers(shapes: Mapping[str, Shape], family: Family, num_layers: int) 
             "Is the language model given the one that it was trained with?"
         )
     every = found[0] + 1
-    if found != list(range(found[0], num_layers, every)):
+    wanted = range(found[0], num_layers, every)
+    if len(wanted) != len(found) or found != list(wanted):
         raise ConfigError(
             f"checkpoint.pt has gated blocks before layers {found}, expected every {every}th of {num_layers}. "
             "Is the language model given the one that it was trained with?"
