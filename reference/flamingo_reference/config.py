@@ -251,6 +251,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 _MOST_LAYERS = 10_000
 """Hundreds of times what models have: every layer has names of its own, so a number that is not one must not be counted up to."""
+_MOST_POSITIONS = 1 << 24
 _MAY_BE_ZERO = ("cross_attention.offset", "resampler.num_time_embeddings")
 
 
@@ -258,6 +259,8 @@ def _sizes(config: ModelConfig) -> Iterator[str]:
     for part in ("vision", "resampler", "cross_attention", "language_model"):
         for field, value in msgspec.structs.asdict(getattr(config, part)).items():
             least = 0 if f"{part}.{field}" in _MAY_BE_ZERO else 1
+            if field == "norm_eps" and not 0 < value < 1:
+                yield f"{part}.norm_eps is {value}, expected a small positive number"
             counts = value if isinstance(value, tuple) else (value,)
             if any(isinstance(count, int) and not isinstance(count, bool) and count < least for count in counts):
                 yield f"{part}.{field} is {value}, expected at least {least}"
@@ -302,8 +305,10 @@ def _language_model(lm: LanguageModelConfig) -> Iterator[str]:
         size = lm.positions.size
         if size < 2 or size % 2 or size > lm.head_size:
             yield f"language_model.positions.size {size} is no even number of channels from 2 to head_size {lm.head_size}"
-        if lm.positions.base <= 0:
-            yield f"language_model.positions.base is {lm.positions.base}, expected more than 0"
+        if not 0 < lm.positions.base < math.inf:
+            yield f"language_model.positions.base is {lm.positions.base}, expected a positive number"
+    if lm.max_positions > _MOST_POSITIONS:
+        yield f"language_model.max_positions is {lm.max_positions}, expected at most {_MOST_POSITIONS}"
     if lm.kv_heads > 0 and lm.num_heads % lm.kv_heads:
         yield f"language_model.num_kv_heads {lm.kv_heads} does not divide num_heads {lm.num_heads}"
     if lm.norm == "rms_norm" and lm.norm_bias:

@@ -117,6 +117,13 @@ def test_an_instructed_idefics_is_told_by_its_tokenizer(idefics: tuple[Path, Any
         ({"num_attention_heads": 5}, "hidden_size 48 must be a multiple of num_attention_heads 5"),
         ({"vocab_size": 61}, r"model\.embed_tokens\.weight has shape \(60, 48\), expected \(61, 48\)"),
         ({"hidden_size": "48"}, "hidden_size is '48', expected int"),
+        ({"num_hidden_layers": 10**9}, "language_model.num_layers is 1000000000, expected at most 10000"),
+        ({"max_position_embeddings": 10**12}, "max_positions is 1000000000000, expected at most 16777216"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": float("nan")}},
+            "positions.base is nan, expected a positive number",
+        ),
+        ({"rms_norm_eps": -1.0}, "norm_eps is -1.0, expected a small positive number"),
         ({"model_type": "idefics2"}, "model_type 'idefics2', which is not known"),
         ({"model_type": "clip"}, "but the tensors look like IDEFICS v1"),
     ],
