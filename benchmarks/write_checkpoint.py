@@ -1,7 +1,8 @@
 """Writes a checkpoint of random weights in a published layout and size, to build, measure and test with where the real one is not at hand.
 
     python benchmarks/write_checkpoint.py idefics-9b --out idefics-9b/                 # 18 GB: bf16 safetensors in shards, index, config.json
-    python benchmarks/write_checkpoint.py openflamingo-9b --out OpenFlamingo-9B/       # checkpoint.pt (fp32), mpt-7b/, clip-vit-l-14/
+    python benchmarks/write_checkpoint.py idefics-80b-index --out idefics-80b/     # config.json and index alone, for build --plan
+    python benchmarks/write_checkpoint.py openflamingo-9b --out OpenFlamingo-9B/       # checkpoint.pt (fp32), mpt/ (bf16), clip/ (fp32)
 
 Names and shapes are those of transformers' classes, made on the meta device, and for OpenFlamingo's bridge those of its public code. Numbers are
 drawn tensor by tensor: memory is that of one tensor. `-tiny` models have the same layout in a few megabytes.
@@ -24,7 +25,7 @@ import numpy as np
 
 from flamingo_export.sources.drawn import draw
 from flamingo_reference.checkpoints.torch_file import open_torch_file
-from flamingo_reference.checkpoints.writer import writing
+from flamingo_reference.checkpoints.writer import INDEX, writing
 
 Shapes = Mapping[str, tuple[int, ...]]
 SHARD_BYTES = 9_900_000_000
@@ -63,6 +64,12 @@ IDEFICS_9B = {
         "qk_layer_norms_perceiver": True,
     },
 }
+IDEFICS_80B = IDEFICS_9B | {
+    "hidden_size": 8192,
+    "intermediate_size": 22016,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+}
 IDEFICS_TINY = IDEFICS_9B | {
     "vocab_size": 300,
     "hidden_size": 64,
@@ -91,6 +98,8 @@ MPT_7B = {
     "vocab_size": 50432,
     "no_bias": True,
 }
+MPT_TOKENS = 50277
+"""Of MPT's tokenizer (GPT-NeoX-20B's): the language model's embedding has rows to spare, which OpenFlamingo's does not."""
 MPT_TINY = MPT_7B | {"d_model": 64, "n_heads": 4, "n_layers": 4, "max_seq_len": 128, "vocab_size": 320}
 CLIP_L = {
     "hidden_size": 1024,
@@ -109,7 +118,7 @@ CLIP_TINY = CLIP_L | {
     "image_size": 28,
 }
 ADDED_TOKENS = 3
-"""`<|endofchunk|>`, `<image>` and `<PAD>`, behind the language model's vocabulary."""
+"""`<|endofchunk|>`, `<image>` and `<PAD>`, behind the tokenizer's own."""
 
 
 def meta_shapes(build: Callable[[], Any]) -> dict[str, tuple[int, ...]]:
@@ -190,8 +199,27 @@ def write_idefics(folder: Path, settings: Mapping[str, Any], *, shard_bytes: int
     write_safetensors(folder, shapes, BF16, shard_bytes=shard_bytes)
 
 
-def write_openflamingo(folder: Path, mpt: Mapping[str, Any], clip: Mapping[str, Any], *, every: int) -> None:
-    """OpenFlamingo v2 with an MPT: checkpoint.pt as training saved it, and beside it the language model and CLIP that it leaves out."""
+def write_index(folder: Path, settings: Mapping[str, Any]) -> None:
+    """config.json and the index of an IDEFICS v1, without the shards that it names: what `build --plan` and `inspect` do with."""
+    from transformers import IdeficsConfig, IdeficsForVisionText2Text
+
+    config = IdeficsConfig(**settings)
+    shapes = meta_shapes(lambda: IdeficsForVisionText2Text(config))
+    write_config(folder, config)
+    sizes = {name: math.prod(shape) * BF16.itemsize for name, shape in shapes.items()}
+    shard_of, shard, filled = {}, 1, 0
+    for name, size in sizes.items():
+        if filled and filled + size > SHARD_BYTES:
+            shard, filled = shard + 1, 0
+        shard_of[name], filled = shard, filled + size
+    files = {name: f"model-{number:05d}-of-{shard:05d}.safetensors" for name, number in shard_of.items()}
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
+    (folder / INDEX).write_text(json.dumps(index, indent=1))
+
+
+def write_openflamingo(folder: Path, mpt: Mapping[str, Any], clip: Mapping[str, Any], *, every: int, tokens: int) -> None:
+    """OpenFlamingo v2 with an MPT: checkpoint.pt as training saved it, and beside it the language model (with a tokenizer of made-up words,
+    as many as `tokens`) and CLIP that it leaves out."""
     from transformers import CLIPVisionConfig, CLIPVisionModel, MptConfig, MptForCausalLM
 
     lm_config, clip_config = MptConfig(**mpt), CLIPVisionConfig(**clip)
@@ -200,6 +228,7 @@ def write_openflamingo(folder: Path, mpt: Mapping[str, Any], clip: Mapping[str, 
     lm_shapes = meta_shapes(lambda: MptForCausalLM(lm_config))
     lm_shapes.pop("lm_head.weight", None)  # tied to the embedding: files do not hold it
     write_safetensors(lm, lm_shapes, BF16)
+    write_tokenizer(lm, tokens)
     write_config(vision, clip_config)
     # The prefix of the published files, which this version of transformers leaves out.
     inner = {
@@ -211,11 +240,21 @@ def write_openflamingo(folder: Path, mpt: Mapping[str, Any], clip: Mapping[str, 
         layers=mpt["n_layers"],
         every=every,
         vision=clip["hidden_size"],
-        vocab=mpt["vocab_size"] + ADDED_TOKENS,
+        vocab=tokens + ADDED_TOKENS,
         latents=64,
         depth=6,
     )
     write_torch(folder / "checkpoint.pt", bridge, np.dtype(np.float32))
+
+
+def write_tokenizer(folder: Path, tokens: int) -> None:
+    """tokenizer.json of words parted by spaces."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {"<|endoftext|>": 0, **{f"w{index}": index for index in range(1, tokens)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<|endoftext|>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def write_config(folder: Path, config: Any) -> None:
@@ -226,9 +265,10 @@ def write_config(folder: Path, config: Any) -> None:
 
 MODELS: Mapping[str, Callable[[Path], None]] = {
     "idefics-9b": lambda folder: write_idefics(folder, IDEFICS_9B),
+    "idefics-80b-index": lambda folder: write_index(folder, IDEFICS_80B),
     "idefics-tiny": lambda folder: write_idefics(folder, IDEFICS_TINY, shard_bytes=150_000),
-    "openflamingo-9b": lambda folder: write_openflamingo(folder, MPT_7B, CLIP_L, every=4),
-    "openflamingo-tiny": lambda folder: write_openflamingo(folder, MPT_TINY, CLIP_TINY, every=2),
+    "openflamingo-9b": lambda folder: write_openflamingo(folder, MPT_7B, CLIP_L, every=4, tokens=MPT_TOKENS),
+    "openflamingo-tiny": lambda folder: write_openflamingo(folder, MPT_TINY, CLIP_TINY, every=2, tokens=300),
 }
 
 

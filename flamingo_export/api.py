@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from flamingo_export.progress import SILENT, Progress
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from flamingo_export.backends.base import Backend, SessionOptions
     from flamingo_export.build_request import ParityMode, Source
     from flamingo_export.manifest import Manifest, ShapeLimits
@@ -31,6 +33,7 @@ def build(
     limits: ShapeLimits | None = None,
     parts: int = 1,
     tokenizer: Path | None = None,
+    vision_encoder: nn.Module | None = None,
     parity: ParityMode = "auto",
     overwrite: bool = False,
     resume: bool = True,
@@ -42,6 +45,9 @@ def build(
     a source, such as `build_request.source_for_size("9b")`. policy: which matrices are quantised, "fp8", "int8", "int4" or one of
     `quantize.policies.read_policy`; calibration: the table of ranges for it. out: None takes `build_request.default_out`.
     parts: graphs that the decoder is cut into, run one after the other.
+    vision_encoder: for a checkpoint in our own format whose config says `"vision": {"type": "own", ...}`, the module from pixels
+    [F, 3, I, I] to features [F, P, E] that its bridge was trained on. It is traced with torch.onnx and proved by parity like the rest. (A live
+    model has it as its `vision_encoder`.)
     Returns the bundle's path, its manifest and what a user should know about it. An interrupted build goes on where it stopped.
 
     Raises CheckpointError (weights missing, unknown, misshapen or not finite), UnsupportedModel (a live model with parts that are not
@@ -52,6 +58,8 @@ def build(
 
     source = _source(model, tokenizer)
     chosen = preset(policy) if isinstance(policy, str) else policy
+    if vision_encoder is not None:
+        source = build_request.with_vision_encoder(source, vision_encoder)
     request = build_request.BuildRequest(
         source=source,
         out=Path(out) if out is not None else build_request.default_out(source, chosen),

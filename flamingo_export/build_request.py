@@ -13,7 +13,8 @@ from flamingo_export.manifest import ShapeLimits, read_manifest
 from flamingo_export.precision import Policy, Precision, StorageType, default_storage
 from flamingo_reference.checkpoints.loading import CheckpointFiles
 from flamingo_reference.checkpoints.names import parameter_counts
-from flamingo_reference.config import PRESETS, ModelConfig
+from flamingo_reference.config import PRESETS, ModelConfig, OwnVisionConfig
+from flamingo_reference.input_format import PAPER, InputFormat
 
 BuildBackend = Literal["onnxruntime", "tensorrt-rtx", "tensorrt"]
 ParityMode = Literal["auto", "skip"]
@@ -32,10 +33,12 @@ class RandomWeights(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LiveModel(msgspec.Struct, frozen=True, kw_only=True):
-    """Weights of a `flamingo_reference.model.Flamingo` in memory; `tokenizer` is the `tokenizer.json` it was trained with, if any."""
+    """Weights of a `flamingo_reference.model.Flamingo` in memory; `tokenizer` is the `tokenizer.json` it was trained with, if any; `inputs`:
+    how it takes images and text."""
 
     model: Any
     tokenizer: Path | None = None
+    inputs: InputFormat = PAPER
 
 
 Source = CheckpointFolder | RandomWeights | LiveModel
@@ -67,6 +70,47 @@ class BuildRequest(msgspec.Struct, frozen=True, kw_only=True):
     target: str | None = None
     parts: int = 1
     graphs_of: Path | None = None
+
+
+def with_vision_encoder(source: Source, module: Any) -> LiveModel:
+    """A checkpoint in our own format and the vision encoder that no file of it holds, together as a live model.
+
+    module: torch module from pixels [F, 3, I, I] to features [F, P, E]. Numbers stay in the checkpoint's files until they are used.
+    Raises CheckpointError if the checkpoint is not such a one. Needs torch.
+    """
+    import torch
+
+    from flamingo_export.sources.checkpoint import CheckpointSource
+    from flamingo_reference.model import Flamingo
+
+    if not isinstance(source, CheckpointFolder):
+        raise CheckpointError(
+            "a vision encoder of your own goes with a checkpoint's folder; a live model has it as its vision_encoder already."
+        )
+    opened = CheckpointSource(source)
+    if not isinstance(opened.config.vision, OwnVisionConfig):
+        raise CheckpointError(
+            f"{source.path} has a vision encoder of its own ({type(opened.config.vision).__name__}). For another one, its config.json says "
+            '"vision": {"type": "own", "image_size": I, "num_patches": P, "feature_width": E}, and it holds no vision_encoder tensors.'
+        )
+    with torch.device("meta"):
+        model = Flamingo(opened.config)
+    model.load_state_dict({name: _mapped(opened.read(name)) for name in opened.names()}, strict=True, assign=True)
+    model.vision_encoder = module
+    return LiveModel(model=model, tokenizer=opened.tokenizer, inputs=opened.inputs)
+
+
+def _mapped(array: Any) -> Any:
+    """A torch tensor on the array's own memory, which is that of the file; nobody writes to it."""
+    import warnings
+
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that the memory is not writable
+        if array.dtype.name == "bfloat16":
+            return torch.from_numpy(array.view("int16")).view(torch.bfloat16)
+        return torch.from_numpy(array)
 
 
 def refit_request(

@@ -20,10 +20,11 @@ import msgspec
 from flamingo_export import workplace
 from flamingo_export.artifacts import file_record
 from flamingo_export.backends.registry import COMPILERS, get_compiler
-from flamingo_export.build_request import BuildRequest, default_limits, resolve_precision
+from flamingo_export.build_request import BuildRequest, CheckpointFolder, default_limits, resolve_precision
 from flamingo_export.bundle_tokenizer import checked_tokenizer, placeholder_tokenizer
 from flamingo_export.decoder_parts import check_parts, graph_bytes, graph_records
 from flamingo_export.errors import BuildError, CalibrationError, CheckpointError, ParityError
+from flamingo_export.fitting import fitting
 from flamingo_export.graphs import build_graph, save_graph
 from flamingo_export.manifest import (
     MANIFEST_NAME,
@@ -46,14 +47,14 @@ from flamingo_export.quantize.table import (
     read_table,
     write_table,
 )
-from flamingo_export.refit import fitting
 from flamingo_export.runtime.tokenizer import TOKENIZER_FILE
-from flamingo_export.sources import RandomSource, WeightSource, open_source
+from flamingo_export.sources import CheckpointSource, LiveSource, RandomSource, WeightSource, open_source
+from flamingo_export.vision_trace import write_traced
 from flamingo_export.weight_files import stored_bytes, write_weights
 from flamingo_export.weights import WEIGHTS_FOLDER, WeightIndex, bundle_weights, groups
 from flamingo_export.workplace import Finished, Journal, WorkPlace
 from flamingo_reference.checkpoints import native
-from flamingo_reference.config import ModelConfig
+from flamingo_reference.config import ModelConfig, OwnVisionConfig
 
 if TYPE_CHECKING:
     from flamingo_export.backends.tensorrt.backend import Prepared, TensorRTBackend
@@ -89,7 +90,8 @@ class PlannedGraph(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BuildPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """What a build would write. bytes_per_component: the bundle's weights, by the component they belong to."""
+    """What a build would write. bytes_per_component: the bundle's weights, by the component they belong to. absent: files that a build needs
+    and an index names, which are not there."""
 
     config: ModelConfig
     precision: Precision
@@ -99,6 +101,7 @@ class BuildPlan(msgspec.Struct, frozen=True, kw_only=True):
     graphs: tuple[PlannedGraph, ...]
     disk_bytes: int
     """Needed at `out`'s disk, everything included, were the build to start anew."""
+    absent: tuple[Path, ...] = ()
 
 
 class _Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -118,8 +121,14 @@ class _Job(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def plan(request: BuildRequest) -> BuildPlan:
-    """What `build` would write, without writing. Raises CheckpointError, UnsupportedModel or, for parts, BuildError as it would."""
-    config = open_source(request.source).config
+    """What `build` would write, without writing. Raises CheckpointError, UnsupportedModel or, for parts, BuildError as it would, but not for
+    shards that are missing: config.json and an index suffice."""
+    absent: tuple[Path, ...] = ()
+    if isinstance(request.source, CheckpointFolder):
+        checkpoint = CheckpointSource(request.source, may_be_absent=True)
+        config, absent = checkpoint.config, checkpoint.checkpoint.absent
+    else:
+        config = open_source(request.source).config
     precision = resolve_precision(config, request.storage, request.policy)
     sizes: dict[str, int] = {}
     for weight in bundle_weights(config, precision):
@@ -134,6 +143,7 @@ def plan(request: BuildRequest) -> BuildPlan:
         weight_bytes=total,
         graphs=_planned_graphs(request, config, precision),
         disk_bytes=total + _engine_bytes(request, config, precision) + OTHER_FILES_BYTES,
+        absent=absent,
     )
 
 
@@ -198,6 +208,11 @@ def _prepare(request: BuildRequest, progress: Progress) -> _Job:
         native.check_tensors(config, {name: source.shape(name) for name in source.names()}, where="the weights")
     except ValueError as error:
         raise CheckpointError(str(error)) from error
+    if isinstance(config.vision, OwnVisionConfig) and not isinstance(source, LiveSource):
+        raise CheckpointError(
+            "config.json says that the vision encoder is a module of your own, which no file holds. Give it: "
+            "flamingo_export.build(..., vision_encoder=MODULE), or --vision-module PACKAGE.MODULE:CALLABLE"
+        )
     check_parts(config, request.parts)
     precision = resolve_precision(config, request.storage, request.policy)
     calibration = _checked_policy(request, config, precision)
@@ -306,6 +321,8 @@ def _fill(job: _Job, journal: Journal, progress: Progress) -> BuildResult:
     if calibration is not None:
         check_fits(calibration, config, source.sha256)
     graphs = _write_graphs(job, progress)
+    if isinstance(job.source, LiveSource) and job.source.own_vision_encoder is not None:
+        records.append(write_traced(job.source.own_vision_encoder, config, work, "vision_encoder.onnx"))
     if job.tokenizer is not None:
         (work / TOKENIZER_FILE).parent.mkdir()
         (work / TOKENIZER_FILE).write_text(job.tokenizer, encoding="utf-8")
@@ -369,7 +386,8 @@ def _write_graphs(job: _Job, progress: Progress) -> tuple[GraphRecord, ...]:
     progress.stage("graphs", len(records))
     for record in records:
         layers = range(*record.layers) if record.layers is not None else None
-        save_graph(build_graph(config, record.name, index, layers=layers), work / record.file)
+        if record.name != "vision_encoder" or not isinstance(config.vision, OwnVisionConfig):
+            save_graph(build_graph(config, record.name, index, layers=layers), work / record.file)
         progress.advance(1)
     return records
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
@@ -61,6 +62,15 @@ def build(
     vision: OtherVision = None,
     loras: Loras = None,
     tokenizer: OtherTokenizer = None,
+    vision_module: Annotated[
+        str | None,
+        typer.Option(
+            "--vision-module",
+            metavar="PACKAGE.MODULE:CALLABLE",
+            help="Your own Python: makes the torch module that a checkpoint with a vision encoder of its own needs.",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="The bundle. Default flamingo-SIZE.bundle or CHECKPOINT.bundle.", show_default=False),
@@ -146,24 +156,31 @@ def build(
     source = chosen_source(
         size, checkpoint, seed=seed, language_model=language_model, vision=vision, loras=loras, tokenizer=tokenizer
     )
+    if vision_module is not None and plan:
+        raise typer.BadParameter("a plan needs no module", param_hint="--vision-module")
+    if vision_module is not None and checkpoint is None:
+        raise typer.BadParameter("goes with a checkpoint: add --checkpoint", param_hint="--vision-module")
     if target is not None and backend is Compiler.onnxruntime:
         raise typer.BadParameter("only engines have a target: add --backend tensorrt-rtx", param_hint="--target")
     chosen = _policy({"fp8": fp8, "int8": int8, "int4": int4}, policy)
     if calibration is not None and uncalibrated:
         raise typer.BadParameter("goes without --calibration", param_hint="--uncalibrated")
     from flamingo_export import pipeline
-    from flamingo_export.build_request import BuildRequest, default_limits, default_out
+    from flamingo_export.build_request import BuildRequest, default_limits, default_out, with_vision_encoder
     from flamingo_export.cli.progress import reported
     from flamingo_export.manifest import ShapeLimits
     from flamingo_export.sources import open_source
 
+    target_out = out or default_out(source, chosen)
+    if vision_module is not None:
+        source = with_vision_encoder(source, made_by(vision_module))
     limits = ShapeLimits(max_length=max_length, chunk=max(1, min(_CHUNK, max_length // 8))) if max_length else None
     if max_batch is not None:
         limits = msgspec.structs.replace(limits or default_limits(open_source(source).config), batch=max_batch)
     storage: StorageType | None = precision.value if precision else None
     request = BuildRequest(
         source=source,
-        out=out or default_out(source, chosen),
+        out=target_out,
         storage=storage,
         policy=chosen,
         calibration=calibration,
@@ -196,6 +213,24 @@ def _policy(presets: dict[str, bool], file: Path | None) -> Policy | None:
     return preset(named[0]) if named else None
 
 
+def made_by(name: str) -> Any:
+    """What the user's own callable returns. Raises typer.BadParameter if it cannot be found or called."""
+    import importlib
+    import sys
+
+    module, _, attribute = name.partition(":")
+    sys.path.insert(0, "")  # as `python -m` has it: what lies in the current folder
+    try:
+        return getattr(importlib.import_module(module), attribute)()
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise typer.BadParameter(
+            f"{name!r} is no callable that makes a module: {error}; expected PACKAGE.MODULE:CALLABLE",
+            param_hint="--vision-module",
+        ) from error
+    finally:
+        sys.path.remove("")
+
+
 def print_result(result: BuildResult, as_json: bool) -> None:
     """What was published, and what a user should know about it."""
     from flamingo_export.cli.output import human_bytes, print_json
@@ -226,6 +261,12 @@ def print_result(result: BuildResult, as_json: bool) -> None:
         print(f"parity not run; with PyTorch installed: flamingo-export parity {result.path}")
 
 
+def missing_files(absent: Sequence[Path]) -> str:
+    """Says that files are missing, and which."""
+    names = ", ".join(path.name for path in absent[:3]) + (f" and {len(absent) - 3} more" if len(absent) > 3 else "")
+    return f"{len(absent)} of the files that a build needs are not in {absent[0].parent}: {names}. Fetch them before building"
+
+
 def _print_plan(found: BuildPlan, as_json: bool) -> None:
     import shutil
 
@@ -243,6 +284,8 @@ def _print_plan(found: BuildPlan, as_json: bool) -> None:
     free = shutil.disk_usage(folder).free
     verdict = "enough" if free >= found.disk_bytes else "too little"
     print(f"needs {human_bytes(found.disk_bytes)} of disk; {folder} has {human_bytes(free)} free: {verdict}")
+    if found.absent:
+        print(f"planned from config.json and the index alone: {missing_files(found.absent)}")
 
 
 def _print_graphs(found: BuildPlan) -> None:

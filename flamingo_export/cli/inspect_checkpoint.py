@@ -37,7 +37,7 @@ class WouldBuild(msgspec.Struct, frozen=True, kw_only=True):
 
 class Survey(msgspec.Struct, frozen=True, kw_only=True):
     """What was found. types: number of tensors by element type. ignored: tensors by the reason for which they are left out.
-    fault: why it cannot be built, in full; None where it can."""
+    build: what would be; None where that cannot be told. fault: why it cannot be built, in full; None where it can."""
 
     path: str
     family: str
@@ -78,22 +78,25 @@ def inspect_checkpoint(source: CheckpointFolder, as_json: bool) -> bool:
 
 def survey(source: CheckpointFolder) -> Survey:
     """What a checkpoint is, without reading a number of it. Raises CheckpointError if it is of no known family, or its files are damaged."""
+    from flamingo_export.cli.build import missing_files
     from flamingo_export.errors import CheckpointError
     from flamingo_reference.checkpoints.loading import find_tokenizer
     from flamingo_reference.checkpoints.recognition import recognise
     from flamingo_reference.checkpoints.tensors import CheckpointError as UnreadableCheckpoint
 
     try:
-        recognised = recognise(source.path)
+        recognised = recognise(source.path, may_be_absent=True)
         tokenizer = find_tokenizer(source)
     except UnreadableCheckpoint as error:
         raise CheckpointError(str(error)) from error
     ignored: dict[str, list[str]] = {}
     build, fault = None, None
     try:
-        build, left_out = _would_build(source)
+        build, left_out, absent = _would_build(source)
         for name, reason in left_out.items():
             ignored.setdefault(reason, []).append(name)
+        if absent:
+            fault = missing_files(absent)
     except CheckpointError as error:
         fault = str(error)
     return _survey(recognised, ignored, tokenizer, build, fault)
@@ -116,7 +119,7 @@ def _survey(
         files=len(reader.files),
         file_bytes=sum(path.stat().st_size for path in reader.files),
         tensors=len(names),
-        types=dict(Counter(str(reader.dtype(name)) for name in names)),
+        types=dict(Counter("not there" if name in reader.absent else str(reader.dtype(name)) for name in names)),
         ignored=ignored,
         tokenizer=str(tokenizer) if tokenizer is not None else None,
         build=build,
@@ -124,7 +127,8 @@ def _survey(
     )
 
 
-def _would_build(source: CheckpointFolder) -> tuple[WouldBuild, dict[str, str]]:
+def _would_build(source: CheckpointFolder) -> tuple[WouldBuild, dict[str, str], tuple[Path, ...]]:
+    """With the tensors that are left out, each with the reason, and the files that are missing."""
     from flamingo_export import pipeline
     from flamingo_export.build_request import BuildRequest, default_out
     from flamingo_export.bundle_tokenizer import checked_tokenizer
@@ -134,13 +138,13 @@ def _would_build(source: CheckpointFolder) -> tuple[WouldBuild, dict[str, str]]:
     from flamingo_export.sources import CheckpointSource
     from flamingo_export.weights import bundle_weights
 
-    opened = CheckpointSource(source)
+    opened = CheckpointSource(source, may_be_absent=True)
     if opened.tokenizer is not None:
         checked_tokenizer(opened.tokenizer, opened.config, opened.inputs.tags)
     plan = pipeline.plan(BuildRequest(source=source, out=default_out(source)))
     parts = components(plan.config)
     largest = max(math.prod(weight.shape) for weight in bundle_weights(plan.config))
-    return WouldBuild(
+    build = WouldBuild(
         name=plan.config.name,
         parameters=parts,
         storage=plan.precision.storage,
@@ -151,7 +155,8 @@ def _would_build(source: CheckpointFolder) -> tuple[WouldBuild, dict[str, str]]:
         fit=opened.inputs.fit,
         image_size=plan.config.vision.image_size,
         tags=opened.inputs.tags.all,
-    ), dict(opened.checkpoint.ignored)
+    )
+    return build, dict(opened.checkpoint.ignored), plan.absent
 
 
 def _print(found: Survey) -> None:
@@ -173,8 +178,9 @@ def _print(found: Survey) -> None:
         lines.append((f"left out {len(names)}", f"{shown}: {reason}"))
     for label, text in lines:
         console.print(f"{label:<13} {text}", markup=False, soft_wrap=True)
-    if found.build is None:
+    if found.fault is not None:
         console.print(f"cannot be built: {found.fault}", markup=False, soft_wrap=True)
+    if found.build is None:
         return
     build = found.build
     console.print(

@@ -6,11 +6,13 @@ import onnx_ir as ir
 
 from flamingo_export.graphs import vision_nfnet, vision_vit
 from flamingo_export.weights import WeightIndex
-from flamingo_reference.config import ModelConfig, ViTConfig
+from flamingo_reference.config import ModelConfig, OwnVisionConfig, ViTConfig
 
 
 def vision_encoder(config: ModelConfig, index: WeightIndex) -> ir.Model:
-    """pixels [F, 3, I, I] -> features [F, P, E]."""
+    """pixels [F, 3, I, I] -> features [F, P, E]. Raises ValueError for an encoder that is traced instead."""
     if isinstance(config.vision, ViTConfig):
         return vision_vit.vision_encoder(config, config.vision, index)
+    if isinstance(config.vision, OwnVisionConfig):
+        raise ValueError("the vision encoder is not one of ours: its graph is traced from its module (vision_trace)")
     return vision_nfnet.vision_encoder(config, config.vision, index)

@@ -20,9 +20,12 @@ __all__ = [
 
 
 def open_source(source: Source) -> WeightSource:
-    """The weights that a request names, without reading them. Raises CheckpointError or UnsupportedModel."""
+    """The weights that a request names, without reading them. Raises CheckpointError or UnsupportedModel.
+
+    Of a checkpoint in shards, all must be there; `CheckpointSource` says how to do without.
+    """
     if isinstance(source, CheckpointFolder):
         return CheckpointSource(source)
     if isinstance(source, RandomWeights):
         return RandomSource(source.config, source.seed)
-    return LiveSource(source.model, source.tokenizer)
+    return LiveSource(source.model, source.tokenizer, source.inputs)

@@ -20,12 +20,15 @@ class CheckpointSource:
 
     digested = True
 
-    def __init__(self, files: CheckpointFiles | Path) -> None:
-        """Raises CheckpointError if config or tensors are missing, of an unknown family, do not fit each other or are cut short."""
+    def __init__(self, files: CheckpointFiles | Path, *, may_be_absent: bool = False) -> None:
+        """may_be_absent: shards that an index names need not be there, where nothing will be read.
+
+        Raises CheckpointError if config or tensors are missing, of an unknown family, do not fit each other or are cut short.
+        """
         if isinstance(files, Path):
             files = CheckpointFiles(path=files)
         try:
-            self.checkpoint = load(files)
+            self.checkpoint = load(files, may_be_absent=may_be_absent)
         except UnreadableCheckpoint as error:
             raise CheckpointError(str(error)) from error
         self.config, self.inputs = self.checkpoint.config, self.checkpoint.inputs

@@ -16,7 +16,8 @@ from flamingo_export.errors import UnsupportedModel
 from flamingo_export.manifest import SourceRecord
 from flamingo_export.sources.base import Array, combined_digest, tensor_digest
 from flamingo_reference.checkpoints.names import expected_tensors
-from flamingo_reference.input_format import PAPER
+from flamingo_reference.config import OwnVisionConfig
+from flamingo_reference.input_format import PAPER, InputFormat
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,21 +32,34 @@ class LiveSource:
     """A `flamingo_reference.model.Flamingo` in memory, exactly as the builder knows it."""
 
     golden = None
-    inputs = PAPER
     digested = False  # once is enough: see identity
 
-    def __init__(self, model: Flamingo, tokenizer: Path | None = None) -> None:
-        """Raises UnsupportedModel naming every module, hook, forward, parameter or buffer that is not the standard model's."""
+    def __init__(self, model: Flamingo, tokenizer: Path | None = None, inputs: InputFormat = PAPER) -> None:
+        """Raises UnsupportedModel naming every module, hook, forward, parameter or buffer that is not the standard model's. A vision encoder
+        that the config says is the user's own may be any module."""
         refuse_unknown(model)
-        self.model, self.config, self.tokenizer = model, model.config, tokenizer
-        self._tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+        self.model, self.config, self.tokenizer, self.inputs = model, model.config, tokenizer, inputs
+        self._tensors: dict[str, Tensor] = {
+            name: tensor for name, tensor in model.named_parameters(remove_duplicate=False) if not _own_vision(model, name)
+        }
+
+    @property
+    def own_vision_encoder(self) -> Any:
+        """The module to be traced where the vision encoder is not ours, else None."""
+        return self.model.vision_encoder if isinstance(self.config.vision, OwnVisionConfig) else None
 
     @functools.cached_property
     def digest(self) -> str:
-        """Of all tensors. Nothing less tells whether a model in memory is the one that an interrupted build was of."""
+        """Of all tensors, those of an own vision encoder among them. Nothing less tells whether a model in memory is the one that an
+        interrupted build was of."""
+        tensors = {f"vision_encoder.{name}": tensor for name, tensor in self._own_tensors().items()} | self._tensors
         with ThreadPoolExecutor(2) as pool:
-            digests = pool.map(lambda name: tensor_digest(self.read(name)), self._tensors)
-            return combined_digest(dict(zip(self._tensors, digests, strict=True)))
+            digests = pool.map(lambda tensor: tensor_digest(_on_host(tensor)), tensors.values())
+            return combined_digest(dict(zip(tensors, digests, strict=True)))
+
+    def _own_tensors(self) -> dict[str, Tensor]:
+        module = self.own_vision_encoder
+        return {} if module is None else dict(module.state_dict())
 
     @property
     def identity(self) -> str:
@@ -62,17 +76,26 @@ class LiveSource:
 
     def read(self, name: str) -> Array:
         """A tensor's numbers on the host; on a CPU they share the model's memory."""
-        import ml_dtypes
-        import torch
-
-        tensor = self._tensors[name].detach().cpu().contiguous()
-        if tensor.dtype == torch.bfloat16:
-            return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-        return np.asarray(tensor.numpy())
+        return _on_host(self._tensors[name])
 
     def record(self, digests: Mapping[str, str]) -> SourceRecord:
         """The digest of all tensors names the model."""
         return SourceRecord(kind="live", sha256=self.digest)
+
+
+def _on_host(tensor: Tensor) -> Array:
+    import ml_dtypes
+    import torch
+
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return np.asarray(tensor.numpy())
+
+
+def _own_vision(model: Flamingo, name: str) -> bool:
+    """Whether a module or tensor belongs to a vision encoder that is the user's own."""
+    return isinstance(model.config.vision, OwnVisionConfig) and (name == "vision_encoder" or name.startswith("vision_encoder."))
 
 
 def refuse_unknown(model: Any) -> None:
@@ -103,7 +126,11 @@ def refuse_unknown(model: Any) -> None:
 
 def _module_faults(model: Flamingo, standard: Flamingo) -> Iterator[str]:
     expected = dict(standard.named_modules(remove_duplicate=False))
-    found = dict(model.named_modules(remove_duplicate=False))
+    found = {name: module for name, module in model.named_modules(remove_duplicate=False) if not _own_vision(model, name)}
+    if isinstance(model.config.vision, OwnVisionConfig):
+        encoder = expected.pop("vision_encoder")
+        if type(model.vision_encoder) is type(encoder):
+            yield "its vision encoder is your own by its config, and not set: model.vision_encoder = MODULE"
     for name in expected:
         if name not in found:
             yield f"module {name} is missing"
@@ -153,7 +180,8 @@ def _global_hooks() -> Iterator[str]:
 def _tensor_faults(model: Flamingo) -> Iterator[str]:
     import torch
 
-    tensors, wanted = dict(model.named_parameters(remove_duplicate=False)), expected_tensors(model.config)
+    wanted = expected_tensors(model.config)
+    tensors = {name: tensor for name, tensor in model.named_parameters(remove_duplicate=False) if not _own_vision(model, name)}
     for name in wanted:
         if name not in tensors:
             yield f"parameter {name} is missing"
@@ -169,7 +197,8 @@ def _tensor_faults(model: Flamingo) -> Iterator[str]:
         elif type(tensor) is not torch.nn.Parameter or tensor.layout != torch.strided:
             yield f"parameter {name} is a {type(tensor).__qualname__} of layout {tensor.layout}, expected a dense Parameter"
     for name, _ in model.named_buffers(remove_duplicate=False):
-        yield f"buffer {name} is not known"
+        if not _own_vision(model, name):
+            yield f"buffer {name} is not known"
 
 
 def _changed_settings(label: str, module: Any, standard: Any) -> Iterator[str]:

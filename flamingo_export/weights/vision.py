@@ -24,8 +24,11 @@ GROUP = "vision_encoder"
 
 
 def vision_encoder(config: ModelConfig) -> Iterator[Weight]:
-    """Weights of the `vision_encoder` graph."""
-    yield from _vit(config.vision) if isinstance(config.vision, ViTConfig) else _nfnet(config.vision)
+    """Weights of the `vision_encoder` graph; none for an encoder that is traced, whose graph brings its own (`vision_trace`)."""
+    if isinstance(config.vision, ViTConfig):
+        yield from _vit(config.vision)
+    elif isinstance(config.vision, NFNetConfig):
+        yield from _nfnet(config.vision)
 
 
 def _nfnet(vision: NFNetConfig) -> Iterator[Weight]:

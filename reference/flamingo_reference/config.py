@@ -90,6 +90,20 @@ class ViTConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return self.grid_size + self.class_token
 
 
+class OwnVisionConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="own"):
+    """A vision encoder that is not one of ours: any torch module from pixels [F, 3, I, I] to features [F, P, E]. It comes with the model, its
+    tensors are not in our checkpoints, and its graph is traced from it."""
+
+    image_size: int
+    num_patches: int
+    """P: features of an image."""
+    feature_width: int
+    """E: width of a feature."""
+
+
+VisionConfig = NFNetConfig | ViTConfig | OwnVisionConfig
+
+
 class ResamplerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Perceiver Resampler: [T, P, E] features of one medium to [R, W] latents."""
 
@@ -212,7 +226,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """A whole Flamingo."""
 
     name: str
-    vision: NFNetConfig | ViTConfig
+    vision: VisionConfig
     resampler: ResamplerConfig
     cross_attention: CrossAttentionConfig
     language_model: LanguageModelConfig
@@ -235,6 +249,9 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             raise ConfigError(f"model config {self.name!r}: " + "; ".join(faults))
 
 
+_MOST_LAYERS = 10_000
+"""Hundreds of times what models have: every layer has names of its own, so a number that is not one must not be counted up to."""
+_MOST_POSITIONS = 1 << 24
 _MAY_BE_ZERO = ("cross_attention.offset", "resampler.num_time_embeddings")
 
 
@@ -242,12 +259,18 @@ def _sizes(config: ModelConfig) -> Iterator[str]:
     for part in ("vision", "resampler", "cross_attention", "language_model"):
         for field, value in msgspec.structs.asdict(getattr(config, part)).items():
             least = 0 if f"{part}.{field}" in _MAY_BE_ZERO else 1
+            if field == "norm_eps" and not 0 < value < 1:
+                yield f"{part}.norm_eps is {value}, expected a small positive number"
             counts = value if isinstance(value, tuple) else (value,)
             if any(isinstance(count, int) and not isinstance(count, bool) and count < least for count in counts):
                 yield f"{part}.{field} is {value}, expected at least {least}"
+            if field in ("num_layers", "depths") and max(counts, default=0) > _MOST_LAYERS:
+                yield f"{part}.{field} is {value}, expected at most {_MOST_LAYERS}"
 
 
-def _vision(vision: NFNetConfig | ViTConfig) -> Iterator[str]:
+def _vision(vision: VisionConfig) -> Iterator[str]:
+    if isinstance(vision, OwnVisionConfig):
+        return
     if isinstance(vision, ViTConfig):
         if vision.num_heads > 0 and vision.width % vision.num_heads:
             yield f"vision.num_heads {vision.num_heads} does not divide vision.width {vision.width}"
@@ -271,7 +294,7 @@ def _bridge(config: ModelConfig) -> Iterator[str]:
         )
     if block.every > 0 and not 0 <= block.offset < block.every:
         yield f"cross_attention.offset {block.offset} is outside 0 to {block.every - 1}"
-    elif block.every > 0 and config.language_model.num_layers > 0 and not config.gated_layers:
+    elif block.every > 0 and config.language_model.num_layers > 0 and block.offset >= config.language_model.num_layers:
         yield f"no layer is gated: cross_attention.offset {block.offset} of {config.language_model.num_layers} layers"
 
 
@@ -282,8 +305,10 @@ def _language_model(lm: LanguageModelConfig) -> Iterator[str]:
         size = lm.positions.size
         if size < 2 or size % 2 or size > lm.head_size:
             yield f"language_model.positions.size {size} is no even number of channels from 2 to head_size {lm.head_size}"
-        if lm.positions.base <= 0:
-            yield f"language_model.positions.base is {lm.positions.base}, expected more than 0"
+        if not 0 < lm.positions.base < math.inf:
+            yield f"language_model.positions.base is {lm.positions.base}, expected a positive number"
+    if lm.max_positions > _MOST_POSITIONS:
+        yield f"language_model.max_positions is {lm.max_positions}, expected at most {_MOST_POSITIONS}"
     if lm.kv_heads > 0 and lm.num_heads % lm.kv_heads:
         yield f"language_model.num_kv_heads {lm.kv_heads} does not divide num_heads {lm.num_heads}"
     if lm.norm == "rms_norm" and lm.norm_bias:

@@ -61,7 +61,8 @@ OPENFLAMINGO = InputFormat(
         question="{image}Question:{question} Short answer:",
     ),
 )
-"""OpenFlamingo (arXiv 2308.01390): CLIP's own preprocessing; the prompts of its evaluation. Its tokenizers put nothing before a text, but
+"""OpenFlamingo (arXiv 2308.01390): open_clip's transforms for evaluation, which its training used too (open_flamingo/src/factory.py), those
+of torchvision; the prompts of its evaluation (open_flamingo/eval/models/open_flamingo.py). Its tokenizers put nothing before a text, but
 LLaMA's, see `with_bos`."""
 IDEFICS = InputFormat(
     fit="stretch",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flamingo_reference.checkpoints import native
+from flamingo_reference.checkpoints.names import expected_tensors
 from flamingo_reference.checkpoints.tensors import AnyArray
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.cross_attention import GatedCrossAttention
@@ -33,7 +34,7 @@ class Flamingo(nn.Module):
         super().__init__()
         config.validate()
         self.config = config
-        self.vision_encoder = make_vision_encoder(config.vision)
+        self.vision_encoder: nn.Module = make_vision_encoder(config.vision)
         self.resampler = PerceiverResampler(config)
         self.cross_attention = nn.ModuleList(GatedCrossAttention(config) for _ in config.gated_layers)
         self.language_model = LanguageModel(config.language_model)
@@ -80,8 +81,9 @@ class Flamingo(nn.Module):
         return model
 
     def save(self, path: Path | str, *, tokenizer: Path | None = None) -> None:
-        """Writes a checkpoint folder in our own format."""
-        tensors = ((name, numpy_from_torch(tensor)) for name, tensor in self.state_dict().items())
+        """Writes a checkpoint folder in our own format. A vision encoder that is not ours is left out."""
+        known = expected_tensors(self.config)
+        tensors = ((name, numpy_from_torch(tensor)) for name, tensor in self.state_dict().items() if name in known)
         native.save_native(Path(path), self.config, tensors, tokenizer=tokenizer)
 
 

@@ -26,7 +26,6 @@ from flamingo_reference.cross_attention import GatedCrossAttention, project_medi
 from flamingo_reference.decoder import LanguageModel, LanguageModelLayer
 from flamingo_reference.model import Flamingo, torch_from_numpy
 from flamingo_reference.resampler import PerceiverResampler
-from flamingo_reference.vision import VisionEncoder as Encoder
 from flamingo_reference.vision import make_vision_encoder
 
 Tensors = Mapping[str, Tensor]
@@ -52,7 +51,7 @@ class VisionEncoder(Subgraph):
 
     inputs, outputs = ("pixels",), ("features",)
 
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
         self.vision_encoder = encoder
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +12,9 @@ import pytest
 import torch
 from transformers import CLIPVisionModel, IdeficsForVisionText2Text, MptForCausalLM
 
+from flamingo_export import pipeline
+from flamingo_export.build_request import BuildRequest, CheckpointFolder
+from flamingo_export.errors import CheckpointError
 from flamingo_reference.checkpoints.folder import open_tensors
 from flamingo_reference.checkpoints.recognition import recognise
 
@@ -55,6 +59,21 @@ def test_openflamingo(script: ModuleType, tmp_path: Path) -> None:
     assert recognise(tmp_path / "checkpoint.pt").family.name == "openflamingo"
     assert recognise(tmp_path / "mpt").family.name == "mpt"
     assert recognise(tmp_path / "clip").family.name == "clip"
+
+
+def test_80b_is_planned_from_its_index(script: ModuleType, tmp_path: Path) -> None:
+    """Names of every tensor and the config suffice; a build says which shards it lacks."""
+    script.MODELS["idefics-80b-index"](tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors.index.json"]
+    source = CheckpointFolder(path=tmp_path)
+    plan = pipeline.plan(BuildRequest(source=source, out=tmp_path / "b.bundle"))
+    published = json.loads((tmp_path / "model.safetensors.index.json").read_text())["metadata"]["total_size"]
+    # Less the norm of CLIP's pooled output; rotary tables, norms and embeddings are stored in fp32.
+    assert plan.weight_bytes == pytest.approx(published, rel=0.01)
+    assert published == pytest.approx(2 * 80e9, rel=0.02)
+    assert len(plan.absent) == 17
+    with pytest.raises(CheckpointError, match=r"names files that are not there: model-00001-of-00017\.safetensors"):
+        pipeline.build(BuildRequest(source=source, out=tmp_path / "b.bundle"))
 
 
 def test_names_and_shapes_of_the_published_size(script: ModuleType) -> None:

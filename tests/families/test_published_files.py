@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -23,6 +24,8 @@ import flamingo_export
 from flamingo_export.build_request import CheckpointFolder
 from flamingo_export.errors import CheckpointError
 from flamingo_export.manifest import read_manifest
+from flamingo_reference.checkpoints.loading import load
+from flamingo_reference.checkpoints.tensors import CheckpointError as UnreadableCheckpoint
 from flamingo_reference.input_format import IDEFICS, IDEFICS_INSTRUCT, OPENFLAMINGO, with_bos
 
 
@@ -114,6 +117,13 @@ def test_an_instructed_idefics_is_told_by_its_tokenizer(idefics: tuple[Path, Any
         ({"num_attention_heads": 5}, "hidden_size 48 must be a multiple of num_attention_heads 5"),
         ({"vocab_size": 61}, r"model\.embed_tokens\.weight has shape \(60, 48\), expected \(61, 48\)"),
         ({"hidden_size": "48"}, "hidden_size is '48', expected int"),
+        ({"num_hidden_layers": 10**9}, "language_model.num_layers is 1000000000, expected at most 10000"),
+        ({"max_position_embeddings": 10**12}, "max_positions is 1000000000000, expected at most 16777216"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": float("nan")}},
+            "positions.base is nan, expected a positive number",
+        ),
+        ({"rms_norm_eps": -1.0}, "norm_eps is -1.0, expected a small positive number"),
         ({"model_type": "idefics2"}, "model_type 'idefics2', which is not known"),
         ({"model_type": "clip"}, "but the tensors look like IDEFICS v1"),
     ],
@@ -219,6 +229,58 @@ def test_openflamingos_text_is_encoded_with_the_added_tokens(tmp_path: Path) -> 
         assert model.tokenizer.encode("<image> w7 <|endofchunk|>") == [62, 7, 61]
         picture = Image.fromarray(np.full((40, 30, 3), 90, np.uint8))
         assert model.generate("<image> w7", images=[picture], max_new_tokens=3).token_ids
+
+
+@pytest.mark.parametrize("prefix", ["", "lang_encoder."])
+@pytest.mark.parametrize("inner", ["", "decoder_layer."])
+def test_an_adapter_of_the_language_model_within_openflamingo(tmp_path: Path, prefix: str, inner: str) -> None:
+    """PEFT names modules as they are called in the model that it is given: OpenFlamingo's, or the bare language model."""
+    source = write_openflamingo(tmp_path / "m", Theirs("mpt"))
+    generator = np.random.default_rng(4)
+    modules = {
+        f"{prefix}transformer.blocks.1.{inner}ffn.up_proj": ("language_model.layers.1.ffw_up.weight", slice(None)),
+        f"{prefix}transformer.blocks.1.{inner}attn.Wqkv": ("language_model.layers.1.k_proj.weight", slice(48, 96)),
+        "lang_encoder.transformer.blocks.1.gated_cross_attn_layer.ff.1": ("cross_attention.0.ffw_up.weight", slice(None)),
+    }
+    plain, adapter = load(source), tmp_path / "adapter"
+    adapter.mkdir()
+    halves = {}
+    for module, (ours, _) in modules.items():
+        out, into = plain.reader.shape(ours)
+        out = 3 * out if "Wqkv" in module else out
+        for half, shape in (("A", (2, into)), ("B", (out, 2))):
+            drawn = generator.standard_normal(shape).astype(np.float32)
+            halves[f"base_model.model.{module}.lora_{half}.weight"] = drawn
+    embedding = generator.standard_normal(plain.reader.shape("language_model.embedding.weight")).astype(np.float32)
+    halves[f"base_model.model.{prefix}transformer.wte.weight"] = embedding
+    save_file(halves, adapter / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "modules_to_save": ["wte"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    merged = load(msgspec.structs.replace(source, adapters=(adapter,)))
+    for module, (ours, rows) in modules.items():
+        down, up = (halves[f"base_model.model.{module}.lora_{half}.weight"].astype(np.float64) for half in "AB")
+        wanted = plain.reader.read(ours) + (2 * up @ down)[rows]
+        np.testing.assert_allclose(merged.reader.read(ours), wanted, atol=1e-5)
+    # The published language model has an embedding too, which training went on from: it is checkpoint.pt's that is in use.
+    np.testing.assert_array_equal(merged.reader.read("language_model.embedding.weight"), embedding)
+    changed = {ours for ours, _ in modules.values()} | {"language_model.embedding.weight"}
+    for name in set(plain.reader.names()) - changed - {f"language_model.layers.1.{part}_proj.weight" for part in "qv"}:
+        np.testing.assert_array_equal(merged.reader.read(name), plain.reader.read(name))
+
+
+def test_heads_of_clip_are_those_of_its_config(tmp_path: Path) -> None:
+    source = write_openflamingo(tmp_path, Theirs("mpt"), layout="transformers")
+    assert source.vision_encoder is not None
+    raw = json.loads((source.vision_encoder / "config.json").read_text())
+    vision = raw.get("vision_config", raw)
+    assert vision["num_attention_heads"] == 1
+    vision["num_attention_heads"] = 4
+    (source.vision_encoder / "config.json").write_text(json.dumps(raw))
+    assert load(source).config.vision.num_heads == 4  # type: ignore[union-attr]
+    vision["hidden_size"] = 128
+    (source.vision_encoder / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(UnreadableCheckpoint, match=r"the perceiver's width in checkpoint\.pt is 64, the other files have 128"):
+        load(source)
 
 
 def test_parts_that_do_not_belong_together(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import msgspec
 
@@ -48,12 +48,22 @@ def check_tensors(
 
 
 def account(
-    expected: Mapping[str, Shape], reader: TensorReader, *, where: str, model: str, ignored: Sequence[Ignored] = ()
+    expected: Mapping[str, Shape],
+    reader: TensorReader,
+    *,
+    where: str,
+    model: str,
+    ignored: Sequence[Ignored] = (),
+    absent: Collection[str] = (),
 ) -> dict[str, str]:
-    """`check_tensors` of a checkpoint's tensors, which must be floats where they are used. Raises CheckpointError."""
-    found = {name: reader.shape(name) for name in reader.names()}
+    """`check_tensors` of a checkpoint's tensors, which must be floats where they are used. absent: those known by name alone.
+
+    Raises CheckpointError.
+    """
+    found = {name: expected.get(name, ()) if name in absent else reader.shape(name) for name in reader.names()}
     left_out = check_tensors(expected, found, where=where, model=model, ignored=ignored)
-    others = [f"{name} has element type {reader.dtype(name)}" for name in expected if reader.dtype(name) not in FLOATS]
+    present = [name for name in expected if name not in absent]
+    others = [f"{name} has element type {reader.dtype(name)}" for name in present if reader.dtype(name) not in FLOATS]
     if others:
         raise CheckpointError(
             f"{where}: {'; '.join(others)}; expected one of {', '.join(str(dtype) for dtype in FLOATS)}. "

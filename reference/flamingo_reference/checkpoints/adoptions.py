@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from flamingo_reference.checkpoints import idefics, native, openflamingo
+from flamingo_reference.checkpoints import clip, idefics, native, openflamingo
 from flamingo_reference.checkpoints.accounting import Ignored
 from flamingo_reference.checkpoints.adopted import Adopted, PartFiles, Parts
 from flamingo_reference.checkpoints.names import expected_tensors
@@ -28,6 +28,7 @@ def adopt_idefics(parts: Parts) -> Adopted:
     turn = ids.get(IDEFICS_INSTRUCT.tags.eoc)
     inputs = IDEFICS if turn is None else IDEFICS_INSTRUCT
     config = idefics.config_from(settings, image=ids.get(inputs.tags.image), eoc=turn)
+    config.validate()
     return Adopted(
         config=config,
         expected=expected_tensors(config),
@@ -57,7 +58,13 @@ def adopt_openflamingo(parts: Parts) -> Adopted:
         vision=_shapes(vision),
         language_model_config=lm.settings,
     )
-    config = openflamingo.config_from(files, tokens=TokenIds(pad=eoc if pad is None else pad, bos=bos, eoc=eoc, image=image))
+    config = openflamingo.config_from(
+        files,
+        tokens=TokenIds(pad=eoc if pad is None else pad, bos=bos, eoc=eoc, image=image),
+        # OpenAI's own file has no config.json: what its tensors do not tell is as in every model that it published.
+        vision=clip.config_from(vision.settings) if vision.settings else None,
+    )
+    config.validate()
     return Adopted(
         config=config,
         expected=expected_tensors(config),

@@ -9,6 +9,7 @@ import msgspec
 
 from flamingo_reference.checkpoints.adopted import Adopted, Parts
 from flamingo_reference.checkpoints.adoptions import adopt_idefics, adopt_native, adopt_openflamingo
+from flamingo_reference.checkpoints.openflamingo import plain_name
 from flamingo_reference.input_format import IDEFICS, OPENFLAMINGO, PAPER, InputFormat
 
 Part = Literal["model", "language_model", "vision_encoder"]
@@ -20,7 +21,8 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
     part: what of a model it holds. model_types: values of model_type in config.json that say so; settings: keys of config.json that say so
     where there is no model_type. marks: regular expressions, each of which matches the whole name of one of its tensors at least.
     needs: the parts that it leaves to other files.
-    inputs: how it takes images and text. adopt: makes the model of its files, None where it is but a part of one.
+    inputs: how it takes images and text. adopt: makes the model of its files, None where it is but a part of one. plain_name: a tensor's name
+    without what depends on how the model was put together, by which adapters find the tensors that they were trained on.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
     needs: tuple[Part, ...] = ()
     inputs: InputFormat = PAPER
     adopt: Callable[[Parts], Adopted] | None = None
+    plain_name: Callable[[str], str] = str
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -57,6 +60,7 @@ FAMILIES: tuple[Family, ...] = (
         needs=("language_model", "vision_encoder"),
         inputs=OPENFLAMINGO,
         adopt=adopt_openflamingo,
+        plain_name=plain_name,
     ),
     Family(
         name="llama",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ NAMES = ("model.safetensors", "adapter_model.safetensors", "pytorch_model.bin", 
 _ARCHIVE = b"PK\x03\x04"
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 _MAX_INDEX = 100_000_000  # bytes
+_MAX_NAME = 255  # bytes, of a file: what file systems allow
+_SHOWN = 20  # files of a kind that a message names
 
 
 def open_file(path: Path) -> dict[str, TensorEntry]:
@@ -32,8 +34,10 @@ def open_file(path: Path) -> dict[str, TensorEntry]:
     return open_torch_file(path) if archive or path.suffix in _TORCH_SUFFIXES else open_header(path)
 
 
-def open_tensors(path: Path, names: Iterable[str] = NAMES) -> FileReader:
+def open_tensors(path: Path, names: Iterable[str] = NAMES, *, may_be_absent: bool = False) -> FileReader:
     """The tensors of a checkpoint: a file, or a folder with one of the files `names` or with shards and their index.
+
+    may_be_absent: shards that the index names need not be there; their tensors are known by name alone.
 
     Raises CheckpointError naming all files that are missing, cut short or malformed, and all tensors that are not where the index says, are
     held twice or not listed.
@@ -44,7 +48,7 @@ def open_tensors(path: Path, names: Iterable[str] = NAMES) -> FileReader:
     for name in names:
         index, single = path / (name + INDEX_SUFFIX), path / name
         if index.is_file():
-            return _open_shards(index)
+            return _open_shards(index, may_be_absent=may_be_absent)
         if single.is_file():
             return FileReader({tensor: (single, entry) for tensor, entry in open_file(single).items()})
     raise CheckpointError(
@@ -54,16 +58,18 @@ def open_tensors(path: Path, names: Iterable[str] = NAMES) -> FileReader:
     )
 
 
-def _open_shards(index: Path) -> FileReader:
+def _open_shards(index: Path, *, may_be_absent: bool) -> FileReader:
     weight_map, faults = _read_index(index)
     files = sorted(set(weight_map.values()))
-    outside = [file for file in files if Path(file).name != file or file == ".." or "\\" in file or "\0" in file]
-    missing = [file for file in files if file not in outside and not (index.parent / file).is_file()]
+    outside = {file for file in files if not _is_plain_name(file)}
+    missing = {file for file in files if file not in outside and not (index.parent / file).is_file()}
     if outside:
-        faults.append(f"names files outside of its folder: {', '.join(outside)}")
-    if missing:
-        faults.append(f"names files that are not there: {', '.join(missing)}. Fetch them")
-    shards, broken = _open_all(index.parent, [file for file in files if file not in (*outside, *missing)], open_file)
+        shown = ", ".join(repr(file[:80]) for file in sorted(outside)[:_SHOWN])
+        faults.append(f"names what are no files of its folder: {shown}{_more(outside)}")
+    if missing and not may_be_absent:
+        faults.append(f"names files that are not there: {', '.join(sorted(missing)[:_SHOWN])}{_more(missing)}. Fetch them")
+    absent = outside | missing
+    shards, broken = _open_all(index.parent, [file for file in files if file not in absent], open_file)
     faults += broken
     owners: dict[str, list[str]] = {}
     for file, entries in shards.items():
@@ -84,7 +90,21 @@ def _open_shards(index: Path) -> FileReader:
         faults.append(f"the index does not list {', '.join(unlisted)}. Remove the files that do not belong")
     if faults:
         raise CheckpointError(f"{index}: " + "; ".join(faults) + ".")
-    return FileReader({name: (index.parent / file, shards[file][name]) for name, file in weight_map.items()})
+    present = {name: (index.parent / file, shards[file][name]) for name, file in weight_map.items() if file not in missing}
+    return FileReader(present, {name: index.parent / file for name, file in weight_map.items() if file in missing})
+
+
+def _is_plain_name(file: str) -> bool:
+    """Whether this is the name of a file in the same folder on any system: no path, nothing that cannot be a name."""
+    try:
+        size = len(file.encode())
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+    return Path(file).name == file and file not in ("", "..") and not set(file) & {"\\", "\0"} and size <= _MAX_NAME
+
+
+def _more(files: Collection[str]) -> str:
+    return f" and {len(files) - _SHOWN} more" if len(files) > _SHOWN else ""
 
 
 def _open_all(

@@ -162,7 +162,10 @@ def _of_each_head(sources: Sequence[AnyArray], *, part: int, num_heads: int) -> 
 
 def _mpt_config(raw: Mapping[str, Any]) -> LanguageModelConfig:
     """MPT-7B keeps the settings of its attention in attn_config, MPT-1B beside the others, as attn_..."""
-    attention = raw.get("attn_config") or {
+    given = raw.get("attn_config")
+    if given is not None and not isinstance(given, Mapping):
+        raise ConfigError(f"config.json: attn_config is {given!r}, expected an object. Fetch the file again.")
+    attention = given or {
         name.removeprefix("attn_"): value for name, value in raw.items() if name.startswith(("attn_", "alibi"))
     } | {"softmax_scale": raw.get("softmax_scale")}
     _choice(attention, "alibi", {True: None}, True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     reader: our tensors. ignored: tensors of the files that are not needed, each with the reason. files: all files that the numbers are read
     from. tokenizer: a tokenizer.json or tokenizer.model, golden: a folder of golden values, None where there is none.
     settings: config.json as published. published: the files' own tensors, adapters merged in; recipes: how ours are made of them, None where
-    names are ours already.
+    names are ours already. absent: files that an index names and that are not there.
     """
 
     family: Family
@@ -54,15 +54,17 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     settings: Mapping[str, Any]
     published: TensorReader
     recipes: Mapping[str, Recipe] | None
+    absent: tuple[Path, ...] = ()
 
 
-def load(files: CheckpointFiles, families: Sequence[Family] = FAMILIES) -> Checkpoint:
-    """A checkpoint as our model, no number read yet.
+def load(files: CheckpointFiles, families: Sequence[Family] = FAMILIES, *, may_be_absent: bool = False) -> Checkpoint:
+    """A checkpoint as our model, no number read yet. may_be_absent: shards that an index names need not be there, for a plan say; of their
+    tensors, names alone are checked, and reading one raises CheckpointError.
 
     Raises CheckpointError if files are missing, damaged, of an unknown family, of the wrong part, or do not fit each other: every tensor
     that is missing, unknown, misshapen, held twice or no float is named.
     """
-    model = recognise(files.path, families)
+    model = recognise(files.path, families, may_be_absent=may_be_absent)
     given: dict[Part, Path | None] = {"language_model": files.language_model, "vision_encoder": files.vision_encoder}
     _check_parts(model, given)
     if model.family.adopt is None:
@@ -72,12 +74,11 @@ def load(files: CheckpointFiles, families: Sequence[Family] = FAMILIES) -> Check
     recognised: dict[Part, Recognised] = {"model": model}
     for part, path in given.items():
         if path is not None:
-            recognised[part] = _part(path, part, families)
-    readers, used = _adapted({part: found.reader for part, found in recognised.items()}, files.adapters)
+            recognised[part] = _part(path, part, families, may_be_absent)
     tokenizer = find_tokenizer(files)
     parts = Parts(
         **{
-            part: PartFiles(path=found.path, family=found.family.name, settings=found.settings, reader=readers[part])
+            part: PartFiles(path=found.path, family=found.family.name, settings=found.settings, reader=found.reader)
             for part, found in recognised.items()
         },
         token_ids=added_ids(open_tokenizer(tokenizer, model.family.inputs.tags.added)) if tokenizer is not None else {},
@@ -88,8 +89,9 @@ def load(files: CheckpointFiles, families: Sequence[Family] = FAMILIES) -> Check
     except ConfigError as error:
         raise CheckpointError(f"{files.path}: {error}") from error
     where = ", ".join(str(found.path) for found in recognised.values())
-    published = _joined(readers, where)
-    reader, ignored = _accounted(adopted, published, where)
+    absent = {name: path for found in recognised.values() for name, path in found.reader.absent.items()}
+    published, used = _adapted(_joined(recognised, where), files.adapters, model.family)
+    reader, ignored = _accounted(adopted, published, where, absent)
     golden = files.path / "golden"
     return Checkpoint(
         family=model.family,
@@ -104,6 +106,7 @@ def load(files: CheckpointFiles, families: Sequence[Family] = FAMILIES) -> Check
         settings=model.settings,
         published=published,
         recipes=adopted.recipes,
+        absent=tuple(sorted(set(absent.values()))),
     )
 
 
@@ -148,55 +151,48 @@ def _check_parts(model: Recognised, given: Mapping[Part, Path | None]) -> None:
         )
 
 
-def _part(path: Path, part: Part, families: Sequence[Family]) -> Recognised:
-    found = recognise(path, families)
+def _part(path: Path, part: Part, families: Sequence[Family], may_be_absent: bool) -> Recognised:
+    found = recognise(path, families, may_be_absent=may_be_absent)
     if found.family.part != part:
         raise CheckpointError(f"{OPTIONS[part]} {path} is {found.family.title}, expected a {part.replace('_', ' ')}.")
     return found
 
 
-def _adapted(readers: Mapping[Part, TensorReader], adapters: Sequence[Path]) -> tuple[dict[Part, TensorReader], list[Path]]:
-    """The parts with each adapter merged into the one it was trained on, and the adapters' files."""
-    merged, files = dict(readers), []
+def _adapted(base: TensorReader, adapters: Sequence[Path], family: Family) -> tuple[TensorReader, list[Path]]:
+    """The tensors of all parts with each adapter merged in, and the adapters' files."""
+    files: list[Path] = []
     for adapter in adapters:
-        failures: list[str] = []
-        for part in merged:
-            try:
-                reader = LoraReader(merged[part], adapter)
-            except CheckpointError as error:
-                failures.append(str(error) if len(merged) == 1 else f"{part.replace('_', ' ')}: {error}")
-                continue
-            merged[part] = reader
-            files += reader.files
-            break
-        else:
-            raise CheckpointError("; ".join(failures))
-    return merged, files
+        merged = LoraReader(base, adapter, family.plain_name)
+        files += merged.files
+        base = merged
+    return base, files
 
 
-def _joined(readers: Mapping[Part, TensorReader], where: str) -> TensorReader:
+def _joined(parts: Mapping[Part, Recognised], where: str) -> TensorReader:
     """All parts' tensors by their published names. Raises CheckpointError naming those that two parts hold."""
     owners: dict[str, list[str]] = {}
-    for part, part_reader in readers.items():
-        for name in part_reader.names():
+    for part, found in parts.items():
+        for name in found.reader.names():
             owners.setdefault(name, []).append(part.replace("_", " "))
-    twice = [f"{name} (in {', '.join(parts)})" for name, parts in owners.items() if len(parts) > 1]
+    twice = [f"{name} (in {', '.join(places)})" for name, places in owners.items() if len(places) > 1]
     if twice:
         raise CheckpointError(
             f"{where}: tensors held by more than one part: {'; '.join(twice)}. Remove those that do not belong."
         )
-    return JoinedReader(list(readers.values()))
+    return JoinedReader([found.reader for found in parts.values()])
 
 
-def _accounted(adopted: Adopted, joined: TensorReader, where: str) -> tuple[TensorReader, dict[str, str]]:
+def _accounted(
+    adopted: Adopted, joined: TensorReader, where: str, absent: Collection[str]
+) -> tuple[TensorReader, dict[str, str]]:
     """The reader of our tensors, and what is left out. Raises CheckpointError as `account` does."""
     name = adopted.config.name
     if adopted.recipes is None:
-        return joined, account(adopted.expected, joined, where=where, model=name, ignored=adopted.ignored)
+        return joined, account(adopted.expected, joined, where=where, model=name, ignored=adopted.ignored, absent=absent)
     sources: dict[str, Shape] = {}
     for recipe in adopted.recipes.values():
         sources |= recipe.sources
-    ignored = account(sources, joined, where=where, model=name, ignored=adopted.ignored)
+    ignored = account(sources, joined, where=where, model=name, ignored=adopted.ignored, absent=absent)
     unmade = sorted(set(adopted.expected) ^ set(adopted.recipes))
     if unmade:
         raise AssertionError(f"tensors without a recipe, or the other way round: {', '.join(unmade)}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,9 @@ class _Update(msgspec.Struct, frozen=True):
 class LoraReader:
     """A checkpoint's tensors with an adapter merged in. What the adapter changes is computed in fp32 and given as fp32."""
 
-    def __init__(self, base: TensorReader, adapter: Path) -> None:
-        """adapter: folder with adapter_config.json and adapter_model.safetensors.
+    def __init__(self, base: TensorReader, adapter: Path, plain_name: Callable[[str], str] = str) -> None:
+        """adapter: folder with adapter_config.json and adapter_model.safetensors. plain_name: what a tensor is called without what depends on
+        the model that it was trained or saved in: the adapter's names and the base's are compared by it.
 
         Raises CheckpointError naming settings that cannot be merged, and all tensors of the adapter that have no counterpart in the base, lack
         their other half or are misshapen.
@@ -79,7 +80,7 @@ class LoraReader:
         self._base, self._config = base, adapter / CONFIG
         settings = _settings(self._config)
         self._adapter: FileReader = open_tensors(adapter, WEIGHTS)
-        self._updates, self._replaced = _plan(settings, self._adapter, base, adapter)
+        self._updates, self._replaced = _plan(settings, self._adapter, base, adapter, plain_name)
 
     @property
     def files(self) -> list[Path]:
@@ -144,11 +145,19 @@ def _settings(path: Path) -> _Settings:
 
 
 def _plan(
-    settings: _Settings, adapter: FileReader, base: TensorReader, folder: Path
+    settings: _Settings, adapter: FileReader, base: TensorReader, folder: Path, plain_name: Callable[[str], str]
 ) -> tuple[dict[str, _Update], dict[str, str]]:
     """Updates by the base's tensor, and the adapter's tensors that replace one of the base whole."""
     shapes = {name: base.shape(name) for name in base.names()}
     nearest = NearestName(shapes)
+    by_plain_name: dict[str, list[str]] = {}
+    for name in shapes:
+        by_plain_name.setdefault(plain_name(name), []).append(name)
+
+    def of_base(name: str) -> str:
+        """The base's name of a tensor. Of several that are plainly called so, the first part's is in use: it was trained further."""
+        return by_plain_name.get(plain_name(name), [name])[0]
+
     halves: dict[str, dict[str, str]] = {}
     embeddings: set[str] = set()
     replaced: dict[str, str] = {}
@@ -159,17 +168,16 @@ def _plan(
             faults.append(f"{name} has element type {adapter.dtype(name)}, expected a float")
         suffix = next((suffix for suffix in _PARTS if module.endswith(suffix)), None)
         if suffix is not None:
-            target = f"{module.removesuffix(suffix)}.weight"
+            target = of_base(f"{module.removesuffix(suffix)}.weight")
             half, embedding = _PARTS[suffix]
             halves.setdefault(target, {})[half] = name
             embeddings |= {target} if embedding else set()
-        elif _saved_whole(module, settings) and shapes.get(module) == adapter.shape(name):
-            replaced[module] = name
+        elif _saved_whole(module, settings) and shapes.get(of_base(module)) == adapter.shape(name):
+            replaced[of_base(module)] = name
             continue
         else:
-            target = module
             if _saved_whole(module, settings):
-                found = f"has shape {shapes[module]}" if module in shapes else "does not have it"
+                found = f"has shape {shapes[of_base(module)]}" if of_base(module) in shapes else "does not have it"
                 faults.append(f"{name} {adapter.shape(name)} replaces {module}, and the base {found}")
             else:
                 faults.append(f"{name} is no half of an update (lora_A, lora_B) and not in modules_to_save")

@@ -11,6 +11,7 @@ from flamingo_reference.config import (
     NFNetConfig,
     Norm,
     RelativePositions,
+    VisionConfig,
     ViTConfig,
 )
 
@@ -21,7 +22,7 @@ Named = Iterator[tuple[str, Shape]]
 def expected_tensors(config: ModelConfig) -> dict[str, Shape]:
     """Name and shape of every tensor of a checkpoint, in the order the model uses them."""
     tensors: dict[str, Shape] = {}
-    for name, shape in _vit(config.vision) if isinstance(config.vision, ViTConfig) else _nfnet(config.vision):
+    for name, shape in _vision(config.vision):
         tensors[f"vision_encoder.{name}"] = shape
     for name, shape in _resampler(config):
         tensors[f"resampler.{name}"] = shape
@@ -54,6 +55,14 @@ def squeeze_width(width: int, ratio: float) -> int:
 def needs_downsample(stage: int, block: int, width: int, out: int) -> bool:
     """Whether an NFNet block has a convolution on its shortcut: where the width changes or a later stage begins with stride 2."""
     return width != out or (block == 0 and stage > 0)
+
+
+def _vision(vision: VisionConfig) -> Named:
+    """None for an encoder that is not ours: it comes with its own tensors."""
+    if isinstance(vision, ViTConfig):
+        yield from _vit(vision)
+    elif isinstance(vision, NFNetConfig):
+        yield from _nfnet(vision)
 
 
 def _conv(name: str, out: int, into: int, kernel: int) -> Named:

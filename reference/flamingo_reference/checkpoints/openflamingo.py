@@ -33,6 +33,13 @@ IGNORED = (
 """Tensors of the files that the model never needs: pattern of the whole name, and why."""
 
 
+def plain_name(name: str) -> str:
+    """A tensor's name without what depends on how the model was put together: `module.`, the `lang_encoder.` that OpenFlamingo puts the
+    language model in, the `decoder_layer` that it puts each of its layers in; gated blocks as in a list of their own."""
+    plain = name.removeprefix("module.").removeprefix("lang_encoder.").replace(".decoder_layer.", ".")
+    return re.sub(r"^.*\.(\d+)\.gated_cross_attn_layer\.", r"gated_cross_attn_layers.\1.", plain)
+
+
 class Files(msgspec.Struct, frozen=True, kw_only=True):
     """Shapes of the tensors in each of the three files, and the language model's config.json."""
 
@@ -181,7 +188,8 @@ def _gated_layers(shapes: Mapping[str, Shape], family: Family, num_layers: int) 
             "Is the language model given the one that it was trained with?"
         )
     every = found[0] + 1
-    if found != list(range(found[0], num_layers, every)):
+    wanted = range(found[0], num_layers, every)
+    if len(wanted) != len(found) or found != list(wanted):
         raise ConfigError(
             f"checkpoint.pt has gated blocks before layers {found}, expected every {every}th of {num_layers}. "
             "Is the language model given the one that it was trained with?"

@@ -27,8 +27,8 @@ class Recognised(msgspec.Struct, frozen=True, kw_only=True):
     reader: FileReader
 
 
-def recognise(path: Path, families: Sequence[Family] = FAMILIES) -> Recognised:
-    """The family of a checkpoint folder or file.
+def recognise(path: Path, families: Sequence[Family] = FAMILIES, *, may_be_absent: bool = False) -> Recognised:
+    """The family of a checkpoint folder or file. may_be_absent: shards that an index names need not be there.
 
     Raises CheckpointError if its files cannot be read, config.json and the tensors' names speak of different families, or it is of none
     that is known: all that was looked for is listed then.
@@ -40,7 +40,7 @@ def recognise(path: Path, families: Sequence[Family] = FAMILIES) -> Recognised:
     settings = _settings(path, families)
     said, evidence = _said(path, settings, families)
     try:
-        reader = open_tensors(path)
+        reader = open_tensors(path, may_be_absent=may_be_absent)
     except CheckpointError as error:
         if said is None:
             raise

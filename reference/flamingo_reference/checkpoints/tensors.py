@@ -48,9 +48,15 @@ class TensorReader(Protocol):
 class FileReader:
     """Tensors mapped from their files: memory is that of the pages being read."""
 
-    def __init__(self, entries: Mapping[str, tuple[Path, TensorEntry]]) -> None:
-        """entries: tensor name -> its file and its place there."""
-        self._entries = dict(entries)
+    def __init__(self, entries: Mapping[str, tuple[Path, TensorEntry]], absent: Mapping[str, Path] | None = None) -> None:
+        """entries: tensor name -> its file and its place there. absent: tensors of which no more is known than the file they should be in,
+        which is not there: they have names alone."""
+        self._entries, self._absent = dict(entries), dict(absent or {})
+
+    @property
+    def absent(self) -> dict[str, Path]:
+        """Tensors that are listed and not there, with the file that they should be in."""
+        return dict(self._absent)
 
     @property
     def files(self) -> list[Path]:
@@ -59,20 +65,20 @@ class FileReader:
 
     def names(self) -> list[str]:
         """All tensor names."""
-        return list(self._entries)
+        return [*self._entries, *self._absent]
 
     def shape(self, name: str) -> Shape:
         """Shape of a tensor."""
-        return self._entries[name][1].shape
+        return self._place(name)[1].shape
 
     def dtype(self, name: str) -> np.dtype[Any]:
         """Element type of a tensor."""
-        dtype: np.dtype[Any] = self._entries[name][1].dtype
+        dtype: np.dtype[Any] = self._place(name)[1].dtype
         return dtype
 
     def read(self, name: str) -> AnyArray:
         """A tensor's numbers, mapped from the file (read-only), in the file's element type."""
-        path, entry = self._entries[name]
+        path, entry = self._place(name)
         if math.prod(entry.shape) == 0:
             return np.zeros(entry.shape, entry.dtype)
         raw = np.memmap(path, mode="r", offset=entry.start, shape=(entry.size,), dtype=np.uint8)
@@ -81,3 +87,8 @@ class FileReader:
             return array
         strided: AnyArray = np.ndarray(entry.shape, entry.dtype, buffer=raw, strides=entry.strides)
         return strided
+
+    def _place(self, name: str) -> tuple[Path, TensorEntry]:
+        if name in self._absent:
+            raise CheckpointError(f"{name} lies in {self._absent[name]}, which is not there. Fetch it.")
+        return self._entries[name]

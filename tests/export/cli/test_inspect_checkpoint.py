@@ -82,6 +82,40 @@ def test_parts_that_are_missing(cli, tmp_path: Path) -> None:
     assert "leaves its language model and vision encoder to other files. Add --lm FOLDER --vision FOLDER" in outcome.out
 
 
+def test_planned_from_config_and_index_alone(cli, nano: Path, tmp_path: Path) -> None:
+    """Of shards that are not there, names are checked; the figures are those of the whole checkpoint."""
+    whole = json.loads(cli("build", "--checkpoint", nano, "--plan", "--json").out)
+    tensors = load_file(nano / "model.safetensors")
+    shards = {name: f"model-0000{1 + index % 3}-of-00003.safetensors" for index, name in enumerate(tensors)}
+    (nano / "model.safetensors").unlink()
+    save_file(
+        {name: array for name, array in tensors.items() if shards[name].startswith("model-00002")},
+        nano / "model-00002-of-00003.safetensors",
+    )
+    index = nano / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": shards}))
+    outcome = cli("build", "--checkpoint", nano, "--plan")
+    assert outcome.code == 0, outcome.err
+    assert "2 of the files that a build needs are not in" in outcome.out
+    assert "model-00001-of-00003.safetensors, model-00003-of-00003.safetensors. Fetch them" in outcome.out
+    planned = json.loads(cli("build", "--checkpoint", nano, "--plan", "--json").out)
+    assert [Path(path).name[:11] for path in planned.pop("absent")] == ["model-00001", "model-00003"]
+    assert planned == {name: value for name, value in whole.items() if name != "absent"}
+    seen = cli("inspect", nano)
+    assert seen.code == 1
+    assert "cannot be built: 2 of the files that a build needs are not in" in seen.out
+    assert "would be built: nano" in seen.out
+    found = json.loads(cli("inspect", nano, "--json").out)
+    assert found["types"]["not there"] == sum("-00002-" not in file for file in shards.values())
+    assert cli("build", "--checkpoint", nano, "--out", tmp_path / "b.bundle").code == 1
+    del shards["resampler.latents"]
+    index.write_text(json.dumps({"weight_map": shards | {"resampler.latent": "model-00003-of-00003.safetensors"}}))
+    outcome = cli("build", "--checkpoint", nano, "--plan")
+    assert outcome.code == 1
+    assert "missing resampler.latents (16, 128)" in outcome.err
+    assert "unknown resampler.latent" in outcome.err
+
+
 def test_what_is_no_checkpoint(cli, tmp_path: Path) -> None:
     save_file({"a": np.zeros(2)}, tmp_path / "model.safetensors")
     outcome = cli("inspect", tmp_path)

@@ -134,7 +134,9 @@ def test_a_range_that_is_too_small_is_far_outside_of_the_bound() -> None:
 
     def error(threshold: float) -> float:
         rounded = copy.deepcopy(block)
-        AsStored(SIZES["nano"], Precision(storage="fp32", policy=preset("fp8")), table(threshold)).apply(rounded, "cross_attention.0")
+        AsStored(SIZES["nano"], Precision(storage="fp32", policy=preset("fp8")), table(threshold)).apply(
+            rounded, "cross_attention.0"
+        )
         phi = torch.ones(1, 4, dtype=torch.int64)
         exact = block(hidden, *media, torch.tensor([[0]]), phi) - hidden
         found = rounded(hidden, *media, torch.tensor([[0]]), phi) - hidden

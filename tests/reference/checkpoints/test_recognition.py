@@ -301,7 +301,5 @@ def test_an_adapter_is_merged_into_the_part_it_was_trained_on(toy: CheckpointFil
     difference = load(adapted, families).reader.read(ours) - load(toy, families).reader.read(ours)
     np.testing.assert_allclose(difference, 3.0, atol=1e-5)
     write_halves("transformer.blocks.layers.99.q_proj")
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(CheckpointError, match=r"which the base does not have \(nearest: transformer\.blocks\.layers\."):
         load(adapted, families)
-    for part in ("model: ", "language model: ", "vision encoder: ", "(nearest: transformer.blocks.layers."):
-        assert part in str(caught.value)

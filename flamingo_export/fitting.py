@@ -18,6 +18,7 @@ from flamingo_export.manifest import Manifest
 from flamingo_export.progress import SILENT, Progress
 from flamingo_export.sources.base import WeightSource
 from flamingo_export.weights import WeightIndex
+from flamingo_reference.config import OwnVisionConfig
 
 
 def fitting(bundle: Path, source: WeightSource, *, progress: Progress = SILENT) -> Manifest:
@@ -27,6 +28,10 @@ def fitting(bundle: Path, source: WeightSource, *, progress: Progress = SILENT) 
     would lay the weights out in another way than the graphs read them.
     """
     manifest = open_bundle(bundle, progress=progress)
+    if isinstance(manifest.config.vision, OwnVisionConfig):
+        raise BuildError(
+            f"{bundle} has a traced vision encoder, whose graph and weights come from its module. Build the checkpoint instead."
+        )
     faults = list(_differences(msgspec.to_builtins(manifest.config), msgspec.to_builtins(source.config)))
     if faults:
         raise CheckpointError(
