@@ -20,9 +20,10 @@ import msgspec
 from flamingo_export import workplace
 from flamingo_export.artifacts import file_record
 from flamingo_export.backends.registry import COMPILERS, get_compiler
-from flamingo_export.build_request import BuildRequest, CheckpointFolder, default_limits, resolve_precision
+from flamingo_export.build_plan import OTHER_FILES_BYTES, engine_bytes
+from flamingo_export.build_request import BuildRequest, default_limits, resolve_precision
 from flamingo_export.bundle_tokenizer import checked_tokenizer, placeholder_tokenizer
-from flamingo_export.decoder_parts import check_parts, graph_bytes, graph_records
+from flamingo_export.decoder_parts import check_parts, graph_records
 from flamingo_export.errors import BuildError, CalibrationError, CheckpointError, ParityError
 from flamingo_export.fitting import fitting
 from flamingo_export.graphs import build_graph, save_graph
@@ -48,7 +49,7 @@ from flamingo_export.quantize.table import (
     write_table,
 )
 from flamingo_export.runtime.tokenizer import TOKENIZER_FILE
-from flamingo_export.sources import CheckpointSource, LiveSource, RandomSource, WeightSource, open_source
+from flamingo_export.sources import LiveSource, RandomSource, WeightSource, open_source
 from flamingo_export.vision_trace import write_traced
 from flamingo_export.weight_files import stored_bytes, write_weights
 from flamingo_export.weights import WEIGHTS_FOLDER, WeightIndex, bundle_weights, groups
@@ -60,12 +61,8 @@ if TYPE_CHECKING:
     from flamingo_export.backends.tensorrt.backend import Prepared, TensorRTBackend
     from flamingo_export.validate.report import ParityReport
 
-# Graphs, tokenizer, golden values and reports beside the weights.
-OTHER_FILES_BYTES = 64_000_000
 REPORTS_FOLDER = "reports"
 ENGINES_FOLDER = "engines"
-# An engine holds the weights of its graph once more, and its kernels.
-ENGINE_RATIO = 1.05
 _TOOLS = ("flamingo-export", "numpy", "onnx", "onnx-ir", "onnxruntime", "torch")
 
 
@@ -76,32 +73,6 @@ class BuildResult(msgspec.Struct, frozen=True, kw_only=True):
     manifest: Manifest
     notes: tuple[str, ...]
     parity: ParityReport | None = None
-
-
-class PlannedGraph(msgspec.Struct, frozen=True, kw_only=True):
-    """A graph of the bundle: for (parts of) the decoder its LM layers [start, stop); bytes of the weights that it reads; bytes of memory and
-    seconds of one core that its engine takes to build, None where none is."""
-
-    name: str
-    layers: tuple[int, int] | None
-    weight_bytes: int
-    engine_memory: int | None = None
-    engine_seconds: float | None = None
-
-
-class BuildPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """What a build would write. bytes_per_component: the bundle's weights, by the component they belong to. absent: files that a build needs
-    and an index names, which are not there."""
-
-    config: ModelConfig
-    precision: Precision
-    out: Path
-    bytes_per_component: dict[str, int]
-    weight_bytes: int
-    graphs: tuple[PlannedGraph, ...]
-    disk_bytes: int
-    """Needed at `out`'s disk, everything included, were the build to start anew."""
-    absent: tuple[Path, ...] = ()
 
 
 class _Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -118,50 +89,6 @@ class _Job(msgspec.Struct, frozen=True, kw_only=True):
     donor: Manifest | None
     """Of the bundle whose graphs are taken."""
     notes: tuple[str, ...]
-
-
-def plan(request: BuildRequest) -> BuildPlan:
-    """What `build` would write, without writing. Raises CheckpointError, UnsupportedModel or, for parts, BuildError as it would, but not for
-    shards that are missing: config.json and an index suffice."""
-    absent: tuple[Path, ...] = ()
-    if isinstance(request.source, CheckpointFolder):
-        checkpoint = CheckpointSource(request.source, may_be_absent=True)
-        config, absent = checkpoint.config, checkpoint.checkpoint.absent
-    else:
-        config = open_source(request.source).config
-    precision = resolve_precision(config, request.storage, request.policy)
-    sizes: dict[str, int] = {}
-    for weight in bundle_weights(config, precision):
-        component = weight.name.split("/", 1)[0]
-        sizes[component] = sizes.get(component, 0) + stored_bytes(weight, precision)
-    total = sum(sizes.values())
-    return BuildPlan(
-        config=config,
-        precision=precision,
-        out=request.out,
-        bytes_per_component=sizes,
-        weight_bytes=total,
-        graphs=_planned_graphs(request, config, precision),
-        disk_bytes=total + _engine_bytes(request, config, precision) + OTHER_FILES_BYTES,
-        absent=absent,
-    )
-
-
-def _planned_graphs(request: BuildRequest, config: ModelConfig, precision: Precision) -> tuple[PlannedGraph, ...]:
-    sizes = WeightIndex.planned(config, precision).sizes()
-    graphs = tuple(
-        PlannedGraph(name=record.name, layers=record.layers, weight_bytes=graph_bytes(config, sizes, record))
-        for record in graph_records(config, sizes, request.parts)
-    )
-    if request.backend not in COMPILERS:
-        return graphs
-    from flamingo_export.backends.tensorrt.estimate import estimate
-
-    needed = [estimate(graph.weight_bytes) for graph in graphs]
-    return tuple(
-        msgspec.structs.replace(graph, engine_memory=each.memory, engine_seconds=each.seconds)
-        for graph, each in zip(graphs, needed, strict=True)
-    )
 
 
 def build(request: BuildRequest, *, progress: Progress = SILENT) -> BuildResult:
@@ -289,15 +216,8 @@ def _bytes_left(job: _Job, journal: Journal) -> int:
     sizes = {group: sum(stored_bytes(weight, job.precision) for weight in members) for group, members in every.items()}
     weights = sum(size for group, size in sizes.items() if group not in journal.groups)
     compiled = sum(record.file.size for record in journal.groups.values() if record.file.path.startswith(ENGINES_FOLDER))
-    engines = _engine_bytes(job.request, job.source.config, job.precision)
+    engines = engine_bytes(job.request, job.source.config, job.precision)
     return weights + max(0, engines - compiled) + OTHER_FILES_BYTES
-
-
-def _engine_bytes(request: BuildRequest, config: ModelConfig, precision: Precision) -> int:
-    """Of all engines: each has the weights that its graph reads, so what two parts of the decoder read counts twice."""
-    if request.backend not in COMPILERS:
-        return 0
-    return int(ENGINE_RATIO * sum(graph.weight_bytes for graph in _planned_graphs(request, config, precision)))
 
 
 def _check_memory(job: _Job, journal: Journal) -> None:

@@ -22,7 +22,8 @@ from flamingo_export.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from flamingo_export.pipeline import BuildPlan, BuildResult
+    from flamingo_export.build_plan import BuildPlan
+    from flamingo_export.pipeline import BuildResult
     from flamingo_export.precision import Policy, StorageType
 
 _CHUNK = 256  # positions of one prefill call, fewer where the cache is short
@@ -165,7 +166,7 @@ def build(
     chosen = _policy({"fp8": fp8, "int8": int8, "int4": int4}, policy)
     if calibration is not None and uncalibrated:
         raise typer.BadParameter("goes without --calibration", param_hint="--uncalibrated")
-    from flamingo_export import pipeline
+    from flamingo_export import build_plan, pipeline
     from flamingo_export.build_request import BuildRequest, default_limits, default_out, with_vision_encoder
     from flamingo_export.cli.progress import reported
     from flamingo_export.manifest import ShapeLimits
@@ -193,7 +194,7 @@ def build(
         parts=parts,
     )
     if plan:
-        _print_plan(pipeline.plan(request), as_json)
+        _print_plan(build_plan.plan(request), as_json)
         return
     with reported() as progress:
         result = pipeline.build(request, progress=progress)
@@ -280,12 +281,35 @@ def _print_plan(found: BuildPlan, as_json: bool) -> None:
     title = f"{found.out}: Flamingo {found.config.name}, weights in {found.precision.name}"
     results().print(table(("component", "size"), rows, title=title, right=(1,)))
     _print_graphs(found)
+    _print_steps(found)
     folder = next(parent for parent in found.out.resolve().parents if parent.exists())
     free = shutil.disk_usage(folder).free
     verdict = "enough" if free >= found.disk_bytes else "too little"
     print(f"needs {human_bytes(found.disk_bytes)} of disk; {folder} has {human_bytes(free)} free: {verdict}")
     if found.absent:
         print(f"planned from config.json and the index alone: {missing_files(found.absent)}")
+
+
+def _print_steps(found: BuildPlan) -> None:
+    """Memory, disk and time of each step, and how many GPUs of a kind hold the result."""
+    from flamingo_export.cli.output import human_bytes, results, table
+
+    rows = [
+        (
+            step.name,
+            human_bytes(step.memory),
+            human_bytes(step.disk) if step.disk else "",
+            f"{max(1, round(step.seconds / 60))} min",
+        )
+        for step in found.steps
+    ]
+    columns = ("step", "memory", "disk", "time, two cores")
+    results().print(table(columns, rows, title="steps, without parity", right=(1, 2, 3)))
+    cards = [(card.name, "1" if card.count == 1 else f"{card.count}, a part of the decoder each") for card in found.cards]
+    title = (
+        f"GPUs that would hold {human_bytes(found.device_bytes)} of engines, caches and media bank (one GPU is driven so far)"
+    )
+    results().print(table(("card", "how many"), cards, title=title))
 
 
 def _print_graphs(found: BuildPlan) -> None:

@@ -129,7 +129,7 @@ def _survey(
 
 def _would_build(source: CheckpointFolder) -> tuple[WouldBuild, dict[str, str], tuple[Path, ...]]:
     """With the tensors that are left out, each with the reason, and the files that are missing."""
-    from flamingo_export import pipeline
+    from flamingo_export import build_plan
     from flamingo_export.build_request import BuildRequest, default_out
     from flamingo_export.bundle_tokenizer import checked_tokenizer
     from flamingo_export.cli.doctor import RUNTIME_OVERHEAD
@@ -141,7 +141,7 @@ def _would_build(source: CheckpointFolder) -> tuple[WouldBuild, dict[str, str], 
     opened = CheckpointSource(source, may_be_absent=True)
     if opened.tokenizer is not None:
         checked_tokenizer(opened.tokenizer, opened.config, opened.inputs.tags)
-    plan = pipeline.plan(BuildRequest(source=source, out=default_out(source)))
+    plan = build_plan.plan(BuildRequest(source=source, out=default_out(source)))
     parts = components(plan.config)
     largest = max(math.prod(weight.shape) for weight in bundle_weights(plan.config))
     build = WouldBuild(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import CLIPVisionModel, IdeficsForVisionText2Text, MptForCausalLM
 
-from flamingo_export import pipeline
+from flamingo_export import build_plan, pipeline
 from flamingo_export.build_request import BuildRequest, CheckpointFolder
 from flamingo_export.errors import CheckpointError
 from flamingo_reference.checkpoints.folder import open_tensors
@@ -66,7 +66,7 @@ def test_80b_is_planned_from_its_index(script: ModuleType, tmp_path: Path) -> No
     script.MODELS["idefics-80b-index"](tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors.index.json"]
     source = CheckpointFolder(path=tmp_path)
-    plan = pipeline.plan(BuildRequest(source=source, out=tmp_path / "b.bundle"))
+    plan = build_plan.plan(BuildRequest(source=source, out=tmp_path / "b.bundle"))
     published = json.loads((tmp_path / "model.safetensors.index.json").read_text())["metadata"]["total_size"]
     # Less the norm of CLIP's pooled output; rotary tables, norms and embeddings are stored in fp32.
     assert plan.weight_bytes == pytest.approx(published, rel=0.01)

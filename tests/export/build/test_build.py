@@ -12,7 +12,7 @@ import msgspec
 import onnx
 import pytest
 
-from flamingo_export import api, pipeline
+from flamingo_export import api, build_plan, pipeline
 from flamingo_export.artifacts import file_record, open_bundle
 from flamingo_export.build_request import (
     BuildRequest,
@@ -238,14 +238,14 @@ def test_where_things_go_and_come_from(tmp_path: Path) -> None:
 
 def test_a_plan_writes_nothing_and_is_right(spoken_config: ModelConfig, tmp_path: Path) -> None:
     request = BuildRequest(source=RandomWeights(config=spoken_config), out=tmp_path / "b.bundle", storage="bf16", parity="skip")
-    plan = pipeline.plan(request)
+    plan = build_plan.plan(request)
     assert not list(tmp_path.iterdir())
     recorder = Recorder()
     result = pipeline.build(request, progress=recorder)
     assert plan.weight_bytes == recorder.stages["weights"] == sum(plan.bytes_per_component.values())
     assert set(plan.bytes_per_component) == {"vision_encoder", "resampler", "media_kv", "decoder"}
     assert sum(record.size for record in result.manifest.files) < plan.disk_bytes
-    paper = pipeline.plan(BuildRequest(source=source_for_size("9b"), out=tmp_path / "9b.bundle"))
+    paper = build_plan.plan(BuildRequest(source=source_for_size("9b"), out=tmp_path / "9b.bundle"))
     assert paper.precision.storage == "bf16"
     assert 21e9 < paper.weight_bytes < 24e9
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from flamingo_export import api, pipeline
+from flamingo_export import api, build_plan
 from flamingo_export.artifacts import open_bundle
 from flamingo_export.build_request import BuildRequest, RandomWeights
 from flamingo_export.cli import main
@@ -35,7 +35,7 @@ def test_the_bundle_and_its_plan(spoken_config: ModelConfig, tmp_path: Path) -> 
     }
     assert {path for path in ours if path.startswith("decoder")} == {"decoder.0.onnx", "decoder.1.onnx"}
     request = BuildRequest(source=RandomWeights(config=spoken_config, seed=5), out=tmp_path / "p.bundle", parts=2)
-    planned = pipeline.plan(request)
+    planned = build_plan.plan(request)
     assert [(graph.name, graph.layers) for graph in planned.graphs] == [
         (graph.name, graph.layers) for graph in cut.manifest.graphs
     ]
@@ -71,7 +71,7 @@ def test_so_many_parts_there_cannot_be(spoken_config: ModelConfig, tmp_path: Pat
             make(spoken_config, tmp_path / "x.bundle", parts=parts)
         request = BuildRequest(source=RandomWeights(config=spoken_config), out=tmp_path / "x.bundle", parts=parts)
         with pytest.raises(BuildError, match=f"cannot be cut into {parts} parts"):
-            pipeline.plan(request)
+            build_plan.plan(request)
     out = str(tmp_path / "x.bundle")
     assert main(["build", "--size", "nano", "--parts", "7", "--parity", "skip", "--out", out]) == 1
     assert "Choose --parts from 1 to 6" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 
 import flamingo_export
-from flamingo_export import artifacts, pipeline
+from flamingo_export import artifacts, build_plan, pipeline
 from flamingo_export.backends.base import SessionOptions
 from flamingo_export.backends.registry import availability, get_backend, get_compiler
 from flamingo_export.backends.tensorrt import backend as backend_module
@@ -303,9 +303,9 @@ def test_too_little_memory_is_said_before_anything_is_written(compile_with, monk
     assert len(compile_with(FakeBuilds(), parts=2).manifest.engines) == 5
 
 
-def planned(folder: Path, *, parts: int) -> tuple[pipeline.PlannedGraph, ...]:
+def planned(folder: Path, *, parts: int) -> tuple[build_plan.PlannedGraph, ...]:
     request = BuildRequest(source=source_for_size("nano", seed=3), out=folder / "n.bundle", backend="tensorrt-rtx", parts=parts)
-    return pipeline.plan(request).graphs
+    return build_plan.plan(request).graphs
 
 
 def test_the_plan_says_what_each_part_takes(tmp_path, monkeypatch, capsys):
@@ -354,8 +354,8 @@ def test_the_plan_counts_the_engines(tmp_path):
     sizes = []
     for name in ("onnxruntime", "tensorrt-rtx"):
         request = BuildRequest(source=source_for_size("nano", seed=3), out=tmp_path / "n.bundle", backend=name)
-        sizes.append(pipeline.plan(request))
-    assert sizes[1].disk_bytes - sizes[0].disk_bytes == int(pipeline.ENGINE_RATIO * sizes[0].weight_bytes)
+        sizes.append(build_plan.plan(request))
+    assert sizes[1].disk_bytes - sizes[0].disk_bytes == int(build_plan.ENGINE_RATIO * sizes[0].weight_bytes)
 
 
 def test_inspect_prints_the_engine(compile_with, capsys):
