@@ -27,6 +27,7 @@ from flamingo_export.build_request import (
 from flamingo_export.bundle_tokenizer import placeholder_tokenizer
 from flamingo_export.errors import BuildError, CheckpointError, ParityError, UnsupportedModel
 from flamingo_export.manifest import ShapeLimits
+from flamingo_export.quantize.policies import preset
 from flamingo_export.runtime.tokenizer import Tokenizer
 from flamingo_export.validate.golden import Goldens, save_goldens
 from flamingo_export.weights import WeightIndex
@@ -248,6 +249,25 @@ def test_a_plan_writes_nothing_and_is_right(spoken_config: ModelConfig, tmp_path
     paper = build_plan.plan(BuildRequest(source=source_for_size("9b"), out=tmp_path / "9b.bundle"))
     assert paper.precision.storage == "bf16"
     assert 21e9 < paper.weight_bytes < 24e9
+
+
+def test_a_plan_tells_of_steps_and_cards(tmp_path: Path) -> None:
+    """Of 80b in FP8: the bytes by hand, each step bounded, fewer GPUs the larger they are."""
+    request = BuildRequest(source=source_for_size("80b"), out=tmp_path / "b.bundle", policy=preset("fp8"))
+    plan = build_plan.plan(request)
+    assert not list(tmp_path.iterdir())
+    assert [step.name for step in plan.steps] == ["calibration, on the shipped set", "weights"]
+    assert plan.steps[1].disk == plan.weight_bytes
+    assert max(step.memory for step in plan.steps) < 8 << 30
+    assert plan.steps[1].memory < 4 << 30
+    counts = [card.count for card in plan.cards]
+    assert counts == sorted(counts, reverse=True)
+    lm = PRESETS["80b"].language_model
+    caches = 2 * lm.num_layers * lm.width * 4096 * 8 * 2  # keys and values of 8 requests of 4096 slots in bf16
+    assert plan.weight_bytes + caches < plan.device_bytes < 1.2 * (plan.weight_bytes + caches)
+    given = build_plan.plan(msgspec.structs.replace(request, uncalibrated=True, backend="tensorrt-rtx", target="sm89"))
+    assert given.steps[0].name == "weights"
+    assert [step.name for step in given.steps[1:]] == [f"engine of {graph.name}" for graph in given.graphs]
 
 
 def test_limits_and_storage_are_as_asked(spoken_config: ModelConfig, tmp_path: Path) -> None:
