@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from flamingo_export import api, build_plan
+from flamingo_export import api, build_plan, pipeline
 from flamingo_export.artifacts import open_bundle
 from flamingo_export.build_request import BuildRequest, RandomWeights
 from flamingo_export.cli import main
