@@ -13,6 +13,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,8 @@ from flamingo_reference.time_weights import time_weights
 if TYPE_CHECKING:
     from torch import Tensor
 
+SETTLE_SECONDS = 10.0
+"""What may be lost of the vision encoder's work: a small model's media would wait for the disk longer than for the encoder."""
 RECIPE = 1
 """Bumped whenever other statistics are found for the same weights and data."""
 
@@ -161,20 +164,22 @@ class _Calibration:
         self.work.keep(self._needed(steps, number + 1))
 
     def _write(self, step: _Step, stream: Stream, module: Any, watch: Watch) -> None:
-        """What a part makes of all items, into its stream; of the vision encoder each is journalled, if it has no statistics to lose."""
+        """What a part makes of all items, into its stream. The vision encoder's are journalled now and then, if it has no statistics to lose."""
         journal, within = self.work.journal, step.prefix == "vision_encoder" and not products(self.config, step.prefix)
         if within and journal.items == len(step.shapes) and stream.complete:  # killed before the journal knew of the whole part
             self.progress.advance(journal.items)
             return
         kept = journal.items if within and stream.holds(journal.items) else 0
         self.progress.advance(kept)
+        settled = time.monotonic()
         with stream.writing(kept) as file:
             for index in range(kept, len(step.shapes)):
                 put(file, step.run(module, watch, index).numpy())
-                if within:
+                if within and time.monotonic() - settled >= SETTLE_SECONDS:
                     settle(file)
                     journal.items = index + 1
                     self.work.save()
+                    settled = time.monotonic()
                 self.progress.advance(1)
 
     def _read(self, name: str) -> Any:

@@ -81,7 +81,8 @@ def in_child(work: Callable[[], Any], number: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def test_killed_at_any_moment_the_same_bytes_come_out(make):
+def test_killed_at_any_moment_the_same_bytes_come_out(make, monkeypatch):
+    monkeypatch.setattr(run, "SETTLE_SECONDS", 0.0)
     expected = make("whole")
     for number in itertools.count(1, 5):
         if in_child(lambda n=number: make(f"killed at {n}"), number) == 0:
@@ -90,7 +91,8 @@ def test_killed_at_any_moment_the_same_bytes_come_out(make):
     assert number > 40  # there were as many touches, and a fifth of them were tried
 
 
-def test_killed_again_and_again_it_gets_to_its_end(make, tmp_path):
+def test_killed_again_and_again_it_gets_to_its_end(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "SETTLE_SECONDS", 0.0)
     expected = make("whole")
     kills = 0
     while in_child(make, 9) == 9:
@@ -138,6 +140,7 @@ def test_the_vision_encoder_goes_on_after_the_last_medium(make, monkeypatch):
             raise KeyboardInterrupt
         return load(*arguments)
 
+    monkeypatch.setattr(run, "SETTLE_SECONDS", 0.0)
     monkeypatch.setattr(run, "load_medium", loading)
     with pytest.raises(KeyboardInterrupt):
         make()
