@@ -32,6 +32,7 @@ class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     extends: str | None = None
     rules: tuple[Rule, ...] = ()
     attention: Literal["storage", "fp8"] | None = None
+    media: Literal["storage", "fp8"] | None = None
 
 
 def preset(name: str) -> Policy:
@@ -59,6 +60,7 @@ def read_policy(path: Path) -> Policy:
         name=found.name or path.stem,
         rules=(*base.rules, *found.rules),
         attention=found.attention or base.attention,
+        media=found.media or base.media,
     )
     faults = [
         f"rule {rule.weights!r} has block {rule.block}, expected a power of two from {SMALLEST_BLOCK} to {_LARGEST_BLOCK}"

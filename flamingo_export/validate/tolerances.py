@@ -102,7 +102,7 @@ def tolerance(kind: str, precision: Precision = FP32) -> Tolerance:
 
 def _formats(precision: Precision) -> set[str]:
     policy = precision.policy
-    return set() if policy is None else {policy.attention, *(rule.format for rule in policy.rules)}
+    return set() if policy is None else {policy.attention, policy.media, *(rule.format for rule in policy.rules)}
 
 
 def trace_limit(*, torch_error: float, peak: float) -> float:
