@@ -156,6 +156,9 @@ def _call(node: ir.Node, function: ir.Function) -> Iterator[str]:
     for name in function.attributes:
         if name not in node.attributes:
             yield f"{node.name} does not pass {name}, which {function.name} declares: it would be 0"
+    coded = [value.name for value in node.inputs if value is not None and value.dtype == ir.DataType.FLOAT8E4M3FN]
+    if coded:
+        yield f"{node.name} reads {', '.join(map(str, coded))} in FP8, which TensorRT takes in a plugin alone: build with media in storage"
     plugin = [name for name in PLUGIN_ATTRIBUTES if name in node.attributes or name in function.attributes]
     if plugin:
         yield f"{node.name} names a plugin ({', '.join(plugin)}) that this backend does not have"

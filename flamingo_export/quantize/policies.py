@@ -89,6 +89,11 @@ def check_policy(policy: Policy, matrices: Sequence[str]) -> None:
 
 def check_backend(policy: Policy, backend: str, target: str | None) -> None:
     """Raises BuildError if the backend cannot compute what the policy says, with the nearest that it can."""
+    if policy.media == "fp8" and backend == "tensorrt-rtx":
+        raise BuildError(
+            f"policy {policy.name!r} keeps media in FP8, which TensorRT reads in a plugin alone, and {backend} runs without one. The nearest "
+            "that it has: the same policy with media = \"storage\"; or --backend tensorrt, with the plugin."
+        )
     if backend == "onnxruntime" or target is None or not policy.needs_ranges:
         return
     if target in WITHOUT_FP8:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from flamingo_export.graphs import builder
+from flamingo_export.lowering import retype
 from flamingo_export.lowering.tensorrt import save_lowered
 from flamingo_export.specs import SUBGRAPHS
 from flamingo_reference.subgraphs import subgraphs_of
