@@ -28,8 +28,7 @@ from flamingo_export.specs import subgraph_specs
 from flamingo_export.validate import check_bundle
 from flamingo_export.weights import WeightIndex
 from flamingo_reference.config import PRESETS as SIZES
-
-from .test_bundles import IMAGE, edited
+from tests.export.quantize.test_bundles import IMAGE, edited
 
 POLICY = Policy(name="media in fp8", media="fp8")
 CAPACITY = 64
