@@ -52,11 +52,13 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Which matrices are quantised and how: rules in order, the last one that matches wins; what none matches is kept as stored.
 
     attention: queries, keys and values of self-attention, each with one scale; the cache is kept as it is.
+    media: keys and values of media, each tensor with one scale, and so the bank: a byte a number.
     """
 
     name: str
     rules: tuple[Rule, ...] = ()
     attention: Literal["storage", "fp8"] = "storage"
+    media: Literal["storage", "fp8"] = "storage"
 
     def rule(self, name: str) -> Rule | None:
         """The rule that decides on matrix `name`."""
@@ -66,7 +68,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     @property
     def needs_ranges(self) -> bool:
         """Whether activations are quantised, whose ranges a calibration table gives."""
-        return "fp8" in (self.attention, *(rule.format for rule in self.rules))
+        return "fp8" in (self.attention, self.media, *(rule.format for rule in self.rules))
 
     def unmatched(self, names: Iterable[str]) -> list[Rule]:
         """Rules that match none of the matrices `names`."""
@@ -95,8 +97,13 @@ class Precision(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         if self.policy is None:
             return self.storage
         rules = [(rule.weights, rule.format, rule.block) for rule in self.policy.rules]
-        content = msgspec.json.encode([rules, self.policy.attention])
+        content = msgspec.json.encode([rules, self.policy.attention, self.policy.media])
         return f"{self.storage}, {self.policy.name} {hashlib.sha256(content).hexdigest()[:12]}"
+
+    @property
+    def media(self) -> Literal["float", "fp8"]:
+        """What the media bank holds: numbers of the compute type, or E4M3 codes."""
+        return "fp8" if self.policy is not None and self.policy.media == "fp8" else "float"
 
     def element(self, name: str) -> StorageType:
         """Type that matrix `name` is kept in where it is not quantised."""

@@ -12,7 +12,8 @@ Graph builders declare exactly these, the reference's subgraphs take exactly the
     decoder.k        a part of it: hidden states in but for the first, out but for the last
 
 Ids, rows and indices are int64, the mask is bool, the rest is floating point of the graph's compute type ("fp32": of that type whatever
-the graph computes in).
+the graph computes in). Where the precision's policy keeps media in FP8, media_k.i and media_v.i are "fp8": E4M3 codes, each tensor with a
+scale beside the weights.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ import msgspec
 
 from flamingo_reference.config import ModelConfig
 
-ElementKind = Literal["float", "fp32", "int64", "bool"]
+ElementKind = Literal["float", "fp32", "int64", "bool", "fp8"]
+MediaKind = Literal["float", "fp8"]
+"""What the media bank holds: numbers of the compute type, or E4M3 codes."""
 Dim = int | str
 """A fixed size, or the one-letter name of a size that varies from call to call."""
 
@@ -64,14 +67,14 @@ class SubgraphSpec(msgspec.Struct, frozen=True, kw_only=True):
         return {spec.name: spec for spec in self.outputs}[name]
 
 
-def subgraph_specs(config: ModelConfig) -> dict[str, SubgraphSpec]:
-    """The four subgraphs of a model, the decoder in one piece."""
+def subgraph_specs(config: ModelConfig, *, media: MediaKind = "float") -> dict[str, SubgraphSpec]:
+    """The four subgraphs of a model, the decoder in one piece. media: what the bank holds, `Precision.media`."""
     every_layer = range(config.language_model.num_layers)
     return {
         "vision_encoder": _vision_encoder(config),
         "resampler": _resampler(config),
-        "media_kv": _media_kv(config),
-        "decoder": decoder_spec(config, every_layer, name="decoder"),
+        "media_kv": _media_kv(config, media),
+        "decoder": decoder_spec(config, every_layer, name="decoder", media=media),
     }
 
 
@@ -80,7 +83,7 @@ def gated_in(config: ModelConfig, layers: range) -> list[tuple[int, int]]:
     return [(i, layer) for i, layer in enumerate(config.gated_layers) if layer in layers]
 
 
-def decoder_spec(config: ModelConfig, layers: range, *, name: str) -> SubgraphSpec:
+def decoder_spec(config: ModelConfig, layers: range, *, name: str, media: MediaKind = "float") -> SubgraphSpec:
     """The decoder, or the part of it with these LM layers: hidden states in unless first, hidden states out unless last.
 
     Cache and media keep the numbers of the whole decoder: past_k.j is LM layer j, media_k.i gated layer i.
@@ -105,7 +108,7 @@ def decoder_spec(config: ModelConfig, layers: range, *, name: str) -> SubgraphSp
     if last:
         inputs.append(TensorSpec("logit_positions", "int64", ("B", "K")))
     for i in gated:
-        inputs += [TensorSpec(f"media_k.{i}", "float", media_shape), TensorSpec(f"media_v.{i}", "float", media_shape)]
+        inputs += [TensorSpec(f"media_{kind}.{i}", media, media_shape) for kind in "kv"]
     inputs += [TensorSpec(f"past_{kind}.{j}", "float", cache_shape) for j in layers for kind in "kv"]
     outputs = [
         TensorSpec("logits", "float", ("B", "K", lm.vocab_size))
@@ -138,13 +141,11 @@ def _resampler(config: ModelConfig) -> SubgraphSpec:
     )
 
 
-def _media_kv(config: ModelConfig) -> SubgraphSpec:
+def _media_kv(config: ModelConfig, media: MediaKind) -> SubgraphSpec:
     resampler, block = config.resampler, config.cross_attention
     shape: tuple[Dim, ...] = ("N", block.num_heads, resampler.num_latents, block.head_size)
     return SubgraphSpec(
         name="media_kv",
         inputs=(TensorSpec("latents", "float", ("N", resampler.num_latents, resampler.width)),),
-        outputs=tuple(
-            TensorSpec(f"media_{kind}.{i}", "float", shape) for i in range(len(config.gated_layers)) for kind in "kv"
-        ),
+        outputs=tuple(TensorSpec(f"media_{kind}.{i}", media, shape) for i in range(len(config.gated_layers)) for kind in "kv"),
     )

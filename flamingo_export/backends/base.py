@@ -111,7 +111,7 @@ class Session(Protocol):
     def run(self, feeds: Mapping[str, Tensor], outputs: Collection[str] | None = None) -> dict[str, Array]:
         """Runs once and returns the outputs that are not bound, as arrays of the host that the caller owns.
 
-        outputs: those that are wanted; None: all. Floats come in float32.
+        outputs: those that are wanted; None: all. Floats come in float32, FP8 as the codes that it is (ml_dtypes).
         Raises InputError naming inputs that are missing, unknown or of another shape or dtype than the contract, or sizes beyond `largest`.
         """
 

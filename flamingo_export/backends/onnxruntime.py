@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from flamingo_export.backends.base import Array, Availability, Buffer, HostSession, SessionOptions, Tensor, check_feeds, on_host
@@ -27,7 +28,9 @@ _KINDS: dict[str, np.dtype[Any]] = {
     "fp32": np.dtype(np.float32),
     "int64": np.dtype(np.int64),
     "bool": np.dtype(np.bool_),
+    "fp8": np.dtype(ml_dtypes.float8_e4m3fn),
 }
+_ONNX_FP8 = 17  # TensorProto.FLOAT8E4M3FN: onnx is not needed to run a bundle
 _INSTALL = "Install it: pip install onnxruntime"
 _INSTALL_CUDA = "Install it: pip install onnxruntime-gpu (instead of onnxruntime), with CUDA 13 and its driver"
 
@@ -62,9 +65,9 @@ class OnnxRuntimeBackend:
             raise BackendError(f"onnxruntime cannot be imported ({error}). {_INSTALL}") from error
         config = manifest.config
         spec = (
-            subgraph_specs(config)[graph.name]
+            subgraph_specs(config, media=manifest.precision.media)[graph.name]
             if graph.layers is None
-            else decoder_spec(config, range(*graph.layers), name=graph.name)
+            else decoder_spec(config, range(*graph.layers), name=graph.name, media=manifest.precision.media)
         )
         path = bundle / graph.file
         settings, providers = session_options(options, manifest.precision.policy), _providers(options.device)
@@ -139,10 +142,8 @@ class HostBuffer:
     """A tensor in host memory that ONNX Runtime reads and writes in place."""
 
     def __init__(self, array: Array) -> None:
-        import onnxruntime
-
         self.array: Array = array
-        self.value = onnxruntime.OrtValue.ortvalue_from_numpy(array)
+        self.value = _ort_value(array)
         self._views: dict[tuple[int, ...], HostBuffer] = {}
 
     @property
@@ -291,6 +292,8 @@ class OnnxRuntimeSession(HostSession):
 def _ort_value(array: Array) -> Any:
     import onnxruntime
 
+    if array.dtype == _KINDS["fp8"]:  # numpy's own types say what they are in ONNX, this one does not
+        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, _ONNX_FP8)
     return onnxruntime.OrtValue.ortvalue_from_numpy(array)
 
 

@@ -314,11 +314,11 @@ def _print_shape(console: Console, config: ModelConfig) -> None:
 def _specs(manifest: Manifest) -> dict[str, SubgraphSpec]:
     from flamingo_export.specs import decoder_spec, subgraph_specs
 
-    whole = subgraph_specs(manifest.config)
+    whole = subgraph_specs(manifest.config, media=manifest.precision.media)
     return {
         record.name: whole[record.name]
         if record.layers is None
-        else decoder_spec(manifest.config, range(*record.layers), name=record.name)
+        else decoder_spec(manifest.config, range(*record.layers), name=record.name, media=manifest.precision.media)
         for record in manifest.graphs
     }
 

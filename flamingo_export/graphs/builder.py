@@ -19,7 +19,12 @@ OPSET = 24
 IR_VERSION = 10
 FUNCTION_DOMAIN = "flamingo"
 
-_KINDS = {"float": ir.DataType.FLOAT, "int64": ir.DataType.INT64, "bool": ir.DataType.BOOL}
+_KINDS = {
+    "float": ir.DataType.FLOAT,
+    "int64": ir.DataType.INT64,
+    "bool": ir.DataType.BOOL,
+    "fp8": ir.DataType.FLOAT8E4M3FN,
+}
 _STORAGE: Mapping[ElementType, ir.DataType] = {
     "fp32": ir.DataType.FLOAT,
     "fp16": ir.DataType.FLOAT16,
@@ -155,14 +160,18 @@ class GraphBuilder:
 
     def through_fp8(self, x: ir.Value, scale: ir.Value, *, name: str) -> ir.Value:
         """x rounded to E4M3 times `scale`, as a pair of nodes."""
+        codes = self.to_fp8(x, scale, name=f"{name}/quantise")
+        zero = self._initializers["fp8/zero"]
+        return self.op("DequantizeLinear", codes, scale, zero, name=f"{name}/dequantise")  # type: ignore[no-any-return]
+
+    def to_fp8(self, x: ir.Value, scale: ir.Value, *, name: str) -> ir.Value:
+        """The E4M3 codes of x / `scale`; what is beyond their range becomes the largest."""
         if "fp8/zero" not in self._initializers:
             numbers = ir.tensor(np.zeros((), ml_dtypes.float8_e4m3fn), dtype=ir.DataType.FLOAT8E4M3FN, name="fp8/zero")
             self._initializers["fp8/zero"] = ir.Value(
                 name="fp8/zero", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.FLOAT8E4M3FN), const_value=numbers
             )
-        zero = self._initializers["fp8/zero"]
-        codes = self.op("QuantizeLinear", x, scale, zero, name=f"{name}/quantise")
-        return self.op("DequantizeLinear", codes, scale, zero, name=f"{name}/dequantise")  # type: ignore[no-any-return]
+        return self.op("QuantizeLinear", x, scale, self._initializers["fp8/zero"], name=name)  # type: ignore[no-any-return]
 
     def layer_norm(self, x: ir.Value, weight: str, *, name: str, eps: float = 1e-5) -> ir.Value:
         """LayerNorm over the last axis, with scale and bias."""

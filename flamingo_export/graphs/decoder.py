@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from flamingo_export.graphs.builder import GraphBuilder, graph_inputs
 from flamingo_export.graphs.functions import phi_cross_attention
+from flamingo_export.graphs.media_kv import media_kind, media_scale
 from flamingo_export.graphs.self_attention import Shared, self_attention, shared
 from flamingo_export.specs import decoder_spec, gated_in
 from flamingo_export.weights import WeightIndex
@@ -25,11 +26,13 @@ def decoder(config: ModelConfig, index: WeightIndex, *, layers: range | None = N
     """The decoder, or the part with these LM layers; inputs and outputs are those of `specs.decoder_spec`."""
     lm, block = config.language_model, config.cross_attention
     layers = range(lm.num_layers) if layers is None else layers
-    spec = decoder_spec(config, layers, name=name)
+    spec = decoder_spec(config, layers, name=name, media=media_kind(index))
     build = GraphBuilder(index, prefix="decoder")
     inputs = graph_inputs(spec)
     gated = {layer: i for i, layer in gated_in(config, layers)}
-    function = phi_cross_attention.phi_cross_attention(num_latents=config.resampler.num_latents, head_size=block.head_size)
+    function = phi_cross_attention.phi_cross_attention(
+        num_latents=config.resampler.num_latents, head_size=block.head_size, fp8=media_kind(index) == "fp8"
+    )
     common = shared(build, inputs, lm)
     outputs: dict[str, ir.Value] = {}
     if layers.start == 0:
@@ -63,7 +66,8 @@ def _gated_block(
     if block.qk_norm:
         q = build.rms_norm(q, f"{weights}/q_norm", name="q_norm", eps=block.norm_eps)
     bank = (inputs[f"media_k.{i}"], inputs[f"media_v.{i}"])
-    seen = phi_cross_attention.call(build, q, *bank, inputs["media_rows"], inputs["phi"])
+    scales = [build.stored(media_scale(i, kind)) for kind in "kv" if build.holds(media_scale(i, kind))]
+    seen = phi_cross_attention.call(build, q, *bank, inputs["media_rows"], inputs["phi"], *scales)
     seen = build.reshape(seen, [0, 0, block.num_heads * block.head_size], name="merge_heads")
     hidden = build.op("Add", hidden, build.linear(seen, f"{weights}/out_proj", name="out_proj"), name="residual")
     down = build.feed_forward(norm(hidden, "ffw_norm"), weights, block.feed_forward)

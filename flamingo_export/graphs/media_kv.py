@@ -5,14 +5,14 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from flamingo_export.graphs.builder import GraphBuilder, graph_inputs
-from flamingo_export.specs import subgraph_specs
-from flamingo_export.weights import WeightIndex
+from flamingo_export.specs import MediaKind, subgraph_specs
+from flamingo_export.weights import INPUT_SCALE, WeightIndex
 from flamingo_reference.config import ModelConfig
 
 
 def media_kv(config: ModelConfig, index: WeightIndex) -> ir.Model:
-    """latents [N, R, W] -> media_k.i, media_v.i [N, H, R, D] for each gated layer i."""
-    block, spec = config.cross_attention, subgraph_specs(config)["media_kv"]
+    """latents [N, R, W] -> media_k.i, media_v.i [N, H, R, D] for each gated layer i, in E4M3 where there are scales for them."""
+    block, spec = config.cross_attention, subgraph_specs(config, media=media_kind(index))["media_kv"]
     build = GraphBuilder(index, prefix="media_kv")
     inputs = graph_inputs(spec)
     outputs = {}
@@ -23,5 +23,17 @@ def media_kv(config: ModelConfig, index: WeightIndex) -> ir.Model:
                 value = build.heads(projected, block.num_heads, block.head_size, name=kind)
                 if kind == "k" and block.qk_norm:
                     value = build.rms_norm(value, f"media_kv/layer.{i}/k_norm", name="k_norm", eps=block.norm_eps)
+                if build.holds(scale := media_scale(i, kind)):
+                    value = build.to_fp8(value, build.stored(scale), name=f"{kind}/quantise")
                 outputs[f"media_{kind}.{i}"] = value
     return build.model(spec, inputs, outputs)
+
+
+def media_scale(i: int, kind: str) -> str:
+    """Name of the scale of media_k.i or media_v.i, which a bundle has where its bank holds E4M3 codes."""
+    return f"media_kv/layer.{i}/{kind}{INPUT_SCALE}"
+
+
+def media_kind(index: WeightIndex) -> MediaKind:
+    """What the bank of a bundle with these weights holds."""
+    return "fp8" if media_scale(0, "k") in index else "float"

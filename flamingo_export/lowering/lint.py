@@ -15,13 +15,18 @@ import onnx
 import onnx_ir as ir
 
 from flamingo_export.errors import BuildError
-from flamingo_export.lowering.retype import DTYPES
+from flamingo_export.lowering.retype import DTYPES, FUNCTION_DOMAIN
 from flamingo_export.lowering.shapes import CAPACITY
-from flamingo_export.lowering.tensorrt import FUNCTION_DOMAIN, PLUGIN_ATTRIBUTES
+from flamingo_export.lowering.tensorrt import KV_SCALES, PLUGIN_ATTRIBUTES
 from flamingo_export.precision import StorageType
 from flamingo_export.specs import SubgraphSpec, TensorSpec
 
-_KINDS = {"fp32": ir.DataType.FLOAT, "int64": ir.DataType.INT64, "bool": ir.DataType.BOOL}
+_KINDS = {
+    "fp32": ir.DataType.FLOAT,
+    "int64": ir.DataType.INT64,
+    "bool": ir.DataType.BOOL,
+    "fp8": ir.DataType.FLOAT8E4M3FN,
+}
 # Attention's inputs beyond q, k, v and mask, and attributes that TensorRT drops, reads otherwise or rejects.
 _ATTENTION_INPUTS = {4: "past_key", 5: "past_value", 6: "nonpad_kv_seqlen"}
 _ATTENTION_ATTRIBUTES = ("is_causal", "softcap", "softmax_precision", "qk_matmul_output_mode")
@@ -140,6 +145,7 @@ def _functions(model: ir.Model, native: frozenset[str]) -> Iterator[str]:
             absent = [name for name in PLUGIN_ATTRIBUTES if name not in node.attributes]
             if absent:
                 yield f"{node.name} does not name its plugin: {', '.join(absent)} missing"
+            yield from _scales(node)
         elif node.domain not in ("", "ai.onnx"):
             yield f"{node.name} is a {node.domain}::{node.op_type}, which has neither body nor plugin here"
 
@@ -150,9 +156,27 @@ def _call(node: ir.Node, function: ir.Function) -> Iterator[str]:
     for name in function.attributes:
         if name not in node.attributes:
             yield f"{node.name} does not pass {name}, which {function.name} declares: it would be 0"
+    coded = [value.name for value in node.inputs if value is not None and value.dtype == ir.DataType.FLOAT8E4M3FN]
+    if coded:
+        yield f"{node.name} reads {', '.join(map(str, coded))} in FP8, which TensorRT takes in a plugin alone: build with media in storage"
     plugin = [name for name in PLUGIN_ATTRIBUTES if name in node.attributes or name in function.attributes]
     if plugin:
         yield f"{node.name} names a plugin ({', '.join(plugin)}) that this backend does not have"
+
+
+def _scales(node: ir.Node) -> Iterator[str]:
+    """A plugin's call whose bank is E4M3 has both scales, in fp32, and says so; another has none."""
+    bank, scales = node.inputs[1:3], node.inputs[5:]
+    coded = sum(value is not None and value.dtype == ir.DataType.FLOAT8E4M3FN for value in bank)
+    told = KV_SCALES in node.attributes and node.attributes[KV_SCALES].as_int() == 1
+    if not coded and not told and not scales:
+        return
+    given = [None if value is None or value.dtype is None else str(value.dtype) for value in scales]
+    if coded != 2 or not told or [value.dtype for value in scales if value is not None] != [ir.DataType.FLOAT] * 2:
+        yield (
+            f"{node.name} has {coded} inputs of the bank in FP8, scales {given} and {KV_SCALES} {int(told)}, "
+            "expected both in FP8 with two scales in fp32, or none of it"
+        )
 
 
 def _attention(node: ir.Node, compute: StorageType) -> Iterator[str]:

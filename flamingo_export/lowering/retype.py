@@ -4,7 +4,8 @@ TensorRT is strongly typed: it computes in the types that the graph says. Every 
 
 - the statistics of LayerNormalization and RMSNormalization, with scale and bias: the square of a hidden state beyond 256 is no fp16
   number. TensorRT fuses the two Casts around them into its kernel;
-- weights stored in another type, which stay where they are behind a Cast that TensorRT applies when building.
+- weights stored in another type, which stay where they are behind a Cast that TensorRT applies when building;
+- scales that a function at the seam is called with, which plugins take in fp32 and bodies cast by themselves.
 
 Logits are of the compute type: a product that gives fp32 would want the vocabulary's matrix in fp32, twice the bytes of the largest
 matrix that a step reads. What sums them up (log-sum-exp) does so in fp32, outside of the graph.
@@ -18,6 +19,7 @@ import onnx_ir as ir
 from flamingo_export.precision import StorageType
 
 DTYPES: dict[StorageType, ir.DataType] = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+FUNCTION_DOMAIN = "flamingo"
 NORMALISATIONS = frozenset({"LayerNormalization", "RMSNormalization"})
 
 
@@ -79,7 +81,7 @@ def _keep_statistics(graph: ir.Graph, dtype: ir.DataType) -> None:
 
 
 def _retype_constants(graph: ir.Graph, dtype: ir.DataType) -> None:
-    """Small constants change their type where they stand; weights kept in fp32 stay, with a Cast before all but normalisations."""
+    """Small constants change their type where they stand; weights kept in fp32 stay, with a Cast before all but normalisations and functions."""
     for value in list(graph.initializers.values()):
         if value.dtype != ir.DataType.FLOAT:
             continue
@@ -87,7 +89,7 @@ def _retype_constants(graph: ir.Graph, dtype: ir.DataType) -> None:
             value.const_value = _narrowed(value.const_value, dtype)
             value.dtype = dtype
             continue
-        uses = [use for use in value.uses() if use.node.op_type not in NORMALISATIONS]
+        uses = [use for use in value.uses() if use.node.op_type not in NORMALISATIONS and use.node.domain != FUNCTION_DOMAIN]
         if uses:
             cast = ir.node("Cast", [value], attributes={"to": dtype}, name=f"{value.name}/cast")
             cast.outputs[0].name = f"{value.name}/narrow"

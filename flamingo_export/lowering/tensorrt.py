@@ -18,12 +18,13 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from flamingo_export.lowering.retype import retype
+from flamingo_export.lowering.retype import FUNCTION_DOMAIN, retype
 from flamingo_export.lowering.shapes import CAPACITY
 from flamingo_export.precision import StorageType
 
-FUNCTION_DOMAIN = "flamingo"
 PLUGIN_ATTRIBUTES = ("plugin_namespace", "plugin_version")
+KV_SCALES = "kv_scales"
+"""A field of the plugin, where the bank is FP8."""
 
 
 def lower(model: ir.Model, *, compute: StorageType, capacity: int, native_functions: frozenset[str]) -> ir.Model:
@@ -70,9 +71,9 @@ def _settle_functions(model: ir.Model, native: frozenset[str]) -> None:
         if function.domain == FUNCTION_DOMAIN and function.name in native:
             del model.functions[identifier]
             continue
-        for name in PLUGIN_ATTRIBUTES:
+        for name in (*PLUGIN_ATTRIBUTES, KV_SCALES):
             function.attributes.pop(name, None)
         for node in model.graph:
             if node.op_identifier() == identifier:
-                for name in PLUGIN_ATTRIBUTES:
+                for name in (*PLUGIN_ATTRIBUTES, KV_SCALES):
                     node.attributes.pop(name, None)

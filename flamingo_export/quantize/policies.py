@@ -32,6 +32,7 @@ class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     extends: str | None = None
     rules: tuple[Rule, ...] = ()
     attention: Literal["storage", "fp8"] | None = None
+    media: Literal["storage", "fp8"] | None = None
 
 
 def preset(name: str) -> Policy:
@@ -59,6 +60,7 @@ def read_policy(path: Path) -> Policy:
         name=found.name or path.stem,
         rules=(*base.rules, *found.rules),
         attention=found.attention or base.attention,
+        media=found.media or base.media,
     )
     faults = [
         f"rule {rule.weights!r} has block {rule.block}, expected a power of two from {SMALLEST_BLOCK} to {_LARGEST_BLOCK}"
@@ -87,6 +89,11 @@ def check_policy(policy: Policy, matrices: Sequence[str]) -> None:
 
 def check_backend(policy: Policy, backend: str, target: str | None) -> None:
     """Raises BuildError if the backend cannot compute what the policy says, with the nearest that it can."""
+    if policy.media == "fp8" and backend == "tensorrt-rtx":
+        raise BuildError(
+            f"policy {policy.name!r} keeps media in FP8, which TensorRT reads in a plugin alone, and {backend} runs without one. The nearest "
+            "that it has: the same policy with media = \"storage\"; or --backend tensorrt, with the plugin."
+        )
     if backend == "onnxruntime" or target is None or not policy.needs_ranges:
         return
     if target in WITHOUT_FP8:

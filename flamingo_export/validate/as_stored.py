@@ -60,8 +60,12 @@ class AsStored:
             if how is not None:
                 self._quantise(module, prefix, weight, how, parameters)
             if operands := weight.operands(self.precision):
-                owner = matrices[0].rpartition(".q_proj")[0].removeprefix(prefix).removeprefix(".")
-                _round_operands(module.get_submodule(owner), [self._scale(name) for name in operands])
+                owner = module.get_submodule(matrices[0].rsplit(".", 2)[0].removeprefix(prefix).removeprefix("."))
+                scales = [self._scale(name) for name in operands]
+                if weight.group == "media_kv":
+                    _round_media(owner, "kv".index(operands[0][-1]), scales[0])
+                else:
+                    _round_operands(owner, scales)
             if how is not None:
                 continue
             gate = next((parameters[name].data for name in weight.sources if name.endswith(_GATE)), None)
@@ -122,6 +126,18 @@ def _round_operands(layer: Any, scales: list[float]) -> None:
         return attend(q - bias, k, v, *others)  # which adds the bias again
 
     layer.attend = rounded
+
+
+def _round_media(block: Any, which: int, scale: float) -> None:
+    """Keys (0) or values (1) of media through E4M3 from now on."""
+    encode = block.media_kv
+
+    def rounded(latents_NRW: Tensor) -> tuple[Tensor, ...]:
+        found = list(encode(latents_NRW))
+        found[which] = through_fp8(found[which], scale)
+        return tuple(found)
+
+    block.media_kv = rounded
 
 
 def as_stored(weight: Tensor, gate: Tensor | None, storage: StorageType) -> Tensor:

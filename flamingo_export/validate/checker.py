@@ -30,6 +30,7 @@ from flamingo_export.validate.engines import (
     run_stage,
 )
 from flamingo_export.validate.golden import Goldens
+from flamingo_export.validate.media import MediaFormat
 from flamingo_export.validate.oracle import encoder_feeds, fed_positions, resampler_feeds
 from flamingo_export.validate.plan import plan_case
 from flamingo_export.validate.report import LayerPoint, Level, Row
@@ -46,13 +47,14 @@ class Checker:
         bundle: Path,
         manifest: Manifest,
         goldens: Goldens,
+        media: MediaFormat,
         backend: Backend,
         options: SessionOptions,
         progress: Progress,
         cases: Sequence[DecoderCase] | None = None,
     ) -> None:
         """cases: of the decoder, None for `decoder_cases`."""
-        self.bundle, self.manifest, self.goldens = bundle, manifest, goldens
+        self.bundle, self.manifest, self.goldens, self.media = bundle, manifest, goldens, media
         self.backend, self.options, self.progress = backend, options, progress
         self.config = manifest.config
         self.rows: list[Row] = []
@@ -120,13 +122,17 @@ class Checker:
                     with self._guarded("subgraph", name, subgraph):
                         results = session.run(encoder_feeds(self.config, case))
                         for output in session.spec.outputs:
-                            self._gate("subgraph", name, subgraph, output.name, results.get(output.name), kind=subgraph)
+                            found = results.get(output.name)
+                            if found is not None and output.kind == "fp8":
+                                found = self.media.numbers(output.name, found)
+                            self._gate("subgraph", name, subgraph, output.name, found, kind=subgraph)
                         features = results.get("features", features)
                 if subgraph == "resampler" and features is not None:
                     latents = self._end_to_end_latents(session, features)
                 if subgraph == "media_kv" and latents is not None:
                     with self._guarded("end_to_end", END_TO_END_CASE, subgraph):
-                        self._encoded = session.run({"latents": latents})
+                        encoded = session.run({"latents": latents})
+                        self._encoded = {name: self.media.numbers(name, values) for name, values in encoded.items()}
             self.progress.advance(1)
 
     def _end_to_end_latents(self, session: Session, features: AnyArray) -> AnyArray | None:
@@ -161,8 +167,9 @@ class Checker:
     def _stage(
         self, session: Session, case: DecoderCase, layers: range, hidden: Mapping[int, AnyArray] | None
     ) -> dict[int, AnyArray]:
-        bank = bank_of(self.config, case, self._encoded)
-        return run_stage(session, self.config, self._plans[case.name], bank, layers=layers, hidden=hidden).output
+        bank = bank_of(self.config, case, self.media, self._encoded)
+        plan = self._plans[case.name]
+        return run_stage(session, self.config, plan, self.media, bank, layers=layers, hidden=hidden).output
 
     def _logits(self, case: DecoderCase, output: Mapping[int, AnyArray], note: str = "") -> None:
         fed = fed_positions(self._plans[case.name])
@@ -210,7 +217,8 @@ class Checker:
             session,
             self.config,
             plan,
-            bank_of(self.config, case, self._encoded),
+            self.media,
+            bank_of(self.config, case, self.media, self._encoded),
             layers=range(layer, layer + 1),
             hidden={0: fed} if layer else None,
         )

@@ -17,12 +17,12 @@ from flamingo_export.manifest import GraphRecord, Manifest
 from flamingo_export.specs import gated_in
 from flamingo_export.validate.cases import DecoderCase
 from flamingo_export.validate.compare import AnyArray
-from flamingo_export.validate.oracle import drawn_bank
+from flamingo_export.validate.media import MediaFormat
 from flamingo_export.validate.plan import Plan
 from flamingo_reference.config import ModelConfig
 
 Bank = Callable[[int], tuple[AnyArray, AnyArray]]
-"""media_k.i and media_v.i [N, Hx, R, Dx] of gated layer i."""
+"""media_k.i and media_v.i float32 [N, Hx, R, Dx] of gated layer i."""
 Hidden = Mapping[int, AnyArray]
 """For each sequence, hidden states [its length, W]; NaN where nothing was fed."""
 
@@ -34,26 +34,27 @@ class StageResult(msgspec.Struct, frozen=True, kw_only=True):
     caches: dict[str, AnyArray]
 
 
-def bank_of(config: ModelConfig, case: DecoderCase, encoded: Mapping[str, AnyArray] | None) -> Bank:
+def bank_of(config: ModelConfig, case: DecoderCase, media: MediaFormat, encoded: Mapping[str, AnyArray] | None) -> Bank:
     """The bank that a case's requests share: drawn, or what the engine's media_kv made of the end-to-end case's frames."""
     if not case.from_pixels:
-        return lambda i: drawn_bank(config, i, case.bank_rows)
+        return lambda i: media.drawn(config, i, case.bank_rows)
     if encoded is None:
         raise ParityError(f"case {case.name!r} needs encoded frames, and the encoders failed")
     return lambda i: (encoded[f"media_k.{i}"], encoded[f"media_v.{i}"])
 
 
 def run_stage(
-    session: Session, config: ModelConfig, plan: Plan, bank: Bank, *, layers: range, hidden: Hidden | None
+    session: Session, config: ModelConfig, plan: Plan, media: MediaFormat, bank: Bank, *, layers: range, hidden: Hidden | None
 ) -> StageResult:
     """All calls of a case through the decoder, or the part of it with these LM layers (fed with `hidden` unless it is the first)."""
     spec = session.spec
     for i, _ in gated_in(config, layers):
         for kind, values in zip("kv", bank(i), strict=True):
-            buffer = session.allocate(f"media_{kind}.{i}", values.shape)
-            for row, value in enumerate(values):
+            name = f"media_{kind}.{i}"
+            buffer = session.allocate(name, values.shape)
+            for row, value in enumerate(media.codes(name, values) if spec.input(name).kind == "fp8" else values):
                 buffer.write(row, value)
-            session.bind(f"media_{kind}.{i}", buffer)
+            session.bind(name, buffer)
     lm = config.language_model
     # An engine has one capacity, larger than what the case needs.
     capacity = session.largest.get("C", plan.capacity)

@@ -22,7 +22,7 @@ def layer_graph(bundle: Path, manifest: Manifest, layer: int, *, name: str) -> i
 
     record, layers = next(pair for pair in manifest.decoder_graphs() if layer in pair[1])
     whole = ir.load(bundle / record.file)
-    spec = decoder_spec(manifest.config, range(layer, layer + 1), name=name)
+    spec = decoder_spec(manifest.config, range(layer, layer + 1), name=name, media=manifest.precision.media)
     boundaries = {}
     if layer > layers.start:
         boundaries["hidden"] = _after(whole, layer - 1)

@@ -24,6 +24,7 @@ from flamingo_export.validate.cases import (
 )
 from flamingo_export.validate.compare import AnyArray, expect
 from flamingo_export.validate.golden import Goldens
+from flamingo_export.validate.media import BANK_ROWS, FLOATS, MediaFormat
 from flamingo_export.validate.parts import Parts
 from flamingo_export.validate.plan import Plan, plan_case
 from flamingo_reference.config import ModelConfig
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
 Key = tuple[str, int]
 """Case and sequence."""
-BANK_ROWS = 32
 
 
 def encoder_feeds(config: ModelConfig, case: EncoderCase) -> dict[str, AnyArray]:
@@ -57,14 +57,6 @@ def resampler_feeds(config: ModelConfig, features: AnyArray) -> dict[str, AnyArr
     return {"features": features, **times}
 
 
-def drawn_bank(config: ModelConfig, i: int, rows: int) -> tuple[AnyArray, AnyArray]:
-    """media_k.i and media_v.i float32 [rows, Hx, R, Dx] of cases whose media are drawn."""
-    block = config.cross_attention
-    shape = (BANK_ROWS, block.num_heads, config.resampler.num_latents, block.head_size)
-    k, v = (inputs.normal(f"bank/{kind}.{i}", shape)[:rows] for kind in "kv")
-    return k, v
-
-
 def fed_positions(plan: Plan) -> dict[int, list[int]]:
     """For each sequence, the positions that the engine is fed as its own, ascending."""
     fed: dict[int, set[int]] = {}
@@ -76,15 +68,25 @@ def fed_positions(plan: Plan) -> dict[int, list[int]]:
 
 
 def record_numbers(
-    parts: Parts, goldens: Goldens, progress: Progress = SILENT, *, cases: Sequence[DecoderCase] | None = None
+    parts: Parts,
+    goldens: Goldens,
+    progress: Progress = SILENT,
+    *,
+    cases: Sequence[DecoderCase] | None = None,
+    media: MediaFormat = FLOATS,
 ) -> None:
-    """Fills `goldens` with what is expected in every case. cases: of the decoder, None for `decoder_cases`. Needs torch."""
-    _Recorder(parts, goldens, progress, decoder_cases(parts.config) if cases is None else cases).run()
+    """Fills `goldens` with what is expected in every case. Needs torch.
+
+    cases: of the decoder, None for `decoder_cases`. media: how the bank holds keys and values.
+    """
+    _Recorder(parts, goldens, progress, decoder_cases(parts.config) if cases is None else cases, media).run()
 
 
 class _Recorder:
-    def __init__(self, parts: Parts, goldens: Goldens, progress: Progress, cases: Sequence[DecoderCase]) -> None:
-        self.parts, self.goldens, self.progress = parts, goldens, progress
+    def __init__(
+        self, parts: Parts, goldens: Goldens, progress: Progress, cases: Sequence[DecoderCase], media: MediaFormat
+    ) -> None:
+        self.parts, self.goldens, self.progress, self.media = parts, goldens, progress, media
         self.config = parts.config
         self.cases = {case.name: case for case in cases}
         self.plans = {name: plan_case(self.config, case) for name, case in self.cases.items()}
@@ -190,10 +192,13 @@ class _Recorder:
 
         (kv_case,) = (case for case in encoder_cases(self.config) if case.subgraph == "media_kv")
         case_latents = torch.from_numpy(encoder_feeds(self.config, kv_case)["latents"])
-        drawn = [torch.from_numpy(array) for array in drawn_bank(self.config, i, BANK_ROWS)]
+        drawn = self.media.drawn(self.config, i, BANK_ROWS)
+        held = [self.media.rounded(f"media_{kind}.{i}", values) for kind, values in zip("kv", drawn, strict=True)]
 
-        def run(module: Any, latents: Tensor, *streams: dict[Key, Tensor]) -> tuple[list[dict[Key, Tensor]], Any, Any]:
-            given = [array.to(latents) for array in drawn]
+        def run(
+            module: Any, bank: Sequence[AnyArray], latents: Tensor, *streams: dict[Key, Tensor]
+        ) -> tuple[list[dict[Key, Tensor]], Any, Any]:
+            given = [torch.from_numpy(array).to(latents) for array in bank]
             encoded = module.media_kv(latents)
             found = []
             for stream in streams:
@@ -207,8 +212,8 @@ class _Recorder:
 
         (wides, wide_kv, _), (narrows, narrow_kv, _) = self.parts.stage(
             f"cross_attention.{i}",
-            lambda m: run(m, self.latents[0], wide),
-            lambda m: run(m, self.latents[1], narrow, alone),
+            lambda m: run(m, drawn, self.latents[0], wide),
+            lambda m: run(m, held, self.latents[1], narrow, alone),
         )
         for kind, one_wide, one_narrow in zip("kv", wide_kv, narrow_kv, strict=True):
             self._put(f"media_kv, {kv_case.name}", f"media_{kind}.{i}", one_wide, one_narrow)

@@ -30,6 +30,7 @@ from flamingo_export.validate.as_stored import AsStored
 from flamingo_export.validate.cases import decoder_cases, pixel_cases
 from flamingo_export.validate.checker import Checker
 from flamingo_export.validate.golden import CASES_FILE, TENSORS_FILE, Goldens, load_goldens, save_goldens
+from flamingo_export.validate.media import MediaFormat
 from flamingo_export.validate.plan import strips
 from flamingo_export.validate.report import Against, NotRun, ParityReport, Trace, Verdict, write_report
 from flamingo_reference.checkpoints.loading import CheckpointFiles
@@ -146,7 +147,7 @@ def record(
     stored = AsStored(source.config, manifest.precision, calibration)
     goldens = Goldens(weights_sha256=digest, storage=manifest.precision.key, model=source.config.name)
     with _torch_threads(source.config):
-        record_numbers(parts_of(source, stored), goldens, progress)
+        record_numbers(parts_of(source, stored), goldens, progress, media=MediaFormat(manifest.precision, calibration))
         goldens.no_traces = _no_room(source.config, memory)
         if not goldens.no_traces:
             goldens.traces = record_traces(source, stored, manifest.limits, tokenizer, progress)
@@ -203,7 +204,8 @@ def compare_with(
     cases = decoder_cases(manifest.config)
     if against == "transformers":
         cases = (*cases, *pixel_cases(manifest.config))
-    checker = Checker(bundle, manifest, goldens, backend, options, progress, cases)
+    media = MediaFormat(manifest.precision, _calibration(bundle))
+    checker = Checker(bundle, manifest, goldens, media, backend, options, progress, cases)
     checker.run(whole=whole, layers=not compiled)
     not_run = []
     if compiled:

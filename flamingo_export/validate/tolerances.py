@@ -103,7 +103,7 @@ def tolerance(kind: str, precision: Precision = FP32) -> Tolerance:
 def coarsest(precision: Precision) -> str | None:
     """The format of a policy that costs most; None where nothing is quantised."""
     policy = precision.policy
-    formats = set() if policy is None else {policy.attention, *(rule.format for rule in policy.rules)}
+    formats = set() if policy is None else {policy.attention, policy.media, *(rule.format for rule in policy.rules)}
     return next((name for name in ("int4", "fp8", "int8") if name in formats), None)
 
 

@@ -58,10 +58,14 @@ class Weight(msgspec.Struct, frozen=True, kw_only=True):
 
     def operands(self, precision: Precision) -> tuple[str, ...]:
         """Names of the operands of attention that this product makes, where the policy quantises them: the calibration table's keys."""
-        wanted = precision.policy is not None and precision.policy.attention == "fp8"
-        if not wanted or not self.name.endswith("/self_attention/qkv_proj"):
+        policy = precision.policy
+        if policy is None:
             return ()
-        return tuple(f"{self.name.removesuffix('qkv_proj')}{part}" for part in "qkv")
+        if policy.attention == "fp8" and self.name.endswith("/self_attention/qkv_proj"):
+            return tuple(f"{self.name.removesuffix('qkv_proj')}{part}" for part in "qkv")
+        if policy.media == "fp8" and self.name.startswith("media_kv/") and self.name.endswith("_proj"):
+            return (self.name.removesuffix("_proj"),)
+        return ()
 
 
 # Recipes. Each takes the source tensors in order.

@@ -47,9 +47,9 @@ class Contract(msgspec.Struct, frozen=True, kw_only=True):
 def engine_spec(manifest: Manifest, graph: GraphRecord) -> SubgraphSpec:
     """The contract of a graph's engine: that of the graph, and the candidates beside its logits."""
     if graph.layers is None:
-        spec = subgraph_specs(manifest.config)[graph.name]
+        spec = subgraph_specs(manifest.config, media=manifest.precision.media)[graph.name]
     else:
-        spec = decoder_spec(manifest.config, range(*graph.layers), name=graph.name)
+        spec = decoder_spec(manifest.config, range(*graph.layers), name=graph.name, media=manifest.precision.media)
     return with_candidates(spec, manifest.limits.beams + 1)
 
 

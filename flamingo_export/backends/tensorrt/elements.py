@@ -1,9 +1,10 @@
-"""Element types of engines and how the host holds them: numpy has no bf16, so its bits are kept in uint16."""
+"""Element types of engines and how the host holds them: numpy has no bf16, so its bits are kept in uint16; FP8 is ml_dtypes' E4M3."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import msgspec
 import numpy as np
 
@@ -34,6 +35,7 @@ ELEMENTS = {
         Element(name="fp32", trt="FLOAT", storage=np.dtype(np.float32), code=2, bits=32),
         Element(name="fp16", trt="HALF", storage=np.dtype(np.float16), code=2, bits=16),
         Element(name="bf16", trt="BF16", storage=np.dtype(np.uint16), code=4, bits=16),
+        Element(name="fp8", trt="FP8", storage=np.dtype(ml_dtypes.float8_e4m3fn), code=10, bits=8),
         Element(name="int64", trt="INT64", storage=np.dtype(np.int64), code=0, bits=64),
         Element(name="bool", trt="BOOL", storage=np.dtype(np.bool_), code=6, bits=8),
     )
@@ -56,21 +58,24 @@ def kind_of(code: int, bits: int) -> Element:
 def encode(value: Array, into: Array, element: Element) -> None:
     """Writes an array of the host into memory of the same shape laid out as the element; floats are rounded to nearest, ties to even.
 
-    Beyond fp16's range they become infinite, as they do in the graph. Raises InputError for a dtype that would lose more.
+    Beyond fp16's range they become infinite, as they do in the graph. Raises InputError for a dtype that would lose more; FP8 are codes,
+    which floats become with a scale alone.
     """
     if element.name == "bf16":
         if value.dtype.kind != "f":
             raise InputError(f"{value.dtype} was given, floats are expected")
         into[...] = _to_bf16(value.astype(np.float32, copy=False))
         return
-    if not np.can_cast(value.dtype, element.storage, "same_kind"):
+    if (element.name == "fp8") != (value.dtype == ELEMENTS["fp8"].storage) or not np.can_cast(
+        value.dtype, element.storage, "same_kind"
+    ):
         raise InputError(f"{value.dtype} was given, {element.storage} is expected")
     with np.errstate(over="ignore"):
         np.copyto(into, value, casting="same_kind")
 
 
 def decode(array: Array, element: Element) -> Array:
-    """A fresh array of what memory laid out as the element holds; floats in float32."""
+    """A fresh array of what memory laid out as the element holds; floats in float32, FP8 as it is."""
     if element.name == "bf16":
         return (array.astype(np.uint32) << 16).view(np.float32)
     return array.astype(np.float32 if element.storage.kind == "f" else array.dtype)

@@ -13,6 +13,9 @@
 
 The request's rows are taken before anything is masked, so the cost follows the request's media and not the bank. A backend with a
 kernel of its own (the TensorRT plugin of the same name) replaces the body.
+
+A bank of E4M3 codes comes with k_scale and v_scale, fp32 []. ONNX's Gather takes no FP8, so the body widens the whole bank before it takes
+the rows; the plugin reads the codes in place.
 """
 
 from __future__ import annotations
@@ -24,12 +27,23 @@ from flamingo_export.graphs.builder import FUNCTION_DOMAIN, GraphBuilder
 
 NAME = "PhiCrossAttention"
 PLUGIN_VERSION = "1"
+KV_SCALES = "kv_scales"
+"""Field of the plugin: k and v are FP8, and two scales follow phi."""
 
 
-def phi_cross_attention(*, num_latents: int, head_size: int) -> ir.Function:
-    """The function with its body of standard operators, for latents R and head size D."""
+def phi_cross_attention(*, num_latents: int, head_size: int, fp8: bool = False) -> ir.Function:
+    """The function with its body of standard operators, for latents R and head size D. fp8: k and v are E4M3, and their scales follow."""
     build = GraphBuilder(prefix=NAME)
-    q, k, v, media_rows, phi = (ir.Value(name=name) for name in ("q", "k", "v", "media_rows", "phi"))
+    q, k, v, media_rows, phi = given = [ir.Value(name=name) for name in ("q", "k", "v", "media_rows", "phi")]
+    declared = [ir.AttrString("plugin_namespace", FUNCTION_DOMAIN), ir.AttrString("plugin_version", PLUGIN_VERSION)]
+    if fp8:
+        scales = [ir.Value(name=name) for name in ("k_scale", "v_scale")]
+        k, v = (
+            build.op("DequantizeLinear", bank, build.op("CastLike", scale, q, name=f"{name}/scale"), name=f"{name}/dequantise")
+            for bank, scale, name in zip((k, v), scales, ("keys", "values"), strict=True)
+        )
+        given += scales
+        declared.append(ir.AttrInt64(KV_SCALES, 1))
     keys, values = (_rows_of_request(build, bank, media_rows, head_size, name) for bank, name in ((k, "keys"), (v, "values")))
     mask = _mask(build, media_rows, phi, num_latents)
     queries = build.op("Transpose", q, name="queries", perm=[0, 2, 1, 3])
@@ -39,15 +53,17 @@ def phi_cross_attention(*, num_latents: int, head_size: int) -> ir.Function:
     some = build.op("Unsqueeze", some, build.constant([2, 3]), name="some_medium/heads")
     zero = build.op("CastLike", build.constant(0.0, dtype=np.float32), seen, name="zero")
     y = build.op("Where", some, seen, zero, name="y")
-    declared = [ir.AttrString("plugin_namespace", FUNCTION_DOMAIN), ir.AttrString("plugin_version", PLUGIN_VERSION)]
-    return build.function(NAME, [q, k, v, media_rows, phi], [y], attributes=declared)
+    return build.function(NAME, given, [y], attributes=declared)
 
 
-def call(build: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, media_rows: ir.Value, phi: ir.Value) -> ir.Value:
-    """A node that calls the function; its attributes name the plugin for TensorRT's parser."""
+def call(
+    build: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, media_rows: ir.Value, phi: ir.Value, *scales: ir.Value
+) -> ir.Value:
+    """A node that calls the function; its attributes name the plugin for TensorRT's parser. scales: of k and v, where these are E4M3."""
+    fields = {KV_SCALES: 1} if scales else {}
     y: ir.Value = build.op(
-        NAME, q, k, v, media_rows, phi, name="phi_attention", domain=FUNCTION_DOMAIN,
-        plugin_namespace=FUNCTION_DOMAIN, plugin_version=PLUGIN_VERSION,
+        NAME, q, k, v, media_rows, phi, *scales, name="phi_attention", domain=FUNCTION_DOMAIN,
+        plugin_namespace=FUNCTION_DOMAIN, plugin_version=PLUGIN_VERSION, **fields,
     )  # fmt: skip
     return y
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
+from onnx import TensorProto
+from onnxruntime import OrtValue
 
 from flamingo_export.graphs.builder import GraphBuilder, graph_inputs
 from flamingo_export.graphs.functions import phi_cross_attention
-from flamingo_export.specs import SubgraphSpec, TensorSpec
+from flamingo_export.specs import MediaKind, SubgraphSpec, TensorSpec
 from tests.export.graphs.conftest import Run, open_graph
 
 H, R, D = 3, 5, 8
@@ -19,21 +22,28 @@ H, R, D = 3, 5, 8
 
 @pytest.fixture(scope="module")
 def function() -> Run:
+    return made("float")
+
+
+def made(media: MediaKind) -> Run:
+    scales = [TensorSpec(f"{kind}_scale", "float", ()) for kind in "kv"] if media == "fp8" else []
     spec = SubgraphSpec(
         name="phi",
         inputs=(
             TensorSpec("q", "float", ("B", "S", H, D)),
-            TensorSpec("k", "float", ("N", H, R, D)),
-            TensorSpec("v", "float", ("N", H, R, D)),
+            TensorSpec("k", media, ("N", H, R, D)),
+            TensorSpec("v", media, ("N", H, R, D)),
             TensorSpec("media_rows", "int64", ("B", "M")),
             TensorSpec("phi", "int64", ("B", "S")),
+            *scales,
         ),
         outputs=(TensorSpec("y", "float", ("B", "S", H, D)),),
     )
     build = GraphBuilder()
     inputs = graph_inputs(spec)
     y = phi_cross_attention.call(build, *inputs.values())
-    model = build.model(spec, inputs, {"y": y}, [phi_cross_attention.phi_cross_attention(num_latents=R, head_size=D)])
+    body = phi_cross_attention.phi_cross_attention(num_latents=R, head_size=D, fp8=media == "fp8")
+    model = build.model(spec, inputs, {"y": y}, [body])
     return open_graph(ir.serde.serialize_model(model).SerializeToString())
 
 
@@ -100,3 +110,21 @@ def test_rows_that_are_not_the_requests_do_not_matter(function: Run) -> None:
         others[[2, 5]] = False
         call[bank][others] = np.nan
     assert np.array_equal(function(call)["y"], before)
+
+
+def test_a_bank_of_codes_is_read_with_the_scale_of_each() -> None:
+    """Keys and values have scales of their own; which codes they are is of no account, so they are drawn as bytes."""
+    random = np.random.default_rng(3)
+    call = feeds([[6, 2, 1]], [[0, 1, 2, 3, 3]])
+    scales = {"k": np.float32(2.0**-9), "v": np.float32(2.0**-7)}
+    # 0x7F and 0xFF are NaN.
+    codes = {kind: random.integers(0, 255, call[kind].shape, dtype=np.uint8) & 0xFE for kind in "kv"}
+    held = {kind: codes[kind].view(ml_dtypes.float8_e4m3fn) for kind in "kv"}
+    exact = plain(**{**call, **{kind: held[kind].astype(np.float64) * scales[kind] for kind in "kv"}})
+    values = {
+        **{name: OrtValue.ortvalue_from_numpy(value) for name, value in call.items()},
+        **{name: OrtValue.ortvalue_from_numpy_with_onnx_type(value, TensorProto.FLOAT8E4M3FN) for name, value in held.items()},
+        **{f"{name}_scale": OrtValue.ortvalue_from_numpy(np.asarray(scale)) for name, scale in scales.items()},
+    }
+    y = made("fp8")(values)["y"]
+    assert np.abs(y - exact).max() <= 2e-6 * np.abs(exact).max()

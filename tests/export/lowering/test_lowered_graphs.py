@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from flamingo_export.graphs import builder
-from flamingo_export.lowering import tensorrt
+from flamingo_export.lowering import retype
 from flamingo_export.lowering.tensorrt import save_lowered
 from flamingo_export.specs import SUBGRAPHS
 from flamingo_reference.subgraphs import subgraphs_of
@@ -114,7 +114,7 @@ def test_another_compute_type_than_the_stored_keeps_the_casts(lowered, lint):
 
 
 def test_the_domain_is_that_of_the_builder():
-    assert tensorrt.FUNCTION_DOMAIN == builder.FUNCTION_DOMAIN
+    assert retype.FUNCTION_DOMAIN == builder.FUNCTION_DOMAIN
 
 
 def feeds_of(name, config, rng):
