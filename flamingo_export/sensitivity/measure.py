@@ -64,7 +64,7 @@ class _Found(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def error(self) -> float:
         """Change over what is added. A part behind a gate of zero adds nothing and changes nothing: 0."""
-        return self.change / self.added if self.change else 0.0
+        return self.change / self.added if self.added else 0.0
 
 
 def measure(
@@ -242,7 +242,7 @@ class _Measuring:
                 "The weights are damaged, or the calibration table's ranges cannot be."
             )
         change, added_rms, output_rms = (math.sqrt(each / count) for each in squares)
-        return _Found(change=change, added=added_rms or math.ulp(0.0), output=output_rms)
+        return _Found(change=change, added=added_rms, output=output_rms)
 
 
 def _logits(step: Step, module: Any, index: int) -> Array:
@@ -262,4 +262,3 @@ def layer_name(config: ModelConfig, prefix: str) -> str:
     if kind == "language_model.layers":
         return f"decoder/layer.{index}"
     return HEAD if prefix == "language_model" else prefix
-
