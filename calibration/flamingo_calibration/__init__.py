@@ -4,9 +4,11 @@
     data, shipped             samples of a user's file, of the package, of the nano model's generators
     watching                  which tensors of a part are looked at, under which names
     states                    what is carried from part to part, on the disk, so that a killed calibration goes on
-    run                       calibrate(): one part of the model after the other
+    walk                      all samples through one part of the model after the other
+    run                       calibrate(): the walk, watched
 
-The table itself, which quantisation reads without any of this, is `flamingo_export.quantize.table`. torch is imported inside `run` alone.
+The table itself, which quantisation reads without any of this, is `flamingo_export.quantize.table`. torch is
+imported inside `run` and `walk` alone.
 """
 
 from __future__ import annotations

@@ -1,11 +1,4 @@
-"""calibrate(): the reference over all samples, one part of the model after the other.
-
-    pixels -- vision_encoder --> features -- resampler --> latents --------------,
-    token ids -- language_model --> hidden -- [cross_attention.i] -- language_model.layers.j --> ... -- norm --> input of the head
-
-A part's weights are read once, all samples go through it, and what comes out waits on the disk for the next part. So memory is that of the
-largest part and one sample, whatever the model and the data.
-"""
+"""calibrate(): the reference over all samples, one part of the model after the other (walk.py)."""
 
 from __future__ import annotations
 
@@ -14,41 +7,27 @@ import importlib.metadata
 import importlib.util
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
-import numpy as np
 
 from flamingo_calibration.data import BadSample, Checked, Sample, check_samples
-from flamingo_calibration.states import Array, Shapes, Stream, Work, exclusive, put, settle
+from flamingo_calibration.states import Stream, Work, exclusive, put, settle
+from flamingo_calibration.walk import Step, Walk
 from flamingo_calibration.watching import Watch, products
 from flamingo_export.backends.memory import release
 from flamingo_export.errors import CalibrationError
 from flamingo_export.progress import SILENT, Progress
 from flamingo_export.quantize.table import SCHEMA_VERSION, CalibrationTable, Method
-from flamingo_export.runtime.media import load_medium
 from flamingo_export.runtime.tokenizer import Tokenizer
 from flamingo_export.sources import WeightSource, tensor_digest
-from flamingo_reference.time_weights import time_weights
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 SETTLE_SECONDS = 10.0
 """What may be lost of the vision encoder's work: a small model's media would wait for the disk longer than for the encoder."""
 RECIPE = 1
 """Bumped whenever other statistics are found for the same weights and data."""
-
-
-class _Step(msgspec.Struct, frozen=True, kw_only=True):
-    """A part of the model on its way: the stream it writes (None: nothing comes out) with the shapes in it, and what makes one of them."""
-
-    prefix: str
-    output: str | None
-    shapes: Shapes
-    run: Callable[[Any, Watch, int], Any]
 
 
 def calibrate(
@@ -90,13 +69,12 @@ class _Calibration:
         settled = [source.identity, source.config, checked.sha256, RECIPE, SCHEMA_VERSION, versions]
         self.identity = hashlib.sha256(msgspec.json.encode(settled)).hexdigest()
         self.work = Work(folder, self.identity)
-        self.media = [medium for sample in checked.samples for medium in sample.media]
-        self.first_medium = np.cumsum([0, *(len(sample.media) for sample in checked.samples)]).tolist()
+        self.walk = Walk(source, checked, self.work)
         self.read_now: dict[str, str] = {}
 
     def run(self, method: Method) -> CalibrationTable:
         """All parts that are not finished yet, then the table."""
-        steps = list(self._steps())
+        steps = list(self.walk.steps())
         self._open(steps)
         self.progress.stage("calibrating", sum(len(step.shapes) for step in steps))
         for number, step in enumerate(steps):
@@ -119,26 +97,18 @@ class _Calibration:
             tensors=dict(sorted(journal.statistics.items())),
         )
 
-    def _open(self, steps: list[_Step]) -> None:
+    def _open(self, steps: list[Step]) -> None:
         """Goes on with what an interrupted calibration has finished, if all that the next part needs is there."""
         journal = self.work.journal
         if self.work.discarded:
             self.progress.note(f"the calibration in {self.work.folder} was of other weights, data or versions; starting anew")
-        elif journal.parts and all(stream.complete for stream in self._needed(steps, journal.parts)):
+        elif journal.parts and all(stream.complete for stream in self.walk.needed(steps, journal.parts)):
             self.progress.note(f"going on with the interrupted calibration: {journal.parts} of {len(steps)} parts are finished")
         elif journal.parts:
             self.progress.note(f"{self.work.folder} is not complete; starting anew")
             self.work.restart(self.identity)
 
-    def _needed(self, steps: list[_Step], number: int) -> list[Stream]:
-        """The streams that part `number` and those after it read of the parts before it."""
-        written = {step.output: step for step in steps[:number] if step.output is not None}
-        wanted = [] if number >= len(steps) else ["features"] if number == 1 else ["latents"]
-        hidden = [name for name in written if name.startswith("hidden")]
-        wanted += hidden[-1:] if number < len(steps) else []
-        return [self.work.stream(name, written[name].shapes) for name in wanted if name in written]
-
-    def _run(self, steps: list[_Step], number: int) -> None:
+    def _run(self, steps: list[Step], number: int) -> None:
         """One part on all items."""
         import torch
 
@@ -151,19 +121,19 @@ class _Calibration:
         with torch.no_grad():
             if step.output is None:
                 for index in range(len(step.shapes)):
-                    step.run(module, watch, index)
+                    step.run(module, index)
                     self.progress.advance(1)
             else:
-                self._write(step, self.work.stream(step.output, step.shapes), module, watch)
+                self._write(step, self.work.stream(step.output, step.shapes), module)
         journal.statistics |= watch.finish()
         del module
         release()
         journal.digests |= self.read_now
         journal.parts, journal.items = number + 1, 0
         self.work.save()
-        self.work.keep(self._needed(steps, number + 1))
+        self.work.keep(self.walk.needed(steps, number + 1))
 
-    def _write(self, step: _Step, stream: Stream, module: Any, watch: Watch) -> None:
+    def _write(self, step: Step, stream: Stream, module: Any) -> None:
         """What a part makes of all items, into its stream. The vision encoder's are journalled now and then, if it has no statistics to lose."""
         journal, within = self.work.journal, step.prefix == "vision_encoder" and not products(self.config, step.prefix)
         if within and journal.items == len(step.shapes) and stream.complete:  # killed before the journal knew of the whole part
@@ -174,7 +144,7 @@ class _Calibration:
         settled = time.monotonic()
         with stream.writing(kept) as file:
             for index in range(kept, len(step.shapes)):
-                put(file, step.run(module, watch, index).numpy())
+                put(file, step.run(module, index).numpy())
                 if within and time.monotonic() - settled >= SETTLE_SECONDS:
                     settle(file)
                     journal.items = index + 1
@@ -187,85 +157,3 @@ class _Calibration:
         if self.source.digested and name not in self.work.journal.digests:
             self.read_now[name] = tensor_digest(array)
         return array
-
-    def _steps(self) -> Iterator[_Step]:
-        """The parts in order."""
-        config, samples = self.config, self.checked.samples
-        frames = [count for sample in samples for count in sample.frames]
-        features = [(count, config.vision.num_patches, config.vision.feature_width) for count in frames]
-        latents = [(config.resampler.num_latents, config.resampler.width)] * len(frames)
-        hidden = [(len(sample.token_ids), config.language_model.width) for sample in samples]
-        yield _Step(prefix="vision_encoder", output="features", shapes=features, run=self._encode)
-        seen = self.work.stream("features", features)
-        yield _Step(prefix="resampler", output="latents", shapes=latents, run=lambda m, _, i: self._resample(m, seen.read(i)))
-        known = self.work.stream("latents", latents)
-        last = self.work.stream("hidden.0", hidden)
-        yield _Step(prefix="language_model", output="hidden.0", shapes=hidden, run=self._embed)
-        count = 0
-        for layer in range(config.language_model.num_layers):
-            if layer in config.gated_layers:
-                prefix, name = f"cross_attention.{config.gated_layers.index(layer)}", f"hidden.{(count := count + 1)}"
-                yield _Step(prefix=prefix, output=name, shapes=hidden, run=self._gated(last, known))
-                last = self.work.stream(name, hidden)
-            prefix, name = f"language_model.layers.{layer}", f"hidden.{(count := count + 1)}"
-            yield _Step(prefix=prefix, output=name, shapes=hidden, run=self._layer(last))
-            last = self.work.stream(name, hidden)
-        yield _Step(prefix="language_model", output=None, shapes=hidden, run=self._head(last))
-
-    def _encode(self, module: Any, watch: Watch, index: int) -> Tensor:
-        """Features of one medium, frame by frame: an encoder of 320 pixels takes much memory for each."""
-        import torch
-
-        pixels = load_medium(self.media[index], self.config, self.source.inputs.fit).pixels
-        return torch.cat([module(torch.from_numpy(frame[None])) for frame in pixels])
-
-    def _resample(self, module: Any, features: Array) -> Tensor:
-        import torch
-
-        embeddings = self.config.resampler.num_time_embeddings
-        times = [torch.from_numpy(time_weights(len(features), embeddings))] if embeddings else []
-        latents: Tensor = module(torch.from_numpy(features[None]), *times)[0]
-        return latents
-
-    def _embed(self, module: Any, watch: Watch, index: int) -> Tensor:
-        import torch
-
-        embedded: Tensor = module.embedding(torch.from_numpy(self.checked.samples[index].token_ids))
-        return embedded
-
-    def _gated(self, hidden: Stream, latents: Stream) -> Callable[[Any, Watch, int], Tensor]:
-        import torch
-
-        resampler = self.config.resampler
-
-        def run(module: Any, watch: Watch, index: int) -> Tensor:
-            sample = self.checked.samples[index]
-            shown = np.zeros((len(sample.media), resampler.num_latents, resampler.width), np.float32)
-            for place in range(len(sample.media)):
-                shown[place] = latents.read(self.first_medium[index] + place)
-            k, v = module.media_kv(torch.from_numpy(shown))
-            watch.media(k, v)
-            rows, phi = torch.arange(len(sample.media))[None], torch.from_numpy(sample.phi[None])
-            found: Tensor = module(torch.from_numpy(hidden.read(index)[None]), k, v, rows, phi)[0]
-            return found
-
-        return run
-
-    def _layer(self, hidden: Stream) -> Callable[[Any, Watch, int], Tensor]:
-        import torch
-
-        def run(module: Any, watch: Watch, index: int) -> Tensor:
-            found: Tensor = module(torch.from_numpy(hidden.read(index)[None]))[0]
-            return found
-
-        return run
-
-    def _head(self, hidden: Stream) -> Callable[[Any, Watch, int], Tensor]:
-        import torch
-
-        def run(module: Any, watch: Watch, index: int) -> Tensor:
-            normed: Tensor = module.norm(torch.from_numpy(hidden.read(index)))
-            watch.head(normed)
-            return normed
-
-        return run

@@ -27,22 +27,16 @@ class Watch:
             self._undo.append(handle.remove)
         if prefix.startswith("language_model.layers."):
             self._watch_attention(module, f"decoder/layer.{prefix.rsplit('.', 1)[1]}/self_attention")
+        elif prefix.startswith("cross_attention."):
+            self._watch_media(module, f"media_kv/layer.{prefix.rsplit('.', 1)[1]}")
+        elif prefix == "language_model":
+            self._undo.append(module.norm.register_forward_hook(lambda _, __, normed: self.see("decoder/head", normed)).remove)
 
     def see(self, name: str, tensor: Tensor) -> None:
         """Counts a piece of a tensor."""
         if name not in self._collectors:
             self._collectors[name] = Collector(name, channels=self._channels[name] > 0)
         self._collectors[name].add(tensor.numpy())
-
-    def media(self, k: Tensor, v: Tensor) -> None:
-        """Keys and values [N, H, R, D] of media of a gated block."""
-        index = self._prefix.rsplit(".", 1)[1]
-        self.see(f"media_kv/layer.{index}/k", k)
-        self.see(f"media_kv/layer.{index}/v", v)
-
-    def head(self, normed: Tensor) -> None:
-        """What the head is multiplied with [S, W]."""
-        self.see("decoder/head", normed)
 
     def finish(self) -> dict[str, Statistics]:
         """Statistics of all that was seen. The part is let go of: it and its hooks would else keep each other in memory."""
@@ -56,6 +50,19 @@ class Watch:
             self.see(name, arguments[0])
 
         return hook
+
+    def _watch_media(self, block: Any, name: str) -> None:
+        """Keys and values [N, H, R, D] of media as the bank keeps them."""
+        media_kv = block.media_kv
+
+        def watched(latents_NRW: Tensor) -> tuple[Tensor, Tensor]:
+            k, v = media_kv(latents_NRW)
+            self.see(f"{name}/k", k)
+            self.see(f"{name}/v", v)
+            return k, v
+
+        block.media_kv = watched
+        self._undo.append(lambda: delattr(block, "media_kv"))
 
     def _watch_attention(self, layer: Any, name: str) -> None:
         """Queries, keys and values on their way into attention: after norms and rotation, queries with their bias for contents."""

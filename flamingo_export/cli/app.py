@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from flamingo_export.cli import bench, build, calibrate, doctor, generate, inspect, parity, refit, score
+from flamingo_export.cli import bench, build, calibrate, doctor, generate, inspect, parity, refit, score, sensitivity
 from flamingo_export.cli.options import MediaCommand
 from flamingo_export.errors import FlamingoExportError
 
@@ -29,6 +29,9 @@ app = typer.Typer(
 )
 app.command("build", short_help="Make a bundle from a checkpoint or a size.")(build.build)
 app.command("calibrate", short_help="Measure activations of the reference, for quantisation.")(calibrate.calibrate)
+app.command("sensitivity", short_help="Measure what quantising each matrix costs, and what to keep in more bits.")(
+    sensitivity.sensitivity
+)
 app.command("refit", short_help="Put other weights of the same shapes into a bundle.")(refit.refit)
 app.command("generate", short_help="Describe images and videos, or answer a question about them.", cls=MediaCommand)(
     generate.generate

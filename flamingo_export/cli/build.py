@@ -18,13 +18,14 @@ from flamingo_export.cli.options import (
     OtherVision,
     Parity,
     ParityChoice,
+    chosen_policy,
     chosen_source,
 )
 
 if TYPE_CHECKING:
     from flamingo_export.build_plan import BuildPlan
     from flamingo_export.pipeline import BuildResult
-    from flamingo_export.precision import Policy, StorageType
+    from flamingo_export.precision import StorageType
 
 _CHUNK = 256  # positions of one prefill call, fewer where the cache is short
 """Positions of a prefill call where --max-length is given; smaller caches take half of their length."""
@@ -163,7 +164,7 @@ def build(
         raise typer.BadParameter("goes with a checkpoint: add --checkpoint", param_hint="--vision-module")
     if target is not None and backend is Compiler.onnxruntime:
         raise typer.BadParameter("only engines have a target: add --backend tensorrt-rtx", param_hint="--target")
-    chosen = _policy({"fp8": fp8, "int8": int8, "int4": int4}, policy)
+    chosen = chosen_policy({"fp8": fp8, "int8": int8, "int4": int4}, policy)
     if calibration is not None and uncalibrated:
         raise typer.BadParameter("goes without --calibration", param_hint="--uncalibrated")
     from flamingo_export import build_plan, pipeline
@@ -199,19 +200,6 @@ def build(
     with reported() as progress:
         result = pipeline.build(request, progress=progress)
     print_result(result, as_json)
-
-
-def _policy(presets: dict[str, bool], file: Path | None) -> Policy | None:
-    """The policy that was asked for. Raises typer.BadParameter for more than one."""
-    named = [name for name, asked in presets.items() if asked]
-    if len(named) + (file is not None) > 1:
-        given = [f"--{name}" for name in named] + ["--policy"] * (file is not None)
-        raise typer.BadParameter(f"{' and '.join(given)} exclude each other", param_hint=given[-1])
-    from flamingo_export.quantize.policies import preset, read_policy
-
-    if file is not None:
-        return read_policy(file)
-    return preset(named[0]) if named else None
 
 
 def made_by(name: str) -> Any:

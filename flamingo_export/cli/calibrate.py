@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from flamingo_export.cli.options import AsJson, Loras, OtherLanguageModel, OtherTokenizer, OtherVision, chosen_source
-
-_NANO = "nano"
+from flamingo_export.cli.options import (
+    AsJson,
+    Loras,
+    OtherLanguageModel,
+    OtherTokenizer,
+    OtherVision,
+    SampleData,
+    SkipBad,
+    chosen_samples,
+    chosen_source,
+)
 
 
 class MethodName(StrEnum):
@@ -35,15 +42,7 @@ def calibrate(
     vision: OtherVision = None,
     loras: Loras = None,
     tokenizer: OtherTokenizer = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            "--data",
-            metavar="FILE|nano",
-            help="Samples, JSON lines (docs/calibration.md), or nano's pages. Default a small set that ships with the package.",
-            show_default=False,
-        ),
-    ] = None,
+    data: SampleData = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="The table.")] = Path("calibration.json"),
     method: Annotated[
         MethodName, typer.Option("--method", help="What quantisation takes unless told otherwise; the table holds all.")
@@ -51,9 +50,7 @@ def calibrate(
     seed: Annotated[
         int | None, typer.Option("--seed", min=0, help="Seed of random weights, also for nano.", show_default=False)
     ] = None,
-    skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave out samples that cannot be read, and say how many.")
-    ] = False,
+    skip_bad: SkipBad = False,
     force: Annotated[bool, typer.Option("--force", "--overwrite", help="Replace what is at --out.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -76,13 +73,7 @@ def calibrate(
         raise CalibrationError(f"{out} exists. Choose another --out{'' if out.is_dir() else ', or replace it with --force'}.")
     source = open_source(named)
     spelled = flamingo_calibration.source_tokenizer(source)
-    samples: Sequence[flamingo_calibration.Sample | flamingo_calibration.BadSample]
-    if data is None:
-        samples = flamingo_calibration.shipped_samples(source.config, spelled, source.inputs)
-    elif data == _NANO:
-        samples = flamingo_calibration.nano_samples(source.inputs)
-    else:
-        samples = flamingo_calibration.read_samples(Path(data), source.inputs)
+    samples = chosen_samples(data, source, spelled)
     work = out.with_name(f".{out.name}.calibrating")
     with reported() as progress:
         table = flamingo_calibration.calibrate(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -12,12 +12,17 @@ import typer
 from typer.core import TyperCommand
 
 if TYPE_CHECKING:
+    from flamingo_calibration import BadSample, Sample
     from flamingo_export.build_request import CheckpointFolder, Source
+    from flamingo_export.precision import Policy
     from flamingo_export.runtime.media import MediumSource
     from flamingo_export.runtime.model import Model
     from flamingo_export.runtime.request import Request
+    from flamingo_export.runtime.tokenizer import Tokenizer
+    from flamingo_export.sources import WeightSource
     from flamingo_reference.config import ModelConfig
 
+_NANO = "nano"
 _TYPED = "flamingo_export.typed"
 
 Images = Annotated[
@@ -60,6 +65,16 @@ Frames = Annotated[
     int | None, typer.Option("--frames", min=1, max=30, help="Frames of a video. Default 8.", show_default=False)
 ]
 Device = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
+SampleData = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        metavar="FILE|nano",
+        help="Samples, JSON lines (docs/calibration.md), or nano's pages. Default a small set that ships with the package.",
+        show_default=False,
+    ),
+]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out samples that cannot be read, and say how many.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 OtherLanguageModel = Annotated[
     Path | None,
@@ -128,6 +143,19 @@ def chosen_source(
     return source_for_size(known_size(size or "").name, seed=seed)
 
 
+def chosen_policy(presets: dict[str, bool], file: Path | None) -> Policy | None:
+    """The policy that was asked for. Raises typer.BadParameter for more than one."""
+    named = [name for name, asked in presets.items() if asked]
+    if len(named) + (file is not None) > 1:
+        given = [f"--{name}" for name in named] + ["--policy"] * (file is not None)
+        raise typer.BadParameter(f"{' and '.join(given)} exclude each other", param_hint=given[-1])
+    from flamingo_export.quantize.policies import preset, read_policy
+
+    if file is not None:
+        return read_policy(file)
+    return preset(named[0]) if named else None
+
+
 class Parity(StrEnum):
     """Whether to compare with the reference."""
 
@@ -160,6 +188,17 @@ def media_as_typed(
             path = left[option].pop(0)
             media.append(path if option == "--image" else Video(source=path, num_frames=frames))
     return media
+
+
+def chosen_samples(data: str | None, source: WeightSource, tokenizer: Tokenizer | None) -> Sequence[Sample | BadSample]:
+    """What --data names: a file, nano's pages, or (None) the set that ships with the package."""
+    import flamingo_calibration
+
+    if data is None:
+        return flamingo_calibration.shipped_samples(source.config, tokenizer, source.inputs)
+    if data == _NANO:
+        return flamingo_calibration.nano_samples(source.inputs)
+    return flamingo_calibration.read_samples(Path(data), source.inputs)
 
 
 @contextmanager

@@ -73,6 +73,27 @@ def read_policy(path: Path) -> Policy:
     return policy
 
 
+def policy_text(policy: Policy, added: Sequence[Rule] = (), attention: Literal["storage", "fp8"] | None = None) -> str:
+    """A file that `read_policy` reads as this policy with rules added after its own, and attention as said if it is.
+
+    Extends the preset where the policy is one, else spells all rules out.
+    """
+    lines: list[str] = []
+    rules = list(added)
+    if policy.name in PRESETS and policy == preset(policy.name):
+        lines.append(f"extends = {_quoted(policy.name)}")
+    else:
+        rules = [*policy.rules, *added]
+        attention = attention or policy.attention
+    if attention is not None:
+        lines.append(f"attention = {_quoted(attention)}")
+    for rule in rules:
+        lines += ["", "[[rules]]", f"weights = {_quoted(rule.weights)}", f"format = {_quoted(rule.format)}"]
+        lines += [f"block = {rule.block}"] if rule.block else []
+        lines += [f"reason = {_quoted(rule.reason)}"] if rule.reason else []
+    return "\n".join(lines) + "\n"
+
+
 def check_policy(policy: Policy, matrices: Sequence[str]) -> None:
     """Raises BuildError naming every rule that matches none of a model's matrices. Those of presets may: not every model has all parts."""
     known = {rule for name in PRESETS for rule in preset(name).rules}
@@ -92,7 +113,7 @@ def check_backend(policy: Policy, backend: str, target: str | None) -> None:
     if policy.media == "fp8" and backend == "tensorrt-rtx":
         raise BuildError(
             f"policy {policy.name!r} keeps media in FP8, which TensorRT reads in a plugin alone, and {backend} runs without one. The nearest "
-            "that it has: the same policy with media = \"storage\"; or --backend tensorrt, with the plugin."
+            'that it has: the same policy with media = "storage"; or --backend tensorrt, with the plugin.'
         )
     if backend == "onnxruntime" or target is None or not policy.needs_ranges:
         return
@@ -101,6 +122,11 @@ def check_backend(policy: Policy, backend: str, target: str | None) -> None:
             f"policy {policy.name!r} computes products in FP8, which {target} has no units for (from sm89 on there are). The nearest that it "
             "has: --int8 or --int4 (weights alone), or --precision bf16."
         )
+
+
+def _quoted(text: str) -> str:
+    """A TOML string: JSON's escapes are among TOML's."""
+    return msgspec.json.encode(text).decode().replace("\x7f", "\\u007f")
 
 
 def _is_block(block: int) -> bool:

@@ -10,7 +10,7 @@ Quantised activations are rounded by hooks on the products they go into:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,8 +31,17 @@ HEAD = "decoder/head"
 class AsStored:
     """Makes parts of a model what a bundle of this precision holds."""
 
-    def __init__(self, config: ModelConfig, precision: Precision, calibration: CalibrationTable | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        precision: Precision,
+        calibration: CalibrationTable | None = None,
+        *,
+        only: Callable[[str], bool] | None = None,
+    ) -> None:
+        """only: which weights and operands of attention are changed, by their names in the bundle; the others stay as they are. None is all."""
         self.precision = precision
+        self._only = only if only is not None else lambda _: True
         self._calibration = calibration
         weights = [weight for weight in bundle_weights(config, precision) if not weight.full_precision]
         # Quantised ones first: a tied head is made of the embedding as it was, not as it is rounded for itself.
@@ -56,17 +65,18 @@ class AsStored:
             matrices = [name for name in weight.sources if name.endswith(".weight")]
             if not matrices or matrices[0] not in parameters:
                 continue
+            operands = [self._scale(name) if self._only(name) else None for name in weight.operands(self.precision)]
+            if any(operands):
+                owner = module.get_submodule(matrices[0].rsplit(".", 2)[0].removeprefix(prefix).removeprefix("."))
+                if weight.group == "media_kv":
+                    _round_media(owner, ["k_proj", "v_proj"].index(weight.name.rpartition("/")[2]), operands[0])
+                else:
+                    _round_operands(owner, operands)
+            if not self._only(weight.name):
+                continue
             how = weight.quantisation(self.precision)
             if how is not None:
                 self._quantise(module, prefix, weight, how, parameters)
-            if operands := weight.operands(self.precision):
-                owner = module.get_submodule(matrices[0].rsplit(".", 2)[0].removeprefix(prefix).removeprefix("."))
-                scales = [self._scale(name) for name in operands]
-                if weight.group == "media_kv":
-                    _round_media(owner, "kv".index(operands[0][-1]), scales[0])
-                else:
-                    _round_operands(owner, scales)
-            if how is not None:
                 continue
             gate = next((parameters[name].data for name in weight.sources if name.endswith(_GATE)), None)
             for name in matrices:
@@ -116,13 +126,14 @@ class AsStored:
         return range_scale(self._calibration.threshold(name) if self._calibration is not None else FP8_LARGEST)
 
 
-def _round_operands(layer: Any, scales: list[float]) -> None:
-    """Queries, keys and values as they enter attention, queries with their bias for contents, through E4M3 from now on."""
+def _round_operands(layer: Any, scales: list[float | None]) -> None:
+    """Queries, keys and values as they enter attention, queries with their bias for contents, through E4M3 from now on; None is left."""
     attend = layer.attend
     bias = layer.content_bias[:, None, :] if isinstance(layer.config.positions, RelativePositions) else 0.0
 
     def rounded(q_BHSD: Tensor, k_BGCD: Tensor, v_BGCD: Tensor, *others: Any) -> Any:
-        q, k, v = (through_fp8(x, scale) for x, scale in zip((q_BHSD + bias, k_BGCD, v_BGCD), scales, strict=True))
+        operands = zip((q_BHSD + bias, k_BGCD, v_BGCD), scales, strict=True)
+        q, k, v = (x if scale is None else through_fp8(x, scale) for x, scale in operands)
         return attend(q - bias, k, v, *others)  # which adds the bias again
 
     layer.attend = rounded

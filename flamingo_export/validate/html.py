@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,10 @@ def write_html(path: Path, report: ParityReport) -> None:
 
 def render_html(report: ParityReport) -> str:
     """The page. Raises ParityError where matplotlib is missing."""
-    import jinja2
     from markupsafe import Markup
 
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": _number, "share": _share, "picture": _picture}
-    template = environment.from_string(resources.files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8"))
+    filters = {"number": _number, "share": _share, "picture": _picture}
+    template = page_template(resources.files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8"), filters)
     shown = [*PHI_CASES, *((RESET_CASE,) if RESET_CASE in report.strips else ()), END_TO_END_CASE]
     plotted = [row for row in report.rows if row.level not in ("layer", "trace", "task")]
     return template.render(
@@ -55,6 +53,17 @@ def render_html(report: ParityReport) -> str:
         rule=RULE,
         exception=INDEPENDENT_ROUNDING,
     )
+
+
+def page_template(text: str, filters: dict[str, Callable[..., object]]) -> Any:
+    """A page's template in jinja2, which finds our styles as `style`."""
+    import jinja2
+    from markupsafe import Markup
+
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= filters
+    environment.globals["style"] = Markup(resources.files(__package__).joinpath("page.css").read_text(encoding="utf-8"))
+    return environment.from_string(text)
 
 
 def _trace_case(trace: Trace) -> str:

@@ -101,6 +101,29 @@ def layers_plot(points: Sequence[LayerPoint]) -> str:
         return _svg(figure)
 
 
+def bars_plot(bars: Sequence[tuple[str, float, bool]], label: str, salt: str) -> str:
+    """A horizontal bar for each (name, value, whether it stands out), the first on top.
+
+    label: of the axis. salt: another for each plot of a page.
+    """
+    with _matplotlib() as (figure_of, _):
+        figure, axes = figure_of(9.6, 0.7 + 0.25 * len(bars), salt)
+        places = range(len(bars))
+        axes.barh(
+            places, [value for _, value, _ in bars], height=0.62, color=[FAILED if marked else PASSED for *_, marked in bars]
+        )
+        for place, (_, value, _) in enumerate(bars):
+            axes.annotate(f"{value:.3g}", (value, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8.5)
+        axes.set_xlim(0, 1.08 * max((value for _, value, _ in bars), default=0) or 1)
+        axes.set_ylim(len(bars) - 0.4, -0.6)
+        axes.set_yticks(places, [name for name, *_ in bars])
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlabel(label)
+        axes.set_axisbelow(True)
+        axes.grid(axis="x", color=GRID, linewidth=0.8)
+        return _svg(figure)
+
+
 def _label(row: Row) -> str:
     subgraph = row.subgraph if row.case.startswith(row.subgraph) else ""
     case = row.case.removeprefix(f"{row.subgraph}, ")

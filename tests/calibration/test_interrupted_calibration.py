@@ -15,7 +15,7 @@ import pytest
 from variations import GROUPED, drawn_model
 
 import flamingo_reference.parts
-from flamingo_calibration import calibrate, discard, run, shipped_samples
+from flamingo_calibration import calibrate, discard, run, shipped_samples, walk
 from flamingo_export.errors import CalibrationError
 from flamingo_export.progress import SILENT
 from flamingo_export.quantize.table import write_table
@@ -132,7 +132,7 @@ def test_finished_parts_are_not_run_again(make, monkeypatch):
 def test_the_vision_encoder_goes_on_after_the_last_medium(make, monkeypatch):
     expected = make("whole")
     shown: list[int] = []
-    load = run.load_medium
+    load = walk.load_medium
 
     def loading(*arguments: Any) -> Any:
         shown.append(len(shown))
@@ -141,7 +141,7 @@ def test_the_vision_encoder_goes_on_after_the_last_medium(make, monkeypatch):
         return load(*arguments)
 
     monkeypatch.setattr(run, "SETTLE_SECONDS", 0.0)
-    monkeypatch.setattr(run, "load_medium", loading)
+    monkeypatch.setattr(walk, "load_medium", loading)
     with pytest.raises(KeyboardInterrupt):
         make()
     assert make() == expected

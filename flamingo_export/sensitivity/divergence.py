@@ -1,0 +1,100 @@
+"""How far the logits of the whole model move when one layer is quantised."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Set
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flamingo_calibration.data import Checked, Ready
+from flamingo_export.progress import Progress
+from flamingo_export.runtime.media import load_medium
+from flamingo_export.sensitivity.twins import Twins
+from flamingo_export.sources import WeightSource
+from flamingo_reference.checkpoints.names import expected_tensors
+from flamingo_reference.config import ModelConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ENCODERS = ("vision_encoder", "resampler")
+"""Layers before the language model: latents change with them, and with them alone."""
+
+
+def no_room(config: ModelConfig, memory: int | None) -> str:
+    """Why the whole model is not run in `memory` bytes (None: what the machine has free); empty if it is."""
+    from flamingo_export.validate.parity import available_memory
+
+    # fp32 weights, each quantised matrix once more in its layer's twin and once in that of all, and activations.
+    needed = int(12.5 * sum(math.prod(shape) for shape in expected_tensors(config).values())) + (300 << 20)
+    budget = available_memory() if memory is None else memory
+    return "" if needed <= budget else f"the whole model takes {needed / 1e9:.1f} GB, {budget / 1e9:.1f} GB may be used"
+
+
+def divergences(
+    source: WeightSource, checked: Checked, twins: Twins, layers: Mapping[str, Set[str]], progress: Progress
+) -> tuple[float, dict[str, float]]:
+    """Kullback-Leibler divergence of the quantised model's next-token distribution from the reference's, in nats, mean over all positions.
+
+    layers: what is quantised of each, by its name. Returns it with everything quantised, and with each layer alone.
+    """
+    import torch
+
+    model = _whole(source)
+    everything = frozenset().union(*layers.values())
+    models = {name: twins.of(model, "", names) for name, names in layers.items()}
+    changed = twins.of(model, "", everything)
+    encoded = {name for name in layers if name in ENCODERS}
+    progress.stage("logits", len(checked.samples))
+    sums = dict.fromkeys(layers, 0.0)
+    total = 0.0
+    with torch.no_grad():
+        for sample in checked.samples:
+            pixels = [load_medium(medium, source.config, source.inputs.fit).pixels for medium in sample.media]
+            latents = _latents(model, pixels)
+            expected = _log_probabilities(model, sample, latents)
+            for name, twin in models.items():
+                seen = _latents(twin, pixels) if name in encoded else latents
+                sums[name] += _divergence(expected, _log_probabilities(twin, sample, seen))
+            seen = _latents(changed, pixels) if encoded else latents
+            total += _divergence(expected, _log_probabilities(changed, sample, seen))
+            progress.advance(1)
+    return total / checked.num_tokens, {name: found / checked.num_tokens for name, found in sums.items()}
+
+
+def _whole(source: WeightSource) -> Any:
+    import torch
+
+    from flamingo_reference.model import Flamingo, torch_from_numpy
+
+    with torch.device("meta"):
+        model = Flamingo(source.config)
+    state = {name: torch_from_numpy(source.read(name)).float() for name in source.names()}
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def _latents(model: Any, pixels: list[Any]) -> Tensor:
+    """Latents [N, R, W] of a sample's media."""
+    import torch
+
+    resampler = model.config.resampler
+    none = torch.zeros(0, resampler.num_latents, resampler.width)
+    return torch.cat([none, *(model.latents(torch.from_numpy(frames[None])) for frames in pixels)])
+
+
+def _log_probabilities(model: Any, sample: Ready, latents: Tensor) -> Tensor:
+    """[S, V] in fp64."""
+    import torch
+
+    rows = torch.arange(len(sample.media))[None]
+    ids, phi = torch.from_numpy(np.asarray(sample.token_ids))[None], torch.from_numpy(sample.phi)[None]
+    logits: Tensor = model(ids, model.media_kv(latents), rows, phi)[0]
+    return logits.double().log_softmax(-1)
+
+
+def _divergence(expected: Tensor, actual: Tensor) -> float:
+    """Summed over positions; rounding may leave less than nothing."""
+    return max(0.0, float((expected.exp() * (expected - actual)).sum()))
