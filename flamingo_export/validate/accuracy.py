@@ -19,8 +19,10 @@ import numpy.typing as npt
 from flamingo_export.backends.base import Backend, SessionOptions
 from flamingo_export.manifest import Manifest
 from flamingo_export.progress import SILENT, Progress
+from flamingo_export.quantize.table import CALIBRATION_FILE, read_table
 from flamingo_export.validate.cases import DecoderCase, Request
 from flamingo_export.validate.engines import opened, run_stage
+from flamingo_export.validate.media import MediaFormat
 from flamingo_export.validate.oracle import resampler_feeds
 from flamingo_export.validate.plan import plan_case
 from flamingo_export.validate.report import Row
@@ -151,12 +153,16 @@ def logits(
     plan = plan_case(config, case)
     hidden = None
 
+    table = read_table(bundle / CALIBRATION_FILE) if (bundle / CALIBRATION_FILE).is_file() else None
+    media = MediaFormat(manifest.precision, table)
+
     def bank(i: int) -> tuple[Any, Any]:
-        return encoded[f"media_k.{i}"], encoded[f"media_v.{i}"]
+        k, v = (media.numbers(name, encoded[name]) for name in (f"media_k.{i}", f"media_v.{i}"))
+        return k, v
 
     for record, layers in manifest.decoder_graphs():
         with opened(backend, bundle, manifest, record, options) as session:
-            hidden = run_stage(session, config, plan, bank, layers=layers, hidden=hidden).output
+            hidden = run_stage(session, config, plan, media, bank, layers=layers, hidden=hidden).output
     assert hidden is not None
     return np.concatenate([hidden[index][start - 1 : -1] for index, start in enumerate(asked)])
 

@@ -69,7 +69,7 @@ class AsStored:
             if any(operands):
                 owner = module.get_submodule(matrices[0].rsplit(".", 2)[0].removeprefix(prefix).removeprefix("."))
                 if weight.group == "media_kv":
-                    _round_media(owner, ["k_proj", "v_proj"].index(weight.name.rpartition("/")[2]), operands[0])
+                    _round_media(owner, ("k_proj", "v_proj").index(weight.name.rpartition("/")[2]), operands[0] or 1.0)
                 else:
                     _round_operands(owner, operands)
             if not self._only(weight.name):
