@@ -189,18 +189,14 @@ def _print(found: Sensitivity, suggestion: Suggestion | None, file: Path | None,
 
     console = results()
     standing_out = set(suggestion.matrices) if suggestion is not None else set()
-    kls = {layer.name: "-" if layer.kl is None else f"{layer.kl:.2g}" for layer in found.layers}
-    together = {layer.name: _percent(layer.error) for layer in found.layers}
     rows = [
         (
             each.name,
             each.element,
             _percent(each.error),
             "*" if each.name in standing_out else "",
-            "" if each.kind == "operand" else _signed(each.extra_bytes),
-            each.layer,
-            together[each.layer],
-            kls[each.layer],
+            each.keep,
+            "-" if each.kind == "operand" else _signed(each.extra_bytes),
         )
         for each in found.matrices[:_SHOWN]
     ]
@@ -209,10 +205,16 @@ def _print(found: Sensitivity, suggestion: Suggestion | None, file: Path | None,
         f"Flamingo {found.config.name}, {policy.name if policy else found.precision.storage}: error that each adds to its layer, worst first "
         f"({found.samples} samples, {found.tokens} tokens, {found.images} images)"
     )
-    columns = ("quantised", "to", "error", "", "to keep it", "layer", "error of all in it", "KL of logits, nats")
-    console.print(table(columns, rows, title=title, right=(2, 4, 6, 7)))
+    columns = ("quantised", "to", "error", "", "kept in", "takes")
+    console.print(table(columns, rows, title=title, right=(2, 5)))
     if len(found.matrices) > _SHOWN:
         console.print(f"and {len(found.matrices) - _SHOWN} more with smaller errors; --json and --html show all", markup=False)
+    rows = [
+        (layer.name, _percent(layer.error), _percent(layer.share), "-" if layer.kl is None else f"{layer.kl:.2g}")
+        for layer in found.layers
+    ]
+    columns = ("layer, all of it quantised", "error", "what it adds, of its output", "KL of logits, nats a token")
+    console.print(table(columns, rows, right=(1, 2, 3)))
     kl = f"{found.kl:.2g} nats a token" if found.kl is not None else f"not measured: {found.no_kl}"
     console.print(f"KL of the logits with everything quantised: {kl}", markup=False)
     if suggestion is None:
