@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +35,7 @@ from flamingo_export.validate.media import MediaFormat
 from flamingo_export.validate.oracle import encoder_feeds, fed_positions, resampler_feeds
 from flamingo_export.validate.plan import plan_case
 from flamingo_export.validate.report import LayerPoint, Level, Row
-from flamingo_export.validate.tolerances import tolerance
+from flamingo_export.validate.tolerances import PRICES, coarsest, tolerance
 
 LAYER_BY_LAYER = "layer by layer, for want of memory"
 
@@ -229,9 +230,30 @@ class Checker:
         kv_passed = all(row.passed for row in rows)
         where = "keys and values agree, so it is in self-attention or feed-forward" if kv_passed else ""
         rows.append(self._gate("layer", LAYERS_CASE, name, f"layer.{layer}.output", result.output[0], kind="layer"))
+        self._price(layer, name)
         if where and not rows[-1].passed:
             rows[-1] = self.rows[-1] = _with_note(rows[-1], where)
         return rows
+
+    def _price(self, layer: int, name: str) -> None:
+        """Whether what the policy itself costs is within its bound: engine and reference agree on a wrong range, too."""
+        limit = PRICES.get(coarsest(self.manifest.precision) or "")
+        if limit is None:
+            return
+        found = self.goldens.prices.get(str(layer), math.nan)
+        passed = found <= limit
+        note = (
+            ""
+            if passed
+            else "the policy costs too much here: a wrong range in the calibration table, or a layer to keep in more bits"
+        )
+        row = Row(
+            level="layer", case=LAYERS_CASE, subgraph=name, tensor=f"layer.{layer}.price of the policy",
+            error=found if math.isfinite(found) else None, limit=limit, torch_error=None, passed=passed, note=note,
+        )  # fmt: skip
+        self.rows.append(row)
+        if not passed and self.first_diverging is None:
+            self.first_diverging = name
 
     def _point(self, layer: int, alone: list[Row], carried: Mapping[int, AnyArray] | None) -> None:
         expected = self.goldens.get(LAYERS_CASE, f"layer.{layer}.carried")

@@ -62,6 +62,9 @@ class Goldens(msgspec.Struct, kw_only=True):
     expected: dict[str, Expected] = msgspec.field(default_factory=dict)
     hidden: dict[str, AnyArray] = msgspec.field(default_factory=dict)
     """float32 [S, W] inputs of each layer, of each sequence of the case followed layer by layer: `layer|sequence`."""
+    prices: dict[str, float] = msgspec.field(default_factory=dict)
+    """What storing each LM layer (and the gated block before it) as the bundle does costs in PyTorch: rms of the difference from fp64 over the
+    rms of what the layer adds to its input."""
     traces: tuple[GoldenTrace, ...] = ()
     no_traces: str = ""
     """Why there are none, where they were left out on purpose."""
@@ -88,6 +91,7 @@ class _File(msgspec.Struct, frozen=True, kw_only=True):
     storage: str
     weights_sha256: str
     tensors: dict[str, _Entry]
+    prices: dict[str, float] = msgspec.field(default_factory=dict)
     traces: tuple[GoldenTrace, ...]
     no_traces: str = ""
 
@@ -107,6 +111,7 @@ def save_goldens(folder: Path, goldens: Goldens) -> None:
         storage=goldens.storage,
         weights_sha256=goldens.weights_sha256,
         tensors=entries,
+        prices=goldens.prices,
         traces=goldens.traces,
         no_traces=goldens.no_traces,
     )
@@ -147,6 +152,7 @@ def load_goldens(folder: Path) -> Goldens | None:
         model=document.model,
         expected=expected,
         hidden={key.removeprefix("hidden|"): value for key, value in arrays.items() if key.startswith("hidden|")},
+        prices=document.prices,
         traces=document.traces,
         no_traces=document.no_traces,
     )

@@ -138,6 +138,7 @@ class _Recorder:
         for j in range(config.language_model.num_layers):
             # The first layer of an engine embeds the tokens itself, with the embedding as it is stored.
             alone = {key: hidden.float() for key, hidden in (wide if j else narrow).items() if key[0] == LAYERS_CASE}
+            before = alone[LAYERS_CASE, 0].double()
             self.goldens.hidden[str(j)] = alone[LAYERS_CASE, 0][0].numpy().copy()
             if j in gated:
                 wide, (narrow, alone) = self._gated(gated[j], wide, narrow, alone)
@@ -152,6 +153,8 @@ class _Recorder:
                 lambda m, n=narrow, a=alone: layer(m, n, a),  # type: ignore[misc]
             )
             (wide,), (narrow, alone) = wides, narrows
+            exact, rounded = wide[LAYERS_CASE, 0], alone[LAYERS_CASE, 0].double()
+            self.goldens.prices[str(j)] = _rms(rounded - exact) / (_rms(exact - before) or 1.0)
             for kind, one_wide, one_narrow in zip("kv", wide_kv, narrow_kv, strict=True):
                 self._put(LAYERS_CASE, f"layer.{j}.{kind}", one_wide, one_narrow)
             if j < last:
@@ -240,3 +243,7 @@ class _Recorder:
 
     def _put(self, case: str, tensor: str, wide: Tensor, narrow: Tensor) -> None:
         self.goldens.put(case, tensor, expect(wide.numpy(), narrow.numpy()))
+
+
+def _rms(tensor: Tensor) -> float:
+    return float(tensor.square().mean().sqrt())

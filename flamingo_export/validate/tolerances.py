@@ -87,6 +87,11 @@ TABLE = MappingProxyType(
 )
 """What is compared -> its tolerance. A kind without a row of its own for 16-bit storage has the same in all types."""
 
+PRICES = MappingProxyType({"int8": 0.07, "fp8": 0.14, "int4": 0.42})
+"""Most that a policy of this coarsest format may cost in a layer: rms of the difference from fp64 over the rms of what the layer adds.
+A third above what layers of 9b's shapes pay, whose outliers are as hard as trained ones' (tests/export/quantize/test_real_block.py); a range an
+eighth of what it should be costs several times that."""
+
 
 def tolerance(kind: str, precision: Precision = FP32) -> Tolerance:
     """The row of TABLE for `kind`. Raises KeyError: a comparison without a row is a fault of the caller, not a default.
