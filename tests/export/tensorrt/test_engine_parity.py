@@ -12,10 +12,12 @@ from flamingo_export.manifest import ShapeLimits
 
 
 @pytest.mark.slow
-def test_nano_passes_but_for_layers_which_have_no_engines(monkeypatch, tmp_path, capfd):
+@pytest.mark.parametrize("bounds", [{"chunk": 128}, {"chunk": 16, "chunk_media": 5, "batch": 2}], ids=["wide", "narrow"])
+def test_nano_passes_but_for_layers_which_have_no_engines(bounds, monkeypatch, tmp_path, capfd):
+    """Narrow: cases of 32 images, 65 positions and 3 requests go through engines that take less of each at once."""
     from flamingo_export.cli import main
 
-    limits = ShapeLimits(max_length=512, chunk=128)
+    limits = ShapeLimits(max_length=512, **bounds)
     flamingo_export.build(source_for_size("nano"), out=tmp_path / "nano.bundle", limits=limits, parity="skip")
     gpu = install(monkeypatch, tmp_path)
     bundle = add_engines(tmp_path / "nano.bundle", tmp_path / "x.bundle")
