@@ -37,7 +37,7 @@ def simplify(graph: ir.Graph, capacity: int) -> None:
 def _multiply_heads(graph: ir.Graph, product: ir.Node) -> None:
     """[B,H,S,D] x [H,D,X] as one product a head of all rows' queries, [B*S,D] x [D,X]. (An Einsum would do, but ONNX has none in bf16.)"""
 
-    def insert(kind: str, *inputs: ir.Value | None, what: str, **attributes: object) -> ir.Value:
+    def insert(kind: str, *inputs: ir.Value | None, what: str, **attributes: int | Sequence[int]) -> ir.Value:
         return _insert(graph, product, kind, inputs, name=f"{product.name}/{what}", **attributes)
 
     query, table = product.inputs
@@ -71,7 +71,7 @@ def _stored_shape(gather: ir.Node) -> tuple[int, ...]:
 
 
 def _insert(
-    graph: ir.Graph, before: ir.Node, kind: str, inputs: Sequence[ir.Value | None], *, name: str, **attributes: object
+    graph: ir.Graph, before: ir.Node, kind: str, inputs: Sequence[ir.Value | None], *, name: str, **attributes: int | Sequence[int]
 ) -> ir.Value:
     """The result of a fresh node."""
     node = ir.node(kind, inputs, attributes=attributes, name=name)
@@ -80,7 +80,7 @@ def _insert(
     return node.outputs[0]
 
 
-def _replace(graph: ir.Graph, old: ir.Node, kind: str, inputs: Sequence[ir.Value | None], **attributes: object) -> None:
+def _replace(graph: ir.Graph, old: ir.Node, kind: str, inputs: Sequence[ir.Value | None], **attributes: int | Sequence[int]) -> None:
     """A node in the place of another, whose name and result's name it takes."""
     result, fresh = old.outputs[0], _insert(graph, old, kind, inputs, name=str(old.name), **attributes)
     ir.convenience.replace_all_uses_with(result, fresh)
