@@ -71,7 +71,13 @@ def _stored_shape(gather: ir.Node) -> tuple[int, ...]:
 
 
 def _insert(
-    graph: ir.Graph, before: ir.Node, kind: str, inputs: Sequence[ir.Value | None], *, name: str, **attributes: int | Sequence[int]
+    graph: ir.Graph,
+    before: ir.Node,
+    kind: str,
+    inputs: Sequence[ir.Value | None],
+    *,
+    name: str,
+    **attributes: int | Sequence[int],
 ) -> ir.Value:
     """The result of a fresh node."""
     node = ir.node(kind, inputs, attributes=attributes, name=name)
@@ -80,7 +86,9 @@ def _insert(
     return node.outputs[0]
 
 
-def _replace(graph: ir.Graph, old: ir.Node, kind: str, inputs: Sequence[ir.Value | None], **attributes: int | Sequence[int]) -> None:
+def _replace(
+    graph: ir.Graph, old: ir.Node, kind: str, inputs: Sequence[ir.Value | None], **attributes: int | Sequence[int]
+) -> None:
     """A node in the place of another, whose name and result's name it takes."""
     result, fresh = old.outputs[0], _insert(graph, old, kind, inputs, name=str(old.name), **attributes)
     ir.convenience.replace_all_uses_with(result, fresh)

@@ -282,7 +282,11 @@ def without_tensorrt(context: Context) -> str | None:
     absent = without_modules("tensorrt", *PACKAGE)(context) or without_cuda_python()
     if absent:
         return absent
-    if context.plugin is None and PLUGIN_VARIABLE not in os.environ and not (build.ROOT / "build" / "libflamingo_plugins.so").exists():
+    if (
+        context.plugin is None
+        and PLUGIN_VARIABLE not in os.environ
+        and not (build.ROOT / "build" / "libflamingo_plugins.so").exists()
+    ):
         return f"the plugin library: build it with TensorRT's headers, or name one with {PLUGIN_VARIABLE}"
     return None
 
