@@ -91,6 +91,8 @@ class ShapeLimits(msgspec.Struct, frozen=True, kw_only=True):
     """C at most: prompt, generated tokens of all beams, one chunk of scratch."""
     chunk: int = 256
     """Positions of one prefill call."""
+    chunk_media: int = 16
+    """M: media that the positions of one prefill call look at, in engines; a chunk that would look at more is cut."""
     bank_rows: int = 64
     """N: media kept encoded."""
     batch: int = 8

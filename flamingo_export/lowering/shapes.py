@@ -36,7 +36,8 @@ def profiles(spec: SubgraphSpec, limits: ShapeLimits) -> tuple[Profile, ...]:
     rows, frames = limits.bank_rows, limits.frames
     if spec.aliases:  # the decoder, or a part of it
         batch, bank = Bounds(1, 1, limits.batch), Bounds(1, rows, rows)
-        chunk, media, beams = limits.chunk, min(limits.chunk, rows), min(3, limits.beams)
+        chunk, beams = limits.chunk, min(3, limits.beams)
+        media = min(limits.chunk_media, chunk, rows)
         uses = {
             # K begins at 1: TensorRT for RTX 1.7 compiles a profile from 0 on, but that it runs an empty product was never seen.
             "prefill": {"S": Bounds(1, chunk, chunk), "M": Bounds(1, 1, media), "K": Bounds(1, 1, chunk)},

@@ -6,6 +6,7 @@
     past_k [B,H,C,D] -> TensorScatter                past_k [B,H,4096,D] -> TensorScatter  KV_CACHE_UPDATE, in place
     flamingo::PhiCrossAttention + its body           with the plugin: the call alone, so that a missing plugin is an error
                                                      without: body alone, nothing left that names a plugin
+    relative positions                               with no copies, relative_positions.py
     Attention in fp32                                with TRT_decomposable=1, without which TensorRT has no fp32 implementation
 
 The lowered file lies beside the portable one at the bundle's root and points into the same weights.
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from flamingo_export.lowering.relative_positions import simplify
 from flamingo_export.lowering.retype import FUNCTION_DOMAIN, retype
 from flamingo_export.lowering.shapes import CAPACITY
 from flamingo_export.precision import StorageType
@@ -36,6 +38,7 @@ def lower(model: ir.Model, *, compute: StorageType, capacity: int, native_functi
     retype(model, compute)
     _fix_capacity(model.graph, capacity)
     _settle_functions(model, native_functions)
+    simplify(model.graph, capacity)
     if compute == "fp32":
         for graph in (model.graph, *(function.graph for function in model.functions.values())):
             for node in graph:

@@ -58,9 +58,11 @@ def prefill(
     done = np.array([row.start for row in rows], np.int64)
     ends = np.array([len(row.token_ids) for row in rows], np.int64)
     last: list[Scores | None] = [None] * len(rows)
+    most = decoder.largest.get("M")
     while (done < ends).any():
-        size = int(min(chunk, (ends - done).max()))
-        counts = np.clip(ends - done, 0, size)
+        left = np.minimum(ends - done, chunk)
+        counts = np.array([_looking_at(*part, most) for part in zip(rows, done, left, strict=True)], np.int64)
+        size = int(counts.max())
         ending = (counts > 0) & (done + counts == ends)
         feeds = _feeds(rows, done, counts, size, capacity, pad)
         # Logits cost a product with the whole vocabulary, so none are asked for until a prompt ends.
@@ -72,6 +74,16 @@ def prefill(
         for index in np.flatnonzero(ending):
             last[index] = scores[index, 0]
     return stacked([value for value in last if value is not None])
+
+
+def _looking_at(row: PrefillRow, first: int, count: int, most: int | None) -> int:
+    """How many of the `count` positions from `first` on look at `most` media together, None being any number: an engine's memory bounds it."""
+    if most is None or not len(row.media_rows):
+        return count
+    phi = row.phi[first : first + count]
+    bank_rows, places = np.unique(np.where(phi > 0, row.media_rows[phi - 1], -1), return_index=True)
+    new = np.sort(places[bank_rows >= 0])
+    return int(new[most]) if len(new) > most else count
 
 
 def _feeds(rows: Sequence[PrefillRow], done: Ints, counts: Ints, size: int, capacity: int, pad: int) -> dict[str, Array]:

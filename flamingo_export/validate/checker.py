@@ -168,9 +168,21 @@ class Checker:
     def _stage(
         self, session: Session, case: DecoderCase, layers: range, hidden: Mapping[int, AnyArray] | None
     ) -> dict[int, AnyArray]:
+        """All of a case; where an engine has bounds, its requests in batches that it takes, prefilled in calls that it takes."""
         bank = bank_of(self.config, case, self.media, self._encoded)
-        plan = self._plans[case.name]
-        return run_stage(session, self.config, plan, self.media, bank, layers=layers, hidden=hidden).output
+        if not session.largest:
+            return run_stage(
+                session, self.config, self._plans[case.name], self.media, bank, layers=layers, hidden=hidden
+            ).output
+        output: dict[int, AnyArray] = {}
+        at_once = session.largest.get("B", len(case.requests))
+        for first in range(0, len(case.requests), at_once):
+            batch = msgspec.structs.replace(case, requests=case.requests[first : first + at_once])
+            plan = plan_case(self.config, batch, session.largest)
+            own = None if hidden is None else {index - first: values for index, values in hidden.items()}
+            found = run_stage(session, self.config, plan, self.media, bank, layers=layers, hidden=own).output
+            output |= {first + index: values for index, values in found.items()}
+        return output
 
     def _logits(self, case: DecoderCase, output: Mapping[int, AnyArray], note: str = "") -> None:
         fed = fed_positions(self._plans[case.name])

@@ -7,6 +7,9 @@ slot, active rows are a dense prefix).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import msgspec
 import numpy as np
 import numpy.typing as npt
@@ -48,9 +51,12 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     slots: Ints
 
 
-def plan_case(config: ModelConfig, case: DecoderCase) -> Plan:
-    """The calls of a case; the cache has exactly as many slots as they need."""
-    return _Planner(config, case).plan()
+def plan_case(config: ModelConfig, case: DecoderCase, largest: Mapping[str, int] = MappingProxyType({})) -> Plan:
+    """The calls of a case; the cache has exactly as many slots as they need.
+
+    largest: S positions and M media of a prefill call at most; those without a bound go as the case says, with all of a request's media.
+    """
+    return _Planner(config, case, largest).plan()
 
 
 def strips(config: ModelConfig, case: DecoderCase) -> tuple[Strip, ...]:
@@ -75,8 +81,11 @@ class _Position(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Planner:
-    def __init__(self, config: ModelConfig, case: DecoderCase) -> None:
+    def __init__(self, config: ModelConfig, case: DecoderCase, largest: Mapping[str, int]) -> None:
         self.config, self.case = config, case
+        self.bounded = "M" in largest
+        # Each position looks at one medium, so that a chunk looks at no more than it has positions.
+        self.chunk = min(case.chunk, largest.get("S", case.chunk), largest.get("M", case.chunk))
         self.steps: list[tuple[list[list[_Position]], bool]] = []
         """Rows of positions of each call, and whether it is a decoding call (M = 1)."""
         self.sequences = [TokenSequence(tokens=request.tokens, media=request.media) for request in case.requests]
@@ -110,7 +119,7 @@ class _Planner:
         while True:
             rows = []
             for index, request in enumerate(self.case.requests):
-                stop = min(request.prompt, start + self.case.chunk)
+                stop = min(request.prompt, start + self.chunk)
                 rows.append(
                     [
                         _Position(sequence=index, position=at, token=request.tokens[at], sees=tuple(range(at)))
@@ -123,7 +132,7 @@ class _Planner:
                 while not rows[-1]:
                     rows.pop()
             self.steps.append((rows, False))
-            start += self.case.chunk
+            start += self.chunk
 
     def _decode(self) -> None:
         longest = max(len(request.tokens) - request.prompt for request in self.case.requests)
@@ -159,6 +168,17 @@ class _Planner:
                 row.append(_Position(sequence=index, position=prompt + step, token=beams.tokens[step][beam], sees=sees))
             self.steps.append(([row], True))
 
+    def _seen(self, at: _Position) -> int:
+        """phi of a position in its sequence."""
+        ids = self.config.tokens
+        return int(phi_from_tokens(np.asarray([self.sequences[at.sequence].tokens]), ids.image, ids.reset)[0, at.position])
+
+    def _media(self, row: list[_Position]) -> list[int]:
+        """Numbers of the media that a prefill call names for a row: all of its request's, or where they are bounded those looked at."""
+        if not self.bounded:
+            return list(range(1, len(self.sequences[row[0].sequence].media) + 1)) if row else []
+        return sorted({self._seen(at) for at in row} - {0})
+
     def _call(self, rows: list[list[_Position]], decoding: bool, write: list[int], key_positions: Ints, slots: Ints) -> Call:
         """Feeds of one call; `key_positions` and `slots` are brought up to date in place."""
         ids = self.config.tokens
@@ -168,19 +188,18 @@ class _Planner:
         phi = np.zeros((batch, width), np.int64)
         mask = np.zeros((batch, 1, width, capacity), np.bool_)
         origin = np.full((batch, width, 2), -1, np.int64)
-        num_media = 1 if decoding else max(1, *(len(self.sequences[row[0].sequence].media) for row in rows if row))
-        media_rows = np.zeros((batch, num_media), np.int64)
+        media = [[] if decoding else self._media(row) for row in rows]
+        media_rows = np.zeros((batch, max(1, *map(len, media))), np.int64)
         for b, row in enumerate(rows):
             for s, at in enumerate(row):
-                sequence = self.sequences[at.sequence]
-                seen = int(phi_from_tokens(np.asarray([sequence.tokens]), ids.image, ids.reset)[0, at.position])
+                sequence, seen = self.sequences[at.sequence], self._seen(at)
                 if decoding:
                     phi[b, s] = min(seen, 1)
                     if seen:
                         media_rows[b, 0] = sequence.media[seen - 1]
                 else:
-                    phi[b, s] = seen
-                    media_rows[b, : len(sequence.media)] = sequence.media
+                    phi[b, s] = media[b].index(seen) + 1 if seen else 0
+                    media_rows[b, : len(media[b])] = [sequence.media[number - 1] for number in media[b]]
                 token_ids[b, s], positions[b, s] = at.token, at.position
                 origin[b, s] = at.sequence, at.position
                 slot = write[b] + s

@@ -18,6 +18,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "trt_plugins" / "kernels"
 EMULATION = ROOT / "trt_plugins" / "tests" / "kernels"
+PLUGIN = ROOT / "trt_plugins" / "plugins"
+DRIVER = ROOT / "trt_plugins" / "tests" / "plugin" / "through_plugin.cpp"
+HEADER = "NvInferRuntime.h"
 ALL_ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 
 
@@ -75,19 +78,30 @@ def digest_of_sources() -> str:
     return digest.hexdigest()
 
 
+def _key(nvcc: str, architecture: str) -> str:
+    """By which compiled kernels are told from those of other sources, compilers and machines."""
+    parts = f"{digest_of_sources()} {nvcc_version(nvcc)} {platform.machine()}"
+    return f"{architecture}.{hashlib.sha256(parts.encode()).hexdigest()[:12]}"
+
+
+def kernel_objects(nvcc: str, architecture: str, folder: Path) -> dict[Path, Path]:
+    """Source -> where its object file is, once build_library has made it."""
+    return {source: folder / f"{source.stem}.{_key(nvcc, architecture)}.o" for source in sorted(KERNELS.glob("*.cu"))}
+
+
 def build_library(nvcc: str, architecture: str, folder: Path) -> tuple[Path, list[Resources]]:
     """libflamingo_kernels.so for one architecture ("90") and what each kernel takes. Sources compile side by side; those of a library that is
     there already, from the same sources and compiler, do not."""
     folder.mkdir(parents=True, exist_ok=True)
-    key = hashlib.sha256(f"{digest_of_sources()} {nvcc_version(nvcc)} {platform.machine()}".encode()).hexdigest()[:12]
-    library = folder / f"libflamingo_kernels.{architecture}.{key}.so"
+    wanted = kernel_objects(nvcc, architecture, folder)
+    library = folder / f"libflamingo_kernels.{_key(nvcc, architecture)}.so"
     known = library.with_suffix(".json")
-    if library.exists() and known.exists():
+    if all(path.exists() for path in (library, known, *wanted.values())):
         return library, [Resources(**found) for found in json.loads(known.read_text())]
     resources: list[Resources] = []
 
     def compile_one(source: Path) -> tuple[Path, list[Resources]]:
-        out = folder / f"{source.stem}.{architecture}.o"
+        out = wanted[source]
         code = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
         options = ["-std=c++17", "-O3", code, "-Xcompiler", "-fPIC", "-Xptxas", "-v"]
         log = run([nvcc, *options, "-c", str(source), "-o", str(out)], timeout=3600)
@@ -95,13 +109,38 @@ def build_library(nvcc: str, architecture: str, folder: Path) -> tuple[Path, lis
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = []
-        for out, found in pool.map(compile_one, sorted(KERNELS.glob("*.cu"))):
+        for out, found in pool.map(compile_one, wanted):
             objects.append(str(out))
             resources += found
     script = f"-Xlinker=--version-script={KERNELS / 'exports.map'}"
     run([nvcc, "-shared", f"-arch=sm_{architecture}", *objects, "-o", str(library), script])
     known.write_text(json.dumps([found.as_json() for found in resources]))
     return library, resources
+
+
+def find_headers() -> Path | None:
+    """TensorRT's headers: of the variable TENSORRT_ROOT, or in their usual places. Raises BuildFailed where the variable names none."""
+    root = os.environ.get("TENSORRT_ROOT")
+    if root:
+        if not (Path(root) / "include" / HEADER).is_file():
+            raise BuildFailed(f"TENSORRT_ROOT is {root}, which has no include/{HEADER}")
+        return Path(root) / "include"
+    system = ["/usr/include", f"/usr/include/{platform.machine()}-linux-gnu", "/usr/local/include"]
+    places = [*system, "/usr/local/tensorrt/include", "/opt/tensorrt/include"]
+    return next((Path(place) for place in places if (Path(place) / HEADER).is_file()), None)
+
+
+def build_plugin(nvcc: str, architecture: str, headers: Path, folder: Path) -> tuple[Path, Path]:
+    """The plugin library around the kernels that build_library has compiled, and the library that calls it as TensorRT does."""
+    plugin, driver = folder / "libflamingo_plugins.so", folder / "libflamingo_through_plugin.so"
+    common = [nvcc, "-shared", "-std=c++17", "-O2", f"-arch=sm_{architecture}", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
+    common += ["-isystem", str(headers), "-I", str(KERNELS)]
+    objects = [str(out) for out in kernel_objects(nvcc, architecture, folder).values()]
+    sources = [str(path) for path in sorted(PLUGIN.glob("*.cpp"))]
+    script = ["-Xlinker=--no-undefined", f"-Xlinker=--version-script={PLUGIN / 'exports.map'}"]
+    run([*common, *sources, *objects, "-o", str(plugin), *script])
+    run([*common, "-Xcompiler", "-fvisibility=default", str(DRIVER), "-o", str(driver), "-ldl"])
+    return plugin, driver
 
 
 def resources_of(nvcc: str, source: Path, architecture: str, out: str) -> list[Resources]:

@@ -212,6 +212,21 @@ def check_graph_replay(kernels: Kernels, seed: int) -> dict[str, Any]:
     return {"cases": count, "failures": failures}
 
 
+def check_shapes(kernels: Kernels, seed: int) -> dict[str, Any]:
+    """Shapes and types are taken or refused by what can be known without a GPU: one of each type and head size, and some that are wrong."""
+    generator = torch.Generator().manual_seed(seed)
+    failures, count = [], 0
+    for (dtype, kv_dtype), head_size in itertools.product(TYPES, (*HEAD_SIZES, 72)):
+        case = Case("ragged", dtype, kv_dtype, head_size, 64)
+        inputs = make(case, generator, device="cpu")
+        given = (inputs.q, inputs.k, inputs.v, inputs.media_rows, inputs.phi)
+        args = arguments(*given, torch.empty_like(inputs.q), k_scale=inputs.k_scale, v_scale=inputs.v_scale)
+        count += 1
+        if (kernels.name(args) is not None) != (head_size in HEAD_SIZES):
+            failures.append(f"{case}: {kernels.name(args)}")
+    return {"cases": count, "failures": failures}
+
+
 def check_refusals(kernels: Kernels) -> dict[str, Any]:
     """Arguments that the kernels do not take come back as cudaErrorInvalidValue and leave the device usable."""
     from gpu.library import CudaFailed

@@ -60,6 +60,19 @@ class Kernels:
         self.launch(args, torch.cuda.current_stream().cuda_stream)
 
 
+class ThroughPlugin(Kernels):
+    """The same calls by way of the plugin library, each as TensorRT makes it. `name` is "plugin" where the plugin takes the arguments."""
+
+    def __init__(self, driver: Path, plugin: Path) -> None:
+        """Raises ValueError for a library that TensorRT would not take."""
+        super().__init__(driver)
+        load = ctypes.CDLL(str(driver)).flamingo_load_plugin
+        load.argtypes, load.restype = [ctypes.c_char_p], ctypes.c_char_p
+        fault: bytes | None = load(str(plugin).encode())
+        if fault is not None:
+            raise ValueError(f"{plugin}: {fault.decode()}")
+
+
 def arguments(
     q: Tensor, k: Tensor, v: Tensor, media_rows: Tensor, phi: Tensor, y: Tensor, *,
     k_scale: Tensor | None = None, v_scale: Tensor | None = None, scale: float | None = None,

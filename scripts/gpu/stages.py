@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import shutil
@@ -24,7 +25,7 @@ class NoDevice(Exception):
 
 @dataclass
 class Context:
-    """What the stages share. `architecture`: the device's ("90"), or None without one. `library` and `nvcc` are set by the first stages."""
+    """What the stages share. `architecture`: the device's ("90"), or None without one. What follows `nvcc` is set by the stages that make it."""
 
     seed: int
     rounds: int
@@ -32,6 +33,8 @@ class Context:
     nvcc: str | None = None
     library: Path | None = None
     kernels: Any = None
+    plugin: Path | None = None
+    through_plugin: Any = None
 
 
 class Failed(Exception):
@@ -89,11 +92,38 @@ def compile_kernels(context: Context) -> dict[str, Any]:
     return result
 
 
+def without_headers(context: Context) -> str | None:
+    if context.library is None:
+        return without_library(context)
+    if os.environ.get("TENSORRT_ROOT") or build.find_headers():
+        return None
+    return "TensorRT's headers (docs/plugin.md says where to get them; TENSORRT_ROOT=folder that holds include/)"
+
+
+def compile_plugin(context: Context) -> dict[str, Any]:
+    """The plugin library around those kernels, taken as TensorRT takes it up to the point where a GPU is wanted."""
+    from gpu import kernel_cases
+    from gpu.library import ThroughPlugin
+
+    assert context.nvcc
+    try:
+        headers = build.find_headers()
+        assert headers
+        context.plugin, driver = build.build_plugin(context.nvcc, context.architecture or "90", headers, FOLDER)
+        context.through_plugin = ThroughPlugin(driver, context.plugin)
+    except (build.BuildFailed, OSError, ValueError) as error:
+        raise Failed(str(error)) from error
+    found = kernel_cases.check_shapes(context.through_plugin, context.seed)
+    if found["failures"]:
+        raise Failed(f"shapes that the plugin does not take as it should: {found['failures'][0]}", found)
+    return {"plugin_sha256": hashlib.sha256(context.plugin.read_bytes()).hexdigest(), "shapes": found}
+
+
 def call_device(context: Context) -> dict[str, Any]:
     """The first CUDA calls: a launch through the library, then the device's name. Raises NoDevice."""
     import ctypes
 
-    from gpu.library import Args, CudaFailed, Kernels
+    from gpu.library import Args, Kernels
 
     assert context.library
     context.kernels = Kernels(context.library)
@@ -102,11 +132,11 @@ def call_device(context: Context) -> dict[str, Any]:
             ctypes.addressof(ctypes.create_string_buffer(64)) // 16 * 16 + 16
         )  # never read: without a device nothing is launched
         args = Args(*[address] * 5, None, None, address, 1, 1, 1, 64, 64, 1, 1, 0.125, 1, 1)
-        try:
-            context.kernels.launch(args)
-        except CudaFailed as error:
-            raise NoDevice(f"the first CUDA call of the kernels failed with {error}") from error
-        raise NoDevice("torch sees no CUDA device, though a launch did not fail: is this torch built without CUDA?")
+        ways = {"the kernels": context.kernels, "the plugin": context.through_plugin}
+        errors = [f"{name} with {error}" for name, way in ways.items() if way is not None and (error := _refusal(way, args))]
+        if len(errors) < sum(way is not None for way in ways.values()):
+            raise NoDevice("torch sees no CUDA device, though a launch did not fail: is this torch built without CUDA?")
+        raise NoDevice(f"the first CUDA call failed, of {', of '.join(errors)}")
     import torch
 
     properties = torch.cuda.get_device_properties(0)
@@ -118,21 +148,51 @@ def call_device(context: Context) -> dict[str, Any]:
     }
 
 
+def _refusal(kernels: Any, args: Any) -> Exception | None:
+    from gpu.library import CudaFailed
+
+    try:
+        kernels.launch(args)
+    except CudaFailed as error:
+        return error
+    return None
+
+
+def without_plugin(context: Context) -> str | None:
+    return None if context.through_plugin is not None else "the plugin, which was not built"
+
+
+def test_plugin(context: Context) -> dict[str, Any]:
+    """`enqueue` of the plugin against the fp64 oracle and in a captured graph; no library of TensorRT is wanted."""
+    from gpu import kernel_cases
+
+    cases = (case for case in kernel_cases.all_cases() if case.latents in (64, 100))
+    return judged({
+        "seed": context.seed,
+        "oracle": kernel_cases.check(context.through_plugin, cases, context.seed),
+        "graph_replay": kernel_cases.check_graph_replay(context.through_plugin, context.seed),
+    })  # fmt: skip
+
+
+def judged(result: dict[str, Any]) -> dict[str, Any]:
+    """A result whose parts name no failure. Raises Failed."""
+    failures = [failure for part in result.values() if isinstance(part, dict) for failure in part["failures"]]
+    if failures:
+        raise Failed(f"{len(failures)} cases failed, the first: {failures[0]}", result)
+    return result
+
+
 def test_kernels(context: Context) -> dict[str, Any]:
     """Every case against the fp64 oracle, graph replay, refusals."""
     from gpu import kernel_cases
 
-    result = {
+    return judged({
         "rule": "error against fp64 at most twice torch's in the same dtype, plus one rounding unit",
         "seed": context.seed,
         "oracle": kernel_cases.check(context.kernels, kernel_cases.all_cases(), context.seed),
         "graph_replay": kernel_cases.check_graph_replay(context.kernels, context.seed),
         "refusals": kernel_cases.check_refusals(context.kernels),
-    }
-    failures = [failure for part in result.values() if isinstance(part, dict) for failure in part["failures"]]
-    if failures:
-        raise Failed(f"{len(failures)} cases failed, the first: {failures[0]}", result)
-    return result
+    })  # fmt: skip
 
 
 def without_sanitizer(context: Context) -> str | None:
@@ -189,6 +249,7 @@ def without_modules(*names: str) -> Callable[[Context], str | None]:
 
 
 PACKAGE = ("msgspec", "onnx_ir", "safetensors", "tokenizers", "typer")  # what flamingo_export itself wants
+PLUGIN_VARIABLE = "FLAMINGO_PLUGIN"
 WHEELS = "FLAMINGO_WHEELS"
 """Names a folder of installed wheels (pip install --target FOLDER): TensorRT for RTX and cuda-bindings on a machine without network."""
 
@@ -218,7 +279,16 @@ def without_rtx(context: Context) -> str | None:
 
 def without_tensorrt(context: Context) -> str | None:
     find_wheels()
-    return without_modules("tensorrt", *PACKAGE)(context) or without_cuda_python()
+    absent = without_modules("tensorrt", *PACKAGE)(context) or without_cuda_python()
+    if absent:
+        return absent
+    if (
+        context.plugin is None
+        and PLUGIN_VARIABLE not in os.environ
+        and not (build.ROOT / "build" / "libflamingo_plugins.so").exists()
+    ):
+        return f"the plugin library: build it with TensorRT's headers, or name one with {PLUGIN_VARIABLE}"
+    return None
 
 
 def without_cuda_python() -> str | None:
@@ -265,6 +335,7 @@ def engines(backend: str) -> tuple[tuple[str, ...], ...]:
         generate = ("generate", bundle, "--image", "PICTURE", "--backend", backend, "--json")
         commands += [
             build_it,
+            ("inspect", bundle, "--engine", "decoder"),
             ("parity", bundle, "--backend", backend),
             (*generate, "--beams", "3"),
             (*generate, "--beams", "1"),
@@ -277,10 +348,11 @@ def engines(backend: str) -> tuple[tuple[str, ...], ...]:
 def run_cli(*commands: Sequence[str]) -> Callable[[Context], dict[str, Any]]:
     """A stage of flamingo-export commands on bundles of the nano model; `BUNDLE` stands for their path, `PICTURE` for an image's."""
 
-    def run(_: Context) -> dict[str, Any]:
+    def run(context: Context) -> dict[str, Any]:
         results: dict[str, Any] = {}
         paths = [str(build.ROOT), str(build.ROOT / "reference"), *filter(None, [os.environ.get(WHEELS)])]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+        built = {PLUGIN_VARIABLE: str(context.plugin)} if context.plugin is not None else {}
+        environment = built | os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
         with tempfile.TemporaryDirectory() as folder:
             for command in commands:
                 words = [word.replace("BUNDLE", f"{folder}/nano.bundle").replace("PICTURE", str(PICTURE)) for word in command]
@@ -305,8 +377,10 @@ def run_cli(*commands: Sequence[str]) -> Callable[[Context], dict[str, Any]]:
 STAGES: list[Stage] = [
     Stage("emulation", nothing_missing, emulate),
     Stage("build", without_nvcc, compile_kernels),
+    Stage("plugin-build", without_headers, compile_plugin),
     Stage("device", without_library, call_device),
     Stage("kernels", without_library, test_kernels),
+    Stage("plugin", without_plugin, test_plugin),
     Stage("benchmark", without_library, benchmark),
     Stage("sanitizer", without_sanitizer, sanitize),
     Stage("tensorrt", without_tensorrt, run_cli(*engines("tensorrt"))),

@@ -131,12 +131,25 @@ def test_table_says_what_was_not_measured(tmp_path):
 @pytest.mark.skipif(build.find_nvcc() is None, reason="no nvcc (the CUDA toolkit)")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: run scripts/gpu_check itself")
 def test_without_a_gpu_the_first_cuda_call_says_so(tmp_path):
-    """The library is built (no kernel spills on sm_90), loads, and its launch fails with a reason; exit code 3."""
-    command = [sys.executable, str(ROOT / "scripts" / "gpu_check"), "--only", "device", "--out", str(tmp_path)]
+    """The library is built (no kernel spills on sm_90), loads, and its launch fails with a reason; exit code 3. So does the plugin's, where
+    TensorRT's headers are."""
+    command = [sys.executable, str(ROOT / "scripts" / "gpu_check"), "--only", "plugin", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 3, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].split()[:2] == ["build", "passed"]
-    assert lines[1].split()[:3] == ["device", "no", "device:"]
-    assert "first CUDA call of the kernels failed with cudaError" in lines[1]
+    headers = build.find_headers() is not None
+    assert lines[1].split()[:2] == (["plugin-build", "passed"] if headers else ["plugin-build", "not"])
+    assert lines[2].split()[:3] == ["device", "no", "device:"]
+    assert "first CUDA call failed, of the kernels with cudaError" in lines[2]
+    assert ("of the plugin with cudaError" in lines[2]) == headers
     assert list(tmp_path.iterdir()) == []
+
+
+def test_headers_are_those_that_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORRT_ROOT", str(tmp_path))
+    with pytest.raises(build.BuildFailed, match="has no include/NvInferRuntime.h"):
+        build.find_headers()
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "NvInferRuntime.h").touch()
+    assert build.find_headers() == tmp_path / "include"

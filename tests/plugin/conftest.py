@@ -18,6 +18,7 @@ from flamingo_export.backends.tensorrt.plugin import LIBRARY
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
+sys.path.insert(0, str(ROOT / "scripts"))  # the helper modules of scripts/gpu_check, as `gpu`
 
 
 def run(*command: object, **keywords: Any) -> subprocess.CompletedProcess[str]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from flamingo_export.backends.tensorrt.estimate import GIB, estimate
 from flamingo_export.backends.tensorrt.log import Heard, listening
 from flamingo_export.backends.tensorrt.monitor import UNITS, Phases, monitor, watched
 from flamingo_export.backends.tensorrt.parsing import check_network, check_warnings, layer_counts, parse
@@ -77,7 +78,10 @@ def build(trt: ModuleType, task: Task, *, progress: Progress = SILENT) -> Built:
     try:
         return watched(lambda: _build(trt, task, heard, phases, cancelled), phases, cancelled, progress)
     except MemoryError as error:
-        raise BuildError(f"{task.spec.name}: memory ran out while its engine was built. {heard.explanation()}") from error
+        raise BuildError(
+            f"{task.spec.name}: memory of the host ran out while its engine was built, which takes about "
+            f"{estimate(task.expected).memory / GIB:.1f} GiB. {heard.explanation()}"
+        ) from error
 
 
 def _build(trt: ModuleType, task: Task, heard: Heard, phases: Phases, cancelled: threading.Event) -> Built:
@@ -101,7 +105,10 @@ def _build(trt: ModuleType, task: Task, heard: Heard, phases: Phases, cancelled:
         if writer.error is not None:
             raise writer.error
         if not done or not writer.size:
-            raise BuildError(f"TensorRT {trt.__version__} did not build {task.spec.name}. {heard.explanation()}")
+            weights = sum(tensor.nbytes for tensor in task.expected.weights.values())
+            raise BuildError(
+                f"TensorRT {trt.__version__} did not build {task.spec.name}, whose weights take {weights / GIB:.2f} GiB. {heard.explanation()}"
+            )
         check_warnings(trt, task.spec, heard)
         _save_timing_cache(config, task.timing_cache)
         del cache, held, config, network, parser, builder

@@ -42,9 +42,9 @@ class Loaded:
             how = self._configs[captured] if self._configs else trt.ExecutionContextAllocationStrategy.USER_MANAGED
             context = self.engine.create_execution_context(how)
             if context is None:
-                raise BackendError(f"TensorRT {trt.__version__} made no context: {first_error(heard)}. {OUT_OF_MEMORY}.")
+                raise failure(lane, f"TensorRT {trt.__version__} made no context", heard)
             if not context.set_optimization_profile_async(profile, lane.stream):
-                raise BackendError(f"TensorRT {trt.__version__} did not take profile {profile}: {first_error(heard)}")
+                raise failure(lane, f"TensorRT {trt.__version__} did not take profile {profile}", heard)
         return context
 
     def close(self) -> None:
@@ -92,13 +92,15 @@ def load_engine(
     heard = Heard()
     with listening(trt, heard) as logger:
         runtime = trt.Runtime(logger)
+        if runtime is None:
+            raise BackendError(f"TensorRT {trt.__version__} does not start here: {heard.explanation()}")
         with path.open("rb") as file:
             engine = runtime.deserialize_cuda_engine(stream_reader(trt, file))
         if engine is None:
             said = first_error(heard)
             if _is_memory(said):
-                raise DeviceMemoryError(
-                    "cudaErrorMemoryAllocation", f"{path} does not fit on the GPU: {said}. {OUT_OF_MEMORY}."
+                raise failure(
+                    lane, f"{path} needs about {_needed(path, record) / 2**20:.0f} MiB on the GPU and was not loaded", heard
                 )
             raise IncompatibleEngine(f"TensorRT {trt.__version__} does not take {path}: {said}. {advice}")
         try:
@@ -113,20 +115,37 @@ def first_error(heard: Heard) -> str:
     return " ".join(heard.errors[0].split()) if heard.errors else "it gave no reason"
 
 
+def failure(lane: Lane, what: str, heard: Heard) -> BackendError:
+    """What to raise when TensorRT did not do something: where memory was short, with what is free and what to do about it."""
+    said = first_error(heard)
+    if not _is_memory(said):
+        return BackendError(f"{what}: {said}")
+    free, total = lane.cuda.free_memory()
+    return DeviceMemoryError(
+        "cudaErrorMemoryAllocation",
+        f"{what}: {said}. {free / 2**20:.0f} of {total / 2**20:.0f} MiB are free. {OUT_OF_MEMORY}.",
+    )
+
+
 def _is_memory(text: str) -> bool:
     return any(words in text.lower() for words in ("out of memory", "outofmemory", "memoryallocation"))
 
 
 def _check_memory(lane: Lane, path: Path, record: EngineRecord) -> None:
-    """Before anything is loaded. An engine takes its file's size, which is all weights, and the activations of its largest profile."""
+    """Before anything is loaded."""
     free, total = lane.cuda.free_memory()
-    profiles = record.summary.profiles if record.summary is not None else ()
-    needed = path.stat().st_size + max((profile.activation_bytes or 0 for profile in profiles), default=0)
+    needed = _needed(path, record)
     if needed > free:
         raise DeviceMemoryError(
             "cudaErrorMemoryAllocation",
             f"{path} needs about {needed / 2**20:.0f} MiB on the GPU, {free / 2**20:.0f} of {total / 2**20:.0f} MiB are free. {OUT_OF_MEMORY}.",
         )
+
+
+def _needed(path: Path, record: EngineRecord) -> int:
+    """Bytes on the GPU: an engine takes its file's size, which is all weights, and the activations of its largest profile."""
+    profiles = record.summary.profiles if record.summary is not None else ()
+    return path.stat().st_size + max((profile.activation_bytes or 0 for profile in profiles), default=0)
 
 
 def stream_reader(trt: ModuleType, file: Any) -> Any:

@@ -25,7 +25,7 @@ from flamingo_export.backends.base import Array, Buffer, Tensor
 from flamingo_export.backends.tensorrt.calls import Call, Result, plan
 from flamingo_export.backends.tensorrt.contract import Contract
 from flamingo_export.backends.tensorrt.elements import Element, decode, encode
-from flamingo_export.backends.tensorrt.loading import Loaded, first_error
+from flamingo_export.backends.tensorrt.loading import Loaded, failure, first_error
 from flamingo_export.backends.tensorrt.log import Heard, listening
 from flamingo_export.backends.tensorrt.memory import DeviceBuffer, DeviceTensor, Memory, Pinned
 from flamingo_export.errors import BackendError, InputError
@@ -289,7 +289,7 @@ class TensorRTSession:
         if mark:
             cuda.record(self._copied, stream)
         if not context.execute_async_v3(stream):
-            raise BackendError(f"{self.spec.name} failed in TensorRT {self._loaded.trt.__version__}: {first_error(heard)}")
+            raise failure(self._lane, f"{self.spec.name} failed in TensorRT {self._loaded.trt.__version__}", heard)
         if not call.empty:
             for result in call.wanted:
                 pinned, memory = self._results[result.name]

@@ -9,14 +9,14 @@ from flamingo_export.lowering.shapes import Bounds, profiles, shape_of, symbols
 from flamingo_export.manifest import ShapeLimits
 from flamingo_export.specs import TensorSpec, decoder_spec, subgraph_specs
 
-LIMITS = ShapeLimits(max_length=300, chunk=64, bank_rows=16, batch=4, beams=6, frames=8, video_frames=30)
+LIMITS = ShapeLimits(max_length=300, chunk=64, bank_rows=16, batch=4, beams=6, frames=8, video_frames=30, chunk_media=12)
 
 
 def test_the_decoder_is_tuned_for_prefill_and_decoding(tiny_config):
     prefill, decode = profiles(subgraph_specs(tiny_config)["decoder"], LIMITS)
     assert (prefill.name, decode.name) == ("prefill", "decode")
     assert prefill.bounds["S"] == Bounds(1, 64, 64)
-    assert prefill.bounds["M"] == Bounds(1, 1, 16)
+    assert prefill.bounds["M"] == Bounds(1, 1, 12)
     assert decode.bounds["S"] == Bounds(1, 3, 6)
     assert decode.bounds["M"] == Bounds(1, 1, 1)
     for profile in (prefill, decode):

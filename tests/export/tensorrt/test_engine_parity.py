@@ -12,11 +12,16 @@ from flamingo_export.manifest import ShapeLimits
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parts", [1, 3])
-def test_nano_passes_but_for_layers_which_have_no_engines(monkeypatch, tmp_path, capfd, parts):
+@pytest.mark.parametrize(
+    ("bounds", "parts"),
+    [({"chunk": 128}, 1), ({"chunk": 128}, 3), ({"chunk": 16, "chunk_media": 5, "batch": 2}, 1)],
+    ids=["wide", "in parts", "narrow"],
+)
+def test_nano_passes_but_for_layers_which_have_no_engines(bounds, parts, monkeypatch, tmp_path, capfd):
+    """Narrow: cases of 32 images, 65 positions and 3 requests go through engines that take less of each at once."""
     from flamingo_export.cli import main
 
-    limits = ShapeLimits(max_length=512, chunk=128)
+    limits = ShapeLimits(max_length=512, **bounds)
     flamingo_export.build(source_for_size("nano"), out=tmp_path / "nano.bundle", limits=limits, parts=parts, parity="skip")
     gpu = install(monkeypatch, tmp_path)
     bundle = add_engines(tmp_path / "nano.bundle", tmp_path / "x.bundle")

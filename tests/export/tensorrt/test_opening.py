@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from fake_gpu import FakeGpu, add_engines, install
+from fake_tensorrt import Context
 
 import flamingo_export
 from flamingo_export.artifacts import file_record
@@ -160,7 +161,40 @@ def test_a_gpu_that_is_too_small(bundle, gpu):
 
 def test_memory_that_runs_out_while_loading(bundle, gpu):
     gpu.trt.said = "Error Code 2: OutOfMemory (Requested size was 123 bytes.)"
-    refused(bundle, r"does not fit on the GPU: Error Code 2", DeviceMemoryError)
+    refused(
+        bundle,
+        r"needs about \d+ MiB on the GPU and was not loaded: Error Code 2.* \d+ of \d+ MiB are free.*--fallback",
+        DeviceMemoryError,
+    )
+
+
+def test_a_runtime_that_does_not_start(bundle, gpu, monkeypatch):
+    """An old driver: TensorRT says so and gives nothing."""
+
+    def nothing(logger):
+        logger.log(1, "CUDA initialization failure with error: 35")
+
+    monkeypatch.setattr(gpu.trt, "Runtime", nothing)
+    refused(bundle, "does not start here: the NVIDIA driver is missing or too old", BackendError)
+
+
+def test_memory_that_runs_out_while_running(bundle, gpu, monkeypatch):
+    """The process goes on, and so does the model once memory is free again."""
+    with flamingo_export.load(bundle, backend="tensorrt-rtx") as model:
+        expected = model.generate([1, 5, 6], max_new_tokens=2).token_ids
+        run = Context.execute_async_v3
+
+        def short(context, stream):
+            gpu.trt.error("Error Code 2: OutOfMemory (Requested size was 123 bytes.)")
+            return False
+
+        monkeypatch.setattr(Context, "execute_async_v3", short)
+        with pytest.raises(
+            DeviceMemoryError, match=r"decoder failed in TensorRT .*Requested size was 123.* MiB are free.*smaller batches"
+        ):
+            model.generate([1, 7, 6], max_new_tokens=2)
+        monkeypatch.setattr(Context, "execute_async_v3", run)
+        assert model.generate([1, 5, 6], max_new_tokens=2).token_ids == expected
 
 
 def test_memory_that_runs_out_for_bank_and_cache(bundle, gpu):

@@ -127,6 +127,14 @@ def test_one_image_shown_more_often_than_the_bank_has_rows(both: Load):
     same(engines.generate(asked, beams=2, max_new_tokens=4), host.generate(asked, beams=2, max_new_tokens=4))
 
 
+def test_chunks_that_look_at_more_media_than_an_engine_takes_are_cut(both: Load):
+    """Two requests side by side, whose chunks end at other positions; the first is all media."""
+    engines, host = both(chunk_media=3)
+    asked = [Request(prompt=[1, *[3] * 8, 5], media=pictures(41, 8)), request(42, 37, 5)]
+    for found, expected in zip(*(model.generate(asked, beams=2, max_new_tokens=4) for model in (engines, host)), strict=True):
+        same(found, expected)
+
+
 def test_scores(both: Load):
     engines, host = both()
     asked = request(50, 20, 2)

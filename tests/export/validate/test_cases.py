@@ -78,15 +78,20 @@ def plans(tiny_config: ModelConfig) -> dict[str, Plan]:
     return {case.name: plan_case(tiny_config, case) for case in decoder_cases(tiny_config)}
 
 
-def test_calls_never_write_beyond_the_cache_and_one_fills_it(plans: dict[str, Plan]) -> None:
-    for name, plan in plans.items():
+@pytest.fixture(scope="module", params=[{}, {"S": 7, "M": 3}], ids=["any size", "an engine's sizes"])
+def all_plans(tiny_config: ModelConfig, request: pytest.FixtureRequest) -> dict[str, Plan]:
+    return {case.name: plan_case(tiny_config, case, request.param) for case in decoder_cases(tiny_config)}
+
+
+def test_calls_never_write_beyond_the_cache_and_one_fills_it(all_plans: dict[str, Plan]) -> None:
+    for name, plan in all_plans.items():
         ends = [int(call.feeds["write_index"].max()) + call.token_ids.shape[1] for call in plan.calls]
         assert max(ends) == plan.capacity, name
 
 
-def test_each_position_sees_the_slots_of_its_own_past_and_nothing_else(plans: dict[str, Plan]) -> None:
+def test_each_position_sees_the_slots_of_its_own_past_and_nothing_else(all_plans: dict[str, Plan]) -> None:
     """An independent simulation of the cache: at every call, what a mask row allows must be the sequence's tokens before it."""
-    for name, plan in plans.items():
+    for name, plan in all_plans.items():
         held: list[dict[int, tuple[int, int]]] = [{} for _ in range(plan.batch)]
         tokens = [sequence.tokens for sequence in plan.sequences]
         for call in plan.calls:
@@ -111,9 +116,9 @@ def test_each_position_sees_the_slots_of_its_own_past_and_nothing_else(plans: di
                         assert call.feeds["key_positions"][b, slot] == held[b][slot][1], name
 
 
-def test_phi_and_rows_point_at_the_last_image_before(plans: dict[str, Plan], tiny_config: ModelConfig) -> None:
+def test_phi_and_rows_point_at_the_last_image_before(all_plans: dict[str, Plan], tiny_config: ModelConfig) -> None:
     image = tiny_config.tokens.image
-    for name, plan in plans.items():
+    for name, plan in all_plans.items():
         for call in plan.calls:
             for b, s in np.argwhere(call.origin[:, :, 0] >= 0).tolist():
                 sequence, position = call.origin[b, s].tolist()
@@ -128,7 +133,14 @@ def test_phi_and_rows_point_at_the_last_image_before(plans: dict[str, Plan], tin
 def test_decoding_calls_carry_one_medium(plans: dict[str, Plan]) -> None:
     last = plans["32 images"].calls[-1]
     assert last.feeds["media_rows"].shape[1] == 1
-    assert plans["32 images"].calls[0].feeds["media_rows"].shape[1] == 32
+
+
+def test_calls_keep_to_an_engines_sizes(tiny_config: ModelConfig) -> None:
+    (case,) = (case for case in decoder_cases(tiny_config) if case.name == "32 images")
+    whole, bounded = (plan_case(tiny_config, case, largest).calls for largest in ({}, {"S": 7, "M": 3}))
+    assert whole[0].feeds["media_rows"].shape[1] == 32
+    assert max(call.feeds["media_rows"].shape[1] for call in bounded) == 2  # an image and a text token in turn, 3 positions
+    assert max(call.token_ids.shape[1] for call in bounded) == 3
 
 
 def test_tree_covers_every_leaf_and_crosses_parents(plans: dict[str, Plan]) -> None:
