@@ -178,7 +178,7 @@ def _device_bytes(config: ModelConfig, precision: Precision, limits: ShapeLimits
         * config.resampler.num_latents
         * block.head_size
         * limits.bank_rows
-        * width
+        * (1 if precision.media == "fp8" else width)
     )
     return int(ENGINE_RATIO * weights) + caches + bank
 

@@ -220,6 +220,8 @@ def _quantised_lines(manifest: Manifest) -> dict[str, str]:
         if how is None and rule is not None and rule.format in ("fp8", "int8", "int4"):
             left.append(weight.name)
     lines = {"products": ", ".join(f"{count} in {name}" for name, count in counts.most_common())}
+    if precision.media == "fp8":
+        lines["media"] = "keys and values kept in FP8, a byte a number"
     if left:
         shown = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
         lines["unfused"] = (

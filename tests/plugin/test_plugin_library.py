@@ -86,8 +86,13 @@ def test_rtx_refuses_with_the_reason(case: str, parsed: bool, why: str, library:
     assert any(f"flamingo::PhiCrossAttention: {why}" in line for line in found["errors"]), found["errors"]
 
 
-def test_rtx_gives_every_gated_layer_of_nano_to_the_plugin(library: Path, rtx_path: dict[str, str], tmp_path: Path) -> None:
-    bundle = tmp_path / "nano.bundle"
+@pytest.mark.parametrize("media", ["storage", "fp8"])
+def test_rtx_gives_every_gated_layer_of_nano_to_the_plugin(
+    media: str, library: Path, rtx_path: dict[str, str], tmp_path: Path
+) -> None:
+    """With the bank in FP8 its codes and scales are inputs of the plugin's layer; FP8 may be read by nothing else."""
+    bundle, policy = tmp_path / "nano.bundle", tmp_path / "policy.toml"
+    policy.write_text(f'media = "{media}"\n')
     done = run(
         sys.executable,
         "-c",
@@ -99,6 +104,9 @@ def test_rtx_gives_every_gated_layer_of_nano_to_the_plugin(library: Path, rtx_pa
         bundle,
         "--parity",
         "skip",
+        "--policy",
+        policy,
+        "--uncalibrated",
     )
     assert done.returncode == 0, done.stderr
     graph = bundle / "decoder.onnx"
