@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from flamingo_export import api, pipeline
+from flamingo_export import api, build_plan, pipeline
 from flamingo_export.backends.base import SessionOptions
 from flamingo_export.backends.onnxruntime import HostBuffer, OnnxRuntimeBackend
 from flamingo_export.backends.tensorrt.elements import element_of, encode
@@ -170,3 +170,18 @@ def test_engines_take_codes_and_no_floats() -> None:
         encode(np.ones(3, np.float32), into, element)
     with pytest.raises(InputError, match="float8_e4m3fn was given"):
         encode(np.ones(3, FP8), np.zeros(3, np.float32), element_of("float", "fp32"))
+
+
+def test_plan_and_inspect_count_a_byte_a_number(built: pipeline.BuildResult, tmp_path: Path) -> None:
+    from flamingo_export.cli.inspect import _summary
+
+    assert "keys and values kept in FP8, a byte a number" in _summary(built.manifest)
+    plain = msgspec.structs.replace(POLICY, media="storage")
+    requests = [
+        BuildRequest(source=source_for_size("nano"), out=tmp_path / "n.bundle", policy=each) for each in (POLICY, plain)
+    ]
+    coded, floats = (build_plan.plan(request).device_bytes for request in requests)
+    block, limits = SIZES["nano"].cross_attention, read_manifest(built.path).limits
+    numbers = 2 * 3 * block.num_heads * SIZES["nano"].resampler.num_latents * block.head_size * limits.bank_rows
+    # The scales beside the weights are six numbers more.
+    assert floats - coded == pytest.approx(3 * numbers, abs=100)
