@@ -148,7 +148,7 @@ def test_without_a_gpu_the_first_cuda_call_says_so(tmp_path):
 
 def test_headers_are_those_that_are_named(tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORRT_ROOT", str(tmp_path))
-    with pytest.raises(build.BuildFailed, match="has no include/NvInferRuntime.h"):
+    with pytest.raises(build.BuildFailed, match=r"has no include/NvInferRuntime\.h"):
         build.find_headers()
     (tmp_path / "include").mkdir()
     (tmp_path / "include" / "NvInferRuntime.h").touch()

@@ -80,7 +80,7 @@ def build(trt: ModuleType, task: Task, *, progress: Progress = SILENT) -> Built:
     except MemoryError as error:
         raise BuildError(
             f"{task.spec.name}: memory of the host ran out while its engine was built, which takes about "
-            f"{estimate(task.expected).memory / GIB:.1f} GiB. {heard.explanation()}"
+            f"{estimate(sum(tensor.nbytes for tensor in task.expected.weights.values())).memory / GIB:.1f} GiB. {heard.explanation()}"
         ) from error
 
 
