@@ -312,29 +312,28 @@ def without_cuda_provider(context: Context) -> str | None:
 PICTURE = build.ROOT / "docs" / "images" / "demo.png"
 
 
-def engines(backend: str) -> tuple[tuple[str, ...], ...]:
-    """Commands that build engines for this machine's GPU in fp32 and fp16, the decoder whole and in parts, compare and run them."""
+def engines(backend: str, *, quantised: bool = False) -> tuple[tuple[str, ...], ...]:
+    """Commands that build engines for this machine's GPU, compare and run them: in fp32 and fp16, the decoder whole and in parts; or in FP8
+    and int4."""
+    # Ranges are found with PyTorch; without it they are taken for the format's own, which parity knows.
+    ranges = () if importlib.util.find_spec("torch") else ("--uncalibrated",)
+    settings: dict[str, tuple[str, ...]] = {
+        "fp32": ("--precision", "fp32"),
+        "fp16": ("--precision", "fp16"),
+        "fp16-3": ("--precision", "fp16", "--parts", "3"),
+    }
+    if quantised:
+        settings = {
+            "fp8": ("--precision", "fp16", "--fp8", *ranges),
+            "fp8-bf16": ("--precision", "bf16", "--fp8", *ranges),
+            "int4": ("--precision", "fp16", "--int4"),
+        }
     commands: list[tuple[str, ...]] = [("doctor", "--json")]
-    for storage, parts in (("fp32", "1"), ("fp16", "1"), ("fp16", "3")):
-        bundle = f"BUNDLE.{storage}-{parts}"
-        build_it = (
-            "build",
-            "--size",
-            "nano",
-            "--precision",
-            storage,
-            "--parts",
-            parts,
-            "--backend",
-            backend,
-            "--parity",
-            "skip",
-            "--out",
-            bundle,
-        )
+    for name, chosen in settings.items():
+        bundle = f"BUNDLE.{name}"
         generate = ("generate", bundle, "--image", "PICTURE", "--backend", backend, "--json")
         commands += [
-            build_it,
+            ("build", "--size", "nano", *chosen, "--backend", backend, "--parity", "skip", "--out", bundle),
             ("inspect", bundle, "--engine", "decoder"),
             ("parity", bundle, "--backend", backend),
             (*generate, "--beams", "3"),
@@ -345,12 +344,39 @@ def engines(backend: str) -> tuple[tuple[str, ...], ...]:
     return tuple(commands)
 
 
+def fp8_against_fp16(backend: str) -> tuple[tuple[str, ...], ...]:
+    """Commands that build 3b in fp16 and in FP8, and tell bytes and tokens a second of both. Random weights: their ranges do not matter."""
+    commands: list[tuple[str, ...]] = []
+    for name, chosen in (("fp16", ()), ("fp8", ("--fp8", "--uncalibrated"))):
+        bundle = f"BUNDLE.3b-{name}"
+        size = ("--size", "3b", "--precision", "fp16", "--max-length", "2048", "--max-batch", "1")
+        commands += [
+            ("build", *size, *chosen, "--backend", backend, "--parity", "skip", "--out", bundle),
+            ("inspect", bundle, "--engine", "decoder", "--json"),
+            ("bench", bundle, "--backend", backend, "--json"),
+        ]
+    return tuple(commands)
+
+
+def without_fp8(missing: Callable[[Context], str | None]) -> Callable[[Context], str | None]:
+    """Says what `missing` does, or that this GPU has no FP8."""
+
+    def lacks(context: Context) -> str | None:
+        absent = missing(context)
+        if absent is None and context.architecture is not None and int(context.architecture) < 89:
+            return f"FP8: sm_{context.architecture} has none"
+        return absent
+
+    return lacks
+
+
 def run_cli(*commands: Sequence[str]) -> Callable[[Context], dict[str, Any]]:
     """A stage of flamingo-export commands on bundles of the nano model; `BUNDLE` stands for their path, `PICTURE` for an image's."""
 
     def run(context: Context) -> dict[str, Any]:
         results: dict[str, Any] = {}
-        paths = [str(build.ROOT), str(build.ROOT / "reference"), *filter(None, [os.environ.get(WHEELS)])]
+        own = [str(build.ROOT), str(build.ROOT / "reference"), str(build.ROOT / "calibration")]
+        paths = [*own, *filter(None, [os.environ.get(WHEELS)])]
         built = {PLUGIN_VARIABLE: str(context.plugin)} if context.plugin is not None else {}
         environment = built | os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
         with tempfile.TemporaryDirectory() as folder:
@@ -385,6 +411,10 @@ STAGES: list[Stage] = [
     Stage("sanitizer", without_sanitizer, sanitize),
     Stage("tensorrt", without_tensorrt, run_cli(*engines("tensorrt"))),
     Stage("tensorrt-rtx", without_rtx, run_cli(*engines("tensorrt-rtx"))),
+    Stage("tensorrt-quantised", without_fp8(without_tensorrt), run_cli(*engines("tensorrt", quantised=True))),
+    Stage("tensorrt-rtx-quantised", without_fp8(without_rtx), run_cli(*engines("tensorrt-rtx", quantised=True))),
+    Stage("tensorrt-fp8-3b", without_fp8(without_tensorrt), run_cli(*fp8_against_fp16("tensorrt"))),
+    Stage("tensorrt-rtx-fp8-3b", without_fp8(without_rtx), run_cli(*fp8_against_fp16("tensorrt-rtx"))),
     Stage("onnxruntime-cuda", without_cuda_provider, run_cli(
         ("build", "--size", "nano", "--parity", "skip", "--out", "BUNDLE"),
         ("bench", "BUNDLE", "--backend", "onnxruntime", "--device", "cuda", "--json"),
