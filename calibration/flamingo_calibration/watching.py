@@ -30,7 +30,8 @@ class Watch:
         elif prefix.startswith("cross_attention."):
             self._watch_media(module, f"media_kv/layer.{prefix.rsplit('.', 1)[1]}")
         elif prefix == "language_model":
-            self._undo.append(module.norm.register_forward_hook(lambda _, __, normed: self.see("decoder/head", normed)).remove)
+            norm = module.get_submodule("norm")
+            self._undo.append(norm.register_forward_hook(lambda _, __, normed: self.see("decoder/head", normed)).remove)
 
     def see(self, name: str, tensor: Tensor) -> None:
         """Counts a piece of a tensor."""

@@ -209,12 +209,12 @@ def _print(found: Sensitivity, suggestion: Suggestion | None, file: Path | None,
     console.print(table(columns, rows, title=title, right=(2, 5)))
     if len(found.matrices) > _SHOWN:
         console.print(f"and {len(found.matrices) - _SHOWN} more with smaller errors; --json and --html show all", markup=False)
-    rows = [
+    layers = [
         (layer.name, _percent(layer.error), _percent(layer.share), "-" if layer.kl is None else f"{layer.kl:.2g}")
         for layer in found.layers
     ]
     columns = ("layer, all of it quantised", "error", "what it adds, of its output", "KL of logits, nats a token")
-    console.print(table(columns, rows, right=(1, 2, 3)))
+    console.print(table(columns, layers, right=(1, 2, 3)))
     kl = f"{found.kl:.2g} nats a token" if found.kl is not None else f"not measured: {found.no_kl}"
     console.print(f"KL of the logits with everything quantised: {kl}", markup=False)
     if suggestion is None:

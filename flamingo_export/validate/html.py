@@ -33,11 +33,11 @@ def render_html(report: ParityReport) -> str:
     """The page. Raises ParityError where matplotlib is missing."""
     from markupsafe import Markup
 
-    filters = {"number": _number, "share": _share, "picture": _picture}
+    filters: dict[str, Callable[..., object]] = {"number": _number, "share": _share, "picture": _picture}
     template = page_template(resources.files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8"), filters)
     shown = [*PHI_CASES, *((RESET_CASE,) if RESET_CASE in report.strips else ()), END_TO_END_CASE]
     plotted = [row for row in report.rows if row.level not in ("layer", "trace")]
-    return template.render(
+    page: str = template.render(
         report=report,
         gates_plot=Markup(gates_plot(plotted)) if plotted else "",
         layers_plot=Markup(layers_plot(report.layers)) if report.layers else "",
@@ -52,6 +52,7 @@ def render_html(report: ParityReport) -> str:
         rule=RULE,
         exception=INDEPENDENT_ROUNDING,
     )
+    return page
 
 
 def page_template(text: str, filters: dict[str, Callable[..., object]]) -> Any:
