@@ -213,8 +213,8 @@ def _print(found: Sensitivity, suggestion: Suggestion | None, file: Path | None,
         (layer.name, _percent(layer.error), _percent(layer.share), "-" if layer.kl is None else f"{layer.kl:.2g}")
         for layer in found.layers
     ]
-    titles = ("layer, all of it quantised", "error", "what it adds, of its output", "KL of logits, nats a token")
-    console.print(table(titles, layers, right=(1, 2, 3)))
+    of_layer = ("layer, all of it quantised", "error", "what it adds, of its output", "KL of logits, nats a token")
+    console.print(table(of_layer, layers, right=(1, 2, 3)))
     kl = f"{found.kl:.2g} nats a token" if found.kl is not None else f"not measured: {found.no_kl}"
     console.print(f"KL of the logits with everything quantised: {kl}", markup=False)
     if suggestion is None:

@@ -32,7 +32,7 @@ from flamingo_reference.model import Flamingo
 
 MATRIX = "decoder/layer.2/ffw_up"
 FP32_NOISE = 2e-3
-"""Of an error of some percent: differences of fp32 numbers that agree in their first four digits; measured 2e-4."""
+"""Of an error of some percent: differences of fp32 numbers that agree in their first four digits."""
 
 
 @pytest.fixture(autouse=True)
