@@ -42,8 +42,8 @@ class Expected(msgspec.Struct, frozen=True, kw_only=True):
     """Products of a quantised matrix."""
     weights: Mapping[str, ir.ExternalTensor]
     """Weights that nodes read, by name."""
-    kernels: Mapping[str, str]
-    """Convolution -> its kernel, which TensorRT keeps in the layer and not as a constant of its own."""
+    kernels: Mapping[str, tuple[str, str | None]]
+    """Convolution -> its kernel and bias. TensorRT keeps the kernel, and in fp32 the bias, in the layer and not as a constant of its own."""
 
 
 def check_graph(
@@ -77,9 +77,9 @@ def check_graph(
         quantised=sum(_is_quantised_product(node) for node in model.graph),
         weights={name: value for name, value in used.items() if name and isinstance(value, ir.ExternalTensor)},
         kernels={
-            node.name or "": node.inputs[1].name or ""
+            node.name or "": (_initializer(node, 1) or "", _initializer(node, 2))
             for node in model.graph
-            if node.op_type == "Conv" and node.inputs[1] is not None and node.inputs[1].is_initializer()
+            if node.op_type == "Conv" and _initializer(node, 1)
         },
     )
 
@@ -89,6 +89,12 @@ def _is_quantised_product(node: ir.Node) -> bool:
     made = matrix.producer() if matrix is not None else None
     codes = made.inputs[0] if made is not None and made.op_type == "DequantizeLinear" else None
     return codes is not None and codes.is_initializer()
+
+
+def _initializer(node: ir.Node, index: int) -> str | None:
+    """Name of the weight that is an input of a node."""
+    value = node.inputs[index] if len(node.inputs) > index else None
+    return value.name if value is not None and value.is_initializer() else None
 
 
 def _contract(graph: ir.Graph, spec: SubgraphSpec, compute: StorageType, capacity: int) -> Iterator[str]:

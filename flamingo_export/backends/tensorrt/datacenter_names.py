@@ -16,7 +16,7 @@ MEMBERS: dict[str, tuple[str, ...]] = {
         "profiling_verbosity", "progress_monitor",
     ),
     "IConstantLayer": ("weights",),
-    "IConvolutionLayer": ("kernel",),
+    "IConvolutionLayer": ("bias", "kernel"),
     "ICudaEngine": (
         "create_engine_inspector", "create_execution_context", "device_memory_size_v2", "get_aliased_input_tensor",
         "get_tensor_dtype", "get_tensor_mode", "get_tensor_name", "get_tensor_profile_shape", "get_tensor_shape", "num_io_tensors",

@@ -106,7 +106,10 @@ def _weights(trt: ModuleType, network: Any, expected: Expected, bundle: Path) ->
             held[layer.name] = layer.weights
         elif layer.type == trt.LayerType.CONVOLUTION and layer.name in expected.kernels:
             layer.__class__ = trt.IConvolutionLayer
-            held[expected.kernels[layer.name]] = layer.kernel
+            kernel, bias = expected.kernels[layer.name]
+            held[kernel] = layer.kernel
+            if bias is not None and layer.bias.size:
+                held[bias] = layer.bias
     for name, tensor in expected.weights.items():
         if name not in held:
             yield f"weight {name} was lost or merged with another"

@@ -24,7 +24,9 @@ def test_what_good_graphs_must_parse_to(lowered, lint):
     assert (plugin.plugin_layers, plugin.cache_updates, plugin.attentions) == (2, 6, 3)
     assert "decoder/embedding" in body.weights
     vision = lint(lowered("vision_encoder"), "vision_encoder")
-    assert vision.kernels["vision_encoder/stem/0"] == "vision_encoder/stem/0/weight"
+    assert vision.kernels["vision_encoder/stem/0"] == ("vision_encoder/stem/0/weight", None)
+    exact = lint(lowered("vision_encoder", "fp32"), "vision_encoder", "fp32")
+    assert exact.kernels["vision_encoder/stem/0"] == ("vision_encoder/stem/0/weight", "vision_encoder/stem/0/bias")
 
 
 def unused_input(model):

@@ -171,6 +171,34 @@ def test_ctrl_c_stops_the_build_and_leaves_nothing(rtx, task):
     assert list(stopped.engine.parent.iterdir()) == []
 
 
+def test_memory_of_the_host_that_runs_out_is_told_with_what_was_wanted(rtx, task, monkeypatch):
+    def short(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(builder_module, "parse", short)
+    small = task("media_kv")
+    with pytest.raises(
+        BuildError, match=r"media_kv: memory of the host ran out while its engine was built, which takes about 1\.\d GiB"
+    ):
+        build(rtx, small)
+    assert list(small.engine.parent.iterdir()) == []
+
+
+def test_a_builder_that_fails_says_what_the_weights_take(rtx, task, monkeypatch):
+    """As when memory of the GPU runs out: TensorRT for RTX builds on the host, so its failure is put in its place."""
+
+    class Failing(rtx.Builder):
+        def build_serialized_network_to_stream(self, network, config, writer):
+            self.logger.log(rtx.ILogger.ERROR, "Error Code 2: OutOfMemory (Requested size was 123 bytes.)")
+            return False
+
+    monkeypatch.setattr(rtx, "Builder", Failing)
+    with pytest.raises(
+        BuildError, match=r"did not build media_kv, whose weights take 0\.\d\d GiB\. memory ran out .*Requested size was 123"
+    ):
+        build(rtx, task("media_kv"))
+
+
 def test_a_disk_that_fails_is_told_as_such(rtx, task, tmp_path):
     full = msgspec.structs.replace(task("media_kv"), engine=tmp_path / "missing" / "x.engine")
     (tmp_path / "missing").write_text("a file where a folder is wanted")
