@@ -64,6 +64,8 @@ plugin:
 bench: .venv/installed-dev
 	$(PY) benchmarks/decoder_cpu.py
 	$(PY) benchmarks/idefics_cpu.py
+	$(PY) benchmarks/precision_accuracy.py
+	$(PY) benchmarks/quantized_cpu.py
 	$(PY) benchmarks/build_memory.py --size 3b
 	$(PY) benchmarks/build_memory.py --size 9b
 
