@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,12 +26,13 @@ class Recipe(Protocol):
 
 
 class PartFiles(msgspec.Struct, frozen=True, kw_only=True):
-    """The files of a part: path as given, config.json as it says (untrusted), tensors with any adapter merged in."""
+    """The files of a part: path as given, config.json as it says (untrusted), tensors; absent: those of them known by name alone."""
 
     path: Path
     family: str
     settings: Mapping[str, Any]
     reader: TensorReader
+    absent: Collection[str] = ()
 
 
 class Parts(msgspec.Struct, frozen=True, kw_only=True):

@@ -53,9 +53,10 @@ def adopt_openflamingo(parts: Parts) -> Adopted:
     bos = setting(lm.settings, "bos_token_id", int, eoc) if lm.settings.get("bos_token_id") is not None else eoc
     pad = ids.get("<PAD>")
     files = openflamingo.Files(
-        checkpoint=_shapes(parts.model),
+        checkpoint={name: parts.model.reader.shape(name) for name in parts.model.reader.names()},
         language_model=_shapes(lm),
         vision=_shapes(vision),
+        absent=frozenset(lm.absent),
         language_model_config=lm.settings,
     )
     config = openflamingo.config_from(
@@ -75,7 +76,8 @@ def adopt_openflamingo(parts: Parts) -> Adopted:
 
 
 def _shapes(part: PartFiles) -> dict[str, Shape]:
-    return {name: part.reader.shape(name) for name in part.reader.names()}
+    absent = frozenset(part.absent)
+    return {name: part.reader.shape(name) for name in part.reader.names() if name not in absent}
 
 
 def _rules(pairs: Iterable[tuple[str, str]]) -> tuple[Ignored, ...]:
