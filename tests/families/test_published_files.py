@@ -121,7 +121,10 @@ def test_an_instructed_idefics_is_told_by_its_tokenizer(idefics: tuple[Path, Any
         ({"num_hidden_layers": 10**9}, "language_model.num_layers is 1000000000, expected at most 10000"),
         ({"max_position_embeddings": 10**12}, "max_positions is 1000000000000, expected at most 16777216"),
         *(
-            ({"rope_parameters": {"rope_type": "default", "rope_theta": base}}, f"config.json: rope_theta is {said}, expected a")
+            (
+                {"rope_parameters": {"rope_type": "default", "rope_theta": base}},
+                f"config.json: rope_theta is {said}, expected a",
+            )
             for base, said in (
                 (float("nan"), "nan"),
                 (float("inf"), "inf"),
@@ -350,11 +353,19 @@ LANGUAGE_MODEL = "config.json of the language model: "
         ("llama", {"num_key_value_heads": 3}, "num_kv_heads 3 does not divide num_heads 4"),
         ("llama", {"num_attention_heads": 0}, "0 heads do not divide a width of 48"),
         ("llama", {"num_hidden_layers": 2**63}, f"{LANGUAGE_MODEL}num_hidden_layers is 9223372036854775808, expected"),
-        ("llama", {"num_hidden_layers": 2**62}, r"gated blocks before layers \[1, 3\], expected every 2th of 4611686018427387904"),
+        (
+            "llama",
+            {"num_hidden_layers": 2**62},
+            r"gated blocks before layers \[1, 3\], expected every 2th of 4611686018427387904",
+        ),
         ("llama", {"num_hidden_layers": -4}, r"gated blocks before layers \[1, 3\], expected every 2th of -4"),
         ("gpt_neox, parallel", {"rope_parameters": None, "rotary_pct": float("nan")}, "rotary_pct is nan, expected"),
         ("gpt_neox, parallel", {"rope_parameters": None, "rotary_pct": 1e300}, "1e[+]300 of a head's channels are rotated"),
-        ("gpt_neox, parallel", {"rope_parameters": None, "rotary_emb_base": -5}, "rotary_emb_base is -5.0, expected a positive"),
+        (
+            "gpt_neox, parallel",
+            {"rope_parameters": None, "rotary_emb_base": -5},
+            "rotary_emb_base is -5.0, expected a positive",
+        ),
         ("mpt", {"attn_config": {"alibi": True, "alibi_bias_max": float("nan")}}, "alibi_bias_max is nan, expected"),
         ("mpt", {"attn_config": {"alibi": True, "alibi_bias_max": -8}}, "alibi_bias_max is -8.0, expected a positive number"),
         ("mpt", {"attn_config": {"alibi": True, "prefix_lm": True}}, "prefix_lm is True, which is not supported"),
@@ -398,13 +409,19 @@ def test_a_config_of_clip_that_its_file_contradicts(change: dict[str, Any], name
         ("perceiver.latents", (5, 1, 64), r"perceiver\.latents has shape \(5, 1, 64\), expected a matrix"),
         ("lang_encoder.transformer.wte.weight", (64,), r"wte\.weight has shape \(64,\), expected a matrix"),
         ("perceiver.frame_embs", (), r"perceiver\.frame_embs has shape \(\), expected a matrix"),
-        ("perceiver.layers.1.1.1.weight", (9, 9), r"perceiver\.layers\.1\.1\.1\.weight has shape \(9, 9\), expected \(256, 64\)"),
-        (f"lang_encoder.transformer.blocks.{'9' * 5000}.gated_cross_attn_layer.x", (1,), r"unknown .*gated_cross_attn_layer\.x"),
+        (
+            "perceiver.layers.1.1.1.weight",
+            (9, 9),
+            r"perceiver\.layers\.1\.1\.1\.weight has shape \(9, 9\), expected \(256, 64\)",
+        ),
+        (
+            f"lang_encoder.transformer.blocks.{'9' * 5000}.gated_cross_attn_layer.x",
+            (1,),
+            r"unknown .*gated_cross_attn_layer\.x",
+        ),
     ],
 )
-def test_tensors_of_a_checkpoint_that_do_not_fit(
-    name: str, shape: tuple[int, ...] | None, named: str, tmp_path: Path
-) -> None:
+def test_tensors_of_a_checkpoint_that_do_not_fit(name: str, shape: tuple[int, ...] | None, named: str, tmp_path: Path) -> None:
     """None: under a name that is not quite its own."""
     source = write_openflamingo(tmp_path, Theirs("mpt"))
     saved = torch.load(source.path, weights_only=True)["model_state_dict"]

@@ -68,7 +68,9 @@ def setting(raw: Mapping[str, Any], name: str, kind: type, default: Any = None, 
     value = raw.get(name, default)
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if number and not (math.isfinite(value) if isinstance(value, float) else abs(value) < _MOST):
-        raise ConfigError(f"{where}: {name} is {value!r:.{_SHOWN}}, expected a number that a model can have. Fetch the file again.")
+        raise ConfigError(
+            f"{where}: {name} is {value!r:.{_SHOWN}}, expected a number that a model can have. Fetch the file again."
+        )
     if kind is float and number:
         value = float(value)
     if not isinstance(value, kind) or (kind is int and not number):
