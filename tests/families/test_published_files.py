@@ -173,6 +173,29 @@ def test_a_tokenizer_of_another_model(idefics: tuple[Path, Any], tmp_path: Path)
         flamingo_export.build(source, out=tmp_path / "b.bundle", parity="skip")
 
 
+@pytest.mark.parametrize("lost", [1, 5])
+def test_a_tokenizer_that_lacks_tokens(idefics: tuple[Path, Any], tmp_path: Path, lost: int) -> None:
+    """The ids of the tokens behind them are others then, and with them the rows of the embedding."""
+    write_tokenizer(tmp_path, [word for word in WORDS if word not in [f"w{index}" for index in range(9, 9 + lost)]], SPECIAL)
+    source = CheckpointFolder(path=idefics[0], tokenizer=tmp_path)
+    with pytest.raises(
+        CheckpointError, match=f"<image> is {61 - lost}.*tokens that were added have ids 60 to 61 by config.json"
+    ) as caught:
+        flamingo_export.build(source, out=tmp_path / "b.bundle", parity="skip")
+    assert ("<fake_token_around_image> is" in str(caught.value)) == (60 - lost < 60)
+
+
+def test_a_file_without_its_config(idefics: tuple[Path, Any], tmp_path: Path) -> None:
+    shards = {name: array for path in idefics[0].glob("model-*.safetensors") for name, array in load_file(path).items()}
+    save_file(shards, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors has no config\.json, which this kind of model needs"):
+        flamingo_export.build(tmp_path / "model.safetensors", out=tmp_path / "b.bundle", parity="skip")
+    source = write_openflamingo(tmp_path / "of", Theirs("mpt"))
+    (tmp_path / "of" / "lm" / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"lm has no config\.json, which this kind of model needs"):
+        flamingo_export.build(source, out=tmp_path / "b.bundle", parity="skip")
+
+
 def test_an_adapter_of_peft_for_the_language_model(idefics: tuple[Path, Any], tmp_path: Path) -> None:
     """Merged into the shards' tensor while it is read: the logits are transformers' with W + 2 B A put in."""
     folder, theirs = idefics
@@ -462,4 +485,15 @@ def test_openflamingo_is_planned_without_its_language_models_shards(tmp_path: Pa
     assert [path.name for path in planned.absent] == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     assert msgspec.structs.replace(planned, absent=()) == whole
     with pytest.raises(CheckpointError, match="names files that are not there: model-00001-of-00002"):
+        flamingo_export.build(source, out=tmp_path / "b.bundle", parity="skip")
+
+
+@pytest.mark.parametrize("words", [40, 59, 61, 200])
+def test_openflamingo_with_the_tokenizer_of_another_language_model(words: int, tmp_path: Path) -> None:
+    """The ids of the tokens that training added follow from it."""
+    source = write_openflamingo(tmp_path, Theirs("gpt_neox, parallel"))
+    assert source.language_model is not None
+    write_tokenizer(source.language_model, [f"w{index}" for index in range(words)], [])
+    named = f"the tokenizer has {words + 3} tokens, .* and the embedding in .*checkpoint.pt has 64 rows.*--tokenizer FILE"
+    with pytest.raises(CheckpointError, match=named):
         flamingo_export.build(source, out=tmp_path / "b.bundle", parity="skip")
