@@ -48,7 +48,8 @@ class Adopted(msgspec.Struct, frozen=True, kw_only=True):
     """A model made of files.
 
     expected: name and shape of each of our tensors. recipes: for each of them, from which tensors of the joined parts it is made; None where
-    names are ours already. ignored: tensors of the files that the model does not need. inputs: how it takes images and text.
+    names are ours already. ignored: tensors of the files that the model does not need. inputs: how it takes images and text. misfit: what is
+    wrong with the tokenizer, to be said once config.json and tensors are known to agree; empty where nothing is.
     """
 
     config: ModelConfig
@@ -56,6 +57,7 @@ class Adopted(msgspec.Struct, frozen=True, kw_only=True):
     recipes: Mapping[str, Recipe] | None = None
     ignored: tuple[Ignored, ...] = ()
     inputs: InputFormat = PAPER
+    misfit: str = ""
 
 
 class AdoptedReader:

@@ -36,17 +36,17 @@ def adopt_idefics(parts: Parts) -> Adopted:
     misplaced = [
         f"{tag} is {ids[tag]}" for tag in inputs.tags.all if tag not in _LLAMA_TAGS and more and ids.get(tag, first) < first
     ]
-    if misplaced:
-        raise CheckpointError(
-            f"the tokenizer of {parts.model.path} is of another model: {', '.join(misplaced)}, and tokens that were added have ids "
-            f"{first} to {last} by config.json. Bring the tokenizer that the model was trained with."
-        )
+    misfit = (
+        f"the tokenizer is of another model than {parts.model.path}: {', '.join(misplaced)}, and tokens that were added have ids {first} to "
+        f"{last} by config.json. Bring the tokenizer that the model was trained with."
+    )
     return Adopted(
         config=config,
         expected=expected_tensors(config),
         recipes=idefics.recipes(config, additional_vocab=more),
         ignored=_rules(idefics.IGNORED),
         inputs=inputs,
+        misfit=misfit if misplaced else "",
     )
 
 

@@ -98,6 +98,8 @@ def load(files: CheckpointFiles, families: Sequence[Family] = FAMILIES, *, may_b
     absent = {name: path for found in recognised.values() for name, path in found.reader.absent.items()}
     published, used = _adapted(_joined(recognised, where), files.adapters, model.family)
     reader, ignored = _accounted(adopted, published, where, absent)
+    if adopted.misfit:
+        raise CheckpointError(adopted.misfit)
     golden = files.path / "golden"
     return Checkpoint(
         family=model.family,
