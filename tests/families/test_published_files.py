@@ -425,7 +425,7 @@ def test_a_config_of_clip_that_its_file_contradicts(change: dict[str, Any], name
 @pytest.mark.parametrize(
     ("name", "shape", "named"),
     [
-        ("perceiver.latents", None, r"holds no perceiver\.latents \(nearest: perceiver\.latent \(5, 64\)\)"),
+        ("perceiver.latents", None, r"holds no matrix perceiver\.latents \(nearest: perceiver\.latent \(5, 64\)\)"),
         ("perceiver.latents", (5, 1, 64), r"perceiver\.latents has shape \(5, 1, 64\), expected a matrix"),
         ("lang_encoder.transformer.wte.weight", (64,), r"wte\.weight has shape \(64,\), expected a matrix"),
         ("perceiver.frame_embs", (), r"perceiver\.frame_embs has shape \(\), expected a matrix"),
