@@ -105,6 +105,16 @@ class ShapeLimits(msgspec.Struct, frozen=True, kw_only=True):
     """T: frames of a video."""
 
 
+class PlaceRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a checkpoint's files lay when the bundle was built: paths from the folder that holds the bundle, none of which leaves it."""
+
+    path: str
+    language_model: str | None = None
+    vision_encoder: str | None = None
+    adapters: tuple[str, ...] = ()
+    tokenizer: str | None = None
+
+
 class SourceRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Where the weights came from: a checkpoint or live model (digest of all tensors), or random numbers (seed)."""
 
@@ -113,6 +123,8 @@ class SourceRecord(msgspec.Struct, frozen=True, kw_only=True):
     seed: int | None = None
     family: str | None = None
     """Of a checkpoint: whose format it was in (`flamingo_reference.checkpoints.families`)."""
+    place: PlaceRecord | None = None
+    """Of a checkpoint beside the bundle: where. Nothing is said of what lies elsewhere on the machine."""
 
 
 class CalibrationRecord(msgspec.Struct, frozen=True, kw_only=True):

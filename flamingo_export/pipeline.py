@@ -37,6 +37,7 @@ from flamingo_export.manifest import (
     ParityRecord,
     write_manifest,
 )
+from flamingo_export.origin import with_place
 from flamingo_export.precision import Precision
 from flamingo_export.progress import SILENT, Progress
 from flamingo_export.quantize.policies import check_backend, check_policy
@@ -237,7 +238,7 @@ def _fill(job: _Job, journal: Journal, progress: Progress) -> BuildResult:
     calibration, calibrated = _calibration(job, journal, progress)
     weights = bundle_weights(config, job.precision)
     records, digests = write_weights(job.source, weights, job.precision, work, journal, progress, calibration=calibration)
-    source = job.source.record(digests)
+    source = with_place(job.source.record(digests), job.request)
     if calibration is not None:
         check_fits(calibration, config, source.sha256)
     graphs = _write_graphs(job, progress)

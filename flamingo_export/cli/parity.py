@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flamingo_export.cli.options import AsJson, Loras, OtherLanguageModel, OtherVision, checkpoint_files
+from flamingo_export.cli.options import AsJson, Loras, OtherLanguageModel, OtherTokenizer, OtherVision, checkpoint_files
 
 if TYPE_CHECKING:
     from flamingo_export.validate.report import ParityReport
@@ -28,12 +28,15 @@ def parity(
     checkpoint: Annotated[
         Path | None,
         typer.Option(
-            "--checkpoint", help="The checkpoint that the bundle was built from, for the reference.", show_default=False
+            "--checkpoint",
+            help="The checkpoint that the bundle was built from, where it does not lie beside it as it did then.",
+            show_default=False,
         ),
     ] = None,
     language_model: OtherLanguageModel = None,
     vision: OtherVision = None,
     loras: Loras = None,
+    tokenizer: OtherTokenizer = None,
     against: Annotated[
         AgainstWhat | None,
         typer.Option(
@@ -54,7 +57,7 @@ def parity(
 
     \b
     flamingo-export parity nano.bundle
-    flamingo-export parity idefics.bundle --against transformers --checkpoint idefics-9b/
+    flamingo-export parity idefics.bundle --against transformers
     """
     from flamingo_export.cli.machine import package
     from flamingo_export.cli.output import print_json
@@ -62,9 +65,9 @@ def parity(
     from flamingo_export.errors import ParityError
     from flamingo_export.validate import check_bundle
 
-    if checkpoint is None and (language_model or vision or loras):
+    if checkpoint is None and (language_model or vision or loras or tokenizer):
         raise typer.BadParameter("parts go with a checkpoint: add --checkpoint", param_hint="--checkpoint")
-    files = checkpoint_files(checkpoint, language_model, vision, loras) if checkpoint is not None else None
+    files = checkpoint_files(checkpoint, language_model, vision, loras, tokenizer) if checkpoint is not None else None
     if html is not None and package("matplotlib") is None:  # said now, not after minutes of work
         raise ParityError("the report's plots need matplotlib: pip install 'flamingo-export[report]'")
     with reported() as progress:

@@ -96,7 +96,8 @@ def check_bundle(
     against: what to compare with; None as just said. `transformers`: its own model of an IDEFICS checkpoint, layer by layer, as a whole
     from pixels to logits, and, where memory allows, in the tokens that its `generate` chooses.
 
-    checkpoint: where the bundle's weights came from; not needed for the shipped nano checkpoint and random weights. memory: bytes
+    checkpoint: where the bundle's weights came from; not needed for the shipped nano checkpoint and random weights, nor, where `against` is
+    given, for one that still lies beside the bundle as it did when this was built. memory: bytes
     to keep to; None is what the machine has free. Writes reports/parity.json and how parity stands into the manifest, and golden
     values where the bundle had none; a bundle that may not be written to is compared all the same.
 
@@ -259,9 +260,9 @@ def _expectation(
         tokenizer = bundle / "tokenizer" / "tokenizer.json"
         kept = tokenizer if tokenizer.is_file() else None
         if wanted == "transformers":
-            return _transformers(manifest, checkpoint, kept, memory, progress), "transformers"
+            return _transformers(bundle, manifest, checkpoint, kept, memory, progress), "transformers"
         try:
-            source = find_origin(manifest, checkpoint)
+            source = find_origin(manifest, checkpoint, bundle=bundle if wanted is not None else None)
         except CheckpointError as error:
             if checkpoint is not None or wanted is not None:
                 raise
@@ -299,7 +300,12 @@ def _calibration(bundle: Path) -> CalibrationTable | None:
 
 
 def _transformers(
-    manifest: Manifest, checkpoint: CheckpointFiles | Path | None, tokenizer: Path | None, memory: int, progress: Progress
+    bundle: Path,
+    manifest: Manifest,
+    checkpoint: CheckpointFiles | Path | None,
+    tokenizer: Path | None,
+    memory: int,
+    progress: Progress,
 ) -> Goldens:
     """What transformers' own model expects. Raises ParityError if it is not installed, or the bundle is of another family."""
     from flamingo_export.validate.transformers.record import record_transformers
@@ -318,7 +324,7 @@ def _transformers(
             f"the bundle is quantised ({manifest.precision.name}), which transformers' model is not. Compare it with the reference (leave "
             "out --against transformers), and a bundle that is not quantised with transformers."
         )
-    source = find_origin(manifest, checkpoint)
+    source = find_origin(manifest, checkpoint, bundle=bundle)
     assert isinstance(source, CheckpointSource)
     digest = manifest.source.sha256 or source_digest(source)
     with _torch_threads(source.config):

@@ -279,7 +279,10 @@ def _vision(vision: VisionConfig) -> Iterator[str]:
         return
     if len(vision.widths) != len(vision.depths) or not vision.widths:
         yield f"vision.widths {vision.widths} and vision.depths {vision.depths} differ in length or are empty"
-    for width in vision.widths:
+    ratios = {"bottleneck_ratio": vision.bottleneck_ratio, "squeeze_excite_ratio": vision.squeeze_excite_ratio}
+    wrong = [f"vision.{name} is {ratio}, expected one from 0 to 16" for name, ratio in ratios.items() if not 0 < ratio <= 16]
+    yield from wrong
+    for width in () if wrong else vision.widths:
         middle = int(width * vision.bottleneck_ratio)
         if vision.group_width > 0 and (middle < 1 or middle % vision.group_width):
             yield f"vision.group_width {vision.group_width} does not divide bottleneck width {middle}"
@@ -307,6 +310,8 @@ def _language_model(lm: LanguageModelConfig) -> Iterator[str]:
             yield f"language_model.positions.size {size} is no even number of channels from 2 to head_size {lm.head_size}"
         if not 0 < lm.positions.base < math.inf:
             yield f"language_model.positions.base is {lm.positions.base}, expected a positive number"
+    if isinstance(lm.positions, AlibiPositions) and not 0 < lm.positions.max_bias < math.inf:
+        yield f"language_model.positions.max_bias is {lm.positions.max_bias}, expected a positive number"
     if lm.max_positions > _MOST_POSITIONS:
         yield f"language_model.max_positions is {lm.max_positions}, expected at most {_MOST_POSITIONS}"
     if lm.kv_heads > 0 and lm.num_heads % lm.kv_heads:

@@ -14,10 +14,13 @@ import pytest
 import torch
 from idefics_models import IMAGE, their_config, their_logits, their_model
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as torch_load_file
+from safetensors.torch import save_file as torch_save_file
 
 import flamingo_export
+from flamingo_export.cli import main
 from flamingo_export.errors import CheckpointError, ParityError
-from flamingo_export.manifest import read_manifest
+from flamingo_export.manifest import PlaceRecord, read_manifest
 from flamingo_export.sources import CheckpointSource
 from flamingo_export.validate import check_bundle
 from flamingo_export.validate.cases import RESET_CASE, decoder_cases, encoder_cases, phi_cases, pixel_cases
@@ -26,6 +29,7 @@ from flamingo_export.validate.oracle import encoder_feeds, record_numbers
 from flamingo_export.validate.plan import plan_case
 from flamingo_export.validate.transformers.parts import TransformersParts
 from flamingo_export.validate.transformers.whole import record_whole
+from flamingo_reference.checkpoints.safetensors_file import open_header
 
 
 def write(folder: Path, *, seed: int = 3, dtype: torch.dtype = torch.float32, **kind: bool) -> Any:
@@ -156,6 +160,50 @@ def test_another_checkpoint_is_refused(copy: Path, tmp_path: Path) -> None:
         check_bundle(copy, checkpoint=tmp_path / "other", against="transformers")
     with pytest.raises(CheckpointError, match="--checkpoint DIR"):
         check_bundle(copy, against="transformers")
+
+
+def test_a_checkpoint_beside_the_bundle_is_found(hub: tuple[Path, Path], tmp_path: Path) -> None:
+    """flamingo-export parity idefics.bundle --against transformers, as long as the checkpoint lies where it was built from."""
+    shutil.copytree(hub[0].parent, tmp_path / "place")
+    bundle = tmp_path / "place" / "idefics.bundle"
+    assert read_manifest(bundle).source.place == PlaceRecord(path="idefics")
+    assert main(["parity", str(bundle), "--against", "transformers"]) == 0
+    record = read_manifest(bundle).parity
+    assert (record.state, record.against) == ("passed", "transformers")
+    moved = bundle.rename(tmp_path / "idefics.bundle")
+    with pytest.raises(CheckpointError, match="--checkpoint DIR"):
+        check_bundle(moved, against="transformers")
+    # A manifest that leads elsewhere is not followed.
+    raw = json.loads((moved / "manifest.json").read_text())
+    for path in ("place/../place/idefics", str(tmp_path / "place" / "idefics")):
+        raw["source"]["place"] = {"path": path}
+        (moved / "manifest.json").write_text(json.dumps(raw))
+        with pytest.raises(CheckpointError, match="--checkpoint DIR"):
+            check_bundle(moved, against="transformers")
+    raw["source"]["place"] = {"path": "place/idefics"}
+    (moved / "manifest.json").write_text(json.dumps(raw))
+    assert check_bundle(moved, against="reference").against == "reference"
+
+
+def test_what_lies_elsewhere_is_not_told(hub: tuple[Path, Path], tmp_path: Path) -> None:
+    built = flamingo_export.build(hub[0], out=tmp_path / "b.bundle", parity="skip")
+    assert built.manifest.source.place is None
+
+
+@pytest.mark.parametrize("half", ["cross_attention/out_proj", "ffw_down"])
+def test_a_gate_that_is_a_little_wrong_fails_in_16_bits(tmp_path: Path, half: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That expected values are rounded as the bundle's are leaves no room for a wrong gate: 3 % of it are seen."""
+    write(tmp_path / "m", seed=5, dtype=torch.bfloat16)
+    bundle = flamingo_export.build(tmp_path / "m", out=tmp_path / "b.bundle", parity="skip", storage="bf16").path
+    name = f"decoder/layer.2/{half}" if "/" in half else f"decoder/layer.2/cross_attention/{half}"
+    (path,) = (path for path in (bundle / "weights").glob("*.safetensors") if name in open_header(path))
+    tensors = torch_load_file(path)
+    tensors[name] = (tensors[name].float() * 1.03).to(torch.bfloat16)
+    torch_save_file(tensors, path)
+    monkeypatch.setattr("flamingo_export.artifacts.open_bundle", read_manifest)  # which sees by the digest that it is damaged
+    report = check_bundle(bundle, backend="onnxruntime", checkpoint=tmp_path / "m", against="transformers", memory=1)
+    assert report.verdict == "failed"
+    assert report.first_diverging_layer == "decoder/layer.2"
 
 
 def test_a_bundle_of_another_family_is_refused(copy: Path, hub: tuple[Path, Path]) -> None:

@@ -21,7 +21,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
 
 import flamingo_export
-from flamingo_export.build_request import CheckpointFolder
+from flamingo_export import build_plan
+from flamingo_export.build_request import BuildRequest, CheckpointFolder
 from flamingo_export.errors import CheckpointError
 from flamingo_export.manifest import read_manifest
 from flamingo_reference.checkpoints.loading import load
@@ -119,10 +120,34 @@ def test_an_instructed_idefics_is_told_by_its_tokenizer(idefics: tuple[Path, Any
         ({"hidden_size": "48"}, "hidden_size is '48', expected int"),
         ({"num_hidden_layers": 10**9}, "language_model.num_layers is 1000000000, expected at most 10000"),
         ({"max_position_embeddings": 10**12}, "max_positions is 1000000000000, expected at most 16777216"),
-        (
-            {"rope_parameters": {"rope_type": "default", "rope_theta": float("nan")}},
-            "positions.base is nan, expected a positive number",
+        *(
+            (
+                {"rope_parameters": {"rope_type": "default", "rope_theta": base}},
+                f"config.json: rope_theta is {said}, expected",
+            )
+            for base, said in (
+                (float("nan"), "nan"),
+                (float("inf"), "inf"),
+                (float("-inf"), "-inf"),
+                (10**400, "10{79}"),
+                (-1.0, "-1.0"),
+                (0, "0.0"),
+                ("1e4", "'1e4'"),
+                (True, "True"),
+                ([1.0], r"\[1.0\]"),
+            )
         ),
+        ({"rope_parameters": None, "rope_theta": float("nan")}, "config.json: rope_theta is nan, expected a"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling is {'type': 'linear'"),
+        ({"hidden_size": 2**64}, "hidden_size is 18446744073709551616, expected a number that a model can have"),
+        ({"num_attention_heads": -4}, "hidden_size 48 must be a multiple of num_attention_heads -4"),
+        ({"num_attention_heads": 4.0}, r"num_attention_heads is 4\.0, expected int"),
+        ({"additional_vocab_size": -1}, "additional_vocab_size is -1, expected at least 0"),
+        ({"vision_config": "large"}, "vision_config is 'large', expected dict"),
+        ({"vision_config": {"num_attention_heads": 0}}, "vision.num_heads is 0, expected at least 1"),
+        ({"perceiver_config": {"resampler_depth": 10**7}}, "resampler.num_layers is 10000000, expected at most 10000"),
+        ({"eos_token_id": []}, r"eos_token_id is \[\], expected int"),
+        ({"hidden_size": "x" * 10_000}, "hidden_size is '[x]{79}, expected int"),
         ({"rms_norm_eps": -1.0}, "norm_eps is -1.0, expected a small positive number"),
         ({"model_type": "idefics2"}, "model_type 'idefics2', which is not known"),
         ({"model_type": "clip"}, "but the tensors look like IDEFICS v1"),
@@ -145,6 +170,26 @@ def test_a_tokenizer_of_another_model(idefics: tuple[Path, Any], tmp_path: Path)
     write_tokenizer(tmp_path, [*WORDS, "more"], SPECIAL)
     source = CheckpointFolder(path=idefics[0], tokenizer=tmp_path)
     with pytest.raises(CheckpointError, match="has 63 tokens, the model's vocabulary has 62"):
+        flamingo_export.build(source, out=tmp_path / "b.bundle", parity="skip")
+
+
+def test_a_tokenizer_that_lacks_a_word(idefics: tuple[Path, Any], tmp_path: Path) -> None:
+    """The ids of the tokens behind it are others then, and with them the rows of the embedding."""
+    write_tokenizer(tmp_path, [word for word in WORDS if word != "w9"], SPECIAL)
+    source = CheckpointFolder(path=idefics[0], tokenizer=tmp_path)
+    named = "<fake_token_around_image> is 59, and tokens that were added have ids 60 to 61 by config.json"
+    with pytest.raises(CheckpointError, match=named):
+        flamingo_export.build(source, out=tmp_path / "b.bundle", parity="skip")
+
+
+def test_a_file_without_its_config(idefics: tuple[Path, Any], tmp_path: Path) -> None:
+    shards = {name: array for path in idefics[0].glob("model-*.safetensors") for name, array in load_file(path).items()}
+    save_file(shards, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors has no config\.json, which this kind of model needs"):
+        flamingo_export.build(tmp_path / "model.safetensors", out=tmp_path / "b.bundle", parity="skip")
+    source = write_openflamingo(tmp_path / "of", Theirs("mpt"))
+    (tmp_path / "of" / "lm" / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"lm has no config\.json, which this kind of model needs"):
         flamingo_export.build(source, out=tmp_path / "b.bundle", parity="skip")
 
 
@@ -304,3 +349,148 @@ def test_parts_that_do_not_belong_together(tmp_path: Path) -> None:
     (tmp_path / "other" / "lm" / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"no tokenizer is beside .* --tokenizer FILE"):
         flamingo_export.build(other, out=tmp_path / "b.bundle", parity="skip")
+
+
+def rewrite(path: Path, change: dict[str, Any]) -> None:
+    """Some of the entries of a config.json changed."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+
+LANGUAGE_MODEL = "config.json of the language model: "
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "named"),
+    [
+        ("llama", {"rope_parameters": {"rope_theta": float("nan")}}, f"{LANGUAGE_MODEL}rope_theta is nan, expected"),
+        ("llama", {"rope_parameters": {"rope_theta": 0}}, f"{LANGUAGE_MODEL}rope_theta is 0.0, expected a positive number"),
+        ("llama", {"rope_parameters": None, "rope_theta": float("-inf")}, f"{LANGUAGE_MODEL}rope_theta is -inf, expected"),
+        ("llama", {"rope_parameters": None, "rope_theta": 10**400}, f"{LANGUAGE_MODEL}rope_theta is 1000000000"),
+        ("llama", {"head_dim": "12"}, f"{LANGUAGE_MODEL}head_dim is '12', expected int"),
+        ("llama", {"head_dim": -12}, "language_model.head_size is -12, expected at least 1"),
+        ("llama", {"num_key_value_heads": 2.0}, f"{LANGUAGE_MODEL}num_key_value_heads is 2.0, expected int"),
+        ("llama", {"num_key_value_heads": -2}, "language_model.num_kv_heads is -2, expected at least 1"),
+        ("llama", {"num_key_value_heads": 3}, "num_kv_heads 3 does not divide num_heads 4"),
+        ("llama", {"num_attention_heads": 0}, "language_model.num_heads is 0, expected at least 1"),
+        ("llama", {"num_hidden_layers": 2**63}, f"{LANGUAGE_MODEL}num_hidden_layers is 9223372036854775808, expected"),
+        (
+            "llama",
+            {"num_hidden_layers": 2**62},
+            r"gated blocks before layers \[1, 3\], expected every 2th of 4611686018427387904",
+        ),
+        ("llama", {"num_hidden_layers": -4}, r"gated blocks before layers \[1, 3\], expected every 2th of -4"),
+        ("gpt_neox, parallel", {"rope_parameters": None, "rotary_pct": float("nan")}, "rotary_pct is nan, expected"),
+        ("gpt_neox, parallel", {"rope_parameters": None, "rotary_pct": 1e300}, "1e[+]300 of a head's channels are rotated"),
+        (
+            "gpt_neox, parallel",
+            {"rope_parameters": None, "rotary_emb_base": -5},
+            "rotary_emb_base is -5.0, expected a positive",
+        ),
+        ("mpt", {"attn_config": {"alibi": True, "alibi_bias_max": float("nan")}}, "alibi_bias_max is nan, expected"),
+        ("mpt", {"attn_config": {"alibi": True, "alibi_bias_max": -8}}, "alibi_bias_max is -8.0, expected a positive number"),
+        ("mpt", {"attn_config": {"alibi": True, "prefix_lm": True}}, "prefix_lm is True, which is not supported"),
+        ("mpt", {"norm_type": "low_precision_rmsnorm"}, "norm_type is 'low_precision_rmsnorm', which is not supported"),
+        ("mpt", {"attn_config": "alibi"}, "attn_config is 'alibi', expected an object"),
+        ("mpt", {"n_layers": "4"}, "n_layers is '4', expected int"),
+        ("mosaic_gpt", {"prefix_lm": True}, "prefix_lm is True, which is not supported"),
+    ],
+)
+def test_a_language_models_config_that_no_model_has(kind: str, change: dict[str, Any], named: str, tmp_path: Path) -> None:
+    source = write_openflamingo(tmp_path, Theirs(kind))
+    assert source.language_model is not None
+    rewrite(source.language_model / "config.json", change)
+    with pytest.raises(CheckpointError, match=named):
+        flamingo_export.build(source, out=tmp_path / "b.bundle", parity="skip")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"vision_config": [1]}, r"config.json of CLIP: vision_config is \[1\], expected dict"),
+        ({"num_attention_heads": -1}, "vision.num_heads is -1, expected at least 1"),
+        ({"num_attention_heads": 3}, "vision.num_heads 3 does not divide vision.width 64"),
+        ({"layer_norm_eps": float("nan")}, "config.json of CLIP: layer_norm_eps is nan, expected a number"),
+        ({"num_hidden_layers": 10**6}, "vision.num_layers is 1000000, expected at most 10000"),
+        ({"image_size": 35}, r"position_embedding\.weight has shape \(17, 64\), expected \(26, 64\)"),
+    ],
+)
+def test_a_config_of_clip_that_its_file_contradicts(change: dict[str, Any], named: str, tmp_path: Path) -> None:
+    source = write_openflamingo(tmp_path, Theirs("mpt"), layout="transformers")
+    assert source.vision_encoder is not None
+    rewrite(source.vision_encoder / "config.json", change)
+    with pytest.raises(CheckpointError, match=named):
+        flamingo_export.build(source, out=tmp_path / "b.bundle", parity="skip")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "named"),
+    [
+        ("perceiver.latents", None, r"holds no matrix perceiver\.latents \(nearest: perceiver\.latent \(5, 64\)\)"),
+        ("perceiver.latents", (5, 1, 64), r"perceiver\.latents has shape \(5, 1, 64\), expected a matrix"),
+        ("lang_encoder.transformer.wte.weight", (64,), r"wte\.weight has shape \(64,\), expected a matrix"),
+        ("perceiver.frame_embs", (), r"perceiver\.frame_embs has shape \(\), expected a matrix"),
+        (
+            "perceiver.layers.1.1.1.weight",
+            (9, 9),
+            r"perceiver\.layers\.1\.1\.1\.weight has shape \(9, 9\), expected \(256, 64\)",
+        ),
+        (
+            f"lang_encoder.transformer.blocks.{'9' * 5000}.gated_cross_attn_layer.x",
+            (1,),
+            r"unknown .*gated_cross_attn_layer\.x",
+        ),
+    ],
+)
+def test_tensors_of_a_checkpoint_that_do_not_fit(name: str, shape: tuple[int, ...] | None, named: str, tmp_path: Path) -> None:
+    """None: under a name that is not quite its own."""
+    source = write_openflamingo(tmp_path, Theirs("mpt"))
+    saved = torch.load(source.path, weights_only=True)["model_state_dict"]
+    if shape is None:
+        saved[f"module.{name[:-1]}"] = saved.pop(f"module.{name}")
+    else:
+        saved[f"module.{name}"] = torch.zeros(shape)
+    torch.save({"model_state_dict": saved}, source.path)
+    with pytest.raises(CheckpointError, match=named):
+        flamingo_export.build(source, out=tmp_path / "b.bundle", parity="skip")
+
+
+def test_clip_as_newer_versions_of_transformers_save_it(tmp_path: Path) -> None:
+    """Without `vision_model.` before every name, last norm and all."""
+    theirs = Theirs("mpt")
+    plain, bare = (write_openflamingo(tmp_path / name, theirs, layout="transformers") for name in ("plain", "bare"))
+    assert bare.vision_encoder is not None
+    path = bare.vision_encoder / "model.safetensors"
+    save_file({name.removeprefix("vision_model."): array for name, array in load_file(path).items()}, path)
+    wanted, found = load(plain), load(bare)
+    assert found.config == wanted.config
+    for name in wanted.reader.names():
+        np.testing.assert_array_equal(found.reader.read(name), wanted.reader.read(name))
+    (bare.vision_encoder / "config.json").unlink()  # sizes are read off the shapes
+    assert load(bare).config.vision == load(plain).config.vision
+
+
+def test_openflamingo_is_planned_without_its_language_models_shards(tmp_path: Path) -> None:
+    """config.json and the index of a language model in shards suffice, its embedding, which training went on from, among what is missing."""
+    source = write_openflamingo(tmp_path, Theirs("gpt_neox, parallel"))
+    whole = build_plan.plan(BuildRequest(source=source, out=tmp_path / "b.bundle"))
+    assert source.language_model is not None
+    tensors = load_file(source.language_model / "model.safetensors")
+    (source.language_model / "model.safetensors").unlink()
+    index = {"weight_map": {name: f"model-0000{1 + place % 2}-of-00002.safetensors" for place, name in enumerate(tensors)}}
+    (source.language_model / "model.safetensors.index.json").write_text(json.dumps(index))
+    planned = build_plan.plan(BuildRequest(source=source, out=tmp_path / "b.bundle"))
+    assert [path.name for path in planned.absent] == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    assert msgspec.structs.replace(planned, absent=()) == whole
+    with pytest.raises(CheckpointError, match="names files that are not there: model-00001-of-00002"):
+        flamingo_export.build(source, out=tmp_path / "b.bundle", parity="skip")
+
+
+@pytest.mark.parametrize("words", [40, 60, 62, 200])
+def test_openflamingo_with_the_tokenizer_of_another_language_model(words: int, tmp_path: Path) -> None:
+    """The ids of the tokens that training added follow from it."""
+    source = write_openflamingo(tmp_path, Theirs("gpt_neox, parallel"))
+    assert source.language_model is not None
+    write_tokenizer(source.language_model, [f"w{index}" for index in range(words)], [])
+    named = f"the tokenizer has {words + 3} tokens, .* and the embedding in .*checkpoint.pt has 64 rows.*--tokenizer FILE"
+    with pytest.raises(CheckpointError, match=named):
+        flamingo_export.build(source, out=tmp_path / "b.bundle", parity="skip")

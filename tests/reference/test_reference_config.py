@@ -14,7 +14,15 @@ from tiny_models import TINY, smaller
 from variations import VARIATIONS
 
 import flamingo_reference
-from flamingo_reference.config import NANO, PRESETS, QUOTED_PARAMETERS, ConfigError, ModelConfig, RotaryPositions
+from flamingo_reference.config import (
+    NANO,
+    PRESETS,
+    QUOTED_PARAMETERS,
+    AlibiPositions,
+    ConfigError,
+    ModelConfig,
+    RotaryPositions,
+)
 from flamingo_reference.phi import phi_after, phi_from_tokens
 from flamingo_reference.time_weights import time_weights
 
@@ -59,6 +67,8 @@ def test_gated_layers() -> None:
         ({"vision": {"group_width": 0}}, "vision.group_width is 0, expected at least 1"),
         ({"vision": {"depths": (1, 0, 1)}}, r"vision.depths is \(1, 0, 1\), expected at least 1"),
         ({"vision": {"bottleneck_ratio": 0.001}}, "does not divide bottleneck width 0"),
+        ({"vision": {"bottleneck_ratio": 1e308}}, "vision.bottleneck_ratio is 1e[+]308, expected one from 0 to 16"),
+        ({"vision": {"squeeze_excite_ratio": -0.5}}, "vision.squeeze_excite_ratio is -0.5, expected one from 0 to 16"),
         ({"resampler": {"num_latents": 0}}, "resampler.num_latents is 0"),
         ({"cross_attention": {"every": 0}}, "cross_attention.every is 0"),
         ({"cross_attention": {"num_heads": -1}}, "cross_attention.num_heads is -1"),
@@ -88,6 +98,14 @@ def test_impossible_models_are_refused(parts: dict[str, dict[str, Any]], message
         ("idefics-like", {"tokens": {"reset": 61}}, "tokens.image 61 is also another token"),
         ("idefics-like", {"tokens": {"reset": 62}}, "tokens.reset 62 is outside the vocabulary of 62"),
         ("openflamingo-mpt-like", {"cross_attention": {"offset": 2}}, "cross_attention.offset 2 is outside 0 to 1"),
+        *(
+            ("idefics-like", {"language_model": {"positions": RotaryPositions(size=4, base=base)}}, f"positions.base is {base}")
+            for base in (float("nan"), float("inf"), -1.0)
+        ),
+        *(
+            ("openflamingo-mpt-like", {"language_model": {"positions": AlibiPositions(max_bias=bias)}}, f"max_bias is {bias}")
+            for bias in (float("nan"), float("inf"), 0.0, -8.0)
+        ),
         ("openflamingo-mpt-like", {"cross_attention": {"every": 9, "offset": 8}}, "no layer is gated"),
     ],
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,12 +26,13 @@ class Recipe(Protocol):
 
 
 class PartFiles(msgspec.Struct, frozen=True, kw_only=True):
-    """The files of a part: path as given, config.json as it says (untrusted), tensors with any adapter merged in."""
+    """The files of a part: path as given, config.json as it says (untrusted), tensors; absent: those of them known by name alone."""
 
     path: Path
     family: str
     settings: Mapping[str, Any]
     reader: TensorReader
+    absent: Collection[str] = ()
 
 
 class Parts(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,7 +48,8 @@ class Adopted(msgspec.Struct, frozen=True, kw_only=True):
     """A model made of files.
 
     expected: name and shape of each of our tensors. recipes: for each of them, from which tensors of the joined parts it is made; None where
-    names are ours already. ignored: tensors of the files that the model does not need. inputs: how it takes images and text.
+    names are ours already. ignored: tensors of the files that the model does not need. inputs: how it takes images and text. misfit: what is
+    wrong with the tokenizer, to be said once config.json and tensors are known to agree; empty where nothing is.
     """
 
     config: ModelConfig
@@ -55,6 +57,7 @@ class Adopted(msgspec.Struct, frozen=True, kw_only=True):
     recipes: Mapping[str, Recipe] | None = None
     ignored: tuple[Ignored, ...] = ()
     inputs: InputFormat = PAPER
+    misfit: str = ""
 
 
 class AdoptedReader:

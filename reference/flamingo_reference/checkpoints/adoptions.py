@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from flamingo_reference.checkpoints import clip, idefics, native, openflamingo
 from flamingo_reference.checkpoints.accounting import Ignored
@@ -14,6 +15,7 @@ from flamingo_reference.config import TokenIds
 from flamingo_reference.input_format import IDEFICS, IDEFICS_INSTRUCT, OPENFLAMINGO, with_bos
 
 _LLAMA_BOS = "<s>"
+_LLAMA_TAGS = (_LLAMA_BOS, "</s>")
 
 
 def adopt_native(parts: Parts) -> Adopted:
@@ -24,17 +26,27 @@ def adopt_native(parts: Parts) -> Adopted:
 
 def adopt_idefics(parts: Parts) -> Adopted:
     """IDEFICS v1. One tuned on instructions is told by the token that ends its turns."""
-    settings, ids = parts.model.settings, parts.token_ids
+    settings, ids = _settings(parts.model), parts.token_ids
     turn = ids.get(IDEFICS_INSTRUCT.tags.eoc)
     inputs = IDEFICS if turn is None else IDEFICS_INSTRUCT
     config = idefics.config_from(settings, image=ids.get(inputs.tags.image), eoc=turn)
     config.validate()
+    more = setting(settings, "additional_vocab_size", int, 0)
+    first, last = config.language_model.vocab_size - more, config.language_model.vocab_size - 1
+    misplaced = [
+        f"{tag} is {ids[tag]}" for tag in inputs.tags.all if tag not in _LLAMA_TAGS and more and ids.get(tag, first) < first
+    ]
+    misfit = (
+        f"the tokenizer is of another model than {parts.model.path}: {', '.join(misplaced)}, and tokens that were added have ids {first} to "
+        f"{last} by config.json. Bring the tokenizer that the model was trained with."
+    )
     return Adopted(
         config=config,
         expected=expected_tensors(config),
-        recipes=idefics.recipes(config, additional_vocab=setting(settings, "additional_vocab_size", int, 0)),
+        recipes=idefics.recipes(config, additional_vocab=more),
         ignored=_rules(idefics.IGNORED),
         inputs=inputs,
+        misfit=misfit if misplaced else "",
     )
 
 
@@ -50,13 +62,15 @@ def adopt_openflamingo(parts: Parts) -> Adopted:
             f"no tokenizer is beside {parts.model.path} or {lm.path}, and the ids of <image> and <|endofchunk|> follow from it. "
             "Name the language model's: --tokenizer FILE"
         )
-    bos = setting(lm.settings, "bos_token_id", int, eoc) if lm.settings.get("bos_token_id") is not None else eoc
+    lm_settings = _settings(lm)
+    bos = setting(lm_settings, "bos_token_id", int, eoc) if lm_settings.get("bos_token_id") is not None else eoc
     pad = ids.get("<PAD>")
     files = openflamingo.Files(
-        checkpoint=_shapes(parts.model),
+        checkpoint={name: parts.model.reader.shape(name) for name in parts.model.reader.names()},
         language_model=_shapes(lm),
         vision=_shapes(vision),
-        language_model_config=lm.settings,
+        absent=frozenset(lm.absent),
+        language_model_config=lm_settings,
     )
     config = openflamingo.config_from(
         files,
@@ -64,6 +78,13 @@ def adopt_openflamingo(parts: Parts) -> Adopted:
         # OpenAI's own file has no config.json: what its tensors do not tell is as in every model that it published.
         vision=clip.config_from(vision.settings) if vision.settings else None,
     )
+    # Training gave its embedding as many rows as there were tokens then, unless it left it as it was published.
+    rows, size = config.language_model.vocab_size, 1 + max(ids.values())
+    if rows not in (size, setting(lm_settings, "vocab_size", int)):
+        raise CheckpointError(
+            f"the tokenizer has {size} tokens, those that training added included, and the embedding in {parts.model.path} has {rows} rows. "
+            "Bring the tokenizer of the language model that it was trained with: --tokenizer FILE"
+        )
     config.validate()
     return Adopted(
         config=config,
@@ -74,8 +95,18 @@ def adopt_openflamingo(parts: Parts) -> Adopted:
     )
 
 
+def _settings(part: PartFiles) -> Mapping[str, Any]:
+    """The part's config.json. Raises CheckpointError if there is none: tensors do not tell how they are computed with."""
+    if not part.settings:
+        raise CheckpointError(
+            f"{part.path} has no config.json, which this kind of model needs. Give the folder that holds both."
+        )
+    return part.settings
+
+
 def _shapes(part: PartFiles) -> dict[str, Shape]:
-    return {name: part.reader.shape(name) for name in part.reader.names()}
+    absent = frozenset(part.absent)
+    return {name: part.reader.shape(name) for name in part.reader.names() if name not in absent}
 
 
 def _rules(pairs: Iterable[tuple[str, str]]) -> tuple[Ignored, ...]:

@@ -1,7 +1,8 @@
 """CLIP's vision transformer, in the two layouts that are published.
 
 openai         ViT-L-14.pt and open_clip's files: visual.conv1, visual.transformer.resblocks.0.attn.in_proj_weight (q, k and v joined)
-transformers   vision_model.embeddings.patch_embedding, vision_model.encoder.layers.0.self_attn.q_proj; also inside of IDEFICS
+transformers   vision_model.embeddings.patch_embedding, vision_model.encoder.layers.0.self_attn.q_proj; also inside of IDEFICS, and, as newer
+               versions save the image encoder alone, without `vision_model.`
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 HEAD_SIZE = 64
 """Of every model that OpenAI published; the tensors do not tell."""
 IGNORED = (
-    (r"(visual\.ln_post|vision_model\.post_layernorm)\.(weight|bias)", "norm that the features do not go through"),
+    (r"(visual\.ln_post|(vision_model\.)?post_layernorm)\.(weight|bias)", "norm that the features do not go through"),
     (r"(visual\.proj|visual_projection\.weight)", "projection into the space shared with text"),
     (r"(transformer\.resblocks\.|text_model\.|token_embedding\.|ln_final\.).*", "CLIP's text encoder"),
     (r"(positional_embedding|text_projection|text_projection\.weight|logit_scale)", "CLIP's text encoder"),
     (r"(input_resolution|context_length|vocab_size)", "sizes stored as tensors"),
-    (r"vision_model\.embeddings\.position_ids", "the numbers 0, 1, ..., which need no tensor"),
+    (r"(vision_model\.)?embeddings\.position_ids", "the numbers 0, 1, ..., which need no tensor"),
 )
 """Tensors of CLIP's files that the model does not need: pattern of the whole name, and why."""
 
@@ -36,32 +37,37 @@ def config_from_shapes(
 
     num_heads: None for heads of 64. Raises ConfigError if the file is none of CLIP's.
     """
-    openai = "visual.conv1.weight" in shapes
-    layers, fc = ("visual.transformer.resblocks", "mlp.c_fc") if openai else ("vision_model.encoder.layers", "mlp.fc1")
+    openai, prefix = "visual.conv1.weight" in shapes, _prefix(shapes)
+    layers, fc = ("visual.transformer.resblocks", "mlp.c_fc") if openai else (f"{prefix}encoder.layers", "mlp.fc1")
     names = (
         ("visual.conv1.weight", "visual.positional_embedding")
         if openai
-        else ("vision_model.embeddings.patch_embedding.weight", "vision_model.embeddings.position_embedding.weight")
+        else (f"{prefix}embeddings.patch_embedding.weight", f"{prefix}embeddings.position_embedding.weight")
     )
-    missing = [name for name in (*names, f"{layers}.0.{fc}.weight") if name not in shapes]
+    up = f"{layers}.0.{fc}.weight"
+    missing = [name for name in (*names, up) if name not in shapes]
     if missing:
         raise ConfigError(f"the vision file holds no CLIP image encoder: {', '.join(missing)} missing, also by OpenAI's names.")
+    for name, sizes in ((names[0], 4), (names[1], 2), (up, 2)):
+        if len(shapes[name]) != sizes or min(shapes[name]) < 1:
+            raise ConfigError(f"the vision file's {name} has shape {shapes[name]}, expected {sizes} sizes of at least 1.")
     (width, _, _, patch), side = shapes[names[0]], math.isqrt(shapes[names[1]][0] - 1)
     heads = width // HEAD_SIZE if num_heads is None else num_heads
     return ViTConfig(
         image_size=side * patch,
         patch_size=patch,
         width=width,
-        num_layers=len({name.split(".")[3] for name in shapes if name.startswith(f"{layers}.")}),
+        num_layers=len({name.removeprefix(f"{layers}.").split(".")[0] for name in shapes if name.startswith(f"{layers}.")}),
         num_heads=heads,
-        ffw_width=shapes[f"{layers}.0.{fc}.weight"][0],
+        ffw_width=shapes[up][0],
         activation=activation,
     )
 
 
 def config_from(raw: Mapping[str, Any]) -> ViTConfig:
     """The encoder of a transformers config.json (CLIPModel or CLIPVisionModel), used as by `config_from_shapes`. Raises ConfigError."""
-    vision, where = raw.get("vision_config", raw), "config.json of CLIP"
+    where = "config.json of CLIP"
+    vision = setting(raw, "vision_config", dict, where=where) if "vision_config" in raw else raw
     return ViTConfig(
         image_size=setting(vision, "image_size", int, 224, where=where),
         patch_size=setting(vision, "patch_size", int, 32, where=where),
@@ -125,4 +131,9 @@ def openai_recipes(vision: ViTConfig) -> dict[str, Recipe]:
 
 def recipes_for(vision: ViTConfig, shapes: Mapping[str, Shape]) -> dict[str, Recipe]:
     """`openai_recipes` or `recipes`, by the names that a file has."""
-    return openai_recipes(vision) if "visual.conv1.weight" in shapes else recipes(vision, "vision_model.")
+    return openai_recipes(vision) if "visual.conv1.weight" in shapes else recipes(vision, _prefix(shapes))
+
+
+def _prefix(shapes: Mapping[str, Shape]) -> str:
+    """What stands before transformers' names in a file."""
+    return "" if "embeddings.class_embedding" in shapes else "vision_model."

@@ -56,7 +56,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="openflamingo",
         title="OpenFlamingo",
-        marks=(r"perceiver\.latents", r"lang_encoder\..*gated_cross_attn_layers?\..+"),
+        marks=(r"lang_encoder\..*gated_cross_attn_layers?\..+", r"perceiver\.latents"),
         needs=("language_model", "vision_encoder"),
         inputs=OPENFLAMINGO,
         adopt=adopt_openflamingo,
@@ -88,7 +88,7 @@ FAMILIES: tuple[Family, ...] = (
         title="a CLIP vision encoder",
         part="vision_encoder",
         model_types=("clip", "clip_vision_model"),
-        marks=(r"(?:visual\.|(?:clip\.)?vision_model\.embeddings\.|embeddings\.)class_embedding",),
+        marks=(r"(?:visual\.|(?:vision_model\.)?embeddings\.)class_embedding",),
     ),
 )
 """More telling ones first: an IDEFICS checkpoint has all that a LLaMA's has."""

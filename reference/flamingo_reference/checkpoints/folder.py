@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
+from flamingo_reference.checkpoints.json_file import decode_once
 from flamingo_reference.checkpoints.safetensors_file import open_header
 from flamingo_reference.checkpoints.tensors import CheckpointError, FileReader, TensorEntry
 from flamingo_reference.checkpoints.torch_file import open_torch_file
@@ -123,20 +122,10 @@ def _open_all(
 
 def _read_index(path: Path) -> tuple[dict[str, str], list[str]]:
     """Tensor name -> file name, and the tensors that it lists twice."""
-    repeated: list[str] = []
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in found:
-                repeated.append(key)
-            found[key] = value
-        return found
-
     try:
         if path.stat().st_size > _MAX_INDEX:
             raise CheckpointError(f"{path} has {path.stat().st_size} bytes, expected at most {_MAX_INDEX}.")
-        content = json.loads(path.read_bytes(), object_pairs_hook=once)
+        content, repeated = decode_once(path.read_bytes())
     except (ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flamingo_reference.checkpoints import clip
-from flamingo_reference.checkpoints.recipes import Recipe, as_is, choice, joined, reshaped, setting, with_bias
+from flamingo_reference.checkpoints.recipes import Recipe, as_is, choice, joined, positive, reshaped, setting, with_bias
 from flamingo_reference.config import (
     ConfigError,
     CrossAttentionConfig,
@@ -46,6 +46,8 @@ def config_from(
             f"config.json: hidden_size {width} must be a multiple of num_attention_heads {heads}, and num_hidden_layers {layers} "
             f"one of cross_layer_interval {every}."
         )
+    if more < 0:
+        raise ConfigError(f"config.json: additional_vocab_size is {more}, expected at least 0.")
     if not setting(raw, "use_resampler", bool, False):
         raise ConfigError(
             "config.json: use_resampler is false; models whose text attends to image features directly are not supported."
@@ -116,9 +118,8 @@ def _rotary_base(raw: Mapping[str, Any]) -> float:
     rope = setting(raw, "rope_parameters", dict, {}) if raw.get("rope_parameters") is not None else {}
     choice(rope, "rope_type", {"default": None}, "default", where="config.json, rope_parameters")
     if raw.get("rope_scaling") is not None:
-        raise ConfigError(f"config.json: rope_scaling is {raw['rope_scaling']!r}, which is not supported; expected none.")
-    base: float = setting({**raw, **rope}, "rope_theta", float, 10000.0)
-    return base
+        raise ConfigError(f"config.json: rope_scaling is {raw['rope_scaling']!r:.80}, which is not supported; expected none.")
+    return positive({**raw, **rope}, "rope_theta", 10000.0)
 
 
 def _vision(raw: Mapping[str, Any]) -> ViTConfig:

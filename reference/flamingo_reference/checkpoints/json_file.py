@@ -27,3 +27,21 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, expected an object.")
     return content
+
+
+def decode_once(text: bytes) -> tuple[Any, list[str]]:
+    """What a JSON text says, and the keys that any of its objects has more than once, of which readers commonly take the last.
+
+    Raises ValueError or RecursionError if it is none.
+    """
+    repeated: list[str] = []
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                repeated.append(key)
+            found[key] = value
+        return found
+
+    return json.loads(text, object_pairs_hook=once), repeated

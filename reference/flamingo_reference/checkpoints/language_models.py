@@ -11,11 +11,12 @@ from typing import Any
 
 import msgspec
 
-from flamingo_reference.checkpoints.recipes import AnyArray, Recipe, as_is, choice, rows, setting, with_bias
+from flamingo_reference.checkpoints.recipes import AnyArray, Recipe, as_is, choice, positive, rows, setting, with_bias
 from flamingo_reference.config import AlibiPositions, ConfigError, LanguageModelConfig, RotaryPositions
 
 _setting = functools.partial(setting, where="config.json of the language model")
 _choice = functools.partial(choice, where="config.json of the language model")
+_positive = functools.partial(positive, where="config.json of the language model")
 
 IGNORED = (
     (r".*\.rotary_emb\.inv_freq", "frequencies of the rotary positions, which follow from the config"),
@@ -59,12 +60,15 @@ def _head_size(width: int, heads: int) -> int:
 
 
 def _rotary(raw: Mapping[str, Any], head_size: int, *, share: float, base: float) -> RotaryPositions:
+    """share: of a head's channels, those that are turned."""
     rope = {} if raw.get("rope_parameters") is None else _setting(raw, "rope_parameters", dict)
     _choice(rope, "rope_type", {"default": None}, "default")
     if raw.get("rope_scaling") is not None:
-        raise ConfigError(f"config.json of the language model: rope_scaling {raw['rope_scaling']!r} is not supported.")
-    share = _setting(rope, "partial_rotary_factor", float, share)
-    return RotaryPositions(size=int(head_size * share), base=_setting(rope, "rope_theta", float, base))
+        raise ConfigError(f"config.json of the language model: rope_scaling {raw['rope_scaling']!r:.80} is not supported.")
+    share = _positive(rope, "partial_rotary_factor", share)
+    if share > 1:
+        raise ConfigError(f"config.json of the language model: {share} of a head's channels are rotated, expected 1 at most.")
+    return RotaryPositions(size=int(head_size * share), base=_positive(rope, "rope_theta", base))
 
 
 # LLaMA
@@ -72,10 +76,10 @@ def _rotary(raw: Mapping[str, Any], head_size: int, *, share: float, base: float
 
 def _llama_config(raw: Mapping[str, Any]) -> LanguageModelConfig:
     width, heads = _setting(raw, "hidden_size", int), _setting(raw, "num_attention_heads", int)
-    head_size = raw.get("head_dim") or _head_size(width, heads)
+    head_size = _setting(raw, "head_dim", int) if raw.get("head_dim") is not None else _head_size(width, heads)
     for name in ("attention_bias", "mlp_bias"):
         _choice(raw, name, {False: None}, False)
-    kv_heads = raw.get("num_key_value_heads") or heads
+    kv_heads = _setting(raw, "num_key_value_heads", int) if raw.get("num_key_value_heads") is not None else heads
     return LanguageModelConfig(
         num_layers=_setting(raw, "num_hidden_layers", int),
         width=width,
@@ -86,7 +90,7 @@ def _llama_config(raw: Mapping[str, Any]) -> LanguageModelConfig:
         vocab_size=_setting(raw, "vocab_size", int),
         max_positions=_setting(raw, "max_position_embeddings", int, 2048),
         norm_eps=_setting(raw, "rms_norm_eps", float, 1e-6),
-        positions=_rotary(raw, head_size, share=1.0, base=_setting(raw, "rope_theta", float, 10000.0)),
+        positions=_rotary(raw, head_size, share=1.0, base=_positive(raw, "rope_theta", 10000.0)),
         feed_forward=_choice(raw, "hidden_act", {"silu": "swiglu"}, "silu"),
         tied_head=_setting(raw, "tie_word_embeddings", bool, False),
     )
@@ -114,7 +118,7 @@ def _neox_config(raw: Mapping[str, Any]) -> LanguageModelConfig:
     width, heads = _setting(raw, "hidden_size", int), _setting(raw, "num_attention_heads", int)
     head_size = _head_size(width, heads)
     _choice(raw, "attention_bias", {True: None}, True)
-    share, base = _setting(raw, "rotary_pct", float, 0.25), _setting(raw, "rotary_emb_base", float, 10000.0)
+    share, base = _positive(raw, "rotary_pct", 0.25), _positive(raw, "rotary_emb_base", 10000.0)
     return LanguageModelConfig(
         num_layers=_setting(raw, "num_hidden_layers", int),
         width=width,
@@ -164,12 +168,16 @@ def _mpt_config(raw: Mapping[str, Any]) -> LanguageModelConfig:
     """MPT-7B keeps the settings of its attention in attn_config, MPT-1B beside the others, as attn_..."""
     given = raw.get("attn_config")
     if given is not None and not isinstance(given, Mapping):
-        raise ConfigError(f"config.json: attn_config is {given!r}, expected an object. Fetch the file again.")
+        raise ConfigError(f"config.json: attn_config is {given!r:.80}, expected an object. Fetch the file again.")
     attention = given or {
         name.removeprefix("attn_"): value for name, value in raw.items() if name.startswith(("attn_", "alibi"))
     } | {"softmax_scale": raw.get("softmax_scale")}
     _choice(attention, "alibi", {True: None}, True)
+    for settings in (attention, raw):
+        _choice(settings, "prefix_lm", {False: None}, False)
     _choice(raw, "no_bias", {True: None}, True)
+    # RMSNorm has the same tensors.
+    _choice(raw, "norm_type", {"low_precision_layernorm": None, "layernorm": None}, "layernorm")
     for settings, name in ((attention, "clip_qkv"), (attention, "softmax_scale"), (raw, "logit_scale")):
         _choice(settings, name, {None: None}, None)
     width, heads = _setting(raw, "d_model", int), _setting(raw, "n_heads", int)
@@ -183,7 +191,7 @@ def _mpt_config(raw: Mapping[str, Any]) -> LanguageModelConfig:
         vocab_size=_setting(raw, "vocab_size", int),
         max_positions=_setting(raw, "max_seq_len", int, 2048),
         norm_eps=_setting(raw, "layer_norm_epsilon", float, 1e-5),
-        positions=AlibiPositions(max_bias=_setting(attention, "alibi_bias_max", float, 8.0)),
+        positions=AlibiPositions(max_bias=_positive(attention, "alibi_bias_max", 8.0)),
         norm="layer_norm",
         qk_norm=_setting(attention, "qk_ln", bool, False),
         feed_forward="gelu",

@@ -78,7 +78,13 @@ def load(files: CheckpointFiles, families: Sequence[Family] = FAMILIES, *, may_b
     tokenizer = find_tokenizer(files)
     parts = Parts(
         **{
-            part: PartFiles(path=found.path, family=found.family.name, settings=found.settings, reader=found.reader)
+            part: PartFiles(
+                path=found.path,
+                family=found.family.name,
+                settings=found.settings,
+                reader=found.reader,
+                absent=tuple(found.reader.absent),
+            )
             for part, found in recognised.items()
         },
         token_ids=added_ids(open_tokenizer(tokenizer, model.family.inputs.tags.added)) if tokenizer is not None else {},
@@ -92,6 +98,8 @@ def load(files: CheckpointFiles, families: Sequence[Family] = FAMILIES, *, may_b
     absent = {name: path for found in recognised.values() for name, path in found.reader.absent.items()}
     published, used = _adapted(_joined(recognised, where), files.adapters, model.family)
     reader, ignored = _accounted(adopted, published, where, absent)
+    if adopted.misfit:
+        raise CheckpointError(adopted.misfit)
     golden = files.path / "golden"
     return Checkpoint(
         family=model.family,

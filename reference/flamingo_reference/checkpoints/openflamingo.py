@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 
 from flamingo_reference.checkpoints import clip, language_models
+from flamingo_reference.checkpoints.accounting import NearestName
 from flamingo_reference.checkpoints.language_models import Family, family_of
 from flamingo_reference.checkpoints.recipes import Recipe, Shape, as_is, reshaped, rows, with_bias
 from flamingo_reference.config import ConfigError, CrossAttentionConfig, ModelConfig, ResamplerConfig, TokenIds, ViTConfig
@@ -41,12 +42,14 @@ def plain_name(name: str) -> str:
 
 
 class Files(msgspec.Struct, frozen=True, kw_only=True):
-    """Shapes of the tensors in each of the three files, and the language model's config.json."""
+    """Shapes of the tensors in each of the three files, and the language model's config.json. absent: names of the language model's tensors
+    whose files are not there."""
 
     checkpoint: Mapping[str, Shape]
     language_model: Mapping[str, Shape]
     vision: Mapping[str, Shape]
     language_model_config: Mapping[str, Any]
+    absent: frozenset[str] = frozenset()
 
     @property
     def family(self) -> Family:
@@ -86,7 +89,8 @@ def config_from(
     shapes = {plain: files.checkpoint[actual] for plain, actual in trained.items()}
     lm = family.config(files.language_model_config)
     vision = clip.config_from_shapes(files.vision) if vision is None else vision
-    embedding = shapes.get(f"lang_encoder.{family.embedding}.weight", (lm.vocab_size, lm.width))
+    trained_embedding = f"lang_encoder.{family.embedding}.weight"
+    embedding = _shape(shapes, trained_embedding) if trained_embedding in shapes else (lm.vocab_size, lm.width)
     lm = msgspec.structs.replace(lm, vocab_size=embedding[0] if vocab_size is None else vocab_size)
     every, offset, first = _gated_layers(shapes, family, lm.num_layers)
     latents = _shape(shapes, "perceiver.latents")
@@ -102,7 +106,7 @@ def config_from(
                 f"{what} in checkpoint.pt is {found}, the other files have {expected}. "
                 "Give the language model and the vision encoder that it was trained with."
             )
-    frames = shapes.get("perceiver.frame_embs", (0,))[0]
+    frames = _shape(shapes, "perceiver.frame_embs")[0] if "perceiver.frame_embs" in shapes else 0
     if "perceiver.media_time_embs" in shapes:
         raise ConfigError(
             "checkpoint.pt holds perceiver.media_time_embs, positions of media in a text, which are not supported."
@@ -150,7 +154,7 @@ def recipes(config: ModelConfig, files: Files) -> dict[str, Recipe]:
 def ignored(files: Files) -> tuple[tuple[str, str], ...]:
     """IGNORED, and those of the language model's tensors that checkpoint.pt holds as they were trained."""
     trained = files.trained()
-    given_way = [name for name in files.language_model if f"lang_encoder.{name}" in trained]
+    given_way = [name for name in (*files.language_model, *files.absent) if f"lang_encoder.{name}" in trained]
     return *IGNORED, *((re.escape(name), "trained further: checkpoint.pt has it") for name in given_way)
 
 
@@ -162,8 +166,12 @@ def _renamed(recipes: Mapping[str, Recipe], rename: Callable[[str], str]) -> dic
 
 
 def _shape(shapes: Mapping[str, Shape], name: str) -> Shape:
-    if name not in shapes or len(shapes[name]) != 2:
-        raise ConfigError(f"checkpoint.pt holds no matrix {name}; it is no OpenFlamingo checkpoint, or not all of one.")
+    if name not in shapes:
+        near = NearestName(shapes).find(name)
+        alike = f" (nearest: {near} {shapes[near]})" if near else ""
+        raise ConfigError(f"checkpoint.pt holds no matrix {name}{alike}; it is no OpenFlamingo checkpoint, or not all of one.")
+    if len(shapes[name]) != 2 or min(shapes[name]) < 1:
+        raise ConfigError(f"checkpoint.pt: {name} has shape {shapes[name]}, expected a matrix.")
     return shapes[name]
 
 
@@ -180,7 +188,7 @@ def _count(shapes: Mapping[str, Shape], pattern: str) -> int:
 
 def _gated_layers(shapes: Mapping[str, Shape], family: Family, num_layers: int) -> tuple[int, int, str]:
     """every, offset, and the name of the first block: the blocks are before layers i with (i + 1) % every == 0."""
-    pattern = rf"lang_encoder\.{re.escape(family.layers)}\.(\d+)\.gated_cross_attn_layer\."
+    pattern = rf"lang_encoder\.{re.escape(family.layers)}\.(\d{{1,9}})\.gated_cross_attn_layer\."
     found = sorted({int(match[1]) for name in shapes if (match := re.match(pattern, name))})
     if not found:
         raise ConfigError(
@@ -258,6 +266,8 @@ def _language_model(config: ModelConfig, files: Files, trained: Mapping[str, str
     for ours, theirs in vocabulary.items():
         source = place(f"{theirs}.weight")
         shape = shapes.get(source, (lm.vocab_size, lm.width))
+        if len(shape) != 2:
+            raise ConfigError(f"{source} has shape {shape}, expected {(lm.vocab_size, lm.width)}.")
         if shape[0] < lm.vocab_size:
             raise ConfigError(
                 f"{source} has {shape[0]} rows for {lm.vocab_size} tokens; no file holds the rows of the tokens that were added. "

@@ -172,10 +172,13 @@ class _Machine:
 def _fill(target: Any, items: Sequence[Any]) -> None:
     if not isinstance(target, dict) or len(items) % 2:
         raise MalformedPickle("it sets items of what is no dictionary")
+    twice = []
     for key, value in zip(items[::2], items[1::2], strict=True):
         # Other keys are not needed, and hashing a tuple may take forever: its parts may be one and the same tuple, level upon level.
         if not isinstance(key, str | int | Call):
             raise MalformedPickle(f"it has a key that is a {type(key).__name__}")
         if key in target:
-            raise MalformedPickle(f"it gives {key!r} twice")
+            twice.append(repr(key))
         target[key] = value
+    if twice:
+        raise MalformedPickle(f"it gives {', '.join(twice)} twice")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -57,13 +58,31 @@ def source_shapes(recipes: Mapping[str, Recipe]) -> dict[str, Shape]:
     return {name: shape for recipe in recipes.values() for name, shape in recipe.sources.items()}
 
 
+_SHOWN = 80  # characters of a value that a message repeats
+_MOST = 1 << 63
+
+
 def setting(raw: Mapping[str, Any], name: str, kind: type, default: Any = None, *, where: str = "config.json") -> Any:
-    """An entry of a published config of the type expected. Raises ConfigError if it is of another, or missing and without a default."""
+    """An entry of a published config of the type expected. Raises ConfigError if it is of another, a number that no model has (infinite, NaN,
+    beyond 64 bits), or missing and without a default."""
     value = raw.get(name, default)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if number and not (math.isfinite(value) if isinstance(value, float) else abs(value) < _MOST):
+        raise ConfigError(
+            f"{where}: {name} is {value!r:.{_SHOWN}}, expected a number that a model can have. Fetch the file again."
+        )
+    if kind is float and number:
         value = float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ConfigError(f"{where}: {name} is {value!r}, expected {kind.__name__}. Fetch the file again.")
+    if not isinstance(value, kind) or (kind is int and not number):
+        raise ConfigError(f"{where}: {name} is {value!r:.{_SHOWN}}, expected {kind.__name__}. Fetch the file again.")
+    return value
+
+
+def positive(raw: Mapping[str, Any], name: str, default: float, *, where: str = "config.json") -> float:
+    """A number above zero. Raises ConfigError as `setting` does, and for any other number."""
+    value: float = setting(raw, name, float, default, where=where)
+    if value <= 0:
+        raise ConfigError(f"{where}: {name} is {value!r}, expected a positive number. Fetch the file again.")
     return value
 
 
@@ -72,7 +91,7 @@ def choice(raw: Mapping[str, Any], name: str, known: Mapping[Any, Any], default:
     value = raw.get(name, default)
     if isinstance(value, list | dict) or value not in known:
         expected = ", ".join(repr(each) for each in known)
-        raise ConfigError(f"{where}: {name} is {value!r}, which is not supported; expected {expected}.")
+        raise ConfigError(f"{where}: {name} is {value!r:.{_SHOWN}}, which is not supported; expected {expected}.")
     return known[value]
 
 

@@ -11,6 +11,7 @@ import ml_dtypes
 import msgspec
 import numpy as np
 
+from flamingo_reference.checkpoints.json_file import decode_once
 from flamingo_reference.checkpoints.tensors import CheckpointError, Shape, TensorEntry
 
 _DTYPES: Mapping[str, Any] = {
@@ -46,13 +47,17 @@ def open_header(path: Path) -> dict[str, TensorEntry]:
             length = int.from_bytes(file.read(8), "little")
             if total < 8 or length > min(total - 8, _MAX_HEADER):
                 raise CheckpointError(f"{path} is cut short or no safetensors file ({total} bytes). {advice}")
-            raw = msgspec.json.decode(file.read(length), type=dict[str, msgspec.Raw])
+            text = file.read(length)
+        raw = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
         raw.pop("__metadata__", None)
         header = {name: msgspec.json.decode(entry, type=_RawEntry) for name, entry in raw.items()}
+        _, repeated = decode_once(text)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}. {advice}") from error
     except (msgspec.MsgspecError, RecursionError) as error:
         raise CheckpointError(f"{path} has a malformed safetensors header ({error}). {advice}") from error
+    if repeated:
+        raise CheckpointError(f"{path} holds {', '.join(repeated)} twice. {advice}")
     entries = {}
     for name, entry in header.items():
         if entry.dtype not in _DTYPES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -261,6 +262,20 @@ def test_file_with_something_behind_it(folder: Path) -> None:
 def test_malformed_header(folder: Path, text: bytes) -> None:
     (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
     with pytest.raises(CheckpointError, match="has a malformed safetensors header"):
+        load_native(folder)
+
+
+def test_a_file_that_holds_tensors_twice(folder: Path) -> None:
+    """Readers take the last of them without a word."""
+    path = folder / "model.safetensors"
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    names = [name for name in header if name != "__metadata__"][:2]
+    again = json.dumps({name: header[name] for name in names})[1:-1]
+    text = json.dumps(header)[:-1].encode() + f", {again}}}".encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+    with pytest.raises(CheckpointError, match=f"holds {re.escape(', '.join(names))} twice"):
         load_native(folder)
 
 

@@ -99,6 +99,15 @@ def test_unknown_tensors_list_what_was_looked_for(tmp_path: Path) -> None:
     assert "pytorch_model.bin" in str(caught.value)
 
 
+def test_a_mark_that_is_missing_is_left_to_accounting(tmp_path: Path) -> None:
+    """An OpenFlamingo without latents is one that lacks them, not something unknown."""
+    torch.save({NAMES["openflamingo"][1]: torch.zeros(1), "perceiver.latent": torch.zeros(2, 2)}, tmp_path / "checkpoint.pt")
+    assert recognise(tmp_path / "checkpoint.pt").family.name == "openflamingo"
+    torch.save({"model.embed_tokens.weight": torch.zeros(2, 2)}, tmp_path / "x.pt")  # which many have
+    with pytest.raises(CheckpointError, match="of no known family"):
+        recognise(tmp_path / "x.pt")
+
+
 def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
         recognise(tmp_path / "nothing")

@@ -183,6 +183,11 @@ def test_malformed_pickles(program: bytes) -> None:
         read_pickle(program)
 
 
+def test_all_keys_that_are_given_twice_are_named() -> None:
+    with pytest.raises(MalformedPickle, match="it gives 'a', 'b' twice"):
+        read_pickle(b"\x80\x02}(X\x01\0\0\0aK\x01X\x01\0\0\0bK\x02X\x01\0\0\0cK\x05X\x01\0\0\0aK\x03X\x01\0\0\0bK\x04u.")
+
+
 def test_values_are_those_that_pickle_itself_gives() -> None:
     value = {"a": [1, -2, 1 << 70, 2.5, None, True], "b": ("x", b"y", ("z",) * 5), "ä": {}, "d": [[], ()], "e": ["shared"] * 3}
     for protocol in range(6):
