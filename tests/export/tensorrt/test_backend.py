@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
+import msgspec
 import pytest
 
 import flamingo_export
@@ -27,8 +28,10 @@ from flamingo_export.build_request import BuildRequest, source_for_size
 from flamingo_export.errors import BackendError, BuildError
 from flamingo_export.lowering.lint import Expected
 from flamingo_export.lowering.shapes import Bounds, Profile
-from flamingo_export.manifest import GraphRecord, read_manifest
+from flamingo_export.manifest import CalibrationRecord, GraphRecord, SourceRecord, read_manifest
+from flamingo_export.precision import Policy, Precision
 from flamingo_export.progress import SILENT
+from flamingo_export.quantize.policies import preset
 from flamingo_reference.config import PRESETS
 
 
@@ -356,6 +359,36 @@ def test_the_plan_counts_the_engines(tmp_path):
         request = BuildRequest(source=source_for_size("nano", seed=3), out=tmp_path / "n.bundle", backend=name)
         sizes.append(build_plan.plan(request))
     assert sizes[1].disk_bytes - sizes[0].disk_bytes == int(build_plan.ENGINE_RATIO * sizes[0].weight_bytes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "--size nano --seed 3 --precision fp32 --max-length 2048 --max-batch 8"),
+        ({"source": SourceRecord(kind="checkpoint", sha256="1")}, "--checkpoint FOLDER --precision fp32"),
+        ({"precision": Precision(storage="fp16", policy=preset("int4"))}, "--precision fp16 --int4 --max-length"),
+        (
+            {"precision": Precision(storage="fp16", policy=preset("fp8")), "calibration": CalibrationRecord(origin="none")},
+            "--precision fp16 --fp8 --uncalibrated --max-length",
+        ),
+        (
+            {"precision": Precision(storage="bf16", policy=preset("fp8")), "calibration": CalibrationRecord(origin="given")},
+            "--precision bf16 --fp8 --calibration 'a b/calibration.json' --max-length",
+        ),
+        ({"precision": Precision(storage="fp16", policy=Policy(name="int4"))}, "--precision fp16 --policy FILE --max-length"),
+    ],
+)
+def test_the_command_that_rebuilds_makes_the_same_bundle(compile_with, changes, words):
+    """Same weights, types and limits: with --force it takes the bundle's place."""
+    manifest = msgspec.structs.replace(compile_with(FakeBuilds()).manifest, **changes)
+    command = rebuild_command(Path("a b"), manifest, "tensorrt-rtx", "sm89")
+    assert words in command
+    assert command.endswith(" --backend tensorrt-rtx --target sm89 --out 'a b' --force")
+
+
+def test_the_command_that_rebuilds_nano_names_the_trained_one(tmp_path):
+    result = flamingo_export.build(source_for_size("nano"), out=tmp_path / "n.bundle", parity="skip")
+    assert "build --size nano --precision" in rebuild_command(result.path, result.manifest, "tensorrt-rtx", "sm89")
 
 
 def test_inspect_prints_the_engine(compile_with, capsys):
