@@ -142,7 +142,9 @@ def _prepare(request: BuildRequest, progress: Progress) -> _Job:
         )
     check_parts(config, request.parts)
     precision = resolve_precision(config, request.storage, request.policy)
-    calibration = _checked_policy(request, config, precision)
+    backend = get_compiler(request.backend, target=request.target) if request.backend in COMPILERS else None
+    compiler = (backend, backend.prepare()) if backend is not None else None
+    calibration = _checked_policy(request, config, precision, compiler[1].target if compiler is not None else None)
     donor = fitting(request.graphs_of, source, progress=progress) if request.graphs_of is not None else None
     notes = []
     drawn = isinstance(source, RandomSource)
@@ -166,13 +168,12 @@ def _prepare(request: BuildRequest, progress: Progress) -> _Job:
         notes.append(
             f"the engines of {request.graphs_of} hold its weights and are not taken over: build them for the new bundle"
         )
-    compiler = get_compiler(request.backend, target=request.target) if request.backend in COMPILERS else None
     return _Job(
         request=request,
         source=source,
         precision=precision,
         place=WorkPlace(request.out),
-        compiler=(compiler, compiler.prepare()) if compiler is not None else None,
+        compiler=compiler,
         calibration=calibration,
         tokenizer=tokenizer,
         donor=donor,
@@ -180,8 +181,10 @@ def _prepare(request: BuildRequest, progress: Progress) -> _Job:
     )
 
 
-def _checked_policy(request: BuildRequest, config: ModelConfig, precision: Precision) -> CalibrationTable | None:
-    """The calibration table that was given. Raises BuildError for a policy that fits neither model nor backend, or needs a table and
+def _checked_policy(
+    request: BuildRequest, config: ModelConfig, precision: Precision, target: str | None
+) -> CalibrationTable | None:
+    """The calibration table that was given. target: the GPU of the engines. Raises BuildError for a policy that fits neither model nor backend, or needs a table and
     could not be given one; CalibrationError for a table that cannot be read."""
     policy = precision.policy
     if policy is None:
@@ -191,7 +194,7 @@ def _checked_policy(request: BuildRequest, config: ModelConfig, precision: Preci
             )
         return None
     check_policy(policy, [weight.name for weight in bundle_weights(config, precision) if weight.product])
-    check_backend(policy, request.backend, request.target)
+    check_backend(policy, request.backend, target)
     if request.calibration is not None:
         return read_table(request.calibration)
     if policy.needs_ranges and not request.uncalibrated and importlib.util.find_spec("torch") is None:

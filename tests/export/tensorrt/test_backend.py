@@ -50,7 +50,7 @@ def fake_library() -> ModuleType:
     module = ModuleType("tensorrt_rtx")
     module.__version__ = "1.7.1.116"
     module.Builder = object
-    module.ComputeCapability = type("ComputeCapability", (), {"SM80": 80, "SM89": 89, "SM120": 120, "NONE": 0})
+    module.ComputeCapability = type("ComputeCapability", (), {"SM80": 80, "SM86": 86, "SM89": 89, "SM120": 120, "NONE": 0})
     return module
 
 
@@ -82,7 +82,7 @@ def test_what_is_missing_is_said(no_gpu, monkeypatch):
 def test_targets(no_gpu, monkeypatch):
     trt = fake_library()
     assert library.resolve_target(library.RTX, trt, "SM89") == "sm89"
-    with pytest.raises(BackendError, match=r"no target 'sm90'.*sm120, sm80, sm89"):
+    with pytest.raises(BackendError, match=r"no target 'sm90'.*sm120, sm80, sm86, sm89"):
         library.resolve_target(library.RTX, trt, "sm90")
     with pytest.raises(BackendError, match="no GPU here to build for, and no --target"):
         library.resolve_target(library.RTX, trt, None)
@@ -229,7 +229,7 @@ def compile_with(monkeypatch, tmp_path):
     """Builds random nano with a stand-in for the compiler."""
     monkeypatch.setattr(library, "load", lambda which: fake_library())
 
-    def run(builds, *, target="sm89", backend="tensorrt-rtx", overwrite=False, parts=1):
+    def run(builds, *, target="sm89", backend="tensorrt-rtx", overwrite=False, parts=1, policy=None):
         monkeypatch.setattr(backend_module, "build", builds)
         request = BuildRequest(
             source=source_for_size("nano", seed=3),
@@ -239,6 +239,7 @@ def compile_with(monkeypatch, tmp_path):
             target=target,
             overwrite=overwrite,
             parts=parts,
+            policy=policy,
         )
         return pipeline.build(request)
 
@@ -405,6 +406,16 @@ def test_inspect_prints_the_engine(compile_with, capsys):
     assert main(["inspect", str(bundle), "--engine", "other"]) == 1
     assert "it has engines of vision_encoder, resampler, media_kv, decoder" in capsys.readouterr().err
     assert main(["inspect", "--size", "nano", "--engine", "decoder"]) == 2
+
+
+@pytest.mark.parametrize("target", ["SM86", None])
+def test_fp8_is_refused_for_the_gpu_that_engines_are_built_for(compile_with, monkeypatch, target):
+    """However the target is written, and this machine's where none is named."""
+    monkeypatch.setattr(library, "device", lambda: library.Device(target="sm86"))
+    builds = FakeBuilds()
+    with pytest.raises(BuildError, match="in FP8, which sm86 has no units for"):
+        compile_with(builds, target=target, policy=preset("fp8"))
+    assert not builds.built
 
 
 def test_a_target_wants_a_compiler(capsys):
