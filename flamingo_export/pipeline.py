@@ -184,8 +184,11 @@ def _prepare(request: BuildRequest, progress: Progress) -> _Job:
 def _checked_policy(
     request: BuildRequest, config: ModelConfig, precision: Precision, target: str | None
 ) -> CalibrationTable | None:
-    """The calibration table that was given. target: the GPU of the engines. Raises BuildError for a policy that fits neither model nor backend, or needs a table and
-    could not be given one; CalibrationError for a table that cannot be read."""
+    """The calibration table that was given. target: the GPU of the engines.
+
+    Raises BuildError for a policy that fits neither model nor backend, or needs a table and could not be given one; CalibrationError for
+    a table that cannot be read.
+    """
     policy = precision.policy
     if policy is None:
         if request.calibration is not None:
