@@ -27,6 +27,7 @@ from flamingo_export.decoder_parts import check_parts, graph_records
 from flamingo_export.errors import BuildError, CalibrationError, CheckpointError, ParityError
 from flamingo_export.fitting import fitting
 from flamingo_export.graphs import build_graph, save_graph
+from flamingo_export.lowering.shapes import check_limits
 from flamingo_export.manifest import (
     MANIFEST_NAME,
     CalibrationRecord,
@@ -110,7 +111,7 @@ def build(request: BuildRequest, *, progress: Progress = SILENT) -> BuildResult:
             progress.note("an interrupted build to the same path was of other weights or another version; starting anew")
         try:
             workplace.check_disk(place, _bytes_left(job, journal))
-            _check_memory(job, journal)
+            _check_engines(job, journal)
         except BuildError:
             if not journal.groups:
                 place.discard()  # nothing was begun
@@ -226,10 +227,11 @@ def _bytes_left(job: _Job, journal: Journal) -> int:
     return weights + max(0, engines - compiled) + OTHER_FILES_BYTES
 
 
-def _check_memory(job: _Job, journal: Journal) -> None:
-    """Raises BuildError before any work if an engine that is not finished cannot be built in the memory there is."""
+def _check_engines(job: _Job, journal: Journal) -> None:
+    """Raises BuildError before any work if no engine can have the limits, or one that is not finished cannot be built in the memory there is."""
     if job.compiler is None:
         return
+    check_limits(job.request.limits or default_limits(job.source.config))
     config, sizes = job.source.config, WeightIndex.planned(job.source.config, job.precision).sizes()
     finished = {Path(file).stem for file in journal.groups if file.startswith(ENGINES_FOLDER)}
     for graph in graph_records(config, sizes, job.request.parts):

@@ -28,7 +28,7 @@ from flamingo_export.build_request import BuildRequest, source_for_size
 from flamingo_export.errors import BackendError, BuildError
 from flamingo_export.lowering.lint import Expected
 from flamingo_export.lowering.shapes import Bounds, Profile
-from flamingo_export.manifest import CalibrationRecord, GraphRecord, SourceRecord, read_manifest
+from flamingo_export.manifest import CalibrationRecord, GraphRecord, ShapeLimits, SourceRecord, read_manifest
 from flamingo_export.precision import Policy, Precision
 from flamingo_export.progress import SILENT
 from flamingo_export.quantize.policies import preset
@@ -229,7 +229,7 @@ def compile_with(monkeypatch, tmp_path):
     """Builds random nano with a stand-in for the compiler."""
     monkeypatch.setattr(library, "load", lambda which: fake_library())
 
-    def run(builds, *, target="sm89", backend="tensorrt-rtx", overwrite=False, parts=1, policy=None):
+    def run(builds, *, target="sm89", backend="tensorrt-rtx", overwrite=False, parts=1, policy=None, limits=None):
         monkeypatch.setattr(backend_module, "build", builds)
         request = BuildRequest(
             source=source_for_size("nano", seed=3),
@@ -240,6 +240,7 @@ def compile_with(monkeypatch, tmp_path):
             overwrite=overwrite,
             parts=parts,
             policy=policy,
+            limits=limits,
         )
         return pipeline.build(request)
 
@@ -305,6 +306,12 @@ def test_too_little_memory_is_said_before_anything_is_written(compile_with, monk
     assert not refused.built
     assert not list(tmp_path.iterdir())
     assert len(compile_with(FakeBuilds(), parts=2).manifest.engines) == 5
+
+
+def test_limits_that_no_engine_can_have_are_said_before_anything_is_written(compile_with, tmp_path):
+    with pytest.raises(BuildError, match="max_length 8 leaves no room beside a chunk of 1 or 8 beams"):
+        compile_with(FakeBuilds(), limits=ShapeLimits(max_length=8, chunk=1))
+    assert not list(tmp_path.iterdir())
 
 
 def planned(folder: Path, *, parts: int) -> tuple[build_plan.PlannedGraph, ...]:
