@@ -27,6 +27,7 @@ from flamingo_export.decoder_parts import check_parts, graph_records
 from flamingo_export.errors import BuildError, CalibrationError, CheckpointError, ParityError
 from flamingo_export.fitting import fitting
 from flamingo_export.graphs import build_graph, save_graph
+from flamingo_export.lowering.shapes import check_limits
 from flamingo_export.manifest import (
     MANIFEST_NAME,
     CalibrationRecord,
@@ -111,7 +112,7 @@ def build(request: BuildRequest, *, progress: Progress = SILENT) -> BuildResult:
             progress.note("an interrupted build to the same path was of other weights or another version; starting anew")
         try:
             workplace.check_disk(place, _bytes_left(job, journal))
-            _check_memory(job, journal)
+            _check_engines(job, journal)
         except BuildError:
             if not journal.groups:
                 place.discard()  # nothing was begun
@@ -143,7 +144,9 @@ def _prepare(request: BuildRequest, progress: Progress) -> _Job:
         )
     check_parts(config, request.parts)
     precision = resolve_precision(config, request.storage, request.policy)
-    calibration = _checked_policy(request, config, precision)
+    backend = get_compiler(request.backend, target=request.target) if request.backend in COMPILERS else None
+    compiler = (backend, backend.prepare()) if backend is not None else None
+    calibration = _checked_policy(request, config, precision, compiler[1].target if compiler is not None else None)
     donor = fitting(request.graphs_of, source, progress=progress) if request.graphs_of is not None else None
     notes = []
     drawn = isinstance(source, RandomSource)
@@ -167,13 +170,12 @@ def _prepare(request: BuildRequest, progress: Progress) -> _Job:
         notes.append(
             f"the engines of {request.graphs_of} hold its weights and are not taken over: build them for the new bundle"
         )
-    compiler = get_compiler(request.backend, target=request.target) if request.backend in COMPILERS else None
     return _Job(
         request=request,
         source=source,
         precision=precision,
         place=WorkPlace(request.out),
-        compiler=(compiler, compiler.prepare()) if compiler is not None else None,
+        compiler=compiler,
         calibration=calibration,
         tokenizer=tokenizer,
         donor=donor,
@@ -181,9 +183,14 @@ def _prepare(request: BuildRequest, progress: Progress) -> _Job:
     )
 
 
-def _checked_policy(request: BuildRequest, config: ModelConfig, precision: Precision) -> CalibrationTable | None:
-    """The calibration table that was given. Raises BuildError for a policy that fits neither model nor backend, or needs a table and
-    could not be given one; CalibrationError for a table that cannot be read."""
+def _checked_policy(
+    request: BuildRequest, config: ModelConfig, precision: Precision, target: str | None
+) -> CalibrationTable | None:
+    """The calibration table that was given. target: the GPU of the engines.
+
+    Raises BuildError for a policy that fits neither model nor backend, or needs a table and could not be given one; CalibrationError for
+    a table that cannot be read.
+    """
     policy = precision.policy
     if policy is None:
         if request.calibration is not None:
@@ -192,7 +199,7 @@ def _checked_policy(request: BuildRequest, config: ModelConfig, precision: Preci
             )
         return None
     check_policy(policy, [weight.name for weight in bundle_weights(config, precision) if weight.product])
-    check_backend(policy, request.backend, request.target)
+    check_backend(policy, request.backend, target)
     if request.calibration is not None:
         return read_table(request.calibration)
     if policy.needs_ranges and not request.uncalibrated and importlib.util.find_spec("torch") is None:
@@ -221,10 +228,11 @@ def _bytes_left(job: _Job, journal: Journal) -> int:
     return weights + max(0, engines - compiled) + OTHER_FILES_BYTES
 
 
-def _check_memory(job: _Job, journal: Journal) -> None:
-    """Raises BuildError before any work if an engine that is not finished cannot be built in the memory there is."""
+def _check_engines(job: _Job, journal: Journal) -> None:
+    """Raises BuildError before any work if no engine can have the limits, or one that is not finished cannot be built in the memory there is."""
     if job.compiler is None:
         return
+    check_limits(job.request.limits or default_limits(job.source.config))
     config, sizes = job.source.config, WeightIndex.planned(job.source.config, job.precision).sizes()
     finished = {Path(file).stem for file in journal.groups if file.startswith(ENGINES_FOLDER)}
     for graph in graph_records(config, sizes, job.request.parts):

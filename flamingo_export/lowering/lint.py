@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 
 import msgspec
@@ -143,7 +144,7 @@ def _functions(model: ir.Model, native: frozenset[str]) -> Iterator[str]:
                 yield f"{function.name} forwards {', '.join(forwarded)} to {node.name}: it would arrive as 0"
         if function.domain == FUNCTION_DOMAIN and function.name in native:
             yield f"function {function.name} still has a body beside its plugin: without the plugin it would be run silently"
-    for node in model.graph:
+    for node in chain(model.graph, *called.values()):
         target = called.get(node.op_identifier())
         if target is not None:
             yield from _call(node, target)

@@ -32,7 +32,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
 
 def profiles(spec: SubgraphSpec, limits: ShapeLimits) -> tuple[Profile, ...]:
     """The uses of a subgraph, the first of them the one with the longest calls. Raises BuildError if the limits contradict each other."""
-    _check(limits)
+    check_limits(limits)
     rows, frames = limits.bank_rows, limits.frames
     if spec.aliases:  # the decoder, or a part of it
         batch, bank = Bounds(1, 1, limits.batch), Bounds(1, rows, rows)
@@ -72,7 +72,8 @@ def shape_of(tensor: TensorSpec, sizes: dict[str, int]) -> tuple[int, ...]:
     return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in tensor.shape)
 
 
-def _check(limits: ShapeLimits) -> None:
+def check_limits(limits: ShapeLimits) -> None:
+    """Raises BuildError if no engine can have these limits."""
     faults = [f"{name} is {value}, expected at least 1" for name, value in msgspec.structs.asdict(limits).items() if value < 1]
     if limits.max_length <= max(limits.chunk, limits.beams):
         faults.append(f"max_length {limits.max_length} leaves no room beside a chunk of {limits.chunk} or {limits.beams} beams")

@@ -146,6 +146,16 @@ def test_without_a_gpu_the_first_cuda_call_says_so(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_without_torch_it_says_so():
+    """`-I -S`: a Python with nothing installed."""
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", str(ROOT / "scripts" / "gpu_check")], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "compares with PyTorch, which" in done.stderr
+    assert "pip install torch" in done.stderr
+
+
 def test_headers_are_those_that_are_named(tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORRT_ROOT", str(tmp_path))
     with pytest.raises(build.BuildFailed, match=r"has no include/NvInferRuntime\.h"):

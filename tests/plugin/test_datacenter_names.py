@@ -36,6 +36,17 @@ import tensorrt_bindings as trt
 from flamingo_export.backends.tensorrt.datacenter_names import missing
 print(trt.__version__, *missing(trt, sys.argv[1:]))
 """
+NOTHING = """
+import tensorrt_bindings as trt
+from flamingo_export.backends.tensorrt.log import Heard, listening, started
+from flamingo_export.errors import BackendError
+for kind in (trt.Builder, trt.Runtime):
+    with listening(trt, Heard()) as logger:
+        try:
+            started(trt, kind, logger, Heard())
+        except BackendError as error:
+            print(error)
+"""
 
 
 def names_in_source() -> set[str]:
@@ -70,7 +81,7 @@ def test_chains_of_names_are_found() -> None:
 
 @pytest.fixture(scope="module")
 def stubs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Libraries that resolve the bindings' symbols; none of the functions is called."""
+    """Libraries that resolve the bindings' symbols; what they are asked for they do not give."""
     if shutil.which("cc") is None:
         pytest.skip("no C compiler is installed")
     folder = tmp_path_factory.mktemp("stubs")
@@ -94,6 +105,14 @@ def missing_in_datacenter(stubs: Path, wanted: set[str]) -> list[str]:
 
 def test_the_datacenter_bindings_have_every_name(stubs: Path) -> None:
     assert missing_in_datacenter(stubs, (names_in_source() - RTX_ONLY) | set(names())) == []
+
+
+def test_a_library_that_does_not_start_is_told_as_such(stubs: Path) -> None:
+    """The stubs give no builder, as TensorRT does where the driver is too old, and the real bindings make of it what they make."""
+    paths = os.pathsep.join([str(ROOT), str(trt_wheels.folder("datacenter-bindings"))])
+    done = run(sys.executable, "-c", NOTHING, env={**os.environ, "PYTHONPATH": paths, "LD_LIBRARY_PATH": str(stubs)})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["TensorRT 11.4.0.106 does not start here: TensorRT gave no reason"] * 2
 
 
 def test_names_that_are_not_there_are_told(stubs: Path) -> None:

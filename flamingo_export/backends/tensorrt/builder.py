@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from flamingo_export.backends.tensorrt.estimate import GIB, estimate
-from flamingo_export.backends.tensorrt.log import Heard, listening
+from flamingo_export.backends.tensorrt.log import Heard, listening, started
 from flamingo_export.backends.tensorrt.monitor import UNITS, Phases, monitor, watched
 from flamingo_export.backends.tensorrt.parsing import check_network, check_warnings, layer_counts, parse
 from flamingo_export.backends.tensorrt.summary import summarise
@@ -60,7 +60,7 @@ def check(trt: ModuleType, task: Task) -> None:
     """Parses and checks without compiling. Raises BuildError as `build` does."""
     heard = Heard()
     with listening(trt, heard) as logger:
-        builder = trt.Builder(logger)
+        builder = started(trt, trt.Builder, logger, heard)
         network = _network(trt, builder)
         parser = parse(trt, network, logger, task.graph, heard)
         check_network(trt, network, task.spec, task.expected, heard, bundle=task.graph.parent)
@@ -86,9 +86,7 @@ def build(trt: ModuleType, task: Task, *, progress: Progress = SILENT) -> Built:
 
 def _build(trt: ModuleType, task: Task, heard: Heard, phases: Phases, cancelled: threading.Event) -> Built:
     with listening(trt, heard) as logger, _engine_file(trt, task.engine) as writer:
-        builder = trt.Builder(logger)
-        if builder is None:
-            raise BackendError(f"TensorRT {trt.__version__} does not start here: {heard.explanation()}")
+        builder = started(trt, trt.Builder, logger, heard)
         network = _network(trt, builder)
         parser = parse(trt, network, logger, task.graph, heard)
         if not heard.any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -11,11 +13,16 @@ import msgspec
 
 from flamingo_export.artifacts import is_intact
 from flamingo_export.backends.tensorrt.elements import Element, element_of
-from flamingo_export.errors import IncompatibleEngine
+from flamingo_export.build_request import nano_checkpoint
+from flamingo_export.errors import CheckpointError, IncompatibleEngine
 from flamingo_export.lowering.candidates import with_candidates
 from flamingo_export.lowering.shapes import CAPACITY, Profile, profiles, shape_of
 from flamingo_export.manifest import EngineRecord, FileRecord, GraphRecord, Manifest
+from flamingo_export.origin import source_digest
 from flamingo_export.precision import StorageType
+from flamingo_export.quantize.policies import PRESETS, preset
+from flamingo_export.quantize.table import CALIBRATION_FILE
+from flamingo_export.sources import CheckpointSource
 from flamingo_export.specs import SubgraphSpec, TensorSpec, decoder_spec, subgraph_specs
 
 
@@ -65,11 +72,11 @@ def contract_of(manifest: Manifest, graph: GraphRecord) -> Contract:
 
 
 def rebuild_command(bundle: Path, manifest: Manifest, backend: str, target: str) -> str:
-    """The command that builds the bundle's engines anew for a GPU."""
+    """The command that builds the bundle's engines anew for a GPU. FOLDER and FILE stand for what the bundle does not know the name of."""
     source = manifest.source
     if source.kind == "random":
         model = f"--size {manifest.config.name}" + (f" --seed {source.seed}" if source.seed is not None else "")
-    elif manifest.config.name == "nano":
+    elif manifest.config.name == "nano" and source.sha256 == _shipped_digest():
         model = "--size nano"
     else:
         model = "--checkpoint FOLDER"
@@ -78,9 +85,33 @@ def rebuild_command(bundle: Path, manifest: Manifest, backend: str, target: str)
     # TensorRT itself builds for the GPU it runs on, and takes no target.
     where = f" --target {target}" if backend == "tensorrt-rtx" else ""
     return (
-        f"flamingo-export build {model} --precision {manifest.precision.storage} --max-length {limits.max_length} "
-        f"--max-batch {limits.batch}{cut} --backend {backend}{where} --out {bundle} --force"
+        f"flamingo-export build {model} --precision {manifest.precision.storage}{_policy_options(bundle, manifest)} "
+        f"--max-length {limits.max_length} --max-batch {limits.batch}{cut} --backend {backend}{where} "
+        f"--out {shlex.quote(str(bundle))} --force"
     )
+
+
+@functools.cache
+def _shipped_digest() -> str | None:
+    """Of the weights that `--size nano` means, None where they are not installed."""
+    try:
+        return source_digest(CheckpointSource(nano_checkpoint()))
+    except CheckpointError:
+        return None
+
+
+def _policy_options(bundle: Path, manifest: Manifest) -> str:
+    """Those of a build that quantises as this bundle is quantised, with the ranges that it has."""
+    policy, calibration = manifest.precision.policy, manifest.calibration
+    if policy is None:
+        return ""
+    named = policy.name in PRESETS and policy == preset(policy.name)
+    options = f" --{policy.name}" if named else " --policy FILE"
+    if calibration is not None and calibration.origin == "given":
+        options += f" --calibration {shlex.quote(str(bundle / CALIBRATION_FILE))}"
+    elif policy.needs_ranges and calibration is not None and calibration.origin == "none":
+        options += " --uncalibrated"
+    return options
 
 
 def find_record(bundle: Path, manifest: Manifest, graph: GraphRecord, backend: str, target: str) -> EngineRecord:

@@ -28,7 +28,7 @@ MEMBERS: dict[str, tuple[str, ...]] = {
         "set_tensor_address",
     ),
     "IHostMemory": ("nbytes",),
-    "ILayer": ("name", "type"),
+    "ILayer": ("get_input", "get_output", "name", "num_inputs", "num_outputs", "type"),
     "ILogger": ("log",),
     "INetworkDefinition": ("get_input", "get_layer", "get_output", "num_inputs", "num_layers", "num_outputs"),
     "IOptimizationProfile": ("set_shape",),

@@ -9,7 +9,7 @@ from typing import Any
 
 from flamingo_export.backends.tensorrt.contract import Contract, check_engine
 from flamingo_export.backends.tensorrt.cuda import OUT_OF_MEMORY, DeviceMemoryError
-from flamingo_export.backends.tensorrt.log import Heard, listening
+from flamingo_export.backends.tensorrt.log import Heard, listening, started
 from flamingo_export.backends.tensorrt.memory import Lane
 from flamingo_export.errors import BackendError, IncompatibleEngine
 from flamingo_export.manifest import EngineRecord
@@ -91,9 +91,7 @@ def load_engine(
     _check_memory(lane, path, record)
     heard = Heard()
     with listening(trt, heard) as logger:
-        runtime = trt.Runtime(logger)
-        if runtime is None:
-            raise BackendError(f"TensorRT {trt.__version__} does not start here: {heard.explanation()}")
+        runtime = started(trt, trt.Runtime, logger, heard)
         with path.open("rb") as file:
             engine = runtime.deserialize_cuda_engine(stream_reader(trt, file))
         if engine is None:

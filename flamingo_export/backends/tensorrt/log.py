@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
+from flamingo_export.errors import BackendError
+
 _FACTS = ("Total Activation Memory:", "Total Weights Memory:", "LayerType: ")
 
 # What TensorRT says -> what it means here. The first that fits is told.
@@ -78,6 +80,14 @@ class Heard:
         known = next((words for text in self.errors if (words := meaning(text))), None)
         first = " ".join(self.errors[0].split())
         return f"{known}. TensorRT said: {first}" if known else f"TensorRT said: {first}"
+
+
+def started(trt: ModuleType, kind: Any, logger: Any, heard: Heard) -> Any:
+    """TensorRT's `Builder` or `Runtime`. Raises BackendError with its reason where there is none to be had: a driver that is too old, say."""
+    try:
+        return kind(logger)
+    except TypeError as error:  # what the bindings make of a factory that gives nothing
+        raise BackendError(f"TensorRT {trt.__version__} does not start here: {heard.explanation()}") from error
 
 
 class _Ear:

@@ -97,10 +97,9 @@ def layer_counts(network: Any) -> Counter[str]:
 
 
 def _weights(trt: ModuleType, network: Any, expected: Expected, bundle: Path) -> Iterator[str]:
-    """Every weight is there under its name, with its type, its size and its numbers (of types that numpy lacks: its type and size)."""
+    """Every weight is there under its name, read, with its type, its size and its numbers (of types that numpy lacks: its type and size)."""
     held: dict[str, Any] = {}
-    for index in range(network.num_layers):
-        layer = network.get_layer(index)
+    for layer in _needed(network):
         if layer.type == trt.LayerType.CONSTANT and layer.name in expected.weights:
             layer.__class__ = trt.IConstantLayer
             held[layer.name] = layer.weights
@@ -112,9 +111,27 @@ def _weights(trt: ModuleType, network: Any, expected: Expected, bundle: Path) ->
                 held[bias] = layer.bias
     for name, tensor in expected.weights.items():
         if name not in held:
-            yield f"weight {name} was lost or merged with another"
+            yield f"weight {name} was lost, is not read, or was merged with another"
         elif not _same(held[name], tensor, bundle):
             yield f"weight {name} has other numbers, or another type or size, than its file"
+
+
+def _needed(network: Any) -> list[Any]:
+    """Layers that the outputs depend on. Names within functions may come twice; layers of one name are then needed together."""
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    made: dict[str, list[int]] = {}
+    for index, layer in enumerate(layers):
+        for output in range(layer.num_outputs):
+            made.setdefault(layer.get_output(output).name, []).append(index)
+    found: set[int] = set()
+    wanted = [network.get_output(index).name for index in range(network.num_outputs)]
+    while wanted:
+        for index in made.pop(wanted.pop(), ()):
+            if index not in found:
+                found.add(index)
+                given = (layers[index].get_input(place) for place in range(layers[index].num_inputs))
+                wanted += [tensor.name for tensor in given if tensor is not None]
+    return [layers[index] for index in sorted(found)]
 
 
 def _same(found: Any, tensor: ir.ExternalTensor, bundle: Path) -> bool:

@@ -82,6 +82,22 @@ def undeclared_value(model):
     function_of(model).attributes["scale"] = ir.Attr("scale", ir.AttributeType.FLOAT, None)
 
 
+def inside_of_a_function(model, **attributes):
+    """A call of another function in the body of the first: its declared attributes must be passed there too."""
+    body = function_of(model)
+    relu = ir.node("Relu", [ir.Value(name="x")], outputs=[ir.Value(name="y")], name="relu")
+    graph = ir.Graph([relu.inputs[0]], relu.outputs, nodes=[relu], opset_imports={"": 24}, name="Inner")
+    inner = ir.Function("flamingo", "Inner", "", graph=graph, attributes=[ir.Attr("slope", ir.AttributeType.FLOAT, None)])
+    model.functions[inner.identifier()] = inner
+    call = ir.node("Inner", [body.outputs[0]], domain="flamingo", attributes=attributes, name="inner/call")
+    body.append(call)
+    body.outputs[0] = call.outputs[0]
+
+
+def unknown_operator_in_a_function(model):
+    next(each for each in function_of(model) if each.op_type == "Where").domain = "com.example"
+
+
 def plugin_that_is_not_there(model):
     call = next(each for each in model.graph if each.op_type == "PhiCrossAttention")
     call.attributes["plugin_namespace"] = ir.AttrString("plugin_namespace", "flamingo")
@@ -158,6 +174,8 @@ def outside(model):
         (undeclared_value, "does not pass scale"),
         (plugin_that_is_not_there, "names a plugin"),
         (input_left_out, "leaves inputs of PhiCrossAttention out"),
+        (inside_of_a_function, "inner/call does not pass slope"),
+        (unknown_operator_in_a_function, "com.example::Where, which has neither body nor plugin"),
         (unknown_operator, "decoder/layer.0/gelu is a com.example::Gelu"),
         (cache_beside_its_update, "past_k.1 is read by decoder/layer.1/self_attention/attention"),
         (scatter_along_another_axis, "does not write linearly along axis 2"),

@@ -19,7 +19,7 @@ def rtx() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def nano_bundles(tmp_path_factory) -> dict[str, Path]:
-    """Nano's trained weights in 16 bits, as a build without engines leaves them."""
+    """Nano's trained weights in each storage type, as a build without engines leaves them."""
     import flamingo_export
     from flamingo_export.build_request import source_for_size
     from flamingo_export.manifest import ShapeLimits
@@ -27,7 +27,7 @@ def nano_bundles(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("nano")
     limits = ShapeLimits(max_length=512, chunk=64, bank_rows=16)
     made = {}
-    for storage in ("fp16", "bf16"):
+    for storage in ("fp32", "fp16", "bf16"):
         made[storage] = folder / f"{storage}.bundle"
         flamingo_export.build(source_for_size("nano"), out=made[storage], storage=storage, limits=limits, parity="skip")
     return made

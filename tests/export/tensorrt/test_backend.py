@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
+import msgspec
 import pytest
 
 import flamingo_export
@@ -27,8 +28,10 @@ from flamingo_export.build_request import BuildRequest, source_for_size
 from flamingo_export.errors import BackendError, BuildError
 from flamingo_export.lowering.lint import Expected
 from flamingo_export.lowering.shapes import Bounds, Profile
-from flamingo_export.manifest import GraphRecord, read_manifest
+from flamingo_export.manifest import CalibrationRecord, GraphRecord, ShapeLimits, SourceRecord, read_manifest
+from flamingo_export.precision import Policy, Precision
 from flamingo_export.progress import SILENT
+from flamingo_export.quantize.policies import preset
 from flamingo_reference.config import PRESETS
 
 
@@ -47,7 +50,7 @@ def fake_library() -> ModuleType:
     module = ModuleType("tensorrt_rtx")
     module.__version__ = "1.7.1.116"
     module.Builder = object
-    module.ComputeCapability = type("ComputeCapability", (), {"SM80": 80, "SM89": 89, "SM120": 120, "NONE": 0})
+    module.ComputeCapability = type("ComputeCapability", (), {"SM80": 80, "SM86": 86, "SM89": 89, "SM120": 120, "NONE": 0})
     return module
 
 
@@ -79,7 +82,7 @@ def test_what_is_missing_is_said(no_gpu, monkeypatch):
 def test_targets(no_gpu, monkeypatch):
     trt = fake_library()
     assert library.resolve_target(library.RTX, trt, "SM89") == "sm89"
-    with pytest.raises(BackendError, match=r"no target 'sm90'.*sm120, sm80, sm89"):
+    with pytest.raises(BackendError, match=r"no target 'sm90'.*sm120, sm80, sm86, sm89"):
         library.resolve_target(library.RTX, trt, "sm90")
     with pytest.raises(BackendError, match="no GPU here to build for, and no --target"):
         library.resolve_target(library.RTX, trt, None)
@@ -226,7 +229,7 @@ def compile_with(monkeypatch, tmp_path):
     """Builds random nano with a stand-in for the compiler."""
     monkeypatch.setattr(library, "load", lambda which: fake_library())
 
-    def run(builds, *, target="sm89", backend="tensorrt-rtx", overwrite=False, parts=1):
+    def run(builds, *, target="sm89", backend="tensorrt-rtx", overwrite=False, parts=1, policy=None, limits=None):
         monkeypatch.setattr(backend_module, "build", builds)
         request = BuildRequest(
             source=source_for_size("nano", seed=3),
@@ -236,6 +239,8 @@ def compile_with(monkeypatch, tmp_path):
             target=target,
             overwrite=overwrite,
             parts=parts,
+            policy=policy,
+            limits=limits,
         )
         return pipeline.build(request)
 
@@ -303,6 +308,12 @@ def test_too_little_memory_is_said_before_anything_is_written(compile_with, monk
     assert len(compile_with(FakeBuilds(), parts=2).manifest.engines) == 5
 
 
+def test_limits_that_no_engine_can_have_are_said_before_anything_is_written(compile_with, tmp_path):
+    with pytest.raises(BuildError, match="max_length 8 leaves no room beside a chunk of 1 or 8 beams"):
+        compile_with(FakeBuilds(), limits=ShapeLimits(max_length=8, chunk=1))
+    assert not list(tmp_path.iterdir())
+
+
 def planned(folder: Path, *, parts: int) -> tuple[build_plan.PlannedGraph, ...]:
     request = BuildRequest(source=source_for_size("nano", seed=3), out=folder / "n.bundle", backend="tensorrt-rtx", parts=parts)
     return build_plan.plan(request).graphs
@@ -358,6 +369,36 @@ def test_the_plan_counts_the_engines(tmp_path):
     assert sizes[1].disk_bytes - sizes[0].disk_bytes == int(build_plan.ENGINE_RATIO * sizes[0].weight_bytes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "--size nano --seed 3 --precision fp32 --max-length 2048 --max-batch 8"),
+        ({"source": SourceRecord(kind="checkpoint", sha256="1")}, "--checkpoint FOLDER --precision fp32"),
+        ({"precision": Precision(storage="fp16", policy=preset("int4"))}, "--precision fp16 --int4 --max-length"),
+        (
+            {"precision": Precision(storage="fp16", policy=preset("fp8")), "calibration": CalibrationRecord(origin="none")},
+            "--precision fp16 --fp8 --uncalibrated --max-length",
+        ),
+        (
+            {"precision": Precision(storage="bf16", policy=preset("fp8")), "calibration": CalibrationRecord(origin="given")},
+            "--precision bf16 --fp8 --calibration 'a b/calibration.json' --max-length",
+        ),
+        ({"precision": Precision(storage="fp16", policy=Policy(name="int4"))}, "--precision fp16 --policy FILE --max-length"),
+    ],
+)
+def test_the_command_that_rebuilds_makes_the_same_bundle(compile_with, changes, words):
+    """Same weights, types and limits: with --force it takes the bundle's place."""
+    manifest = msgspec.structs.replace(compile_with(FakeBuilds()).manifest, **changes)
+    command = rebuild_command(Path("a b"), manifest, "tensorrt-rtx", "sm89")
+    assert words in command
+    assert command.endswith(" --backend tensorrt-rtx --target sm89 --out 'a b' --force")
+
+
+def test_the_command_that_rebuilds_nano_names_the_trained_one(tmp_path):
+    result = flamingo_export.build(source_for_size("nano"), out=tmp_path / "n.bundle", parity="skip")
+    assert "build --size nano --precision" in rebuild_command(result.path, result.manifest, "tensorrt-rtx", "sm89")
+
+
 def test_inspect_prints_the_engine(compile_with, capsys):
     from flamingo_export.cli import main
 
@@ -372,6 +413,16 @@ def test_inspect_prints_the_engine(compile_with, capsys):
     assert main(["inspect", str(bundle), "--engine", "other"]) == 1
     assert "it has engines of vision_encoder, resampler, media_kv, decoder" in capsys.readouterr().err
     assert main(["inspect", "--size", "nano", "--engine", "decoder"]) == 2
+
+
+@pytest.mark.parametrize("target", ["SM86", None])
+def test_fp8_is_refused_for_the_gpu_that_engines_are_built_for(compile_with, monkeypatch, target):
+    """However the target is written, and this machine's where none is named."""
+    monkeypatch.setattr(library, "device", lambda: library.Device(target="sm86"))
+    builds = FakeBuilds()
+    with pytest.raises(BuildError, match="in FP8, which sm86 has no units for"):
+        compile_with(builds, target=target, policy=preset("fp8"))
+    assert not builds.built
 
 
 def test_a_target_wants_a_compiler(capsys):

@@ -169,10 +169,11 @@ def test_memory_that_runs_out_while_loading(bundle, gpu):
 
 
 def test_a_runtime_that_does_not_start(bundle, gpu, monkeypatch):
-    """An old driver: TensorRT says so and gives nothing."""
+    """An old driver: TensorRT says so and gives nothing, of which its bindings make a TypeError (tests/plugin/test_datacenter_names.py)."""
 
     def nothing(logger):
         logger.log(1, "CUDA initialization failure with error: 35")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
 
     monkeypatch.setattr(gpu.trt, "Runtime", nothing)
     refused(bundle, "does not start here: the NVIDIA driver is missing or too old", BackendError)

@@ -28,21 +28,21 @@ PLUGIN = frozenset({"PhiCrossAttention"})
 
 @pytest.fixture
 def task(nano_bundles, tmp_path):
-    """A task of nano's graphs in fp16; `change` breaks the graph after the lint has passed it, so that only the network tells."""
+    """A task of nano's graphs; `change` breaks the graph after the lint has passed it, so that only the network tells."""
 
     numbers = itertools.count()
 
-    def make(name="decoder", change=lambda model: None, native=frozenset()):
-        bundle = nano_bundles["fp16"]
+    def make(name="decoder", change=lambda model: None, native=frozenset(), storage="fp16"):
+        bundle = nano_bundles[storage]
         spec = subgraph_specs(read_manifest(bundle).config)[name]
-        model = lower(ir.load(bundle / f"{name}.onnx"), compute="fp16", capacity=64, native_functions=native)
-        expected = check_graph(model, spec, compute="fp16", capacity=64, native_functions=native)
+        model = lower(ir.load(bundle / f"{name}.onnx"), compute=storage, capacity=64, native_functions=native)
+        expected = check_graph(model, spec, compute=storage, capacity=64, native_functions=native)
         change(model)
         graph = bundle / f"{name}.{tmp_path.name}.{next(numbers)}.onnx"
         save_lowered(model, graph)
         return Task(
             graph=graph, spec=spec, expected=expected, profiles=profiles(spec, LIMITS), capacity=64,
-            engine=tmp_path / "x.engine", target=TARGET, fp32=False,
+            engine=tmp_path / "x.engine", target=TARGET, fp32=storage == "fp32",
         )  # fmt: skip
 
     return make
@@ -52,9 +52,10 @@ def node(model, name):
     return next(each for each in model.graph if each.name == name)
 
 
-def test_good_graphs_pass(rtx, task):
+@pytest.mark.parametrize("storage", ["fp32", "fp16", "bf16"])
+def test_good_graphs_pass(rtx, task, storage):
     for name in ("decoder", "vision_encoder", "resampler", "media_kv"):
-        check(rtx, task(name))
+        check(rtx, task(name, storage=storage))
 
 
 @pytest.mark.slow
@@ -125,8 +126,37 @@ def test_weights_that_changed_or_are_gone_are_an_error(rtx, task):
         check(rtx, msgspec.structs.replace(changed, expected=good.expected))
 
     extra = dict(good.expected.weights) | {"decoder/layer.9/ffw_up": good.expected.weights["decoder/layer.1/ffw_up"]}
-    with pytest.raises(BuildError, match=r"decoder/layer\.9/ffw_up was lost or merged"):
+    with pytest.raises(BuildError, match=r"decoder/layer\.9/ffw_up was lost, is not read, or was merged"):
         check(rtx, msgspec.structs.replace(good, expected=msgspec.structs.replace(good.expected, weights=extra)))
+
+
+@pytest.mark.parametrize("storage", ["fp32", "fp16", "bf16"])
+def test_biases_of_convolutions_that_changed_or_are_gone_are_an_error(rtx, task, storage):
+    """In fp32 the bias is in the layer, in 16 bits it is a constant of its own, in fp32 behind a Cast."""
+    found = {}
+
+    def swapped(model):
+        biases = [node.inputs[2] for node in model.graph if node.op_type == "Conv" and storage == "fp32"] or [
+            node.inputs[2].producer().inputs[0] for node in model.graph if node.op_type == "Conv"
+        ]
+        one, other = next(
+            (one, other) for index, one in enumerate(biases) for other in biases[:index] if one.shape == other.shape
+        )
+        one.const_value, other.const_value = other.const_value, one.const_value
+        one.const_value.name, other.const_value.name = one.name, other.name
+        found["name"] = one.name
+
+    def dropped(model):
+        convolution = next(node for node in model.graph if node.op_type == "Conv")
+        found["name"] = f"{convolution.name}/bias"
+        convolution.resize_inputs(2)
+
+    with pytest.raises(BuildError, match=r"weight .*/bias has other numbers") as caught:
+        check(rtx, task("vision_encoder", swapped, storage=storage))
+    assert found["name"] in str(caught.value)
+    with pytest.raises(BuildError, match=r"weight .*/bias was lost") as caught:
+        check(rtx, task("vision_encoder", dropped, storage=storage))
+    assert found["name"] in str(caught.value)
 
 
 def test_an_unknown_operator_is_named_with_its_place(rtx, task):
