@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, Protocol
 
 Unit = Literal["bytes", "items"]
+
+
+class Phase(NamedTuple):
+    """Something under way inside of a stage, `done` of `steps` steps of it."""
+
+    name: str
+    done: int
+    steps: int
 
 
 class Progress(Protocol):
@@ -16,6 +25,9 @@ class Progress(Protocol):
     def advance(self, amount: int) -> None:
         """`amount` more units of the current stage are done."""
 
+    def within(self, phases: Sequence[Phase]) -> None:
+        """What is under way inside of the current stage, the outermost first; called whenever it may have changed."""
+
     def note(self, text: str) -> None:
         """Something that the user should read, one sentence."""
 
@@ -25,6 +37,9 @@ class _Silent:
         pass
 
     def advance(self, amount: int) -> None:
+        pass
+
+    def within(self, phases: Sequence[Phase]) -> None:
         pass
 
     def note(self, text: str) -> None:

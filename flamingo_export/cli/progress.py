@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
@@ -12,7 +12,7 @@ from flamingo_export.cli.output import remarks
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-    from flamingo_export.progress import Unit
+    from flamingo_export.progress import Phase, Unit
 
 
 class Reporter(Protocol):
@@ -21,6 +21,8 @@ class Reporter(Protocol):
     def stage(self, name: str, total: int, unit: Unit = "items") -> None: ...
 
     def advance(self, amount: int) -> None: ...
+
+    def within(self, phases: Sequence[Phase]) -> None: ...
 
     def note(self, text: str) -> None: ...
 
@@ -54,6 +56,9 @@ class _Lines:
     def advance(self, amount: int) -> None:
         pass
 
+    def within(self, phases: Sequence[Phase]) -> None:
+        pass
+
     def note(self, text: str) -> None:
         print(f"note: {text}", file=sys.stderr, flush=True)
 
@@ -62,16 +67,31 @@ class _Bars:
     def __init__(self, bars: Progress) -> None:
         self._bars = bars
         self._task: TaskID | None = None
+        self._total = 1
+        self._inner: dict[str, TaskID] = {}
 
     def stage(self, name: str, total: int, unit: Unit = "items") -> None:
         from flamingo_export.cli.output import human_bytes
 
         self.finish()
-        self._task = self._bars.add_task(name, total=max(total, 1), size=human_bytes(total) if unit == "bytes" else "")
+        self._total = max(total, 1)
+        self._task = self._bars.add_task(name, total=self._total, size=human_bytes(total) if unit == "bytes" else "")
 
     def advance(self, amount: int) -> None:
         if self._task is not None:
             self._bars.advance(self._task, amount)
+
+    def within(self, phases: Sequence[Phase]) -> None:
+        """A bar below the stage's for each phase, as long as it lasts."""
+        from rich.markup import escape
+
+        for name in self._inner.keys() - {phase.name for phase in phases}:
+            self._bars.remove_task(self._inner.pop(name))
+        for depth, phase in enumerate(phases, start=1):
+            if phase.name not in self._inner:
+                shown = f"{'  ' * depth}{escape(phase.name)}"
+                self._inner[phase.name] = self._bars.add_task(shown, total=phase.steps, size="")
+            self._bars.update(self._inner[phase.name], completed=phase.done)
 
     def note(self, text: str) -> None:
         self._bars.console.print(f"note: {text}", style="yellow", markup=False)
@@ -79,5 +99,5 @@ class _Bars:
     def finish(self) -> None:
         """The current stage is over, whatever was counted of it."""
         if self._task is not None:
-            total = self._bars.tasks[-1].total
-            self._bars.update(self._task, completed=total)
+            self.within(())
+            self._bars.update(self._task, completed=self._total)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from variations import GROUPED, VARIATIONS, drawn_model
 
 from flamingo_calibration import Sample, shipped_samples
+from flamingo_export.progress import Phase
 from flamingo_export.quantize.table import CalibrationTable
 from flamingo_export.runtime.media import load_medium
 from flamingo_export.sources import LiveSource
@@ -165,6 +166,9 @@ class Recorder:
 
     def advance(self, amount: int) -> None:
         self.done[self._stage] += amount
+
+    def within(self, phases: Sequence[Phase]) -> None:
+        pass
 
     def note(self, text: str) -> None:
         self.notes.append(text)

@@ -1,4 +1,4 @@
-"""TensorRT's nested phases as one bar, and Ctrl-C that stops a build at once.
+"""TensorRT's nested phases, and Ctrl-C that stops a build at once.
 
 The build runs in a thread of its own: the interpreter handles signals in the calling thread only, which would be deep inside of TensorRT
 until the end. A phase's share of the bar is its parent's step.
@@ -12,7 +12,7 @@ from queue import Empty, SimpleQueue
 from types import ModuleType
 from typing import Any, TypeVar
 
-from flamingo_export.progress import Progress
+from flamingo_export.progress import Phase, Progress
 
 UNITS = 1000
 _POLL_SECONDS = 0.2
@@ -57,6 +57,11 @@ class Phases:
             fresh = max(0, total - self._reported)
             self._reported += fresh
             return fresh
+
+    def under_way(self) -> tuple[Phase, ...]:
+        """Phases that are not over, the outermost first; the root, of which `units` tells, is left out."""
+        with self._lock:
+            return tuple(Phase(name, phase.done, phase.steps) for name, phase in self._open.items() if name != self._root)
 
     def _fraction(self, name: str | None) -> float:
         if name is None:
@@ -111,6 +116,7 @@ def watched(work: Callable[[], T], phases: Phases, cancelled: threading.Event, p
                 break
             except Empty:
                 progress.advance(phases.units())
+                progress.within(phases.under_way())
     except BaseException:
         cancelled.set()
         thread.join()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import pytest
 
 from flamingo_export import artifacts
 from flamingo_export.bundle_tokenizer import placeholder_tokenizer
+from flamingo_export.progress import Phase
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.model import Flamingo
 
@@ -58,6 +59,9 @@ class Recorder:
 
     def advance(self, amount: int) -> None:
         self.done[self._stage] += amount
+
+    def within(self, phases: Sequence[Phase]) -> None:
+        pass
 
     def note(self, text: str) -> None:
         self.notes.append(text)

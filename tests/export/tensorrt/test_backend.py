@@ -147,7 +147,7 @@ def test_messages_in_other_words(text, words):
     assert meaning("something else") is None
 
 
-def test_nested_phases_fill_one_bar():
+def test_nested_phases_fill_one_bar_and_have_their_own():
     phases, total = Phases(), 0
     phases.start("Building", None, 2)
     phases.start("Optimizing", "Building", 4)
@@ -157,7 +157,9 @@ def test_nested_phases_fill_one_bar():
         found = phases.units()
         assert found == units
         total += found
+    assert phases.under_way() == (("Optimizing", 4, 4),)
     phases.finish("Optimizing")
+    assert phases.under_way() == ()
     assert phases.units() == 0  # never backwards
     phases.step("Building", 0)
     phases.start("Timing", "Building", 1)

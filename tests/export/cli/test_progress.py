@@ -1,0 +1,31 @@
+"""Bars on a terminal: a stage, and inside of it what is under way."""
+
+import io
+
+import pytest
+from rich.console import Console
+from rich.progress import Progress
+
+from flamingo_export.cli.progress import _Bars
+from flamingo_export.progress import Phase
+
+
+@pytest.fixture
+def bars():
+    return Progress(console=Console(file=io.StringIO(), force_terminal=True), auto_refresh=False)
+
+
+def shown(bars):
+    return [(task.description, task.completed, task.total) for task in bars.tasks]
+
+
+def test_phases_have_bars_below_their_stage_while_they_last(bars):
+    reporter = _Bars(bars)
+    reporter.stage("decoder", 1000)
+    reporter.advance(100)
+    reporter.within((Phase("Building", 1, 4), Phase("Timing [x]", 0, 2)))
+    assert shown(bars) == [("decoder", 100, 1000), ("  Building", 1, 4), ("    Timing \\[x]", 0, 2)]
+    reporter.within((Phase("Building", 3, 4),))
+    assert shown(bars) == [("decoder", 100, 1000), ("  Building", 3, 4)]
+    reporter.stage("media_kv", 10)
+    assert shown(bars) == [("decoder", 1000, 1000), ("media_kv", 0, 10)]
