@@ -117,8 +117,9 @@ def build(request: BuildRequest, *, progress: Progress = SILENT) -> BuildResult:
             raise
         try:
             result = _fill(job, journal, progress)
-        except (CheckpointError, CalibrationError):
-            place.discard()  # the same weights or samples would fail again
+        except (CheckpointError, CalibrationError) as error:
+            if not isinstance(error.__cause__, OSError):  # a disk that was full may have space again
+                place.discard()  # the same weights or samples would fail again
             raise
         except KeyboardInterrupt:
             progress.note(f"stopped; what is finished is kept in {place.work}, and the same command goes on from there")
@@ -167,12 +168,15 @@ def _prepare(request: BuildRequest, progress: Progress) -> _Job:
             f"the engines of {request.graphs_of} hold its weights and are not taken over: build them for the new bundle"
         )
     compiler = get_compiler(request.backend, target=request.target) if request.backend in COMPILERS else None
+    prepared = (compiler, compiler.prepare()) if compiler is not None else None
+    if prepared is not None and precision.policy is not None:
+        check_backend(precision.policy, request.backend, prepared[1].target)  # which may be this machine's GPU
     return _Job(
         request=request,
         source=source,
         precision=precision,
         place=WorkPlace(request.out),
-        compiler=(compiler, compiler.prepare()) if compiler is not None else None,
+        compiler=prepared,
         calibration=calibration,
         tokenizer=tokenizer,
         donor=donor,

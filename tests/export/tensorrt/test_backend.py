@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from gpu import stages
 
 import flamingo_export
 from flamingo_export import artifacts, build_plan, pipeline
@@ -29,6 +30,7 @@ from flamingo_export.lowering.lint import Expected
 from flamingo_export.lowering.shapes import Bounds, Profile
 from flamingo_export.manifest import GraphRecord, read_manifest
 from flamingo_export.progress import SILENT
+from flamingo_export.quantize.policies import read_policy
 from flamingo_reference.config import PRESETS
 
 
@@ -226,7 +228,7 @@ def compile_with(monkeypatch, tmp_path):
     """Builds random nano with a stand-in for the compiler."""
     monkeypatch.setattr(library, "load", lambda which: fake_library())
 
-    def run(builds, *, target="sm89", backend="tensorrt-rtx", overwrite=False, parts=1):
+    def run(builds, *, target="sm89", backend="tensorrt-rtx", overwrite=False, parts=1, policy=None):
         monkeypatch.setattr(backend_module, "build", builds)
         request = BuildRequest(
             source=source_for_size("nano", seed=3),
@@ -236,6 +238,8 @@ def compile_with(monkeypatch, tmp_path):
             target=target,
             overwrite=overwrite,
             parts=parts,
+            policy=policy,
+            uncalibrated=policy is not None,
         )
         return pipeline.build(request)
 
@@ -301,6 +305,23 @@ def test_too_little_memory_is_said_before_anything_is_written(compile_with, monk
     assert not refused.built
     assert not list(tmp_path.iterdir())
     assert len(compile_with(FakeBuilds(), parts=2).manifest.engines) == 5
+
+
+def test_this_machines_gpu_is_asked_for_fp8_too(compile_with, monkeypatch, tmp_path):
+    """Where no target was named. Refused before anything is written; with media in FP8 the plugin's graph is what is compiled."""
+    media = read_policy(Path(stages.__file__).with_name("fp8_media.toml"))
+
+    def on(target):
+        ready = backend_module.Prepared(trt=fake_library(), target=target, plugin_sha256="0" * 64)
+        monkeypatch.setattr(backend_module.TensorRTBackend, "prepare", lambda self: ready)
+        return compile_with(FakeBuilds(), target=None, backend="tensorrt", policy=media)
+
+    with pytest.raises(BuildError, match="computes products in FP8, which sm80 has no units for"):
+        on("sm80")
+    assert not list(tmp_path.iterdir())
+    manifest = on("sm90").manifest
+    assert manifest.precision.media == "fp8"
+    assert len(manifest.engines) == 4
 
 
 def planned(folder: Path, *, parts: int) -> tuple[build_plan.PlannedGraph, ...]:
