@@ -258,7 +258,7 @@ def test_no_space_in_the_calibration_of_a_build(
     put, counter = run.put, itertools.count()
 
     def full(file: Any, array: Any) -> None:
-        if next(counter) == 100:
+        if next(counter) == 40:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         put(file, array)
 
