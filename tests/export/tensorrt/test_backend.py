@@ -10,7 +10,6 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from gpu import stages
 
 import flamingo_export
 from flamingo_export import artifacts, build_plan, pipeline
@@ -309,7 +308,7 @@ def test_too_little_memory_is_said_before_anything_is_written(compile_with, monk
 
 def test_this_machines_gpu_is_asked_for_fp8_too(compile_with, monkeypatch, tmp_path):
     """Where no target was named. Refused before anything is written; with media in FP8 the plugin's graph is what is compiled."""
-    media = read_policy(Path(stages.__file__).with_name("fp8_media.toml"))
+    media = read_policy(Path(__file__).parents[3] / "scripts" / "gpu" / "fp8_media.toml")
 
     def on(target):
         ready = backend_module.Prepared(trt=fake_library(), target=target, plugin_sha256="0" * 64)
