@@ -51,7 +51,8 @@ def build(
     Returns the bundle's path, its manifest and what a user should know about it. An interrupted build goes on where it stopped.
 
     Raises CheckpointError (weights missing, unknown, misshapen or not finite), UnsupportedModel (a live model with parts that are not
-    known), BuildError (output taken, no space, another build to the same path), ParityError (parity failed or could not be run).
+    known), CalibrationError (a table that does not fit, activations that give none), BuildError (output taken, no space, another build to
+    the same path, a policy that model or backend cannot follow), ParityError (parity failed or could not be run).
     """
     from flamingo_export import build_request, pipeline
     from flamingo_export.quantize.policies import preset

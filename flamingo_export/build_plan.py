@@ -15,6 +15,7 @@ from flamingo_export.build_request import BuildRequest, CheckpointFolder, defaul
 from flamingo_export.decoder_parts import graph_bytes, graph_records
 from flamingo_export.manifest import ShapeLimits
 from flamingo_export.precision import BYTES_PER_WEIGHT, Precision
+from flamingo_export.quantize.policies import check_backend, check_policy
 from flamingo_export.sources import CheckpointSource, open_source
 from flamingo_export.weight_files import LARGE, THREADS, stored_bytes
 from flamingo_export.weights import WeightIndex, bundle_weights
@@ -91,8 +92,8 @@ class BuildPlan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def plan(request: BuildRequest) -> BuildPlan:
-    """What `build` would write, without writing. Raises CheckpointError, UnsupportedModel or, for parts, BuildError as it would, but not for
-    shards that are missing: config.json and an index suffice."""
+    """What `build` would write, without writing. Raises CheckpointError, UnsupportedModel or, for parts and policies, BuildError as it would,
+    but not for shards that are missing: config.json and an index suffice."""
     absent: tuple[Path, ...] = ()
     if isinstance(request.source, CheckpointFolder):
         checkpoint = CheckpointSource(request.source, may_be_absent=True)
@@ -100,6 +101,9 @@ def plan(request: BuildRequest) -> BuildPlan:
     else:
         config = open_source(request.source).config
     precision = resolve_precision(config, request.storage, request.policy)
+    if precision.policy is not None:
+        check_policy(precision.policy, [weight.name for weight in bundle_weights(config, precision) if weight.product])
+        check_backend(precision.policy, request.backend, request.target)
     sizes: dict[str, int] = {}
     for weight in bundle_weights(config, precision):
         component = weight.name.split("/", 1)[0]

@@ -119,8 +119,9 @@ def build(request: BuildRequest, *, progress: Progress = SILENT) -> BuildResult:
             raise
         try:
             result = _fill(job, journal, progress)
-        except (CheckpointError, CalibrationError):
-            place.discard()  # the same weights or samples would fail again
+        except (CheckpointError, CalibrationError) as error:
+            if not isinstance(error.__cause__, OSError):  # a disk that was full may have space again
+                place.discard()  # the same weights or samples would fail again
             raise
         except KeyboardInterrupt:
             progress.note(f"stopped; what is finished is kept in {place.work}, and the same command goes on from there")

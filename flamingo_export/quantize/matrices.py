@@ -67,7 +67,7 @@ def range_scale(threshold: float) -> float:
     """Scale of an E4M3 tensor whose numbers up to `threshold` in magnitude are to be kept: a power of two."""
     if threshold <= 0:
         return 1.0
-    return max(2.0 ** math.ceil(math.log2(threshold / FP8_LARGEST)), SMALLEST_SCALE)
+    return 2.0 ** math.ceil(math.log2(max(threshold / FP8_LARGEST, SMALLEST_SCALE)))
 
 
 def packed(codes: Array) -> Array:

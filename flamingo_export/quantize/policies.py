@@ -23,7 +23,7 @@ from flamingo_export.precision import SMALLEST_BLOCK, Policy, Rule
 
 PRESETS = ("fp8", "int8", "int4")
 _LARGEST_BLOCK = 1024
-WITHOUT_FP8 = ("sm75", "sm80", "sm86")
+WITHOUT_FP8 = ("sm75", "sm80", "sm86", "sm87")
 """Targets whose tensor cores have no FP8."""
 
 
@@ -53,7 +53,7 @@ def read_policy(path: Path) -> Policy:
         found = msgspec.toml.decode(path.read_bytes(), type=_File)
     except OSError as error:
         raise BuildError(f"the policy {path} cannot be read: {error.strerror}") from error
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:  # the last two: numbers too long, tables too deep
         raise BuildError(f"{path} is no policy: {error}. See docs/precision.md, or start from a preset.") from error
     base = preset(found.extends) if found.extends is not None else Policy(name=path.stem)
     policy = Policy(
@@ -62,6 +62,10 @@ def read_policy(path: Path) -> Policy:
         attention=found.attention or base.attention,
         media=found.media or base.media,
     )
+    if policy == Policy(name=policy.name):
+        raise BuildError(
+            f'{path} quantises nothing: it has no rules and extends no preset. Add extends = "fp8", or rules of its own (docs/precision.md).'
+        )
     faults = [
         f"rule {rule.weights!r} has block {rule.block}, expected a power of two from {SMALLEST_BLOCK} to {_LARGEST_BLOCK}"
         for rule in found.rules
@@ -73,10 +77,16 @@ def read_policy(path: Path) -> Policy:
     return policy
 
 
-def policy_text(policy: Policy, added: Sequence[Rule] = (), attention: Literal["storage", "fp8"] | None = None) -> str:
-    """A file that `read_policy` reads as this policy with rules added after its own, and attention as said if it is.
+def policy_text(
+    policy: Policy,
+    added: Sequence[Rule] = (),
+    *,
+    attention: Literal["storage", "fp8"] | None = None,
+    media: Literal["storage", "fp8"] | None = None,
+) -> str:
+    """A file that `read_policy` reads as this policy with rules added after its own, and attention and media as said if they are.
 
-    Extends the preset where the policy is one, else spells all rules out.
+    Extends the preset where the policy is one, else spells all out.
     """
     lines: list[str] = []
     rules = list(added)
@@ -84,9 +94,8 @@ def policy_text(policy: Policy, added: Sequence[Rule] = (), attention: Literal["
         lines.append(f"extends = {_quoted(policy.name)}")
     else:
         rules = [*policy.rules, *added]
-        attention = attention or policy.attention
-    if attention is not None:
-        lines.append(f"attention = {_quoted(attention)}")
+        attention, media = attention or policy.attention, media or policy.media
+    lines += [f"{key} = {_quoted(value)}" for key, value in (("attention", attention), ("media", media)) if value is not None]
     for rule in rules:
         lines += ["", "[[rules]]", f"weights = {_quoted(rule.weights)}", f"format = {_quoted(rule.format)}"]
         lines += [f"block = {rule.block}"] if rule.block else []

@@ -32,6 +32,8 @@ CALIBRATION_FILE = "calibration.json"
 Method = Literal["amax", "percentile", "mse", "entropy"]
 METHODS: tuple[Method, ...] = get_args(Method)
 _SHOWN_NAMES = 8
+_LARGEST = float(np.finfo(np.float32).max)
+"""Magnitude that the fp32 reference can have; a scale beyond it is infinite where it is stored."""
 _AGAIN = "Calibrate again: flamingo-export calibrate --checkpoint ... --out calibration.json"
 
 
@@ -140,7 +142,7 @@ def read_table(path: Path) -> CalibrationTable:
                 "Update flamingo-export, or calibrate again."
             )
         table = msgspec.json.decode(data, type=CalibrationTable)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise CalibrationError(f"{path} is no calibration table: {error}. {_AGAIN}") from error
     if faults := _faults(table):
         raise CalibrationError(f"calibration table {path}: {'; '.join(faults[:_SHOWN_NAMES])}. {_AGAIN}")
@@ -174,14 +176,14 @@ def _faults(table: CalibrationTable) -> list[str]:
         if len(value) != 64 or set(value) - set("0123456789abcdef")
     ]
     counts = {"schema_version": table.schema_version, "samples": table.samples, "tokens": table.tokens, "images": table.images}
-    faults += [f"{field} is {count}, expected at least 1" for field, count in counts.items() if count < 1]
+    faults += [f"{field} is {count}, expected 1 to 2^63" for field, count in counts.items() if not 1 <= count < 2**63]
     if not table.tensors:
         faults.append("it has no tensors")
     for name, statistics in table.tensors.items():
         values = {method: getattr(statistics, method) for method in METHODS}
-        if any(values.values()) and not all(np.isfinite(value) and value > 0 for value in values.values()):
+        if any(values.values()) and not all(0 < value <= _LARGEST for value in values.values()):
             shown = ", ".join(f"{method} {value}" for method, value in values.items())
-            faults.append(f"{name} has {shown}; expected positive finite numbers, or zeros throughout")
+            faults.append(f"{name} has {shown}; expected positive numbers within fp32's range, or zeros throughout")
         try:
             channels = statistics.channels()
         except ValueError as error:

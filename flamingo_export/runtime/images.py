@@ -56,8 +56,10 @@ def load_image(source: ImageSource) -> Pixels:
 def open_image(source: str | os.PathLike[str]) -> Iterator[Image.Image]:
     """Opens a file for the length of a `with` block, its size checked, Pillow's errors translated. Raises ImageError."""
     path = Path(source)
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike path.is_dir() it raises nothing, whatever the name
         raise ImageError(f"{path} is a folder. To use its images as the frames of a video, pass it as a video: --video {path}")
+    if os.path.exists(path) and not os.path.isfile(path):  # which might have no end, or never begin
+        raise ImageError(f"{path} is a pipe or a device, expected a file. Write the image into one first.")
     with _translated(str(path)), warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused below, and with a better message
         Image.init()  # a format is known by name only once its plugin is loaded

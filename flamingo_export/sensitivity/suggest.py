@@ -18,6 +18,8 @@ from flamingo_reference.config import ModelConfig
 STANDS_OUT = 2.0
 """Times the median error of all that is quantised to the same format. One more bit halves an error, so this is a bit's worth."""
 _BLOCK = 128
+_MEDIA = "media_kv/"
+"""What the names of media's keys and values begin with; other operands are those of self-attention."""
 
 
 class Suggestion(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,13 +39,17 @@ def suggest(found: Sensitivity) -> Suggestion | None:
     if not chosen or policy is None:
         return None
     rules = [_kept(each, policy) for each in chosen if each.kind == "matrix"]
-    attention: Literal["storage"] | None = "storage" if any(each.kind == "operand" for each in chosen) else None
-    changed = msgspec.structs.replace(policy, rules=(*policy.rules, *rules), attention=attention or policy.attention)
+    operands = [each.name for each in chosen if each.kind == "operand"]
+    media: Literal["storage"] | None = "storage" if any(name.startswith(_MEDIA) for name in operands) else None
+    attention: Literal["storage"] | None = "storage" if not all(name.startswith(_MEDIA) for name in operands) else None
+    changed = msgspec.structs.replace(
+        policy, rules=(*policy.rules, *rules), attention=attention or policy.attention, media=media or policy.media
+    )
     before = _sizes(found.config, found.precision)
     after = _sizes(found.config, msgspec.structs.replace(found.precision, policy=changed))
     return Suggestion(
         matrices=tuple(each.name for each in chosen),
-        text=policy_text(policy, rules, attention),
+        text=policy_text(policy, rules, attention=attention, media=media),
         extra_bytes=sum(after.values()) - sum(before.values()),
         weight_bytes=sum(before.values()),
     )

@@ -310,11 +310,12 @@ def without_cuda_provider(context: Context) -> str | None:
 
 
 PICTURE = build.ROOT / "docs" / "images" / "demo.png"
+POLICY = Path(__file__).with_name("fp8_media.toml")
 
 
 def engines(backend: str, *, quantised: bool = False) -> tuple[tuple[str, ...], ...]:
     """Commands that build engines for this machine's GPU, compare and run them: in fp32 and fp16, the decoder whole and in parts; or in FP8
-    and int4."""
+    (with the plugin the media bank too) and int4."""
     # Ranges are found with PyTorch; without it they are taken for the format's own, which parity knows.
     ranges = () if importlib.util.find_spec("torch") else ("--uncalibrated",)
     settings: dict[str, tuple[str, ...]] = {
@@ -328,6 +329,8 @@ def engines(backend: str, *, quantised: bool = False) -> tuple[tuple[str, ...], 
             "fp8-bf16": ("--precision", "bf16", "--fp8", *ranges),
             "int4": ("--precision", "fp16", "--int4"),
         }
+        if backend == "tensorrt":
+            settings["fp8-media"] = ("--precision", "fp16", "--policy", "POLICY", *ranges)
     commands: list[tuple[str, ...]] = [("doctor", "--json")]
     for name, chosen in settings.items():
         bundle = f"BUNDLE.{name}"
@@ -371,7 +374,8 @@ def without_fp8(missing: Callable[[Context], str | None]) -> Callable[[Context],
 
 
 def run_cli(*commands: Sequence[str]) -> Callable[[Context], dict[str, Any]]:
-    """A stage of flamingo-export commands on bundles of the nano model; `BUNDLE` stands for their path, `PICTURE` for an image's."""
+    """A stage of flamingo-export commands on bundles of the nano model; `BUNDLE` stands for their path, `PICTURE` and `POLICY` for those of
+    an image and a policy."""
 
     def run(context: Context) -> dict[str, Any]:
         results: dict[str, Any] = {}
@@ -381,7 +385,12 @@ def run_cli(*commands: Sequence[str]) -> Callable[[Context], dict[str, Any]]:
         environment = built | os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
         with tempfile.TemporaryDirectory() as folder:
             for command in commands:
-                words = [word.replace("BUNDLE", f"{folder}/nano.bundle").replace("PICTURE", str(PICTURE)) for word in command]
+                words = [
+                    word.replace("BUNDLE", f"{folder}/nano.bundle")
+                    .replace("PICTURE", str(PICTURE))
+                    .replace("POLICY", str(POLICY))
+                    for word in command
+                ]
                 code = "import sys; from flamingo_export.cli import main; sys.exit(main())"
                 done = subprocess.run(
                     [sys.executable, "-c", code, *words],

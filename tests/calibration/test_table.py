@@ -92,6 +92,7 @@ def test_another_number_of_channels_is_refused(table, relative):
         ({"mse": 0.0}, "mse 0.0"),
         ({"entropy": float("inf")}, "entropy inf"),
         ({"percentile": float("nan")}, "percentile nan"),
+        ({"amax": 1e39}, "expected positive numbers within fp32's range"),
         ({"channel_rms": "AAA"}, "no base64"),
         ({"channel_rms": "AHw="}, "negative or not finite"),
     ],
@@ -114,6 +115,7 @@ def test_numbers_that_cannot_be_are_neither_written_nor_read(table, tmp_path, fi
         ("weights_sha256", "xyz", "64 hexadecimal digits"),
         ("method", "guess", "no calibration table"),
         ("samples", 0, "samples is 0"),
+        ("tokens", 10**30, "tokens is 10{30}, expected 1 to"),
         ("tensors", {}, "no tensors"),
         ("more", 1, "unknown field"),
     ],
@@ -124,7 +126,10 @@ def test_a_file_that_cannot_be_right_is_refused(table, tmp_path, field, value, m
         read_table(tmp_path / "x")
 
 
-@pytest.mark.parametrize("content", [b"", b"[1, 2]", b"\xff\xfe", b'{"schema_version": "1"}'])
+NESTED = b'{"schema_version": 1, "more": ' + b"[" * 200_000 + b"]" * 200_000 + b"}"
+
+
+@pytest.mark.parametrize("content", [b"", b"[1, 2]", b"\xff\xfe", b'{"schema_version": "1"}', NESTED])
 def test_other_files_are_refused(tmp_path, content):
     (tmp_path / "x").write_bytes(content)
     with pytest.raises(CalibrationError, match="no calibration table"):

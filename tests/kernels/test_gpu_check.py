@@ -5,13 +5,14 @@ from __future__ import annotations
 import ctypes
 import json
 import math
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from gpu import build, kernel_cases, oracle, report
+from gpu import build, kernel_cases, oracle, report, stages
 from gpu.library import Args
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -154,6 +155,50 @@ def test_without_torch_it_says_so():
     assert (done.returncode, done.stdout) == (2, "")
     assert "compares with PyTorch, which" in done.stderr
     assert "pip install torch" in done.stderr
+
+
+def words(stage: str) -> list[list[str]]:
+    """The builds of a stage as flamingo-export is given them, of which only the plan is made."""
+    ran: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        ran.append(command[3:])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(stages.subprocess, "run", run)
+        next(each for each in stages.STAGES if each.name == stage).run(stages.Context(seed=0, rounds=1, architecture=None))
+    return [command for command in ran if command[0] == "build"]
+
+
+@pytest.mark.parametrize("stage", [each.name for each in stages.STAGES if each.name.startswith("tensorrt")])
+def test_builds_of_a_stage_are_what_the_command_takes(stage, capsys):
+    from flamingo_export.cli import main
+
+    for command in words(stage):
+        assert main([*command, "--plan", "--json"]) == 0, capsys.readouterr().err
+    policies = [json.loads(line)["precision"]["policy"] for line in jsons(capsys.readouterr().out)]
+    in_fp8 = [policy for policy in policies if policy is not None and policy["media"] == "fp8"]
+    # Through the plugin alone: TensorRT for RTX runs without one.
+    assert len(in_fp8) == (stage == "tensorrt-quantised")
+
+
+def jsons(text: str) -> list[str]:
+    """Documents that were printed one after the other."""
+    found, decoder = [], json.JSONDecoder()
+    while text.strip():
+        _, end = decoder.raw_decode(text := text.lstrip())
+        found.append(text[:end])
+        text = text[end:]
+    return found
+
+
+def test_stages_of_engines_build_the_plugin_that_they_want():
+    """Also where they are asked for one by one."""
+    needed = runpy.run_path(str(ROOT / "scripts" / "gpu_check"))["NEEDED"]
+    wanting = [each.name for each in stages.STAGES if each.name.startswith("tensorrt") and "rtx" not in each.name]
+    assert len(wanting) == 3
+    assert all({"build", "plugin-build"} <= set(needed[name]) for name in wanting)
 
 
 def test_headers_are_those_that_are_named(tmp_path, monkeypatch):

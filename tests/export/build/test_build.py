@@ -27,6 +27,7 @@ from flamingo_export.build_request import (
 from flamingo_export.bundle_tokenizer import placeholder_tokenizer
 from flamingo_export.errors import BuildError, CheckpointError, ParityError, UnsupportedModel
 from flamingo_export.manifest import ShapeLimits
+from flamingo_export.precision import Rule
 from flamingo_export.quantize.policies import preset
 from flamingo_export.runtime.tokenizer import Tokenizer
 from flamingo_export.validate.golden import Goldens, save_goldens
@@ -268,6 +269,16 @@ def test_a_plan_tells_of_steps_and_cards(tmp_path: Path) -> None:
     given = build_plan.plan(msgspec.structs.replace(request, uncalibrated=True, backend="tensorrt-rtx", target="sm89"))
     assert given.steps[0].name == "weights"
     assert [step.name for step in given.steps[1:]] == [f"engine of {graph.name}" for graph in given.graphs]
+
+
+def test_a_plan_refuses_the_policy_that_a_build_would_refuse(tmp_path: Path) -> None:
+    idle = msgspec.structs.replace(preset("fp8"), rules=(Rule(weights="decoder/layers.0/*", format="fp8"),))
+    request = BuildRequest(source=source_for_size("nano"), out=tmp_path / "b.bundle", policy=idle)
+    with pytest.raises(BuildError, match="match no matrix of this model"):
+        build_plan.plan(request)
+    engines = msgspec.structs.replace(request, policy=preset("fp8"), backend="tensorrt-rtx", target="sm86")
+    with pytest.raises(BuildError, match="sm86 has no units for"):
+        build_plan.plan(engines)
 
 
 def test_limits_and_storage_are_as_asked(spoken_config: ModelConfig, tmp_path: Path) -> None:

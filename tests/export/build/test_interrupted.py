@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from flamingo_calibration import run
 from flamingo_export import api, artifacts, weight_files, workplace
 from flamingo_export.build_request import RandomWeights
-from flamingo_export.errors import BuildError
+from flamingo_export.errors import BuildError, CalibrationError
+from flamingo_export.quantize.policies import preset
 from flamingo_reference.config import ModelConfig
 
 from .conftest import Recorder, contents, in_child, wait
@@ -246,6 +248,29 @@ def test_no_space_in_the_middle(
     assert finished_files(place)
     assert not list(place.work.rglob("*.part"))
     assert contents(make(spoken_config, out).path) == contents(undisturbed)
+
+
+def test_no_space_in_the_calibration_of_a_build(
+    spoken_config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it has finished is kept, as it says, and gone on with."""
+    out, policy = tmp_path / "b.bundle", preset("fp8")
+    put, counter = run.put, itertools.count()
+
+    def full(file: Any, array: Any) -> None:
+        if next(counter) == 40:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        put(file, array)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "put", full)
+        with pytest.raises(CalibrationError, match=r"No space left on device.*kept in .*\.b\.bundle\.calibrating"):
+            make(spoken_config, out, policy=policy)
+    recorder = Recorder()
+    make(spoken_config, out, policy=policy, progress=recorder)
+    assert any("going on with the interrupted calibration" in note for note in recorder.notes)
+    whole = make(spoken_config, tmp_path / "whole.bundle", policy=policy)
+    assert contents(out) == contents(whole.path)
 
 
 def test_file_size_limit_of_the_system(spoken_config: ModelConfig, tmp_path: Path) -> None:

@@ -79,6 +79,9 @@ def test_a_file_extends_a_preset_and_its_rules_win(tmp_path: Path) -> None:
         ('extends = "int5"\n', "'int5' is no policy; there are fp8, int8, int4"),
         ('wieghts = "x"\n', "wieghts"),
         ("[[rules\n", "is no policy"),
+        (f"x = {'[' * 3000}{']' * 3000}\n", "is no policy"),
+        (f"x = {'9' * 5000}\n", "is no policy"),
+        ('name = "x"\n', "quantises nothing: it has no rules"),
     ],
 )
 def test_a_bad_file_is_refused_with_its_fault(tmp_path: Path, text: str, words: str) -> None:

@@ -203,6 +203,49 @@ def test_operands_of_attention_are_measured_one_by_one() -> None:
     assert 'attention = "storage"' in suggestion.text
 
 
+def test_keys_and_values_of_media_are_measured(tmp_path: Path) -> None:
+    """Those of the first gated block by hand, in fp64: it takes the embedding, and adds to that."""
+    policy = Policy(name="media", media="fp8", attention="fp8")
+    source = CheckpointSource(nano_checkpoint())
+    spelled = source_tokenizer(source)
+    samples = shipped_samples(NANO, spelled)
+    table = calibrate(source, samples, tokenizer=spelled)
+    found = measured(source, policy, calibration=table, memory=0)
+    media = {each.name: each for each in found.matrices if each.name.startswith("media_kv/")}
+    assert set(media) == {f"media_kv/layer.{i}/{kind}" for i in range(3) for kind in "kv"}
+    assert all(each.kind == "operand" and each.error > 1e-4 for each in media.values())
+
+    model = Flamingo.from_checkpoint(nano_checkpoint()).double().eval()
+    change = {"k": 0.0, "v": 0.0}
+    added = 0.0
+    with torch.no_grad():
+        for sample in check_samples(samples, source, spelled).samples:
+            pixels = [load_medium(medium, NANO).pixels for medium in sample.media]
+            none = torch.zeros(0, NANO.resampler.num_latents, NANO.resampler.width).double()
+            latents = torch.cat([none, *(model.latents(torch.from_numpy(frames[None]).double()) for frames in pixels)])
+            exact = dict(zip("kv", model.media_kv(latents)[0], strict=True))
+            hidden = model.language_model.embedding(torch.from_numpy(sample.token_ids)[None])
+            rest = torch.arange(len(pixels))[None], torch.from_numpy(sample.phi)[None]
+            after = model.gated_blocks()[0](hidden, *exact.values(), *rest)
+            added += float(((after - hidden) ** 2).sum())
+            for kind in "kv":
+                scale = 2.0 ** np.ceil(np.log2(table.tensors[f"media_kv/layer.0/{kind}"].amax / 448))
+                codes = np.clip(exact[kind].numpy() / scale, -448, 448).astype(ml_dtypes.float8_e4m3fn)
+                rounded = exact | {kind: torch.from_numpy(codes.astype(np.float64) * scale)}
+                change[kind] += float(((model.gated_blocks()[0](hidden, *rounded.values(), *rest) - after) ** 2).sum())
+    for kind in "kv":
+        assert media[f"media_kv/layer.0/{kind}"].error == pytest.approx((change[kind] / added) ** 0.5, rel=FP32_NOISE)
+
+    # What stands out goes back to the storage type, and nothing else does.
+    for name, kept in (("media_kv/layer.1/v", ("fp8", "storage")), ("decoder/layer.1/self_attention/q", ("storage", "fp8"))):
+        worse = tuple(msgspec.structs.replace(each, error=1.0 if each.name == name else 0.01) for each in found.matrices)
+        suggestion = suggest(msgspec.structs.replace(found, matrices=worse))
+        assert suggestion is not None
+        (tmp_path / "mine.toml").write_text(suggestion.text)
+        read = read_policy(tmp_path / "mine.toml")
+        assert (read.attention, read.media) == kept
+
+
 def test_the_suggested_policy_keeps_what_stands_out_and_costs_what_it_says(
     of_nano: Callable[[str], Sensitivity], tmp_path: Path
 ) -> None:
@@ -232,7 +275,7 @@ def test_the_suggested_policy_keeps_what_stands_out_and_costs_what_it_says(
 
 def test_a_policy_as_text_is_read_back_as_it_was(tmp_path: Path) -> None:
     rule = Rule(weights='decoder/layer.1/"ffw"\\*', format="int8", block=32, reason='é "quoted" \\ and\ttab')
-    own = Policy(name="own", rules=(rule, Rule(weights="media_kv/*", format="fp8")), attention="fp8")
+    own = Policy(name="own", rules=(rule, Rule(weights="media_kv/*", format="fp8")), attention="fp8", media="fp8")
     for policy in (own, msgspec.structs.replace(preset("int4"), name="own")):
         (tmp_path / "own.toml").write_text(policy_text(policy), encoding="utf-8")
         assert read_policy(tmp_path / "own.toml") == policy

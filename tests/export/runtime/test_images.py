@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -170,6 +171,12 @@ def test_what_is_no_image(tmp_path: Path) -> None:
         load_image(text)
     with pytest.raises(ImageError, match=r"is a folder\. To use its images as the frames of a video"):
         load_image(tmp_path)
+    os.mkfifo(tmp_path / "pipe.png")
+    for endless in (tmp_path / "pipe.png", Path("/dev/zero")):
+        with pytest.raises(ImageError, match="is a pipe or a device, expected a file"):
+            load_image(endless)
+    with pytest.raises(ImageError, match="File name too long"):
+        load_image(tmp_path / ("x" * 300))
     script = tmp_path / "a.eps"
     script.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")
     with pytest.raises(ImageError, match="is not an image"):

@@ -31,7 +31,7 @@ from flamingo_export.lowering.shapes import Bounds, Profile
 from flamingo_export.manifest import CalibrationRecord, GraphRecord, ShapeLimits, SourceRecord, read_manifest
 from flamingo_export.precision import Policy, Precision
 from flamingo_export.progress import SILENT
-from flamingo_export.quantize.policies import preset
+from flamingo_export.quantize.policies import preset, read_policy
 from flamingo_reference.config import PRESETS
 
 
@@ -243,6 +243,7 @@ def compile_with(monkeypatch, tmp_path):
             parts=parts,
             policy=policy,
             limits=limits,
+            uncalibrated=policy is not None,
         )
         return pipeline.build(request)
 
@@ -314,6 +315,23 @@ def test_limits_that_no_engine_can_have_are_said_before_anything_is_written(comp
     with pytest.raises(BuildError, match="max_length 8 leaves no room beside a chunk of 1 or 8 beams"):
         compile_with(FakeBuilds(), limits=ShapeLimits(max_length=8, chunk=1))
     assert not list(tmp_path.iterdir())
+
+
+def test_this_machines_gpu_is_asked_for_fp8_too(compile_with, monkeypatch, tmp_path):
+    """Where no target was named. Refused before anything is written; with media in FP8 the plugin's graph is what is compiled."""
+    media = read_policy(Path(__file__).parents[3] / "scripts" / "gpu" / "fp8_media.toml")
+
+    def on(target):
+        ready = backend_module.Prepared(trt=fake_library(), target=target, plugin_sha256="0" * 64)
+        monkeypatch.setattr(backend_module.TensorRTBackend, "prepare", lambda self: ready)
+        return compile_with(FakeBuilds(), target=None, backend="tensorrt", policy=media)
+
+    with pytest.raises(BuildError, match="computes products in FP8, which sm80 has no units for"):
+        on("sm80")
+    assert not list(tmp_path.iterdir())
+    manifest = on("sm90").manifest
+    assert manifest.precision.media == "fp8"
+    assert len(manifest.engines) == 4
 
 
 def planned(folder: Path, *, parts: int) -> tuple[build_plan.PlannedGraph, ...]:
