@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--parts", type=int, default=4)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--target", default="sm89")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/engine_parts.json")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/engine_parts_TARGET.json")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.only:
@@ -103,7 +103,7 @@ def main() -> None:
         import common
 
         result = {"bundle": arguments.bundle.name, "target": arguments.target, "parts": arguments.parts, "built": found}
-        print(common.save("engine_parts", result))
+        print(common.save(f"engine_parts_{arguments.target}", result))
 
 
 if __name__ == "__main__":

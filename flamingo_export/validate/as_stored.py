@@ -18,6 +18,7 @@ import numpy as np
 from flamingo_export.precision import Precision, Quantisation, StorageType
 from flamingo_export.quantize.matrices import FP8_LARGEST, dequantised, quantised, range_scale
 from flamingo_export.quantize.table import CalibrationTable
+from flamingo_export.validate.stored_codes import codes_digest
 from flamingo_export.weights import Weight, bundle_weights
 from flamingo_reference.config import ModelConfig, RelativePositions
 
@@ -47,6 +48,8 @@ class AsStored:
         # Quantised ones first: a tied head is made of the embedding as it was, not as it is rounded for itself.
         self._weights = sorted(weights, key=lambda weight: weight.quantisation(precision) is None)
         self._tied = config.language_model.tied_head
+        self.codes: dict[str, str] = {}
+        """Of each quantised matrix and operand that was applied so far: digest of what the bundle must hold (`stored_codes`)."""
 
     @property
     def exact(self) -> bool:
@@ -66,6 +69,9 @@ class AsStored:
             if not matrices or matrices[0] not in parameters:
                 continue
             operands = [self._scale(name) if self._only(name) else None for name in weight.operands(self.precision)]
+            for name, scale in zip(weight.operands(self.precision), operands, strict=True):
+                if scale is not None:
+                    self.codes[name] = codes_digest(np.float32(scale))
             if any(operands):
                 owner = module.get_submodule(matrices[0].rsplit(".", 2)[0].removeprefix(prefix).removeprefix("."))
                 if weight.group == "media_kv":
@@ -92,7 +98,10 @@ class AsStored:
         if self._calibration is not None and how.element != "fp8":
             channels = self._calibration.tensors[weight.name].channels().astype(np.float32)
             importance = np.square(channels) if channels.size else None
-        matrix = dequantised(*quantised(np.ascontiguousarray(weight.make(sources)), how, importance), how)
+        codes, scales = quantised(np.ascontiguousarray(weight.make(sources)), how, importance)
+        inputs = [np.float32(self._scale(weight.name))] if how.element == "fp8" else []
+        self.codes[weight.name] = codes_digest(codes, scales, *inputs)
+        matrix = dequantised(codes, scales, how)
         names = [name for name in weight.sources if name.endswith(".weight")]
         gate = next((parameters[name].data for name in weight.sources if name.endswith(_GATE)), None)
         found = torch.from_numpy(np.ascontiguousarray(matrix.T)).split([len(parameters[name]) for name in names])

@@ -35,6 +35,7 @@ from flamingo_export.validate.media import MediaFormat
 from flamingo_export.validate.oracle import encoder_feeds, fed_positions, resampler_feeds
 from flamingo_export.validate.plan import plan_case
 from flamingo_export.validate.report import LayerPoint, Level, Row
+from flamingo_export.validate.stored_codes import check_codes
 from flamingo_export.validate.tolerances import PRICES, coarsest, tolerance
 
 LAYER_BY_LAYER = "layer by layer, for want of memory"
@@ -69,6 +70,8 @@ class Checker:
         """All gates. whole: the decoder is run in one piece, and layer by layer besides; else only layer by layer. layers: whether there
         is such a thing, which there is not for compiled engines."""
         self.progress.stage("engines", 4 + self.config.language_model.num_layers)
+        self.rows += check_codes(self.bundle, self.goldens)
+        self.first_diverging = next((row.subgraph for row in self.rows if not row.passed), None)
         self._encoders()
         if whole:
             self._whole_decoder()

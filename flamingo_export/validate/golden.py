@@ -65,6 +65,8 @@ class Goldens(msgspec.Struct, kw_only=True):
     prices: dict[str, float] = msgspec.field(default_factory=dict)
     """What storing each LM layer (and the gated block before it) as the bundle does costs in PyTorch: rms of the difference from fp64 over the
     rms of what the layer adds to its input."""
+    codes: dict[str, str] = msgspec.field(default_factory=dict)
+    """Of each quantised matrix and operand: `stored_codes.codes_digest` of what the bundle must hold."""
     traces: tuple[GoldenTrace, ...] = ()
     no_traces: str = ""
     """Why there are none, where they were left out on purpose."""
@@ -92,6 +94,7 @@ class _File(msgspec.Struct, frozen=True, kw_only=True):
     weights_sha256: str
     tensors: dict[str, _Entry]
     prices: dict[str, float] = msgspec.field(default_factory=dict)
+    codes: dict[str, str] = msgspec.field(default_factory=dict)
     traces: tuple[GoldenTrace, ...]
     no_traces: str = ""
 
@@ -112,6 +115,7 @@ def save_goldens(folder: Path, goldens: Goldens) -> None:
         weights_sha256=goldens.weights_sha256,
         tensors=entries,
         prices=goldens.prices,
+        codes=goldens.codes,
         traces=goldens.traces,
         no_traces=goldens.no_traces,
     )
@@ -153,6 +157,7 @@ def load_goldens(folder: Path) -> Goldens | None:
         expected=expected,
         hidden={key.removeprefix("hidden|"): value for key, value in arrays.items() if key.startswith("hidden|")},
         prices=document.prices,
+        codes=document.codes,
         traces=document.traces,
         no_traces=document.no_traces,
     )

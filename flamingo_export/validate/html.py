@@ -14,11 +14,13 @@ from flamingo_export.validate.report import ParityReport, Row, Strip, Trace, wri
 from flamingo_export.validate.tolerances import INDEPENDENT_ROUNDING, RULE
 
 LEVELS = {
+    "weights": "Codes and scales",
     "subgraph": "Subgraphs",
     "layer": "Layers",
     "phi": "Hard cases of phi",
     "end_to_end": "End to end",
     "trace": "Token traces",
+    "task": "Captions and answers",
 }
 # One colour a bank row, far apart in hue; rows beyond begin anew.
 HUES = (24, 205, 145, 280, 340, 50, 175, 245)
@@ -36,7 +38,7 @@ def render_html(report: ParityReport) -> str:
     filters: dict[str, Callable[..., object]] = {"number": _number, "share": _share, "picture": _picture}
     template = page_template(resources.files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8"), filters)
     shown = [*PHI_CASES, *((RESET_CASE,) if RESET_CASE in report.strips else ()), END_TO_END_CASE]
-    plotted = [row for row in report.rows if row.level not in ("layer", "trace")]
+    plotted = [row for row in report.rows if row.level not in ("weights", "layer", "trace", "task")]
     page: str = template.render(
         report=report,
         gates_plot=Markup(gates_plot(plotted)) if plotted else "",

@@ -149,6 +149,7 @@ def record(
     goldens = Goldens(weights_sha256=digest, storage=manifest.precision.key, model=source.config.name)
     with _torch_threads(source.config):
         record_numbers(parts_of(source, stored), goldens, progress, media=MediaFormat(manifest.precision, calibration))
+        goldens.codes = dict(stored.codes)
         goldens.no_traces = _no_room(source.config, memory)
         if not goldens.no_traces:
             goldens.traces = record_traces(source, stored, manifest.limits, tokenizer, progress)

@@ -11,7 +11,7 @@ import msgspec
 
 Verdict = Literal["passed", "failed", "not_run"]
 Against = Literal["reference", "golden", "transformers"]
-Level = Literal["subgraph", "layer", "phi", "end_to_end", "trace", "task"]
+Level = Literal["weights", "subgraph", "layer", "phi", "end_to_end", "trace", "task"]
 
 REPORT_SCHEMA = 1
 REPORT_JSON = "reports/parity.json"
