@@ -16,7 +16,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -190,13 +190,20 @@ def write_torch(path: Path, shapes: Shapes, dtype: np.dtype[Any]) -> None:
 
 
 def write_idefics(folder: Path, settings: Mapping[str, Any], *, shard_bytes: int = SHARD_BYTES) -> None:
-    """IDEFICS v1 as it is published, without tokenizer: bf16 shards, index, config.json."""
+    """IDEFICS v1 as it is published: bf16 shards, index, config.json, and a tokenizer of as many words."""
     from transformers import IdeficsConfig, IdeficsForVisionText2Text
 
     config = IdeficsConfig(**settings)
     shapes = meta_shapes(lambda: IdeficsForVisionText2Text(config))
     write_config(folder, config)
     write_safetensors(folder, shapes, BF16, shard_bytes=shard_bytes)
+    write_tokenizer(folder, *idefics_words(config.vocab_size))
+
+
+def idefics_words(vocabulary: int) -> tuple[list[str], list[str]]:
+    """Words of a tokenizer by id, and those among them that IDEFICS adds or that have a meaning."""
+    first, added = ["<unk>", "<s>", "</s>"], ["<fake_token_around_image>", "<image>"]
+    return [*first, *(f"w{index}" for index in range(len(first), vocabulary)), *added], [*first, *added]
 
 
 def write_index(folder: Path, settings: Mapping[str, Any]) -> None:
@@ -228,7 +235,7 @@ def write_openflamingo(folder: Path, mpt: Mapping[str, Any], clip: Mapping[str, 
     lm_shapes = meta_shapes(lambda: MptForCausalLM(lm_config))
     lm_shapes.pop("lm_head.weight", None)  # tied to the embedding: files do not hold it
     write_safetensors(lm, lm_shapes, BF16)
-    write_tokenizer(lm, tokens)
+    write_tokenizer(lm, ["<|endoftext|>", *(f"w{index}" for index in range(1, tokens))])
     write_config(vision, clip_config)
     # The prefix of the published files, which this version of transformers leaves out.
     inner = {
@@ -247,13 +254,13 @@ def write_openflamingo(folder: Path, mpt: Mapping[str, Any], clip: Mapping[str, 
     write_torch(folder / "checkpoint.pt", bridge, np.dtype(np.float32))
 
 
-def write_tokenizer(folder: Path, tokens: int) -> None:
-    """tokenizer.json of words parted by spaces."""
+def write_tokenizer(folder: Path, words: Sequence[str], special: Sequence[str] = ()) -> None:
+    """tokenizer.json of words parted by spaces; `special` are added tokens of the ids that they have among the words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = {"<|endoftext|>": 0, **{f"w{index}": index for index in range(1, tokens)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<|endoftext|>"))
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=words[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(list(special))
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
