@@ -17,7 +17,6 @@ from flamingo_calibration.data import BadSample, Sample, read_samples, source_to
 from flamingo_calibration.run import calibrate
 from flamingo_calibration.shipped import nano_samples, shipped_samples
 from flamingo_calibration.states import discard
-from flamingo_calibration.statistics import weight_amax
 
 __all__ = [
     "BadSample",
@@ -28,5 +27,4 @@ __all__ = [
     "read_samples",
     "shipped_samples",
     "source_tokenizer",
-    "weight_amax",
 ]

@@ -8,7 +8,6 @@ changes no count.
 from __future__ import annotations
 
 import base64
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -91,16 +90,3 @@ def _packed(squares: npt.NDArray[np.float64] | None) -> str:
         return ""
     relative = np.sqrt(squares / squares.mean()).astype("<f2")
     return base64.b64encode(relative.tobytes()).decode()
-
-
-def weight_amax(weight: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """Largest magnitude of each output channel of a checkpoint's weight [out, ...]: float32 [out]. Raises CalibrationError for NaN, infinity."""
-    flat = weight.reshape(len(weight), -1)
-    largest = np.empty(len(flat), np.float32)
-    for index, row in enumerate(flat):  # one row at a time: a matrix of 80b has 270 million numbers
-        largest[index] = np.abs(row.astype(np.float32)).max()
-    if not np.isfinite(largest).all():
-        raise CalibrationError(
-            f"output channel {int(np.flatnonzero(~np.isfinite(largest))[0])} of a weight holds NaN or infinity"
-        )
-    return largest

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from flamingo_calibration import thresholds, weight_amax
+from flamingo_calibration import thresholds
 from flamingo_calibration.statistics import Collector
 from flamingo_export.errors import CalibrationError
 
@@ -143,18 +143,3 @@ def test_a_single_number_and_the_smallest_ones():
     assert collected([[3.0]]).entropy == 3
     tiny = collected([[1e-41, 2e-41]])
     assert 0 < tiny.percentile <= tiny.amax == pytest.approx(2e-41, rel=1e-3)
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16])
-def test_weight_amax_by_output_channel(dtype):
-    weight = drawn((6, 5, 3, 3)).astype(dtype)
-    expected = [max(abs(float(number)) for number in row.reshape(-1)) for row in weight]
-    np.testing.assert_allclose(weight_amax(weight), expected, rtol=1e-6)
-    np.testing.assert_array_equal(weight_amax(weight[:, :, 0, 0].T), np.abs(weight[:, :, 0, 0].astype(np.float32)).max(axis=0))
-
-
-def test_weight_amax_refuses_nan():
-    weight = drawn((4, 3))
-    weight[2, 1] = np.nan
-    with pytest.raises(CalibrationError, match="output channel 2"):
-        weight_amax(weight)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -234,3 +235,10 @@ def test_quantised_matrices_do_not_depend_on_the_order_of_tiles() -> None:
     part_codes, part_scales = quantised(np.ascontiguousarray(given[:, 700:900]), how)
     np.testing.assert_array_equal(codes[:, 350:450], part_codes)
     np.testing.assert_array_equal(scales[:, 700:900], part_scales)
+
+
+@pytest.mark.parametrize("given", [{"calibration": Path("calibration.json")}, {"uncalibrated": True}])
+def test_ranges_without_a_policy_are_refused(given: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match="of use to a quantised build alone: add --fp8"):
+        pipeline.build(BuildRequest(source=source_for_size("nano"), out=tmp_path / "b.bundle", **given))
+    assert not list(tmp_path.iterdir())
