@@ -118,12 +118,17 @@ def load(
     manifest = open_bundle(path)
     options = SessionOptions(threads=threads, device=device)
     try:
-        return _opened(path, manifest, get_backend(backend, manifest), options)
+        chosen = get_backend(backend, manifest)
+        _check_memory(path, manifest, chosen, options)
+        return _opened(path, manifest, chosen, options)
     except BackendError as error:
         if fallback is None:
             raise
         other = get_backend(fallback, manifest)
-        _check_memory(manifest, fallback, error)
+        try:
+            _check_memory(path, manifest, other, options)
+        except BackendError as short:
+            raise BackendError(f"{error} --fallback {fallback}: {short}") from error
         _log.warning("going on with %s: %s", other.name, error)
         return _opened(path, manifest, other, options)
 
@@ -140,24 +145,24 @@ def _opened(path: Path, manifest: Manifest, backend: Backend, options: SessionOp
     return Model(path, manifest, backend, options)
 
 
-def _check_memory(manifest: Manifest, fallback: str, refusal: Exception) -> None:
-    """Raises BackendError if the portable graphs, whose weights are widened to fp32, do not fit in memory."""
+def _check_memory(path: Path, manifest: Manifest, backend: Backend, options: SessionOptions) -> None:
+    """Raises BackendError if the weights alone, as ONNX Runtime holds them on a CPU, do not fit in the memory there is: a process that takes
+    more is killed without a word."""
     import psutil
 
+    from flamingo_export.backends.onnxruntime import weight_bytes
     from flamingo_export.errors import BackendError
-    from flamingo_export.precision import BYTES_PER_WEIGHT
 
-    stored = sum(file.size for file in manifest.files if file.path.startswith("weights/"))
-    policy = manifest.precision.policy
-    if policy is None:
-        needed = stored * BYTES_PER_WEIGHT["fp32"] // BYTES_PER_WEIGHT[manifest.precision.storage]
-    else:  # codes of blocks stay as they are, of FP8 they are widened
-        needed = stored * (4 if policy.needs_ranges else 2)
-    available = psutil.virtual_memory().available
+    if backend.name != "onnxruntime" or options.device != "cpu":
+        return
+    needed, available = weight_bytes(path), psutil.virtual_memory().available
     if needed > available:
+        blocks = manifest.precision.policy is not None and not manifest.precision.policy.needs_ranges
+        advice = "Free some" if blocks else "Build it with --int4 or --int8, whose codes stay as they are, free some"
         raise BackendError(
-            f"{refusal} --fallback {fallback} would take about {needed / 2**30:.1f} GiB of memory, {available / 2**30:.1f} GiB are available."
-        ) from refusal
+            f"the weights of {path.name} take {needed / 2**30:.1f} GiB of memory on a CPU, where 16 bits and FP8 are widened to fp32; "
+            f"{available / 2**30:.1f} GiB are available. {advice}, or run it on a GPU."
+        )
 
 
 def _source(model: Path | str | Flamingo | Source, tokenizer: Path | None) -> Source:

@@ -18,7 +18,7 @@ from flamingo_export import api, pipeline
 from flamingo_export.backends.base import SessionOptions
 from flamingo_export.backends.onnxruntime import session_options
 from flamingo_export.build_request import BuildRequest, RandomWeights, nano_checkpoint, source_for_size
-from flamingo_export.errors import BuildError, CalibrationError, CheckpointError, ParityError
+from flamingo_export.errors import BackendError, BuildError, CalibrationError, CheckpointError, ParityError
 from flamingo_export.manifest import read_manifest
 from flamingo_export.precision import Policy, Quantisation
 from flamingo_export.quantize.matrices import dequantised, quantised
@@ -242,3 +242,19 @@ def test_ranges_without_a_policy_are_refused(given: dict[str, Any], tmp_path: Pa
     with pytest.raises(BuildError, match="of use to a quantised build alone: add --fp8"):
         pipeline.build(BuildRequest(source=source_for_size("nano"), out=tmp_path / "b.bundle", **given))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_bundle_that_memory_does_not_hold_is_refused(built: pipeline.BuildResult, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what its weights take once they are open: codes of blocks stay as they are, all else is fp32."""
+    index = WeightIndex.read(built.path)
+    codes = [name.removesuffix(SCALE) for name in index if name.endswith(SCALE)]
+    kept = [index[name].length for name in codes if index[name].storage != "fp8"]
+    needed = sum(kept) + sum(
+        4 * int(np.prod(index[name].shape)) for name in index if name not in codes or index[name].storage == "fp8"
+    )
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": needed - 1})())
+    advice = "Build it with --int4" if not kept else "Free some, or run it on a GPU"
+    with pytest.raises(BackendError, match=rf"nano-.*\.bundle take .* GiB of memory on a CPU.*{advice}"):
+        api.load(built.path, backend="onnxruntime")
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": needed})())
+    api.load(built.path, backend="onnxruntime").close()
