@@ -31,6 +31,7 @@ BUILDS: dict[str, dict[str, Any]] = {
     "bf16": {"storage": "bf16"},
     "fp8": {"policy": preset("fp8")},
     "fp8, attention too": {"policy": msgspec.structs.replace(preset("fp8"), name="fp8-attention", attention="fp8")},
+    "fp8, media too": {"policy": msgspec.structs.replace(preset("fp8"), name="fp8-media", media="fp8")},
     "fp8, uncalibrated": {"policy": preset("fp8"), "uncalibrated": True},
     "int8": {"policy": preset("int8")},
     "int4": {"policy": preset("int4")},
