@@ -13,13 +13,14 @@ import importlib.util
 import platform
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from flamingo_export import workplace
 from flamingo_export.artifacts import file_record
 from flamingo_export.backends.registry import COMPILERS, get_compiler
+from flamingo_export.build_calibration import checked_policy, written_ranges
 from flamingo_export.build_plan import OTHER_FILES_BYTES, engine_bytes
 from flamingo_export.build_request import BuildRequest, default_limits, resolve_precision
 from flamingo_export.bundle_tokenizer import checked_tokenizer, placeholder_tokenizer
@@ -30,7 +31,6 @@ from flamingo_export.graphs import build_graph, save_graph
 from flamingo_export.lowering.shapes import check_limits
 from flamingo_export.manifest import (
     MANIFEST_NAME,
-    CalibrationRecord,
     EngineRecord,
     FileRecord,
     GraphRecord,
@@ -41,14 +41,9 @@ from flamingo_export.manifest import (
 from flamingo_export.origin import with_place
 from flamingo_export.precision import Precision
 from flamingo_export.progress import SILENT, Progress
-from flamingo_export.quantize.policies import check_backend, check_policy
 from flamingo_export.quantize.table import (
-    CALIBRATION_FILE,
     CalibrationTable,
-    calibration_record,
     check_fits,
-    read_table,
-    write_table,
 )
 from flamingo_export.runtime.tokenizer import TOKENIZER_FILE
 from flamingo_export.sources import LiveSource, RandomSource, WeightSource, open_source
@@ -57,7 +52,7 @@ from flamingo_export.weight_files import stored_bytes, write_weights
 from flamingo_export.weights import WEIGHTS_FOLDER, WeightIndex, bundle_weights, groups
 from flamingo_export.workplace import Finished, Journal, WorkPlace
 from flamingo_reference.checkpoints import native
-from flamingo_reference.config import ModelConfig, OwnVisionConfig
+from flamingo_reference.config import OwnVisionConfig
 
 if TYPE_CHECKING:
     from flamingo_export.backends.tensorrt.backend import Prepared, TensorRTBackend
@@ -147,7 +142,7 @@ def _prepare(request: BuildRequest, progress: Progress) -> _Job:
     precision = resolve_precision(config, request.storage, request.policy)
     backend = get_compiler(request.backend, target=request.target) if request.backend in COMPILERS else None
     compiler = (backend, backend.prepare()) if backend is not None else None
-    calibration = _checked_policy(request, config, precision, compiler[1].target if compiler is not None else None)
+    calibration = checked_policy(request, config, precision, compiler[1].target if compiler is not None else None)
     donor = fitting(request.graphs_of, source, progress=progress) if request.graphs_of is not None else None
     notes = []
     drawn = isinstance(source, RandomSource)
@@ -184,36 +179,6 @@ def _prepare(request: BuildRequest, progress: Progress) -> _Job:
     )
 
 
-def _checked_policy(
-    request: BuildRequest, config: ModelConfig, precision: Precision, target: str | None
-) -> CalibrationTable | None:
-    """The calibration table that was given. target: the GPU of the engines.
-
-    Raises BuildError for a policy that fits neither model nor backend, or needs a table and could not be given one; CalibrationError for
-    a table that cannot be read.
-    """
-    policy = precision.policy
-    if policy is None:
-        if request.calibration is not None:
-            raise BuildError(
-                f"--calibration {request.calibration} is of use to a quantised build alone: add --fp8, --int8 or --int4"
-            )
-        if request.uncalibrated:
-            raise BuildError("--uncalibrated is of use to a quantised build alone: add --fp8, or leave it out")
-        return None
-    check_policy(policy, [weight.name for weight in bundle_weights(config, precision) if weight.product])
-    check_backend(policy, request.backend, target)
-    if request.calibration is not None:
-        return read_table(request.calibration)
-    if policy.needs_ranges and not request.uncalibrated and importlib.util.find_spec("torch") is None:
-        raise BuildError(
-            f"policy {policy.name} quantises activations, whose ranges are found by running the reference, and PyTorch is not installed. "
-            "Give a table made elsewhere (--calibration FILE), install PyTorch (pip install 'flamingo-export[torch]'), or build without "
-            "ranges (--uncalibrated), which costs accuracy."
-        )
-    return None
-
-
 def _identity(job: _Job) -> str:
     """What must be the same for an interrupted build to be gone on with: all that finished weights depend on."""
     versions = [importlib.metadata.version(tool) for tool in ("flamingo-export", "numpy")]
@@ -246,7 +211,9 @@ def _check_engines(job: _Job, journal: Journal) -> None:
 def _fill(job: _Job, journal: Journal, progress: Progress) -> BuildResult:
     """Everything in the work folder, the manifest last."""
     work, config = job.place.work, job.source.config
-    calibration, calibrated = _calibration(job, journal, progress)
+    calibration, calibrated = written_ranges(
+        job.source, job.precision, job.calibration, job.place, journal, progress, uncalibrated=job.request.uncalibrated
+    )
     weights = bundle_weights(config, job.precision)
     records, digests = write_weights(job.source, weights, job.precision, work, journal, progress, calibration=calibration)
     source = with_place(job.source.record(digests), job.request)
@@ -277,32 +244,6 @@ def _fill(job: _Job, journal: Journal, progress: Progress) -> BuildResult:
     manifest = msgspec.structs.replace(manifest, files=(*records, *compiled, *_other_files(work)))
     write_manifest(work, manifest)
     return BuildResult(path=job.place.out, manifest=manifest, notes=job.notes, parity=report)
-
-
-def _calibration(job: _Job, journal: Journal, progress: Progress) -> tuple[CalibrationTable | None, CalibrationRecord | None]:
-    """The table that quantisation reads, written into the bundle, and what the manifest says of it: as given, or made here of the set
-    that ships with the package where activations are quantised."""
-    policy, path = job.precision.policy, job.place.work / CALIBRATION_FILE
-    if policy is None:
-        return None, None
-    table = job.calibration
-    if table is None and (job.request.uncalibrated or not policy.needs_ranges):
-        return None, CalibrationRecord(origin="none")
-    origin: Literal["given", "shipped"] = "given" if table is not None else "shipped"
-    if CALIBRATION_FILE in journal.groups:
-        return (table := read_table(path)), calibration_record(table, origin)
-    if table is None:
-        from flamingo_calibration.data import source_tokenizer
-        from flamingo_calibration.run import calibrate
-        from flamingo_calibration.shipped import shipped_samples
-
-        tokenizer = source_tokenizer(job.source)
-        samples = shipped_samples(job.source.config, tokenizer, job.source.inputs)
-        table = calibrate(job.source, samples, tokenizer=tokenizer, work=job.place.calibration, progress=progress)
-    write_table(path, table)
-    journal.add(CALIBRATION_FILE, Finished(file=file_record(job.place.work, path), sources={}))
-    shutil.rmtree(job.place.calibration, ignore_errors=True)
-    return table, calibration_record(table, origin)
 
 
 def _write_graphs(job: _Job, progress: Progress) -> tuple[GraphRecord, ...]:

@@ -25,7 +25,7 @@ ENCODERS = ("vision_encoder", "resampler")
 
 def no_room(config: ModelConfig, memory: int | None) -> str:
     """Why the whole model is not run in `memory` bytes (None: what the machine has free); empty if it is."""
-    from flamingo_export.validate.parity import available_memory
+    from flamingo_export.backends.memory import available_memory
 
     # fp32 weights, each quantised matrix once more in its layer's twin and once in that of all, and activations.
     needed = int(12.5 * sum(math.prod(shape) for shape in expected_tensors(config).values())) + (300 << 20)

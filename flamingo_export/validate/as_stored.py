@@ -71,7 +71,7 @@ class AsStored:
             operands = [self._scale(name) if self._only(name) else None for name in weight.operands(self.precision)]
             for name, scale in zip(weight.operands(self.precision), operands, strict=True):
                 if scale is not None:
-                    self.codes[name] = codes_digest(np.float32(scale))
+                    self.codes[name] = codes_digest(np.array(scale, np.float32))
             if any(operands):
                 owner = module.get_submodule(matrices[0].rsplit(".", 2)[0].removeprefix(prefix).removeprefix("."))
                 if weight.group == "media_kv":
@@ -99,7 +99,7 @@ class AsStored:
             channels = self._calibration.tensors[weight.name].channels().astype(np.float32)
             importance = np.square(channels) if channels.size else None
         codes, scales = quantised(np.ascontiguousarray(weight.make(sources)), how, importance)
-        inputs = [np.float32(self._scale(weight.name))] if how.element == "fp8" else []
+        inputs = [np.array(self._scale(weight.name), np.float32)] if how.element == "fp8" else []
         self.codes[weight.name] = codes_digest(codes, scales, *inputs)
         matrix = dequantised(codes, scales, how)
         names = [name for name in weight.sources if name.endswith(".weight")]

@@ -7,11 +7,6 @@ engines:   the same cases and prompts through the bundle (checker.py, traces.py)
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
-import importlib.util
-import math
-import os
-import platform
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +14,7 @@ from pathlib import Path
 import msgspec
 
 from flamingo_export.backends.base import Backend, SessionOptions
+from flamingo_export.backends.memory import available_memory
 from flamingo_export.backends.registry import get_backend
 from flamingo_export.errors import CheckpointError, ParityError
 from flamingo_export.manifest import FileRecord, Manifest, ParityRecord, write_manifest
@@ -30,11 +26,11 @@ from flamingo_export.validate.as_stored import AsStored
 from flamingo_export.validate.cases import decoder_cases, pixel_cases
 from flamingo_export.validate.checker import Checker
 from flamingo_export.validate.golden import CASES_FILE, TENSORS_FILE, Goldens, load_goldens, save_goldens
+from flamingo_export.validate.machine import engine_bytes, environment, is_small, reference_bytes, torch_found
 from flamingo_export.validate.media import MediaFormat
 from flamingo_export.validate.plan import strips
 from flamingo_export.validate.report import Against, NotRun, ParityReport, Trace, Verdict, write_report
 from flamingo_reference.checkpoints.loading import CheckpointFiles
-from flamingo_reference.checkpoints.names import expected_tensors
 from flamingo_reference.config import ModelConfig
 
 GOLDEN_FOLDER = "golden"
@@ -363,49 +359,6 @@ def parity_record(before: ParityRecord, report: ParityReport) -> ParityRecord:
     if report.verdict == "passed" and before.state == "passed" and before.against == report.against:
         backends = tuple(dict.fromkeys((*before.backends, report.backend)))
     return ParityRecord(state=report.verdict, backends=backends, against=report.against, report=REPORT_JSON)
-
-
-def is_small(config: ModelConfig) -> bool:
-    """Whether more than one thread would cost more than it brings: below 50M parameters."""
-    return sum(math.prod(shape) for shape in expected_tensors(config).values()) < 50_000_000
-
-
-def torch_found() -> bool:
-    """Whether PyTorch can be imported, without importing it."""
-    return importlib.util.find_spec("torch") is not None
-
-
-def available_memory() -> int:
-    """Bytes that this machine can give now."""
-    import psutil
-
-    return int(psutil.virtual_memory().available)
-
-
-def reference_bytes(config: ModelConfig) -> int:
-    """Estimate of what the whole reference takes for token traces: fp64 and fp32 side by side, and activations."""
-    return int(12.5 * sum(math.prod(shape) for shape in expected_tensors(config).values())) + (300 << 20)
-
-
-def engine_bytes(config: ModelConfig) -> int:
-    """Estimate of what all engines take at once: fp32 weights, a second copy while they are packed, caches and activations."""
-    return int(8.5 * sum(math.prod(shape) for shape in expected_tensors(config).values())) + (300 << 20)
-
-
-def environment(backend: Backend) -> dict[str, str]:
-    """Versions and machine, for the report."""
-    found = {
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
-        "backend": backend.availability().detail,
-    }
-    for package in ("flamingo-export", "numpy", "onnxruntime", "torch", "transformers"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
 
 
 def _backend(backend: str | Backend) -> Backend:

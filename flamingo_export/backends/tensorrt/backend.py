@@ -11,6 +11,7 @@ import msgspec
 import onnx_ir as ir
 
 from flamingo_export.backends.base import Availability, SessionOptions
+from flamingo_export.backends.memory import available_memory
 from flamingo_export.backends.tensorrt import library, plugin
 from flamingo_export.backends.tensorrt.builder import Task, build
 from flamingo_export.backends.tensorrt.contract import (
@@ -22,7 +23,7 @@ from flamingo_export.backends.tensorrt.contract import (
     runtime_cache_file,
 )
 from flamingo_export.backends.tensorrt.cuda import INSTALL, CudaRuntime
-from flamingo_export.backends.tensorrt.estimate import GIB, Estimate, available_memory, check_memory
+from flamingo_export.backends.tensorrt.estimate import GIB, Estimate, check_memory
 from flamingo_export.backends.tensorrt.library import Library
 from flamingo_export.backends.tensorrt.loading import load_engine
 from flamingo_export.backends.tensorrt.memory import Lane

@@ -37,13 +37,6 @@ def estimate(weights: int) -> Estimate:
     )
 
 
-def available_memory() -> int:
-    """Bytes that programs can take without swapping."""
-    import psutil
-
-    return int(psutil.virtual_memory().available)
-
-
 def check_memory(config: ModelConfig, graph: GraphRecord, sizes: Mapping[str, int], available: int) -> Estimate:
     """What the build of a graph's engine will take. sizes: bytes of each of the bundle's weights by name.
 
