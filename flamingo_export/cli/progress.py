@@ -1,8 +1,9 @@
-"""Progress of long work on stderr: bars on a terminal, a line a stage in a log."""
+"""Progress of long work on stderr: bars on a terminal; in a log a line a stage, and one a minute while it lasts."""
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from flamingo_export.progress import Phase, Unit
+
+
+_TOLD_SECONDS = 60
 
 
 class Reporter(Protocol):
@@ -47,14 +51,22 @@ def reported() -> Iterator[Reporter]:
 
 
 class _Lines:
+    def __init__(self) -> None:
+        self._name, self._total, self._done = "", 1, 0
+        self._told = time.monotonic()
+
     def stage(self, name: str, total: int, unit: Unit = "items") -> None:
         from flamingo_export.cli.output import human_bytes
 
         size = f" ({human_bytes(total)})" if unit == "bytes" else f" ({total})" if total > 1 else ""
         print(f"{name}{size}", file=sys.stderr, flush=True)
+        self._name, self._total, self._done, self._told = name, max(total, 1), 0, time.monotonic()
 
     def advance(self, amount: int) -> None:
-        pass
+        self._done += amount
+        if time.monotonic() - self._told >= _TOLD_SECONDS:
+            print(f"{self._name}: {100 * self._done // self._total} %", file=sys.stderr, flush=True)
+            self._told = time.monotonic()
 
     def within(self, phases: Sequence[Phase]) -> None:
         pass

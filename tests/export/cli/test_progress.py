@@ -1,4 +1,4 @@
-"""Bars on a terminal: a stage, and inside of it what is under way."""
+"""Bars on a terminal: a stage, and inside of it what is under way. Lines in a log."""
 
 import io
 
@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
-from flamingo_export.cli.progress import _Bars
+from flamingo_export.cli.progress import _Bars, _Lines
 from flamingo_export.progress import Phase
 
 
@@ -29,3 +29,15 @@ def test_phases_have_bars_below_their_stage_while_they_last(bars):
     assert shown(bars) == [("decoder", 100, 1000), ("  Building", 3, 4)]
     reporter.stage("media_kv", 10)
     assert shown(bars) == [("decoder", 1000, 1000), ("media_kv", 0, 10)]
+
+
+def test_a_log_hears_of_a_long_stage_once_a_minute(monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    reporter = _Lines()
+    reporter.stage("layers", 40)
+    for seconds in (30, 61, 90, 122):
+        clock[0] = seconds
+        reporter.advance(10)
+    reporter.stage("graphs", 1)
+    assert capsys.readouterr().err.splitlines() == ["layers (40)", "layers: 50 %", "layers: 100 %", "graphs"]
