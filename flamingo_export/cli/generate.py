@@ -99,7 +99,7 @@ def generate(
         raise typer.BadParameter(str(error).replace("_", "-")) from None
     with opened(bundle, backend, device, threads, fallback) as model:
         result = _streamed(model, request, settings) if stream else model.generate(request, **settings)
-        _print(result, request, streamed=stream, as_json=as_json)
+        _print(result, request, eoc=model.inputs.tags.eoc, streamed=stream, as_json=as_json)
 
 
 def _streamed(model: Model, request: Request, settings: Settings) -> Generation:
@@ -113,7 +113,7 @@ def _streamed(model: Model, request: Request, settings: Settings) -> Generation:
     return stream.result
 
 
-def _print(result: Generation, request: Request, *, streamed: bool, as_json: bool) -> None:
+def _print(result: Generation, request: Request, *, eoc: str, streamed: bool, as_json: bool) -> None:
     from flamingo_export.cli.output import print_json, remarks
 
     texts = [result, *result.alternatives]
@@ -144,7 +144,9 @@ def _print(result: Generation, request: Request, *, streamed: bool, as_json: boo
             print(f"{text.score:9.3f}  {text.text}")
     if not result.finished:
         remarks().print(
-            f"(stopped after {len(result.token_ids)} tokens, before <EOC>: --max-new-tokens allows more)", style="dim"
+            f"(stopped after {len(result.token_ids)} tokens, before {eoc}: --max-new-tokens allows more)",
+            style="dim",
+            markup=False,
         )
     if remarks().is_terminal:
         steps = timings.steps

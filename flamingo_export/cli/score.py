@@ -28,7 +28,7 @@ def score(
     shots: Shots = None,
     text_only: TextOnly = False,
     frames: Frames = None,
-    end: Annotated[bool, typer.Option("--end/--open", help="Score that the answer ends there (<EOC>), or may go on.")] = True,
+    end: Annotated[bool, typer.Option("--end/--open", help="Score that the answer ends there, or may go on.")] = True,
     backend: BackendName = "auto",
     fallback: Fallback = None,
     device: Device = "cpu",
@@ -51,7 +51,8 @@ def score(
     media = media_as_typed(ctx, images, videos, frames)
     request = formatted(bundle, media=media, prompt=prompt, question=question, shots=shots, text_only=text_only)
     with opened(bundle, backend, device, threads, fallback) as model:
-        scores = model.score(request, [answer + "<EOC>" if end else answer for answer in answers])
+        ending = model.inputs.tags.eoc if end else ""
+        scores = model.score(request, [answer + ending for answer in answers])
     ranked = sorted(zip(answers, scores, strict=True), key=lambda pair: -pair[1].logprob)
     if as_json:
         print_json(

@@ -43,7 +43,7 @@ def check_traces(
     def label(token: int) -> str:
         """One token as the report shows it."""
         if token == manifest.config.tokens.eoc:
-            return "<EOC>"
+            return manifest.inputs.tags.eoc
         return (decode([token]) if decode is not None else "") or f"#{token}"
 
     traces, rows = [], []

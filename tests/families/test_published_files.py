@@ -23,6 +23,7 @@ from transformers.models.idefics.image_processing_pil_idefics import IdeficsImag
 import flamingo_export
 from flamingo_export import build_plan
 from flamingo_export.build_request import BuildRequest, CheckpointFolder
+from flamingo_export.cli import main
 from flamingo_export.errors import CheckpointError
 from flamingo_export.manifest import read_manifest
 from flamingo_reference.checkpoints.loading import load
@@ -78,6 +79,30 @@ def test_idefics_logits(idefics: tuple[Path, Any], idefics_bundle: Path, case: s
     exact = their_logits(copy.deepcopy(idefics[1]).double(), tokens, images.double())
     with opened(idefics_bundle) as runs:
         assert_as_exact(runs.logits(tokens, images[0]), exact, their_logits(idefics[1], tokens, images))
+
+
+def test_an_answer_of_idefics_ends_with_its_own_token(
+    idefics_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the command line too, where nobody writes it: `</s>` and not `<EOC>`."""
+    picture = tmp_path / "a.png"
+    Image.fromarray(np.full((40, 40, 3), 90, np.uint8)).save(picture)
+    line = [
+        "score",
+        str(idefics_bundle),
+        "--image",
+        str(picture),
+        "--prompt",
+        "w9 <image> w12",
+        "--candidates",
+        "w20,w21",
+        "--json",
+    ]
+    assert main(line) == 0
+    found = {each["candidate"]: each["logprob"] for each in json.loads(capsys.readouterr().out)["scores"]}
+    with flamingo_export.load(idefics_bundle, threads=1) as model:
+        wanted = model.score([1, 9, FAKE, IMAGE, FAKE, 12], [[20, 2], [21, 2]], images=[picture])
+    np.testing.assert_allclose([found["w20"], found["w21"]], [each.logprob for each in wanted], rtol=1e-5)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
