@@ -56,11 +56,11 @@ def nvcc_version(nvcc: str) -> str:
     return found[1] if found else "unknown"
 
 
-def run(command: list[str], *, timeout: float = 600) -> str:
-    """Output of a command. Raises BuildFailed with the output when it fails."""
+def run(command: list[str], *, timeout: float = 600, folder: Path | None = None) -> str:
+    """Output of a command, run in `folder`. Raises BuildFailed with the output when it fails."""
     try:
         done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout, check=False
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout, check=False, cwd=folder
         )
     except subprocess.TimeoutExpired as error:
         raise BuildFailed(f"{' '.join(command)}: not done after {timeout:.0f} s") from error
@@ -112,8 +112,9 @@ def build_library(nvcc: str, architecture: str, folder: Path) -> tuple[Path, lis
         for out, found in pool.map(compile_one, wanted):
             objects.append(str(out))
             resources += found
-    script = f"-Xlinker=--version-script={KERNELS / 'exports.map'}"
-    run([nvcc, "-shared", f"-arch=sm_{architecture}", *objects, "-o", str(library), script])
+    # nvcc hands the linker's words on without quotes, and the path of this checkout may hold spaces.
+    script = "-Xlinker=--version-script=exports.map"
+    run([nvcc, "-shared", f"-arch=sm_{architecture}", *objects, "-o", str(library), script], folder=KERNELS)
     known.write_text(json.dumps([found.as_json() for found in resources]))
     return library, resources
 
@@ -137,8 +138,8 @@ def build_plugin(nvcc: str, architecture: str, headers: Path, folder: Path) -> t
     common += ["-isystem", str(headers), "-I", str(KERNELS)]
     objects = [str(out) for out in kernel_objects(nvcc, architecture, folder).values()]
     sources = [str(path) for path in sorted(PLUGIN.glob("*.cpp"))]
-    script = ["-Xlinker=--no-undefined", f"-Xlinker=--version-script={PLUGIN / 'exports.map'}"]
-    run([*common, *sources, *objects, "-o", str(plugin), *script])
+    script = ["-Xlinker=--no-undefined", "-Xlinker=--version-script=exports.map"]
+    run([*common, *sources, *objects, "-o", str(plugin), *script], folder=PLUGIN)
     run([*common, "-Xcompiler", "-fvisibility=default", str(DRIVER), "-o", str(driver), "-ldl"])
     return plugin, driver
 
