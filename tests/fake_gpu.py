@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import msgspec
@@ -22,6 +23,8 @@ from flamingo_export.lowering.tensorrt import lower, save_lowered
 from flamingo_export.manifest import EngineRecord, read_manifest, write_manifest
 
 TARGET = "sm89"
+LIMITS = {"bank_rows": 8, "chunk": 16, "batch": 3, "beams": 4, "frames": 4, "video_frames": 12}
+"""Of engines small enough to run past them."""
 
 
 class FakeGpu:
@@ -74,3 +77,12 @@ def add_engines(source: Path, bundle: Path, *, changes: Mapping[str, Mapping[str
     files = tuple(file_record(bundle, bundle / path) for path in sorted(listed))
     write_manifest(bundle, msgspec.structs.replace(manifest, engines=tuple(engines), files=files))
     return bundle
+
+
+def fake_library() -> ModuleType:
+    """Enough of TensorRT for RTX to choose a target."""
+    module = ModuleType("tensorrt_rtx")
+    module.__version__ = "1.7.1.116"
+    module.Builder = object
+    module.ComputeCapability = type("ComputeCapability", (), {"SM80": 80, "SM86": 86, "SM89": 89, "SM120": 120, "NONE": 0})
+    return module

@@ -25,13 +25,8 @@ pytestmark = [pytest.mark.tensorrt, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        import engine_build_memory
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-    return engine_build_memory
+def script(benchmark_script: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark_script("engine_build_memory")
 
 
 def test_3b_whole(script: ModuleType, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:

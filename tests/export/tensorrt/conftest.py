@@ -7,6 +7,9 @@ from types import ModuleType
 
 import pytest
 import trt_wheels
+from fake_gpu import FakeGpu, install
+
+from flamingo_export import artifacts
 
 TARGET = "sm89"
 
@@ -15,6 +18,18 @@ TARGET = "sm89"
 def rtx() -> ModuleType:
     """TensorRT for RTX, or a skip with a reason."""
     return trt_wheels.rtx()
+
+
+@pytest.fixture
+def own_cache(monkeypatch, tmp_path) -> None:
+    """Nothing is kept from one test to the next."""
+    monkeypatch.setattr(artifacts, "cache_folder", lambda: tmp_path / "cache")
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path) -> FakeGpu:
+    """CUDA and TensorRT for RTX, both stand-ins."""
+    return install(monkeypatch, tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from fake_gpu import FakeGpu, add_engines, install
+from fake_gpu import add_engines
 from fake_tensorrt import Context
 
 import flamingo_export
@@ -20,11 +20,6 @@ from flamingo_export.errors import BackendError, BundleError, CapacityError, Inc
 from flamingo_export.manifest import read_manifest, write_manifest
 
 REBUILD = r"flamingo-export build .*--backend tensorrt-rtx --target sm89 --out .*x\.bundle --force"
-
-
-@pytest.fixture
-def gpu(monkeypatch, tmp_path) -> FakeGpu:
-    return install(monkeypatch, tmp_path)
 
 
 @pytest.fixture

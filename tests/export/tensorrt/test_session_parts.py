@@ -8,7 +8,7 @@ from contextlib import ExitStack
 
 import numpy as np
 import pytest
-from fake_gpu import FakeGpu, add_engines, install
+from fake_gpu import LIMITS, add_engines
 
 import flamingo_export
 from flamingo_export.backends.tensorrt.session import MAX_GRAPHS
@@ -20,13 +20,7 @@ from flamingo_export.runtime.options import GenerateOptions
 from flamingo_export.runtime.request import Request, prepare
 from flamingo_export.sources import LiveSource
 
-LIMITS = {"bank_rows": 8, "chunk": 16, "batch": 3, "beams": 4, "frames": 4, "video_frames": 12}
 Load = Callable[..., tuple[Model, Model]]
-
-
-@pytest.fixture
-def gpu(monkeypatch, tmp_path) -> FakeGpu:
-    return install(monkeypatch, tmp_path)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_gpu import FakeGpu, add_engines, install
+from fake_gpu import LIMITS, add_engines
 
 import flamingo_export
 from flamingo_export.errors import BackendError, InputError
@@ -19,13 +19,7 @@ from flamingo_export.runtime.request import Request
 from flamingo_export.runtime.videos import Video
 from flamingo_export.sources import LiveSource
 
-LIMITS = {"bank_rows": 8, "chunk": 16, "batch": 3, "beams": 4, "frames": 4, "video_frames": 12}
 Load = Callable[..., tuple[Model, Model]]
-
-
-@pytest.fixture
-def gpu(monkeypatch, tmp_path) -> FakeGpu:
-    return install(monkeypatch, tmp_path)
 
 
 @pytest.fixture
