@@ -12,12 +12,16 @@ import typer
 
 from flamingo_export.cli.options import (
     AsJson,
+    Fp8,
+    Int4,
+    Int8,
     Loras,
     OtherLanguageModel,
     OtherTokenizer,
     OtherVision,
     Parity,
     ParityChoice,
+    PolicyFile,
     chosen_policy,
     chosen_source,
 )
@@ -85,17 +89,10 @@ def build(
             show_default=False,
         ),
     ] = None,
-    fp8: Annotated[
-        bool, typer.Option("--fp8", help="Quantise weights and activations to 8-bit floats (E4M3), for GPUs.")
-    ] = False,
-    int8: Annotated[bool, typer.Option("--int8", help="Quantise weights to 8-bit integers in blocks, for CPUs.")] = False,
-    int4: Annotated[bool, typer.Option("--int4", help="Quantise weights to 4-bit integers in blocks, for CPUs.")] = False,
-    policy: Annotated[
-        Path | None,
-        typer.Option(
-            "--policy", metavar="FILE", help="Which matrices are quantised, and how (docs/precision.md).", show_default=False
-        ),
-    ] = None,
+    fp8: Fp8 = False,
+    int8: Int8 = False,
+    int4: Int4 = False,
+    policy: PolicyFile = None,
     calibration: Annotated[
         Path | None,
         typer.Option(

@@ -143,6 +143,17 @@ def chosen_source(
     return source_for_size(known_size(size or "").name, seed=seed)
 
 
+Fp8 = Annotated[bool, typer.Option("--fp8", help="Weights and activations in 8-bit floats (E4M3), for GPUs.")]
+Int8 = Annotated[bool, typer.Option("--int8", help="Weights in 8-bit integers in blocks, for CPUs.")]
+Int4 = Annotated[bool, typer.Option("--int4", help="Weights in 4-bit integers in blocks, for CPUs.")]
+PolicyFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--policy", metavar="FILE", help="Which matrices are quantised, and how (docs/precision.md).", show_default=False
+    ),
+]
+
+
 def chosen_policy(presets: dict[str, bool], file: Path | None) -> Policy | None:
     """The policy that was asked for. Raises typer.BadParameter for more than one."""
     named = [name for name, asked in presets.items() if asked]

@@ -10,10 +10,14 @@ import typer
 
 from flamingo_export.cli.options import (
     AsJson,
+    Fp8,
+    Int4,
+    Int8,
     Loras,
     OtherLanguageModel,
     OtherTokenizer,
     OtherVision,
+    PolicyFile,
     SampleData,
     SkipBad,
     checkpoint_files,
@@ -58,15 +62,10 @@ def sensitivity(
     vision: OtherVision = None,
     loras: Loras = None,
     tokenizer: OtherTokenizer = None,
-    fp8: Annotated[bool, typer.Option("--fp8", help="Of this preset: 8-bit floats (E4M3), activations too.")] = False,
-    int8: Annotated[bool, typer.Option("--int8", help="Of this preset: 8-bit integers in blocks.")] = False,
-    int4: Annotated[bool, typer.Option("--int4", help="Of this preset: 4-bit integers in blocks.")] = False,
-    policy: Annotated[
-        Path | None,
-        typer.Option(
-            "--policy", metavar="FILE", help="Of a policy of your own. Default that of the bundle.", show_default=False
-        ),
-    ] = None,
+    fp8: Fp8 = False,
+    int8: Int8 = False,
+    int4: Int4 = False,
+    policy: PolicyFile = None,
     calibration: Annotated[
         Path | None,
         typer.Option(
