@@ -93,6 +93,8 @@ def sensitivity(
 ) -> None:
     """Quantise one matrix after the other in the PyTorch reference and measure what its layer's output changes.
 
+    Quantised as --fp8, --int8, --int4 or --policy say, else as the bundle is.
+
     \b
     flamingo-export sensitivity nano.bundle --fp8 --html s.html
     flamingo-export sensitivity --checkpoint ckpt/ --int4 --data calib.jsonl --suggest mine.toml
