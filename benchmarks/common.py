@@ -62,7 +62,7 @@ def bundle(config: ModelConfig, folder: Path, *, policy: str | None = None) -> P
             out=out,
             storage="fp32",
             policy=preset(policy) if policy is not None else None,
-            uncalibrated=True,
+            uncalibrated=policy is not None,
             parity="skip",
         )
         build(request)
