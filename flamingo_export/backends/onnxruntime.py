@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from flamingo_export.backends.base import Array, Availability, Buffer, HostSession, SessionOptions, Tensor, check_feeds, on_host
+from flamingo_export.backends.cut_tables import CutTables
 from flamingo_export.backends.memory import release
 from flamingo_export.errors import BackendError, BundleError, InputError
 from flamingo_export.manifest import EngineRecord, GraphRecord, Manifest
@@ -31,7 +32,8 @@ _KINDS: dict[str, np.dtype[Any]] = {
     "bool": np.dtype(np.bool_),
     "fp8": np.dtype(ml_dtypes.float8_e4m3fn),
 }
-_ONNX_FP8 = 17  # TensorProto.FLOAT8E4M3FN: onnx is not needed to run a bundle
+# Types that numpy has no name for, as TensorProto numbers them: onnx is not needed to run a bundle.
+_ONNX_TYPES = {np.dtype(ml_dtypes.bfloat16): 16, np.dtype(ml_dtypes.float8_e4m3fn): 17}
 _INSTALL = "Install it: pip install onnxruntime"
 _INSTALL_CUDA = "Install it: pip install onnxruntime-gpu (instead of onnxruntime), with CUDA 13 and its driver"
 
@@ -86,7 +88,10 @@ class OnnxRuntimeBackend:
                 "Check the bundle (flamingo-export inspect) or build it again."
             ) from error
         release()  # opening NFNet-F6 leaves 2.3 GB freed but kept
-        return OnnxRuntimeSession(session, spec)
+        tables = [value.name for value in session.get_overridable_initializers()]
+        # On a device the whole tables are at hand, and cut ones would be copied there at each call.
+        cut = CutTables(bundle, tables) if tables and options.device == "cpu" else None
+        return OnnxRuntimeSession(session, spec, cut)
 
 
 _MEMORY_ADVICE = "Free memory, or build with 16-bit storage or a smaller size."
@@ -191,8 +196,11 @@ class HostBuffer:
 class OnnxRuntimeSession(HostSession):
     """One opened graph. What does not change from call to call stays bound; feeds are copied into inputs bound once per shape."""
 
-    def __init__(self, session: Any, spec: SubgraphSpec) -> None:
+    def __init__(self, session: Any, spec: SubgraphSpec, tables: CutTables | None = None) -> None:
         self._session = session
+        self._tables = tables
+        self._cut: dict[str, Array] = {}
+        """What is bound of each table: it must outlive the binding."""
         self._binding = session.io_binding()
         self._spec = spec
         self._alias_of = {source: output for output, source in spec.aliases.items()}
@@ -244,6 +252,10 @@ class OnnxRuntimeSession(HostSession):
             array = results[name] = np.empty(shape, dtype)
             self._binding.bind_ortvalue_output(name, _ort_value(array))
         try:
+            if self._tables is not None:
+                for name, table in self._tables.fit(capacity=given["key_positions"].shape[-1]):
+                    self._binding.bind_ortvalue_input(name, _ort_value(table))
+                    self._cut[name] = table
             self._session.run_with_iobinding(self._binding)
         except Exception as error:
             if not _is_ort_error(error) and not isinstance(error, MemoryError):
@@ -254,8 +266,8 @@ class OnnxRuntimeSession(HostSession):
 
     def close(self) -> None:
         """Frees graph and weights; buffers stay valid."""
-        self._binding = self._session = None
-        self._bound, self._feeds, self._checked = {}, {}, {}
+        self._binding = self._session = self._tables = None
+        self._bound, self._feeds, self._cut, self._checked = {}, {}, {}, {}
 
     def _check_open(self) -> None:
         if self._session is None:
@@ -300,8 +312,8 @@ class OnnxRuntimeSession(HostSession):
 def _ort_value(array: Array) -> Any:
     import onnxruntime
 
-    if array.dtype == _KINDS["fp8"]:  # numpy's own types say what they are in ONNX, this one does not
-        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, _ONNX_FP8)
+    if array.dtype in _ONNX_TYPES:
+        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, _ONNX_TYPES[array.dtype])
     return onnxruntime.OrtValue.ortvalue_from_numpy(array)
 
 

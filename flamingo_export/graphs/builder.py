@@ -46,6 +46,7 @@ class GraphBuilder:
         self._initializers: dict[str, ir.Value] = {}
         self._casts: dict[str, ir.Value] = {}
         self._names: set[str] = set()
+        self._replaceable: list[ir.Value] = []
 
     @contextmanager
     def scope(self, name: str) -> Iterator[None]:
@@ -100,6 +101,16 @@ class GraphBuilder:
                 raise ValueError(f"a builder without an index has no weight {name}")
             self._initializers[name] = _external(name, self._index[name])
         return self._initializers[name]
+
+    def replaceable(self, name: str, *, axis: int, size: str) -> ir.Value:
+        """A weight in its storage type that whoever runs the graph may replace by its beginning along `axis`: an initializer and an input
+        at once, of a size there that goes by the name of `size`."""
+        value = self.stored(name)
+        if value not in self._replaceable:
+            shape = self._index[name].shape if self._index is not None else ()
+            value.shape = ir.Shape([size if place == axis else length for place, length in enumerate(shape)])
+            self._replaceable.append(value)
+        return value
 
     def weight(self, name: str) -> ir.Value:
         """A weight in fp32: as stored, or behind a Cast that the runtime folds."""
@@ -251,14 +262,14 @@ class GraphBuilder:
         outputs: Mapping[str, ir.Value],
         functions: Sequence[ir.Function] = (),
     ) -> ir.Model:
-        """Closes the graph with the inputs and outputs of its contract."""
+        """Closes the graph with the inputs and outputs of its contract, and the weights that may be replaced."""
         for tensor in spec.outputs:
             value = outputs[tensor.name]
             value.name = tensor.name
             value.shape, value.type = _shape(tensor), ir.TensorType(_KINDS[tensor.kind])
         imports = {"": OPSET} | ({FUNCTION_DOMAIN: 1} if functions else {})
         graph = ir.Graph(
-            [inputs[tensor.name] for tensor in spec.inputs],
+            [*(inputs[tensor.name] for tensor in spec.inputs), *self._replaceable],
             [outputs[tensor.name] for tensor in spec.outputs],
             nodes=self._nodes,
             initializers=list(self._initializers.values()),

@@ -5,7 +5,7 @@
                       media_k.i, media_v.i (bank)   past_k.j, past_v.j (cache, TensorScatter in place)
 
 Relative positions and ALiBi are an additive attention mask. Their distances, positions - key_positions, are worked out once and shared by
-all layers; with relative positions each layer looks its scores up in a table of projected distances, read only as far as the cache in use.
+all layers; with relative positions each layer looks its scores up in a table of projected distances, which may be given cut to the cache in use.
 Every position must be allowed at least one slot (a padded one: its own), as it is by the runtime.
 """
 
@@ -33,7 +33,7 @@ def decoder(config: ModelConfig, index: WeightIndex, *, layers: range | None = N
     function = phi_cross_attention.phi_cross_attention(
         num_latents=config.resampler.num_latents, head_size=block.head_size, fp8=media_kind(index) == "fp8"
     )
-    common = shared(build, inputs, lm)
+    common = shared(build, inputs, lm, layers)
     outputs: dict[str, ir.Value] = {}
     if layers.start == 0:
         hidden = build.op("Gather", build.stored("decoder/embedding"), inputs["token_ids"], name="embedding", axis=0)

@@ -1,7 +1,7 @@
 """Relative positions as a compiler takes them best: nothing that a step works out again, nothing widened before it is needed.
 
     portable                                             lowered, with the capacity a number
-    Gather the blocks in use of the table, Reshape       Slice of the table: a constant
+    the table, which may be given cut                    Slice of the table: a constant
     MatMul [B,H,S,D] x [H,D,X]                           [H,B*S,D] x [H,D,X]: no copy of the table for each row of the batch
     distances [B,H,S,C], widened to all heads once       [B,1,S,C]; widened beside each layer's lookup, into which it is fused
 
@@ -18,20 +18,31 @@ import onnx_ir as ir
 
 def simplify(graph: ir.Graph, capacity: int) -> None:
     """Rewrites every lookup by distance, in place. A graph without relative positions stays as it is."""
+    for table in [value for value in graph.inputs if value.is_initializer()]:
+        _cut(graph, table, capacity)
     for lookup in [node for node in graph if node.op_type == "GatherElements"]:
         product, expand = _producer(lookup, 0), _producer(lookup, 1)
         lookup.replace_input_with(1, _insert(graph, lookup, "Expand", expand.inputs, name=f"{lookup.name}/heads"))
-        gather = _producer(_producer(product, 1), 0)
-        blocks, block = _stored_shape(gather)[2:]
-        bounds = [
-            _insert(graph, gather, "Constant", [], name=f"{gather.name}/{what}", value_ints=[number])
-            for what, number in (("start", 0), ("stop", min(blocks, -(-capacity // block))), ("axis", 2))
-        ]
-        _replace(graph, gather, "Slice", [gather.inputs[0], *bounds])
         _multiply_heads(graph, product)
     for node in reversed(list(graph)):
-        if node.op_type in ("Expand", "Range") and not node.outputs[0].uses():
+        if node.op_type == "Expand" and not node.outputs[0].uses():
             graph.remove(node, safe=True)
+
+
+def _cut(graph: ir.Graph, table: ir.Value, capacity: int) -> None:
+    """A table [H,D,blocks,block] is no input any more, and is read as far as the capacity reaches."""
+    assert table.const_value is not None
+    shape = table.const_value.shape.numpy()
+    table.shape = ir.Shape(shape)
+    graph.inputs.remove(table)
+    uses, first, (blocks, block) = list(table.uses()), graph[0], shape[2:]
+    bounds = [
+        _insert(graph, first, "Constant", [], name=f"{table.name}/{what}", value_ints=[number])
+        for what, number in (("start", 0), ("stop", min(blocks, -(-capacity // block))), ("axis", 2))
+    ]
+    part = _insert(graph, first, "Slice", [table, *bounds], name=f"{table.name}/in_use")
+    for use in uses:
+        use.node.replace_input_with(use.idx, part)
 
 
 def _multiply_heads(graph: ir.Graph, product: ir.Node) -> None:
@@ -57,17 +68,6 @@ def _producer(node: ir.Node, index: int) -> ir.Node:
     found = value.producer() if value is not None else None
     assert found is not None, f"{node.name} has no node before its input {index}"
     return found
-
-
-def _stored_shape(gather: ir.Node) -> tuple[int, ...]:
-    """Shape of the weight that is gathered from, which may stand behind a Cast."""
-    value = gather.inputs[0]
-    while value is not None and not value.is_initializer():
-        node = value.producer()
-        value = node.inputs[0] if node is not None else None
-    assert value is not None
-    assert value.shape is not None
-    return tuple(value.shape.numpy())
 
 
 def _insert(

@@ -52,10 +52,10 @@ def _retype_casts(graph: ir.Graph, dtype: ir.DataType) -> None:
 
 
 def _types(graph: ir.Graph) -> dict[ir.Value, ir.DataType]:
-    """Types of what is stored, and of what is looked up in it."""
+    """Types of what is stored, and of parts of it."""
     found = {value: value.dtype for value in graph.initializers.values() if value.dtype is not None}
     for node in graph:
-        if node.op_type == "Gather" and node.inputs[0] in found:
+        if node.op_type in ("Gather", "Slice") and node.inputs[0] in found:
             found[node.outputs[0]] = found[node.inputs[0]]
     return found
 

@@ -35,10 +35,10 @@ def lower(model: ir.Model, *, compute: StorageType, capacity: int, native_functi
     compute: the type its floats become. capacity: the cache's C. native_functions: functions `flamingo::...` that the backend has a
     plugin for; the others keep their bodies.
     """
+    simplify(model.graph, capacity)
     retype(model, compute)
     _fix_capacity(model.graph, capacity)
     _settle_functions(model, native_functions)
-    simplify(model.graph, capacity)
     if compute == "fp32":
         for graph in (model.graph, *(function.graph for function in model.functions.values())):
             for node in graph:
