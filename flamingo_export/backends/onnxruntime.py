@@ -253,7 +253,7 @@ class OnnxRuntimeSession(HostSession):
             self._binding.bind_ortvalue_output(name, _ort_value(array))
         try:
             if self._tables is not None:
-                for name, table in self._tables.fit(capacity=given["key_positions"].shape[-1]):
+                for name, table in self._tables.fit(capacity=self._shape_of("key_positions", given)[-1]):
                     self._binding.bind_ortvalue_input(name, _ort_value(table))
                     self._cut[name] = table
             self._session.run_with_iobinding(self._binding)
@@ -279,6 +279,9 @@ class OnnxRuntimeSession(HostSession):
         self._feeds[name] = held
         return held
 
+    def _shape_of(self, name: str, feeds: Mapping[str, Array]) -> tuple[int, ...]:
+        return feeds[name].shape if name in feeds else self._bound[name].shape
+
     def _outputs_for(self, feeds: Mapping[str, Array]) -> list[tuple[str, tuple[int, ...], Any]]:
         """Names, shapes and dtypes of the results; the contract is checked once for each set of shapes, not at each step."""
         key = tuple((name, value.shape, value.dtype) for name, value in feeds.items())
@@ -296,7 +299,7 @@ class OnnxRuntimeSession(HostSession):
             raise InputError(f"{self._spec.name}: " + "; ".join(faults))
         sizes: dict[str, int] = {}
         for tensor in self._spec.inputs:
-            actual = feeds[tensor.name].shape if tensor.name in feeds else self._bound[tensor.name].shape
+            actual = self._shape_of(tensor.name, feeds)
             sizes.update((dim, size) for dim, size in zip(tensor.shape, actual, strict=True) if isinstance(dim, str))
         outputs = []
         for tensor in self._spec.outputs:
