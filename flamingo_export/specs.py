@@ -1,6 +1,7 @@
 """The contract of each subgraph: names, element kinds and shapes of its inputs and outputs, written once.
 
-Graph builders declare exactly these, the reference's subgraphs take exactly these, sessions bind exactly these.
+Graph builders declare these (and weights that may be replaced, which are no part of it: `GraphBuilder.replaceable`), the reference's subgraphs
+take exactly these, sessions bind exactly these.
 
     vision_encoder   pixels -> features                        F frames, I image side, P patches, E feature width
     resampler        features, time_weights -> latents         N media, T frames of a medium, R latents, W width

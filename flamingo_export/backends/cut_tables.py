@@ -5,7 +5,7 @@ The graph has a table's whole as the default of an input. Cut here once, wheneve
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -15,19 +15,25 @@ from flamingo_export.weights import DISTANCE_BLOCK, WeightIndex
 
 
 class CutTables:
-    """Tables [H, D, blocks, DISTANCE_BLOCK] of a bundle, each read from its file as far as it is wanted."""
+    """Tables [H, D, blocks, DISTANCE_BLOCK] of a bundle, and their beginnings that are bound."""
 
     def __init__(self, bundle: Path, names: Iterable[str]) -> None:
         index = WeightIndex.read(bundle)
         self._whole = {name: index.read_tensor(bundle, name) for name in names}
+        self._cut: dict[str, Array] = {}
         self._blocks = 0
 
-    def fit(self, capacity: int) -> Iterator[tuple[str, Array]]:
-        """Name and numbers of each table for a cache of `capacity` slots; nothing where those given before still fit."""
+    def fit(self, capacity: int, bind: Callable[[str, Array], None]) -> None:
+        """Binds each table as far as a cache of `capacity` slots reaches, unless that many blocks are bound already.
+
+        What is bound stays in memory until something else is; one table at a time, so that no two sets of copies are there at once.
+        """
         blocks = -(-capacity // DISTANCE_BLOCK)
         if blocks == self._blocks:
             return
-        self._blocks = 0  # until all are given
+        self._blocks = 0  # some tables are of one length and some of another until all are bound
         for name, whole in self._whole.items():
-            yield name, np.ascontiguousarray(whole[:, :, :blocks])
+            table = np.ascontiguousarray(whole[:, :, :blocks])
+            bind(name, table)
+            self._cut[name] = table
         self._blocks = blocks

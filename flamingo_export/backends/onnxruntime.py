@@ -89,7 +89,7 @@ class OnnxRuntimeBackend:
             ) from error
         release()  # opening NFNet-F6 leaves 2.3 GB freed but kept
         tables = [value.name for value in session.get_overridable_initializers()]
-        # On a device the whole tables are at hand, and cut ones would be copied there at each call.
+        # Cut ones would be copied to a device at each call; there the whole ones are read.
         cut = CutTables(bundle, tables) if tables and options.device == "cpu" else None
         return OnnxRuntimeSession(session, spec, cut)
 
@@ -199,8 +199,6 @@ class OnnxRuntimeSession(HostSession):
     def __init__(self, session: Any, spec: SubgraphSpec, tables: CutTables | None = None) -> None:
         self._session = session
         self._tables = tables
-        self._cut: dict[str, Array] = {}
-        """What is bound of each table: it must outlive the binding."""
         self._binding = session.io_binding()
         self._spec = spec
         self._alias_of = {source: output for output, source in spec.aliases.items()}
@@ -253,9 +251,7 @@ class OnnxRuntimeSession(HostSession):
             self._binding.bind_ortvalue_output(name, _ort_value(array))
         try:
             if self._tables is not None:
-                for name, table in self._tables.fit(capacity=self._shape_of("key_positions", given)[-1]):
-                    self._binding.bind_ortvalue_input(name, _ort_value(table))
-                    self._cut[name] = table
+                self._tables.fit(self._shape_of("key_positions", given)[-1], self._bind_table)
             self._session.run_with_iobinding(self._binding)
         except Exception as error:
             if not _is_ort_error(error) and not isinstance(error, MemoryError):
@@ -267,7 +263,7 @@ class OnnxRuntimeSession(HostSession):
     def close(self) -> None:
         """Frees graph and weights; buffers stay valid."""
         self._binding = self._session = self._tables = None
-        self._bound, self._feeds, self._cut, self._checked = {}, {}, {}, {}
+        self._bound, self._feeds, self._checked = {}, {}, {}
 
     def _check_open(self) -> None:
         if self._session is None:
@@ -278,6 +274,9 @@ class OnnxRuntimeSession(HostSession):
         self._binding.bind_ortvalue_input(name, _ort_value(held))
         self._feeds[name] = held
         return held
+
+    def _bind_table(self, name: str, table: Array) -> None:
+        self._binding.bind_ortvalue_input(name, _ort_value(table))
 
     def _shape_of(self, name: str, feeds: Mapping[str, Array]) -> tuple[int, ...]:
         return feeds[name].shape if name in feeds else self._bound[name].shape

@@ -46,7 +46,7 @@ class GraphBuilder:
         self._initializers: dict[str, ir.Value] = {}
         self._casts: dict[str, ir.Value] = {}
         self._names: set[str] = set()
-        self._replaceable: list[ir.Value] = []
+        self._replaceable: dict[str, ir.Value] = {}
 
     @contextmanager
     def scope(self, name: str) -> Iterator[None]:
@@ -105,11 +105,11 @@ class GraphBuilder:
     def replaceable(self, name: str, *, axis: int, size: str) -> ir.Value:
         """A weight in its storage type that whoever runs the graph may replace by its beginning along `axis`: an initializer and an input
         at once, of a size there that goes by the name of `size`."""
-        value = self.stored(name)
-        if value not in self._replaceable:
-            shape = self._index[name].shape if self._index is not None else ()
-            value.shape = ir.Shape([size if place == axis else length for place, length in enumerate(shape)])
-            self._replaceable.append(value)
+        value = self._replaceable[name] = self.stored(name)
+        assert value.const_value is not None
+        lengths: list[int | str] = list(value.const_value.shape.numpy())
+        lengths[axis] = size
+        value.shape = ir.Shape(lengths)
         return value
 
     def weight(self, name: str) -> ir.Value:
@@ -269,7 +269,7 @@ class GraphBuilder:
             value.shape, value.type = _shape(tensor), ir.TensorType(_KINDS[tensor.kind])
         imports = {"": OPSET} | ({FUNCTION_DOMAIN: 1} if functions else {})
         graph = ir.Graph(
-            [*(inputs[tensor.name] for tensor in spec.inputs), *self._replaceable],
+            [*(inputs[tensor.name] for tensor in spec.inputs), *self._replaceable.values()],
             [outputs[tensor.name] for tensor in spec.outputs],
             nodes=self._nodes,
             initializers=list(self._initializers.values()),

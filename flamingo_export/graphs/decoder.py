@@ -33,7 +33,7 @@ def decoder(config: ModelConfig, index: WeightIndex, *, layers: range | None = N
     function = phi_cross_attention.phi_cross_attention(
         num_latents=config.resampler.num_latents, head_size=block.head_size, fp8=media_kind(index) == "fp8"
     )
-    common = shared(build, inputs, lm, layers)
+    common = shared(build, inputs, lm)
     outputs: dict[str, ir.Value] = {}
     if layers.start == 0:
         hidden = build.op("Gather", build.stored("decoder/embedding"), inputs["token_ids"], name="embedding", axis=0)

@@ -13,8 +13,9 @@
 
 Distances and the additive mask are the same in all layers and are worked out once (`shared`). A table has all distances that the model knows,
 and a step must not read more of them than the cache reaches: a backend gives the graph the table's beginning instead (it is an input that the
-stored weight is the default of), or cuts it when compiling. To gather that beginning in the graph copied it at each step, which took longer
-than the product. Looking scores up with GatherElements took half the time of a flat Gather.
+stored weight is the default of), or cuts it when compiling. No distance is looked up beyond the blocks of 128 that the capacity reaches.
+To gather that beginning in the graph copied it at each step, which took longer than the product. Looking scores up with GatherElements took
+half the time of a flat Gather.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import numpy as np
 import onnx_ir as ir
 
 from flamingo_export.graphs.builder import GraphBuilder
-from flamingo_export.weights import DISTANCE_BLOCK
+from flamingo_export.weights import DISTANCE_BLOCK, distance_blocks
 from flamingo_reference.config import LanguageModelConfig
 
 # Added to a masked slot's score: exp underflows to exactly zero in fp32 and fp16 alike, and unlike -inf it cannot make a NaN.
@@ -40,15 +41,18 @@ class Shared(msgspec.Struct, frozen=True):
     """float [B, 1, S, C]: 0 where the mask allows, MASKED elsewhere."""
 
 
-def shared(build: GraphBuilder, inputs: dict[str, ir.Value], lm: LanguageModelConfig, layers: range) -> Shared:
-    """What does not depend on the layer, from positions, key_positions and mask. All tables of `layers` are of one length."""
+def shared(build: GraphBuilder, inputs: dict[str, ir.Value], lm: LanguageModelConfig) -> Shared:
+    """What does not depend on the layer, from positions, key_positions and mask."""
     integer = build.constant
     with build.scope("distance"):
-        # A slot in use is never farther away than the cache is long: what lies beyond the table is masked anyway.
-        blocks = build.op(
-            "Shape", _stored_table(build, f"decoder/layer.{layers.start}/self_attention"), name="blocks", start=2, end=3
-        )
-        last = build.op("Sub", build.op("Mul", blocks, integer(DISTANCE_BLOCK), name="num_distances"), integer(1), name="last")
+        capacity = build.op("Shape", inputs["key_positions"], name="cache")
+        capacity = build.op("Gather", capacity, integer(1), name="capacity", axis=0)
+        count = build.op("Add", capacity, integer(DISTANCE_BLOCK - 1), name="round_up")
+        count = build.op("Div", count, integer(DISTANCE_BLOCK), name="blocks_of_capacity")
+        count = build.op("Min", count, integer(distance_blocks(lm.max_positions)), name="num_blocks")
+        # A slot in use is never farther away than the cache is long: what lies beyond these blocks is masked anyway.
+        last = build.op("Mul", count, integer(DISTANCE_BLOCK), name="num_distances")
+        last = build.op("Sub", last, integer(1), name="last")
         here = build.op("Unsqueeze", inputs["positions"], integer([1, 3]), name="positions")
         there = build.op("Unsqueeze", inputs["key_positions"], integer([1, 2]), name="key_positions")
         distance = build.op("Sub", here, there, name="distance")

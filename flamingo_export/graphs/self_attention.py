@@ -25,10 +25,10 @@ Shared = relative_positions.Shared | ir.Value
 """What all layers use: the parts of relative positions, or the mask itself."""
 
 
-def shared(build: GraphBuilder, inputs: dict[str, ir.Value], lm: LanguageModelConfig, layers: range) -> Shared:
-    """What is the same in all these layers."""
+def shared(build: GraphBuilder, inputs: dict[str, ir.Value], lm: LanguageModelConfig) -> Shared:
+    """What does not depend on the layer."""
     if isinstance(lm.positions, RelativePositions):
-        return relative_positions.shared(build, inputs, lm, layers)
+        return relative_positions.shared(build, inputs, lm)
     if isinstance(lm.positions, AlibiPositions):
         return alibi.additive_mask(build, inputs, lm, lm.positions)
     return inputs["mask"]

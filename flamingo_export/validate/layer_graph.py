@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 
 def layer_graph(bundle: Path, manifest: Manifest, layer: int, *, name: str) -> ir.Model:
-    """The part of the decoder with LM layer `layer`; inputs and outputs are those of `specs.decoder_spec`, weights stay where they are.
+    """The part of the decoder with LM layer `layer`; inputs and outputs are those of `specs.decoder_spec`, weights stay where they are,
+    its table of distances may be given cut as in the whole.
 
     Raises ParityError if the graph does not have the layer as one piece between two hidden states.
     """
@@ -41,6 +42,8 @@ def layer_graph(bundle: Path, manifest: Manifest, layer: int, *, name: str) -> i
         value.shape = ir.Shape(list(tensor.shape))
         if tensor.kind == "float":
             value.type = ir.TensorType(ir.DataType.FLOAT)
+    tables = {value.name for value in whole.graph.inputs if value.is_initializer()}
+    part.inputs.extend(value for name, value in part.initializers.items() if name in tables)
     functions = [function for function in whole.functions.values() if layer in manifest.config.gated_layers]
     return ir.Model(part, ir_version=whole.ir_version, producer_name="flamingo-export", functions=functions)
 

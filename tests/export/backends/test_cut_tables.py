@@ -14,9 +14,12 @@ import torch
 from flamingo_export.backends.base import SessionOptions
 from flamingo_export.backends.cut_tables import CutTables
 from flamingo_export.backends.registry import get_backend
+from flamingo_export.lowering.tensorrt import lower
 from flamingo_export.manifest import read_manifest
 from flamingo_export.precision import Precision, StorageType
 from flamingo_export.sources.live import LiveSource
+from flamingo_export.validate.engines import layer_session
+from flamingo_export.validate.layer_graph import layer_graph
 from flamingo_export.weights import DISTANCE_BLOCK, WeightIndex
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.model import Flamingo
@@ -87,11 +90,31 @@ def test_no_distance_beyond_the_cache_is_read(bundle: Path) -> None:
     session.close()
 
 
+def test_a_layer_by_itself_has_its_own_table_and_takes_it_cut(bundle: Path) -> None:
+    """Parity within a memory limit runs layers one by one, cut out of the decoder's graph."""
+    manifest, backend = read_manifest(bundle), get_backend("onnxruntime")
+    table = "decoder/layer.1/self_attention/distances"
+    lowered = lower(layer_graph(bundle, manifest, 1, name="layer"), compute="fp32", capacity=200, native_functions=frozenset())
+    (part,) = [node for node in lowered.graph if node.op_type == "Slice"]
+    assert part.inputs[0].name == table
+    assert [name for name in lowered.graph.initializers if name.endswith("/distances")] == [table]
+    spoil_beyond(bundle, 1)
+    for capacity, finite in ((128, True), (129, False)):
+        with layer_session(backend, bundle, manifest, 1, SessionOptions(threads=1)) as session:
+            bind_all(session, batch=1, capacity=capacity)
+            given = feeds(batch=1, size=2, capacity=capacity, write_index=capacity - 2)
+            given["hidden"] = np.ones((1, 2, manifest.config.language_model.width), np.float32)
+            wanted = {tensor.name for tensor in session.spec.inputs}
+            results = session.run({name: value for name, value in given.items() if name in wanted})
+        assert np.isfinite(results["hidden_out"]).all() == finite
+
+
 def test_tables_are_cut_anew_when_another_number_of_blocks_is_in_use(bundle: Path) -> None:
     whole = np.array(WeightIndex.read(bundle).read_tensor(bundle, TABLE))
     tables = CutTables(bundle, [TABLE])
     for capacity, blocks in ((1, 1), (128, 0), (129, 2), (256, 0), (257, 3), (4096, 3), (5, 1)):
-        given = dict(tables.fit(capacity))
+        given: dict[str, np.ndarray] = {}
+        tables.fit(capacity, given.__setitem__)
         assert list(given) == ([TABLE] if blocks else [])
         if blocks:
             assert (given[TABLE] == whole[:, :, :blocks]).all()
@@ -102,8 +125,16 @@ def test_tables_are_cut_anew_when_another_number_of_blocks_is_in_use(bundle: Pat
 def test_tables_that_could_not_all_be_cut_are_given_again(bundle: Path) -> None:
     names = [name for name in WeightIndex.read(bundle) if name.endswith("/distances")]
     tables = CutTables(bundle, names)
-    interrupted = tables.fit(10)
-    next(interrupted)
-    interrupted.close()
-    assert sorted(dict(tables.fit(10))) == sorted(names)
-    assert not dict(tables.fit(10))
+    given: list[str] = []
+
+    def bind(name: str, _: np.ndarray) -> None:
+        given.append(name)
+        if len(given) == 2:
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        tables.fit(10, bind)
+    tables.fit(10, bind)
+    assert given[2:] == names
+    tables.fit(10, bind)
+    assert len(given) == 2 + len(names)
