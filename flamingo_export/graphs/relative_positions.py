@@ -67,13 +67,10 @@ def additive_mask(build: GraphBuilder, weights: str, q: ir.Value, shared: Shared
     """Scores of the distances, MASKED where the mask forbids: float [B, H, S, C]. The table holds the 1/sqrt(D) already."""
     with build.scope("position_bias"):
         query = build.op("Add", q, build.weight(f"{weights}/position_bias"), name="query")
-        table = build.widened(_stored_table(build, weights), f"{weights}/distances", name="fp32")
+        table = build.replaceable(f"{weights}/distances", axis=2, size="distance_blocks")
+        table = build.widened(table, f"{weights}/distances", name="fp32")
         table = build.reshape(table, [0, 0, -1], name="table")
         scores = build.op("MatMul", query, table, name="scores")
         scores = build.op("GatherElements", scores, shared.distance, name="by_distance", axis=3)
         added: ir.Value = build.op("Add", scores, shared.mask, name="mask")
         return added
-
-
-def _stored_table(build: GraphBuilder, weights: str) -> ir.Value:
-    return build.replaceable(f"{weights}/distances", axis=2, size="distance_blocks")
