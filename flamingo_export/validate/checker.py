@@ -36,7 +36,7 @@ from flamingo_export.validate.oracle import encoder_feeds, fed_positions, resamp
 from flamingo_export.validate.plan import plan_case
 from flamingo_export.validate.report import LayerPoint, Level, Row
 from flamingo_export.validate.stored_codes import check_codes
-from flamingo_export.validate.tolerances import PRICES, coarsest, tolerance
+from flamingo_export.validate.tolerances import PRICES, Tolerance, coarsest, logits_tolerance, tolerance
 
 LAYER_BY_LAYER = "layer by layer, for want of memory"
 
@@ -85,12 +85,21 @@ class Checker:
     # Gates.
 
     def _gate(
-        self, level: Level, case: str, subgraph: str, tensor: str, actual: AnyArray | None, *, kind: str, note: str = ""
+        self,
+        level: Level,
+        case: str,
+        subgraph: str,
+        tensor: str,
+        actual: AnyArray | None,
+        *,
+        kind: str,
+        note: str = "",
+        limits: Tolerance | None = None,
     ) -> Row:
         row = gate(
             self.goldens.get(case, tensor),
             actual,
-            tolerance=tolerance(kind, self.manifest.precision),
+            tolerance=limits or tolerance(kind, self.manifest.precision),
             level=level,
             case=case,
             subgraph=subgraph,
@@ -190,7 +199,9 @@ class Checker:
     def _logits(self, case: DecoderCase, output: Mapping[int, AnyArray], note: str = "") -> None:
         fed = fed_positions(self._plans[case.name])
         logits = np.concatenate([output[sequence][positions] for sequence, positions in fed.items()])
-        self._gate(_level(case), case.name, "decoder", "logits", logits, kind="decoder", note=note)
+        carried = self.goldens.get(LAYERS_CASE, f"layer.{self.config.language_model.num_layers - 1}.carried")
+        limits = logits_tolerance(self.manifest.precision, carried.torch_error if carried is not None else math.nan)
+        self._gate(_level(case), case.name, "decoder", "logits", logits, kind="decoder", note=note, limits=limits)
 
     # Layer by layer.
 

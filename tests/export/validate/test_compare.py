@@ -8,7 +8,7 @@ import pytest
 from flamingo_export.precision import Policy, Precision, Rule
 from flamingo_export.validate.compare import NUM_SAMPLES, expect, gate
 from flamingo_export.validate.report import Row
-from flamingo_export.validate.tolerances import FP32_ULP, RULE, TABLE, tie_margin, tolerance, trace_limit
+from flamingo_export.validate.tolerances import FP32_ULP, RULE, TABLE, logits_tolerance, tie_margin, tolerance, trace_limit
 
 REFERENCE = np.linspace(-1.0, 1.0, 1001).reshape(7, 143)
 RMS = np.sqrt(np.mean(REFERENCE**2))
@@ -104,10 +104,21 @@ def test_a_policy_is_judged_by_its_coarsest_format_and_its_price_is_bounded() ->
         return tolerance(kind, Precision(storage="fp32", policy=Policy(name="mixed", rules=rules)))
 
     assert judged("decoder", "int8", "int4") is TABLE["quantised, int4"]
-    assert judged("layer", "int8", "fp8") is TABLE["quantised layer, fp8"]
+    assert judged("layer", "int8", "fp8") is TABLE["quantised layer"]
     assert judged("vision_encoder", "int8") is RULE
-    row = TABLE["quantised layer, int8"]
+    row = TABLE["quantised, int8"]
     assert row.limit(torch_error=row.most, peak=1.0) == row.most < row.factor * row.most
+
+
+def test_logits_of_a_quantised_model_may_err_as_far_as_what_arrives_at_the_head() -> None:
+    policy = Policy(name="all", rules=(Rule(weights="*", format="int4", block=32),))
+    precision = Precision(storage="fp32", policy=policy)
+    row = TABLE["quantised, int4"]
+    for arriving, most in ((0.2, row.most), (float("nan"), row.most), (2.0, 4.0)):
+        limits = logits_tolerance(precision, arriving)
+        assert limits.limit(torch_error=100.0, peak=1.0) == most
+        assert limits.limit(torch_error=0.1, peak=1.0) == pytest.approx(0.15, rel=1e-4)
+    assert logits_tolerance(Precision(storage="fp32"), 2.0) == RULE
 
 
 def test_margins_of_ties_grow_with_the_square_root_of_the_steps() -> None:
