@@ -10,9 +10,9 @@ the decoder: it is one computation, and a case of few numbers does not find its 
 
 Of a quantised bundle PyTorch's error is that of the reference with weights and activations rounded as the policy says (as_stored.py), so
 it is the price of the policy, and the engine may not pay much more. The price itself is bounded as well: a wrong scale in a calibration
-table makes both wrong alike. Of a layer by its rms (PRICES): the largest of a tensor's numbers grows with their count and with outliers. Of
-logits by nano's largest error, or by what already arrives at the head (`logits_tolerance`): how far a deep model carries the errors of its layers,
-each within its own bound, depends on depth and weights.
+table makes both wrong alike. Of a layer by its rms (PRICES): the largest of a tensor's numbers grows with their count and with outliers.
+Of logits by nano's largest error, or by what already arrives at the head (`logits_tolerance`): how far a deep model carries the errors of its
+layers, each within its own bound, depends on depth and weights.
 """
 
 from __future__ import annotations
