@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -102,25 +103,13 @@ class _Ends:
         return logits
 
 
-class _Kept:
-    """Stands where a layer expects its cache: what it writes there are its keys, turned, and values."""
-
-    keys: Tensor
-    values: Tensor
-
-    def get_seq_length(self, *_: Any) -> int:
-        return 0
-
-    def update(self, keys: Tensor, values: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-        self.keys, self.values = keys, values
-        return keys, values
-
-
 class _Layer:
     """A decoder layer on a whole text."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: Any) -> None:
         self._layer = layer
+        # transformers 5.24 renamed the argument.
+        self._cache = "cache" if "cache" in inspect.signature(layer.forward).parameters else "past_key_values"
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """[1, S, W] -> [1, S, W]."""
@@ -128,15 +117,18 @@ class _Layer:
 
     def qkv(self, hidden: Tensor) -> tuple[None, Tensor, Tensor]:
         """None for the queries, which nobody asks for; keys and values [1, H, S, D] as they are cached."""
-        kept = _Kept()
-        self._run(hidden, kept)
-        return None, kept.keys, kept.values
+        from transformers import DynamicCache
 
-    def _run(self, hidden: Tensor, cache: _Kept | None) -> Tensor:
+        cache = DynamicCache()
+        self._run(hidden, cache)
+        written = cache.layers[self._layer.self_attn.layer_idx]
+        return None, written.keys, written.values
+
+    def _run(self, hidden: Tensor, cache: Any) -> Tensor:
         length = hidden.shape[1]
         mask = torch.full((length, length), torch.finfo(hidden.dtype).min, dtype=hidden.dtype).triu(1)
         output = self._layer(
-            hidden, attention_mask=mask[None, None], position_ids=torch.arange(length)[None], past_key_values=cache
+            hidden, attention_mask=mask[None, None], position_ids=torch.arange(length)[None], **{self._cache: cache}
         )
         return _hidden(output)
 
