@@ -18,7 +18,7 @@ from flamingo_export.validate.transformers.streamed import StreamedModel
 from flamingo_reference.model import torch_from_numpy
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 
 class TransformersParts:
