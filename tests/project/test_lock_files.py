@@ -62,7 +62,9 @@ def test_every_requirement_is_locked_once_and_within_its_range(name, python, pla
     assert len(versions) == len(there), "one package, two versions"
     for requirement in wanted(name):
         assert requirement.name in versions, f"{requirement} is not in requirements/{name}.txt: make lock"
-        assert versions[requirement.name] in requirement.specifier, f"{requirement}, locked {versions[requirement.name]}: make lock"
+        assert versions[requirement.name] in requirement.specifier, (
+            f"{requirement}, locked {versions[requirement.name]}: make lock"
+        )
 
 
 @pytest.mark.parametrize("name", LOCKED_EXTRAS)
