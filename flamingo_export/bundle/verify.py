@@ -11,6 +11,7 @@ import msgspec
 
 from flamingo_export.bundle.manifest import MANIFEST_NAME, FileRecord, Manifest, read_manifest
 from flamingo_export.errors import BundleError
+from flamingo_export.files import write_atomically
 from flamingo_export.progress import SILENT, Progress
 
 _CHUNK = 1 << 22
@@ -188,7 +189,4 @@ def _read_notes(path: Path) -> dict[str, _Mark]:
 def _write_notes(path: Path, files: dict[str, _Mark]) -> None:
     """Best effort: where nothing can be noted, digests are computed at each opening."""
     with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_bytes(msgspec.json.encode(_Verified(files=files)))
-        temporary.replace(path)
+        write_atomically(path, msgspec.json.encode(_Verified(files=files)))
