@@ -18,7 +18,7 @@ from flamingo_calibration.layer_runner import Step, Walk
 from flamingo_calibration.observers import Watch, products
 from flamingo_calibration.streams import Stream, Work, exclusive, put
 from flamingo_export.backends.memory import release
-from flamingo_export.errors import CalibrationError
+from flamingo_export.errors import CalibrationError, pip_install
 from flamingo_export.files import sync
 from flamingo_export.progress import SILENT, Progress
 from flamingo_export.runtime.tokenizer import Tokenizer
@@ -50,7 +50,7 @@ def calibrate(
     Raises CalibrationError (samples that cannot be used, too few, activations that are constant or not finite, disk full, torch missing).
     """
     if importlib.util.find_spec("torch") is None:
-        raise CalibrationError("calibration runs the PyTorch reference. Install it: pip install 'flamingo-export[torch]'")
+        raise CalibrationError(f"calibration runs the PyTorch reference. Install it: {pip_install('torch')}")
     checked = check_samples(samples, source, tokenizer, skip_bad=skip_bad, progress=progress)
     if work is not None:
         with exclusive(work):
