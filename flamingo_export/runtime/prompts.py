@@ -77,9 +77,10 @@ def as_shots(shots: Shots) -> Sequence[Shot]:
     """The examples themselves, or those of a shots file. Raises PromptError as `read_shots` does, or for what is neither."""
     if isinstance(shots, str | os.PathLike):
         return read_shots(shots)
-    if not isinstance(shots, Sequence) or not all(isinstance(shot, Shot) for shot in shots):
+    given = [shot for shot in shots if isinstance(shot, Shot)] if isinstance(shots, Sequence) else None
+    if given is None or len(given) < len(shots):
         raise PromptError("shots are a list of flamingo_export.Shot, or the path of a shots file")
-    return shots
+    return given
 
 
 def without_media(shots: Sequence[Shot]) -> list[Shot]:
