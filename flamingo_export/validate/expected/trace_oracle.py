@@ -118,9 +118,7 @@ def _trace(config: ModelConfig, wide: AskedModel, narrow: AskedModel, prompt: Tr
     from flamingo_reference import search
 
     ids = config.tokens
-    rules = search.Rules(
-        eoc=ids.eoc, image=ids.image, max_new_tokens=prompt.new_tokens, ends=ids.ends, banned=ids.banned
-    )
+    rules = search.Rules(eoc=ids.eoc, image=ids.image, max_new_tokens=prompt.new_tokens, ends=ids.ends, banned=ids.banned)
     result = search.beam_search(lambda asked: wide.logits(asked)[:, -1], prompt.tokens, rules, beams=beams)
     hypotheses = [GoldenText(tokens=each.token_ids, logprobs=each.token_logprobs) for each in result.hypotheses]
     generated = wide.generate(prompt.tokens, beams=beams, new_tokens=prompt.new_tokens)

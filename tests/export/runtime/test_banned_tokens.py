@@ -54,9 +54,7 @@ def test_searches_are_those_of_the_reference(seed, beams, count, penalty, ends, 
     )
     assume(wanted.closest >= 1e-4)  # below, either choice is right
     rule = StopRule(eoc=EOC, banned=(IMAGE, *banned), max_new_tokens=count, ends=ends)
-    found = driven(
-        Sampling(rule) if beams == 1 else BeamSearch(rule, beams=beams, length_penalty=penalty), model, [1, 7]
-    )
+    found = driven(Sampling(rule) if beams == 1 else BeamSearch(rule, beams=beams, length_penalty=penalty), model, [1, 7])
     assert [each.token_ids for each in found] == [each.token_ids for each in wanted.hypotheses]
     for mine, theirs in zip(found, wanted.hypotheses, strict=True):
         np.testing.assert_allclose(mine.token_logprobs, theirs.token_logprobs, atol=1e-5)
