@@ -126,8 +126,9 @@ def beam_search(
     """Up to `beams` hypotheses, best first, ranked by total / length ** length_penalty; one beam is greedy search.
 
     Each step ranks all continuations of the live beams and looks at the (1 + E) * beams best, E being the number of end tokens. Of these,
-    the ones that end among the first `beams` are kept with the best `beams` so far; the `beams` best that go on live. It stops when `beams` are kept and the best live one,
-    were it to end now, would not be among them, or when nothing goes on. Equal totals: the earlier beam, then the lower id first.
+    the ones that end among the first `beams` are kept with the best `beams` so far; the `beams` best that go on live. It stops when
+    `beams` are kept and the best live one, were it to end now, would not be among them, or when nothing goes on. Equal totals: the
+    earlier beam, then the lower id first.
     Raises ValueError if the prompt is empty or beams is below 1.
     """
     if beams < 1:
