@@ -11,6 +11,7 @@ import msgspec
 import typer
 
 from flamingo_export.cli.options import (
+    SIZES,
     AsJson,
     Fp8,
     Int4,
@@ -55,7 +56,9 @@ class Compiler(StrEnum):
 def build(
     size: Annotated[
         str | None,
-        typer.Option("--size", help="nano (trained weights), 3b, 9b or 80b (random weights).", show_default=False),
+        typer.Option(
+            "--size", help="nano (trained weights), 3b, 9b or 80b (random weights).", autocompletion=SIZES, show_default=False
+        ),
     ] = None,
     checkpoint: Annotated[
         Path | None,

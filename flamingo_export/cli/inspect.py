@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 import typer
 
-from flamingo_export.cli.options import AsJson, Loras, OtherLanguageModel, OtherTokenizer, OtherVision
+from flamingo_export.cli.options import SIZES, AsJson, Loras, OtherLanguageModel, OtherTokenizer, OtherVision
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,7 +34,8 @@ def inspect(
         Path | None, typer.Argument(help="A bundle, or a checkpoint: a folder or file.", show_default=False)
     ] = None,
     size: Annotated[
-        str | None, typer.Option("--size", help="Show a size instead: nano, 3b, 9b or 80b.", show_default=False)
+        str | None,
+        typer.Option("--size", help="Show a size instead: nano, 3b, 9b or 80b.", autocompletion=SIZES, show_default=False),
     ] = None,
     engine: Annotated[
         str | None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -26,6 +26,14 @@ if TYPE_CHECKING:
 _NANO = "nano"
 _TYPED = "flamingo_export.typed"
 
+
+def among(*values: str) -> Callable[[str], list[str]]:
+    """Completes an option whose values are known, though others may be given."""
+    return lambda incomplete: [value for value in values if value.startswith(incomplete)]
+
+
+_BACKENDS = among("auto", "onnxruntime", "tensorrt-rtx", "tensorrt")
+SIZES = among("nano", "3b", "9b", "80b")
 Images = Annotated[
     list[Path] | None,
     typer.Option(
@@ -47,7 +55,10 @@ Shots = Annotated[
     typer.Option("--shots", metavar="FILE", help="Examples to show first, JSON lines (docs/prompts.md).", show_default=False),
 ]
 BackendName = Annotated[
-    str, typer.Option("--backend", help="What runs the graphs: auto, onnxruntime, tensorrt-rtx or tensorrt.")
+    str,
+    typer.Option(
+        "--backend", help="What runs the graphs: auto, onnxruntime, tensorrt-rtx or tensorrt.", autocompletion=_BACKENDS
+    ),
 ]
 Fallback = Annotated[
     str | None,
@@ -55,6 +66,7 @@ Fallback = Annotated[
         "--fallback",
         metavar="BACKEND",
         help="Go on with this one (onnxruntime) where the engines do not fit.",
+        autocompletion=_BACKENDS,
         show_default=False,
     ),
 ]
@@ -65,7 +77,7 @@ TextOnly = Annotated[
 Frames = Annotated[
     int | None, typer.Option("--frames", min=1, max=30, help="Frames of a video. Default 8.", show_default=False)
 ]
-Device = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
+Device = Annotated[str, typer.Option("--device", help="cpu or cuda.", autocompletion=among("cpu", "cuda"))]
 SampleData = Annotated[
     str | None,
     typer.Option(

@@ -9,6 +9,7 @@ import msgspec
 import typer
 
 from flamingo_export.cli.options import (
+    SIZES,
     AsJson,
     Fp8,
     Int4,
@@ -51,7 +52,10 @@ def sensitivity(
     size: Annotated[
         str | None,
         typer.Option(
-            "--size", help="In place of a bundle: nano (trained weights), 3b, 9b or 80b (random weights).", show_default=False
+            "--size",
+            help="In place of a bundle: nano (trained weights), 3b, 9b or 80b (random weights).",
+            autocompletion=SIZES,
+            show_default=False,
         ),
     ] = None,
     checkpoint: Annotated[
