@@ -264,7 +264,7 @@ def formatted(
                 raise typer.BadParameter(f"--prompt is the whole prompt, so it does not go with {option}", param_hint=option)
         return Request(prompt=prompt, media=media)
     if text_only and shots is None:
-        raise typer.BadParameter("there are no --shots to leave the images of out", param_hint="--text-only")
+        raise typer.BadParameter("--text-only needs --shots", param_hint="--text-only")
     if len(media) != 1:
         asked = "a question is asked about" if question is not None else "a caption is made for"
         raise typer.BadParameter(

@@ -47,7 +47,8 @@ class _Subject(msgspec.Struct, frozen=True, kw_only=True):
 
 def sensitivity(
     bundle: Annotated[
-        Path | None, typer.Argument(help="A bundle, whose weights are taken from where it was built from.", show_default=False)
+        Path | None,
+        typer.Argument(help="A bundle; weights are read from the checkpoint it was built from.", show_default=False),
     ] = None,
     size: Annotated[
         str | None,

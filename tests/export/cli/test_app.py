@@ -110,7 +110,8 @@ def test_a_failure_exits_with_1_and_one_line(cli, tmp_path):
     assert outcome.out == ""
     assert outcome.err.count("\n") == 1
     assert "does not exist" in outcome.err
-    assert "flamingo-export build" in outcome.err
+    assert "flamingo-export build" not in outcome.err  # whoever inspects wants no other bundle in its place
+    assert "flamingo-export build" in cli("generate", tmp_path / "missing.bundle", "--prompt", "x").err
 
 
 @pytest.mark.parametrize("place", [0, 2])
