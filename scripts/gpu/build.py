@@ -123,9 +123,10 @@ def find_headers() -> Path | None:
     """TensorRT's headers: of the variable TENSORRT_ROOT, or in their usual places. Raises BuildFailed where the variable names none."""
     root = os.environ.get("TENSORRT_ROOT")
     if root:
-        if not (Path(root) / "include" / HEADER).is_file():
+        include = Path(root).resolve() / "include"  # compilers run in other folders
+        if not (include / HEADER).is_file():
             raise BuildFailed(f"TENSORRT_ROOT is {root}, which has no include/{HEADER}")
-        return Path(root) / "include"
+        return include
     system = ["/usr/include", f"/usr/include/{platform.machine()}-linux-gnu", "/usr/local/include"]
     places = [*system, "/usr/local/tensorrt/include", "/opt/tensorrt/include"]
     return next((Path(place) for place in places if (Path(place) / HEADER).is_file()), None)
