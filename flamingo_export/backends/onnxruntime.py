@@ -19,8 +19,8 @@ import numpy as np
 from flamingo_export.backends.base import Array, Availability, Buffer, HostSession, SessionOptions, Tensor, check_feeds, on_host
 from flamingo_export.backends.cut_tables import CutTables
 from flamingo_export.backends.memory import release
+from flamingo_export.bundle.manifest import EngineRecord, GraphRecord, Manifest
 from flamingo_export.errors import BackendError, BundleError, InputError
-from flamingo_export.manifest import EngineRecord, GraphRecord, Manifest
 from flamingo_export.precision import Policy
 from flamingo_export.specs import SubgraphSpec, decoder_spec, subgraph_specs
 from flamingo_export.weights import WeightIndex

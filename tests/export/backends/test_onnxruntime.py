@@ -13,8 +13,8 @@ import pytest
 from flamingo_export.backends.base import SessionOptions
 from flamingo_export.backends.onnxruntime import HostBuffer, OnnxRuntimeBackend, OnnxRuntimeSession, physical_cores
 from flamingo_export.backends.registry import BACKEND_NAMES, availability, get_backend
+from flamingo_export.bundle.manifest import GraphRecord, read_manifest
 from flamingo_export.errors import BackendError, BundleError, InputError
-from flamingo_export.manifest import GraphRecord, read_manifest
 from flamingo_reference.config import ModelConfig
 
 OPTIONS = SessionOptions(threads=1)
