@@ -111,7 +111,9 @@ def table(folder: Path = RESULTS) -> str:
     """The table of docs/gpu.md: a column for each device that was measured, "not measured" where nothing was."""
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("gpu_check-*.json"))]
     measured = [result for result in found if result["machine"]["device"]]
-    titles = [f"{result['machine']['device']} ({result['machine']['commit'] or 'no commit'})" for result in measured] or ["any GPU"]
+    titles = [f"{result['machine']['device']} ({result['machine']['commit'] or 'no commit'})" for result in measured] or [
+        "any GPU"
+    ]
     lines = ["| | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
     for ratio in RATIOS:
         cells = []

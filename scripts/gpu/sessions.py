@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flamingo_export.backends.tensorrt.contract import Contract
-from flamingo_export.backends.tensorrt.elements import encode
+from flamingo_export.backends.tensorrt.dtypes import encode
+from flamingo_export.backends.tensorrt.engine_contract import Contract
+from flamingo_export.backends.tensorrt.lowering.shapes import Bounds, Profile
 from flamingo_export.backends.tensorrt.memory import DeviceBuffer, DeviceTensor, Lane
 from flamingo_export.backends.tensorrt.session import MAX_GRAPHS, TensorRTSession
-from flamingo_export.lowering.shapes import Bounds, Profile
 from flamingo_export.specs import SubgraphSpec, TensorSpec
 from gpu import kernel_cases
 from gpu.library import arguments
@@ -221,7 +221,7 @@ def memory(rig: Rig) -> int:
 
 
 def overlap(rig: Rig, size: int) -> dict[str, float]:
-    """Milliseconds of steps on the first stream, of copies on the other one, and of both at once, as the host sees them. size: bytes of a copy."""
+    """Milliseconds of steps on the first stream, of copies of `size` bytes on the other one, and of both at once, as the host sees them."""
     cuda, (first, second) = rig.card.cuda, rig.lanes
     source, target = (DeviceTensor.empty(second, (size,), _BYTES) for _ in range(2))
 

@@ -18,6 +18,10 @@ class NotPossible(Exception):
     """This machine or card cannot do it, whatever the code: a tool that refuses the device, too little memory."""
 
 
+class NoTime(Exception):
+    """The budget ended while the stage ran."""
+
+
 class Failed(Exception):
     """A stage found something wrong; `result` goes into the report."""
 
@@ -37,7 +41,9 @@ class Context:
     wheels: Path | None = None
     """Folder of unpacked wheels, for the processes that stages start."""
     seconds: float = float("inf")
-    """That are left when a stage starts; what it starts ends before."""
+    """That are left when a stage starts; processes that it starts end before."""
+    dry: bool = False
+    """A dry run: stages go as far as a machine without a GPU lets them."""
     library: Path | None = None
     kernels: Any = None
     plugin: Path | None = None
@@ -46,15 +52,17 @@ class Context:
 
 @dataclass(frozen=True)
 class Stage:
-    """missing(context): what is not installed, or None. run(context): its results; raises Failed, NotPossible, or NoDevice where a GPU is wanted.
+    """missing(context): what is not installed, or None. run(context): its results; raises Failed, NotPossible, NoTime, or NoDevice.
 
-    needs: stages that run before it. value: of knowing its outcome, next to the others'. seconds: what it takes on an H200's machine, until
-    a run there has measured it.
+    rehearse(context): in a dry run, what takes the place of both where the libraries are not at hand; ends in NoDevice.
+    needs: stages that run before it. value: of knowing its outcome, next to the others'. seconds: what it takes on an H200's machine, as
+    estimated until a run there has measured it.
     """
 
     name: str
     missing: Callable[[Context], str | None]
     run: Callable[[Context], Result]
+    rehearse: Callable[[Context], Result] | None = None
     needs: tuple[str, ...] = ()
     value: float = 1.0
     seconds: float = 30.0

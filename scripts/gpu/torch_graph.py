@@ -152,7 +152,9 @@ def _reshape(a: _Attributes, x: Tensor, shape: Tensor) -> Tensor:
     return x.reshape(sizes)
 
 
-def _slice(a: _Attributes, x: Tensor, starts: Tensor, stops: Tensor, axes: Tensor | None = None, steps: Tensor | None = None) -> Tensor:
+def _slice(
+    a: _Attributes, x: Tensor, starts: Tensor, stops: Tensor, axes: Tensor | None = None, steps: Tensor | None = None
+) -> Tensor:
     begins, ends = _ints(starts), _ints(stops)
     dims = _ints(axes) if axes is not None else list(range(len(begins)))
     strides = _ints(steps) if steps is not None else [1] * len(begins)
@@ -243,13 +245,17 @@ def _pads(a: _Attributes, dims: int) -> list[int]:
 def _conv(a: _Attributes, x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
     padded = F.pad(x, _pads(a, 2))
     bias = None if bias is None else bias.to(x.dtype)
-    return F.conv2d(padded, kernel.to(x.dtype), bias, tuple(a("strides", (1, 1))), 0, tuple(a("dilations", (1, 1))), a("group", 1))
+    return F.conv2d(
+        padded, kernel.to(x.dtype), bias, tuple(a("strides", (1, 1))), 0, tuple(a("dilations", (1, 1))), a("group", 1)
+    )
 
 
 def _average_pool(a: _Attributes, x: Tensor) -> Tensor:
     if any(_pads(a, 2)):
         raise UnknownOperator("AveragePool with padding")
-    return F.avg_pool2d(x, tuple(a("kernel_shape")), tuple(a("strides", (1, 1))), 0, bool(a("ceil_mode", 0)), bool(a("count_include_pad", 0)))
+    return F.avg_pool2d(
+        x, tuple(a("kernel_shape")), tuple(a("strides", (1, 1))), 0, bool(a("ceil_mode", 0)), bool(a("count_include_pad", 0))
+    )
 
 
 def _top_k(a: _Attributes, x: Tensor, count: Tensor) -> tuple[Tensor, ...]:
@@ -262,6 +268,12 @@ def _quantize(a: _Attributes, x: Tensor, scale: Tensor, zero: Tensor | None = No
     if dtype is not torch.float8_e4m3fn:
         raise UnknownOperator(f"QuantizeLinear to {dtype}")
     return (x.float() / scale.float()).clamp(-LARGEST_E4M3, LARGEST_E4M3).to(dtype)
+
+
+def _dequantize(a: _Attributes, x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+    if scale.numel() != 1 or x.dtype is not torch.float8_e4m3fn:
+        raise UnknownOperator(f"DequantizeLinear of {x.dtype} with {scale.numel()} scales")
+    return (x.float() * scale.float()).to(scale.dtype)
 
 
 def _cast(a: _Attributes, x: Tensor) -> Tensor:
@@ -300,6 +312,7 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     "CastLike": _elementwise(lambda x, like: x.to(like.dtype)),
     "Concat": lambda a, *tensors: torch.cat(tensors, a("axis")),
     "Conv": _conv,
+    "DequantizeLinear": _dequantize,
     "Div": _elementwise(_divide),
     "Equal": _elementwise(torch.eq),
     "Exp": _elementwise(torch.exp),

@@ -28,7 +28,10 @@ PACKAGES = (
 )  # fmt: skip
 """What the package imports, and what that imports, but for PyTorch's own needs, numpy, and onnxruntime, which only its own stage wants."""
 ONNXRUNTIME = ("onnxruntime-gpu>=1.25", "flatbuffers", "packaging")
-PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (28, 27, 26, 24, 17, 12, 5)] + ["manylinux2014_x86_64", "manylinux1_x86_64"]
+PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (28, 27, 26, 24, 17, 12, 5)] + [
+    "manylinux2014_x86_64",
+    "manylinux1_x86_64",
+]
 
 
 def download(packages: Iterable[str], folder: Path) -> None:
@@ -36,7 +39,18 @@ def download(packages: Iterable[str], folder: Path) -> None:
     target = ["--python-version", "3.12", "--implementation", "cp", "--abi", "cp312", "--abi", "abi3", "--abi", "none"]
     for platform in (*PLATFORMS, "any"):
         target += ["--platform", platform]
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", *target, "-d", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+        *target,
+        "-d",
+        str(folder),
+    ]
     subprocess.run([*command, *packages], check=True)
 
 

@@ -68,9 +68,7 @@ def _destroyed(capsule: int) -> None:
 _delete, _destroy = _Deleter(_forget), _Destructor(_destroyed)
 
 
-def give(
-    owner: Any, address: int, shape: tuple[int, ...], code: int, bits: int, device: int = CUDA, index: int = 0
-) -> object:
+def give(owner: Any, address: int, shape: tuple[int, ...], code: int, bits: int, device: int = CUDA, index: int = 0) -> object:
     """A capsule of contiguous memory that `owner` keeps alive, on the device of that DLPack kind and index."""
     sizes = (ctypes.c_int64 * max(len(shape), 1))(*shape)
     tensor = _Tensor(address, _Device(device, index), len(shape), _DataType(code, bits, 1), sizes, None, 0)
