@@ -107,5 +107,5 @@ bench: .venv/installed-dev
 	$(PY) benchmarks/build_memory.py --size 9b
 
 clean:
-	rm -rf .venv .venv-uv .venv-lowest .venv-newest .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache demo-report dist
+	rm -rf .venv .venv-uv .venv-lowest .venv-newest .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .test-cache demo-report dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -21,6 +21,11 @@ expected and what to do next.
 from __future__ import annotations
 
 
+def pip_install(*extras: str) -> str:
+    """How to get extras of this package. It is on no public index, so it is installed from its source folder."""
+    return f"pip install '.[{','.join(extras)}]' in flamingo-export's source folder"
+
+
 class FlamingoExportError(Exception):
     """Base of all errors below."""
 
@@ -71,3 +76,14 @@ class IncompatibleEngine(BackendError):
 
 class ParityError(FlamingoExportError, RuntimeError):
     """Parity could not be established."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text, for messages of one line; the name of its class where it has no text."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def named_line(error: BaseException) -> str:
+    """The class of an exception and the first line of its text."""
+    name, text = type(error).__name__, first_line(error)
+    return name if text == name else f"{name}: {text}"

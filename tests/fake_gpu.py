@@ -43,7 +43,7 @@ def install(monkeypatch: pytest.MonkeyPatch, home: Path) -> FakeGpu:
     monkeypatch.setattr(library, "device", lambda: library.Device(target=TARGET))
     monkeypatch.setattr(library, "cuda_python", lambda: True)
     monkeypatch.setattr(backend_module, "CudaRuntime", lambda: found.cuda)
-    monkeypatch.setattr(Path, "home", lambda: home)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / ".cache"))
     return found
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
 from flamingo_export.errors import BundleError
+from flamingo_export.files import write_atomically
 from flamingo_export.precision import Precision, StorageType
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.input_format import PAPER, InputFormat
@@ -232,17 +231,7 @@ def read_manifest(bundle: Path) -> Manifest:
 def write_manifest(bundle: Path, manifest: Manifest) -> None:
     """Writes the manifest atomically: readers see the old one or the new one, never half."""
     data = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
-    handle, temporary = tempfile.mkstemp(dir=bundle, prefix=".manifest-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, bundle / MANIFEST_NAME)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_atomically(bundle / MANIFEST_NAME, data + b"\n")
 
 
 def default_limits(config: ModelConfig) -> ShapeLimits:

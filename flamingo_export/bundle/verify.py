@@ -11,7 +11,9 @@ import msgspec
 
 from flamingo_export.bundle.manifest import MANIFEST_NAME, FileRecord, Manifest, read_manifest
 from flamingo_export.errors import BundleError
+from flamingo_export.files import write_atomically
 from flamingo_export.progress import SILENT, Progress
+from flamingo_export.user_cache import user_cache
 
 _CHUNK = 1 << 22
 _CACHE_SCHEMA = 1
@@ -97,7 +99,10 @@ def _unlisted(bundle: Path, listed: set[str]) -> list[str]:
 
 
 def verify(bundle: Path, manifest: Manifest, *, cache: Path | None = None, progress: Progress = SILENT) -> Verification:
-    """Checks the files of a bundle against its manifest. cache: folder of notes, None takes the user's. Raises BundleError as above."""
+    """Checks the files of a bundle against its manifest. cache: folder of notes, None takes the user's. Raises BundleError as above.
+
+    Notes are best effort: where they cannot be kept, every file is read at each opening.
+    """
     notes = _notes_file(bundle, cache)
     earlier = _read_notes(notes)
     faults: list[str] = []
@@ -141,13 +146,14 @@ def is_intact(bundle: Path, record: FileRecord) -> bool:
     return known or file_record(bundle, bundle / record.path).sha256 == record.sha256
 
 
-def _notes_file(bundle: Path, cache: Path | None = None) -> Path:
-    return (cache or cache_folder()) / f"{hashlib.sha256(os.fsencode(bundle.resolve())).hexdigest()}.json"
+def _notes_file(bundle: Path, cache: Path | None = None) -> Path | None:
+    folder = cache or cache_folder()
+    return folder / f"{hashlib.sha256(os.fsencode(bundle.resolve())).hexdigest()}.json" if folder else None
 
 
-def cache_folder() -> Path:
-    """Where openings of bundles are noted."""
-    return Path.home() / ".cache" / "flamingo-export" / "verified"
+def cache_folder() -> Path | None:
+    """Where openings of bundles are noted; None where the user has no such place."""
+    return user_cache("verified")
 
 
 def _mark(bundle: Path, record: FileRecord) -> _Mark | str:
@@ -177,7 +183,9 @@ def _mark(bundle: Path, record: FileRecord) -> _Mark | str:
     return _Mark(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, record.sha256)
 
 
-def _read_notes(path: Path) -> dict[str, _Mark]:
+def _read_notes(path: Path | None) -> dict[str, _Mark]:
+    if path is None:
+        return {}
     with suppress(OSError, msgspec.MsgspecError):
         notes = msgspec.json.decode(path.read_bytes(), type=_Verified)
         if notes.schema == _CACHE_SCHEMA:
@@ -185,10 +193,9 @@ def _read_notes(path: Path) -> dict[str, _Mark]:
     return {}
 
 
-def _write_notes(path: Path, files: dict[str, _Mark]) -> None:
+def _write_notes(path: Path | None, files: dict[str, _Mark]) -> None:
     """Best effort: where nothing can be noted, digests are computed at each opening."""
+    if path is None:
+        return
     with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_bytes(msgspec.json.encode(_Verified(files=files)))
-        temporary.replace(path)
+        write_atomically(path, msgspec.json.encode(_Verified(files=files)))

@@ -17,7 +17,7 @@ from flamingo_export.backends.base import Backend, SessionOptions
 from flamingo_export.backends.memory import available_memory
 from flamingo_export.backends.registry import get_backend
 from flamingo_export.bundle.manifest import FileRecord, Manifest, ParityRecord, write_manifest
-from flamingo_export.errors import CheckpointError, ParityError
+from flamingo_export.errors import CheckpointError, ParityError, pip_install
 from flamingo_export.progress import SILENT, Progress
 from flamingo_export.sources import CheckpointSource, WeightSource
 from flamingo_export.sources.origin import find_origin, source_digest
@@ -53,9 +53,7 @@ def check_build(
     Raises ParityError if torch is missing; a gate that fails is in the report.
     """
     if not torch_found():
-        raise ParityError(
-            "PyTorch is not installed, so there is no reference to compare with: pip install 'flamingo-export[torch]'"
-        )
+        raise ParityError(f"PyTorch is not installed, so there is no reference to compare with: {pip_install('torch')}")
     started = time.monotonic()
     budget = min(memory, available_memory())
     tokenizer = folder / "tokenizer" / "tokenizer.json"
@@ -270,7 +268,7 @@ def _expectation(
             recorded = record(source, manifest, digest, tokenizer=kept, memory=memory, calibration=table, progress=progress)
             return recorded, "reference"
     elif checkpoint is not None or wanted in ("reference", "transformers"):
-        raise ParityError("comparing with a checkpoint needs PyTorch: pip install 'flamingo-export[torch]'")
+        raise ParityError(f"comparing with a checkpoint needs PyTorch: {pip_install('torch')}")
     goldens = load_goldens(bundle / GOLDEN_FOLDER)
     if goldens is None:
         raise ParityError(

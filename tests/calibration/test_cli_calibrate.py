@@ -151,5 +151,5 @@ sys.exit(main(["calibrate", "--size", "nano", "--out", sys.argv[1]]))
 """
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "x.json")], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
-    assert "calibration runs the PyTorch reference. Install it: pip install 'flamingo-export[torch]'" in done.stderr
+    assert "calibration runs the PyTorch reference. Install it: pip install '.[torch]'" in done.stderr
     assert list(tmp_path.iterdir()) == []

@@ -35,6 +35,7 @@ from flamingo_export.backends.tensorrt.session import TensorRTSession
 from flamingo_export.bundle.manifest import EngineRecord, GraphRecord, Manifest
 from flamingo_export.errors import BackendError
 from flamingo_export.progress import SILENT, Progress
+from flamingo_export.user_cache import user_cache
 from flamingo_export.weights import WeightIndex
 from flamingo_reference.config import ModelConfig
 
@@ -213,6 +214,7 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
     plugin_sha256: str | None = None
 
 
-def _timing_cache(which: Library, trt: ModuleType, target: str) -> Path:
+def _timing_cache(which: Library, trt: ModuleType, target: str) -> Path | None:
     """Kernels measured on this kind of GPU. Ahead of time nothing is measured, so nothing is kept."""
-    return Path.home() / ".cache" / "flamingo-export" / "timing" / f"{which.backend}-{trt.__version__}-{target}.cache"
+    folder = user_cache("timing")
+    return folder / f"{which.backend}-{trt.__version__}-{target}.cache" if folder else None

@@ -23,6 +23,7 @@ from flamingo_export.sources import CheckpointSource
 from flamingo_export.sources.choice import nano_checkpoint
 from flamingo_export.sources.origin import source_digest
 from flamingo_export.specs import SubgraphSpec, TensorSpec, decoder_spec, subgraph_specs
+from flamingo_export.user_cache import user_cache
 from flamingo_export.weights.calibration_table import CALIBRATION_FILE
 
 
@@ -192,7 +193,8 @@ def _profiles(engine: Any, contract: Contract) -> Iterator[str]:
                 yield f"{tensor.name} takes {found[0]} to {found[2]} in profile {profile.name}, expected {wanted[0]} to {wanted[2]}"
 
 
-def runtime_cache_file(record: EngineRecord) -> Path:
-    """Where kernels compiled for an engine on this machine are kept."""
+def runtime_cache_file(record: EngineRecord) -> Path | None:
+    """Where kernels compiled for an engine on this machine are kept; None where the user has no cache folder."""
     name = f"{record.backend}-{record.tool_version}-{record.target}-{(record.sha256 or record.graph)[:16]}.cache"
-    return Path.home() / ".cache" / "flamingo-export" / "kernels" / name
+    folder = user_cache("kernels")
+    return folder / name if folder else None

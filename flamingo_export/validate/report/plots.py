@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from flamingo_export.errors import ParityError
+from flamingo_export.errors import ParityError, pip_install
 from flamingo_export.validate.report.parity_report import LayerPoint, Row
 
 PASSED, FAILED, TORCH, LIMIT, GRID = "#0f766e", "#dc2626", "#94a3b8", "#334155", "#e2e8f0"
@@ -142,7 +142,7 @@ class _matplotlib:  # noqa: N801  # used as a function
             from matplotlib.lines import Line2D
         except ImportError as error:
             raise ParityError(
-                f"the HTML report's plots need matplotlib ({error}). Install it: pip install 'flamingo-export[report]'"
+                f"the HTML report's plots need matplotlib ({error}). Install it: {pip_install('report')}"
             ) from error
 
         def figure_of(width: float, height: float, salt: str) -> tuple[Any, Any]:
