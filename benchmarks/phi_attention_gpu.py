@@ -3,8 +3,9 @@
     python benchmarks/phi_attention_gpu.py [--rounds 20] [--library PATH]
 
 32 heads of 128, 64 latents, 32 images. Prefill of 2048 tokens; decoding of 64 sequences of 3 beams, which see their last image. A rival's
-first result is compared with ours before it is timed. Each call has inputs of its own, drawn in turn from more than four times the L2; a CUDA graph of one such round is replayed,
-and the median of the replays counts. Bytes are the fewest that must move: each input that is used read once, each result written once.
+first result is compared with ours before it is timed. Each call has inputs of its own, drawn in turn from more than four times the L2; a CUDA
+graph of one such round is replayed, and the median of the replays counts. Bytes are the fewest that must move: each input that is used read
+once, each result written once.
 """
 
 from __future__ import annotations

@@ -200,6 +200,17 @@ def build_emulation(folder: Path, program: str, *, kernels: Path = KERNELS, flag
     return out
 
 
+def build_emulated_library(folder: Path) -> Path:
+    """The kernels' C interface, of head size 32, each launch run by the emulator: for tests of what drives the kernels."""
+    compiler = find_compiler()
+    if compiler is None:
+        raise BuildFailed("no C++ compiler: install g++")
+    out = folder / "libflamingo_kernels.emulated.so"
+    include = ["-I", str(EMULATION / "without_cuda"), "-I", str(KERNELS)]
+    run([compiler, "-std=c++17", "-O1", "-shared", "-fPIC", *include, str(EMULATION / "emulated_kernels.cpp"), "-o", str(out)])
+    return out
+
+
 def find_compiler() -> str | None:
     """A C++ compiler of the host."""
     return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")

@@ -157,14 +157,17 @@ def capture(rig: Rig) -> int:
 def many_graphs(rig: Rig) -> int:
     """More shapes than graphs are kept: the oldest go, and each shape goes on giving right results."""
     sizes = [(batch, positions) for batch in range(1, BATCH + 1) for positions in range(1, 7)]
-    for _ in range(3):
-        for batch, positions in sizes:
+    for batch, positions in sizes:
+        for _ in range(3):  # run, captured, launched
             rig.step(batch, positions)
-    for _ in range(3):
-        rig.step(1, 2)
-    assert len(rig.session._steps) <= MAX_GRAPHS, f"{len(rig.session._steps)} graphs are kept"
-    assert rig.graphs() > 0, "nothing was captured"
-    return 3 * len(sizes) + 3
+    assert len(rig.session._steps) <= MAX_GRAPHS < len(sizes), f"{len(rig.session._steps)} graphs are kept"
+    assert rig.graphs() == MAX_GRAPHS, f"{rig.graphs()} graphs of {MAX_GRAPHS} shapes"
+    enqueued = rig.engine.enqueued
+    for batch, positions in sizes[-MAX_GRAPHS:]:
+        rig.step(batch, positions)
+    assert rig.engine.enqueued == enqueued, "a graph that is kept was not launched"
+    rig.step(*sizes[0])  # one that went
+    return 3 * len(sizes) + MAX_GRAPHS + 1
 
 
 def other_lane(rig: Rig) -> int:
