@@ -66,7 +66,8 @@ class EngineRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A compiled engine: which graph, backend and target it is for, and the tool version that can open it.
 
     lowered: the graph it was compiled from; request: digest of all that the engine depends on but the numbers of the weights; compute: the
-    type of its floats. plugin_sha256: of the plugin library it needs, None where it needs none.
+    type of its floats. plugin_sha256: of the plugin library it needs, None where it needs none. banned: the tokens that its candidates leave
+    out, None in bundles of 0.1.0: `<image>`.
     """
 
     graph: str
@@ -80,6 +81,7 @@ class EngineRecord(msgspec.Struct, frozen=True, kw_only=True):
     request: str | None = None
     lowered: str | None = None
     compute: StorageType | None = None
+    banned: tuple[int, ...] | None = None
     summary: EngineSummary | None = None
 
 

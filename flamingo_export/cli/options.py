@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand
+
+from flamingo_export.cli.verb import Verb
 
 if TYPE_CHECKING:
     from flamingo_calibration import BadSample, Sample
@@ -167,6 +168,9 @@ def chosen_policy(presets: dict[str, bool], file: Path | None) -> Policy | None:
     return preset(named[0]) if named else None
 
 
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")]
+
+
 class Parity(StrEnum):
     """Whether to compare with the reference."""
 
@@ -177,7 +181,7 @@ class Parity(StrEnum):
 ParityChoice = Annotated[Parity, typer.Option("--parity", help="auto: compare with the reference where PyTorch is installed.")]
 
 
-class MediaCommand(TyperCommand):
+class MediaCommand(Verb):
     """A verb with `--image` and `--video`, which remembers the order in which the two were mixed: it decides whose `<image>` is whose."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -188,7 +192,9 @@ class MediaCommand(TyperCommand):
 def media_as_typed(
     ctx: typer.Context, images: list[Path] | None, videos: list[Path] | None, frames: int | None
 ) -> list[MediumSource]:
-    """Images and videos in the order of the command line."""
+    """Images and videos in the order of the command line. Raises typer.BadParameter for frames of no video."""
+    if frames is not None and not videos:
+        raise typer.BadParameter("there is no --video to take frames of", param_hint="--frames")
     from flamingo_export.runtime.videos import Video
 
     left = {"--image": list(images or []), "--video": list(videos or [])}
