@@ -23,8 +23,8 @@ MOST_BYTES = 60 << 20
 """Of the folder, and of a piece of a larger wheel: what a transfer takes."""
 PACKAGES = (
     "click", "cuda-bindings>=13,<14", "cuda-pathfinder", "jinja2", "markdown-it-py", "markupsafe", "mdurl", "ml-dtypes>=0.5",
-    "msgspec>=0.20", "onnx>=1.19", "onnx-ir>=0.1.14", "packaging", "pillow>=11", "protobuf", "psutil>=6", "pygments", "rich>=13.9", "safetensors>=0.5",
-    "shellingham", "tokenizers>=0.21", "typer>=0.15", "typing-extensions",
+    "msgspec>=0.20", "onnx>=1.19", "onnx-ir>=0.1.14", "packaging", "pillow>=11", "protobuf", "psutil>=6", "pygments", "rich>=13.9",
+    "safetensors>=0.5", "shellingham", "tokenizers>=0.21", "typer>=0.15", "typing-extensions",
 )  # fmt: skip
 """What the package imports, and what that imports, but for PyTorch's own needs, numpy, and onnxruntime, which only its own stage wants."""
 ONNXRUNTIME = ("onnxruntime-gpu>=1.25", "flatbuffers")
