@@ -22,6 +22,11 @@ expected and what to do next.
 from __future__ import annotations
 
 
+def pip_install(*extras: str) -> str:
+    """How to get extras of this package. It is on no public index, so it is installed from its source folder."""
+    return f"pip install '.[{','.join(extras)}]' in flamingo-export's source folder"
+
+
 class FlamingoExportError(Exception):
     """Base of all errors below."""
 

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from flamingo_export.manifest import EngineRecord, GraphRecord, Manifest
+from flamingo_export.bundle.manifest import EngineRecord, GraphRecord, Manifest
 from flamingo_export.specs import SubgraphSpec, TensorSpec
 
 Array = npt.NDArray[Any]

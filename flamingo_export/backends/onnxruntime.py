@@ -16,11 +16,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from flamingo_export.backends import onnxruntime_library
 from flamingo_export.backends.base import Array, Availability, Buffer, HostSession, SessionOptions, Tensor, check_feeds, on_host
 from flamingo_export.backends.cut_tables import CutTables
 from flamingo_export.backends.memory import release
-from flamingo_export.errors import BackendError, BundleError, InputError
-from flamingo_export.manifest import EngineRecord, GraphRecord, Manifest
+from flamingo_export.bundle.manifest import EngineRecord, GraphRecord, Manifest
+from flamingo_export.errors import BackendError, BundleError, InputError, pip_install
 from flamingo_export.precision import Policy
 from flamingo_export.specs import SubgraphSpec, decoder_spec, subgraph_specs
 from flamingo_export.weights import WeightIndex
@@ -34,8 +35,7 @@ _KINDS: dict[str, np.dtype[Any]] = {
 }
 # Types that numpy has no name for, as TensorProto numbers them: onnx is not needed to run a bundle.
 _ONNX_TYPES = {np.dtype(ml_dtypes.bfloat16): 16, np.dtype(ml_dtypes.float8_e4m3fn): 17}
-_INSTALL = "Install it: pip install onnxruntime"
-_INSTALL_CUDA = "Install it: pip install onnxruntime-gpu (instead of onnxruntime), with CUDA 13 and its driver"
+_INSTALL_CUDA = f"Uninstall onnxruntime, then install the build for GPUs, with CUDA 13 and its driver: {pip_install('gpu')}"
 
 
 class OnnxRuntimeBackend:
@@ -45,11 +45,16 @@ class OnnxRuntimeBackend:
     native_functions: frozenset[str] = frozenset()
 
     def availability(self) -> Availability:
-        """Usable where onnxruntime is installed; `detail` names version and providers."""
+        """Usable where an onnxruntime is installed that can run bundles; `detail` names version and providers."""
         try:
             import onnxruntime
         except ImportError as error:
-            return Availability(usable=False, detail=f"onnxruntime cannot be imported ({error})", remedy=_INSTALL)
+            return Availability(
+                usable=False, detail=f"onnxruntime cannot be imported ({error})", remedy=onnxruntime_library.INSTALL
+            )
+        fault = onnxruntime_library.too_old(onnxruntime.__version__)
+        if fault:
+            return Availability(usable=False, detail=fault, remedy=onnxruntime_library.INSTALL)
         providers = [provider.removesuffix("ExecutionProvider") for provider in onnxruntime.get_available_providers()]
         return Availability(usable=True, detail=f"onnxruntime {onnxruntime.__version__}, providers: {', '.join(providers)}")
 
@@ -60,12 +65,10 @@ class OnnxRuntimeBackend:
     def open(self, bundle: Path, manifest: Manifest, graph: GraphRecord, options: SessionOptions) -> OnnxRuntimeSession:
         """Opens a graph of the bundle.
 
-        Raises BackendError if onnxruntime or the asked device is missing or memory is short, BundleError if the file cannot be loaded.
+        Raises BackendError if onnxruntime or the asked device is missing, it is too old or memory is short, BundleError if the file cannot
+        be loaded.
         """
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise BackendError(f"onnxruntime cannot be imported ({error}). {_INSTALL}") from error
+        onnxruntime = onnxruntime_library.load()
         config = manifest.config
         spec = (
             subgraph_specs(config, media=manifest.precision.media)[graph.name]

@@ -9,7 +9,7 @@ import msgspec
 import typer
 
 if TYPE_CHECKING:
-    from flamingo_export.cli.machine import Finding, Gpu, Hardware
+    from flamingo_export.cli.probes import Finding, Gpu, Hardware
 
 RUNTIME_OVERHEAD = 1.1
 """Memory of a running model over its weights in the compute type: cache, bank and activations (an allowance, not measured)."""
@@ -55,24 +55,24 @@ def doctor(
 
 def examine(folder: Path) -> Report:
     """Looks at the machine, with the disk that `folder` is on."""
-    from flamingo_export.cli import machine
+    from flamingo_export.cli import probes
 
-    found = machine.hardware(folder)
-    driver, gpus = machine.cuda()
-    runtime, torch = machine.onnxruntime(), machine.torch()
+    found = probes.hardware(folder)
+    driver, gpus = probes.cuda()
+    runtime, torch = probes.onnxruntime(), probes.torch()
     extras = [_optional(*pair) for pair in (("matplotlib", "plots in parity reports"), ("scikit-learn", "training nano"))]
-    tensorrt = machine.tensorrt()
-    software = [runtime, torch, *extras, driver, *tensorrt]
+    tensorrt = probes.tensorrt()
+    software = [runtime, probes.packages(), torch, *extras, driver, *tensorrt]
     return Report(
         hardware=found, gpus=gpus, software=software, tasks=_tasks(runtime, torch, tensorrt, gpus), sizes=_sizes(found)
     )
 
 
 def _optional(name: str, purpose: str) -> Finding:
-    from flamingo_export.cli import machine
+    from flamingo_export.cli import probes
 
-    installed = machine.package(name)
-    return machine.Finding(
+    installed = probes.package(name)
+    return probes.Finding(
         name=name,
         found=installed is not None,
         detail=f"{installed or 'not installed'} ({purpose})",
@@ -81,21 +81,21 @@ def _optional(name: str, purpose: str) -> Finding:
 
 
 def _tasks(runtime: Finding, torch: Finding, tensorrt: list[Finding], gpus: list[Gpu]) -> list[Finding]:
-    from flamingo_export.cli.machine import Finding
+    from flamingo_export.backends.onnxruntime_library import lowest
+    from flamingo_export.cli.probes import Finding
+    from flamingo_export.errors import pip_install
 
-    works, needs_torch = "works here", "needs PyTorch"
+    works, needs_torch, needs_runtime = "works here", "needs PyTorch", f"needs ONNX Runtime, {lowest()} or later"
     cuda_provider = runtime.found and "CUDA" in runtime.detail
     on_gpu = gpus and cuda_provider
     return [
         Finding(
             name="build, generate, score, bench on the CPU",
             found=runtime.found,
-            detail=works if runtime.found else "needs ONNX Runtime",
+            detail=works if runtime.found else needs_runtime,
             remedy=runtime.remedy,
         ),
-        Finding(
-            name="parity against golden values", found=runtime.found, detail=works if runtime.found else "needs ONNX Runtime"
-        ),
+        Finding(name="parity against golden values", found=runtime.found, detail=works if runtime.found else needs_runtime),
         Finding(
             name="parity against the PyTorch reference",
             found=torch.found,
@@ -114,14 +114,14 @@ def _tasks(runtime: Finding, torch: Finding, tensorrt: list[Finding], gpus: list
             detail="CUDA provider and GPU are there (not tested by this project so far)"
             if on_gpu
             else ("no GPU found" if not gpus else "this ONNX Runtime has no CUDA provider"),
-            remedy="pip install onnxruntime-gpu in place of onnxruntime" if gpus and not cuda_provider else None,
+            remedy=f"pip uninstall onnxruntime; {pip_install('gpu')}" if gpus and not cuda_provider else None,
         ),
         *_engine_tasks(tensorrt, gpus),
     ]
 
 
 def _engine_tasks(tensorrt: list[Finding], gpus: list[Gpu]) -> list[Finding]:
-    from flamingo_export.cli.machine import DATACENTER, PLUGIN, RTX, Finding
+    from flamingo_export.cli.probes import DATACENTER, PLUGIN, RTX, Finding
 
     by_name = {finding.name: finding for finding in tensorrt}
     rtx, datacenter, plugin = by_name[RTX], by_name[DATACENTER], by_name[PLUGIN]
@@ -150,7 +150,7 @@ def _engine_tasks(tensorrt: list[Finding], gpus: list[Gpu]) -> list[Finding]:
 def _running() -> list[Finding]:
     """Whether engines of a bundle run here: the backends know."""
     from flamingo_export.backends.registry import COMPILERS, get_compiler
-    from flamingo_export.cli.machine import Finding
+    from flamingo_export.cli.probes import Finding
 
     states = {name: get_compiler(name).availability() for name in COMPILERS}
     return [
@@ -166,8 +166,8 @@ def _running() -> list[Finding]:
 
 def _sizes(found: Hardware) -> list[SizeFit]:
     from flamingo_export.precision import BYTES_PER_WEIGHT, default_precision
-    from flamingo_reference.checkpoints.names import parameter_counts
     from flamingo_reference.config import PRESETS
+    from flamingo_reference.names import parameter_counts
 
     fits = []
     for name, config in PRESETS.items():

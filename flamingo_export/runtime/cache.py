@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from flamingo_export.backends.base import Buffer, Session
+from flamingo_export.bundle.manifest import ShapeLimits
 from flamingo_export.errors import CapacityError
-from flamingo_export.manifest import ShapeLimits
 
 BUCKET = 128
 """Capacity grows in steps of this many slots: attention reads the whole capacity, growing copies it once. A compiled decoder has one."""

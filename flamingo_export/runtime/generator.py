@@ -11,16 +11,16 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from flamingo_export.backends.base import Array
+from flamingo_export.bundle.manifest import ShapeLimits
 from flamingo_export.errors import InputError
-from flamingo_export.manifest import ShapeLimits
 from flamingo_export.runtime.cache import Cache
 from flamingo_export.runtime.candidates import Scores, run_decoder
-from flamingo_export.runtime.engines import Engines
 from flamingo_export.runtime.media_bank import MediaBank
 from flamingo_export.runtime.media_encoder import MediaEncoder
 from flamingo_export.runtime.prefill import Ints, PrefillRow, prefill
 from flamingo_export.runtime.request import Prepared
 from flamingo_export.runtime.search import Search, Step
+from flamingo_export.runtime.subgraphs import Engines
 from flamingo_export.runtime.tree import BeamTree
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.phi import phi_after

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flamingo_export.build_request import nano_checkpoint
-from flamingo_export.origin import source_digest
-from flamingo_export.quantize.table import calibrated_tensors, check_fits, read_table
 from flamingo_export.sources import CheckpointSource
+from flamingo_export.sources.choice import nano_checkpoint
+from flamingo_export.sources.origin import source_digest
+from flamingo_export.weights.calibration_table import calibrated_tensors, check_fits, read_table
 from flamingo_reference.config import NANO
 
 
@@ -151,5 +151,5 @@ sys.exit(main(["calibrate", "--size", "nano", "--out", sys.argv[1]]))
 """
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "x.json")], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
-    assert "calibration runs the PyTorch reference. Install it: pip install 'flamingo-export[torch]'" in done.stderr
+    assert "calibration runs the PyTorch reference. Install it: pip install '.[torch]'" in done.stderr
     assert list(tmp_path.iterdir()) == []

@@ -9,17 +9,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from flamingo_export.artifacts import open_bundle
 from flamingo_export.backends.base import SessionOptions
 from flamingo_export.backends.registry import get_backend
+from flamingo_export.bundle.verify import open_bundle
 from flamingo_export.runtime.candidates import run_decoder
-from flamingo_export.runtime.engines import Engines
 from flamingo_export.runtime.generator import Generator, Timings
 from flamingo_export.runtime.media import Medium
 from flamingo_export.runtime.media_encoder import MediaEncoder
 from flamingo_export.runtime.options import GenerateOptions
 from flamingo_export.runtime.request import Prepared
 from flamingo_export.runtime.search import Hypothesis
+from flamingo_export.runtime.subgraphs import Engines
 from flamingo_reference.phi import phi_from_tokens
 
 

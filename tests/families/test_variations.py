@@ -13,25 +13,25 @@ from engine_runs import opened
 from variations import IDEFICS, VARIATIONS, drawn_model
 
 import flamingo_export
+from flamingo_export.bundle.manifest import ShapeLimits, read_manifest
 from flamingo_export.errors import CapacityError
 from flamingo_export.graphs import build_graph
-from flamingo_export.manifest import ShapeLimits, read_manifest
 from flamingo_export.precision import Precision, StorageType
 from flamingo_export.runtime.generator import Generator, Timings
 from flamingo_export.runtime.options import GenerateOptions
 from flamingo_export.runtime.request import Prepared
 from flamingo_export.runtime.score import score
 from flamingo_export.specs import SUBGRAPHS, subgraph_specs
-from flamingo_export.validate.cases import phi_cases
-from flamingo_export.validate.report import read_report
+from flamingo_export.validate.expected.cases import phi_cases
+from flamingo_export.validate.report.parity_report import read_report
 from flamingo_export.weights import WeightIndex, bundle_weights
-from flamingo_reference.checkpoints.names import expected_tensors
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.model import Flamingo
+from flamingo_reference.model.subgraphs import SUBGRAPHS as REFERENCE_SUBGRAPHS
+from flamingo_reference.model.subgraphs import decoder_of, subgraphs_of
+from flamingo_reference.names import expected_tensors
 from flamingo_reference.phi import phi_from_tokens
 from flamingo_reference.search import NextLogits, Rules, beam_search, flamingo_next_logits, greedy, score_candidates
-from flamingo_reference.subgraphs import SUBGRAPHS as REFERENCE_SUBGRAPHS
-from flamingo_reference.subgraphs import decoder_of, subgraphs_of
 
 each = pytest.mark.parametrize("config", VARIATIONS.values(), ids=VARIATIONS)
 

@@ -12,7 +12,7 @@ import numpy as np
 from flamingo_export.backends.base import Array, Buffer, Tensor
 from flamingo_export.backends.tensorrt import dlpack
 from flamingo_export.backends.tensorrt.cuda import Cuda
-from flamingo_export.backends.tensorrt.elements import Element, decode, encode, kind_of
+from flamingo_export.backends.tensorrt.dtypes import Element, decode, encode, kind_of
 from flamingo_export.errors import InputError
 
 _STAGE_BYTES = 1 << 24

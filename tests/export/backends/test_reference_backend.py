@@ -9,8 +9,8 @@ import pytest
 
 from flamingo_export.backends.base import SessionOptions
 from flamingo_export.backends.reference import ReferenceBackend
+from flamingo_export.bundle.manifest import GraphRecord, Manifest, read_manifest
 from flamingo_export.errors import BackendError, InputError
-from flamingo_export.manifest import GraphRecord, Manifest, read_manifest
 from flamingo_export.sources import LiveSource
 from flamingo_reference.model import Flamingo
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flamingo_export.bundle.manifest import ShapeLimits
 from flamingo_export.errors import CapacityError
-from flamingo_export.manifest import ShapeLimits
 from flamingo_export.runtime.cache import BUCKET, check_capacity
 
 from .conftest import LoadTiny

@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 
 import flamingo_export
-from flamingo_export.artifacts import file_record
-from flamingo_export.bundle_tokenizer import placeholder_tokenizer
+from flamingo_export.bundle.manifest import read_manifest, write_manifest
+from flamingo_export.bundle.tokenizer import placeholder_tokenizer
+from flamingo_export.bundle.verify import file_record
 from flamingo_export.errors import ImageError, InputError, PromptError
-from flamingo_export.manifest import read_manifest, write_manifest
 from flamingo_export.runtime.model import Model
 from flamingo_export.runtime.prompts import qa_prompt
 from flamingo_export.runtime.request import Request

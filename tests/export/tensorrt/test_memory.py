@@ -11,7 +11,7 @@ from fake_cuda import FakeCuda, Misuse
 
 from flamingo_export.backends.tensorrt import dlpack
 from flamingo_export.backends.tensorrt.cuda import CudaError
-from flamingo_export.backends.tensorrt.elements import ELEMENTS, decode, element_of, encode, kind_of
+from flamingo_export.backends.tensorrt.dtypes import ELEMENTS, decode, element_of, encode, kind_of
 from flamingo_export.backends.tensorrt.memory import DeviceBuffer, DeviceTensor, Lane
 from flamingo_export.errors import InputError
 

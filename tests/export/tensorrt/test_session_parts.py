@@ -197,8 +197,8 @@ def test_closing_gives_everything_back(gpu, tiny_model, bundle_writer, tmp_path)
 def test_an_engine_of_a_part_that_is_missing_is_named_and_fallback_runs_the_parts(gpu, tiny_model, bundle_writer, tmp_path):
     import msgspec
 
+    from flamingo_export.bundle.manifest import read_manifest, write_manifest
     from flamingo_export.errors import IncompatibleEngine
-    from flamingo_export.manifest import read_manifest, write_manifest
 
     bundle = add_engines(bundle_writer(LiveSource(tiny_model), tmp_path / "a.bundle", parts=2), tmp_path / "b.bundle", **LIMITS)
     manifest = read_manifest(bundle)

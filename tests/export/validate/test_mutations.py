@@ -10,10 +10,10 @@ import pytest
 
 from flamingo_export.backends.base import Array, Session, SessionOptions
 from flamingo_export.backends.onnxruntime import OnnxRuntimeBackend
-from flamingo_export.manifest import GraphRecord, Manifest
+from flamingo_export.bundle.manifest import GraphRecord, Manifest
 from flamingo_export.runtime.tree import BeamTree
 from flamingo_export.validate import ParityReport
-from flamingo_export.validate.cases import PHI_CASES, TREE_CASE
+from flamingo_export.validate.expected.cases import PHI_CASES, TREE_CASE
 from flamingo_export.weights import WeightIndex
 
 Compare = Callable[..., ParityReport]
