@@ -165,7 +165,8 @@ def _rgb(frame: Any) -> Pixels:
     from av.video.reformatter import ColorRange, Colorspace
 
     if frame.format.is_rgb:
-        return np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
+        whole: Pixels = np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
+        return whole
     full = frame.color_range == _FULL_RANGE or frame.format.name.startswith("yuvj")
     if frame.format.name not in _PLANAR:  # more bits, other orders of planes, palettes
         space = Colorspace.ITU709 if frame.colorspace == _BT709 else Colorspace.ITU601
@@ -185,7 +186,8 @@ def _rgb(frame: Any) -> Pixels:
     rgb[..., 0] = y + np.float32(2 * (1 - kr)) * v
     rgb[..., 2] = y + np.float32(2 * (1 - kb)) * u
     rgb[..., 1] = (y - np.float32(kr) * rgb[..., 0] - np.float32(kb) * rgb[..., 2]) / np.float32(1 - kr - kb)
-    return np.rint(np.clip(rgb, 0, 255)).astype(np.uint8)
+    rounded: Pixels = np.rint(np.clip(rgb, 0, 255)).astype(np.uint8)
+    return rounded
 
 
 def _plane(plane: Any, frame: Any) -> npt.NDArray[np.float32]:
@@ -221,7 +223,8 @@ def _upright(frame: Any, stream: Any, path: Path) -> Pixels:
             )
         image = image.resize(size, RESAMPLING)
     turns = round(frame.rotation / 90) % 4  # counter-clockwise, as numpy turns
-    return np.ascontiguousarray(np.rot90(np.asarray(image), turns))
+    pixels: Pixels = np.ascontiguousarray(np.rot90(np.asarray(image), turns))
+    return pixels
 
 
 @contextmanager
