@@ -81,3 +81,14 @@ class IncompatibleEngine(BackendError):
 
 class ParityError(FlamingoExportError, RuntimeError):
     """Parity could not be established."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text, for messages of one line; the name of its class where it has no text."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def named_line(error: BaseException) -> str:
+    """The class of an exception and the first line of its text."""
+    name, text = type(error).__name__, first_line(error)
+    return name if text == name else f"{name}: {text}"

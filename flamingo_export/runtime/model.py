@@ -237,7 +237,7 @@ class Model:
             token_ids=hypothesis.token_ids,
             token_logprobs=hypothesis.token_logprobs,
             score=hypothesis.score,
-            finished=hypothesis.token_ids[-1] == self.config.tokens.eoc,
+            finished=hypothesis.token_ids[-1] in self.config.tokens.stops,
         )
 
     def _decode(self, token_ids: Sequence[int]) -> str:

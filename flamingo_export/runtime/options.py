@@ -64,9 +64,10 @@ class GenerateOptions:
     def check(self, config: ModelConfig) -> None:
         """Raises InputError naming each setting that cannot be."""
         self.check_values()
-        if not self.samples and 2 * self.width > config.language_model.vocab_size:
+        needed = (1 + len(config.tokens.stops)) * self.width
+        if not self.samples and needed > config.language_model.vocab_size:
             raise InputError(
-                f"{self.width} beams need a vocabulary of at least {2 * self.width}, it has {config.language_model.vocab_size}"
+                f"{self.width} beams need a vocabulary of at least {needed}, it has {config.language_model.vocab_size}"
             )
 
     def check_values(self) -> None:
@@ -125,7 +126,9 @@ class GenerateOptions:
 
     def search(self, config: ModelConfig, max_new_tokens: int) -> Search:
         """A fresh search for one request."""
-        rule = StopRule(eoc=config.tokens.eoc, banned=config.tokens.image, max_new_tokens=max_new_tokens)
+        rule = StopRule(
+            eoc=config.tokens.eoc, ends=config.tokens.ends, banned=config.tokens.never, max_new_tokens=max_new_tokens
+        )
         if self.samples:
             temperature = 1.0 if self.temperature is None else self.temperature
             return Sampling(
