@@ -11,6 +11,7 @@ FlamingoExportError
 ├── UnsupportedModel      a live model with parts that the builder does not know
 ├── BuildError            a build that cannot start or go on: output taken, disk full, another build running
 ├── BundleError           a bundle that is incomplete, altered or of a newer schema
+├── BusyError             the model is running another request: nothing is wrong with this one
 ├── BackendError          a backend that is not installed or cannot run here
 │   └── IncompatibleEngine  an engine for another version, device or plugin
 └── ParityError           parity could not be established (a failed gate is a result, not an error)
@@ -69,6 +70,10 @@ class BuildError(FlamingoExportError, RuntimeError):
 
 class BundleError(FlamingoExportError, RuntimeError):
     """A bundle that is incomplete, altered, or of a schema this version does not know."""
+
+
+class BusyError(FlamingoExportError, RuntimeError):
+    """A model that is still running another request, from another thread or an open stream."""
 
 
 class BackendError(FlamingoExportError, RuntimeError):

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand
+
+from flamingo_export.cli.verb import Verb
 
 if TYPE_CHECKING:
     from flamingo_calibration import BadSample, Sample
@@ -175,6 +176,9 @@ def chosen_policy(presets: dict[str, bool], file: Path | None) -> Policy | None:
     return preset(named[0]) if named else None
 
 
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")]
+
+
 class Parity(StrEnum):
     """Whether to compare with the reference."""
 
@@ -185,7 +189,7 @@ class Parity(StrEnum):
 ParityChoice = Annotated[Parity, typer.Option("--parity", help="auto: compare with the reference where PyTorch is installed.")]
 
 
-class MediaCommand(TyperCommand):
+class MediaCommand(Verb):
     """A verb with `--image` and `--video`, which remembers the order in which the two were mixed: it decides whose `<image>` is whose."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -201,7 +205,10 @@ def media_as_typed(
     fps: float | None = None,
     clip: str | None = None,
 ) -> list[MediumSource]:
-    """Images and videos in the order of the command line. Raises typer.BadParameter for a clip that is none."""
+    """Images and videos in the order of the command line. Raises typer.BadParameter for a clip that is none, or frames of no video."""
+    for option, given in {"--frames": frames, "--fps": fps, "--clip": clip}.items():
+        if given is not None and not videos:
+            raise typer.BadParameter("there is no --video to take frames of", param_hint=option)
     from flamingo_export.runtime.videos import Video
 
     seconds = read_clip(clip)

@@ -66,8 +66,7 @@ def score(
     media = media_as_typed(ctx, images, videos, frames, fps, clip)
     request = formatted(bundle, media=media, prompt=prompt, question=question, shots=shots, text_only=text_only)
     with opened(bundle, backend, device, threads, fallback) as model:
-        ending = model.inputs.tags.eoc if end else ""
-        scores = model.score(request, [answer + ending for answer in answers])
+        scores = model.score(request, answers, end=end)
     ranked = sorted(zip(answers, scores, strict=True), key=lambda pair: -pair[1].logprob)
     if as_json:
         print_json(
