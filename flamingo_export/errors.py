@@ -7,6 +7,7 @@ FlamingoExportError
 │   └── CapacityError     longer than the cache, or more media than the bank
 ├── CheckpointError       weights or config that cannot become a bundle
 ├── CalibrationError      calibration data or a table that cannot be used
+├── EvaluationError       a task, its data or its metric that cannot be evaluated
 ├── UnsupportedModel      a live model with parts that the builder does not know
 ├── BuildError            a build that cannot start or go on: output taken, disk full, another build running
 ├── BundleError           a bundle that is incomplete, altered or of a newer schema
@@ -53,6 +54,10 @@ class CheckpointError(FlamingoExportError, ValueError):
 
 class CalibrationError(FlamingoExportError, ValueError):
     """Calibration data that give no statistics, or a table that is not of these weights."""
+
+
+class EvaluationError(FlamingoExportError, ValueError):
+    """A task, its data, its metric or earlier results that cannot be evaluated."""
 
 
 class UnsupportedModel(FlamingoExportError, TypeError):

@@ -7,7 +7,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flamingo_export.cli.options import AsJson, BackendName, Device, Fallback, Frames, Images, Shots, TextOnly, Threads, Videos
+from flamingo_export.cli.options import (
+    AsJson,
+    BackendName,
+    Clip,
+    Device,
+    Fallback,
+    Fps,
+    Frames,
+    Images,
+    Shots,
+    TextOnly,
+    Threads,
+    Videos,
+)
 
 if TYPE_CHECKING:
     from flamingo_export.runtime.model import Generation, Model
@@ -31,6 +44,8 @@ def generate(
     shots: Shots = None,
     text_only: TextOnly = False,
     frames: Frames = None,
+    fps: Fps = None,
+    clip: Clip = None,
     beams: Annotated[
         int | None, typer.Option("--beams", min=1, help="Beams; 1 is greedy. Default 3, or --num-return.", show_default=False)
     ] = None,
@@ -76,7 +91,7 @@ def generate(
         raise typer.BadParameter(
             "--stream prints text as it comes, --json the whole at the end: choose one", param_hint="--stream"
         )
-    media = media_as_typed(ctx, images, videos, frames)
+    media = media_as_typed(ctx, images, videos, frames, fps, clip)
     request = formatted(bundle, media=media, prompt=prompt, question=question, shots=shots, text_only=text_only)
     settings: Settings = {
         "beams": beams,

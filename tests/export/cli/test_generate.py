@@ -178,6 +178,31 @@ def test_settings_that_cannot_be_are_usage_errors(cli, bundle, pictures, options
     assert words in outcome.err
 
 
+def test_a_clip_is_start_and_end(cli, bundle, pictures):
+    outcome = cli("generate", bundle, "--video", pictures / "clip.gif", "--clip", "3", "--prompt", "<image>Output:")
+    assert outcome.code == 2
+    assert "expected seconds as START-END" in outcome.err
+    outcome = cli(
+        "generate",
+        bundle,
+        "--video",
+        pictures / "clip.gif",
+        "--clip",
+        "0.1-0.3",
+        "--fps",
+        "10",
+        "-p",
+        "<image>Output:",
+        "--json",
+        "--max-new-tokens",
+        "1",
+    )
+    assert outcome.code == 0, outcome.err
+    outcome = cli("generate", bundle, "--video", pictures / "clip.gif", "--clip", "3-4", "-p", "<image>Output:")
+    assert outcome.code == 1
+    assert "the clip begins at 3 s" in outcome.err
+
+
 def test_names_of_the_last_release_keep_working_and_say_so(cli, bundle, pictures):
     line = ["generate", bundle, "--image", pictures / "a.png", "--beams", 4, "--max-new-tokens", 3]
     now = cli(*line, "--num-return", 2)
