@@ -99,7 +99,7 @@ class _Reader:
                 return found, False
             if kind == b"!":
                 label = self._read(1)
-                data = self._sub_blocks(keep=True)
+                data = self._sub_blocks()
                 if label == b"\xf9" and len(data) >= 4:  # graphic control: of the image that follows
                     flags, hundredths, key = struct.unpack("<BHB", data[:4])
                     duration, transparent, dispose = hundredths * 10.0, key if flags & 1 else None, flags >> 2 & 7
@@ -128,13 +128,13 @@ class _Reader:
     def _colours(self, flags: int) -> bytes:
         return self._read(3 << (flags & 7) + 1) if flags & 0x80 else b""
 
-    def _sub_blocks(self, *, keep: bool = False) -> bytes:
-        pieces = []
+    def _sub_blocks(self) -> bytes:
+        """Skips the sub-blocks up to the one that ends them; the first one's data."""
+        first = b""
         while length := self._read(1)[0]:
             data = self._read(length)
-            if keep and not pieces:
-                pieces.append(data)
-        return b"".join(pieces)
+            first = first or data
+        return first
 
     def _read(self, length: int) -> bytes:
         data = self._file.read(length)

@@ -149,6 +149,25 @@ def opened_by_pillow(file: IO[bytes]) -> Image.Image:
     return Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
 
 
+def is_image(file: IO[bytes]) -> bool:
+    """Whether a file is of a format that is read as an image, by its content; True also for a damaged one, which decoding refuses."""
+    start = file.read(8)
+    file.seek(0)
+    if start.startswith((b"GIF8", b"\x89PNG")):  # which Pillow does not tell when they are damaged
+        return True
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"PIL\b")
+            opened_by_pillow(file)
+    except UnidentifiedImageError:
+        return False
+    except Exception:
+        return True
+    finally:
+        file.seek(0)
+    return True
+
+
 @contextmanager
 def translated(name: str) -> Iterator[None]:
     """Pillow reports damaged files with whatever exception its decoder met; all of them become one ImageError.

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 
 from flamingo_export.errors import ImageError
@@ -80,7 +80,7 @@ def _alpha_of_key(image: Image.Image) -> Image.Image | None:
     with the values scaled to 8 bits, and not at all in 16.
     """
     key = image.info.get("transparency")
-    if image.format != "PNG" or not image.tile or not isinstance(key, int | tuple):
+    if not (isinstance(image, ImageFile.ImageFile) and image.format == "PNG" and image.tile and isinstance(key, int | tuple)):
         return None
     raw = image.tile[0].args
     if raw in _GRAY_BITS and isinstance(key, int):
@@ -98,7 +98,7 @@ def _alpha_of_key(image: Image.Image) -> Image.Image | None:
     return None
 
 
-def _low_bytes(image: Image.Image) -> Pixels:
+def _low_bytes(image: ImageFile.ImageFile) -> Pixels:
     """The lower byte of each value of a PNG with 16 bits a colour, of which Pillow keeps the higher: decoded as if the bytes were
     swapped. uint8 [H, W, 3]."""
     file: Any = image.fp
