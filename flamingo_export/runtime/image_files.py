@@ -151,9 +151,14 @@ def opened_by_pillow(file: IO[bytes]) -> Image.Image:
 
 def is_image(file: IO[bytes]) -> bool:
     """Whether a file is of a format that is read as an image, by its content; True also for a damaged one, which decoding refuses."""
-    start = file.read(8)
+    start = file.read(12)
     file.seek(0)
-    if start.startswith((b"GIF8", b"\x89PNG")):  # which Pillow does not tell when they are damaged
+    # Pillow does not recognise these where they are damaged.
+    if (
+        start.startswith((b"GIF8", b"\x89PNG", b"\xff\xd8\xff"))
+        or start[8:] == b"WEBP"
+        or start[4:] in (b"ftypavif", b"ftypavis")
+    ):
         return True
     try:
         with warnings.catch_warnings():
