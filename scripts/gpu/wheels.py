@@ -10,6 +10,7 @@ PyTorch, numpy and what PyTorch brings are the machine's own. scripts/gpu_check 
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
 import zipfile
@@ -66,10 +67,9 @@ def split(path: Path, size: int = MOST_BYTES) -> list[Path]:
 
 
 def join(folder: Path) -> tuple[list[Path], list[str]]:
-    """Wheels made of the pieces in a folder, and what is missing of others."""
+    """Wheels made of the pieces in a folder, and what is missing of others. Any one piece tells how many there are."""
     made, missing = [], []
-    for first in sorted(folder.glob("*.piece-1-of-*")):
-        name, _, total = first.name.partition(".piece-1-of-")
+    for name, total in sorted({tuple(re.split(r"\.piece-\d+-of-", path.name)) for path in folder.glob("*.piece-*-of-*")}):
         pieces = [folder / f"{name}.piece-{number}-of-{total}" for number in range(1, int(total) + 1)]
         absent = [piece.name for piece in pieces if not piece.is_file()]
         if absent:
@@ -124,9 +124,8 @@ def main() -> None:
             old.unlink()
         download(ONNXRUNTIME, folder)
         for wheel in list(folder.glob("*.whl")):
-            if wheel.stat().st_size > MOST_BYTES:
-                for piece in split(wheel):
-                    print(f"{piece}: {piece.stat().st_size / 2**20:.1f} MiB")
+            for path in split(wheel) if wheel.stat().st_size > MOST_BYTES else [wheel]:
+                print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
 
 
 if __name__ == "__main__":

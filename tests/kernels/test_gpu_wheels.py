@@ -27,10 +27,12 @@ def test_pieces_are_what_they_were_cut_from(tmp_path):
     assert len(pieces) == -(-len(data) // 100)
     assert max(piece.stat().st_size for piece in pieces) <= 100
     assert not path.exists()
-    held = pieces[1].read_bytes()
-    pieces[1].unlink()
-    assert wheels.join(tmp_path) == ([], [pieces[1].name])
-    pieces[1].write_bytes(held)
+    held = {piece: piece.read_bytes() for piece in pieces[:2]}
+    for count, piece in enumerate(held, 1):  # the first one too: any tells how many there are
+        piece.unlink()
+        assert wheels.join(tmp_path) == ([], [each.name for each in pieces[:count]])
+    for piece, bytes_of in held.items():
+        piece.write_bytes(bytes_of)
     assert wheels.join(tmp_path) == ([path], [])
     assert path.read_bytes() == data
 
