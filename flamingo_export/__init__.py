@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from flamingo_export.errors import CalibrationError as CalibrationError
     from flamingo_export.errors import CapacityError as CapacityError
     from flamingo_export.errors import CheckpointError as CheckpointError
+    from flamingo_export.errors import EvaluationError as EvaluationError
     from flamingo_export.errors import FlamingoExportError as FlamingoExportError
     from flamingo_export.errors import ImageError as ImageError
     from flamingo_export.errors import IncompatibleEngine as IncompatibleEngine
@@ -61,6 +62,7 @@ _HOME = {
     "CalibrationError": "errors",
     "CapacityError": "errors",
     "CheckpointError": "errors",
+    "EvaluationError": "errors",
     "FlamingoExportError": "errors",
     "ImageError": "errors",
     "IncompatibleEngine": "errors",
