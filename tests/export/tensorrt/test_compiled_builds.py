@@ -74,6 +74,16 @@ def compile_with(monkeypatch, tmp_path):
     return run
 
 
+def test_python_builds_engines_as_the_command_line_does(compile_with, monkeypatch, tmp_path):
+    expected = compile_with(FakeBuilds())
+    monkeypatch.setattr(backend_module, "build", FakeBuilds())
+    source = source_for_size("nano", seed=3)
+    found = flamingo_export.build(source, out=tmp_path / "m.bundle", parity="skip", backend="tensorrt-rtx", target="sm89")
+    assert found.manifest.engines == expected.manifest.engines
+    with pytest.raises(BuildError, match="target is 'sm89', but only engines have one"):
+        flamingo_export.build(source, out=tmp_path / "o.bundle", parity="skip", target="sm89")
+
+
 def test_an_engine_finished_before_a_kill_is_not_built_again(compile_with, tmp_path):
     first = FakeBuilds(stop_at=2)
     with pytest.raises(KeyboardInterrupt):
