@@ -6,6 +6,7 @@ Times are those of two cores of a 2.5 GHz server, measured (docs/precision.md); 
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import msgspec
@@ -14,6 +15,7 @@ from flamingo_export import estimates
 from flamingo_export.backends.registry import COMPILERS
 from flamingo_export.bundle.manifest import default_limits
 from flamingo_export.estimates import ENGINE_RATIO
+from flamingo_export.machine import available_memory
 from flamingo_export.pipeline.request import BuildRequest, resolve_precision
 from flamingo_export.pipeline.write_weights import LARGE, THREADS
 from flamingo_export.precision import Precision
@@ -32,11 +34,11 @@ _QUANTISING_SECONDS = {"fp8": 7e-9, "int8": 2.2e-9, "int4": 16e-9}
 # Of calibration on the shipped set, for a number of a weight: read, and multiplied with 512 tokens.
 _CALIBRATING_SECONDS = 60e-9
 CARDS = {
-    "RTX 4090, 24 GB": 24e9,
-    "L40S, 48 GB": 48e9,
-    "A100 or H100, 80 GB": 80e9,
-    "H200, 141 GB": 141e9,
-    "B200, 180 GB": 180e9,
+    "RTX 4090": 24e9,
+    "L40S": 48e9,
+    "A100 or H100": 80e9,
+    "H200": 141e9,
+    "B200": 180e9,
 }
 # What of a card's memory is left to engines.
 _USABLE = 0.92
@@ -87,6 +89,33 @@ class BuildPlan(msgspec.Struct, frozen=True, kw_only=True):
     disk_bytes: int
     """Needed at `out`'s disk, everything included, were the build to start anew."""
     absent: tuple[Path, ...] = ()
+
+
+class Machine(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether this machine can carry out a plan. folder: on the disk that is written to; bytes that are free there, and of memory: needed at
+    the step that takes most, and available now."""
+
+    folder: Path
+    disk_free: int
+    memory_needed: int
+    memory_available: int
+    disk_suffices: bool
+    memory_suffices: bool
+
+
+def this_machine(found: BuildPlan) -> Machine:
+    """What this machine has for a plan. Parity, whose needs follow from what is compared, is not part of it."""
+    folder = next(parent for parent in found.out.resolve().parents if parent.exists())
+    free, available = shutil.disk_usage(folder).free, available_memory()
+    needed = max(step.memory for step in found.steps)
+    return Machine(
+        folder=folder,
+        disk_free=free,
+        memory_needed=needed,
+        memory_available=available,
+        disk_suffices=found.disk_bytes <= free,
+        memory_suffices=needed <= available,
+    )
 
 
 def plan(request: BuildRequest) -> BuildPlan:
