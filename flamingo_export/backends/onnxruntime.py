@@ -21,7 +21,7 @@ from flamingo_export.backends.base import Array, Availability, Buffer, HostSessi
 from flamingo_export.backends.cut_tables import CutTables
 from flamingo_export.backends.memory import release
 from flamingo_export.bundle.manifest import EngineRecord, GraphRecord, Manifest
-from flamingo_export.errors import BackendError, BundleError, InputError, pip_install
+from flamingo_export.errors import BackendError, BundleError, InputError, first_line, pip_install
 from flamingo_export.precision import Policy
 from flamingo_export.specs import SubgraphSpec, decoder_spec, subgraph_specs
 from flamingo_export.weights import WeightIndex
@@ -83,11 +83,11 @@ class OnnxRuntimeBackend:
             raise BackendError(f"{path} does not fit in memory. {_MEMORY_ADVICE}") from error
         except Exception as error:
             if _is_memory(error):
-                raise BackendError(f"{path} does not fit in memory ({_first_line(error)}). {_MEMORY_ADVICE}") from error
+                raise BackendError(f"{path} does not fit in memory ({first_line(error)}). {_MEMORY_ADVICE}") from error
             if not _is_ort_error(error):
                 raise
             raise BundleError(
-                f"{path} cannot be loaded by onnxruntime {onnxruntime.__version__}: {_first_line(error)}. "
+                f"{path} cannot be loaded by onnxruntime {onnxruntime.__version__}: {first_line(error)}. "
                 "Check the bundle (flamingo-export inspect) or build it again."
             ) from error
         release()  # opening NFNet-F6 leaves 2.3 GB freed but kept
@@ -260,7 +260,7 @@ class OnnxRuntimeSession(HostSession):
             if not _is_ort_error(error) and not isinstance(error, MemoryError):
                 raise
             advice = _MEMORY_ADVICE if _is_memory(error) else "The bundle may be damaged: flamingo-export parity checks it."
-            raise BackendError(f"{self._spec.name} failed in onnxruntime: {_first_line(error)}. {advice}") from error
+            raise BackendError(f"{self._spec.name} failed in onnxruntime: {first_line(error)}. {advice}") from error
         return results if outputs is None else {name: results[name] for name in outputs}
 
     def close(self) -> None:
@@ -332,7 +332,3 @@ def _is_memory(error: Exception) -> bool:
     return (
         isinstance(error, MemoryError) or "bad_alloc" in text or "failed to allocate memory" in text or "out of memory" in text
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

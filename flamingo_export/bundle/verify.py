@@ -11,6 +11,7 @@ import msgspec
 
 from flamingo_export.bundle.manifest import MANIFEST_NAME, FileRecord, Manifest, read_manifest
 from flamingo_export.errors import BundleError
+from flamingo_export.files import write_atomically
 from flamingo_export.progress import SILENT, Progress
 from flamingo_export.user_cache import user_cache
 
@@ -197,7 +198,4 @@ def _write_notes(path: Path | None, files: dict[str, _Mark]) -> None:
     if path is None:
         return
     with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_bytes(msgspec.json.encode(_Verified(files=files)))
-        temporary.replace(path)
+        write_atomically(path, msgspec.json.encode(_Verified(files=files)))

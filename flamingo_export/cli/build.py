@@ -19,6 +19,7 @@ from flamingo_export.cli.options import (
     OtherLanguageModel,
     OtherTokenizer,
     OtherVision,
+    Overwrite,
     Parity,
     ParityChoice,
     PolicyFile,
@@ -142,7 +143,7 @@ def build(
     ] = 1,
     parity: ParityChoice = Parity.auto,
     plan: Annotated[bool, typer.Option("--plan", help="Only say what would be written.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace what is at --out.")] = False,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Make a bundle: ONNX graphs, weights, tokenizer and how parity stands. Interrupted, the same command goes on where it was.
@@ -188,7 +189,7 @@ def build(
         uncalibrated=uncalibrated,
         limits=limits,
         parity=parity.value,
-        overwrite=force,
+        overwrite=overwrite,
         backend=backend.value,
         target=target,
         parts=parts,

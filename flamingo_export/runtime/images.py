@@ -68,6 +68,20 @@ def open_image(source: str | os.PathLike[str]) -> Iterator[Image.Image]:
             yield image
 
 
+def is_image_file(path: Path) -> bool:
+    """Whether a file is of a format that is read as an image, by its content; True also for what `open_image` will refuse with a reason."""
+    if not os.path.isfile(path):
+        return True
+    try:
+        Image.init()
+        with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]):
+            return True
+    except UnidentifiedImageError:
+        return False
+    except Exception:
+        return True
+
+
 def refuse_animation(image: Image.Image, name: str | os.PathLike[str]) -> None:
     """Raises ImageError if the image has several frames (MPO, a photograph with previews, counts as one)."""
     frames = getattr(image, "n_frames", 1)

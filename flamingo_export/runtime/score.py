@@ -20,7 +20,7 @@ MAX_TOKENS_AT_ONCE = 512
 def score(generator: Generator, request: Prepared, candidates: Sequence[Sequence[int]], timings: Timings) -> list[list[float]]:
     """Log-probability of each token of each candidate (at least one token each) after the request's prompt.
 
-    `<image>` has probability zero, as in generation. Raises CapacityError before work if prompt and the longest candidate do not fit.
+    Tokens that are never generated have probability zero. Raises CapacityError before work if prompt and the longest candidate do not fit.
     """
     prompt, limits = len(request.token_ids), generator.limits
     # The last token of a candidate is predicted, never run.
@@ -40,7 +40,7 @@ def score(generator: Generator, request: Prepared, candidates: Sequence[Sequence
     room = min(at_once, limits.max_length - prompt)
     groups = list(_groups(candidates, room))
     slots = prompt + max(sum(len(candidates[index]) - 1 for index in group) for group in groups)
-    banned = generator.config.tokens.image
+    banned = generator.config.tokens.never
     results: list[list[float]] = [[] for _ in candidates]
     with generator.filled([request], slots, timings) as filled:
         firsts = np.array([candidate[0] for candidate in candidates])
@@ -101,7 +101,7 @@ def _whole(scores: Scores) -> Logits:
     return scores
 
 
-def _logprobs(logits: Array, rows: Array, tokens: Array, banned: int) -> list[float]:
+def _logprobs(logits: Array, rows: Array, tokens: Array, banned: Sequence[int]) -> list[float]:
     """Log-probabilities of tokens, each under its row of logits, which are overwritten."""
     top = without(logits, banned)
     values = logits[rows, tokens].astype(np.float64)

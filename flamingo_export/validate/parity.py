@@ -146,7 +146,7 @@ def record(
         goldens.codes = dict(stored.codes)
         goldens.no_traces = _no_room(source.config, memory)
         if not goldens.no_traces:
-            goldens.traces = record_traces(source, stored, manifest.limits, tokenizer, progress)
+            goldens.traces = record_traces(source, stored, manifest, tokenizer, progress)
     return goldens
 
 

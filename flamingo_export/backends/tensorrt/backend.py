@@ -129,7 +129,7 @@ class TensorRTBackend:
             capacity=limits.max_length,
             native_functions=self.native_functions,
         )
-        add_candidates(lowered, spec, banned=manifest.config.tokens.image)
+        add_candidates(lowered, spec, banned=manifest.config.tokens.never)
         expected = check_graph(
             lowered, spec, compute=compute, capacity=limits.max_length, native_functions=self.native_functions
         )
@@ -170,6 +170,7 @@ class TensorRTBackend:
             request=request,
             lowered=path.name,
             compute=compute,
+            banned=manifest.config.tokens.never,
             summary=built.summary,
         )
 
@@ -192,7 +193,7 @@ class TensorRTBackend:
             # CUDA is asked before TensorRT, whose runtime ends the process where there is no driver.
             cuda = CudaRuntime()
             self._lanes = Lane(cuda, first=True), Lane(cuda, first=False)
-        contract = contract_of(manifest, graph)
+        contract = contract_of(manifest, graph, record)
         decoding = bool(contract.spec.aliases)
         loaded = load_engine(
             trt,

@@ -13,6 +13,7 @@ import numpy as np
 
 from flamingo_export.backends.base import Backend, Session, SessionOptions
 from flamingo_export.bundle.manifest import Manifest
+from flamingo_export.errors import named_line
 from flamingo_export.progress import Progress
 from flamingo_export.validate.checks.compare import AnyArray, failed, gate
 from flamingo_export.validate.checks.engines import (
@@ -117,8 +118,7 @@ class Checker:
         try:
             yield
         except Exception as error:
-            text = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-            self.rows.append(failed(level, case, subgraph, "all outputs", text))
+            self.rows.append(failed(level, case, subgraph, "all outputs", named_line(error)))
             if self.first_diverging is None and level != "end_to_end" and subgraph != "decoder":
                 self.first_diverging = subgraph
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from flamingo_export.backends.base import Backend, SessionOptions
 from flamingo_export.bundle.manifest import Manifest
+from flamingo_export.errors import named_line
 from flamingo_export.progress import Progress
 from flamingo_export.runtime.generator import Generator, Timings
 from flamingo_export.runtime.media import medium_of
@@ -50,7 +51,7 @@ def check_traces(
     try:
         engines = Engines.open(bundle, manifest, backend, options)
     except Exception as error:
-        return (), [failed("trace", "token traces", "runtime", TENSOR, f"the engines cannot be opened: {_first_line(error)}")]
+        return (), [failed("trace", "token traces", "runtime", TENSOR, f"the engines cannot be opened: {named_line(error)}")]
     try:
         for golden in goldens.traces:
             text = None
@@ -62,7 +63,7 @@ def check_traces(
                 tokens = found[0].token_ids
                 text = decode(tokens).strip() if decode is not None else None
             except Exception as error:
-                note = _first_line(error)
+                note = named_line(error)
                 outcome, row, tokens = "failed", failed("trace", trace_name(golden), "runtime", TENSOR, note), ()
             rows.append(row)
             traces.append(_trace(golden, outcome, tokens, text, note, label))
@@ -186,7 +187,3 @@ def _trace(
         media=tuple(frames[0] for frames in golden.media),
         note=note,
     )
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Literal
 
 import msgspec
+
+from flamingo_export.files import write_atomically
 
 Verdict = Literal["passed", "failed", "not_run"]
 Against = Literal["reference", "golden", "transformers"]
@@ -153,17 +153,3 @@ def read_report(folder: Path) -> ParityReport | None:
         return msgspec.json.decode((folder / REPORT_JSON).read_bytes(), type=ParityReport)
     except (OSError, msgspec.MsgspecError):
         return None
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Readers see the old file or the new one, never half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -28,9 +28,9 @@ def test_a_taken_output_is_kept_unless_forced(cli, tmp_path):
     before = (out / "manifest.json").read_bytes()
     refused = cli("build", "--size", "nano", "--seed", 6, "--parity", "skip", "--out", out)
     assert refused.code == 1
-    assert "--force" in refused.err
+    assert "--overwrite" in refused.err
     assert (out / "manifest.json").read_bytes() == before
-    forced = cli("build", "--size", "nano", "--seed", 6, "--parity", "skip", "--out", out, "--force", "--json")
+    forced = cli("build", "--size", "nano", "--seed", 6, "--parity", "skip", "--out", out, "--overwrite", "--json")
     assert forced.code == 0
     data = json.loads(forced.out)
     assert data["bundle"] == str(out)

@@ -87,6 +87,7 @@ def test_shots_of_every_form(folder: Path) -> None:
         ("{", r"line 2: not JSON \(Expecting property name enclosed in double quotes at column 2\)"),
         ("[1]", "line 2: a JSON list, expected an object"),
         ({"imgae": "a.png", "caption": "c"}, "line 2: unknown keys imgae; known: image, video"),
+        ('{"image": "a.png", "image": "a.png", "caption": "c"}', "line 2: image is given twice"),
         ({"image": "a.png"}, "line 2: neither a caption nor a question"),
         ({"image": "a.png", "caption": 3}, "line 2: caption is 3, expected a text"),
         ({"image": "a.png", "caption": " "}, "line 2: caption is"),
