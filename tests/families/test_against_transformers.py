@@ -53,6 +53,7 @@ def copy(hub: tuple[Path, Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(hub[1], tmp_path / "copy.bundle"))
 
 
+@pytest.mark.slow
 def test_whole(hub: tuple[Path, Path], copy: Path) -> None:
     report = check_bundle(copy, backend="onnxruntime", checkpoint=hub[0], against="transformers")
     assert report.verdict == "passed", report.summary
@@ -164,6 +165,7 @@ def test_another_checkpoint_is_refused(copy: Path, tmp_path: Path) -> None:
         check_bundle(copy, against="transformers")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_beside_the_bundle_is_found(hub: tuple[Path, Path], tmp_path: Path) -> None:
     """flamingo-export parity idefics.bundle --against transformers, as long as the checkpoint lies where it was built from."""
     shutil.copytree(hub[0].parent, tmp_path / "place")
@@ -250,6 +252,7 @@ def test_an_adapter_is_merged_for_both(hub: tuple[Path, Path], tmp_path: Path) -
     assert check_bundle(bundle, backend="onnxruntime", checkpoint=files, against="transformers", memory=1).verdict == "passed"
 
 
+@pytest.mark.slow
 def test_golden_values_are_asked_for_by_name(hub: tuple[Path, Path], copy: Path) -> None:
     with pytest.raises(ParityError, match="has no golden values"):
         check_bundle(copy, against="golden")
