@@ -6,13 +6,14 @@
 # make wheel-check  builds the wheel, installs it into an empty environment and runs the demo's first steps from there
 # make bench        the figures of the README's results table
 # make plugin       the TensorRT plugin; needs nvcc, CMake and TensorRT's headers (TENSORRT_ROOT=...)
+# make gpu-wheels   the package's smaller dependencies for a GPU machine without network, into build/gpu-wheels (docs/gpu.md)
 # make clean        removes what the above made, .venv included
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast lint lock test-oldest test-newest wheel-check bench plugin clean
+.PHONY: help demo test test-fast lint lock test-oldest test-newest wheel-check bench plugin gpu-wheels clean
 
 # Paths are relative throughout, so the folder's own path may hold spaces. The venv's programs are called through its Python for the same reason.
 PY := .venv/bin/python
@@ -97,6 +98,9 @@ plugin:
 	@targets="$$(cmake --build build --target help)"; \
 	case "$$targets" in *flamingo_plugins*) cmake --build build --parallel --target flamingo_plugins ;; \
 	*) echo "make: the plugin cannot be built here, see the messages above and docs/plugin.md" >&2; exit 1 ;; esac
+
+gpu-wheels: .venv/made
+	$(PY) scripts/gpu/wheels.py $(GPU_WHEELS_ARGS)
 
 bench: .venv/installed-dev
 	$(PY) benchmarks/decoder_cpu.py
