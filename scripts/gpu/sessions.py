@@ -55,7 +55,7 @@ def contract(head_size: int) -> Contract:
         Profile(name="prefill", bounds={**shared, "S": Bounds(1, 64, 128), "M": Bounds(1, 1, MEDIA)}),
         Profile(name="decode", bounds={**shared, "S": Bounds(1, 3, 16), "M": Bounds(1, 1, 1)}),
     )
-    return Contract(spec=spec, profiles=profiles, capacity=CAPACITY, compute="fp16")
+    return Contract(spec=spec, profiles=profiles, capacity=CAPACITY, compute="fp16", offered=spec)
 
 
 @dataclass
