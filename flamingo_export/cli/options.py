@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 _NANO = "nano"
 _TYPED = "flamingo_export.typed"
+_STDIN = Path("-")
 
 Images = Annotated[
     list[Path] | None,
@@ -32,7 +34,7 @@ Images = Annotated[
         "--image",
         "-i",
         metavar="FILE",
-        help="An image; repeat for more. Media go to the <image> tags as typed.",
+        help="An image, - for standard input; repeat for more. Media go to the <image> tags as typed.",
         show_default=False,
     ),
 ]
@@ -205,7 +207,10 @@ def media_as_typed(
     fps: float | None = None,
     clip: str | None = None,
 ) -> list[MediumSource]:
-    """Images and videos in the order of the command line. Raises typer.BadParameter for a clip that is none, or frames of no video."""
+    """Images and videos in the order of the command line; `-` is standard input.
+
+    Raises typer.BadParameter for a clip that is none, frames of no video, or standard input that cannot be read.
+    """
     for option, given in {"--frames": frames, "--fps": fps, "--clip": clip}.items():
         if given is not None and not videos:
             raise typer.BadParameter("there is no --video to take frames of", param_hint=option)
@@ -218,8 +223,20 @@ def media_as_typed(
         option = "--image" if argument.startswith("-i") else argument.split("=")[0]
         if left.get(option):
             path = left[option].pop(0)
-            media.append(path if option == "--image" else Video(source=path, num_frames=frames, fps=fps, clip=seconds))
+            source = path if path != _STDIN else _standard_input(option, [*(images or []), *(videos or [])].count(_STDIN))
+            media.append(source if option == "--image" else Video(source=source, num_frames=frames, fps=fps, clip=seconds))
     return media
+
+
+def _standard_input(option: str, times: int) -> IO[bytes]:
+    """What `-` means. Raises typer.BadParameter if it is asked for more than once, or nothing is piped into it."""
+    if times > 1:
+        raise typer.BadParameter("standard input (-) can be read once; give the others as files", param_hint=option)
+    if sys.stdin is None or sys.stdin.isatty():
+        raise typer.BadParameter(
+            "- is standard input, but nothing is piped into it. A file is given by its path.", param_hint=option
+        )
+    return sys.stdin.buffer
 
 
 def read_clip(text: str | None) -> tuple[float, float] | None:

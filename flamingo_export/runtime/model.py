@@ -15,6 +15,7 @@ from flamingo_export.backends.base import Backend, SessionOptions
 from flamingo_export.bundle.manifest import Manifest
 from flamingo_export.errors import InputError, PromptError
 from flamingo_export.runtime.generator import Generator, Steps, Timings
+from flamingo_export.runtime.image_files import is_encoded
 from flamingo_export.runtime.images import ImageSource
 from flamingo_export.runtime.media import Medium, MediumSource
 from flamingo_export.runtime.options import GenerateOptions, Settings, options_from
@@ -358,6 +359,6 @@ def as_request(
 
 def _listed(items: Iterable[T]) -> list[T]:
     """The items as a list; a single path or picture is a likely slip, so it is refused rather than taken apart."""
-    if isinstance(items, str | Path | np.ndarray | Video) or not isinstance(items, Iterable):
+    if is_encoded(items) or isinstance(items, np.ndarray | Video) or not isinstance(items, Iterable):
         raise InputError("images and videos are lists: images=['a.png'], not images='a.png'")
     return list(items)

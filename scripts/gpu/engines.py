@@ -9,10 +9,10 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from gpu import build
+from gpu import build, wheels
 from gpu.stage import Context, Failed, NoDevice, NoTime, Result
 
 
@@ -28,6 +28,8 @@ def without_modules(*names: str) -> Callable[[Context], str | None]:
 
 PACKAGE = ("msgspec", "onnx_ir", "safetensors", "tokenizers", "typer")  # what flamingo_export itself wants
 PLUGIN_VARIABLE = "FLAMINGO_PLUGIN"
+ONNXRUNTIME = "onnxruntime"
+"""Folder of the wheels of ONNX Runtime with CUDA, below that of the others: only its stage has them, before any other ONNX Runtime."""
 WHEELS = "FLAMINGO_WHEELS"
 """Names a folder of installed wheels (pip install --target FOLDER): TensorRT for RTX and cuda-bindings on a machine without network."""
 
@@ -78,13 +80,22 @@ def without_cuda_python() -> str | None:
 
 
 def without_cuda_provider(context: Context) -> str | None:
-    absent = without_modules("onnxruntime", *PACKAGE)(context)
+    """ONNX Runtime with CUDA: installed, or taken along in pieces."""
+    absent = without_modules(*PACKAGE)(context)
     if absent:
         return absent
+    if list((wheels.FOLDER / ONNXRUNTIME).glob("onnxruntime_gpu-*")):
+        _, missing = wheels.join(wheels.FOLDER / ONNXRUNTIME)
+        return f"pieces of ONNX Runtime's wheel: {', '.join(missing)}" if missing else None
+    advice = "make gpu-wheels GPU_WHEELS_ARGS=--onnxruntime-gpu gathers it in pieces"
+    if importlib.util.find_spec("onnxruntime") is None:
+        return f"onnxruntime-gpu ({advice})"
     import onnxruntime
 
     present = onnxruntime.get_available_providers()
-    return None if "CUDAExecutionProvider" in present else f"onnxruntime-gpu (this onnxruntime has {', '.join(present)})"
+    return (
+        None if "CUDAExecutionProvider" in present else f"onnxruntime-gpu (this onnxruntime has {', '.join(present)}; {advice})"
+    )
 
 
 PICTURE = build.ROOT / "docs" / "images" / "demo.png"
@@ -184,6 +195,46 @@ def rehearse_cli(*commands: Sequence[str]) -> Callable[[Context], Result]:
     return rehearse
 
 
+def run_onnxruntime(context: Context) -> Result:
+    """nano and 3b's decoder (its language model has 1.3B parameters) on ONNX Runtime's CUDA provider beside PyTorch, in fp16."""
+    return _onnxruntime(context, "CUDAExecutionProvider", {"nano": ((512,), (1, 8)), "3b": ((512, 2048), (1, 8, 32))})
+
+
+def rehearse_onnxruntime(context: Context) -> Result:
+    """In a dry run: the same script on the CPU provider, with nano."""
+    _onnxruntime(context, "CPUExecutionProvider", {"nano": ((64,), (1, 2))}, steps=2)
+    raise NoDevice("nano's steps are the same on ONNX Runtime's CPU provider and in PyTorch; the CUDA provider wants a GPU")
+
+
+def _onnxruntime(
+    context: Context, provider: str, sizes: Mapping[str, tuple[Sequence[int], Sequence[int]]], steps: int = 30
+) -> Result:
+    from gpu import onnxruntime_cuda
+
+    site: list[str] = []
+    found = list((wheels.FOLDER / ONNXRUNTIME).glob("*.whl"))
+    if provider != "CPUExecutionProvider" and found:
+        site = [str(wheels.unpack(found, wheels.UNPACKED.with_name(ONNXRUNTIME)))]
+    results: Result = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for size, (lengths, batches) in sizes.items():
+            bundle = f"{folder}/{size}.bundle"
+            made = _cli(context, ["build", "--size", size, "--precision", "fp16", "--parity", "skip", "--out", bundle])
+            if made.returncode:
+                raise Failed(f"build --size {size}: exit {made.returncode}: {made.stderr[-500:]}", results)
+            words = [bundle, "--provider", provider, "--steps", str(steps)]
+            words += ["--lengths", *map(str, lengths), "--batches", *map(str, batches)]
+            code = f"import runpy; runpy.run_path({onnxruntime_cuda.__file__!r}, run_name='__main__')"
+            done = _python(context, code, words, before=site)
+            if done.returncode:
+                raise Failed(f"ONNX Runtime with {size}: exit {done.returncode}: {done.stderr[-1000:]}", results)
+            results[size] = json.loads(done.stdout.splitlines()[-1])
+            faults = onnxruntime_cuda.failures(results[size])
+            if faults:
+                raise Failed("; ".join(faults), results)
+    return results
+
+
 def _filled_in(command: Sequence[str], folder: str) -> list[str]:
     names = {"BUNDLE": f"{folder}/nano.bundle", "PICTURE": str(PICTURE), "POLICY": str(POLICY)}
     words = list(command)
@@ -193,16 +244,20 @@ def _filled_in(command: Sequence[str], folder: str) -> list[str]:
 
 
 def _cli(context: Context, words: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """flamingo-export in a process of its own, with what this one found: the plugin, the wheels. Raises NoTime."""
+    """flamingo-export in a process of its own."""
+    return _python(context, "from flamingo_export.cli import main; sys.exit(main())", words)
+
+
+def _python(context: Context, code: str, words: Sequence[str], before: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+    """Python in a process of its own, with what this one found: the plugin, the wheels. before: folders that come first. Raises NoTime."""
     own = [str(build.ROOT), str(build.ROOT / "reference"), str(build.ROOT / "calibration")]
-    paths = [*own, *filter(None, [os.environ.get(WHEELS)])]
+    paths = [*before, *own, *filter(None, [os.environ.get(WHEELS)])]
     built = {PLUGIN_VARIABLE: str(context.plugin)} if context.plugin is not None else {}
     environment = built | os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     behind = [str(context.wheels)] if context.wheels is not None else []
-    code = f"import sys; sys.path += {behind!r}; from flamingo_export.cli import main; sys.exit(main())"
     try:
         return subprocess.run(
-            [sys.executable, "-c", code, *words],
+            [sys.executable, "-c", f"import sys; sys.path += {behind!r}; {code}", *words],
             env=environment,
             capture_output=True,
             text=True,
@@ -211,5 +266,5 @@ def _cli(context: Context, words: Sequence[str]) -> subprocess.CompletedProcess[
         )
     except subprocess.TimeoutExpired as error:
         if context.seconds > 500:
-            raise Failed(f"flamingo-export {' '.join(words)}: not done after 500 s") from error
-        raise NoTime(f"flamingo-export {' '.join(words)} was not done when the time was up") from error
+            raise Failed(f"{' '.join(words)}: not done after 500 s") from error
+        raise NoTime(f"{' '.join(words)} was not done when the time was up") from error

@@ -14,7 +14,9 @@ from gpu.engines import (
     engines,
     fp8_against_fp16,
     rehearse_cli,
+    rehearse_onnxruntime,
     run_cli,
+    run_onnxruntime,
     without_cuda_provider,
     without_fp8,
     without_rtx,
@@ -247,8 +249,5 @@ STAGES: list[Stage] = [
     _engines("tensorrt-rtx-quantised", engines("tensorrt-rtx", quantised=True), without_fp8(without_rtx), rtx=True, value=10, seconds=400),
     _engines("tensorrt-fp8-3b", fp8_against_fp16("tensorrt"), without_fp8(without_tensorrt), rtx=False, value=10, seconds=600),
     _engines("tensorrt-rtx-fp8-3b", _RTX_FP8, without_fp8(without_rtx), rtx=True, value=5, seconds=600),
-    Stage("onnxruntime-cuda", without_cuda_provider, run_cli(
-        ("build", "--size", "nano", "--parity", "skip", "--out", "BUNDLE"),
-        ("bench", "BUNDLE", "--backend", "onnxruntime", "--device", "cuda", "--json"),
-    ), value=5, seconds=60),
+    Stage("onnxruntime-cuda", without_cuda_provider, run_onnxruntime, rehearse=rehearse_onnxruntime, value=10, seconds=200),
 ]  # fmt: skip

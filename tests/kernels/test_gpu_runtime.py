@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from fake_card import FakeCard
-from gpu import build, nano, oracle, sessions
+from gpu import build, nano, onnxruntime_cuda, oracle, sessions
 from gpu.library import Args, Kernels
 from gpu.torch_backend import kernel_attend
 from gpu.torch_graph import TorchGraph, UnknownOperator
@@ -178,3 +178,21 @@ def test_comparison_of_generations_names_what_differs():
     assert fault.startswith("a: tokens")
     (fault,) = nano.compare_generations({**right, "b": ([(3,)], [(-1.01,)])}, right)
     assert fault == "b: a log-probability is off by 0.01"
+
+
+def test_what_onnxruntime_may_not_do_is_a_failure():
+    found = {"model": "nano", "type": "fp16", "onnxruntime": "1.24.4", "operators_on_the_cpu": {"Shape": 3}}
+    row = {"length": 64, "batch": 1, "difference": {"logits": 1e-3, "caches": 1e-3}}
+    assert onnxruntime_cuda.failures({**found, "rows": [row]}) == []
+    (fault,) = onnxruntime_cuda.failures({**found, "rows": [row], "operators_on_the_cpu": {"Attention": 6, "Shape": 1}})
+    assert fault == "Attention run on the CPU: ONNX Runtime 1.24.4 has no CUDA kernel for them as they are"
+    (fault,) = onnxruntime_cuda.failures({**found, "rows": [{**row, "difference": {"logits": float("nan"), "caches": 0.0}}]})
+    assert "logits differ" in fault
+
+
+def test_a_step_of_onnxruntime_is_torchs_and_updates_the_cache_in_place(nano16):
+    """What the stage runs, on the CPU provider: past and present are one value of the device."""
+    (row,) = onnxruntime_cuda.measure(nano16, "CPUExecutionProvider", [48], [2], steps=1)["rows"]
+    assert set(row["difference"]) == {"logits", "caches"}
+    assert max(row["difference"].values()) < 2e-3  # 16 bits through six layers; a cache that was not written is off by 1
+    assert row["onnxruntime_steps_per_second"] > 0
