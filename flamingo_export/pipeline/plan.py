@@ -6,10 +6,12 @@ Times are those of two cores of a 2.5 GHz server, measured (docs/precision.md); 
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import msgspec
 
+from flamingo_export.backends.memory import available_memory
 from flamingo_export.backends.registry import COMPILERS
 from flamingo_export.bundle.manifest import ShapeLimits, default_limits
 from flamingo_export.pipeline.request import BuildRequest, resolve_precision
@@ -35,11 +37,11 @@ _CALIBRATING_SECONDS = 60e-9
 # Bytes for a number of the largest matrix while it is made (itself in fp32, transposed, codes), and for the program itself.
 _MAKING_BYTES, _PROGRAM_BYTES = 9.0, 300 << 20
 CARDS = {
-    "RTX 4090, 24 GB": 24e9,
-    "L40S, 48 GB": 48e9,
-    "A100 or H100, 80 GB": 80e9,
-    "H200, 141 GB": 141e9,
-    "B200, 180 GB": 180e9,
+    "RTX 4090": 24e9,
+    "L40S": 48e9,
+    "A100 or H100": 80e9,
+    "H200": 141e9,
+    "B200": 180e9,
 }
 # What of a card's memory is left to engines.
 _USABLE = 0.92
@@ -90,6 +92,33 @@ class BuildPlan(msgspec.Struct, frozen=True, kw_only=True):
     disk_bytes: int
     """Needed at `out`'s disk, everything included, were the build to start anew."""
     absent: tuple[Path, ...] = ()
+
+
+class Machine(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether this machine can carry out a plan. folder: on the disk that is written to; bytes that are free there, and of memory: needed at
+    the step that takes most, and available now."""
+
+    folder: Path
+    disk_free: int
+    memory_needed: int
+    memory_available: int
+    disk_suffices: bool
+    memory_suffices: bool
+
+
+def this_machine(found: BuildPlan) -> Machine:
+    """What this machine has for a plan. Parity, whose needs follow from what is compared, is not part of it."""
+    folder = next(parent for parent in found.out.resolve().parents if parent.exists())
+    free, available = shutil.disk_usage(folder).free, available_memory()
+    needed = max(step.memory for step in found.steps)
+    return Machine(
+        folder=folder,
+        disk_free=free,
+        memory_needed=needed,
+        memory_available=available,
+        disk_suffices=found.disk_bytes <= free,
+        memory_suffices=needed <= available,
+    )
 
 
 def plan(request: BuildRequest) -> BuildPlan:

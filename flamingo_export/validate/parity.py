@@ -286,7 +286,7 @@ def _expectation(
             return recorded, "reference"
     elif checkpoint is not None or wanted in ("reference", "transformers"):
         raise ParityError(f"comparing with a checkpoint needs PyTorch: {pip_install('torch')}")
-    goldens = load_goldens(bundle / GOLDEN_FOLDER)
+    goldens = load_goldens(bundle / GOLDEN_FOLDER, bundle)
     if goldens is None:
         raise ParityError(
             f"{bundle} has no golden values{f' and no live reference is at hand ({why})' if why else ''}. "
