@@ -31,6 +31,8 @@ from flamingo_export.validate.expected.transformers.modules import TransformersP
 from flamingo_export.validate.expected.transformers.whole import record_whole
 from flamingo_reference.checkpoints.files.safetensors_file import open_header
 
+pytestmark = pytest.mark.slow
+
 
 def write(folder: Path, *, seed: int = 3, dtype: torch.dtype = torch.float32, **kind: bool) -> Any:
     """A folder as on the hub, in shards with an index; returns the model that it holds."""
@@ -53,7 +55,6 @@ def copy(hub: tuple[Path, Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(hub[1], tmp_path / "copy.bundle"))
 
 
-@pytest.mark.slow
 def test_whole(hub: tuple[Path, Path], copy: Path) -> None:
     report = check_bundle(copy, backend="onnxruntime", checkpoint=hub[0], against="transformers")
     assert report.verdict == "passed", report.summary
@@ -165,7 +166,6 @@ def test_another_checkpoint_is_refused(copy: Path, tmp_path: Path) -> None:
         check_bundle(copy, against="transformers")
 
 
-@pytest.mark.slow
 def test_a_checkpoint_beside_the_bundle_is_found(hub: tuple[Path, Path], tmp_path: Path) -> None:
     """flamingo-export parity idefics.bundle --against transformers, as long as the checkpoint lies where it was built from."""
     shutil.copytree(hub[0].parent, tmp_path / "place")
@@ -226,7 +226,7 @@ def test_transformers_is_missing(copy: Path, hub: tuple[Path, Path], monkeypatch
     import importlib.metadata
 
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ParityError, match=r"has no IdeficsForVisionText2Text.*pip install 'flamingo-export\[transformers\]'"):
+    with pytest.raises(ParityError, match=r"has no IdeficsForVisionText2Text.*pip install '\.\[transformers\]'"):
         check_bundle(copy, checkpoint=hub[0], against="transformers")
 
     def absent(name: str) -> str:
@@ -252,7 +252,6 @@ def test_an_adapter_is_merged_for_both(hub: tuple[Path, Path], tmp_path: Path) -
     assert check_bundle(bundle, backend="onnxruntime", checkpoint=files, against="transformers", memory=1).verdict == "passed"
 
 
-@pytest.mark.slow
 def test_golden_values_are_asked_for_by_name(hub: tuple[Path, Path], copy: Path) -> None:
     with pytest.raises(ParityError, match="has no golden values"):
         check_bundle(copy, against="golden")

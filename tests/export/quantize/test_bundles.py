@@ -30,6 +30,8 @@ from flamingo_export.weights import INPUT_SCALE, SCALE, WeightIndex
 from flamingo_export.weights.calibration_table import CALIBRATION_FILE, read_table, write_table
 from flamingo_reference.config import PRESETS as SIZES
 
+pytestmark = pytest.mark.slow
+
 IMAGE = Path(__file__).parents[3] / "examples" / "a.png"
 
 
@@ -70,7 +72,6 @@ def optimised(bundle: Path, graph: str, tmp_path: Path) -> onnx.GraphProto:
     return onnx.load(tmp_path / "optimised.onnx", load_external_data=False).graph
 
 
-@pytest.mark.slow
 def test_parity_passes_and_the_manifest_tells_of_policy_and_calibration(built: pipeline.BuildResult) -> None:
     assert built.parity is not None
     assert built.parity.verdict == "passed", built.parity.summary
@@ -122,7 +123,6 @@ def test_it_captions_a_picture(built: pipeline.BuildResult) -> None:
 
 
 # The second hides below what int4 itself costs, and numbers alone would pass it.
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "factor"), [("layer.3/self_attention/qkv_proj", 1.25), ("layer.2/cross_attention/q_proj", 1.05)]
 )
@@ -137,7 +137,6 @@ def test_a_wrong_scale_of_a_weight_fails_parity(built: pipeline.BuildResult, tmp
     assert check_bundle(wrong, against="golden").first_diverging_layer == f"decoder/{layer}"
 
 
-@pytest.mark.slow
 @FP8
 def test_a_wrong_scale_of_an_activation_fails_parity(built: pipeline.BuildResult, tmp_path: Path) -> None:
     name = "decoder/layer.3/ffw_up" + INPUT_SCALE
@@ -146,7 +145,6 @@ def test_a_wrong_scale_of_an_activation_fails_parity(built: pipeline.BuildResult
     assert report.first_diverging_layer == "decoder/layer.3"
 
 
-@pytest.mark.slow
 @FP8
 def test_a_wrong_table_fails_the_build_though_reference_and_engine_agree(built: pipeline.BuildResult, tmp_path: Path) -> None:
     table = read_table(built.path / CALIBRATION_FILE)

@@ -30,6 +30,8 @@ from flamingo_export.sources.choice import nano_checkpoint
 from flamingo_reference.config import NANO
 from flamingo_reference.model import Flamingo
 
+pytestmark = pytest.mark.slow
+
 MATRIX = "decoder/layer.2/ffw_up"
 FP32_NOISE = 2e-3
 """Of an error of some percent: differences of fp32 numbers that agree in their first four digits."""
@@ -66,7 +68,6 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
     return call
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "factor"), [("int8", 100.0), ("int4", 100.0), ("fp8", 1e5)])
 def test_a_channel_scaled_by_a_hundred_comes_out_on_top(name: str, factor: float) -> None:
     """The others' weights lose their bits to it. E4M3, which is a floating format, reaches 17 octaves: there it takes more than a hundred."""
@@ -104,7 +105,6 @@ def whole_hidden(model: Flamingo, sample: Any, upto: int) -> tuple[torch.Tensor,
     raise AssertionError(upto)
 
 
-@pytest.mark.slow
 def test_one_matrix_agrees_with_brute_force_on_the_whole_model(of_nano: Callable[[str], Sensitivity]) -> None:
     """In fp64, E4M3 by ml_dtypes, scales worked out here: powers of two per output channel, one for the input."""
     source = CheckpointSource(nano_checkpoint())
@@ -137,7 +137,6 @@ def test_one_matrix_agrees_with_brute_force_on_the_whole_model(of_nano: Callable
     assert found.error == pytest.approx((change / added) ** 0.5, rel=FP32_NOISE)
 
 
-@pytest.mark.slow
 def test_divergence_is_that_of_the_whole_model_with_the_layer_quantised(of_nano: Callable[[str], Sensitivity]) -> None:
     """int8 of the head alone: weights in blocks of 64 or 128 by hand, the input too, in fp64."""
     source = CheckpointSource(nano_checkpoint())
@@ -169,7 +168,6 @@ def test_divergence_is_that_of_the_whole_model_with_the_layer_quantised(of_nano:
     assert found.kl > of_head.kl
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_quantised_matrix_is_measured_once_and_fewer_bits_cost_more(
     of_nano: Callable[[str], Sensitivity], name: str
@@ -207,7 +205,6 @@ def test_operands_of_attention_are_measured_one_by_one() -> None:
     assert 'attention = "storage"' in suggestion.text
 
 
-@pytest.mark.slow
 def test_keys_and_values_of_media_are_measured(tmp_path: Path) -> None:
     """Those of the first gated block by hand, in fp64: it takes the embedding, and adds to that."""
     policy = Policy(name="media", media="fp8", attention="fp8")
@@ -335,7 +332,6 @@ def test_the_page_is_whole_and_fetches_nothing(of_nano: Callable[[str], Sensitiv
     assert "it takes &lt;much&gt;" in text
 
 
-@pytest.mark.slow
 def test_the_command_on_a_bundle(cli: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the page's plots need matplotlib (extra `report`)")
     import flamingo_export
