@@ -87,7 +87,7 @@ def test_version(cli):
         ["inspect", "--size", "10b"],
         ["build"],
         ["build", "--size", "nano", "--checkpoint", "ckpt"],
-        ["build", "--size", "nano", "--precision", "fp7"],
+        ["build", "--size", "nano", "--storage", "fp7"],
         ["generate"],
         ["generate", "a.bundle", "--no-such-option"],
         ["generate", "a.bundle", "--beams", "0"],
