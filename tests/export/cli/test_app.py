@@ -201,4 +201,7 @@ def test_an_unexpected_error_names_packages_of_versions_that_are_not_admitted(cl
     monkeypatch.setattr(probes, "version", lambda name: versions.get(name) or version(name))
     told = cli("inspect", tmp_path)
     assert told.code == 1
-    assert "2 were given. Python packages are of a version that is not admitted: typer 0.15.0. pip install 'typer>=0.24'" in told.err
+    assert (
+        "2 were given. Python packages are of a version that is not admitted: typer 0.15.0. pip install 'typer>=0.24'"
+        in told.err
+    )
