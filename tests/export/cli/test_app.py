@@ -194,10 +194,14 @@ def test_an_unexpected_error_names_packages_of_versions_that_are_not_admitted(cl
         raise TypeError("make_metavar() takes 1 positional argument but 2 were given")
 
     (tmp_path / "manifest.json").touch()
+    monkeypatch.setattr(probes, "requires", lambda name: ["typer>=0.24"])
     monkeypatch.setattr(inspect_module, "_inspect_bundle", broken)
     assert "2 were given. This is a bug; --debug shows where." in cli("inspect", tmp_path).err
     versions = {"typer": "0.15.0"}
     monkeypatch.setattr(probes, "version", lambda name: versions.get(name) or version(name))
     told = cli("inspect", tmp_path)
     assert told.code == 1
-    assert "2 were given. Python packages are of a version that is not admitted: typer 0.15.0. pip install 'typer>=" in told.err
+    assert (
+        "2 were given. Python packages are of a version that is not admitted: typer 0.15.0. pip install 'typer>=0.24'"
+        in told.err
+    )
