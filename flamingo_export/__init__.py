@@ -11,7 +11,12 @@ Names are imported when they are first used, so that `import flamingo_export` is
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
+
+# ONNX Runtime from 1.29 on sends its makers a device id, graph names and run times, and decides when it is imported. Here it is off unless
+# the user asks for it: ORT_DISABLE_TELEMETRY=0. This is the one place that runs before any import of it in a process of ours.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from flamingo_export.api import build as build

@@ -93,9 +93,20 @@ def run(argv: Sequence[str] | None, interrupts: Interrupts) -> int:
     except Exception as error:
         if interrupts.received is not None:
             return _interrupted(interrupts, debug)
-        _complain(f"unexpected {type(error).__name__}: {error}. This is a bug; --debug shows where.", debug)
+        _complain(f"unexpected {type(error).__name__}: {error}. {_likely_cause()}; --debug shows where.", debug)
         return EXIT_FAILURE
     return 0
+
+
+def _likely_cause() -> str:
+    """A bug of ours, unless a package of a version that is not admitted is installed."""
+    from flamingo_export.cli.probes import packages
+
+    try:
+        found = packages()
+    except ImportError:  # what reads versions is missing itself
+        return "This is a bug"
+    return "This is a bug" if found.found else f"Python packages are {found.detail}. {found.remedy}"
 
 
 def _interrupted(interrupts: Interrupts, debug: bool) -> int:

@@ -119,11 +119,12 @@ def _inspect_size(config: ModelConfig, as_json: bool) -> None:
 def _inspect_bundle(bundle: Path, as_json: bool) -> None:
     from rich.markup import escape
 
+    from flamingo_export.bundle.earlier import lacking
     from flamingo_export.bundle.manifest import read_manifest
     from flamingo_export.cli.output import human_bytes, print_json, results, table
 
     manifest = read_manifest(bundle)
-    specs = _specs(manifest)
+    specs, lacks = _specs(manifest), lacking(bundle, manifest)
     total = sum(file.size for file in manifest.files)
     if as_json:
         print_json(
@@ -133,12 +134,15 @@ def _inspect_bundle(bundle: Path, as_json: bool) -> None:
                 "parameters": components(manifest.config),
                 "graphs": specs,
                 "manifest": manifest,
+                "lacks": lacks,
             }
         )
         return
     console = results()
     console.print(f"[bold]{escape(str(bundle))}[/bold]  {human_bytes(total)} in {len(manifest.files)} files")
     console.print(_summary(bundle, manifest))
+    if lacks:
+        console.print(escape(_lacks(bundle, manifest, lacks)))
     _print_components(console, f"Flamingo {manifest.config.name}", components(manifest.config))
     _print_shape(console, manifest.config)
     for record in manifest.graphs:
@@ -195,6 +199,7 @@ def _print_engine(console: Console, engine: EngineRecord) -> None:
         ("layers before fusion", str(summary.layers)),
         ("kernels, all profiles", ", ".join(f"{count} {kind}" for kind, count in summary.kernels.items()) or "not told"),
         ("fused attention", f"{summary.fused_attentions} of {summary.attentions}"),
+        ("attention told the slots in use", str(summary.attentions_with_lengths)),
         *_quantised_row(summary),
         ("plugin layers", str(summary.plugin_layers)),
         ("cache updates in place", str(summary.cache_updates)),
@@ -260,6 +265,17 @@ def _quantised_lines(manifest: Manifest) -> dict[str, str]:
         )
         lines["ranges"] = told + found
     return lines
+
+
+def _lacks(bundle: Path, manifest: Manifest, lacks: tuple[str, ...]) -> str:
+    """What an earlier version's bundle lacks, and the command that builds it again."""
+    from flamingo_export.backends.tensorrt.engine_contract import rebuild_command
+
+    engine = manifest.engines[0] if manifest.engines else None
+    backend, target = (engine.backend, engine.target) if engine else ("onnxruntime", "")
+    return "\n".join(
+        [*(f"lacks      {each}" for each in lacks), f"           {rebuild_command(bundle, manifest, backend, target)}"]
+    )
 
 
 def _summary(bundle: Path, manifest: Manifest) -> str:

@@ -19,7 +19,7 @@ from flamingo_reference.config import PRESETS
 
 def test_default_name_and_what_is_said(cli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    outcome = cli("build", "--size", "nano", "--seed", 5, "--parity", "skip", "--precision", "fp16", "--max-length", 256)
+    outcome = cli("build", "--size", "nano", "--seed", 5, "--parity", "skip", "--storage", "fp16", "--max-length", 256)
     assert outcome.code == 0, outcome.err
     assert "flamingo-nano.bundle" in outcome.out
     assert "random weights, seed 5" in outcome.out
@@ -70,11 +70,12 @@ def test_inspecting_a_bundle(cli, bundle):
 def test_names_of_the_last_release_keep_working(cli, tmp_path):
     out = tmp_path / "x.bundle"
     line = ["build", "--size", "nano", "--parity", "skip", "--out", out]
-    for seed, more in ((5, []), (6, ["--force"])):
+    for seed, more in ((5, []), (6, ["--force", "--precision=fp16"])):
         outcome = cli(*line, "--seed", seed, *more)
         assert outcome.code == 0, outcome.err
         assert ("--force is called --overwrite now" in outcome.err) == bool(more)
-    assert read_manifest(out).source.seed == 6
+        assert ("--precision is called --storage now" in outcome.err) == bool(more)
+    assert (read_manifest(out).source.seed, read_manifest(out).precision.storage) == (6, "fp16")
 
 
 def test_an_empty_folder_is_a_fine_place(cli, tmp_path):
