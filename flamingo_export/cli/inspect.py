@@ -178,6 +178,7 @@ def _print_engine(console: Console, engine: EngineRecord) -> None:
         ("layers before fusion", str(summary.layers)),
         ("kernels, all profiles", ", ".join(f"{count} {kind}" for kind, count in summary.kernels.items()) or "not told"),
         ("fused attention", f"{summary.fused_attentions} of {summary.attentions}"),
+        ("attention told the slots in use", str(summary.attentions_with_lengths)),
         *_quantised_row(summary),
         ("plugin layers", str(summary.plugin_layers)),
         ("cache updates in place", str(summary.cache_updates)),
