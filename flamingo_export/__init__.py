@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from flamingo_export.api import load as load
     from flamingo_export.api import refit as refit
     from flamingo_export.errors import FlamingoExportError as FlamingoExportError
+    from flamingo_export.evaluation.run import evaluate as evaluate
     from flamingo_export.runtime.model import Generation as Generation
     from flamingo_export.runtime.model import Model as Model
     from flamingo_export.runtime.prompts import Shot as Shot
@@ -37,6 +38,7 @@ _HOME = {
     "build": "api",
     "load": "api",
     "refit": "api",
+    "evaluate": "evaluation.run",
     "FlamingoExportError": "errors",
     "Generation": "runtime.model",
     "Model": "runtime.model",

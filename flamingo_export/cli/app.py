@@ -9,7 +9,21 @@ from typing import Annotated
 
 import typer
 
-from flamingo_export.cli import bench, build, calibrate, doctor, generate, inspect, parity, refit, score, sensitivity
+from flamingo_export.cli import (
+    bench,
+    build,
+    calibrate,
+    doctor,
+    eval,
+    generate,
+    index,
+    inspect,
+    parity,
+    refit,
+    score,
+    search,
+    sensitivity,
+)
 from flamingo_export.cli.options import MediaCommand
 from flamingo_export.cli.verb import Verb
 from flamingo_export.errors import FlamingoExportError
@@ -38,6 +52,9 @@ app.command("generate", short_help="Describe images and videos, or answer a ques
     generate.generate
 )
 app.command("score", short_help="Rank candidate answers by their log-likelihood.", cls=MediaCommand)(score.score)
+app.command("eval", short_help="Score a bundle on a benchmark, few-shot, beside another.", cls=Verb)(eval.eval_)
+app.command("index", short_help="Encode examples once, to retrieve similar ones.", cls=Verb)(index.index)
+app.command("search", short_help="Find the pictures of an index that look most like one.", cls=Verb)(search.search)
 app.command("parity", short_help="Check a bundle's engines against the PyTorch reference or recorded values.", cls=Verb)(
     parity.parity
 )
