@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -25,14 +26,23 @@ if TYPE_CHECKING:
 
 _NANO = "nano"
 _TYPED = "flamingo_export.typed"
+_STDIN = Path("-")
 
+
+def among(*values: str) -> Callable[[str], list[str]]:
+    """Completes an option whose values are known, though others may be given."""
+    return lambda incomplete: [value for value in values if value.startswith(incomplete)]
+
+
+_BACKENDS = among("auto", "onnxruntime", "tensorrt-rtx", "tensorrt")
+SIZES = among("nano", "3b", "9b", "80b")
 Images = Annotated[
     list[Path] | None,
     typer.Option(
         "--image",
         "-i",
         metavar="FILE",
-        help="An image; repeat for more. Media go to the <image> tags as typed.",
+        help="An image, - for standard input; repeat for more. Media go to the <image> tags as typed.",
         show_default=False,
     ),
 ]
@@ -47,7 +57,10 @@ Shots = Annotated[
     typer.Option("--shots", metavar="FILE", help="Examples to show first, JSON lines (docs/prompts.md).", show_default=False),
 ]
 BackendName = Annotated[
-    str, typer.Option("--backend", help="What runs the graphs: auto, onnxruntime, tensorrt-rtx or tensorrt.")
+    str,
+    typer.Option(
+        "--backend", help="What runs the graphs: auto, onnxruntime, tensorrt-rtx or tensorrt.", autocompletion=_BACKENDS
+    ),
 ]
 Fallback = Annotated[
     str | None,
@@ -55,6 +68,7 @@ Fallback = Annotated[
         "--fallback",
         metavar="BACKEND",
         help="Go on with this one (onnxruntime) where the engines do not fit.",
+        autocompletion=_BACKENDS,
         show_default=False,
     ),
 ]
@@ -73,7 +87,7 @@ Clip = Annotated[
     str | None,
     typer.Option("--clip", metavar="START-END", help="Seconds of a video to look at: 2.5-10.", show_default=False),
 ]
-Device = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
+Device = Annotated[str, typer.Option("--device", help="cpu or cuda.", autocompletion=among("cpu", "cuda"))]
 SampleData = Annotated[
     str | None,
     typer.Option(
@@ -205,7 +219,10 @@ def media_as_typed(
     fps: float | None = None,
     clip: str | None = None,
 ) -> list[MediumSource]:
-    """Images and videos in the order of the command line. Raises typer.BadParameter for a clip that is none, or frames of no video."""
+    """Images and videos in the order of the command line; `-` is standard input.
+
+    Raises typer.BadParameter for a clip that is none, frames of no video, or standard input that cannot be read.
+    """
     for option, given in {"--frames": frames, "--fps": fps, "--clip": clip}.items():
         if given is not None and not videos:
             raise typer.BadParameter("there is no --video to take frames of", param_hint=option)
@@ -218,8 +235,20 @@ def media_as_typed(
         option = "--image" if argument.startswith("-i") else argument.split("=")[0]
         if left.get(option):
             path = left[option].pop(0)
-            media.append(path if option == "--image" else Video(source=path, num_frames=frames, fps=fps, clip=seconds))
+            source = path if path != _STDIN else _standard_input(option, [*(images or []), *(videos or [])].count(_STDIN))
+            media.append(source if option == "--image" else Video(source=source, num_frames=frames, fps=fps, clip=seconds))
     return media
+
+
+def _standard_input(option: str, times: int) -> IO[bytes]:
+    """What `-` means. Raises typer.BadParameter if it is asked for more than once, or nothing is piped into it."""
+    if times > 1:
+        raise typer.BadParameter("standard input (-) can be read once; give the others as files", param_hint=option)
+    if sys.stdin is None or sys.stdin.isatty():
+        raise typer.BadParameter(
+            "- is standard input, but nothing is piped into it. A file is given by its path.", param_hint=option
+        )
+    return sys.stdin.buffer
 
 
 def read_clip(text: str | None) -> tuple[float, float] | None:
@@ -281,7 +310,7 @@ def formatted(
                 raise typer.BadParameter(f"--prompt is the whole prompt, so it does not go with {option}", param_hint=option)
         return Request(prompt=prompt, media=media)
     if text_only and shots is None:
-        raise typer.BadParameter("there are no --shots to leave the images of out", param_hint="--text-only")
+        raise typer.BadParameter("--text-only needs --shots", param_hint="--text-only")
     if len(media) != 1:
         asked = "a question is asked about" if question is not None else "a caption is made for"
         raise typer.BadParameter(

@@ -15,6 +15,7 @@ from flamingo_export.backends.base import Backend, SessionOptions
 from flamingo_export.bundle.manifest import Manifest
 from flamingo_export.errors import InputError, PromptError
 from flamingo_export.runtime.generator import Generator, Steps, Timings
+from flamingo_export.runtime.image_files import is_encoded
 from flamingo_export.runtime.images import ImageSource
 from flamingo_export.runtime.media import Medium, MediumSource
 from flamingo_export.runtime.options import GenerateOptions, Settings, options_from
@@ -43,8 +44,12 @@ class Text:
     finished: bool
     """Whether it ended by itself, with `<EOC>`, rather than at max_new_tokens."""
 
+    def __repr__(self) -> str:
+        end = "finished" if self.finished else "cut at max_new_tokens"
+        return f"{type(self).__name__}({self.text!r}, {len(self.token_ids)} tokens, score {self.score:.4g}, {end})"
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Generation(Text):
     """The best text of a request, the others asked for by num_return (best first), and where the time of its batch went."""
 
@@ -358,6 +363,6 @@ def as_request(
 
 def _listed(items: Iterable[T]) -> list[T]:
     """The items as a list; a single path or picture is a likely slip, so it is refused rather than taken apart."""
-    if isinstance(items, str | Path | np.ndarray | Video) or not isinstance(items, Iterable):
+    if is_encoded(items) or isinstance(items, np.ndarray | Video) or not isinstance(items, Iterable):
         raise InputError("images and videos are lists: images=['a.png'], not images='a.png'")
     return list(items)

@@ -28,7 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flamingo_export.errors import PromptError
+from flamingo_export.errors import ImageError, PromptError
+from flamingo_export.runtime.image_files import refuse_url
 from flamingo_export.runtime.media import MediumSource
 from flamingo_export.runtime.request import Request
 from flamingo_export.runtime.tokenizer import with_tags_around
@@ -144,7 +145,10 @@ def _parse_shot(line: str, folder: Path) -> Shot:
         if key in record:
             place = folder / record[key]
             try:
+                refuse_url(record[key])
                 there = place.exists()
+            except ImageError as error:
+                raise PromptError(f"{key} {error}") from None
             except (OSError, ValueError) as error:
                 raise PromptError(f"{key} {record[key][:80]!r} is no path ({error})") from None
             if not there:

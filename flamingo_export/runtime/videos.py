@@ -1,32 +1,43 @@
 """Videos as frames: a video file, an animated image, a folder of images, or a sequence of images.
 
-Frames are taken evenly over the whole length, first and last included, or by presentation time at a rate. The paper trains on 8 at 1 frame a
-second and evaluates with 30 at 3 a second, its 8 learned time embeddings interpolated (flamingo_reference.time_weights); the default here is
-as many as there are embeddings.
+Frames are taken evenly over the whole length, first and last included, or by presentation time at a rate. Evenly is by time where the file
+says how long each frame is shown, and by number where all are shown equally long. The paper trains on 8 at 1 frame a second and
+evaluates with 30 at 3 a second, its 8 learned time embeddings interpolated (flamingo_reference.time_weights); the default here is as
+many as there are embeddings.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
+from typing import IO, cast
 
 import numpy as np
-from PIL import Image
 
 from flamingo_export.errors import ImageError
-from flamingo_export.runtime.images import ImageSource, Pixels, is_image_file, load_image, open_image, to_rgb
+from flamingo_export.runtime.animations import open_animation
+from flamingo_export.runtime.image_files import FORMATS, EncodedSource, is_encoded, is_image, name_of, open_source, translated
+from flamingo_export.runtime.images import ImageSource, Pixels, load_image
 
 MAX_FRAMES = 30
 MAX_FPS = 240
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif"})
+"""Files in a folder of frames that are meant as frames, so that a damaged one is an error."""
+_UNTIMED = 100.0
+"""Milliseconds that a frame is shown for which the file says 0 or nothing: what browsers do."""
+_NAMED = 5
+_log = logging.getLogger(__name__)
 
 
-VideoSource = str | os.PathLike[str] | Sequence[ImageSource]
-"""A file, a folder of frames, or the frames."""
+VideoSource = EncodedSource | Sequence[ImageSource]
+"""An animated file (a path, its bytes, a file object), a folder of frames, or the frames."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,13 +66,12 @@ def load_video(video: Video, *, default_frames: int) -> Iterator[Pixels]:
         raise ImageError(f"{wanted} frames were asked for, expected 1 to {MAX_FRAMES}")
     _check_times(video)
     source = video.source
-    if isinstance(source, str | os.PathLike):
-        path = Path(source)
-        if not path.is_dir():
-            yield from _frames_of_file(path, wanted, video)
-            return
-        source = _frame_files(path)
-    elif not isinstance(source, Sequence | np.ndarray):
+    if isinstance(source, str | os.PathLike) and os.path.isdir(source):
+        source = _frame_files(Path(source))
+    if is_encoded(source):
+        yield from _frames_of_file(source, wanted, video)
+        return
+    if not isinstance(source, Sequence | np.ndarray):
         raise ImageError(f"a video is given as {type(source).__name__}; give a file, a folder of frames or a list of images")
     if isinstance(source, np.ndarray) and source.ndim != 4:
         raise ImageError(f"a video is given as an array of shape {source.shape}; give one [T, H, W, 3], or a list of frames")
@@ -71,8 +81,9 @@ def load_video(video: Video, *, default_frames: int) -> Iterator[Pixels]:
         raise ImageError(
             "frames that are given one by one have no times, so --fps and --clip cannot choose among them; give the frames you mean"
         )
-    for index in sample_frames(len(source), wanted):
-        yield load_image(source[index])
+    frames = cast("Sequence[ImageSource]", source)
+    for index in sample_frames(len(frames), wanted):
+        yield load_image(frames[index])
 
 
 def sample_frames(available: int, wanted: int) -> list[int]:
@@ -85,6 +96,21 @@ def sample_frames(available: int, wanted: int) -> list[int]:
     if wanted == 1:
         return [available // 2]
     return [round(index * (available - 1) / (wanted - 1)) for index in range(wanted)]
+
+
+def sample_by_time(durations: Sequence[float], wanted: int) -> list[int]:
+    """Indices of the frames that are shown at `wanted` times, evenly from the middle of the first frame to the middle of the last.
+
+    durations: how long each frame is shown, in any unit; 0 counts as 100. A frame that is shown long is taken several times.
+    Where all are shown equally long, or there are no more than are wanted, it is as sample_frames.
+    """
+    shown = [duration or _UNTIMED for duration in durations]
+    if len(set(shown)) == 1 or len(shown) <= wanted:
+        return sample_frames(len(shown), wanted)
+    ends = list(accumulate(shown))
+    first, last = shown[0] / 2, ends[-1] - shown[-1] / 2
+    times = [ends[-1] / 2] if wanted == 1 else [first + (last - first) * index / (wanted - 1) for index in range(wanted)]
+    return [bisect_right(ends, time) for time in times]
 
 
 def chosen_times(first: float, last: float, end: float, wanted: int, video: Video) -> list[float]:
@@ -123,43 +149,72 @@ def _check_times(video: Video) -> None:
         )
 
 
-def _frames_of_file(path: Path, wanted: int, video: Video) -> Iterator[Pixels]:
-    if not is_image_file(path):
-        from flamingo_export.runtime.video_files import frames_of_video
-
-        yield from frames_of_video(path, wanted, video)
-        return
-    with open_image(path) as image:
-        count = getattr(image, "n_frames", 1)
-        indices = sample_frames(count, wanted)
-        if video.fps is not None or video.clip is not None:
-            begins, end = _animation_times(image, count)
-            indices = shown_at(begins, chosen_times(0.0, begins[-1], end, wanted, video))
-        for index in indices:
-            image.seek(index)
-            yield to_rgb(image, f"frame {index} of {path}")
-
-
-def _animation_times(image: Image.Image, count: int) -> tuple[list[float], float]:
-    """When each frame of an animated image begins to be shown, and when the last one ends, in seconds."""
-    begins, now = [], 0.0
-    for index in range(count):
-        image.seek(index)
-        begins.append(now)
-        now += float(image.info.get("duration", 0) or 0) / 1000
-    if now == 0:
+def _frames_of_file(source: EncodedSource, wanted: int, video: Video) -> Iterator[Pixels]:
+    name = name_of(source)
+    with open_source(source) as file:
+        if is_image(file):
+            yield from _frames_of_image(file, name, wanted, video)
+            return
+    if not (isinstance(source, str | os.PathLike) and os.path.isfile(source)):
         raise ImageError(
-            "the animation does not say how long its frames are shown, so --fps and --clip cannot choose among them"
+            f"{name} is not an image that can be read (known: {', '.join(FORMATS)}). A video file is given by its path."
         )
-    return begins, now
+    from flamingo_export.runtime.video_files import frames_of_video
+
+    yield from frames_of_video(Path(source), wanted, video)
+
+
+def _frames_of_image(file: IO[bytes], name: str, wanted: int, video: Video) -> Iterator[Pixels]:
+    with translated(name):
+        animation = open_animation(file, name)
+    if animation.cut:
+        raise ImageError(
+            f"{name} is damaged or truncated: it ends after frame {len(animation.durations)} without the mark that ends an animation. "
+            "Get the whole file, or save the frames that are there into a folder."
+        )
+    indices = sample_by_time(animation.durations, wanted)
+    if video.fps is not None or video.clip is not None:
+        if not any(animation.durations):
+            raise ImageError(
+                "the animation does not say how long its frames are shown, so --fps and --clip cannot choose among them"
+            )
+        begins = [0.0, *(end / 1000 for end in accumulate(duration or _UNTIMED for duration in animation.durations))]
+        indices = shown_at(begins[:-1], chosen_times(0.0, begins[-2], begins[-1], wanted, video))
+    for index in indices:
+        with translated(name):  # not while the caller has the frame
+            frame = animation.frame(index)
+        yield frame
 
 
 def _frame_files(folder: Path) -> list[Path]:
-    """The folder's images in natural order: frame2 before frame10."""
-    files = [path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")]
-    if not files:
-        raise ImageError(f"{folder} holds no images ({', '.join(sorted(_SUFFIXES))}), so it cannot be used as a video")
-    return sorted(files, key=_natural_key)
+    """The folder's images in natural order: frame2 before frame10. What is left out is logged by name; hidden files are not frames."""
+    try:
+        entries = sorted((path for path in folder.iterdir() if not path.name.startswith(".")), key=_natural_key)
+    except OSError as error:
+        raise ImageError(f"{folder} cannot be read: {error.strerror}") from error
+    frames = [path for path in entries if path.is_file() and (path.suffix.lower() in _SUFFIXES or _is_image_file(path))]
+    if not frames:
+        raise ImageError(f"{folder} holds no images (known: {', '.join(FORMATS)}), so it cannot be used as a video")
+    kept = set(frames)
+    if left_out := [path.name for path in entries if path not in kept]:
+        more = f" and {len(left_out) - _NAMED} more" if len(left_out) > _NAMED else ""
+        _log.warning(
+            "%s: %d files are used as frames; left out, as they are not images that can be read: %s%s",
+            folder,
+            len(frames),
+            ", ".join(left_out[:_NAMED]),
+            more,
+        )
+    return frames
+
+
+def _is_image_file(path: Path) -> bool:
+    """Whether it is an image by what is in it, whatever its name."""
+    try:
+        with open_source(path) as file:
+            return is_image(file)
+    except ImageError:
+        return False
 
 
 def _natural_key(path: Path) -> list[tuple[int, int | str]]:

@@ -17,11 +17,11 @@ import pytest
 
 pytest.importorskip("sklearn", reason="nano's digits are scikit-learn's scans")
 
-import flamingo_export  # noqa: E402
-from flamingo_export.cli import main  # noqa: E402
-from flamingo_export.evaluation.results import read_results  # noqa: E402
-from flamingo_export.evaluation.tasks import task_of  # noqa: E402
-from flamingo_export.sources.choice import source_for_size  # noqa: E402
+import flamingo_export
+from flamingo_export.cli import main
+from flamingo_export.evaluation.results import read_results
+from flamingo_export.evaluation.tasks import task_of
+from flamingo_export.sources.choice import source_for_size
 
 CARD = Path(flamingo_export.__file__).parents[1] / "reference/flamingo_reference/nano/MODEL_CARD.md"
 

@@ -12,15 +12,15 @@ from PIL import Image
 
 pytest.importorskip("transformers")
 
-from idefics_models import their_config, their_model  # noqa: E402
-from published_files import write_tokenizer  # noqa: E402
+from idefics_models import their_config, their_model
+from published_files import write_tokenizer
 
-import flamingo_export  # noqa: E402
-from flamingo_export.cli import main  # noqa: E402
-from flamingo_export.errors import EvaluationError  # noqa: E402
-from flamingo_export.evaluation.bundles import BundleModel  # noqa: E402
-from flamingo_export.evaluation.transformers_idefics import TransformersIdefics  # noqa: E402
-from flamingo_export.runtime.prompts import Shot, caption_prompt  # noqa: E402
+import flamingo_export
+from flamingo_export.cli import main
+from flamingo_export.errors import EvaluationError
+from flamingo_export.evaluation.bundles import BundleModel
+from flamingo_export.evaluation.transformers_idefics import TransformersIdefics
+from flamingo_export.runtime.prompts import Shot, caption_prompt
 
 WORDS = ["<unk>", "<s>", "</s>", *(f"w{index}" for index in range(3, 60)), "<fake_token_around_image>", "<image>"]
 SPECIAL = ["<unk>", "<s>", "</s>", "<fake_token_around_image>", "<image>"]

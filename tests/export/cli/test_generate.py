@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -116,9 +117,29 @@ def test_frames_of_a_video(cli, bundle, pictures, model):
     assert json.loads(cli(*line, "--json").out)["texts"][0]["token_ids"] == list(expected.token_ids)
 
 
+@pytest.mark.parametrize(("option", "name"), [("--image", "a.png"), ("-i", "a.png"), ("--video", "clip.gif")])
+def test_standard_input(cli, bundle, pictures, monkeypatch, option, name):
+    expected = json.loads(cli("generate", bundle, option, pictures / name, "--max-new-tokens", 3, "--json").out)["texts"]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO((pictures / name).read_bytes())))
+    assert json.loads(cli("generate", bundle, option, "-", "--max-new-tokens", 3, "--json").out)["texts"] == expected
+
+
+def test_standard_input_once_and_only_where_something_is_piped(cli, bundle, pictures, monkeypatch):
+    twice = cli("generate", bundle, "--image", "-", "--video", "-", "--prompt", "<image><image>")
+    assert twice.code == 2
+    assert "standard input (-) can be read once" in " ".join(twice.err.split())
+    monkeypatch.setattr("sys.stdin", None)
+    assert cli("generate", bundle, "--image", "-").code == 2
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    empty = cli("generate", bundle, "--image", "-")
+    assert (empty.code, "is empty: it has no bytes" in empty.err) == (1, True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--image", "https://example.org/a.png"], "https://example.org/a.png is a URL, and URLs are not fetched"),
+        (["--video", "http://example.org/a.gif"], "http://example.org/a.gif is a URL, and URLs are not fetched"),
         (["--prompt", "<image><image>Output:", "--image", "a.png"], "2 <image> tags"),
         (["--prompt", "Output:", "--image", "a.png"], "0 <image> tags"),
         (["--prompt", " "], "empty"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import re
 import subprocess
@@ -48,6 +49,16 @@ def text_model(
     write_manifest(bundle, msgspec.structs.replace(manifest, files=(*manifest.files, record)))
     with flamingo_export.load(bundle, threads=1) as model:
         yield model
+
+
+def test_media_as_bytes_and_file_objects(text_model: Model, tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.fromarray(np.random.default_rng(8).integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(path)
+    expected = text_model.generate("<image>Output:", images=[path], max_new_tokens=4)
+    with path.open("rb") as file:
+        request = Request(prompt="<image>Output:", media=[file])
+        for given in (Request(prompt="<image>Output:", media=[path.read_bytes()]), request, request):
+            assert text_model.generate(given, max_new_tokens=4).token_ids == expected.token_ids
 
 
 def test_text_in_text_out(text_model: Model, tmp_path: Path) -> None:
@@ -181,6 +192,12 @@ def test_special_tokens_in_what_a_user_wrote_are_refused(text_model: Model) -> N
 
 def test_what_a_model_says_of_itself(text_model: Model) -> None:
     assert re.fullmatch(r"Model\('.*text\.bundle': Flamingo tiny, fp32, on onnxruntime, 256 cache slots\)", repr(text_model))
+    found = text_model.generate("Hello", max_new_tokens=3, num_return=2)
+    assert re.fullmatch(r"Generation\('.*', 3 tokens, score -\d+\.\d+, cut at max_new_tokens\)", repr(found))
+    assert re.fullmatch(r"Text\('.*', \d tokens, score -\d.*\)", repr(found.alternatives[0]))
+    assert repr(Request(prompt="<image>x", media=pictures(0, 1))) == "Request('<image>x', 1 medium)"
+    assert repr(Request(prompt=[1, 5], seed=3)) == "Request(2 token ids, 0 media, seed 3)"
+    assert repr(text_model.tokenizer) == "Tokenizer(262 tokens, tags <BOS> <EOC> <image>)"
 
 
 def test_the_readers_time_is_no_part_of_a_step(text_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,6 +259,9 @@ def test_media_that_do_not_fit(text_model: Model, tmp_path: Path) -> None:
         text_model.generate("<image>", images=[tmp_path / "none.png"])
     with pytest.raises(InputError, match=r"images and videos are lists: images=\['a.png'\]"):
         text_model.generate("<image>", images="a.png")
+    for single in (b"bytes of a file", io.BytesIO(b"the same")):
+        with pytest.raises(InputError, match="images and videos are lists"):
+            text_model.generate("<image>", images=single)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="are lists"):
         text_model.generate("<image>", images=pictures(0, 1)[0])  # type: ignore[arg-type]
     with pytest.raises(InputError, match="a Request carries its own media"):

@@ -92,6 +92,10 @@ def test_shots_of_every_form(folder: Path) -> None:
         ({"image": "a.png", "caption": 3}, "line 2: caption is 3, expected a text"),
         ({"image": "a.png", "caption": " "}, "line 2: caption is"),
         ({"image": "b.png", "caption": "c"}, r"line 2: image .*b\.png does not exist"),
+        (
+            {"image": "https://x.org/b.png", "caption": "c"},
+            "line 2: image https://x.org/b.png is a URL, and URLs are not fetched",
+        ),
         ({"image": "a.png", "video": "frames", "caption": "c"}, "line 2: both image and video"),
         ({"image": "a.png", "answer": "c"}, "line 2: an answer without a question"),
         ({"image": "a.png", "question": "c"}, "line 2: a question goes with an answer"),
