@@ -69,7 +69,8 @@ def render(
 
     shots = max(said)
     one, _ = scored[shots]
-    order = sorted(range(len(data.queries)), key=lambda place: one.items[place]) if one.items is not None else []
+    values = None if one.items is None else one.items.tolist()
+    order = [] if values is None else sorted(range(len(values)), key=values.__getitem__)
     examples = {item.id: item for item in data.examples}
 
     def shown(places: Sequence[int]) -> list[Shown]:
@@ -77,7 +78,7 @@ def render(
             _shown(
                 data.queries[place],
                 said[shots][place],
-                None if one.items is None else float(one.items[place]),
+                None if values is None else values[place],
                 examples,
                 others[shots][place].text if others is not None else "",
             )

@@ -36,6 +36,7 @@ from flamingo_export.evaluation.task import ZERO_SHOT_TEXTS, Item, Split, Task
 from flamingo_export.evaluation.tasks import task_of
 from flamingo_export.files import exclusive
 from flamingo_export.progress import SILENT, Progress
+from flamingo_export.runtime.request import Request
 from flamingo_export.runtime.videos import Video
 
 if TYPE_CHECKING:
@@ -259,7 +260,7 @@ def _check_longest(
 ) -> None:
     """Raises InputError before any work if the longest prompts cannot fit. Prompts of all items are made, which also finds texts that cannot."""
     shots = max(settings.shots)
-    requests = []
+    requests: list[Request] = []
     for item in queries:
         requests += interview.asked(model, item, shots).requests
     beams, new_tokens = (1, 1) if task.mode == "closed" else (settings.beams, settings.new_tokens(task))

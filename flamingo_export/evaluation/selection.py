@@ -16,7 +16,6 @@ import numpy as np
 
 from flamingo_export.errors import EvaluationError
 from flamingo_export.evaluation.task import ZERO_SHOT_TEXTS, Item
-from flamingo_export.runtime.media import MediumSource
 from flamingo_export.runtime.videos import Video
 
 Select = Literal["random", "rices", "shared", "listed"]
@@ -41,14 +40,16 @@ def medium_key(item: Item) -> object:
     return ("text", item.question, item.answer) if item.medium is None else _key(item.medium)
 
 
-def _key(medium: MediumSource) -> object:
+def _key(medium: object) -> object:
     if isinstance(medium, Video):
         inner = medium.source
-        if isinstance(inner, Sequence) and not isinstance(inner, str | Path):
+        if isinstance(inner, Sequence) and not isinstance(inner, str | bytes | bytearray | memoryview):
             return (tuple(_key(frame) for frame in inner), medium.clip)
-        return (str(inner), medium.clip)
+        return (_key(inner), medium.clip)
     if isinstance(medium, np.ndarray):
         return hashlib.sha256(repr(medium.shape).encode() + np.ascontiguousarray(medium).tobytes()).hexdigest()
+    if isinstance(medium, bytes):
+        return hashlib.sha256(medium).hexdigest()
     return str(medium) if isinstance(medium, str | Path) else id(medium)
 
 
