@@ -12,6 +12,10 @@ FlamingoExportError
 ├── BundleError           a bundle that is incomplete, altered or of a newer schema
 ├── BackendError          a backend that is not installed or cannot run here
 │   └── IncompatibleEngine  an engine for another version, device or plugin
+├── RequestRefused        the engine does not take a request now, or gives it up; the same request may succeed later
+│   ├── QueueFull         too many wait already
+│   ├── DeadlineExceeded  it was not finished in time
+│   └── EngineClosed      the model was closed
 └── ParityError           parity could not be established (a failed gate is a result, not an error)
 
 The command line turns them into one line on stderr and exit code 1 (2 for usage); messages say what was found, what was
@@ -67,6 +71,22 @@ class BackendError(FlamingoExportError, RuntimeError):
 
 class IncompatibleEngine(BackendError):
     """An engine that was built for another version, device or plugin."""
+
+
+class RequestRefused(FlamingoExportError, RuntimeError):
+    """A request that the engine does not take now, or gives up. Nothing is wrong with it."""
+
+
+class QueueFull(RequestRefused):
+    """More requests wait than the engine keeps."""
+
+
+class DeadlineExceeded(RequestRefused):
+    """A request that was not finished by its deadline."""
+
+
+class EngineClosed(RequestRefused):
+    """A request to a model that is closed, or was closed before it was finished."""
 
 
 class ParityError(FlamingoExportError, RuntimeError):

@@ -14,14 +14,15 @@ import numpy as np
 from flamingo_export.backends.base import Backend, SessionOptions
 from flamingo_export.errors import InputError, PromptError
 from flamingo_export.manifest import Manifest
+from flamingo_export.runtime.engine import Engine
 from flamingo_export.runtime.engines import Engines
-from flamingo_export.runtime.generator import Generator, Steps, Timings
 from flamingo_export.runtime.images import ImageSource
 from flamingo_export.runtime.media import Medium, MediumSource
 from flamingo_export.runtime.options import GenerateOptions, Settings
 from flamingo_export.runtime.request import Prepared, Request, prepare
-from flamingo_export.runtime.score import score
-from flamingo_export.runtime.search import Hypothesis, Search
+from flamingo_export.runtime.search import Hypothesis
+from flamingo_export.runtime.ticket import Ticket
+from flamingo_export.runtime.timings import Timings
 from flamingo_export.runtime.tokenizer import TOKENIZER_FILE, TextStream, Tokenizer
 from flamingo_export.runtime.videos import Video, VideoSource
 
