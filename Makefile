@@ -1,23 +1,32 @@
-# make demo    the nano model on real image files, from a fresh clone; PyTorch is not needed
-# make test    every check and test        make lint   the checks alone
-# make bench   the figures of the README's results table
-# make plugin  the TensorRT plugin; needs nvcc, CMake and TensorRT's headers (TENSORRT_ROOT=...)
-# make clean   removes what the above made, .venv included
+# make demo         the nano model on real image files, from a fresh clone; PyTorch is not needed
+# make test         every check and test        make lint       the checks alone
+# make test-fast    the tests that take seconds, in three minutes: the inner loop
+# make lock         the lock files in requirements/, anew with the newest versions (docs/development.md)
+# make test-oldest  nano's build, generate, parity and the command line on the lowest versions admitted; make test-newest: all on the newest
+# make wheel-check  builds the wheel, installs it into an empty environment and runs the demo's first steps from there
+# make bench        the figures of the README's results table
+# make plugin       the TensorRT plugin; needs nvcc, CMake and TensorRT's headers (TENSORRT_ROOT=...)
+# make clean        removes what the above made, .venv included
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench plugin clean
+.PHONY: help demo test test-fast lint lock test-oldest test-newest wheel-check bench plugin clean
 
 # Paths are relative throughout, so the folder's own path may hold spaces. The venv's programs are called through its Python for the same reason.
 PY := .venv/bin/python
-PIP := $(PY) -m pip install -qq --disable-pip-version-check
+INSTALL := -m pip install -qq --disable-pip-version-check
+LOCKED := --require-hashes --no-deps
+THIS := --no-deps --no-build-isolation -e .
+TORCH := torch==2.13.0
+UV := uv==0.13.9
 export PIP_ROOT_USER_ACTION := ignore
 WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS)
 
 help:
-	@sed -n 's/^# //p' Makefile | head -5
+	@sed -n 's/^# \(make\)/\1/p' Makefile
 
 # The first Python of at least 3.11 among the usual names; PYTHON=... overrides.
 .venv/made:
@@ -30,18 +39,20 @@ help:
 	if [ ! -x $(PY) ]; then echo "setting up .venv with $$("$$found" --version)"; "$$found" -m venv .venv; fi
 	@touch $@
 
-.venv/installed: .venv/made pyproject.toml
+# Every version comes from a lock file and every file is checked against its hash. The package itself goes in without a build environment of its
+# own, which pip would fill with whatever is newest: its build tool is in the locks.
+.venv/installed: .venv/made pyproject.toml requirements/base.txt
 	@echo "installing flamingo-export and what it needs (a few minutes the first time)"
-	@$(PIP) -e '.[report]'
+	@$(PY) $(INSTALL) $(LOCKED) -r requirements/base.txt
+	@$(PY) $(INSTALL) $(THIS)
 	@touch $@
 
-# torch by its exact version and first, so that nothing else chooses another. timm without its dependencies: it would bring torchvision,
-# which none of what is used here needs.
-.venv/installed-dev: .venv/made pyproject.toml
+# torch is not locked, since its builds differ from machine to machine (CPU, CUDA): by its exact version and first, with what only it brings.
+.venv/installed-dev: .venv/made pyproject.toml requirements/dev.txt
 	@echo "installing flamingo-export, PyTorch and what the tests compare with (a few minutes the first time)"
-	@$(PIP) torch==2.13.0
-	@$(PIP) -e '.[dev,torch,oracle]'
-	@$(PIP) --no-deps 'timm>=1.0.20'
+	@$(PY) $(INSTALL) $(TORCH)
+	@$(PY) $(INSTALL) $(LOCKED) -r requirements/dev.txt
+	@$(PY) $(INSTALL) $(THIS)
 	@touch $@ .venv/installed
 
 demo: .venv/installed
@@ -49,11 +60,37 @@ demo: .venv/installed
 
 lint: .venv/installed-dev
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	.venv/bin/lint-imports
 
 test: lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
+
+test-fast: .venv/installed-dev
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+.venv-uv/made: .venv/made Makefile
+	@if [ ! -x .venv-uv/bin/python ]; then $(PY) -m venv .venv-uv; fi
+	@.venv-uv/bin/python $(INSTALL) "$(UV)"
+	@touch $@
+
+COMPILE := .venv-uv/bin/uv pip compile -q --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links \
+	--excludes requirements/excludes.txt --custom-compile-command "make lock" pyproject.toml
+
+lock: .venv-uv/made
+	$(COMPILE) --extra cpu --extra report --group build -o requirements/base.txt
+	$(COMPILE) --extra cpu --extra report --extra trace --extra train --extra serve --extra video --extra eval --extra debug --group dev \
+		-c requirements/base.txt -o requirements/dev.txt
+
+test-oldest: .venv-uv/made
+	scripts/test_versions lowest "$(TORCH)" $(PYTEST_ARGS)
+
+test-newest: .venv-uv/made
+	scripts/test_versions newest "$(TORCH)" $(PYTEST_ARGS)
+
+wheel-check: .venv/installed
+	scripts/wheel_check
 
 plugin:
 	cmake -S . -B build -DBUILD_TESTING=OFF
@@ -70,5 +107,5 @@ bench: .venv/installed-dev
 	$(PY) benchmarks/build_memory.py --size 9b
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache demo-report
+	rm -rf .venv .venv-uv .venv-lowest .venv-newest .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache demo-report dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

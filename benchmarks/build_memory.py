@@ -23,7 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
-from flamingo_export.build_request import BuildRequest, resolve_precision, source_for_size
+from flamingo_export.pipeline.request import BuildRequest, resolve_precision
+from flamingo_export.sources.choice import source_for_size
 
 GIB = 1 << 30
 CHUNK = 1 << 20
@@ -31,7 +32,7 @@ CHUNK = 1 << 20
 
 def built(size: str, folder: Path) -> dict[str, object]:
     """Builds; called in a process of its own."""
-    from flamingo_export import pipeline
+    from flamingo_export.pipeline import run as pipeline
 
     started = time.perf_counter()
     request = BuildRequest(source=source_for_size(size, seed=0), out=folder / "b.bundle", parity="skip")
@@ -48,8 +49,8 @@ def built(size: str, folder: Path) -> dict[str, object]:
 
 def baseline(size: str, folder: Path) -> dict[str, object]:
     """Draws, casts, hashes and writes the same weights, nothing else; called in a process of its own."""
-    from flamingo_export.sources.drawn import draw
-    from flamingo_export.weight_files import cast
+    from flamingo_export.pipeline.write_weights import cast
+    from flamingo_export.sources.random_weights import draw
     from flamingo_export.weights import STORAGE_DTYPES, bundle_weights, groups
 
     source = source_for_size(size, seed=0)

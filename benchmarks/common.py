@@ -51,9 +51,10 @@ def model_config(
 
 def bundle(config: ModelConfig, folder: Path, *, policy: str | None = None) -> Path:
     """A bundle of seeded random weights in fp32, or quantised by a preset."""
-    from flamingo_export.build_request import BuildRequest, RandomWeights
-    from flamingo_export.pipeline import build
+    from flamingo_export.pipeline.request import BuildRequest
+    from flamingo_export.pipeline.run import build
     from flamingo_export.quantize.policies import preset
+    from flamingo_export.sources.choice import RandomWeights
 
     out = folder / f"{config.name}.bundle"
     if not out.exists():

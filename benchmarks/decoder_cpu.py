@@ -21,7 +21,7 @@ from torch import Tensor
 
 from flamingo_export.backends.base import SessionOptions
 from flamingo_export.backends.registry import get_backend
-from flamingo_export.manifest import read_manifest
+from flamingo_export.bundle.manifest import read_manifest
 from flamingo_export.weights import WeightIndex
 from flamingo_reference.config import ModelConfig
 

@@ -31,8 +31,7 @@ GIB = 1 << 30
 def write_weights(size: str, layers: range | None, folder: Path) -> int:
     """The decoder's weights in bf16, in the files of a bundle; returns their bytes."""
     from flamingo_export.precision import Precision
-    from flamingo_export.weight_files import stored_bytes
-    from flamingo_export.weights import bundle_weights, group_file, groups, layout
+    from flamingo_export.weights import bundle_weights, group_file, groups, layout, stored_bytes
     from flamingo_reference.config import PRESETS
 
     config, precision = PRESETS[size], Precision(storage="bf16")
@@ -65,9 +64,8 @@ def built(size: str, layers: range | None, target: str, folder: Path) -> dict[st
     """Builds the engine in this process."""
     from flamingo_export.backends.tensorrt.backend import TensorRTBackend
     from flamingo_export.backends.tensorrt.library import RTX
-    from flamingo_export.build_request import default_limits
+    from flamingo_export.bundle.manifest import GraphRecord, Manifest, SourceRecord, default_limits
     from flamingo_export.graphs import build_graph, save_graph
-    from flamingo_export.manifest import GraphRecord, Manifest, SourceRecord
     from flamingo_export.precision import Precision
     from flamingo_export.weights import WeightIndex
     from flamingo_reference.config import PRESETS

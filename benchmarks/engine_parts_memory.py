@@ -26,10 +26,10 @@ from engine_build_memory import GIB, Anonymous
 from flamingo_export.backends.tensorrt.backend import TensorRTBackend
 from flamingo_export.backends.tensorrt.estimate import estimate
 from flamingo_export.backends.tensorrt.library import RTX
-from flamingo_export.decoder_parts import graph_records
+from flamingo_export.bundle.manifest import GraphRecord, read_manifest, write_manifest
 from flamingo_export.graphs import build_graph, save_graph
-from flamingo_export.manifest import GraphRecord, read_manifest, write_manifest
 from flamingo_export.weights import WEIGHTS_FOLDER, WeightIndex
+from flamingo_export.weights.decoder_cuts import graph_records
 
 
 def linked(bundle: Path, folder: Path, parts: int) -> list[GraphRecord]:

@@ -23,9 +23,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from flamingo_export.sources.drawn import draw
-from flamingo_reference.checkpoints.torch_file import open_torch_file
-from flamingo_reference.checkpoints.writer import INDEX, writing
+from flamingo_export.sources.random_weights import draw
+from flamingo_reference.checkpoints.files.torch_file import open_torch_file
+from flamingo_reference.checkpoints.files.writer import INDEX, writing
 
 Shapes = Mapping[str, tuple[int, ...]]
 SHARD_BYTES = 9_900_000_000

@@ -12,11 +12,12 @@ if TYPE_CHECKING:
     from torch import nn
 
     from flamingo_export.backends.base import Backend, SessionOptions
-    from flamingo_export.build_request import ParityMode, Source
-    from flamingo_export.manifest import Manifest, ShapeLimits
-    from flamingo_export.pipeline import BuildResult
+    from flamingo_export.bundle.manifest import Manifest, ShapeLimits
+    from flamingo_export.pipeline.request import ParityMode
+    from flamingo_export.pipeline.run import BuildResult
     from flamingo_export.precision import Policy, StorageType
     from flamingo_export.runtime.model import Model
+    from flamingo_export.sources.choice import Source
     from flamingo_reference.model import Flamingo
 
 _log = logging.getLogger(__name__)
@@ -42,8 +43,8 @@ def build(
     """Builds a bundle and publishes it at `out` once it is complete and, where PyTorch is installed, parity has passed.
 
     model: a checkpoint folder, a live `flamingo_reference.model.Flamingo` (`tokenizer`: the `tokenizer.json` it was trained with), or
-    a source, such as `build_request.source_for_size("9b")`. policy: which matrices are quantised, "fp8", "int8", "int4" or one of
-    `quantize.policies.read_policy`; calibration: the table of ranges for it. out: None takes `build_request.default_out`.
+    a source, such as `sources.choice.source_for_size("9b")`. policy: which matrices are quantised, "fp8", "int8", "int4" or one of
+    `quantize.policies.read_policy`; calibration: the table of ranges for it. out: None takes `pipeline.request.default_out`.
     parts: graphs that the decoder is cut into, run one after the other.
     vision_encoder: for a checkpoint in our own format whose config says `"vision": {"type": "own", ...}`, the module from pixels
     [F, 3, I, I] to features [F, P, E] that its bridge was trained on. It is traced with torch.onnx and proved by parity like the rest. (A live
@@ -54,16 +55,18 @@ def build(
     known), CalibrationError (a table that does not fit, activations that give none), BuildError (output taken, no space, another build to
     the same path, a policy that model or backend cannot follow), ParityError (parity failed or could not be run).
     """
-    from flamingo_export import build_request, pipeline
+    from flamingo_export.pipeline import run
+    from flamingo_export.pipeline.request import BuildRequest, default_out
     from flamingo_export.quantize.policies import preset
+    from flamingo_export.sources.choice import with_vision_encoder
 
     source = _source(model, tokenizer)
     chosen = preset(policy) if isinstance(policy, str) else policy
     if vision_encoder is not None:
-        source = build_request.with_vision_encoder(source, vision_encoder)
-    request = build_request.BuildRequest(
+        source = with_vision_encoder(source, vision_encoder)
+    request = BuildRequest(
         source=source,
-        out=Path(out) if out is not None else build_request.default_out(source, chosen),
+        out=Path(out) if out is not None else default_out(source, chosen),
         storage=storage,
         policy=chosen,
         calibration=Path(calibration) if calibration is not None else None,
@@ -74,7 +77,7 @@ def build(
         overwrite=overwrite,
         resume=resume,
     )
-    return pipeline.build(request, progress=progress)
+    return run.build(request, progress=progress)
 
 
 def refit(
@@ -91,10 +94,11 @@ def refit(
     model: as `build` takes it. Stored in the bundle's type, within its limits, proved and published as `build` does.
     Raises what `build` raises; BundleError if `bundle` is damaged; CheckpointError naming every setting in which the two differ.
     """
-    from flamingo_export import build_request, pipeline
+    from flamingo_export.pipeline import run
+    from flamingo_export.pipeline.request import refit_request
 
-    request = build_request.refit_request(Path(bundle), _source(model, None), Path(out), parity=parity, overwrite=overwrite)
-    return pipeline.build(request, progress=progress)
+    request = refit_request(Path(bundle), _source(model, None), Path(out), parity=parity, overwrite=overwrite)
+    return run.build(request, progress=progress)
 
 
 def load(
@@ -109,9 +113,9 @@ def load(
     Raises BundleError (incomplete, damaged, of a newer schema), BackendError (unknown or not installed, device missing, an engine that
     does not fit this machine).
     """
-    from flamingo_export.artifacts import open_bundle
     from flamingo_export.backends.base import SessionOptions
     from flamingo_export.backends.registry import get_backend
+    from flamingo_export.bundle.verify import open_bundle
     from flamingo_export.errors import BackendError
 
     path = Path(bundle)
@@ -165,7 +169,7 @@ def _check_memory(path: Path, manifest: Manifest, backend: Backend, options: Ses
 
 
 def _source(model: Path | str | Flamingo | Source, tokenizer: Path | None) -> Source:
-    from flamingo_export.build_request import CheckpointFolder, LiveModel, RandomWeights
+    from flamingo_export.sources.choice import CheckpointFolder, LiveModel, RandomWeights
 
     if isinstance(model, (CheckpointFolder, RandomWeights, LiveModel)):
         return model

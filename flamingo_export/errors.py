@@ -15,7 +15,7 @@ FlamingoExportError
 ├── RequestRefused        the engine does not take a request now, or gives it up; the same request may succeed later
 │   ├── QueueFull         too many wait already
 │   ├── DeadlineExceeded  it was not finished in time
-│   └── EngineClosed      the model was closed
+│   └── EngineClosed      the model was closed; a BackendError too
 └── ParityError           parity could not be established (a failed gate is a result, not an error)
 
 The command line turns them into one line on stderr and exit code 1 (2 for usage); messages say what was found, what was
@@ -85,7 +85,7 @@ class DeadlineExceeded(RequestRefused):
     """A request that was not finished by its deadline."""
 
 
-class EngineClosed(RequestRefused):
+class EngineClosed(RequestRefused, BackendError):
     """A request to a model that is closed, or was closed before it was finished."""
 
 

@@ -26,9 +26,9 @@ from rich.console import Console
 from rich.table import Table
 
 import flamingo_export
-from flamingo_export.build_request import source_for_size
+from flamingo_export.sources.choice import source_for_size
 from flamingo_export.validate import ParityReport, check_bundle
-from flamingo_export.validate.html import write_html
+from flamingo_export.validate.report.parity_page import write_html
 
 if TYPE_CHECKING:
     from flamingo_export import Model, Shot

@@ -14,13 +14,13 @@ import pytest
 from fake_cuda import FakeCuda
 from fake_tensorrt import VERSION, FakeTensorRT, write_engine
 
-from flamingo_export.artifacts import file_record
 from flamingo_export.backends.tensorrt import backend as backend_module
 from flamingo_export.backends.tensorrt import library
-from flamingo_export.backends.tensorrt.contract import contract_of
-from flamingo_export.lowering.candidates import add_candidates
-from flamingo_export.lowering.tensorrt import lower, save_lowered
-from flamingo_export.manifest import EngineRecord, read_manifest, write_manifest
+from flamingo_export.backends.tensorrt.engine_contract import contract_of
+from flamingo_export.backends.tensorrt.lowering.candidates import add_candidates
+from flamingo_export.backends.tensorrt.lowering.lower import lower, save_lowered
+from flamingo_export.bundle.manifest import EngineRecord, read_manifest, write_manifest
+from flamingo_export.bundle.verify import file_record
 
 TARGET = "sm89"
 LIMITS = {"bank_rows": 8, "chunk": 16, "batch": 3, "beams": 4, "frames": 4, "video_frames": 12}

@@ -20,7 +20,7 @@ import onnx
 import onnxruntime
 from fake_cuda import FakeCuda, Misuse
 
-from flamingo_export.backends.tensorrt.contract import Contract
+from flamingo_export.backends.tensorrt.engine_contract import Contract
 
 VERSION = "1.7.1.116"
 

@@ -7,7 +7,7 @@
     walk                      all samples through one part of the model after the other
     run                       calibrate(): the walk, watched
 
-The table itself, which quantisation reads without any of this, is `flamingo_export.quantize.table`. torch is
+The table itself, which quantisation reads without any of this, is `flamingo_export.weights.calibration_table`. torch is
 imported inside `run` and `walk` alone.
 """
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 from flamingo_calibration.data import BadSample, Sample, read_samples, source_tokenizer
 from flamingo_calibration.run import calibrate
 from flamingo_calibration.shipped import nano_samples, shipped_samples
-from flamingo_calibration.states import discard
+from flamingo_calibration.streams import discard
 
 __all__ = [
     "BadSample",

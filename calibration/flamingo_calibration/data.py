@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flamingo_export.bundle_tokenizer import checked_tokenizer, placeholder_tokenizer
+from flamingo_export.bundle.tokenizer import checked_tokenizer, placeholder_tokenizer
 from flamingo_export.errors import CalibrationError, InputError, PromptError
 from flamingo_export.progress import SILENT, Progress
 from flamingo_export.runtime.media import MediumSource

@@ -14,15 +14,15 @@ from typing import Any
 import msgspec
 
 from flamingo_calibration.data import BadSample, Checked, Sample, check_samples
-from flamingo_calibration.states import Stream, Work, exclusive, put, settle
-from flamingo_calibration.walk import Step, Walk
-from flamingo_calibration.watching import Watch, products
+from flamingo_calibration.layer_runner import Step, Walk
+from flamingo_calibration.observers import Watch, products
+from flamingo_calibration.streams import Stream, Work, exclusive, put, settle
 from flamingo_export.backends.memory import release
 from flamingo_export.errors import CalibrationError
 from flamingo_export.progress import SILENT, Progress
-from flamingo_export.quantize.table import SCHEMA_VERSION, CalibrationTable, Method
 from flamingo_export.runtime.tokenizer import Tokenizer
 from flamingo_export.sources import WeightSource, tensor_digest
+from flamingo_export.weights.calibration_table import SCHEMA_VERSION, CalibrationTable, Method
 
 SETTLE_SECONDS = 10.0
 """What may be lost of the vision encoder's work: a small model's media would wait for the disk longer than for the encoder."""
@@ -112,7 +112,7 @@ class _Calibration:
         """One part on all items."""
         import torch
 
-        from flamingo_reference.parts import load_part
+        from flamingo_reference.model.modules import load_part
 
         step, journal = steps[number], self.work.journal
         self.read_now = {}

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from flamingo_calibration import thresholds
 from flamingo_export.errors import CalibrationError
-from flamingo_export.quantize.table import Statistics
+from flamingo_export.weights.calibration_table import Statistics
 
 _BINS = 1 << 15
 _NOT_FINITE = 0x7F80

@@ -19,8 +19,8 @@ import numpy as np
 from flamingo_export.backends.base import Array, Availability, Buffer, HostSession, SessionOptions, Tensor, check_feeds, on_host
 from flamingo_export.backends.cut_tables import CutTables
 from flamingo_export.backends.memory import release
+from flamingo_export.bundle.manifest import EngineRecord, GraphRecord, Manifest
 from flamingo_export.errors import BackendError, BundleError, InputError
-from flamingo_export.manifest import EngineRecord, GraphRecord, Manifest
 from flamingo_export.precision import Policy
 from flamingo_export.specs import SubgraphSpec, decoder_spec, subgraph_specs
 from flamingo_export.weights import WeightIndex
@@ -158,6 +158,7 @@ class HostBuffer:
         self.array: Array = array
         self.value = _ort_value(array)
         self._views: dict[tuple[int, ...], HostBuffer] = {}
+        self._rows: dict[tuple[int, int], HostBuffer] = {}
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -180,9 +181,13 @@ class HostBuffer:
         source = other.array if isinstance(other, HostBuffer) else other.read()
         self.array[tuple(slice(size) for size in source.shape)] = source
 
-    def rows(self, count: int) -> HostBuffer:
-        """The first `count` rows, sharing memory; the same object each time, so that binding it again is free."""
-        return self.view((count, *self.array.shape[1:]))
+    def rows(self, first: int, count: int) -> HostBuffer:
+        """Rows from `first` on, sharing memory; the same object each time, so that binding it again is free."""
+        if (first, count) == (0, len(self.array)):
+            return self
+        if (first, count) not in self._rows:
+            self._rows[first, count] = HostBuffer(self.array[first : first + count])
+        return self._rows[first, count]
 
     def view(self, shape: tuple[int, ...]) -> HostBuffer:
         """Its beginning in another shape, sharing memory; the same object each time."""

@@ -17,9 +17,9 @@ import numpy as np
 
 from flamingo_export.backends.base import Array, Availability, Buffer, HostSession, SessionOptions, check_feeds, on_host
 from flamingo_export.backends.base import Tensor as HostOrDevice
+from flamingo_export.bundle.manifest import EngineRecord, GraphRecord, Manifest
 from flamingo_export.errors import BackendError, CheckpointError, InputError
-from flamingo_export.manifest import EngineRecord, GraphRecord, Manifest
-from flamingo_export.origin import find_origin
+from flamingo_export.sources.origin import find_origin
 from flamingo_export.specs import SubgraphSpec, decoder_spec, subgraph_specs
 from flamingo_reference.config import RelativePositions
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from flamingo_export.sources import WeightSource
-    from flamingo_reference.subgraphs import Subgraph
+    from flamingo_reference.model.subgraphs import Subgraph
 
 _INSTALL = "Install it: pip install 'flamingo-export[torch]'"
 _KINDS: dict[str, np.dtype[Any]] = {
@@ -39,7 +39,7 @@ _KINDS: dict[str, np.dtype[Any]] = {
 
 
 class ReferenceBackend:
-    """`flamingo_reference.subgraphs` in fp32 on the CPU."""
+    """`flamingo_reference.model.subgraphs` in fp32 on the CPU."""
 
     name = "reference"
     native_functions: frozenset[str] = frozenset()
@@ -70,7 +70,7 @@ class ReferenceBackend:
             raise BackendError(f"the reference runs on the CPU, not on {options.device}. Choose another backend or device.")
         import torch
 
-        from flamingo_reference.subgraphs import Decoder, load_subgraph
+        from flamingo_reference.model.subgraphs import Decoder, load_subgraph
 
         if self._source is None:
             try:
@@ -120,9 +120,9 @@ class TorchBuffer:
         source = other.read()
         self.tensor.numpy()[tuple(slice(size) for size in source.shape)] = source
 
-    def rows(self, count: int) -> TorchBuffer:
-        """The first `count` rows, sharing memory."""
-        return TorchBuffer(self.tensor[:count])
+    def rows(self, first: int, count: int) -> TorchBuffer:
+        """Rows from `first` on, sharing memory."""
+        return TorchBuffer(self.tensor[first : first + count])
 
     def view(self, shape: tuple[int, ...]) -> TorchBuffer:
         """Its beginning in another shape, sharing memory."""

@@ -11,7 +11,7 @@ from flamingo_export.errors import BackendError
 
 if TYPE_CHECKING:
     from flamingo_export.backends.tensorrt.backend import TensorRTBackend
-    from flamingo_export.manifest import Manifest
+    from flamingo_export.bundle.manifest import Manifest
 
 _BACKENDS = MappingProxyType(
     {

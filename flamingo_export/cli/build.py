@@ -27,8 +27,8 @@ from flamingo_export.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from flamingo_export.build_plan import BuildPlan
-    from flamingo_export.pipeline import BuildResult
+    from flamingo_export.pipeline.plan import BuildPlan
+    from flamingo_export.pipeline.run import BuildResult
     from flamingo_export.precision import StorageType
 
 _CHUNK = 256  # positions of one prefill call, fewer where the cache is short
@@ -164,11 +164,13 @@ def build(
     chosen = chosen_policy({"fp8": fp8, "int8": int8, "int4": int4}, policy)
     if calibration is not None and uncalibrated:
         raise typer.BadParameter("goes without --calibration", param_hint="--uncalibrated")
-    from flamingo_export import build_plan, pipeline
-    from flamingo_export.build_request import BuildRequest, default_limits, default_out, with_vision_encoder
+    from flamingo_export.bundle.manifest import ShapeLimits, default_limits
     from flamingo_export.cli.progress import reported
-    from flamingo_export.manifest import ShapeLimits
+    from flamingo_export.pipeline import plan as build_plan
+    from flamingo_export.pipeline import run as pipeline
+    from flamingo_export.pipeline.request import BuildRequest, default_out
     from flamingo_export.sources import open_source
+    from flamingo_export.sources.choice import with_vision_encoder
 
     target_out = out or default_out(source, chosen)
     if vision_module is not None:

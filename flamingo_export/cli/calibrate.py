@@ -66,8 +66,8 @@ def calibrate(
     from flamingo_export.cli.output import print_json
     from flamingo_export.cli.progress import reported
     from flamingo_export.errors import CalibrationError
-    from flamingo_export.quantize.table import write_table
     from flamingo_export.sources import open_source
+    from flamingo_export.weights.calibration_table import write_table
 
     if out.is_dir() or (out.exists() and not force):
         raise CalibrationError(f"{out} exists. Choose another --out{'' if out.is_dir() else ', or replace it with --force'}.")

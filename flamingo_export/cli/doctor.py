@@ -9,7 +9,7 @@ import msgspec
 import typer
 
 if TYPE_CHECKING:
-    from flamingo_export.cli.machine import Finding, Gpu, Hardware
+    from flamingo_export.cli.probes import Finding, Gpu, Hardware
 
 RUNTIME_OVERHEAD = 1.1
 """Memory of a running model over its weights in the compute type: cache, bank and activations (an allowance, not measured)."""
@@ -55,13 +55,13 @@ def doctor(
 
 def examine(folder: Path) -> Report:
     """Looks at the machine, with the disk that `folder` is on."""
-    from flamingo_export.cli import machine
+    from flamingo_export.cli import probes
 
-    found = machine.hardware(folder)
-    driver, gpus = machine.cuda()
-    runtime, torch = machine.onnxruntime(), machine.torch()
+    found = probes.hardware(folder)
+    driver, gpus = probes.cuda()
+    runtime, torch = probes.onnxruntime(), probes.torch()
     extras = [_optional(*pair) for pair in (("matplotlib", "plots in parity reports"), ("scikit-learn", "training nano"))]
-    tensorrt = machine.tensorrt()
+    tensorrt = probes.tensorrt()
     software = [runtime, torch, *extras, driver, *tensorrt]
     return Report(
         hardware=found, gpus=gpus, software=software, tasks=_tasks(runtime, torch, tensorrt, gpus), sizes=_sizes(found)
@@ -69,10 +69,10 @@ def examine(folder: Path) -> Report:
 
 
 def _optional(name: str, purpose: str) -> Finding:
-    from flamingo_export.cli import machine
+    from flamingo_export.cli import probes
 
-    installed = machine.package(name)
-    return machine.Finding(
+    installed = probes.package(name)
+    return probes.Finding(
         name=name,
         found=installed is not None,
         detail=f"{installed or 'not installed'} ({purpose})",
@@ -81,7 +81,7 @@ def _optional(name: str, purpose: str) -> Finding:
 
 
 def _tasks(runtime: Finding, torch: Finding, tensorrt: list[Finding], gpus: list[Gpu]) -> list[Finding]:
-    from flamingo_export.cli.machine import Finding
+    from flamingo_export.cli.probes import Finding
 
     works, needs_torch = "works here", "needs PyTorch"
     cuda_provider = runtime.found and "CUDA" in runtime.detail
@@ -121,7 +121,7 @@ def _tasks(runtime: Finding, torch: Finding, tensorrt: list[Finding], gpus: list
 
 
 def _engine_tasks(tensorrt: list[Finding], gpus: list[Gpu]) -> list[Finding]:
-    from flamingo_export.cli.machine import DATACENTER, PLUGIN, RTX, Finding
+    from flamingo_export.cli.probes import DATACENTER, PLUGIN, RTX, Finding
 
     by_name = {finding.name: finding for finding in tensorrt}
     rtx, datacenter, plugin = by_name[RTX], by_name[DATACENTER], by_name[PLUGIN]
@@ -150,7 +150,7 @@ def _engine_tasks(tensorrt: list[Finding], gpus: list[Gpu]) -> list[Finding]:
 def _running() -> list[Finding]:
     """Whether engines of a bundle run here: the backends know."""
     from flamingo_export.backends.registry import COMPILERS, get_compiler
-    from flamingo_export.cli.machine import Finding
+    from flamingo_export.cli.probes import Finding
 
     states = {name: get_compiler(name).availability() for name in COMPILERS}
     return [
@@ -166,8 +166,8 @@ def _running() -> list[Finding]:
 
 def _sizes(found: Hardware) -> list[SizeFit]:
     from flamingo_export.precision import BYTES_PER_WEIGHT, default_precision
-    from flamingo_reference.checkpoints.names import parameter_counts
     from flamingo_reference.config import PRESETS
+    from flamingo_reference.names import parameter_counts
 
     fits = []
     for name, config in PRESETS.items():

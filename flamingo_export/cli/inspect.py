@@ -14,7 +14,7 @@ from flamingo_export.cli.options import AsJson, Loras, OtherLanguageModel, Other
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from flamingo_export.manifest import EngineRecord, EngineSummary, Manifest
+    from flamingo_export.bundle.manifest import EngineRecord, EngineSummary, Manifest
     from flamingo_export.specs import SubgraphSpec, TensorSpec
     from flamingo_reference.config import ModelConfig
 
@@ -76,8 +76,8 @@ def inspect(
 
 def components(config: ModelConfig) -> list[Component]:
     """Parameters per component, computed from the shapes, and their total."""
-    from flamingo_reference.checkpoints.names import parameter_counts
     from flamingo_reference.config import PRESETS, QUOTED_PARAMETERS
+    from flamingo_reference.names import parameter_counts
 
     counts = parameter_counts(config)
     counts["total"] = sum(counts.values())
@@ -100,8 +100,8 @@ def _inspect_size(config: ModelConfig, as_json: bool) -> None:
 def _inspect_bundle(bundle: Path, as_json: bool) -> None:
     from rich.markup import escape
 
+    from flamingo_export.bundle.manifest import read_manifest
     from flamingo_export.cli.output import human_bytes, print_json, results, table
-    from flamingo_export.manifest import read_manifest
 
     manifest = read_manifest(bundle)
     specs = _specs(manifest)
@@ -139,9 +139,9 @@ def _inspect_bundle(bundle: Path, as_json: bool) -> None:
 
 def _inspect_engines(bundle: Path, graph: str, as_json: bool) -> None:
     """Every engine of a graph, as its builder described it."""
+    from flamingo_export.bundle.manifest import read_manifest
     from flamingo_export.cli.output import print_json, results
     from flamingo_export.errors import BundleError
-    from flamingo_export.manifest import read_manifest
 
     manifest = read_manifest(bundle)
     # `decoder` stands for all of its parts.

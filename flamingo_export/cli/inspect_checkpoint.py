@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import msgspec
 
 if TYPE_CHECKING:
-    from flamingo_export.build_request import CheckpointFolder
     from flamingo_export.cli.inspect import Component
     from flamingo_export.precision import StorageType
-    from flamingo_reference.checkpoints.recognition import Recognised
+    from flamingo_export.sources.choice import CheckpointFolder
+    from flamingo_reference.checkpoints.families.recognition import Recognised
 
 # What building takes besides the tensor at hand: the interpreter, graphs and tokenizer. Bytes of a number of that tensor: as read, as made.
 _BUILD_BASE = 500_000_000
@@ -55,8 +55,8 @@ class Survey(msgspec.Struct, frozen=True, kw_only=True):
 
 def looks_like_checkpoint(path: Path) -> bool:
     """Whether a path is to be taken for a checkpoint rather than a bundle: a file, or a folder without manifest but with a config or tensors."""
-    from flamingo_export.manifest import MANIFEST_NAME
-    from flamingo_reference.checkpoints.folder import INDEX_SUFFIX, NAMES
+    from flamingo_export.bundle.manifest import MANIFEST_NAME
+    from flamingo_reference.checkpoints.files.folder import INDEX_SUFFIX, NAMES
 
     if path.is_file():
         return True
@@ -80,9 +80,9 @@ def survey(source: CheckpointFolder) -> Survey:
     """What a checkpoint is, without reading a number of it. Raises CheckpointError if it is of no known family, or its files are damaged."""
     from flamingo_export.cli.build import missing_files
     from flamingo_export.errors import CheckpointError
+    from flamingo_reference.checkpoints.families.recognition import recognise
+    from flamingo_reference.checkpoints.files.tensors import CheckpointError as UnreadableCheckpoint
     from flamingo_reference.checkpoints.loading import find_tokenizer
-    from flamingo_reference.checkpoints.recognition import recognise
-    from flamingo_reference.checkpoints.tensors import CheckpointError as UnreadableCheckpoint
 
     try:
         recognised = recognise(source.path, may_be_absent=True)
@@ -129,11 +129,11 @@ def _survey(
 
 def _would_build(source: CheckpointFolder) -> tuple[WouldBuild, dict[str, str], tuple[Path, ...]]:
     """With the tensors that are left out, each with the reason, and the files that are missing."""
-    from flamingo_export import build_plan
-    from flamingo_export.build_request import BuildRequest, default_out
-    from flamingo_export.bundle_tokenizer import checked_tokenizer
+    from flamingo_export.bundle.tokenizer import checked_tokenizer
     from flamingo_export.cli.doctor import RUNTIME_OVERHEAD
     from flamingo_export.cli.inspect import components
+    from flamingo_export.pipeline import plan as build_plan
+    from flamingo_export.pipeline.request import BuildRequest, default_out
     from flamingo_export.precision import BYTES_PER_WEIGHT
     from flamingo_export.sources import CheckpointSource
     from flamingo_export.weights import bundle_weights

@@ -13,13 +13,13 @@ from typer.core import TyperCommand
 
 if TYPE_CHECKING:
     from flamingo_calibration import BadSample, Sample
-    from flamingo_export.build_request import CheckpointFolder, Source
     from flamingo_export.precision import Policy
     from flamingo_export.runtime.media import MediumSource
     from flamingo_export.runtime.model import Model
     from flamingo_export.runtime.request import Request
     from flamingo_export.runtime.tokenizer import Tokenizer
     from flamingo_export.sources import WeightSource
+    from flamingo_export.sources.choice import CheckpointFolder, Source
     from flamingo_reference.config import ModelConfig
 
 _NANO = "nano"
@@ -106,7 +106,7 @@ def checkpoint_files(
     tokenizer: Path | None = None,
 ) -> CheckpointFolder:
     """What the options of a checkpoint and its parts name."""
-    from flamingo_export.build_request import CheckpointFolder
+    from flamingo_export.sources.choice import CheckpointFolder
 
     return CheckpointFolder(
         path=checkpoint,
@@ -128,7 +128,7 @@ def chosen_source(
     tokenizer: Path | None,
 ) -> Source:
     """The weights that --size or --checkpoint and what goes with it name. Raises typer.BadParameter where they exclude each other."""
-    from flamingo_export.build_request import source_for_size
+    from flamingo_export.sources.choice import source_for_size
 
     if (size is None) == (checkpoint is None):
         raise typer.BadParameter("give either --size or --checkpoint", param_hint="--size")
@@ -232,7 +232,7 @@ def formatted(
 
     Raises typer.BadParameter where they exclude each other.
     """
-    from flamingo_export.manifest import read_manifest
+    from flamingo_export.bundle.manifest import read_manifest
     from flamingo_export.runtime.prompts import caption_prompt, qa_prompt, read_shots, without_media
     from flamingo_export.runtime.request import Request
 

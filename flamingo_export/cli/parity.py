@@ -11,7 +11,7 @@ import typer
 from flamingo_export.cli.options import AsJson, Loras, OtherLanguageModel, OtherTokenizer, OtherVision, checkpoint_files
 
 if TYPE_CHECKING:
-    from flamingo_export.validate.report import ParityReport
+    from flamingo_export.validate.report.parity_report import ParityReport
 
 
 class AgainstWhat(StrEnum):
@@ -59,8 +59,8 @@ def parity(
     flamingo-export parity nano.bundle
     flamingo-export parity idefics.bundle --against transformers
     """
-    from flamingo_export.cli.machine import package
     from flamingo_export.cli.output import print_json
+    from flamingo_export.cli.probes import package
     from flamingo_export.cli.progress import reported
     from flamingo_export.errors import ParityError
     from flamingo_export.validate import check_bundle
@@ -75,7 +75,7 @@ def parity(
             bundle, backend=backend, checkpoint=files, progress=progress, against=against.value if against else None
         )
     if html is not None:
-        from flamingo_export.validate.html import write_html
+        from flamingo_export.validate.report.parity_page import write_html
 
         write_html(html, report)
     if as_json:

@@ -38,10 +38,10 @@ def refit(
     \b
     flamingo-export refit my.bundle --checkpoint tuned/ --out tuned.bundle
     """
-    from flamingo_export import pipeline
-    from flamingo_export.build_request import refit_request
     from flamingo_export.cli.build import print_result
     from flamingo_export.cli.progress import reported
+    from flamingo_export.pipeline import run as pipeline
+    from flamingo_export.pipeline.request import refit_request
 
     source = checkpoint_files(checkpoint, language_model, vision, loras, tokenizer)
     request = refit_request(bundle, source, out, parity=parity.value, overwrite=force)

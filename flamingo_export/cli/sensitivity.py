@@ -27,10 +27,10 @@ from flamingo_export.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from flamingo_export.build_request import CheckpointFolder
     from flamingo_export.precision import Policy, Precision
     from flamingo_export.sensitivity import Sensitivity, Suggestion
     from flamingo_export.sources import WeightSource
+    from flamingo_export.sources.choice import CheckpointFolder
 
 _SHOWN = 30
 
@@ -100,12 +100,12 @@ def sensitivity(
     flamingo-export sensitivity --checkpoint ckpt/ --int4 --data calib.jsonl --suggest mine.toml
     """
     from flamingo_calibration import source_tokenizer
-    from flamingo_export.cli.machine import package
     from flamingo_export.cli.output import print_json
+    from flamingo_export.cli.probes import package
     from flamingo_export.cli.progress import reported
     from flamingo_export.errors import BuildError, ParityError
-    from flamingo_export.quantize.table import read_table
     from flamingo_export.sensitivity import measure, suggest
+    from flamingo_export.weights.calibration_table import read_table
 
     chosen = chosen_policy({"fp8": fp8, "int8": int8, "int4": int4}, policy)
     # Said now, not after minutes of work.
@@ -153,7 +153,7 @@ def sensitivity(
 
 
 def _of_weights(named: Any, policy: Policy | None) -> _Subject:
-    from flamingo_export.build_request import resolve_precision
+    from flamingo_export.pipeline.request import resolve_precision
     from flamingo_export.sources import open_source
 
     source = open_source(named)
@@ -162,9 +162,9 @@ def _of_weights(named: Any, policy: Policy | None) -> _Subject:
 
 def _of_bundle(bundle: Path, checkpoint: CheckpointFolder | None, policy: Policy | None) -> _Subject:
     """Raises CheckpointError where the bundle's weights are not at hand."""
-    from flamingo_export.artifacts import open_bundle
-    from flamingo_export.origin import find_origin
-    from flamingo_export.quantize.table import CALIBRATION_FILE
+    from flamingo_export.bundle.verify import open_bundle
+    from flamingo_export.sources.origin import find_origin
+    from flamingo_export.weights.calibration_table import CALIBRATION_FILE
 
     manifest = open_bundle(bundle)
     policy = _given(policy or manifest.precision.policy)

@@ -14,8 +14,8 @@ import onnx_ir as ir
 from flamingo_export.graphs.builder import GraphBuilder, graph_inputs
 from flamingo_export.specs import subgraph_specs
 from flamingo_export.weights import GELU_GAIN, WeightIndex
-from flamingo_reference.checkpoints.names import needs_downsample
 from flamingo_reference.config import ModelConfig, NFNetConfig
+from flamingo_reference.names import needs_downsample
 
 
 class _Grid:

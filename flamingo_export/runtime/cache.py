@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from flamingo_export.backends.base import Buffer, Session
+from flamingo_export.bundle.manifest import ShapeLimits
 from flamingo_export.errors import CapacityError
-from flamingo_export.manifest import ShapeLimits
 from flamingo_export.runtime.tree import Ints
 
 BUCKET = 128

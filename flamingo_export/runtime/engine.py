@@ -27,16 +27,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from flamingo_export.bundle.manifest import ShapeLimits
 from flamingo_export.errors import CapacityError, EngineClosed, InputError, QueueFull
-from flamingo_export.manifest import ShapeLimits
 from flamingo_export.runtime.cache import check_positions
-from flamingo_export.runtime.engines import Engines
 from flamingo_export.runtime.jobs import Generating, Group, Job, Scoring
 from flamingo_export.runtime.loop import Loop, Outcome
 from flamingo_export.runtime.options import GenerateOptions
 from flamingo_export.runtime.request import Prepared
 from flamingo_export.runtime.scheduler import NEVER
 from flamingo_export.runtime.search import Search
+from flamingo_export.runtime.subgraphs import Engines
 from flamingo_export.runtime.ticket import Ticket, now
 from flamingo_export.runtime.timings import Timings
 from flamingo_reference.config import ModelConfig
@@ -104,11 +104,14 @@ class Engine:
         self.config, self.limits = config, limits
         most = engines.decoder.largest.get("B")
         if rows is not None and not 1 <= rows <= (most or rows):
-            raise InputError(f"{rows} rows were asked for, the engines take 1 to {most}. Build them with a larger limit (batch).")
+            raise InputError(
+                f"{rows} rows were asked for, the engines take 1 to {most}. Build them with a larger limit (batch)."
+            )
         self.rows = rows or min(DEFAULT_ROWS, most or DEFAULT_ROWS)
         self._queue = queue
         self.loop = Loop(engines, config, limits, self.rows, clock)
         self._driving = threading.Lock()
+        self._submitting = threading.Lock()
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -122,6 +125,11 @@ class Engine:
             raise InputError(f"{width} beams or samples of a request were asked for, the engine takes {most}. Ask for fewer.")
         self.loop.encoder.check(request.media)
         self.loop.bank.check(request.media)
+
+    def new_tokens(self, request: Prepared, options: GenerateOptions) -> int:
+        """Tokens that a request gets at most. Raises InputError if it can never be carried out."""
+        self.check(request, options.width)
+        return options.new_tokens(len(request.token_ids), self.limits, self.config.language_model.position_limit)
 
     def submit(
         self,
@@ -146,8 +154,7 @@ class Engine:
         Raises InputError for what can never be carried out, QueueFull, EngineClosed.
         """
         options.check(self.config)
-        end = self.config.language_model.position_limit
-        limit = options.new_tokens(len(request.token_ids), self.limits, end)
+        limit = self.new_tokens(request, options)
         search = options.search(self.config, limit)
         return self.submit_search(
             request,
@@ -265,12 +272,13 @@ class Engine:
     ) -> Ticket[R]:
         if self._closed:
             raise _closed()
-        waiting = self.loop.size - self.loop.schedule.running
-        if self._queue is not None and waiting >= self._queue and self.loop.schedule.running >= self.rows:
-            self._refused += 1
-            raise QueueFull(f"{waiting} requests wait already, and no more than {self._queue} are kept. Try again later.")
         made = job(caller=caller, deadline=NEVER if deadline is None else deadline, events=events, group=group)
-        self.loop.inbox.append(made)
+        with self._submitting:
+            if self._queue is not None and self.loop.size >= self.rows + self._queue:
+                self._refused += 1
+                waiting = self.loop.size - self.loop.schedule.running
+                raise QueueFull(f"{waiting} requests wait already, and no more than {self._queue} are kept. Try again later.")
+            self.loop.inbox.append(made)
         if wake:
             self._ensure_driven()
         return ticket

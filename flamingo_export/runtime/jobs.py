@@ -1,8 +1,8 @@
 """Requests as the generation core carries them: what was asked, how far it has come, and what its branches are fed with next.
 
-    Job          a prompt and its media on their way into a cache row
-    Generating   then a search that chooses tokens, a decoding step at a time
-    Scoring      then passes over candidate answers, all branches of one tree
+Job          a prompt and its media on their way into a cache row
+Generating   then a search that chooses tokens, a decoding step at a time
+Scoring      then passes over candidate answers, all branches of one tree
 """
 
 from __future__ import annotations

@@ -13,18 +13,18 @@ from typing import Any
 
 import numpy as np
 
+from flamingo_export.bundle.manifest import ShapeLimits
 from flamingo_export.errors import DeadlineExceeded
-from flamingo_export.manifest import ShapeLimits
 from flamingo_export.runtime.cache import Cache
 from flamingo_export.runtime.calls import Call, decode_feeds, plan_calls
 from flamingo_export.runtime.candidates import Scores, run_decoder
-from flamingo_export.runtime.engines import Engines
 from flamingo_export.runtime.jobs import Generating, Job, Scoring
 from flamingo_export.runtime.media_bank import MediaBank
 from flamingo_export.runtime.media_encoder import Encoding, MediaEncoder
 from flamingo_export.runtime.prefill import check_phi, chunk_feeds, looking_at
 from flamingo_export.runtime.scheduler import Kind, Schedule, next_action, overdue
 from flamingo_export.runtime.search import Hypothesis
+from flamingo_export.runtime.subgraphs import Engines
 from flamingo_export.runtime.ticket import Ticket, Tokens
 from flamingo_export.runtime.tree import Ints
 from flamingo_reference.config import ModelConfig
@@ -45,9 +45,7 @@ class Loop:
     Not for several threads at once, but for `inbox` and `revoked`, which any thread may append to.
     """
 
-    def __init__(
-        self, engines: Engines, config: ModelConfig, limits: ShapeLimits, rows: int, now: Callable[[], float]
-    ) -> None:
+    def __init__(self, engines: Engines, config: ModelConfig, limits: ShapeLimits, rows: int, now: Callable[[], float]) -> None:
         self.config, self.limits = config, limits
         self.decoder = engines.decoder
         self.encoder = MediaEncoder(engines.vision_encoder, engines.resampler, engines.media_kv, config)
@@ -137,19 +135,18 @@ class Loop:
         job.timings.media_reused += len(job.media) - len(missing)
         job.timings.prompt_tokens += len(job.request.token_ids)
         job.timings.reused_tokens += job.done
-        self.counts.update(
-            media_encoded=len(missing), media_reused=len(job.media) - len(missing), reused_tokens=job.done
-        )
+        self.counts.update(media_encoded=len(missing), media_reused=len(job.media) - len(missing), reused_tokens=job.done)
         check_phi(job.request.phi, len(media))
 
     def _leave(self, job: Job, error: BaseException | None, *, finished: bool = False) -> None:
         """A request ends: with an error, cancelled (None), or finished. What it used is free."""
         if self._jobs.pop(job.ticket, None) is None:
             return
-        self.schedule.leave(job)
+        self.counts["finished" if finished else "cancelled" if error is None else "failed"] += 1
         if job.admitted:
             self.bank.unpin(job.request.media)
             self.cache.release(job.row)
+        self.schedule.leave(job)
         group = job.group
         if group is not None:
             if job in group.backlog:
@@ -158,7 +155,6 @@ class Loop:
                 group.active -= 1
                 if group.backlog:
                     self._arrive(group.backlog.pop(0))
-        self.counts["finished" if finished else "cancelled" if error is None else "failed"] += 1
         if not finished:
             job.ticket.give_up() if error is None else job.ticket.fail(error)
 

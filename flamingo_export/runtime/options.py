@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import TypedDict
 
+from flamingo_export.bundle.manifest import ShapeLimits
 from flamingo_export.errors import InputError
-from flamingo_export.manifest import ShapeLimits
 from flamingo_export.runtime.cache import check_capacity, check_positions, slots_for
 from flamingo_export.runtime.search import BeamSearch, Sampling, Search, StopRule
 from flamingo_reference.config import ModelConfig

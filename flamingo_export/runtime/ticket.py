@@ -67,26 +67,26 @@ class Ticket(Generic[R]):
                 raise TimeoutError(f"the request is not finished after {timeout} s")
         return self._outcome()
 
-    def next_events(self, timeout: float | None = None) -> list[Tokens]:
-        """Waits for events and returns those that there are; none once it has ended and all were read. Raises TimeoutError."""
+    def next_event(self, timeout: float | None = None) -> Tokens | None:
+        """Waits for the next event; None once it has ended and all were read. Raises TimeoutError."""
         with self._changed:
             if not self._changed.wait_for(lambda: self._done or self._events, timeout):
                 raise TimeoutError(f"the request had nothing to say for {timeout} s")
-            return self._taken()
+            return self._events.popleft() if self._events else None
 
     def __iter__(self) -> Iterator[Tokens]:
         """Its events until the end. Raises what the request failed with."""
-        while events := self.next_events():
-            yield from events
+        while (event := self.next_event()) is not None:
+            yield event
         self._outcome()
 
     async def __aiter__(self) -> AsyncIterator[Tokens]:
         """As `for`, without holding up the event loop."""
         while True:
-            for event in await self._when(lambda: self._done or bool(self._events)):
-                yield event
-            if self._done and not self._events:
+            await self._when(lambda: self._done or bool(self._events))
+            if not self._events:
                 break
+            yield self._events.popleft()
         self._outcome()
 
     def __await__(self) -> Generator[Any, None, R]:
@@ -94,10 +94,10 @@ class Ticket(Generic[R]):
         return self._awaited().__await__()
 
     async def _awaited(self) -> R:
-        await self._when(lambda: self._done, take=False)
+        await self._when(lambda: self._done)
         return self._outcome()
 
-    async def _when(self, ready: Callable[[], bool], *, take: bool = True) -> list[Tokens]:
+    async def _when(self, ready: Callable[[], bool]) -> None:
         loop, awake = asyncio.get_running_loop(), asyncio.Event()
 
         def wake() -> None:
@@ -113,7 +113,7 @@ class Ticket(Generic[R]):
                 awake.clear()
                 with self._changed:
                     if ready():
-                        return self._taken() if take else []
+                        return
                 await awake.wait()
         except asyncio.CancelledError:
             self.cancel()
@@ -121,11 +121,6 @@ class Ticket(Generic[R]):
         finally:
             with self._changed:
                 self._watchers.remove(wake)
-
-    def _taken(self) -> list[Tokens]:
-        events = list(self._events)
-        self._events.clear()
-        return events
 
     def _outcome(self) -> R:
         if self._error is not None:

@@ -11,10 +11,10 @@ import numpy as np
 from flamingo_calibration.data import Checked, Ready
 from flamingo_export.progress import Progress
 from flamingo_export.runtime.media import load_medium
-from flamingo_export.sensitivity.twins import Twins
+from flamingo_export.sensitivity.quantised_copies import Twins
 from flamingo_export.sources import WeightSource
-from flamingo_reference.checkpoints.names import expected_tensors
 from flamingo_reference.config import ModelConfig
+from flamingo_reference.names import expected_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor

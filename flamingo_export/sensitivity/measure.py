@@ -21,24 +21,24 @@ import msgspec
 import numpy as np
 
 from flamingo_calibration.data import BadSample, Checked, Sample, check_samples
+from flamingo_calibration.layer_runner import Step, Walk
 from flamingo_calibration.run import calibrate
-from flamingo_calibration.states import Array, Stream, Work, put
-from flamingo_calibration.walk import Step, Walk
+from flamingo_calibration.streams import Array, Stream, Work, put
 from flamingo_export.backends.memory import release
 from flamingo_export.errors import BuildError, CalibrationError
-from flamingo_export.origin import source_digest
 from flamingo_export.precision import Policy, Precision, QuantisedType
 from flamingo_export.progress import SILENT, Progress
 from flamingo_export.quantize.policies import check_policy
-from flamingo_export.quantize.table import CalibrationTable, check_fits
 from flamingo_export.runtime.tokenizer import Tokenizer
 from flamingo_export.sensitivity.divergence import divergences, no_room
+from flamingo_export.sensitivity.quantised_copies import Twins
 from flamingo_export.sensitivity.report import LayerError, MatrixError, Sensitivity
 from flamingo_export.sensitivity.suggest import extra_bytes, kept_format
-from flamingo_export.sensitivity.twins import Twins
 from flamingo_export.sources import WeightSource
-from flamingo_export.validate.as_stored import HEAD
+from flamingo_export.sources.origin import source_digest
+from flamingo_export.validate.expected.rounding import HEAD
 from flamingo_export.weights import bundle_weights
+from flamingo_export.weights.calibration_table import CalibrationTable, check_fits
 from flamingo_reference.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ class _Measuring:
         """All parts in order."""
         import torch
 
-        from flamingo_reference.parts import load_part
+        from flamingo_reference.model.modules import load_part
 
         steps = list(self.walk.steps())
         quantised = [self._of(step) for step in steps]

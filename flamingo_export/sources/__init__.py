@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from flamingo_export.build_request import CheckpointFolder, RandomWeights, Source
 from flamingo_export.sources.base import WeightSource, combined_digest, tensor_digest
 from flamingo_export.sources.checkpoint import CheckpointSource
-from flamingo_export.sources.drawn import RandomSource
+from flamingo_export.sources.choice import CheckpointFolder, RandomWeights, Source
 from flamingo_export.sources.live import LiveSource
+from flamingo_export.sources.random_weights import RandomSource
 
 __all__ = [
     "CheckpointSource",

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from flamingo_export.manifest import SourceRecord
+from flamingo_export.bundle.manifest import SourceRecord
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.input_format import InputFormat
 
@@ -18,7 +18,7 @@ Array = npt.NDArray[Any]
 
 
 class WeightSource(Protocol):
-    """A model's tensors under the names of `flamingo_reference.checkpoints.names.expected_tensors`."""
+    """A model's tensors under the names of `flamingo_reference.names.expected_tensors`."""
 
     @property
     def config(self) -> ModelConfig: ...

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import msgspec
 
+from flamingo_export.bundle.manifest import SourceRecord
 from flamingo_export.errors import CheckpointError
-from flamingo_export.manifest import SourceRecord
 from flamingo_export.sources.base import Array, combined_digest
+from flamingo_reference.checkpoints.files.tensors import CheckpointError as UnreadableCheckpoint
 from flamingo_reference.checkpoints.loading import CheckpointFiles, load
-from flamingo_reference.checkpoints.tensors import CheckpointError as UnreadableCheckpoint
 
 
 class CheckpointSource:

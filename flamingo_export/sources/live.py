@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
+from flamingo_export.bundle.manifest import SourceRecord
 from flamingo_export.errors import UnsupportedModel
-from flamingo_export.manifest import SourceRecord
 from flamingo_export.sources.base import Array, combined_digest, tensor_digest
-from flamingo_reference.checkpoints.names import expected_tensors
 from flamingo_reference.config import OwnVisionConfig
 from flamingo_reference.input_format import PAPER, InputFormat
+from flamingo_reference.names import expected_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor

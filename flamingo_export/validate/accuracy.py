@@ -17,16 +17,16 @@ import numpy as np
 import numpy.typing as npt
 
 from flamingo_export.backends.base import Backend, SessionOptions
-from flamingo_export.manifest import Manifest
+from flamingo_export.bundle.manifest import Manifest
 from flamingo_export.progress import SILENT, Progress
-from flamingo_export.quantize.table import CALIBRATION_FILE, read_table
-from flamingo_export.validate.cases import DecoderCase, Request
-from flamingo_export.validate.engines import opened, run_stage
-from flamingo_export.validate.media import MediaFormat
-from flamingo_export.validate.oracle import resampler_feeds
-from flamingo_export.validate.plan import plan_case
-from flamingo_export.validate.report import Row
+from flamingo_export.validate.checks.engines import opened, run_stage
+from flamingo_export.validate.expected.cases import DecoderCase, Request
+from flamingo_export.validate.expected.media import MediaFormat
+from flamingo_export.validate.expected.oracle import resampler_feeds
+from flamingo_export.validate.expected.plan import plan_case
+from flamingo_export.validate.report.parity_report import Row
 from flamingo_export.validate.tolerances import coarsest
+from flamingo_export.weights.calibration_table import CALIBRATION_FILE, read_table
 from flamingo_reference.nano.tasks import ANSWERS, COUNT, Answers, Task, read_answers, tasks
 
 if TYPE_CHECKING:
@@ -183,9 +183,9 @@ def _log_softmax(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 def record() -> Answers:
     """What the reference says, in PyTorch, written where bundles are compared with it."""
-    from flamingo_export.build_request import nano_checkpoint
-    from flamingo_export.origin import source_digest
     from flamingo_export.sources import CheckpointSource
+    from flamingo_export.sources.choice import nano_checkpoint
+    from flamingo_export.sources.origin import source_digest
     from flamingo_reference.model import Flamingo
     from flamingo_reference.nano import pages
     from flamingo_reference.nano.data import Item

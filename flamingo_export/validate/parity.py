@@ -16,20 +16,20 @@ import msgspec
 from flamingo_export.backends.base import Backend, SessionOptions
 from flamingo_export.backends.memory import available_memory
 from flamingo_export.backends.registry import get_backend
+from flamingo_export.bundle.manifest import FileRecord, Manifest, ParityRecord, write_manifest
 from flamingo_export.errors import CheckpointError, ParityError
-from flamingo_export.manifest import FileRecord, Manifest, ParityRecord, write_manifest
-from flamingo_export.origin import find_origin, source_digest
 from flamingo_export.progress import SILENT, Progress
-from flamingo_export.quantize.table import CALIBRATION_FILE, CalibrationTable, read_table
 from flamingo_export.sources import CheckpointSource, WeightSource
-from flamingo_export.validate.as_stored import AsStored
-from flamingo_export.validate.cases import decoder_cases, pixel_cases
-from flamingo_export.validate.checker import Checker
-from flamingo_export.validate.golden import CASES_FILE, TENSORS_FILE, Goldens, load_goldens, save_goldens
-from flamingo_export.validate.machine import engine_bytes, environment, is_small, reference_bytes, torch_found
-from flamingo_export.validate.media import MediaFormat
-from flamingo_export.validate.plan import strips
-from flamingo_export.validate.report import Against, NotRun, ParityReport, Trace, Verdict, write_report
+from flamingo_export.sources.origin import find_origin, source_digest
+from flamingo_export.validate.checks.checker import Checker
+from flamingo_export.validate.estimates import engine_bytes, environment, is_small, reference_bytes, torch_found
+from flamingo_export.validate.expected.cases import decoder_cases, pixel_cases
+from flamingo_export.validate.expected.golden import CASES_FILE, TENSORS_FILE, Goldens, load_goldens, save_goldens
+from flamingo_export.validate.expected.media import MediaFormat
+from flamingo_export.validate.expected.plan import strips
+from flamingo_export.validate.expected.rounding import AsStored
+from flamingo_export.validate.report.parity_report import Against, NotRun, ParityReport, Trace, Verdict, write_report
+from flamingo_export.weights.calibration_table import CALIBRATION_FILE, CalibrationTable, read_table
 from flamingo_reference.checkpoints.loading import CheckpointFiles
 from flamingo_reference.config import ModelConfig
 
@@ -100,7 +100,7 @@ def check_bundle(
     Raises BundleError (damaged), BackendError, CheckpointError (`checkpoint` has other weights), ParityError (nothing to compare with, or
     what was asked for is not installed or has no such model).
     """
-    from flamingo_export.artifacts import open_bundle
+    from flamingo_export.bundle.verify import open_bundle
 
     started = time.monotonic()
     manifest = open_bundle(bundle)
@@ -137,9 +137,9 @@ def record(
 
     calibration: the table that a quantised bundle was made with.
     """
-    from flamingo_export.validate.oracle import record_numbers
-    from flamingo_export.validate.parts import parts_of
-    from flamingo_export.validate.trace_oracle import record_traces
+    from flamingo_export.validate.expected.modules import parts_of
+    from flamingo_export.validate.expected.oracle import record_numbers
+    from flamingo_export.validate.expected.trace_oracle import record_traces
 
     stored = AsStored(source.config, manifest.precision, calibration)
     goldens = Goldens(weights_sha256=digest, storage=manifest.precision.key, model=source.config.name)
@@ -189,7 +189,7 @@ def compare_with(
 ) -> ParityReport:
     """The report of a bundle's engines against recorded values. tasks: what a quantised nano says as well, held against the reference."""
     from flamingo_export.validate.accuracy import accuracy_row
-    from flamingo_export.validate.traces import check_traces
+    from flamingo_export.validate.checks.traces import check_traces
 
     started = time.monotonic() if started is None else started
     options = options or SessionOptions(threads=1 if is_small(manifest.config) else 0)
@@ -305,8 +305,8 @@ def _transformers(
     progress: Progress,
 ) -> Goldens:
     """What transformers' own model expects. Raises ParityError if it is not installed, or the bundle is of another family."""
-    from flamingo_export.validate.transformers.record import record_transformers
-    from flamingo_export.validate.transformers.streamed import idefics_classes
+    from flamingo_export.validate.expected.transformers.record import record_transformers
+    from flamingo_export.validate.expected.transformers.streamed import idefics_classes
 
     idefics_classes()
     family = manifest.source.family
@@ -335,7 +335,7 @@ def _keep(bundle: Path, manifest: Manifest, goldens: Goldens, report: ParityRepo
 
     Reports are not among the files that the manifest lists by digest, since each run writes them anew; golden values are.
     """
-    from flamingo_export.artifacts import file_record
+    from flamingo_export.bundle.verify import file_record
 
     try:
         write_report(bundle, report)
@@ -353,7 +353,7 @@ def _keep(bundle: Path, manifest: Manifest, goldens: Goldens, report: ParityRepo
 
 def parity_record(before: ParityRecord, report: ParityReport) -> ParityRecord:
     """How parity stands after a report: backends that passed against the same thing add up, a failure stands alone."""
-    from flamingo_export.validate.report import REPORT_JSON
+    from flamingo_export.validate.report.parity_report import REPORT_JSON
 
     backends: tuple[str, ...] = (report.backend,)
     if report.verdict == "passed" and before.state == "passed" and before.against == report.against:

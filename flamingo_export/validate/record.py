@@ -10,15 +10,14 @@ import sys
 from pathlib import Path
 
 from flamingo_export.backends.memory import available_memory
-from flamingo_export.build_request import default_limits
+from flamingo_export.bundle.manifest import Manifest, SourceRecord, default_limits
 from flamingo_export.errors import FlamingoExportError
-from flamingo_export.manifest import Manifest, SourceRecord
-from flamingo_export.origin import source_digest
 from flamingo_export.precision import StorageType, default_precision
 from flamingo_export.sources import CheckpointSource
-from flamingo_export.validate.golden import Goldens, save_goldens
+from flamingo_export.sources.origin import source_digest
+from flamingo_export.validate.expected.golden import Goldens, save_goldens
 from flamingo_export.validate.parity import GOLDEN_FOLDER, record
-from flamingo_reference.checkpoints.names import parameter_counts
+from flamingo_reference.names import parameter_counts
 
 
 def record_checkpoint(checkpoint: Path, *, storage: StorageType | None = None) -> Goldens:

@@ -24,6 +24,7 @@ from flamingo_export.weights.layout import (
     groups,
     layout,
     pieces,
+    stored_bytes,
 )
 from flamingo_export.weights.recipes import (
     DISTANCE_BLOCK,
@@ -53,4 +54,5 @@ __all__ = [
     "groups",
     "layout",
     "pieces",
+    "stored_bytes",
 ]

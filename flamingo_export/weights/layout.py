@@ -15,7 +15,7 @@ from flamingo_export.precision import ElementType, Precision
 from flamingo_export.quantize.matrices import code_shape, scale_shape
 from flamingo_export.weights.components import bundle_weights
 from flamingo_export.weights.recipes import Array, Weight
-from flamingo_reference.checkpoints.safetensors_file import open_header
+from flamingo_reference.checkpoints.files.safetensors_file import open_header
 from flamingo_reference.config import ModelConfig
 
 STORAGE_DTYPES: Mapping[ElementType, Any] = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
@@ -182,3 +182,8 @@ class WeightIndex:
         shape = (*placed.shape[:-1], placed.shape[-1] // 2) if placed.storage == "int4" else placed.shape
         array: Array = raw.view(_ELEMENT_DTYPES[placed.storage]).reshape(shape)
         return array
+
+
+def stored_bytes(weight: Weight, precision: Precision) -> int:
+    """Bytes of a tensor in the bundle."""
+    return sum(piece.size for piece in pieces(weight, precision))

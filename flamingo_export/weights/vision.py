@@ -17,8 +17,8 @@ from flamingo_export.weights.recipes import (
     norm,
     standardised,
 )
-from flamingo_reference.checkpoints.names import needs_downsample, squeeze_width
 from flamingo_reference.config import ModelConfig, NFNetConfig, ViTConfig
+from flamingo_reference.names import needs_downsample, squeeze_width
 
 GROUP = "vision_encoder"
 

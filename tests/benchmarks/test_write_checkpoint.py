@@ -12,11 +12,13 @@ import pytest
 import torch
 from transformers import CLIPVisionModel, IdeficsForVisionText2Text, MptForCausalLM
 
-from flamingo_export import build_plan, pipeline
-from flamingo_export.build_request import BuildRequest, CheckpointFolder
 from flamingo_export.errors import CheckpointError
-from flamingo_reference.checkpoints.folder import open_tensors
-from flamingo_reference.checkpoints.recognition import recognise
+from flamingo_export.pipeline import plan as build_plan
+from flamingo_export.pipeline import run as pipeline
+from flamingo_export.pipeline.request import BuildRequest
+from flamingo_export.sources.choice import CheckpointFolder
+from flamingo_reference.checkpoints.families.recognition import recognise
+from flamingo_reference.checkpoints.files.folder import open_tensors
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

@@ -15,9 +15,9 @@ from variations import GROUPED, VARIATIONS, drawn_model
 
 from flamingo_calibration import Sample, shipped_samples
 from flamingo_export.progress import Phase
-from flamingo_export.quantize.table import CalibrationTable
 from flamingo_export.runtime.media import load_medium
 from flamingo_export.sources import LiveSource
+from flamingo_export.weights.calibration_table import CalibrationTable
 from flamingo_reference.config import ModelConfig, RelativePositions
 from flamingo_reference.model import Flamingo
 from flamingo_reference.phi import phi_from_tokens

@@ -12,11 +12,11 @@ from variations import IDEFICS, MPT, NEOX, drawn_model
 
 from flamingo_calibration import BadSample, Sample, calibrate, nano_samples, read_samples, shipped_samples, source_tokenizer
 from flamingo_calibration.data import check_samples
-from flamingo_export.build_request import source_for_size
 from flamingo_export.errors import CalibrationError
-from flamingo_export.origin import source_digest
 from flamingo_export.runtime.videos import Video
 from flamingo_export.sources import LiveSource, RandomSource, open_source
+from flamingo_export.sources.choice import source_for_size
+from flamingo_export.sources.origin import source_digest
 from flamingo_reference import input_format
 from flamingo_reference.config import NANO
 

@@ -8,9 +8,9 @@ import pytest
 
 from flamingo_export.graphs import build_graph
 from flamingo_export.precision import Precision
-from flamingo_export.quantize.table import calibrated_tensors, check_fits
 from flamingo_export.specs import SUBGRAPHS
 from flamingo_export.weights import WeightIndex
+from flamingo_export.weights.calibration_table import calibrated_tensors, check_fits
 
 FP32_DRIFT = 2e-5
 """Of an activation of the fp32 reference from fp64's, after a few layers, relative to the tensor's largest; measured 5e-7."""

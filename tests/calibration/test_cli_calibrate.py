@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flamingo_export.build_request import nano_checkpoint
-from flamingo_export.origin import source_digest
-from flamingo_export.quantize.table import calibrated_tensors, check_fits, read_table
 from flamingo_export.sources import CheckpointSource
+from flamingo_export.sources.choice import nano_checkpoint
+from flamingo_export.sources.origin import source_digest
+from flamingo_export.weights.calibration_table import calibrated_tensors, check_fits, read_table
 from flamingo_reference.config import NANO
 
 

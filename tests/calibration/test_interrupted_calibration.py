@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 from variations import GROUPED, drawn_model
 
-import flamingo_reference.parts
-from flamingo_calibration import calibrate, discard, run, shipped_samples, walk
+import flamingo_reference.model.modules
+from flamingo_calibration import calibrate, discard, layer_runner, run, shipped_samples
 from flamingo_export.errors import CalibrationError
 from flamingo_export.progress import SILENT
-from flamingo_export.quantize.table import write_table
 from flamingo_export.sources import LiveSource, RandomSource
+from flamingo_export.weights.calibration_table import write_table
 
 CALLS = ("fsync", "replace", "unlink")
 """What a calibration changes the disk with, but for plain writes: it is killed right before one of these."""
@@ -105,7 +105,7 @@ def test_killed_again_and_again_it_gets_to_its_end(make, tmp_path, monkeypatch):
 
 def test_finished_parts_are_not_run_again(make, monkeypatch):
     loaded: list[str] = []
-    load = flamingo_reference.parts.load_part
+    load = flamingo_reference.model.modules.load_part
 
     def stop_at(prefix: str | None) -> None:
         def loading(config: Any, wanted: str, read: Any) -> Any:
@@ -114,7 +114,7 @@ def test_finished_parts_are_not_run_again(make, monkeypatch):
             loaded.append(wanted)
             return load(config, wanted, read)
 
-        monkeypatch.setattr(flamingo_reference.parts, "load_part", loading)
+        monkeypatch.setattr(flamingo_reference.model.modules, "load_part", loading)
 
     heard = Heard()
     stop_at("language_model.layers.1")
@@ -132,7 +132,7 @@ def test_finished_parts_are_not_run_again(make, monkeypatch):
 def test_the_vision_encoder_goes_on_after_the_last_medium(make, monkeypatch):
     expected = make("whole")
     shown: list[int] = []
-    load = walk.load_medium
+    load = layer_runner.load_medium
 
     def loading(*arguments: Any) -> Any:
         shown.append(len(shown))
@@ -141,7 +141,7 @@ def test_the_vision_encoder_goes_on_after_the_last_medium(make, monkeypatch):
         return load(*arguments)
 
     monkeypatch.setattr(run, "SETTLE_SECONDS", 0.0)
-    monkeypatch.setattr(walk, "load_medium", loading)
+    monkeypatch.setattr(layer_runner, "load_medium", loading)
     with pytest.raises(KeyboardInterrupt):
         make()
     assert make() == expected
@@ -150,7 +150,7 @@ def test_the_vision_encoder_goes_on_after_the_last_medium(make, monkeypatch):
 
 
 def interrupted(make, monkeypatch, prefix="cross_attention.0") -> None:
-    load = flamingo_reference.parts.load_part
+    load = flamingo_reference.model.modules.load_part
 
     def loading(config: Any, wanted: str, read: Any) -> Any:
         if wanted == prefix:
@@ -158,7 +158,7 @@ def interrupted(make, monkeypatch, prefix="cross_attention.0") -> None:
         return load(config, wanted, read)
 
     with monkeypatch.context() as patched:
-        patched.setattr(flamingo_reference.parts, "load_part", loading)
+        patched.setattr(flamingo_reference.model.modules, "load_part", loading)
         with pytest.raises(KeyboardInterrupt):
             make()
 
@@ -189,15 +189,15 @@ def test_a_broken_journal_is_begun_anew(make, monkeypatch, tmp_path):
 
 
 def test_two_at_once_are_refused(make, monkeypatch, tmp_path):
-    load = flamingo_reference.parts.load_part
+    load = flamingo_reference.model.modules.load_part
 
     def loading(*arguments: Any) -> Any:
-        monkeypatch.setattr(flamingo_reference.parts, "load_part", load)
+        monkeypatch.setattr(flamingo_reference.model.modules, "load_part", load)
         with pytest.raises(CalibrationError, match="another calibration is at work"):
             make()
         return load(*arguments)
 
-    monkeypatch.setattr(flamingo_reference.parts, "load_part", loading)
+    monkeypatch.setattr(flamingo_reference.model.modules, "load_part", loading)
     make()
 
 
@@ -214,7 +214,7 @@ def test_a_full_disk_says_what_is_kept(make, monkeypatch):
 
 def test_one_part_is_in_memory_at_a_time(make, monkeypatch):
     alive: list[weakref.ref[Any]] = []
-    load = flamingo_reference.parts.load_part
+    load = flamingo_reference.model.modules.load_part
 
     def loading(*arguments: Any) -> Any:
         assert [part for part in alive if part() is not None] == []
@@ -222,7 +222,7 @@ def test_one_part_is_in_memory_at_a_time(make, monkeypatch):
         alive.extend(weakref.ref(tensor) for tensor in (module, *module.parameters()))
         return module
 
-    monkeypatch.setattr(flamingo_reference.parts, "load_part", loading)
+    monkeypatch.setattr(flamingo_reference.model.modules, "load_part", loading)
     make()
     assert len(alive) > 40
 
@@ -244,13 +244,13 @@ def test_each_tensor_is_read_once_but_for_embedding_and_norm(relative):
 
 def test_only_what_the_next_part_needs_stays_on_the_disk(make, monkeypatch, tmp_path):
     kept: list[set[str]] = []
-    load = flamingo_reference.parts.load_part
+    load = flamingo_reference.model.modules.load_part
 
     def loading(*arguments: Any) -> Any:
         kept.append({path.name for path in Path(tmp_path / "work").glob("*.f32")})
         return load(*arguments)
 
-    monkeypatch.setattr(flamingo_reference.parts, "load_part", loading)
+    monkeypatch.setattr(flamingo_reference.model.modules, "load_part", loading)
     make()
     latents = "latents.f32"
     hidden = [{latents, f"hidden.{number}.f32"} for number in range(5)]

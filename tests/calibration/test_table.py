@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from flamingo_export.errors import CalibrationError
-from flamingo_export.quantize.table import (
+from flamingo_export.weights.calibration_table import (
     SCHEMA_VERSION,
     CalibrationTable,
     Statistics,

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from flamingo_export.artifacts import file_record
-from flamingo_export.decoder_parts import graph_records
+from flamingo_export.bundle.manifest import Manifest, ShapeLimits, SourceRecord, write_manifest
+from flamingo_export.bundle.verify import file_record
 from flamingo_export.graphs import build_graph, save_graph
-from flamingo_export.manifest import Manifest, ShapeLimits, SourceRecord, write_manifest
 from flamingo_export.precision import Precision
 from flamingo_export.sources import LiveSource, WeightSource
 from flamingo_export.weights import STORAGE_DTYPES, WeightIndex, bundle_weights, group_file, groups, layout
+from flamingo_export.weights.decoder_cuts import graph_records
 from flamingo_reference.config import (
     CrossAttentionConfig,
     LanguageModelConfig,

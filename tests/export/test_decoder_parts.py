@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from variations import VARIATIONS
 
-from flamingo_export.decoder_parts import check_parts, cut, fewest_parts, graph_bytes, graph_records
+from flamingo_export.bundle.manifest import GraphRecord, Manifest, ShapeLimits, SourceRecord, read_manifest
 from flamingo_export.errors import BuildError, BundleError
 from flamingo_export.graphs import build_graph
-from flamingo_export.manifest import GraphRecord, Manifest, ShapeLimits, SourceRecord, read_manifest
 from flamingo_export.precision import Precision
 from flamingo_export.weights import WeightIndex
+from flamingo_export.weights.decoder_cuts import check_parts, cut, fewest_parts, graph_bytes, graph_records
 from flamingo_reference.config import PRESETS, ModelConfig
 
 NANO = PRESETS["nano"]

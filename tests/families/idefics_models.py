@@ -10,7 +10,7 @@ import torch
 from transformers import IdeficsConfig, IdeficsForVisionText2Text
 from transformers.models.idefics.configuration_idefics import IdeficsPerceiverConfig, IdeficsVisionConfig
 
-from flamingo_reference.checkpoints import idefics
+from flamingo_reference.checkpoints.families import idefics
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.model import Flamingo
 

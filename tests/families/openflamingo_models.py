@@ -23,7 +23,7 @@ from transformers import (
     MptForCausalLM,
 )
 
-from flamingo_reference.checkpoints import openflamingo
+from flamingo_reference.checkpoints.families import openflamingo
 from flamingo_reference.config import ModelConfig, TokenIds
 from flamingo_reference.model import Flamingo
 

@@ -11,7 +11,7 @@ from openflamingo_models import Theirs
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from flamingo_export.build_request import CheckpointFolder
+from flamingo_export.sources.choice import CheckpointFolder
 
 
 def write_tokenizer(folder: Path, words: list[str], special: list[str]) -> None:

@@ -18,18 +18,18 @@ from safetensors.torch import load_file as torch_load_file
 from safetensors.torch import save_file as torch_save_file
 
 import flamingo_export
+from flamingo_export.bundle.manifest import PlaceRecord, read_manifest
 from flamingo_export.cli import main
 from flamingo_export.errors import CheckpointError, ParityError
-from flamingo_export.manifest import PlaceRecord, read_manifest
 from flamingo_export.sources import CheckpointSource
 from flamingo_export.validate import check_bundle
-from flamingo_export.validate.cases import RESET_CASE, decoder_cases, encoder_cases, phi_cases, pixel_cases
-from flamingo_export.validate.golden import Goldens
-from flamingo_export.validate.oracle import encoder_feeds, record_numbers
-from flamingo_export.validate.plan import plan_case
-from flamingo_export.validate.transformers.parts import TransformersParts
-from flamingo_export.validate.transformers.whole import record_whole
-from flamingo_reference.checkpoints.safetensors_file import open_header
+from flamingo_export.validate.expected.cases import RESET_CASE, decoder_cases, encoder_cases, phi_cases, pixel_cases
+from flamingo_export.validate.expected.golden import Goldens
+from flamingo_export.validate.expected.oracle import encoder_feeds, record_numbers
+from flamingo_export.validate.expected.plan import plan_case
+from flamingo_export.validate.expected.transformers.modules import TransformersParts
+from flamingo_export.validate.expected.transformers.whole import record_whole
+from flamingo_reference.checkpoints.files.safetensors_file import open_header
 
 
 def write(folder: Path, *, seed: int = 3, dtype: torch.dtype = torch.float32, **kind: bool) -> Any:
@@ -147,7 +147,9 @@ def test_a_damaged_weight_fails(
     hub: tuple[Path, Path], copy: Path, weight: str, diverging: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     damaged(copy, weight, 0.05)
-    monkeypatch.setattr("flamingo_export.artifacts.open_bundle", read_manifest)  # which sees by the digest that it is damaged
+    monkeypatch.setattr(
+        "flamingo_export.bundle.verify.open_bundle", read_manifest
+    )  # which sees by the digest that it is damaged
     report = check_bundle(copy, backend="onnxruntime", checkpoint=hub[0], against="transformers", memory=1)
     assert report.verdict == "failed"
     assert report.first_diverging_layer == diverging
@@ -200,7 +202,9 @@ def test_a_gate_that_is_a_little_wrong_fails_in_16_bits(tmp_path: Path, half: st
     tensors = torch_load_file(path)
     tensors[name] = (tensors[name].float() * 1.03).to(torch.bfloat16)
     torch_save_file(tensors, path)
-    monkeypatch.setattr("flamingo_export.artifacts.open_bundle", read_manifest)  # which sees by the digest that it is damaged
+    monkeypatch.setattr(
+        "flamingo_export.bundle.verify.open_bundle", read_manifest
+    )  # which sees by the digest that it is damaged
     report = check_bundle(bundle, backend="onnxruntime", checkpoint=tmp_path / "m", against="transformers", memory=1)
     assert report.verdict == "failed"
     assert report.first_diverging_layer == "decoder/layer.2"
@@ -232,7 +236,7 @@ def test_transformers_is_missing(copy: Path, hub: tuple[Path, Path], monkeypatch
 
 
 def test_an_adapter_is_merged_for_both(hub: tuple[Path, Path], tmp_path: Path) -> None:
-    from flamingo_export.build_request import CheckpointFolder
+    from flamingo_export.sources.choice import CheckpointFolder
 
     generator = torch.Generator().manual_seed(4)
     halves = {

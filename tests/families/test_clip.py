@@ -11,9 +11,9 @@ import torch
 from openflamingo_models import as_openai, draw
 from transformers import CLIPModel, CLIPVisionConfig, CLIPVisionModel
 
-from flamingo_reference.checkpoints import clip
+from flamingo_reference.checkpoints.families import clip
 from flamingo_reference.config import ConfigError
-from flamingo_reference.vision_vit import ViT
+from flamingo_reference.model.vision_vit import ViT
 
 
 def their_encoder(activation: str = "quick_gelu") -> Any:

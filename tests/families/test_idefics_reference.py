@@ -21,10 +21,10 @@ from idefics_models import (
     their_model,
 )
 
-from flamingo_reference.checkpoints import idefics
-from flamingo_reference.checkpoints.names import expected_tensors, parameter_counts
-from flamingo_reference.checkpoints.recipes import source_shapes
+from flamingo_reference.checkpoints.conversions import source_shapes
+from flamingo_reference.checkpoints.families import idefics
 from flamingo_reference.config import ConfigError, ModelConfig
+from flamingo_reference.names import expected_tensors, parameter_counts
 from flamingo_reference.phi import phi_from_tokens
 from flamingo_reference.search import Rules, beam_search, flamingo_next_logits
 

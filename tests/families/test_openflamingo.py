@@ -12,11 +12,11 @@ from engine_runs import assert_as_exact, opened
 from openflamingo_models import IMAGE, KINDS, SIDE, TOKENS, Theirs, files_of, ours
 
 import flamingo_export
-from flamingo_reference.checkpoints import openflamingo
-from flamingo_reference.checkpoints.names import expected_tensors
-from flamingo_reference.checkpoints.recipes import source_shapes
+from flamingo_reference.checkpoints.conversions import source_shapes
+from flamingo_reference.checkpoints.families import openflamingo
 from flamingo_reference.config import ConfigError
 from flamingo_reference.model import Flamingo
+from flamingo_reference.names import expected_tensors
 from flamingo_reference.phi import phi_from_tokens
 
 PROMPT = [0, 7, 8, IMAGE, 9, 10, 11, IMAGE, IMAGE, 12, 61, 13, 14]

@@ -19,10 +19,10 @@ from safetensors.numpy import load_file, save_file
 from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
 
 import flamingo_export
-from flamingo_export.build_request import CheckpointFolder
+from flamingo_export.bundle.manifest import read_manifest
 from flamingo_export.cli import main
 from flamingo_export.errors import CheckpointError
-from flamingo_export.manifest import read_manifest
+from flamingo_export.sources.choice import CheckpointFolder
 from flamingo_reference.input_format import IDEFICS, IDEFICS_INSTRUCT
 
 WORDS = ["<unk>", "<s>", "</s>", *(f"w{index}" for index in range(3, 60)), "<fake_token_around_image>", "<image>"]

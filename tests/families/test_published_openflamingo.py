@@ -19,11 +19,12 @@ from published_files import write_openflamingo, write_tokenizer
 from safetensors.numpy import load_file, save_file
 
 import flamingo_export
-from flamingo_export import build_plan
-from flamingo_export.build_request import BuildRequest, CheckpointFolder
 from flamingo_export.errors import CheckpointError
+from flamingo_export.pipeline import plan as build_plan
+from flamingo_export.pipeline.request import BuildRequest
+from flamingo_export.sources.choice import CheckpointFolder
+from flamingo_reference.checkpoints.files.tensors import CheckpointError as UnreadableCheckpoint
 from flamingo_reference.checkpoints.loading import load
-from flamingo_reference.checkpoints.tensors import CheckpointError as UnreadableCheckpoint
 from flamingo_reference.input_format import OPENFLAMINGO, with_bos
 
 PROMPT = [0, 7, 8, 62, 9, 10, 11, 62, 62, 12, 61, 13, 14]

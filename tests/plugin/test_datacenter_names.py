@@ -16,7 +16,7 @@ import trt_wheels
 from fake_cuda import FakeCuda
 
 from flamingo_export.backends.tensorrt.datacenter_names import RTX_ONLY, RUNTIME_CONFIG, missing, names
-from flamingo_export.backends.tensorrt.elements import ELEMENTS
+from flamingo_export.backends.tensorrt.dtypes import ELEMENTS
 from flamingo_export.backends.tensorrt.loading import stream_reader
 
 from .conftest import ROOT, run

@@ -212,7 +212,9 @@ sys.modules["torch"] = None
 import numpy as np
 import flamingo_reference
 from flamingo_reference import config, phi, search, time_weights
-from flamingo_reference.checkpoints import names, native, writer
+from flamingo_reference import names
+from flamingo_reference.checkpoints.families import native
+from flamingo_reference.checkpoints.files import writer
 config.PRESETS["nano"].validate()
 assert len(names.expected_tensors(config.PRESETS["80b"])) > 1000
 rules = search.Rules(eoc=0, image=1, max_new_tokens=3)

@@ -9,11 +9,11 @@ import torch
 from tiny_models import TINY, smaller, tiny_model
 from torch.nn import functional as F
 
-from flamingo_reference.cross_attention import phi_cross_attention
-from flamingo_reference.decoder import LanguageModelLayer
 from flamingo_reference.model import Flamingo
+from flamingo_reference.model.cross_attention import phi_cross_attention
+from flamingo_reference.model.decoder import LanguageModelLayer
+from flamingo_reference.model.positions import sinusoids
 from flamingo_reference.phi import phi_from_tokens
-from flamingo_reference.positions import sinusoids
 from flamingo_reference.time_weights import time_weights
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-12}

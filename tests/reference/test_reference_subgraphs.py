@@ -12,12 +12,11 @@ import torch
 from tiny_models import TINY, tiny_model
 from torch import Tensor
 
-from flamingo_reference import subgraphs
-from flamingo_reference.checkpoints.names import expected_tensors
 from flamingo_reference.config import PRESETS
-from flamingo_reference.model import Flamingo, numpy_from_torch
+from flamingo_reference.model import Flamingo, numpy_from_torch, subgraphs
+from flamingo_reference.model.subgraphs import Decoder, Subgraph, decoder_of, empty_subgraph, load_subgraph, subgraphs_of
+from flamingo_reference.names import expected_tensors
 from flamingo_reference.phi import phi_from_tokens
-from flamingo_reference.subgraphs import Decoder, Subgraph, decoder_of, empty_subgraph, load_subgraph, subgraphs_of
 
 Bank = list[tuple[Tensor, Tensor]]
 TIGHT = {"rtol": 1e-10, "atol": 1e-12}

@@ -10,9 +10,9 @@ import torch
 from tiny_models import randomise
 from torch import Tensor, nn
 
-from flamingo_reference.checkpoints.names import parameter_counts, squeeze_width
 from flamingo_reference.config import NFNET_F6, PRESETS, NFNetConfig
-from flamingo_reference.vision_nfnet import NFNet, pad_same
+from flamingo_reference.model.vision_nfnet import NFNet, pad_same
+from flamingo_reference.names import parameter_counts, squeeze_width
 
 
 def timm_twin(nfnet: ModuleType, config: NFNetConfig) -> nn.Module:

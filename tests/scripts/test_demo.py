@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flamingo_export.build_request import source_for_size
-from flamingo_export.validate.report import ParityReport, Row
+from flamingo_export.sources.choice import source_for_size
+from flamingo_export.validate.report.parity_report import ParityReport, Row
 
 ROOT = Path(__file__).resolve().parents[2]
 

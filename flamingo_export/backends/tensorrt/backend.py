@@ -14,7 +14,8 @@ from flamingo_export.backends.base import Availability, SessionOptions
 from flamingo_export.backends.memory import available_memory
 from flamingo_export.backends.tensorrt import library, plugin
 from flamingo_export.backends.tensorrt.builder import Task, build
-from flamingo_export.backends.tensorrt.contract import (
+from flamingo_export.backends.tensorrt.cuda import INSTALL, CudaRuntime
+from flamingo_export.backends.tensorrt.engine_contract import (
     check_record,
     contract_of,
     engine_spec,
@@ -22,18 +23,17 @@ from flamingo_export.backends.tensorrt.contract import (
     rebuild_command,
     runtime_cache_file,
 )
-from flamingo_export.backends.tensorrt.cuda import INSTALL, CudaRuntime
 from flamingo_export.backends.tensorrt.estimate import GIB, Estimate, check_memory
 from flamingo_export.backends.tensorrt.library import Library
 from flamingo_export.backends.tensorrt.loading import load_engine
+from flamingo_export.backends.tensorrt.lowering.candidates import add_candidates
+from flamingo_export.backends.tensorrt.lowering.lint import check_graph
+from flamingo_export.backends.tensorrt.lowering.lower import lower, save_lowered
+from flamingo_export.backends.tensorrt.lowering.shapes import profiles
 from flamingo_export.backends.tensorrt.memory import Lane
 from flamingo_export.backends.tensorrt.session import TensorRTSession
+from flamingo_export.bundle.manifest import EngineRecord, GraphRecord, Manifest
 from flamingo_export.errors import BackendError
-from flamingo_export.lowering.candidates import add_candidates
-from flamingo_export.lowering.lint import check_graph
-from flamingo_export.lowering.shapes import profiles
-from flamingo_export.lowering.tensorrt import lower, save_lowered
-from flamingo_export.manifest import EngineRecord, GraphRecord, Manifest
 from flamingo_export.progress import SILENT, Progress
 from flamingo_export.weights import WeightIndex
 from flamingo_reference.config import ModelConfig

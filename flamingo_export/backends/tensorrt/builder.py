@@ -19,13 +19,13 @@ import msgspec
 
 from flamingo_export.backends.tensorrt.estimate import GIB, estimate
 from flamingo_export.backends.tensorrt.log import Heard, listening, started
+from flamingo_export.backends.tensorrt.lowering.lint import Expected
+from flamingo_export.backends.tensorrt.lowering.shapes import CAPACITY, Profile, shape_of
 from flamingo_export.backends.tensorrt.monitor import UNITS, Phases, monitor, watched
 from flamingo_export.backends.tensorrt.parsing import check_network, check_warnings, layer_counts, parse
 from flamingo_export.backends.tensorrt.summary import summarise
+from flamingo_export.bundle.manifest import EngineSummary
 from flamingo_export.errors import BackendError, BuildError
-from flamingo_export.lowering.lint import Expected
-from flamingo_export.lowering.shapes import CAPACITY, Profile, shape_of
-from flamingo_export.manifest import EngineSummary
 from flamingo_export.progress import SILENT, Progress
 from flamingo_export.specs import SubgraphSpec
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import msgspec
 
-from flamingo_export.decoder_parts import fewest_parts, graph_bytes
+from flamingo_export.bundle.manifest import GraphRecord
 from flamingo_export.errors import BuildError
-from flamingo_export.manifest import GraphRecord
+from flamingo_export.weights.decoder_cuts import fewest_parts, graph_bytes
 from flamingo_reference.config import ModelConfig
 
 GIB = 1 << 30

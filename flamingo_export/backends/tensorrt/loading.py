@@ -7,12 +7,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from flamingo_export.backends.tensorrt.contract import Contract, check_engine
 from flamingo_export.backends.tensorrt.cuda import OUT_OF_MEMORY, DeviceMemoryError
+from flamingo_export.backends.tensorrt.engine_contract import Contract, check_engine
 from flamingo_export.backends.tensorrt.log import Heard, listening, started
 from flamingo_export.backends.tensorrt.memory import Lane
+from flamingo_export.bundle.manifest import EngineRecord
 from flamingo_export.errors import BackendError, IncompatibleEngine
-from flamingo_export.manifest import EngineRecord
 
 _READ_BYTES = 1 << 26
 

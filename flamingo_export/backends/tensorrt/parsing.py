@@ -12,8 +12,8 @@ import numpy as np
 import onnx_ir as ir
 
 from flamingo_export.backends.tensorrt.log import Heard, meaning
+from flamingo_export.backends.tensorrt.lowering.lint import Expected
 from flamingo_export.errors import BuildError
-from flamingo_export.lowering.lint import Expected
 from flamingo_export.specs import SubgraphSpec
 
 _PLUGINS = ("PLUGIN", "PLUGIN_V2", "PLUGIN_V3")

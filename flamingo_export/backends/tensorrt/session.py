@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 
 from flamingo_export.backends.base import Array, Buffer, Tensor
-from flamingo_export.backends.tensorrt.calls import Call, Result, plan
-from flamingo_export.backends.tensorrt.contract import Contract
-from flamingo_export.backends.tensorrt.elements import Element, decode, encode
+from flamingo_export.backends.tensorrt.dtypes import Element, decode, encode
+from flamingo_export.backends.tensorrt.engine_contract import Contract
+from flamingo_export.backends.tensorrt.launch import Call, Result, plan
 from flamingo_export.backends.tensorrt.loading import Loaded, failure, first_error
 from flamingo_export.backends.tensorrt.log import Heard, listening
 from flamingo_export.backends.tensorrt.memory import DeviceBuffer, DeviceTensor, Memory, Pinned

@@ -6,9 +6,9 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
-from flamingo_export.lowering.lint import Expected
-from flamingo_export.lowering.shapes import Profile
-from flamingo_export.manifest import EngineSummary, ProfileSummary
+from flamingo_export.backends.tensorrt.lowering.lint import Expected
+from flamingo_export.backends.tensorrt.lowering.shapes import Profile
+from flamingo_export.bundle.manifest import EngineSummary, ProfileSummary
 
 _KERNEL = re.compile(r"^Name: (?P<name>.*?), LayerType: (?P<kind>[\w ]+), (?P<rest>.*)$", re.MULTILINE)
 _OUTPUTS = re.compile(r"Outputs: \[(.*?)\], TacticName:")

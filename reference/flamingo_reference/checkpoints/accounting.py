@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import msgspec
 
-from flamingo_reference.checkpoints.tensors import FLOATS, CheckpointError, Shape, TensorReader
+from flamingo_reference.checkpoints.files.tensors import FLOATS, CheckpointError, Shape, TensorReader
 
 _NUMBER = re.compile(r"\d+")
 

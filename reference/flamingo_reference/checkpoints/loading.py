@@ -9,13 +9,13 @@ from typing import Any
 import msgspec
 
 from flamingo_reference.checkpoints.accounting import account
-from flamingo_reference.checkpoints.adopted import Adopted, AdoptedReader, JoinedReader, PartFiles, Parts, Recipe
-from flamingo_reference.checkpoints.families import FAMILIES, Family, Part
+from flamingo_reference.checkpoints.converted import Adopted, AdoptedReader, JoinedReader, PartFiles, Parts, Recipe
+from flamingo_reference.checkpoints.families.known import FAMILIES, Family, Part
+from flamingo_reference.checkpoints.families.recognition import Recognised, recognise
+from flamingo_reference.checkpoints.files.tensors import CheckpointError, Shape, TensorReader
+from flamingo_reference.checkpoints.files.tokenizer_file import NAMES as TOKENIZERS
+from flamingo_reference.checkpoints.files.tokenizer_file import added_ids, open_tokenizer
 from flamingo_reference.checkpoints.lora import LoraReader
-from flamingo_reference.checkpoints.recognition import Recognised, recognise
-from flamingo_reference.checkpoints.tensors import CheckpointError, Shape, TensorReader
-from flamingo_reference.checkpoints.tokenizer_file import NAMES as TOKENIZERS
-from flamingo_reference.checkpoints.tokenizer_file import added_ids, open_tokenizer
 from flamingo_reference.config import ConfigError, ModelConfig
 from flamingo_reference.input_format import InputFormat
 

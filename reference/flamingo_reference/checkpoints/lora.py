@@ -16,9 +16,9 @@ import msgspec
 import numpy as np
 
 from flamingo_reference.checkpoints.accounting import NearestName
-from flamingo_reference.checkpoints.folder import open_tensors
-from flamingo_reference.checkpoints.json_file import read_json
-from flamingo_reference.checkpoints.tensors import FLOATS, AnyArray, CheckpointError, FileReader, Shape, TensorReader
+from flamingo_reference.checkpoints.files.folder import open_tensors
+from flamingo_reference.checkpoints.files.json_file import read_json
+from flamingo_reference.checkpoints.files.tensors import FLOATS, AnyArray, CheckpointError, FileReader, Shape, TensorReader
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")

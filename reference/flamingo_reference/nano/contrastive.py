@@ -19,10 +19,10 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from flamingo_reference.config import ModelConfig
+from flamingo_reference.model.resampler import PerceiverResampler
+from flamingo_reference.model.vision import make_vision_encoder
 from flamingo_reference.nano import data
-from flamingo_reference.resampler import PerceiverResampler
 from flamingo_reference.time_weights import time_weights
-from flamingo_reference.vision import make_vision_encoder
 
 VARIANTS = 6  # scenes of a batch that share all but one attribute
 DIGITS, ROAMING = 0.13, 0.08  # shares of a batch; the rest are scenes

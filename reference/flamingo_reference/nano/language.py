@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from flamingo_reference.config import ModelConfig
-from flamingo_reference.decoder import LanguageModel
+from flamingo_reference.model.decoder import LanguageModel
 from flamingo_reference.nano import pages
 from flamingo_reference.nano.pool import Pool, random_style
 

@@ -14,12 +14,12 @@ import torch
 from flamingo_export.backends.base import SessionOptions
 from flamingo_export.backends.cut_tables import CutTables
 from flamingo_export.backends.registry import get_backend
-from flamingo_export.lowering.tensorrt import lower
-from flamingo_export.manifest import read_manifest
+from flamingo_export.backends.tensorrt.lowering.lower import lower
+from flamingo_export.bundle.manifest import read_manifest
 from flamingo_export.precision import Precision, StorageType
 from flamingo_export.sources.live import LiveSource
-from flamingo_export.validate.engines import layer_session
-from flamingo_export.validate.layer_graph import layer_graph
+from flamingo_export.validate.checks.engines import layer_session
+from flamingo_export.validate.checks.layer_graph import layer_graph
 from flamingo_export.weights import DISTANCE_BLOCK, WeightIndex
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.model import Flamingo

@@ -12,8 +12,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from flamingo_export import artifacts
-from flamingo_export.bundle_tokenizer import placeholder_tokenizer
+from flamingo_export.bundle import verify
+from flamingo_export.bundle.tokenizer import placeholder_tokenizer
 from flamingo_export.progress import Phase
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.model import Flamingo
@@ -42,7 +42,7 @@ def tokenizer_file(spoken_config: ModelConfig, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(artifacts, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(verify, "cache_folder", lambda: tmp_path / "cache")
 
 
 class Recorder:

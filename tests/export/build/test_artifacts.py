@@ -9,11 +9,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from flamingo_export import api, artifacts
-from flamingo_export.artifacts import open_bundle, verify
-from flamingo_export.build_request import RandomWeights
+from flamingo_export import api
+from flamingo_export.bundle import verify as artifacts
+from flamingo_export.bundle.manifest import FileRecord, Manifest, read_manifest, write_manifest
+from flamingo_export.bundle.verify import open_bundle, verify
 from flamingo_export.errors import BundleError
-from flamingo_export.manifest import FileRecord, Manifest, read_manifest, write_manifest
+from flamingo_export.sources.choice import RandomWeights
 from flamingo_reference.config import ModelConfig
 
 

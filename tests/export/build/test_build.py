@@ -12,25 +12,19 @@ import msgspec
 import onnx
 import pytest
 
-from flamingo_export import api, build_plan, pipeline
-from flamingo_export.artifacts import file_record, open_bundle
-from flamingo_export.build_request import (
-    BuildRequest,
-    CheckpointFolder,
-    LiveModel,
-    RandomWeights,
-    default_limits,
-    default_out,
-    nano_checkpoint,
-    source_for_size,
-)
-from flamingo_export.bundle_tokenizer import placeholder_tokenizer
+from flamingo_export import api
+from flamingo_export.bundle.manifest import ShapeLimits, default_limits
+from flamingo_export.bundle.tokenizer import placeholder_tokenizer
+from flamingo_export.bundle.verify import file_record, open_bundle
 from flamingo_export.errors import BuildError, CheckpointError, ParityError, UnsupportedModel
-from flamingo_export.manifest import ShapeLimits
+from flamingo_export.pipeline import plan as build_plan
+from flamingo_export.pipeline import run as pipeline
+from flamingo_export.pipeline.request import BuildRequest, default_out
 from flamingo_export.precision import Rule
 from flamingo_export.quantize.policies import preset
 from flamingo_export.runtime.tokenizer import Tokenizer
-from flamingo_export.validate.golden import Goldens, save_goldens
+from flamingo_export.sources.choice import CheckpointFolder, LiveModel, RandomWeights, nano_checkpoint, source_for_size
+from flamingo_export.validate.expected.golden import Goldens, save_goldens
 from flamingo_export.weights import WeightIndex
 from flamingo_reference.config import PRESETS, ModelConfig
 from flamingo_reference.model import Flamingo
@@ -136,7 +130,7 @@ def test_parity_of_a_tiny_live_model_passes_and_a_tampered_one_fails(
     """The real thing: the reference function that no check of modules can see is changed, so only parity can tell."""
     result = api.build(tiny_model, out=tmp_path / "b.bundle")
     assert result.manifest.parity.state == "passed"
-    from flamingo_reference import cross_attention
+    from flamingo_reference.model import cross_attention
 
     attend = cross_attention.phi_cross_attention
     monkeypatch.setattr(cross_attention, "phi_cross_attention", lambda *args: 1.01 * attend(*args))

@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 
 from flamingo_calibration import run
-from flamingo_export import api, artifacts, weight_files, workplace
-from flamingo_export.build_request import RandomWeights
+from flamingo_export import api
+from flamingo_export.bundle import verify
 from flamingo_export.errors import BuildError, CalibrationError
+from flamingo_export.pipeline import work_folder, write_weights
 from flamingo_export.quantize.policies import preset
+from flamingo_export.sources.choice import RandomWeights
 from flamingo_reference.config import ModelConfig
 
 from .conftest import Recorder, contents, in_child, wait
@@ -53,14 +55,14 @@ def before_call(number: int, action: Callable[[], None]) -> list[int]:
 
 def after_groups(number: int, action: Callable[[], None]) -> None:
     """Calls `action` once `number` groups of weights are in the journal."""
-    add = workplace.Journal.add
+    add = work_folder.Journal.add
 
-    def added(self: workplace.Journal, group: str, record: workplace.Finished) -> None:
+    def added(self: work_folder.Journal, group: str, record: work_folder.Finished) -> None:
         add(self, group, record)
         if len(self.groups) == number:
             action()
 
-    workplace.Journal.add = added  # type: ignore[method-assign]
+    work_folder.Journal.add = added  # type: ignore[method-assign]
 
 
 @pytest.fixture
@@ -76,9 +78,9 @@ def undisturbed(spoken_config: ModelConfig, tmp_path_factory: pytest.TempPathFac
     return make(spoken_config, tmp_path_factory.mktemp("undisturbed") / "b.bundle").path
 
 
-def finished_files(place: workplace.WorkPlace) -> dict[Path, tuple[int, int]]:
+def finished_files(place: work_folder.WorkPlace) -> dict[Path, tuple[int, int]]:
     """Files that the journal calls finished, with inode and time of change."""
-    journal = workplace._read_journal(place)
+    journal = work_folder._read_journal(place)
     paths = [place.work / record.file.path for record in journal.groups.values()] if journal else []
     return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
 
@@ -106,7 +108,7 @@ def test_sigkill_before_any_change_of_the_disk_then_resume(
 
         with in_child(killed) as child:
             assert wait(child) == -signal.SIGKILL
-        place = workplace.WorkPlace(out)
+        place = work_folder.WorkPlace(out)
         if out.exists():
             assert contents(out) == contents(undisturbed)
             continue
@@ -128,13 +130,13 @@ def test_sigkill_at_a_moment_of_the_clock(spoken_config: ModelConfig, undisturbe
     out = tmp_path / "b.bundle"
 
     def slow() -> None:
-        write = weight_files._write_all
+        write = write_weights._write_all
 
         def slowly(handle: int, data: memoryview) -> None:
             time.sleep(0.004)
             write(handle, data)
 
-        weight_files._write_all = slowly
+        write_weights._write_all = slowly
         make(spoken_config, out)
 
     kills = 0
@@ -156,7 +158,7 @@ def test_replacing_is_never_half_done(spoken_config: ModelConfig, tmp_path: Path
     out = tmp_path / "b.bundle"
     old = contents(make(spoken_config, out, seed=1).path)
     new = contents(make(spoken_config, tmp_path / "new.bundle", seed=2).path)
-    exchange = workplace._exchange
+    exchange = work_folder._exchange
     for moment in ("before", "after", "cannot exchange: before", "cannot exchange: between"):
         make(spoken_config, out, seed=1, overwrite=True)
         assert contents(out) == old
@@ -177,7 +179,7 @@ def test_replacing_is_never_half_done(spoken_config: ModelConfig, tmp_path: Path
                 os.rename = renamed
                 return False
 
-            workplace._exchange = exchanged
+            work_folder._exchange = exchanged
             make(spoken_config, out, seed=2, overwrite=True)
 
         with in_child(die) as child:
@@ -199,9 +201,9 @@ def test_two_renames_where_folders_cannot_be_exchanged(
     spoken_config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = make(spoken_config, tmp_path / "b.bundle", seed=1).path
-    monkeypatch.setattr(workplace, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(work_folder, "_exchange", lambda one, other: False)
     make(spoken_config, out, seed=2, overwrite=True)
-    assert artifacts.open_bundle(out).source.seed == 2
+    assert verify.open_bundle(out).source.seed == 2
     assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == ["b.bundle"]
 
 
@@ -219,7 +221,7 @@ def test_sigint_leaves_a_build_that_goes_on(spoken_config: ModelConfig, undistur
     with in_child(interrupted) as child:
         assert wait(child) == 3
     assert "the same command goes on" in (tmp_path / "notes").read_text()
-    place = workplace.WorkPlace(out)
+    place = work_folder.WorkPlace(out)
     assert not out.exists()
     assert not place.lock.exists()
     assert finished_files(place)
@@ -230,7 +232,7 @@ def test_no_space_in_the_middle(
     spoken_config: ModelConfig, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "b.bundle"
-    write, journal = weight_files._write_all, workplace.WorkPlace(out).journal
+    write, journal = write_weights._write_all, work_folder.WorkPlace(out).journal
 
     def full(handle: int, data: memoryview) -> None:
         if journal.is_file() and b"safetensors" in journal.read_bytes():  # a group is finished
@@ -238,12 +240,12 @@ def test_no_space_in_the_middle(
         write(handle, data)
 
     with monkeypatch.context() as patched:
-        patched.setattr(weight_files, "_write_all", full)
+        patched.setattr(write_weights, "_write_all", full)
         with pytest.raises(
             BuildError, match=r"No space left on device.*kept in .*\.b\.bundle\.building.*same command to go on"
         ):
             make(spoken_config, out)
-    place = workplace.WorkPlace(out)
+    place = work_folder.WorkPlace(out)
     assert not out.exists()
     assert finished_files(place)
     assert not list(place.work.rglob("*.part"))
@@ -288,14 +290,14 @@ def test_file_size_limit_of_the_system(spoken_config: ModelConfig, tmp_path: Pat
         assert wait(child) == 7
     assert not out.exists()
     make(spoken_config, out)
-    artifacts.open_bundle(out)
+    verify.open_bundle(out)
 
 
 def test_too_little_space_is_said_before_anything_is_written(
     spoken_config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = type("Usage", (), {"free": 1_000_000})
-    monkeypatch.setattr(workplace.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(work_folder.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(BuildError, match=r"needs 0\.06 GB .* has 0\.00 GB free"):
         make(spoken_config, tmp_path / "b.bundle")
     assert not list(tmp_path.rglob("*.safetensors"))
@@ -305,11 +307,11 @@ def test_two_builds_to_one_path(spoken_config: ModelConfig, tmp_path: Path) -> N
     out = tmp_path / "b.bundle"
 
     def slow() -> None:
-        weight_files._write_all = lambda handle, data: time.sleep(60)
+        write_weights._write_all = lambda handle, data: time.sleep(60)
         make(spoken_config, out)
 
     with in_child(slow) as child:
-        place = workplace.WorkPlace(out)
+        place = work_folder.WorkPlace(out)
         deadline = time.monotonic() + 20
         while not place.journal.exists() and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -333,7 +335,7 @@ def test_another_request_starts_anew(
 
     with in_child(killed) as child:
         assert wait(child) == -signal.SIGKILL
-    before = finished_files(workplace.WorkPlace(out))
+    before = finished_files(work_folder.WorkPlace(out))
     assert before
     options: dict[str, Any] = {"progress": recorder}
     if change == "seed":
@@ -343,11 +345,11 @@ def test_another_request_starts_anew(
     elif change == "no resume":
         options["resume"] = False
     else:
-        from flamingo_export import pipeline
+        from flamingo_export.pipeline import run as pipeline
 
         monkeypatch.setattr(pipeline.importlib.metadata, "version", lambda tool: "9.9")
     make(spoken_config, out, **options)
     assert any("starting anew" in note for note in recorder.notes)
     inodes = {path.stat().st_mtime_ns for path in (out / "weights").iterdir()}
     assert not inodes & {mark[1] for mark in before.values()}
-    artifacts.open_bundle(out)
+    verify.open_bundle(out)

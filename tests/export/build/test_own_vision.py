@@ -15,15 +15,15 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
 import flamingo_export
-from flamingo_export.artifacts import open_bundle
 from flamingo_export.backends.base import SessionOptions
 from flamingo_export.backends.registry import get_backend
-from flamingo_export.build_request import RandomWeights
+from flamingo_export.bundle.manifest import read_manifest
+from flamingo_export.bundle.verify import open_bundle
 from flamingo_export.errors import BuildError, CheckpointError, UnsupportedModel
-from flamingo_export.manifest import read_manifest
+from flamingo_export.pipeline.traced_vision import WEIGHTS_FILE, trace_vision_encoder
+from flamingo_export.sources.choice import RandomWeights
 from flamingo_export.validate import check_bundle
-from flamingo_export.validate.engines import opened
-from flamingo_export.vision_trace import WEIGHTS_FILE, trace_vision_encoder
+from flamingo_export.validate.checks.engines import opened
 from flamingo_reference.config import ModelConfig, OwnVisionConfig, ViTConfig
 from flamingo_reference.model import Flamingo
 
@@ -94,7 +94,7 @@ def test_a_changed_encoder_fails_parity(own: Flamingo, bundle: Path, monkeypatch
     try:
         save_file(tensors, path)
         monkeypatch.setattr(
-            "flamingo_export.artifacts.open_bundle", read_manifest
+            "flamingo_export.bundle.verify.open_bundle", read_manifest
         )  # which sees by the digest that it is damaged
         report = check_bundle(bundle, backend="onnxruntime")
     finally:

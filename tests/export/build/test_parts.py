@@ -8,12 +8,15 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from flamingo_export import api, build_plan, pipeline
-from flamingo_export.artifacts import open_bundle
-from flamingo_export.build_request import BuildRequest, RandomWeights
+from flamingo_export import api
+from flamingo_export.bundle.manifest import ShapeLimits, read_manifest
+from flamingo_export.bundle.verify import open_bundle
 from flamingo_export.cli import main
 from flamingo_export.errors import BuildError
-from flamingo_export.manifest import ShapeLimits, read_manifest
+from flamingo_export.pipeline import plan as build_plan
+from flamingo_export.pipeline import run as pipeline
+from flamingo_export.pipeline.request import BuildRequest
+from flamingo_export.sources.choice import RandomWeights
 from flamingo_export.validate import check_bundle
 from flamingo_reference.config import ModelConfig
 
@@ -94,7 +97,7 @@ def test_a_refit_keeps_the_parts(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_parity_layer_by_layer_and_as_a_whole(tmp_path: Path) -> None:
     """Nano in parts during its build, and once more on golden values alone."""
-    from flamingo_export.build_request import source_for_size
+    from flamingo_export.sources.choice import source_for_size
 
     built = api.build(source_for_size("nano"), out=tmp_path / "n.bundle", parts=4)
     assert built.parity is not None
@@ -107,8 +110,8 @@ def test_parity_layer_by_layer_and_as_a_whole(tmp_path: Path) -> None:
 
 def test_parity_fails_where_a_part_is_another(tmp_path: Path) -> None:
     """Two parts in each other's place fit together, and compute something else."""
-    from flamingo_export.build_request import source_for_size
-    from flamingo_export.manifest import write_manifest
+    from flamingo_export.bundle.manifest import write_manifest
+    from flamingo_export.sources.choice import source_for_size
 
     bundle = api.build(source_for_size("nano"), out=tmp_path / "n.bundle", parts=6, parity="skip").path
     manifest = read_manifest(bundle)
@@ -118,7 +121,7 @@ def test_parity_fails_where_a_part_is_another(tmp_path: Path) -> None:
     data = graph.read_bytes()
     assert b"weights/decoder.layer.002.safetensors" in data
     graph.write_bytes(data.replace(b"weights/decoder.layer.002.safetensors", b"weights/decoder.layer.004.safetensors"))
-    from flamingo_export.artifacts import file_record
+    from flamingo_export.bundle.verify import file_record
 
     files = tuple(
         file_record(bundle, bundle / record.path) if record.path == graph.name else record for record in manifest.files

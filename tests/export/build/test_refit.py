@@ -15,12 +15,14 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from flamingo_export import api, pipeline
-from flamingo_export.artifacts import open_bundle
-from flamingo_export.build_request import CheckpointFolder, RandomWeights, refit_request
+from flamingo_export import api
+from flamingo_export.bundle.manifest import EngineRecord, ShapeLimits, read_manifest, write_manifest
+from flamingo_export.bundle.verify import open_bundle
 from flamingo_export.cli import main
 from flamingo_export.errors import BuildError, BundleError, CheckpointError
-from flamingo_export.manifest import EngineRecord, ShapeLimits, read_manifest, write_manifest
+from flamingo_export.pipeline import run as pipeline
+from flamingo_export.pipeline.request import refit_request
+from flamingo_export.sources.choice import CheckpointFolder, RandomWeights
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.model import Flamingo
 
@@ -100,7 +102,7 @@ def test_a_damaged_bundle_is_refused(bundle: Path, tuned: Path, tmp_path: Path) 
 
 def test_graphs_that_read_weights_elsewhere_are_refused(bundle: Path, tuned: Path, tmp_path: Path) -> None:
     """As a bundle of another version may."""
-    from flamingo_export.artifacts import file_record
+    from flamingo_export.bundle.verify import file_record
 
     path = bundle / "weights" / "media_kv.safetensors"
     raw = path.read_bytes()
@@ -145,10 +147,10 @@ def test_killed_it_goes_on_where_it_was(
     journal = tmp_path / ".b.bundle.building.json"
 
     def slowly() -> None:
-        from flamingo_export import weight_files
+        from flamingo_export.pipeline import write_weights
 
-        make = weight_files._make
-        monkeypatch.setattr(weight_files, "_make", lambda *args: (time.sleep(0.01), make(*args))[1])
+        make = write_weights._make
+        monkeypatch.setattr(write_weights, "_make", lambda *args: (time.sleep(0.01), make(*args))[1])
         pipeline.build(request)
 
     with in_child(slowly) as child:

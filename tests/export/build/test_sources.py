@@ -15,13 +15,12 @@ import pytest
 import torch
 from torch import nn
 
-from flamingo_export.build_request import CheckpointFolder, LiveModel, RandomWeights
 from flamingo_export.errors import CheckpointError, UnsupportedModel
 from flamingo_export.sources import CheckpointSource, LiveSource, RandomSource, combined_digest, open_source, tensor_digest
-from flamingo_reference import cross_attention
-from flamingo_reference.checkpoints.names import expected_tensors
+from flamingo_export.sources.choice import CheckpointFolder, LiveModel, RandomWeights
 from flamingo_reference.config import ModelConfig
-from flamingo_reference.model import Flamingo
+from flamingo_reference.model import Flamingo, cross_attention
+from flamingo_reference.names import expected_tensors
 
 
 def test_drawn_tensors_do_not_depend_on_the_order_of_reading(tiny_config: ModelConfig) -> None:

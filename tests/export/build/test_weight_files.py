@@ -13,13 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flamingo_export import api, weight_files
-from flamingo_export.build_request import LiveModel, RandomWeights
+from flamingo_export import api
 from flamingo_export.errors import CheckpointError
+from flamingo_export.pipeline import write_weights
+from flamingo_export.pipeline.write_weights import cast, peak
 from flamingo_export.sources import LiveSource
-from flamingo_export.weight_files import cast, peak
+from flamingo_export.sources.choice import LiveModel, RandomWeights
 from flamingo_export.weights import bundle_weights
-from flamingo_reference.checkpoints.native import save_native
+from flamingo_reference.checkpoints.families.native import save_native
 from flamingo_reference.config import PRESETS, ModelConfig
 from flamingo_reference.model import Flamingo
 
@@ -63,10 +64,10 @@ def test_live_checkpoint_and_one_thread_give_the_same_bytes(
 ) -> None:
     live = api.build(tiny_model, out=tmp_path / "live.bundle", parity="skip").path
     saved = api.build(checkpoint, out=tmp_path / "saved.bundle", parity="skip").path
-    monkeypatch.setattr(weight_files, "THREADS", 1)
-    monkeypatch.setattr(weight_files, "LARGE", 0)
-    monkeypatch.setattr(weight_files, "_CHUNK", 1000)
-    monkeypatch.setattr(weight_files, "_BLOCK", 100)
+    monkeypatch.setattr(write_weights, "THREADS", 1)
+    monkeypatch.setattr(write_weights, "LARGE", 0)
+    monkeypatch.setattr(write_weights, "_CHUNK", 1000)
+    monkeypatch.setattr(write_weights, "_BLOCK", 100)
     alone = api.build(checkpoint, out=tmp_path / "alone.bundle", parity="skip").path
     assert contents(saved) == contents(alone)
     assert {**contents(live), "manifest.json": ""} == {**contents(saved), "manifest.json": ""}

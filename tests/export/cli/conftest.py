@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import flamingo_export
-from flamingo_export.build_request import source_for_size
+from flamingo_export.sources.choice import source_for_size
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from flamingo_export.manifest import read_manifest
+from flamingo_export.bundle.manifest import read_manifest
 
 
 def test_default_name_and_what_is_said(cli, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from flamingo_export.backends.tensorrt import library, plugin
-from flamingo_export.cli import doctor, machine
+from flamingo_export.cli import doctor, probes
 
 
 def test_the_report_in_both_forms(cli, tmp_path):
@@ -25,7 +25,7 @@ def test_the_report_in_both_forms(cli, tmp_path):
 
 
 def test_memory_and_disk_decide_which_sizes_fit():
-    hardware = machine.Hardware(
+    hardware = probes.Hardware(
         system="", python="", processor="", cores=1, vector_extensions=(), memory=16 << 30,
         memory_available=14 << 30, disk_folder="", disk_free=10 << 30,
     )  # fmt: skip
@@ -34,14 +34,14 @@ def test_memory_and_disk_decide_which_sizes_fit():
 
 
 def test_what_is_missing_comes_with_a_remedy(monkeypatch):
-    monkeypatch.setattr(machine, "package", lambda name, *modules: None)
-    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
-    monkeypatch.setattr(machine, "_first_file", lambda name, folders: None)
-    monkeypatch.setattr(machine.ctypes.util, "find_library", lambda name: None)
-    monkeypatch.setattr(machine, "_wheel_library", lambda module, pattern: None)
+    monkeypatch.setattr(probes, "package", lambda name, *modules: None)
+    monkeypatch.setattr(probes.shutil, "which", lambda name: None)
+    monkeypatch.setattr(probes, "_first_file", lambda name, folders: None)
+    monkeypatch.setattr(probes.ctypes.util, "find_library", lambda name: None)
+    monkeypatch.setattr(probes, "_wheel_library", lambda module, pattern: None)
     monkeypatch.setattr(library, "installed", lambda which: False)
     monkeypatch.setattr(plugin, "find_plugin", lambda: None)
-    for finding in [machine.torch(), *machine.tensorrt()]:
+    for finding in [probes.torch(), *probes.tensorrt()]:
         assert not finding.found
         assert finding.remedy
 
@@ -50,7 +50,7 @@ def test_headers_are_found_through_tensorrt_root(monkeypatch, tmp_path):
     (tmp_path / "include").mkdir()
     (tmp_path / "include" / "NvInfer.h").touch()
     monkeypatch.setenv("TENSORRT_ROOT", str(tmp_path))
-    headers = {finding.name: finding for finding in machine.tensorrt()}["TensorRT headers"]
+    headers = {finding.name: finding for finding in probes.tensorrt()}["TensorRT headers"]
     assert (headers.found, headers.detail) == (True, str(tmp_path / "include" / "NvInfer.h"))
 
 
@@ -58,18 +58,18 @@ def test_what_can_be_built_follows_from_what_is_there(monkeypatch):
     monkeypatch.setattr("flamingo_export.backends.tensorrt.library.device", lambda: None)
 
     def findings(*names):
-        every = (machine.RTX, machine.DATACENTER, machine.PLUGIN)
+        every = (probes.RTX, probes.DATACENTER, probes.PLUGIN)
         return [
-            machine.Finding(name=name, found=name in names, detail="", remedy=None if name in names else f"get {name}")
+            probes.Finding(name=name, found=name in names, detail="", remedy=None if name in names else f"get {name}")
             for name in every
         ]
 
-    gpu = machine.Gpu(name="Some GPU", compute_capability="9.0", memory=1)
-    rtx, datacenter, *_ = doctor._engine_tasks(findings(machine.RTX), [])
+    gpu = probes.Gpu(name="Some GPU", compute_capability="9.0", memory=1)
+    rtx, datacenter, *_ = doctor._engine_tasks(findings(probes.RTX), [])
     assert (rtx.found, datacenter.found) == (True, False)
     assert datacenter.detail == "needs TensorRT, a GPU, the plugin"
-    assert datacenter.remedy == f"get {machine.DATACENTER}"
-    rtx, datacenter, *run = doctor._engine_tasks(findings(machine.DATACENTER, machine.PLUGIN), [gpu])
+    assert datacenter.remedy == f"get {probes.DATACENTER}"
+    rtx, datacenter, *run = doctor._engine_tasks(findings(probes.DATACENTER, probes.PLUGIN), [gpu])
     assert (rtx.found, datacenter.found, any(each.found for each in run)) == (False, True, False)
 
 
@@ -106,14 +106,14 @@ class FakeDriver:
 
 def test_the_driver_is_asked_for_its_devices(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda name: FakeDriver())
-    finding, gpus = machine.cuda()
+    finding, gpus = probes.cuda()
     assert (finding.found, finding.detail) == (True, "CUDA 13.2, 1 GPUs")
-    assert gpus == [machine.Gpu(name="Some GPU", compute_capability="8.9", memory=24 << 30)]
+    assert gpus == [probes.Gpu(name="Some GPU", compute_capability="8.9", memory=24 << 30)]
 
 
 def test_a_driver_that_does_not_start_is_reported(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda name: FakeDriver(status=100))
-    finding, gpus = machine.cuda()
+    finding, gpus = probes.cuda()
     assert not finding.found
     assert gpus == []
     assert "no CUDA-capable device" in finding.detail
@@ -124,14 +124,14 @@ def test_no_driver(monkeypatch):
         raise OSError(name)
 
     monkeypatch.setattr(ctypes, "CDLL", missing)
-    finding, gpus = machine.cuda()
+    finding, gpus = probes.cuda()
     assert (finding.found, gpus) == (False, [])
     assert finding.remedy
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="reads /proc/cpuinfo, which Linux has")
 def test_the_processor_has_a_name():
-    name, flags = machine._processor()
+    name, flags = probes._processor()
     assert name
     assert set(flags) <= {
         "avx2", "f16c", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "asimddp", "i8mm",

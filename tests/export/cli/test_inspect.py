@@ -50,7 +50,7 @@ def test_a_changed_preset_is_not_compared_with_the_paper():
 
 
 def test_counts_of_nano_are_the_checkpoints_tensors():
-    from flamingo_reference.checkpoints.names import expected_tensors
+    from flamingo_reference.names import expected_tensors
 
     total = sum(int(np.prod(shape, dtype=np.int64)) for shape in expected_tensors(NANO).values())
     assert by_name(components(NANO))["total"].parameters == total

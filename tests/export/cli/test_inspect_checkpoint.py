@@ -12,8 +12,8 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import flamingo_export
-from flamingo_export.build_request import nano_checkpoint
-from flamingo_reference.checkpoints.tensors import FileReader
+from flamingo_export.sources.choice import nano_checkpoint
+from flamingo_reference.checkpoints.files.tensors import FileReader
 
 
 @pytest.fixture

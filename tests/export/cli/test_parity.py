@@ -7,7 +7,7 @@ import json
 import pytest
 
 import flamingo_export.validate
-from flamingo_export.validate.report import NotRun, ParityReport, Row
+from flamingo_export.validate.report.parity_report import NotRun, ParityReport, Row
 
 
 def report_of(verdict: str, *, passed: bool) -> ParityReport:

@@ -24,7 +24,7 @@ codes = [
         ["parity", bundle],
     )
 ]
-from flamingo_export.manifest import read_manifest
+from flamingo_export.bundle.manifest import read_manifest
 from pathlib import Path
 print(json.dumps([codes, read_manifest(Path(bundle)).parity.state]))
 """

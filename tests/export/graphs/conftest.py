@@ -16,7 +16,7 @@ from flamingo_export.precision import Precision
 from flamingo_export.validate.tolerances import tolerance
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.model import Flamingo
-from flamingo_reference.subgraphs import Decoder, Subgraph, decoder_of, subgraphs_of
+from flamingo_reference.model.subgraphs import Decoder, Subgraph, decoder_of, subgraphs_of
 
 Arrays = dict[str, Any]
 Run = Callable[[Mapping[str, Any]], Arrays]

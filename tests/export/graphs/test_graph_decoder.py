@@ -14,7 +14,7 @@ from flamingo_export.graphs import build_graph, save_graph
 from flamingo_export.sources import LiveSource
 from flamingo_export.weights import WeightIndex
 from flamingo_reference.model import Flamingo
-from flamingo_reference.subgraphs import Decoder, Subgraph
+from flamingo_reference.model.subgraphs import Decoder, Subgraph
 from tests.export.graphs.conftest import Arrays, Calls, Run, assert_as_exact, open_graph, reference
 
 

@@ -14,8 +14,8 @@ from flamingo_export.graphs import build_graph, save_graph
 from flamingo_export.precision import default_precision
 from flamingo_export.specs import SUBGRAPHS, SubgraphSpec, decoder_spec, subgraph_specs
 from flamingo_export.weights import WeightIndex
-from flamingo_reference.checkpoints.names import parameter_counts
 from flamingo_reference.config import PRESETS, ModelConfig
+from flamingo_reference.names import parameter_counts
 
 TYPES = {"float": onnx.TensorProto.FLOAT, "int64": onnx.TensorProto.INT64, "bool": onnx.TensorProto.BOOL}
 

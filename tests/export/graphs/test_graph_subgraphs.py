@@ -15,7 +15,7 @@ from flamingo_export.precision import Precision
 from flamingo_export.sources import LiveSource
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.model import Flamingo
-from flamingo_reference.subgraphs import Subgraph, subgraphs_of
+from flamingo_reference.model.subgraphs import Subgraph, subgraphs_of
 from flamingo_reference.time_weights import time_weights
 from tests.export.graphs.conftest import Calls, Run, assert_as_exact, open_graph, reference
 

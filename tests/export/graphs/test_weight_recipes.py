@@ -26,10 +26,9 @@ from flamingo_export.weights import (
     groups,
     layout,
 )
-from flamingo_reference import vision_nfnet
-from flamingo_reference.checkpoints.names import expected_tensors, parameter_counts
 from flamingo_reference.config import NANO, PRESETS, ModelConfig
-from flamingo_reference.model import Flamingo
+from flamingo_reference.model import Flamingo, vision_nfnet
+from flamingo_reference.names import expected_tensors, parameter_counts
 
 
 @pytest.fixture(scope="module")

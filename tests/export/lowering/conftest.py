@@ -8,8 +8,8 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 
-from flamingo_export.lowering.lint import Expected, check_graph
-from flamingo_export.lowering.tensorrt import lower
+from flamingo_export.backends.tensorrt.lowering.lint import Expected, check_graph
+from flamingo_export.backends.tensorrt.lowering.lower import lower
 from flamingo_export.precision import Precision, StorageType
 from flamingo_export.sources import LiveSource
 from flamingo_export.specs import subgraph_specs

@@ -11,11 +11,11 @@ import onnxruntime
 import pytest
 import torch
 
+from flamingo_export.backends.tensorrt.lowering import retype
+from flamingo_export.backends.tensorrt.lowering.lower import save_lowered
 from flamingo_export.graphs import builder
-from flamingo_export.lowering import retype
-from flamingo_export.lowering.tensorrt import save_lowered
 from flamingo_export.specs import SUBGRAPHS
-from flamingo_reference.subgraphs import subgraphs_of
+from flamingo_reference.model.subgraphs import subgraphs_of
 
 from .conftest import CAPACITY, PLUGIN
 

@@ -6,8 +6,8 @@ import onnx_ir as ir
 import pytest
 from variations import VARIATIONS, drawn_model
 
-from flamingo_export.lowering.lint import check_graph
-from flamingo_export.lowering.tensorrt import lower, save_lowered
+from flamingo_export.backends.tensorrt.lowering.lint import check_graph
+from flamingo_export.backends.tensorrt.lowering.lower import lower, save_lowered
 from flamingo_export.precision import Precision
 from flamingo_export.sources import LiveSource
 from flamingo_export.specs import SUBGRAPHS, subgraph_specs

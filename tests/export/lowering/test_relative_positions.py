@@ -10,9 +10,9 @@ import onnxruntime
 import pytest
 
 import flamingo_export
-from flamingo_export.build_request import source_for_size
-from flamingo_export.lowering.tensorrt import lower, save_lowered
-from flamingo_export.manifest import read_manifest
+from flamingo_export.backends.tensorrt.lowering.lower import lower, save_lowered
+from flamingo_export.bundle.manifest import read_manifest
+from flamingo_export.sources.choice import source_for_size
 
 from .conftest import NONE
 from .test_lowered_graphs import feeds_of

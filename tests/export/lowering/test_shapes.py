@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from flamingo_export.backends.tensorrt.lowering.shapes import Bounds, profiles, shape_of, symbols
+from flamingo_export.bundle.manifest import ShapeLimits
 from flamingo_export.errors import BuildError
-from flamingo_export.lowering.shapes import Bounds, profiles, shape_of, symbols
-from flamingo_export.manifest import ShapeLimits
 from flamingo_export.specs import TensorSpec, decoder_spec, subgraph_specs
 
 LIMITS = ShapeLimits(max_length=300, chunk=64, bank_rows=16, batch=4, beams=6, frames=8, video_frames=30, chunk_media=12)

@@ -14,18 +14,20 @@ import onnxruntime
 import pytest
 import torch
 
-from flamingo_export import api, pipeline
+from flamingo_export import api
 from flamingo_export.backends.base import SessionOptions
 from flamingo_export.backends.onnxruntime import session_options
-from flamingo_export.build_request import BuildRequest, RandomWeights, nano_checkpoint, source_for_size
+from flamingo_export.bundle.manifest import read_manifest
 from flamingo_export.errors import BackendError, BuildError, CalibrationError, CheckpointError, ParityError
-from flamingo_export.manifest import read_manifest
+from flamingo_export.pipeline import run as pipeline
+from flamingo_export.pipeline.request import BuildRequest
 from flamingo_export.precision import Policy, Quantisation
 from flamingo_export.quantize.matrices import dequantised, quantised
 from flamingo_export.quantize.policies import PRESETS, preset
-from flamingo_export.quantize.table import CALIBRATION_FILE, read_table, write_table
+from flamingo_export.sources.choice import RandomWeights, nano_checkpoint, source_for_size
 from flamingo_export.validate import check_bundle
 from flamingo_export.weights import INPUT_SCALE, SCALE, WeightIndex
+from flamingo_export.weights.calibration_table import CALIBRATION_FILE, read_table, write_table
 from flamingo_reference.config import PRESETS as SIZES
 
 IMAGE = Path(__file__).parents[3] / "examples" / "a.png"
@@ -51,8 +53,8 @@ def edited(bundle: Path, to: Path, name: str, factor: float) -> Path:
         values = np.frombuffer(file.read(placed.length), np.float32) * np.float32(factor)
         file.seek(placed.offset)
         file.write(values.tobytes())
-    from flamingo_export.artifacts import file_record
-    from flamingo_export.manifest import write_manifest
+    from flamingo_export.bundle.manifest import write_manifest
+    from flamingo_export.bundle.verify import file_record
 
     manifest = read_manifest(to)
     files = tuple(file_record(to, to / record.path) if record.path == placed.file else record for record in manifest.files)
@@ -218,7 +220,7 @@ def test_weights_that_are_not_finite_are_still_refused(tmp_path: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors["language_model.layers.1.ffw_up.weight"][3, 4] = np.nan
     save_file(tensors, folder / "model.safetensors")
-    from flamingo_export.build_request import CheckpointFolder
+    from flamingo_export.sources.choice import CheckpointFolder
 
     request = BuildRequest(
         source=CheckpointFolder(path=folder), out=tmp_path / "n.bundle", policy=preset("int4"), parity="skip"

@@ -11,22 +11,25 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from flamingo_export import api, build_plan, pipeline
+from flamingo_export import api
 from flamingo_export.backends.base import SessionOptions
 from flamingo_export.backends.onnxruntime import HostBuffer, OnnxRuntimeBackend
-from flamingo_export.backends.tensorrt.elements import element_of, encode
-from flamingo_export.build_request import BuildRequest, source_for_size
+from flamingo_export.backends.tensorrt.dtypes import element_of, encode
+from flamingo_export.backends.tensorrt.lowering.lint import check_graph
+from flamingo_export.backends.tensorrt.lowering.lower import lower
+from flamingo_export.bundle.manifest import read_manifest
 from flamingo_export.errors import BuildError, InputError, ParityError
-from flamingo_export.lowering.lint import check_graph
-from flamingo_export.lowering.tensorrt import lower
-from flamingo_export.manifest import read_manifest
+from flamingo_export.pipeline import plan as build_plan
+from flamingo_export.pipeline import run as pipeline
+from flamingo_export.pipeline.request import BuildRequest
 from flamingo_export.precision import Policy, Precision
 from flamingo_export.quantize.matrices import FP8, range_scale
 from flamingo_export.quantize.policies import check_backend, read_policy
-from flamingo_export.quantize.table import CALIBRATION_FILE, read_table, write_table
+from flamingo_export.sources.choice import source_for_size
 from flamingo_export.specs import subgraph_specs
 from flamingo_export.validate import check_bundle
 from flamingo_export.weights import WeightIndex
+from flamingo_export.weights.calibration_table import CALIBRATION_FILE, read_table, write_table
 from flamingo_reference.config import PRESETS as SIZES
 from tests.export.quantize.test_bundles import IMAGE, edited
 

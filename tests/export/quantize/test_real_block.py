@@ -17,11 +17,11 @@ import torch
 
 from flamingo_export.precision import Policy, Precision
 from flamingo_export.quantize.policies import PRESETS, preset
-from flamingo_export.quantize.table import CalibrationTable, Statistics
-from flamingo_export.validate.as_stored import AsStored
+from flamingo_export.validate.expected.rounding import AsStored
+from flamingo_export.weights.calibration_table import CalibrationTable, Statistics
 from flamingo_reference.config import PRESETS as SIZES
-from flamingo_reference.cross_attention import GatedCrossAttention
-from flamingo_reference.decoder import LanguageModelLayer
+from flamingo_reference.model.cross_attention import GatedCrossAttention
+from flamingo_reference.model.decoder import LanguageModelLayer
 
 CONFIG = SIZES["9b"]
 TOKENS = 12

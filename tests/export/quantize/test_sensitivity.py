@@ -20,13 +20,13 @@ import torch
 
 from flamingo_calibration import calibrate, shipped_samples, source_tokenizer
 from flamingo_calibration.data import check_samples
-from flamingo_export.build_request import nano_checkpoint
 from flamingo_export.errors import BuildError, CalibrationError
 from flamingo_export.precision import Policy, Precision, Rule
 from flamingo_export.quantize.policies import PRESETS, policy_text, preset, read_policy
 from flamingo_export.runtime.media import load_medium
 from flamingo_export.sensitivity import Sensitivity, measure, suggest
 from flamingo_export.sources import CheckpointSource, LiveSource
+from flamingo_export.sources.choice import nano_checkpoint
 from flamingo_reference.config import NANO
 from flamingo_reference.model import Flamingo
 
@@ -249,8 +249,7 @@ def test_keys_and_values_of_media_are_measured(tmp_path: Path) -> None:
 def test_the_suggested_policy_keeps_what_stands_out_and_costs_what_it_says(
     of_nano: Callable[[str], Sensitivity], tmp_path: Path
 ) -> None:
-    from flamingo_export.weight_files import stored_bytes
-    from flamingo_export.weights import bundle_weights
+    from flamingo_export.weights import bundle_weights, stored_bytes
 
     found = of_nano("int4")
     worse = tuple(
@@ -334,7 +333,7 @@ def test_the_page_is_whole_and_fetches_nothing(of_nano: Callable[[str], Sensitiv
 def test_the_command_on_a_bundle(cli: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the page's plots need matplotlib (extra `report`)")
     import flamingo_export
-    from flamingo_export.build_request import source_for_size
+    from flamingo_export.sources.choice import source_for_size
 
     bundle, page, mine = tmp_path / "nano.bundle", tmp_path / "s.html", tmp_path / "mine.toml"
     flamingo_export.build(source_for_size("nano"), out=bundle, parity="skip")
@@ -396,7 +395,7 @@ def test_a_table_of_other_weights_is_refused() -> None:
 
 def test_a_bundle_whose_weights_are_not_at_hand(cli: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     import flamingo_export
-    from flamingo_export.build_request import CheckpointFolder
+    from flamingo_export.sources.choice import CheckpointFolder
 
     model = Flamingo.from_checkpoint(nano_checkpoint())
     with torch.no_grad():

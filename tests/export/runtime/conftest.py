@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import flamingo_export
-from flamingo_export.manifest import read_manifest, write_manifest
+from flamingo_export.bundle.manifest import read_manifest, write_manifest
 from flamingo_export.runtime.images import preprocess
 from flamingo_export.runtime.model import Model
 from flamingo_export.runtime.request import Request

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flamingo_export.backends.tensorrt.lowering.candidates import add_candidates, with_candidates
 from flamingo_export.errors import BundleError
-from flamingo_export.lowering.candidates import add_candidates, with_candidates
 from flamingo_export.runtime.candidates import Candidates, candidates_of, stacked
 from flamingo_export.runtime.search import BeamSearch, Sampling, StopRule
 from flamingo_export.specs import LOG_SUM_EXP, TOP_IDS, TOP_VALUES, SubgraphSpec, TensorSpec

@@ -9,7 +9,7 @@ import pytest
 import trt_wheels
 from fake_gpu import FakeGpu, install
 
-from flamingo_export import artifacts
+from flamingo_export.bundle import verify
 
 TARGET = "sm89"
 
@@ -23,7 +23,7 @@ def rtx() -> ModuleType:
 @pytest.fixture
 def own_cache(monkeypatch, tmp_path) -> None:
     """Nothing is kept from one test to the next."""
-    monkeypatch.setattr(artifacts, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(verify, "cache_folder", lambda: tmp_path / "cache")
 
 
 @pytest.fixture
@@ -36,8 +36,8 @@ def gpu(monkeypatch, tmp_path) -> FakeGpu:
 def nano_bundles(tmp_path_factory) -> dict[str, Path]:
     """Nano's trained weights in each storage type, as a build without engines leaves them."""
     import flamingo_export
-    from flamingo_export.build_request import source_for_size
-    from flamingo_export.manifest import ShapeLimits
+    from flamingo_export.bundle.manifest import ShapeLimits
+    from flamingo_export.sources.choice import source_for_size
 
     folder = tmp_path_factory.mktemp("nano")
     limits = ShapeLimits(max_length=512, chunk=64, bank_rows=16)

@@ -14,12 +14,12 @@ from flamingo_export.backends.registry import availability, get_backend, get_com
 from flamingo_export.backends.tensorrt import library
 from flamingo_export.backends.tensorrt.estimate import GIB, check_memory
 from flamingo_export.backends.tensorrt.log import Heard, meaning
+from flamingo_export.backends.tensorrt.lowering.lint import Expected
+from flamingo_export.backends.tensorrt.lowering.shapes import Bounds, Profile
 from flamingo_export.backends.tensorrt.monitor import UNITS, Phases, watched
 from flamingo_export.backends.tensorrt.summary import summarise
+from flamingo_export.bundle.manifest import GraphRecord
 from flamingo_export.errors import BackendError, BuildError
-from flamingo_export.lowering.lint import Expected
-from flamingo_export.lowering.shapes import Bounds, Profile
-from flamingo_export.manifest import GraphRecord
 from flamingo_export.progress import SILENT
 from flamingo_reference.config import PRESETS
 

@@ -12,18 +12,21 @@ import pytest
 from fake_gpu import fake_library
 
 import flamingo_export
-from flamingo_export import artifacts, build_plan, pipeline
 from flamingo_export.backends.tensorrt import backend as backend_module
 from flamingo_export.backends.tensorrt import estimate, library
 from flamingo_export.backends.tensorrt.builder import Built
-from flamingo_export.backends.tensorrt.contract import rebuild_command
+from flamingo_export.backends.tensorrt.engine_contract import rebuild_command
+from flamingo_export.backends.tensorrt.lowering.lint import Expected
 from flamingo_export.backends.tensorrt.summary import summarise
-from flamingo_export.build_request import BuildRequest, source_for_size
+from flamingo_export.bundle import verify
+from flamingo_export.bundle.manifest import CalibrationRecord, ShapeLimits, SourceRecord, read_manifest
 from flamingo_export.errors import BuildError
-from flamingo_export.lowering.lint import Expected
-from flamingo_export.manifest import CalibrationRecord, ShapeLimits, SourceRecord, read_manifest
+from flamingo_export.pipeline import plan as build_plan
+from flamingo_export.pipeline import run as pipeline
+from flamingo_export.pipeline.request import BuildRequest
 from flamingo_export.precision import Policy, Precision
 from flamingo_export.quantize.policies import preset, read_policy
+from flamingo_export.sources.choice import source_for_size
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -82,7 +85,7 @@ def test_an_engine_finished_before_a_kill_is_not_built_again(compile_with, tmp_p
     assert second.built == ["media_kv", "decoder"]
     bundle, manifest = result.path, read_manifest(result.path)
     assert [engine.graph for engine in manifest.engines] == ["vision_encoder", "resampler", "media_kv", "decoder"]
-    artifacts.open_bundle(bundle)  # every file as recorded, engines too
+    verify.open_bundle(bundle)  # every file as recorded, engines too
     listed = {file.path for file in manifest.files}
     for engine in manifest.engines:
         assert engine.file in listed
@@ -104,7 +107,7 @@ def test_parts_are_engines_of_their_own(compile_with, capsys):
     result = compile_with(second, parts=2)
     assert second.built == ["decoder.1"]
     assert [engine.graph for engine in result.manifest.engines][3:] == ["decoder.0", "decoder.1"]
-    artifacts.open_bundle(result.path)
+    verify.open_bundle(result.path)
     with pytest.raises(KeyboardInterrupt):
         compile_with(FakeBuilds(stop_at=5), parts=3, overwrite=True)
     third = FakeBuilds()

@@ -7,8 +7,8 @@ import pytest
 from fake_gpu import add_engines, install
 
 import flamingo_export
-from flamingo_export.build_request import source_for_size
-from flamingo_export.manifest import ShapeLimits
+from flamingo_export.bundle.manifest import ShapeLimits
+from flamingo_export.sources.choice import source_for_size
 
 
 @pytest.mark.slow

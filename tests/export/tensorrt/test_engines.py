@@ -14,14 +14,13 @@ import flamingo_export
 from flamingo_export.backends.tensorrt.backend import TensorRTBackend
 from flamingo_export.backends.tensorrt.estimate import MEMORY_BASE, MEMORY_RATIO
 from flamingo_export.backends.tensorrt.library import RTX
-from flamingo_export.build_request import source_for_size
-from flamingo_export.decoder_parts import graph_bytes
+from flamingo_export.bundle.manifest import GraphRecord, Manifest, ShapeLimits, SourceRecord, read_manifest
 from flamingo_export.graphs import build_graph, save_graph
-from flamingo_export.manifest import GraphRecord, Manifest, ShapeLimits, SourceRecord, read_manifest
 from flamingo_export.precision import Precision
+from flamingo_export.sources.choice import source_for_size
 from flamingo_export.specs import SUBGRAPHS
-from flamingo_export.weight_files import stored_bytes
-from flamingo_export.weights import WeightIndex, bundle_weights, group_file, groups, layout
+from flamingo_export.weights import WeightIndex, bundle_weights, group_file, groups, layout, stored_bytes
+from flamingo_export.weights.decoder_cuts import graph_bytes
 from flamingo_reference.config import PRESETS
 
 TARGET = "sm89"

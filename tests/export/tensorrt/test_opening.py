@@ -11,13 +11,13 @@ from fake_gpu import add_engines
 from fake_tensorrt import Context
 
 import flamingo_export
-from flamingo_export.artifacts import file_record
 from flamingo_export.backends.registry import availability, get_backend
 from flamingo_export.backends.tensorrt import backend as backend_module
 from flamingo_export.backends.tensorrt import library, plugin
 from flamingo_export.backends.tensorrt.cuda import DeviceMemoryError
+from flamingo_export.bundle.manifest import read_manifest, write_manifest
+from flamingo_export.bundle.verify import file_record
 from flamingo_export.errors import BackendError, BundleError, CapacityError, IncompatibleEngine
-from flamingo_export.manifest import read_manifest, write_manifest
 
 REBUILD = r"flamingo-export build .*--backend tensorrt-rtx --target sm89 --out .*x\.bundle --force"
 

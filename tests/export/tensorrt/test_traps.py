@@ -12,11 +12,11 @@ import pytest
 from flamingo_export.backends.tensorrt import builder as builder_module
 from flamingo_export.backends.tensorrt.builder import Task, build, check
 from flamingo_export.backends.tensorrt.log import Heard, listening
+from flamingo_export.backends.tensorrt.lowering.lint import check_graph
+from flamingo_export.backends.tensorrt.lowering.lower import lower, save_lowered
+from flamingo_export.backends.tensorrt.lowering.shapes import profiles
+from flamingo_export.bundle.manifest import ShapeLimits, read_manifest
 from flamingo_export.errors import BuildError
-from flamingo_export.lowering.lint import check_graph
-from flamingo_export.lowering.shapes import profiles
-from flamingo_export.lowering.tensorrt import lower, save_lowered
-from flamingo_export.manifest import ShapeLimits, read_manifest
 from flamingo_export.specs import TensorSpec, subgraph_specs
 
 TARGET = "sm89"

@@ -8,7 +8,7 @@ from variations import VARIATIONS, drawn_model
 
 from flamingo_export.backends.tensorrt.backend import TensorRTBackend
 from flamingo_export.backends.tensorrt.library import RTX
-from flamingo_export.manifest import read_manifest
+from flamingo_export.bundle.manifest import read_manifest
 from flamingo_export.precision import Precision
 from flamingo_export.sources import LiveSource
 from flamingo_export.specs import SUBGRAPHS

@@ -10,13 +10,13 @@ import msgspec
 import pytest
 import torch
 
-from flamingo_export.artifacts import file_record
 from flamingo_export.backends.base import Backend
 from flamingo_export.backends.onnxruntime import OnnxRuntimeBackend
-from flamingo_export.manifest import read_manifest, write_manifest
+from flamingo_export.bundle.manifest import read_manifest, write_manifest
+from flamingo_export.bundle.verify import file_record
 from flamingo_export.sources import LiveSource
 from flamingo_export.validate import ParityReport, check_build
-from flamingo_export.validate.golden import Goldens, load_goldens
+from flamingo_export.validate.expected.golden import Goldens, load_goldens
 from flamingo_export.validate.parity import compare_with
 from flamingo_reference.model import Flamingo
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from flamingo_export.validate import inputs
-from flamingo_export.validate.cases import PHI_CASES, TREE_CASE, decoder_cases, encoder_cases
-from flamingo_export.validate.plan import Plan, plan_case, strips
+from flamingo_export.validate.expected import inputs
+from flamingo_export.validate.expected.cases import PHI_CASES, TREE_CASE, decoder_cases, encoder_cases
+from flamingo_export.validate.expected.plan import Plan, plan_case, strips
 from flamingo_reference.config import PRESETS, ModelConfig
 from flamingo_reference.phi import phi_from_tokens
 

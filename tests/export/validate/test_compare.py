@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from flamingo_export.precision import Policy, Precision, Rule
-from flamingo_export.validate.compare import NUM_SAMPLES, expect, gate
-from flamingo_export.validate.report import Row
+from flamingo_export.validate.checks.compare import NUM_SAMPLES, expect, gate
+from flamingo_export.validate.report.parity_report import Row
 from flamingo_export.validate.tolerances import FP32_ULP, RULE, TABLE, logits_tolerance, tie_margin, tolerance, trace_limit
 
 REFERENCE = np.linspace(-1.0, 1.0, 1001).reshape(7, 143)

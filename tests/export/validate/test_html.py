@@ -12,9 +12,9 @@ import msgspec
 import pytest
 
 from flamingo_export.validate import ParityReport
-from flamingo_export.validate.cases import PHI_CASES
-from flamingo_export.validate.html import render_html, write_html
-from flamingo_export.validate.report import NotRun
+from flamingo_export.validate.expected.cases import PHI_CASES
+from flamingo_export.validate.report.parity_page import render_html, write_html
+from flamingo_export.validate.report.parity_report import NotRun
 
 pytest.importorskip("matplotlib", reason="the page's plots need matplotlib (extra `report`)")
 
@@ -138,8 +138,8 @@ def test_without_matplotlib_it_says_what_to_install(report: ParityReport, tmp_pa
         "import msgspec\n"
         "from pathlib import Path\n"
         "from flamingo_export.errors import ParityError\n"
-        "from flamingo_export.validate.html import write_html\n"
-        "from flamingo_export.validate.report import ParityReport\n"
+        "from flamingo_export.validate.report.parity_page import write_html\n"
+        "from flamingo_export.validate.report.parity_report import ParityReport\n"
         f"report = msgspec.json.decode(Path({str(saved)!r}).read_bytes(), type=ParityReport)\n"
         "try:\n"
         f"    write_html(Path({str(tmp_path / 'r.html')!r}), report)\n"

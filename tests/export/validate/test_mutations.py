@@ -10,10 +10,10 @@ import pytest
 
 from flamingo_export.backends.base import Array, Session, SessionOptions
 from flamingo_export.backends.onnxruntime import OnnxRuntimeBackend
-from flamingo_export.manifest import GraphRecord, Manifest
+from flamingo_export.bundle.manifest import GraphRecord, Manifest
 from flamingo_export.runtime.tree import BeamTree
 from flamingo_export.validate import ParityReport
-from flamingo_export.validate.cases import PHI_CASES, TREE_CASE
+from flamingo_export.validate.expected.cases import PHI_CASES, TREE_CASE
 from flamingo_export.weights import WeightIndex
 
 Compare = Callable[..., ParityReport]
@@ -196,8 +196,8 @@ def test_a_runtime_that_ignores_parents(copy: Path, compare: Compare, monkeypatc
     """The numbers of all cases are right; only the beam traces can tell."""
     right = BeamTree.step
 
-    def wrong(self: BeamTree, row: int, parents: Array) -> None:
-        right(self, row, np.arange(self.width))
+    def wrong(self: BeamTree, parents: Array, first: int) -> None:
+        right(self, np.arange(self.width), first)
 
     monkeypatch.setattr(BeamTree, "step", wrong)
     report = compare(copy)

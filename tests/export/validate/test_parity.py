@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from flamingo_export.api import build
+from flamingo_export.bundle.manifest import ParityRecord, SourceRecord, read_manifest, write_manifest
 from flamingo_export.errors import CheckpointError, ParityError
-from flamingo_export.manifest import ParityRecord, SourceRecord, read_manifest, write_manifest
 from flamingo_export.validate import ParityReport, check_bundle, parity
-from flamingo_export.validate.cases import END_TO_END_CASE, LAYERS_CASE, PHI_CASES, encoder_cases
-from flamingo_export.validate.golden import Goldens, load_goldens, save_goldens
-from flamingo_export.validate.report import REPORT_JSON, read_report
+from flamingo_export.validate.expected.cases import END_TO_END_CASE, LAYERS_CASE, PHI_CASES, encoder_cases
+from flamingo_export.validate.expected.golden import Goldens, load_goldens, save_goldens
+from flamingo_export.validate.report.parity_report import REPORT_JSON, read_report
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.model import Flamingo
 from tests.export.validate.conftest import list_goldens
@@ -114,7 +114,7 @@ def test_ties_are_told_from_faults(copy: Path, goldens: Goldens) -> None:
     manifest, backend = read_manifest(copy), parity.get_backend("onnxruntime")
     outcomes = []
     for trace in (close, clear):
-        from flamingo_export.validate.traces import check_traces
+        from flamingo_export.validate.checks.traces import check_traces
 
         changed = msgspec.structs.replace(goldens, traces=(trace,))
         (found,), (row,) = check_traces(copy, manifest, changed, backend, parity.SessionOptions(threads=1), parity.SILENT)

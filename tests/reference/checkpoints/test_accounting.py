@@ -10,8 +10,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from flamingo_reference.checkpoints.accounting import Ignored, NearestName, account, check_tensors
-from flamingo_reference.checkpoints.folder import open_tensors
-from flamingo_reference.checkpoints.tensors import CheckpointError
+from flamingo_reference.checkpoints.files.folder import open_tensors
+from flamingo_reference.checkpoints.files.tensors import CheckpointError
 
 EXPECTED = {f"model.layers.{i}.self_attn.{part}_proj.weight": (4, 4) for i in range(12) for part in "qkvo"} | {
     "model.norm.weight": (4,)

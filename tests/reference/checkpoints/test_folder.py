@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from flamingo_reference.checkpoints.folder import open_tensors
-from flamingo_reference.checkpoints.tensors import CheckpointError
+from flamingo_reference.checkpoints.files.folder import open_tensors
+from flamingo_reference.checkpoints.files.tensors import CheckpointError
 
 NAMES = [f"layers.{index}.weight" for index in range(6)]
 

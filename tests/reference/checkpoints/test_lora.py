@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from flamingo_reference.checkpoints.folder import open_tensors
+from flamingo_reference.checkpoints.files.folder import open_tensors
+from flamingo_reference.checkpoints.files.tensors import CheckpointError, FileReader
 from flamingo_reference.checkpoints.lora import LoraReader
-from flamingo_reference.checkpoints.tensors import CheckpointError, FileReader
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 Q, V, GATE = (f"model.layers.{name}" for name in ("0.self_attn.q_proj", "1.self_attn.v_proj", "11.mlp.gate_proj"))

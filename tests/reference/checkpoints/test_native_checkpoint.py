@@ -17,12 +17,12 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from tiny_models import TINY, tiny_model
 
-from flamingo_reference.checkpoints.folder import open_tensors
-from flamingo_reference.checkpoints.names import expected_tensors, parameter_counts
-from flamingo_reference.checkpoints.native import load_native, save_native
-from flamingo_reference.checkpoints.tensors import CheckpointError
+from flamingo_reference.checkpoints.families.native import load_native, save_native
+from flamingo_reference.checkpoints.files.folder import open_tensors
+from flamingo_reference.checkpoints.files.tensors import CheckpointError
 from flamingo_reference.config import PRESETS, ModelConfig
 from flamingo_reference.model import Flamingo, numpy_from_torch
+from flamingo_reference.names import expected_tensors, parameter_counts
 
 SMALL = msgspec.structs.replace(TINY, name="small")
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -195,7 +195,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(folder: Path, arrays: Arrays, mon
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("flamingo_reference.checkpoints.writer._File.finish", full)
+    monkeypatch.setattr("flamingo_reference.checkpoints.files.writer._File.finish", full)
     with pytest.raises(OSError, match="No space left"):
         save_native(folder, SMALL, arrays.items())
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

@@ -14,16 +14,16 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import TINY, tiny_model
 from tokenizers import Tokenizer, models
 
-from flamingo_reference.checkpoints import native
 from flamingo_reference.checkpoints.accounting import Ignored
-from flamingo_reference.checkpoints.adopted import Adopted, Parts
-from flamingo_reference.checkpoints.families import FAMILIES, Family
+from flamingo_reference.checkpoints.converted import Adopted, Parts
+from flamingo_reference.checkpoints.families import native
+from flamingo_reference.checkpoints.families.known import FAMILIES, Family
+from flamingo_reference.checkpoints.families.recognition import recognise
+from flamingo_reference.checkpoints.files.tensors import CheckpointError
 from flamingo_reference.checkpoints.loading import CheckpointFiles, load
-from flamingo_reference.checkpoints.names import expected_tensors
-from flamingo_reference.checkpoints.recognition import recognise
-from flamingo_reference.checkpoints.tensors import CheckpointError
 from flamingo_reference.input_format import OPENFLAMINGO
 from flamingo_reference.model import numpy_from_torch
+from flamingo_reference.names import expected_tensors
 
 NAMES = {
     "native": ["resampler.latents", "language_model.embedding.weight", "cross_attention.0.q_proj.weight"],

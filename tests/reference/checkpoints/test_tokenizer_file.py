@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from flamingo_reference.checkpoints.sentencepiece_model import read_sentencepiece
-from flamingo_reference.checkpoints.tensors import CheckpointError
-from flamingo_reference.checkpoints.tokenizer_file import added_ids, open_tokenizer
+from flamingo_reference.checkpoints.files.sentencepiece_model import read_sentencepiece
+from flamingo_reference.checkpoints.files.tensors import CheckpointError
+from flamingo_reference.checkpoints.files.tokenizer_file import added_ids, open_tokenizer
 
 DATA = Path(__file__).parent / "data"
 ADDED = ("<|endofchunk|>", "<image>", "<PAD>")

@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import nn
 
-from flamingo_reference.checkpoints.folder import open_tensors
-from flamingo_reference.checkpoints.pickled import Call, MalformedPickle, Name, read_pickle
-from flamingo_reference.checkpoints.tensors import CheckpointError
+from flamingo_reference.checkpoints.files.folder import open_tensors
+from flamingo_reference.checkpoints.files.pickled import Call, MalformedPickle, Name, read_pickle
+from flamingo_reference.checkpoints.files.tensors import CheckpointError
 from flamingo_reference.model import numpy_from_torch
 
 Tensors = dict[str, torch.Tensor]

@@ -9,9 +9,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from flamingo_reference.checkpoints.names import expected_tensors  # noqa: E402
 from flamingo_reference.config import NANO  # noqa: E402
 from flamingo_reference.model import Flamingo  # noqa: E402
+from flamingo_reference.names import expected_tensors  # noqa: E402
 from flamingo_reference.nano import CHECKPOINT, pages  # noqa: E402
 from flamingo_reference.nano.evaluate import Reader, few_shot_rates, heldout, rate  # noqa: E402
 from flamingo_reference.nano.tokenizer import load_tokenizer  # noqa: E402

@@ -1,0 +1,135 @@
+"""All samples through the reference, one part of the model after the other.
+
+    pixels -- vision_encoder --> features -- resampler --> latents --------------,
+    token ids -- language_model --> hidden -- [cross_attention.i] -- language_model.layers.j --> ... -- norm --> input of the head
+
+A part's weights are read once, all samples go through it, and what comes out waits on the disk for the next part. So memory is that of the
+largest part and one sample, whatever the model and the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+
+from flamingo_calibration.data import Checked
+from flamingo_calibration.streams import Array, Shapes, Stream, Work
+from flamingo_export.runtime.media import load_medium
+from flamingo_export.sources import WeightSource
+from flamingo_reference.time_weights import time_weights
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Step(msgspec.Struct, frozen=True, kw_only=True):
+    """A part of the model on its way: the stream it writes (None: nothing comes out) with the shapes in it, and what makes one of them.
+
+    hidden: the stream of hidden states that it goes on from, None of the parts before the first layer.
+    """
+
+    prefix: str
+    output: str | None
+    shapes: Shapes
+    run: Callable[[Any, int], Any]
+    hidden: Stream | None = None
+
+
+class Walk:
+    """The way of checked samples through a source's model, its streams in a folder."""
+
+    def __init__(self, source: WeightSource, checked: Checked, work: Work) -> None:
+        self.source, self.config, self.checked, self.work = source, source.config, checked, work
+        self.media = [medium for sample in checked.samples for medium in sample.media]
+        self.first_medium = np.cumsum([0, *(len(sample.media) for sample in checked.samples)]).tolist()
+
+    def needed(self, steps: list[Step], number: int) -> list[Stream]:
+        """The streams that part `number` and those after it read of the parts before it."""
+        written = {step.output: step for step in steps[:number] if step.output is not None}
+        wanted = [] if number >= len(steps) else ["features"] if number == 1 else ["latents"]
+        hidden = [name for name in written if name.startswith("hidden")]
+        wanted += hidden[-1:] if number < len(steps) else []
+        return [self.work.stream(name, written[name].shapes) for name in wanted if name in written]
+
+    def steps(self) -> Iterator[Step]:
+        """The parts in order."""
+        config, samples = self.config, self.checked.samples
+        frames = [count for sample in samples for count in sample.frames]
+        features = [(count, config.vision.num_patches, config.vision.feature_width) for count in frames]
+        latents = [(config.resampler.num_latents, config.resampler.width)] * len(frames)
+        hidden = [(len(sample.token_ids), config.language_model.width) for sample in samples]
+        yield Step(prefix="vision_encoder", output="features", shapes=features, run=self._encode)
+        seen = self.work.stream("features", features)
+        yield Step(prefix="resampler", output="latents", shapes=latents, run=lambda m, i: self._resample(m, seen.read(i)))
+        known = self.work.stream("latents", latents)
+        last = self.work.stream("hidden.0", hidden)
+        yield Step(prefix="language_model", output="hidden.0", shapes=hidden, run=self._embed)
+        count = 0
+        for layer in range(config.language_model.num_layers):
+            if layer in config.gated_layers:
+                prefix, name = f"cross_attention.{config.gated_layers.index(layer)}", f"hidden.{(count := count + 1)}"
+                yield Step(prefix=prefix, output=name, shapes=hidden, run=self._gated(last, known), hidden=last)
+                last = self.work.stream(name, hidden)
+            prefix, name = f"language_model.layers.{layer}", f"hidden.{(count := count + 1)}"
+            yield Step(prefix=prefix, output=name, shapes=hidden, run=self._layer(last), hidden=last)
+            last = self.work.stream(name, hidden)
+        yield Step(prefix="language_model", output=None, shapes=hidden, run=self._head(last), hidden=last)
+
+    def _encode(self, module: Any, index: int) -> Tensor:
+        """Features of one medium, frame by frame: an encoder of 320 pixels takes much memory for each."""
+        import torch
+
+        pixels = load_medium(self.media[index], self.config, self.source.inputs.fit).pixels
+        return torch.cat([module(torch.from_numpy(frame[None])) for frame in pixels])
+
+    def _resample(self, module: Any, features: Array) -> Tensor:
+        import torch
+
+        embeddings = self.config.resampler.num_time_embeddings
+        times = [torch.from_numpy(time_weights(len(features), embeddings))] if embeddings else []
+        latents: Tensor = module(torch.from_numpy(features[None]), *times)[0]
+        return latents
+
+    def _embed(self, module: Any, index: int) -> Tensor:
+        import torch
+
+        embedded: Tensor = module.embedding(torch.from_numpy(self.checked.samples[index].token_ids))
+        return embedded
+
+    def _gated(self, hidden: Stream, latents: Stream) -> Callable[[Any, int], Tensor]:
+        import torch
+
+        resampler = self.config.resampler
+
+        def run(module: Any, index: int) -> Tensor:
+            sample = self.checked.samples[index]
+            shown = np.zeros((len(sample.media), resampler.num_latents, resampler.width), np.float32)
+            for place in range(len(sample.media)):
+                shown[place] = latents.read(self.first_medium[index] + place)
+            k, v = module.media_kv(torch.from_numpy(shown))
+            rows, phi = torch.arange(len(sample.media))[None], torch.from_numpy(sample.phi[None])
+            found: Tensor = module(torch.from_numpy(hidden.read(index)[None]), k, v, rows, phi)[0]
+            return found
+
+        return run
+
+    def _layer(self, hidden: Stream) -> Callable[[Any, int], Tensor]:
+        import torch
+
+        def run(module: Any, index: int) -> Tensor:
+            found: Tensor = module(torch.from_numpy(hidden.read(index)[None]))[0]
+            return found
+
+        return run
+
+    def _head(self, hidden: Stream) -> Callable[[Any, int], Tensor]:
+        import torch
+
+        def run(module: Any, index: int) -> Tensor:
+            normed: Tensor = module.norm(torch.from_numpy(hidden.read(index)))
+            return normed
+
+        return run

@@ -1,0 +1,81 @@
+"""Sizes that an engine is built for: one table of bounds a profile, in which a dimension has the same bounds wherever its name stands.
+
+A profile is a use of the engine that TensorRT tunes for by itself. The names are those of `specs`: B requests, S positions, M media,
+K logits, N media rows, F and T frames. C, the cache's capacity, is no symbol: in-place cache updates want it fixed.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from flamingo_export.bundle.manifest import ShapeLimits
+from flamingo_export.errors import BuildError
+from flamingo_export.specs import SubgraphSpec, TensorSpec
+
+CAPACITY = "C"
+
+
+class Bounds(msgspec.Struct, frozen=True):
+    """Smallest, most frequent and largest size of a dimension."""
+
+    least: int
+    usual: int
+    most: int
+
+
+class Profile(msgspec.Struct, frozen=True, kw_only=True):
+    """One use of an engine, and the bounds of every symbol in it."""
+
+    name: str
+    bounds: dict[str, Bounds]
+
+
+def profiles(spec: SubgraphSpec, limits: ShapeLimits) -> tuple[Profile, ...]:
+    """The uses of a subgraph, the first of them the one with the longest calls. Raises BuildError if the limits contradict each other."""
+    check_limits(limits)
+    rows, frames = limits.bank_rows, limits.frames
+    if spec.aliases:  # the decoder, or a part of it
+        batch, bank = Bounds(1, 1, limits.batch), Bounds(1, rows, rows)
+        chunk, beams = limits.chunk, min(3, limits.beams)
+        media = min(limits.chunk_media, chunk, rows)
+        uses = {
+            # K begins at 1: TensorRT for RTX 1.7 compiles a profile from 0 on, but that it runs an empty product was never seen.
+            "prefill": {"S": Bounds(1, chunk, chunk), "M": Bounds(1, 1, media), "K": Bounds(1, 1, chunk)},
+            "decode": {"S": Bounds(1, beams, limits.beams), "M": Bounds(1, 1, 1), "K": Bounds(1, beams, limits.beams)},
+        }
+        uses = {name: {"B": batch, "N": bank, **bounds} for name, bounds in uses.items()}
+    elif spec.name == "resampler":
+        uses = {
+            "videos": {
+                "N": Bounds(1, 1, max(1, frames // 2)),
+                "T": Bounds(1, min(8, limits.video_frames), limits.video_frames),
+            },
+            "images": {"N": Bounds(1, 1, frames), "T": Bounds(1, 1, 1)},
+        }
+    else:
+        symbol = "F" if spec.name == "vision_encoder" else "N"
+        uses = {"encode": {symbol: Bounds(1, 1, frames)}}
+    wanted = symbols(spec)
+    return tuple(
+        Profile(name=name, bounds={symbol: bounds[symbol] for symbol in sorted(wanted)}) for name, bounds in uses.items()
+    )
+
+
+def symbols(spec: SubgraphSpec) -> set[str]:
+    """Names of the sizes that vary from call to call in an engine."""
+    named = {dim for tensor in (*spec.inputs, *spec.outputs) for dim in tensor.shape if isinstance(dim, str)}
+    return named - {CAPACITY}
+
+
+def shape_of(tensor: TensorSpec, sizes: dict[str, int]) -> tuple[int, ...]:
+    """The shape of a tensor when its symbols have these sizes."""
+    return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in tensor.shape)
+
+
+def check_limits(limits: ShapeLimits) -> None:
+    """Raises BuildError if no engine can have these limits."""
+    faults = [f"{name} is {value}, expected at least 1" for name, value in msgspec.structs.asdict(limits).items() if value < 1]
+    if limits.max_length <= max(limits.chunk, limits.beams):
+        faults.append(f"max_length {limits.max_length} leaves no room beside a chunk of {limits.chunk} or {limits.beams} beams")
+    if faults:
+        raise BuildError("no engine can have these limits: " + "; ".join(faults))

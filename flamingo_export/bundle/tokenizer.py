@@ -1,0 +1,66 @@
+"""The tokenizer a bundle carries: the model's own, checked against its vocabulary, or a stand-in for random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flamingo_export.errors import CheckpointError
+from flamingo_reference.checkpoints.files.tensors import CheckpointError as UnreadableCheckpoint
+from flamingo_reference.checkpoints.files.tokenizer_file import open_tokenizer
+from flamingo_reference.config import ModelConfig
+from flamingo_reference.input_format import PAPER, Tags
+
+_STRUCTURE = {"pad": "<PAD>", "bos": "<BOS>", "eoc": "<EOC>", "image": "<image>"}
+_NUM_BYTES = 256
+_MAX_SPARE_ROWS = 255  # of an embedding, without a token
+
+
+def checked_tokenizer(path: Path, config: ModelConfig, tags: Tags = PAPER.tags) -> str:
+    """The text of a tokenizer.json that fits the model, made of a SentencePiece model where `path` is one.
+
+    tags: the texts of the tokens that carry structure, and those that are added where the file lacks them.
+    Raises CheckpointError if it cannot be read, or is of another vocabulary: of another size, or with other ids for the tags.
+    """
+    advice = "Bring the tokenizer that the model was trained with."
+    try:
+        tokenizer = open_tokenizer(path, tags.added)
+    except UnreadableCheckpoint as error:
+        raise CheckpointError(str(error)) from error
+    size, expected = tokenizer.get_vocab_size(with_added_tokens=True), config.language_model.vocab_size
+    # Others pad their embeddings to a round number of rows.
+    spare = 0 if tags == PAPER.tags else _MAX_SPARE_ROWS
+    if not expected - spare <= size <= expected:
+        raise CheckpointError(f"{path} has {size} tokens, the model's vocabulary has {expected}. {advice}")
+    wanted = {
+        tag: getattr(config.tokens, field)
+        for field, tag in (("bos", tags.bos), ("eoc", tags.eoc), ("image", tags.image))
+        if tag
+    }
+    faults = [
+        f"{tag} is {tokenizer.token_to_id(tag)}, expected {index}"
+        for tag, index in wanted.items()
+        if tokenizer.token_to_id(tag) != index
+    ]
+    if faults:
+        raise CheckpointError(f"{path} is of another vocabulary than the model: {'; '.join(faults)}. {advice}")
+    return path.read_text(encoding="utf-8") if path.suffix == ".json" and not tags.added else str(tokenizer.to_str())
+
+
+def placeholder_tokenizer(config: ModelConfig) -> str | None:
+    """A byte-level tokenizer.json of the model's size without merges, for weights that were never trained: any text can be encoded.
+
+    Structural tokens stand at the config's ids, places that are left hold `<unused_i>`. None if the vocabulary has no room for the bytes.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    size = config.language_model.vocab_size
+    special = {getattr(config.tokens, field): tag for field, tag in _STRUCTURE.items()}
+    if size < _NUM_BYTES + len(special):
+        return None
+    letters = iter(sorted(pre_tokenizers.ByteLevel.alphabet()))
+    vocabulary = {special.get(index) or next(letters, f"<unused_{index}>"): index for index in range(size)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(tag, special=True, normalized=False) for tag in special.values()])
+    return tokenizer.to_str(pretty=False)

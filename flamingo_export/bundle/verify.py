@@ -1,0 +1,194 @@
+"""Files of a finished bundle: their digests, and opening a bundle only if they are what its manifest lists."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+
+import msgspec
+
+from flamingo_export.bundle.manifest import MANIFEST_NAME, FileRecord, Manifest, read_manifest
+from flamingo_export.errors import BundleError
+from flamingo_export.progress import SILENT, Progress
+
+_CHUNK = 1 << 22
+_CACHE_SCHEMA = 1
+_READ_FOLDERS = ("weights", "tokenizer", "golden")
+
+
+def file_record(root: Path, path: Path, progress: Progress = SILENT) -> FileRecord:
+    """Size and SHA-256 of a file below `root`."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            size += len(chunk)
+            progress.advance(len(chunk))
+    return FileRecord(path=path.relative_to(root).as_posix(), size=size, sha256=digest.hexdigest())
+
+
+class _Mark(msgspec.Struct, frozen=True, array_like=True):
+    """A file as it was when its digest was found right. The inode's change time cannot be set back, so a copy never passes for it."""
+
+    size: int
+    modified: int
+    changed: int
+    inode: int
+    sha256: str
+
+
+class _Verified(msgspec.Struct, kw_only=True):
+    schema: int = _CACHE_SCHEMA
+    files: dict[str, _Mark] = msgspec.field(default_factory=dict)
+
+
+class Verification(msgspec.Struct, frozen=True, kw_only=True):
+    """Files whose digests were computed now, and files known from an earlier opening and unchanged since."""
+
+    computed: tuple[str, ...]
+    known: tuple[str, ...]
+
+
+def open_bundle(bundle: Path, *, progress: Progress = SILENT) -> Manifest:
+    """The manifest of a bundle whose files are those it lists.
+
+    A file's digest is computed at the first opening and whenever its size or time has changed; what was found right is noted in the
+    user's cache folder, so read-only bundles open as well. Raises BundleError naming every file that is missing, cut short, altered,
+    a link or outside of the bundle, and if the manifest's values cannot be.
+    """
+    manifest = read_manifest(bundle)
+    check_manifest(bundle, manifest)
+    verify(bundle, manifest, progress=progress)
+    return manifest
+
+
+def check_manifest(bundle: Path, manifest: Manifest) -> None:
+    """Raises BundleError unless the manifest's values can be: graphs and weights that it lists with their digests, a sound configuration,
+    limits that leave room."""
+    listed = {record.path for record in manifest.files}
+    faults = [
+        f"graph {graph.name} is {graph.file!r}, expected a file that the manifest lists"
+        for graph in manifest.graphs
+        if graph.file not in listed
+    ]
+    faults += [f"{path} is not among the files that it lists" for path in _unlisted(bundle, listed)]
+    if manifest.schema_version < 1:
+        faults.append(f"schema_version is {manifest.schema_version}, expected at least 1")
+    limits = manifest.limits
+    for name, value in msgspec.structs.asdict(limits).items():
+        if value < 1:
+            faults.append(f"limits.{name} is {value}, expected at least 1")
+    if limits.chunk > limits.max_length:
+        faults.append(f"limits.chunk is {limits.chunk}, more than max_length {limits.max_length}")
+    try:
+        manifest.config.validate()
+    except ValueError as error:
+        faults.append(str(error))
+    if faults:
+        raise BundleError(f"the manifest of {bundle} cannot be right: {'; '.join(faults)}. Build the bundle again.")
+
+
+def _unlisted(bundle: Path, listed: set[str]) -> list[str]:
+    """What the runtime or the graphs may read without its being named: weights, tokenizer, golden values."""
+    found = (path for folder in _READ_FOLDERS for path in (bundle / folder).rglob("*") if not path.is_dir())
+    return sorted({path.relative_to(bundle).as_posix() for path in found} - listed)
+
+
+def verify(bundle: Path, manifest: Manifest, *, cache: Path | None = None, progress: Progress = SILENT) -> Verification:
+    """Checks the files of a bundle against its manifest. cache: folder of notes, None takes the user's. Raises BundleError as above."""
+    notes = _notes_file(bundle, cache)
+    earlier = _read_notes(notes)
+    faults: list[str] = []
+    verified: dict[str, _Mark] = {}
+    unknown: list[FileRecord] = []
+    for record in manifest.files:
+        found = _mark(bundle, record)
+        if isinstance(found, str):
+            faults.append(found)
+        elif earlier.get(record.path) == found:
+            verified[record.path] = found
+        else:
+            unknown.append(record)
+    known = tuple(verified)
+    if not faults and unknown:
+        progress.stage("verifying the bundle", sum(record.size for record in unknown), "bytes")
+    for record in unknown:
+        found = _mark(bundle, record)
+        try:
+            digest = file_record(bundle, bundle / record.path, progress).sha256
+        except OSError as error:
+            faults.append(f"{record.path} cannot be read ({error.strerror})")
+            continue
+        if digest != record.sha256:
+            faults.append(f"{record.path} was altered (its digest differs)")
+        elif not isinstance(found, str):
+            verified[record.path] = found
+    if unknown or verified != earlier:
+        _write_notes(notes, verified)
+    if faults:
+        raise BundleError(f"{bundle} is damaged: {'; '.join(faults)}. Build it again, or copy it again from where it came.")
+    return Verification(computed=tuple(record.path for record in unknown), known=known)
+
+
+def is_intact(bundle: Path, record: FileRecord) -> bool:
+    """Whether a file of the bundle is as recorded. One that was verified and has not changed since is not read again."""
+    found = _mark(bundle, record)
+    if isinstance(found, str):
+        return False
+    known = _read_notes(_notes_file(bundle)).get(record.path) == found
+    return known or file_record(bundle, bundle / record.path).sha256 == record.sha256
+
+
+def _notes_file(bundle: Path, cache: Path | None = None) -> Path:
+    return (cache or cache_folder()) / f"{hashlib.sha256(os.fsencode(bundle.resolve())).hexdigest()}.json"
+
+
+def cache_folder() -> Path:
+    """Where openings of bundles are noted."""
+    return Path.home() / ".cache" / "flamingo-export" / "verified"
+
+
+def _mark(bundle: Path, record: FileRecord) -> _Mark | str:
+    """The file as it is now, or what is wrong with it."""
+    pure = PurePosixPath(record.path)
+    if (
+        "\0" in record.path
+        or pure.is_absolute()
+        or ".." in pure.parts
+        or "\\" in record.path
+        or not pure.parts
+        or record.path == MANIFEST_NAME
+    ):
+        return f"{record.path!r} does not name a file of the bundle"
+    path = bundle.joinpath(*pure.parts)
+    inside = [bundle.joinpath(*pure.parts[: count + 1]) for count in range(len(pure.parts))]
+    try:
+        if any(part.is_symlink() for part in inside):
+            return f"{record.path} is a link, which a bundle must not hold"
+        stat = path.stat()
+        if not path.is_file():
+            return f"{record.path} is no file"
+    except OSError:
+        return f"{record.path} is missing"
+    if stat.st_size != record.size:
+        return f"{record.path} has {stat.st_size} bytes, expected {record.size}"
+    return _Mark(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, record.sha256)
+
+
+def _read_notes(path: Path) -> dict[str, _Mark]:
+    with suppress(OSError, msgspec.MsgspecError):
+        notes = msgspec.json.decode(path.read_bytes(), type=_Verified)
+        if notes.schema == _CACHE_SCHEMA:
+            return notes.files
+    return {}
+
+
+def _write_notes(path: Path, files: dict[str, _Mark]) -> None:
+    """Best effort: where nothing can be noted, digests are computed at each opening."""
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_bytes(msgspec.json.encode(_Verified(files=files)))
+        temporary.replace(path)

@@ -1,0 +1,212 @@
+"""What a build would write and take, before anything is written: bytes, memory and time of each step, and which GPUs hold the result.
+
+Times are those of two cores of a 2.5 GHz server, measured (docs/precision.md); they are for telling minutes from hours.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import msgspec
+
+from flamingo_export.backends.registry import COMPILERS
+from flamingo_export.bundle.manifest import ShapeLimits, default_limits
+from flamingo_export.pipeline.request import BuildRequest, resolve_precision
+from flamingo_export.pipeline.write_weights import LARGE, THREADS
+from flamingo_export.precision import BYTES_PER_WEIGHT, Precision
+from flamingo_export.quantize.policies import check_backend, check_policy
+from flamingo_export.sources import CheckpointSource, open_source
+from flamingo_export.sources.choice import CheckpointFolder
+from flamingo_export.weights import WeightIndex, bundle_weights, stored_bytes
+from flamingo_export.weights.decoder_cuts import graph_bytes, graph_records
+from flamingo_reference.config import ModelConfig
+from flamingo_reference.names import expected_tensors
+
+# Graphs, tokenizer, golden values and reports beside the weights.
+OTHER_FILES_BYTES = 64_000_000
+# An engine holds the weights of its graph once more, and its kernels.
+ENGINE_RATIO = 1.05
+# Seconds for a number of a weight, on two cores: drawn or read, hashed and written; and on top of it to be quantised.
+_WEIGHT_SECONDS = 18e-9
+_QUANTISING_SECONDS = {"fp8": 7e-9, "int8": 2.2e-9, "int4": 16e-9}
+# Of calibration on the shipped set, for a number of a weight: read, and multiplied with 512 tokens.
+_CALIBRATING_SECONDS = 60e-9
+# Bytes for a number of the largest matrix while it is made (itself in fp32, transposed, codes), and for the program itself.
+_MAKING_BYTES, _PROGRAM_BYTES = 9.0, 300 << 20
+CARDS = {
+    "RTX 4090, 24 GB": 24e9,
+    "L40S, 48 GB": 48e9,
+    "A100 or H100, 80 GB": 80e9,
+    "H200, 141 GB": 141e9,
+    "B200, 180 GB": 180e9,
+}
+# What of a card's memory is left to engines.
+_USABLE = 0.92
+
+
+class PlannedGraph(msgspec.Struct, frozen=True, kw_only=True):
+    """A graph of the bundle: for (parts of) the decoder its LM layers [start, stop); bytes of the weights that it reads; bytes of memory and
+    seconds of one core that its engine takes to build, None where none is."""
+
+    name: str
+    layers: tuple[int, int] | None
+    weight_bytes: int
+    engine_memory: int | None = None
+    engine_seconds: float | None = None
+
+
+class PlannedStep(msgspec.Struct, frozen=True, kw_only=True):
+    """A step of the build: seconds on two cores, bytes of memory at its peak, bytes that it adds to the disk."""
+
+    name: str
+    seconds: float
+    memory: int
+    disk: int
+
+
+class PlannedCard(msgspec.Struct, frozen=True, kw_only=True):
+    """A kind of GPU: how many of them, each with a part of the decoder, hold engines, caches and bank; 1 is all in one."""
+
+    name: str
+    memory: int
+    count: int
+
+
+class BuildPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """What a build would write. bytes_per_component: the bundle's weights, by the component they belong to. absent: files that a build needs
+    and an index names, which are not there."""
+
+    config: ModelConfig
+    precision: Precision
+    out: Path
+    bytes_per_component: dict[str, int]
+    weight_bytes: int
+    graphs: tuple[PlannedGraph, ...]
+    steps: tuple[PlannedStep, ...]
+    device_bytes: int
+    """Needed on a GPU: engines, caches of the limits' batch and length, media bank. Not counted: intermediate results."""
+    cards: tuple[PlannedCard, ...]
+    disk_bytes: int
+    """Needed at `out`'s disk, everything included, were the build to start anew."""
+    absent: tuple[Path, ...] = ()
+
+
+def plan(request: BuildRequest) -> BuildPlan:
+    """What `build` would write, without writing. Raises CheckpointError, UnsupportedModel or, for parts and policies, BuildError as it would,
+    but not for shards that are missing: config.json and an index suffice."""
+    absent: tuple[Path, ...] = ()
+    if isinstance(request.source, CheckpointFolder):
+        checkpoint = CheckpointSource(request.source, may_be_absent=True)
+        config, absent = checkpoint.config, checkpoint.checkpoint.absent
+    else:
+        config = open_source(request.source).config
+    precision = resolve_precision(config, request.storage, request.policy)
+    if precision.policy is not None:
+        check_policy(precision.policy, [weight.name for weight in bundle_weights(config, precision) if weight.product])
+        check_backend(precision.policy, request.backend, request.target)
+    sizes: dict[str, int] = {}
+    for weight in bundle_weights(config, precision):
+        component = weight.name.split("/", 1)[0]
+        sizes[component] = sizes.get(component, 0) + stored_bytes(weight, precision)
+    total = sum(sizes.values())
+    device = _device_bytes(config, precision, request.limits or default_limits(config))
+    return BuildPlan(
+        config=config,
+        precision=precision,
+        out=request.out,
+        bytes_per_component=sizes,
+        weight_bytes=total,
+        graphs=planned_graphs(request, config, precision),
+        disk_bytes=total + engine_bytes(request, config, precision) + OTHER_FILES_BYTES,
+        absent=absent,
+        steps=_steps(request, config, precision),
+        device_bytes=device,
+        cards=tuple(
+            PlannedCard(name=name, memory=int(size), count=math.ceil(device / (size * _USABLE))) for name, size in CARDS.items()
+        ),
+    )
+
+
+def _steps(request: BuildRequest, config: ModelConfig, precision: Precision) -> tuple[PlannedStep, ...]:
+    """Without parity, whose time depends on what is compared."""
+    weights = bundle_weights(config, precision)
+    numbers = sum(math.prod(weight.shape) for weight in weights)
+    largest = max(math.prod(weight.shape) for weight in weights)
+    making = _PROGRAM_BYTES + int(_MAKING_BYTES * largest * (1 if largest > LARGE else THREADS))
+    total = sum(stored_bytes(weight, precision) for weight in weights)
+    steps = []
+    policy = precision.policy
+    if policy is not None and policy.needs_ranges and request.calibration is None and not request.uncalibrated:
+        steps.append(
+            PlannedStep(
+                name="calibration, on the shipped set",
+                seconds=numbers * _CALIBRATING_SECONDS,
+                memory=_PROGRAM_BYTES + _part_bytes(config),
+                disk=0,
+            )
+        )
+    seconds = numbers * _WEIGHT_SECONDS
+    for weight in weights:
+        how = weight.quantisation(precision)
+        seconds += math.prod(weight.shape) * _QUANTISING_SECONDS[how.element] if how is not None else 0.0
+    steps.append(PlannedStep(name="weights", seconds=seconds, memory=making, disk=total))
+    for graph in planned_graphs(request, config, precision):
+        if graph.engine_memory is not None and graph.engine_seconds is not None:
+            disk = int(ENGINE_RATIO * graph.weight_bytes)
+            name = f"engine of {graph.name}"
+            steps.append(PlannedStep(name=name, seconds=graph.engine_seconds, memory=graph.engine_memory, disk=disk))
+    return tuple(steps)
+
+
+def _part_bytes(config: ModelConfig) -> int:
+    """fp32 bytes of the largest part of the reference that calibration has in memory, twice: as it is read and as it is used."""
+    sizes: dict[str, int] = {}
+    for name, shape in expected_tensors(config).items():
+        parts = name.split(".")
+        numbered = next((index for index, part in enumerate(parts) if part.isdigit()), 0)
+        part = ".".join(parts[: numbered + 1]) if parts[0] in ("language_model", "cross_attention") else parts[0]
+        sizes[part] = sizes.get(part, 0) + 4 * math.prod(shape)
+    return 2 * max(sizes.values())
+
+
+def _device_bytes(config: ModelConfig, precision: Precision, limits: ShapeLimits) -> int:
+    """Bytes on a GPU, were all graphs engines."""
+    lm, block = config.language_model, config.cross_attention
+    width = BYTES_PER_WEIGHT[precision.storage]
+    weights = sum(stored_bytes(weight, precision) for weight in bundle_weights(config, precision))
+    caches = 2 * lm.num_layers * lm.kv_heads * lm.head_size * limits.max_length * limits.batch * width
+    bank = (
+        2
+        * len(config.gated_layers)
+        * block.num_heads
+        * config.resampler.num_latents
+        * block.head_size
+        * limits.bank_rows
+        * (1 if precision.media == "fp8" else width)
+    )
+    return int(ENGINE_RATIO * weights) + caches + bank
+
+
+def planned_graphs(request: BuildRequest, config: ModelConfig, precision: Precision) -> tuple[PlannedGraph, ...]:
+    sizes = WeightIndex.planned(config, precision).sizes()
+    graphs = tuple(
+        PlannedGraph(name=record.name, layers=record.layers, weight_bytes=graph_bytes(config, sizes, record))
+        for record in graph_records(config, sizes, request.parts)
+    )
+    if request.backend not in COMPILERS:
+        return graphs
+    from flamingo_export.backends.tensorrt.estimate import estimate
+
+    needed = [estimate(graph.weight_bytes) for graph in graphs]
+    return tuple(
+        msgspec.structs.replace(graph, engine_memory=each.memory, engine_seconds=each.seconds)
+        for graph, each in zip(graphs, needed, strict=True)
+    )
+
+
+def engine_bytes(request: BuildRequest, config: ModelConfig, precision: Precision) -> int:
+    """Of all engines: each has the weights that its graph reads, so what two parts of the decoder read counts twice."""
+    if request.backend not in COMPILERS:
+        return 0
+    return int(ENGINE_RATIO * sum(graph.weight_bytes for graph in planned_graphs(request, config, precision)))

@@ -1,0 +1,92 @@
+"""Ranges for a quantised build: what was given is checked before anything is written, what was not is found on the way."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from typing import Literal
+
+from flamingo_export.bundle.manifest import CalibrationRecord
+from flamingo_export.bundle.verify import file_record
+from flamingo_export.errors import BuildError
+from flamingo_export.pipeline.request import BuildRequest
+from flamingo_export.pipeline.work_folder import Finished, Journal, WorkPlace
+from flamingo_export.precision import Precision
+from flamingo_export.progress import Progress
+from flamingo_export.quantize.policies import check_backend, check_policy
+from flamingo_export.sources import WeightSource
+from flamingo_export.weights import bundle_weights
+from flamingo_export.weights.calibration_table import (
+    CALIBRATION_FILE,
+    CalibrationTable,
+    calibration_record,
+    read_table,
+    write_table,
+)
+from flamingo_reference.config import ModelConfig
+
+
+def checked_policy(
+    request: BuildRequest, config: ModelConfig, precision: Precision, target: str | None
+) -> CalibrationTable | None:
+    """The calibration table that was given. target: the GPU of the engines.
+
+    Raises BuildError for a policy that fits neither model nor backend, or needs a table and could not be given one; CalibrationError for
+    a table that cannot be read.
+    """
+    policy = precision.policy
+    if policy is None:
+        if request.calibration is not None:
+            raise BuildError(
+                f"--calibration {request.calibration} is of use to a quantised build alone: add --fp8, --int8 or --int4"
+            )
+        if request.uncalibrated:
+            raise BuildError("--uncalibrated is of use to a quantised build alone: add --fp8, or leave it out")
+        return None
+    check_policy(policy, [weight.name for weight in bundle_weights(config, precision) if weight.product])
+    check_backend(policy, request.backend, target)
+    if request.calibration is not None:
+        return read_table(request.calibration)
+    if policy.needs_ranges and not request.uncalibrated and importlib.util.find_spec("torch") is None:
+        raise BuildError(
+            f"policy {policy.name} quantises activations, whose ranges are found by running the reference, and PyTorch is not installed. "
+            "Give a table made elsewhere (--calibration FILE), install PyTorch (pip install 'flamingo-export[torch]'), or build without "
+            "ranges (--uncalibrated), which costs accuracy."
+        )
+    return None
+
+
+def written_ranges(
+    source: WeightSource,
+    precision: Precision,
+    given: CalibrationTable | None,
+    place: WorkPlace,
+    journal: Journal,
+    progress: Progress,
+    *,
+    uncalibrated: bool,
+) -> tuple[CalibrationTable | None, CalibrationRecord | None]:
+    """The table that quantisation reads, written into the bundle, and what the manifest says of it: as given, or made here of the set
+    that ships with the package where activations are quantised."""
+    policy, path = precision.policy, place.work / CALIBRATION_FILE
+    if policy is None:
+        return None, None
+    if given is None and (uncalibrated or not policy.needs_ranges):
+        return None, CalibrationRecord(origin="none")
+    origin: Literal["given", "shipped"] = "given" if given is not None else "shipped"
+    if CALIBRATION_FILE in journal.groups:
+        kept = read_table(path)
+        return kept, calibration_record(kept, origin)
+    table = given
+    if table is None:
+        from flamingo_calibration.data import source_tokenizer
+        from flamingo_calibration.run import calibrate
+        from flamingo_calibration.shipped import shipped_samples
+
+        tokenizer = source_tokenizer(source)
+        samples = shipped_samples(source.config, tokenizer, source.inputs)
+        table = calibrate(source, samples, tokenizer=tokenizer, work=place.calibration, progress=progress)
+    write_table(path, table)
+    journal.add(CALIBRATION_FILE, Finished(file=file_record(place.work, path), sources={}))
+    shutil.rmtree(place.calibration, ignore_errors=True)
+    return table, calibration_record(table, origin)

@@ -1,0 +1,274 @@
+"""Where a build works: its temporary sibling of the output, the lock and the journal, and the step that publishes it."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import msgspec
+
+from flamingo_export.bundle.manifest import MANIFEST_NAME, FileRecord
+from flamingo_export.errors import BuildError
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+
+
+class WorkPlace(msgspec.Struct, frozen=True):
+    """The paths of a build: where it is published, and its temporary siblings."""
+
+    out: Path
+
+    def __post_init__(self) -> None:
+        if not self.out.name or "\0" in str(self.out):
+            raise BuildError(f"{str(self.out)!r} cannot be the name of a bundle. Choose another output path: --out NAME.bundle")
+
+    @property
+    def work(self) -> Path:
+        """Folder the bundle is put together in."""
+        return self.out.with_name(f".{self.out.name}.building")
+
+    @property
+    def journal(self) -> Path:
+        """What is finished of it."""
+        return self.out.with_name(f".{self.out.name}.building.json")
+
+    @property
+    def calibration(self) -> Path:
+        """Folder of a calibration that is part of the build, while it runs."""
+        return self.out.with_name(f".{self.out.name}.calibrating")
+
+    @property
+    def lock(self) -> Path:
+        """Held while a build runs."""
+        return self.out.with_name(f".{self.out.name}.lock")
+
+    @property
+    def replaced(self) -> Path:
+        """The bundle that was at `out`, where two folders cannot be exchanged in one step."""
+        return self.out.with_name(f".{self.out.name}.replaced")
+
+    def discard(self) -> None:
+        """Removes all that an unfinished build has left."""
+        self.journal.unlink(missing_ok=True)
+        shutil.rmtree(self.work, ignore_errors=True)
+        shutil.rmtree(self.calibration, ignore_errors=True)
+
+
+class Finished(msgspec.Struct, frozen=True, kw_only=True):
+    """A finished group of weights: its file, and the digests of the source's tensors it was made of."""
+
+    file: FileRecord
+    sources: dict[str, str]
+
+
+class _JournalFile(msgspec.Struct, kw_only=True):
+    identity: str
+    inode: int
+    """Of the work folder: after publishing, another folder may lie under its name."""
+    groups: dict[str, Finished] = msgspec.field(default_factory=dict)
+
+
+class Journal:
+    """What a build has finished, kept beside its work folder so that a killed build goes on where it was."""
+
+    def __init__(self, place: WorkPlace, identity: str, *, resume: bool = True) -> None:
+        """Goes on with the work folder if the journal there is of the same identity, else empties it.
+
+        `discarded` tells whether the work of another build was thrown away.
+        """
+        self._place = place
+        self.discarded = False
+        earlier = _read_journal(place)
+        fits = earlier is not None and resume and earlier.identity == identity and _inode(place.work) == earlier.inode
+        if earlier is not None and fits:
+            self._content = earlier
+        else:
+            self.discarded = earlier is not None and bool(earlier.groups) and place.work.exists()
+            place.discard()
+            place.work.mkdir()
+            self._content = _JournalFile(identity=identity, inode=place.work.stat().st_ino)
+        self._tidy()
+        self._save()
+
+    @property
+    def groups(self) -> dict[str, Finished]:
+        """The finished groups."""
+        return self._content.groups
+
+    def add(self, group: str, record: Finished) -> None:
+        """Records a finished group durably."""
+        self._content.groups[group] = record
+        self._save()
+
+    def _tidy(self) -> None:
+        """Leaves nothing in the work folder but the files of finished groups, and no group whose file is not there in full."""
+        work = self._place.work
+        for group, record in list(self._content.groups.items()):
+            path = work / record.file.path
+            if not (path.is_file() and path.stat().st_size == record.file.size):
+                del self._content.groups[group]
+        kept = {work / record.file.path for record in self._content.groups.values()}
+        for path in sorted(work.rglob("*"), reverse=True):
+            if path.is_dir() and not path.is_symlink():
+                with suppress(OSError):  # not empty: it holds files that are kept
+                    path.rmdir()
+            elif path not in kept:
+                path.unlink()
+
+    def _save(self) -> None:
+        """A crash leaves the old journal or the new one."""
+        temporary = self._place.journal.with_name(self._place.journal.name + ".part")
+        with temporary.open("wb") as file:
+            file.write(msgspec.json.encode(self._content))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self._place.journal)
+
+
+def _read_journal(place: WorkPlace) -> _JournalFile | None:
+    with suppress(OSError, msgspec.MsgspecError):
+        return msgspec.json.decode(place.journal.read_bytes(), type=_JournalFile)
+    return None
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return path.lstat().st_ino
+    except OSError:
+        return None
+
+
+@contextmanager
+def exclusive(place: WorkPlace) -> Iterator[None]:
+    """Holds the lock of an output path. Raises BuildError if another build holds it, or the folder cannot be written."""
+    try:
+        place.out.parent.mkdir(parents=True, exist_ok=True)
+        handle = _locked(place)
+    except OSError as error:
+        raise BuildError(f"{place.out.parent} cannot be written ({error.strerror}). Choose another --out.") from error
+    try:
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        place.lock.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _locked(place: WorkPlace) -> int:
+    """A handle on the lock file, held. The system lets go of it when the process ends, however it ends."""
+    while True:
+        handle = os.open(place.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(handle, 32, 0).decode(errors="replace").strip() or "unknown"
+            os.close(handle)
+            raise BuildError(
+                f"another build to {place.out} is running (process {holder}). Wait for it, or choose another --out."
+            ) from None
+        except OSError:
+            os.close(handle)
+            raise
+        if _inode(place.lock) == os.fstat(handle).st_ino:
+            return handle
+        os.close(handle)  # the build that held it removed the file in between
+
+
+def mend(place: WorkPlace) -> None:
+    """Finishes what a build that was killed while publishing has left to do."""
+    if place.replaced.exists():
+        if os.path.lexists(place.out):
+            shutil.rmtree(place.replaced, ignore_errors=True)
+        else:
+            place.replaced.rename(place.out)
+    journal = _read_journal(place)
+    if journal is not None and journal.inode != _inode(place.work):
+        place.discard()
+
+
+def check_output(place: WorkPlace, *, overwrite: bool) -> None:
+    """Raises BuildError if something is at the output path and may not be replaced."""
+    if not os.path.lexists(place.out):
+        return
+    if place.out.is_symlink() or not (place.out / MANIFEST_NAME).is_file():
+        raise BuildError(f"{place.out} exists and is no bundle, so it is never replaced. Choose another --out, or remove it.")
+    if not overwrite:
+        raise BuildError(f"{place.out} exists. Choose another --out, or replace it with --force.")
+
+
+def check_disk(place: WorkPlace, needed: int) -> None:
+    """Raises BuildError if the output's disk has fewer than `needed` bytes free."""
+    free = shutil.disk_usage(place.out.parent).free
+    if free < needed:
+        raise BuildError(
+            f"the build needs {needed / 1e9:.2f} GB on the disk of {place.out.parent.resolve()}, which has {free / 1e9:.2f} GB free. "
+            "Free some, or choose an --out on another disk."
+        )
+
+
+@contextmanager
+def disk_errors(place: WorkPlace) -> Iterator[None]:
+    """Turns a full disk or a failed write into a BuildError that says what is kept."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in DISK_ERRORS:
+            raise BuildError(
+                f"writing {error.filename or place.work} failed: {error.strerror}. The parts that are finished are kept in {place.work}. "
+                "Free some space and run the same command to go on, or remove that folder."
+            ) from error
+        raise
+
+
+def publish(place: WorkPlace) -> None:
+    """Makes the finished work folder the bundle at `out`. Readers see the old bundle or the new one, wherever the system can exchange
+    two folders in one step; elsewhere the old one is set aside for a moment, and put back if the new one does not get there."""
+    sync_tree(place.work)
+    if not os.path.lexists(place.out):
+        place.work.rename(place.out)
+    elif not _exchange(place.work, place.out):
+        place.out.rename(place.replaced)
+        try:
+            place.work.rename(place.out)
+        except BaseException:
+            place.replaced.rename(place.out)
+            raise
+        shutil.rmtree(place.replaced, ignore_errors=True)
+    _sync(place.out.parent)
+    place.discard()
+
+
+def sync_tree(folder: Path) -> None:
+    """Brings names and contents of all files below `folder` to the disk."""
+    for path in (folder, *folder.rglob("*")):
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swaps two folders in one step; False where the system or the file system cannot (Linux 3.15 and the usual file systems can)."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    if renameat2 is None:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if renameat2(here, os.fsencode(one), here, os.fsencode(other), ctypes.c_uint(exchange)) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code), os.fspath(other))

@@ -1,0 +1,163 @@
+"""Golden values: what the reference computes in every case of parity, kept so that a machine without PyTorch can check its engines.
+
+    golden/cases.json            which weights and storage type they belong to; shape, rms, peak and PyTorch's error of each tensor; traces
+    golden/tensors.safetensors   the values, fp32: samples of outputs, and the hidden states that each layer is fed with
+
+Inputs are not stored: they follow from the case's name (`inputs.py`), pictures of token traces excepted.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from flamingo_export.errors import ParityError
+from flamingo_export.validate.checks.compare import AnyArray, Expected
+from flamingo_export.validate.report.parity_report import write_atomically
+
+GOLDEN_SCHEMA = 1
+CASES_FILE = "cases.json"
+TENSORS_FILE = "tensors.safetensors"
+
+
+class GoldenText(msgspec.Struct, frozen=True, kw_only=True):
+    """A hypothesis: tokens and their log-probabilities."""
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+
+class GoldenTrace(msgspec.Struct, frozen=True, kw_only=True):
+    """Tokens that the reference's search, in fp64, generates for a prompt.
+
+    media: PNG files of each medium's frames (base64 in JSON). logprobs: of the tokens. margins: of each step, and of the final ranking, as
+    `flamingo_reference.search` gives them; None is infinite. torch_error, peak: see `tolerances.trace_limit`. text: what the tokens mean.
+    """
+
+    case: str
+    prompt: str
+    prompt_tokens: tuple[int, ...]
+    media: tuple[tuple[bytes, ...], ...]
+    num_beams: int
+    new_tokens: int
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    margins: tuple[float | None, ...]
+    final_margin: float | None
+    torch_error: float
+    peak: float
+    others: tuple[GoldenText, ...] = ()
+    """The other hypotheses, best first: the best beam alone may never have changed its parent."""
+    text: str | None = None
+
+
+class Goldens(msgspec.Struct, kw_only=True):
+    """Reference values of one model's weights in one storage type. Keys are `case|tensor`."""
+
+    weights_sha256: str
+    storage: str
+    model: str
+    expected: dict[str, Expected] = msgspec.field(default_factory=dict)
+    hidden: dict[str, AnyArray] = msgspec.field(default_factory=dict)
+    """float32 [S, W] inputs of each layer, of each sequence of the case followed layer by layer: `layer|sequence`."""
+    prices: dict[str, float] = msgspec.field(default_factory=dict)
+    """What storing each LM layer (and the gated block before it) as the bundle does costs in PyTorch: rms of the difference from fp64 over the
+    rms of what the layer adds to its input."""
+    codes: dict[str, str] = msgspec.field(default_factory=dict)
+    """Of each quantised matrix and operand: `stored_codes.codes_digest` of what the bundle must hold."""
+    traces: tuple[GoldenTrace, ...] = ()
+    no_traces: str = ""
+    """Why there are none, where they were left out on purpose."""
+
+    def get(self, case: str, tensor: str) -> Expected | None:
+        """What is expected of a tensor of a case, if it was recorded."""
+        return self.expected.get(f"{case}|{tensor}")
+
+    def put(self, case: str, tensor: str, value: Expected) -> None:
+        self.expected[f"{case}|{tensor}"] = value
+
+
+class _Entry(msgspec.Struct, frozen=True, kw_only=True):
+    shape: tuple[int, ...]
+    stride: int
+    rms: float
+    peak: float
+    torch_error: float
+
+
+class _File(msgspec.Struct, frozen=True, kw_only=True):
+    schema: int = GOLDEN_SCHEMA
+    model: str
+    storage: str
+    weights_sha256: str
+    tensors: dict[str, _Entry]
+    prices: dict[str, float] = msgspec.field(default_factory=dict)
+    codes: dict[str, str] = msgspec.field(default_factory=dict)
+    traces: tuple[GoldenTrace, ...]
+    no_traces: str = ""
+
+
+def save_goldens(folder: Path, goldens: Goldens) -> None:
+    """Writes both files into `folder`, the tensors first: cases.json is there only when all is there."""
+    from safetensors.numpy import save
+
+    arrays = {f"expected|{key}": value.values.astype(np.float32) for key, value in goldens.expected.items()}
+    arrays |= {f"hidden|{key}": np.ascontiguousarray(value, np.float32) for key, value in goldens.hidden.items()}
+    entries = {
+        key: _Entry(shape=value.shape, stride=value.stride, rms=value.rms, peak=value.peak, torch_error=value.torch_error)
+        for key, value in goldens.expected.items()
+    }
+    document = _File(
+        model=goldens.model,
+        storage=goldens.storage,
+        weights_sha256=goldens.weights_sha256,
+        tensors=entries,
+        prices=goldens.prices,
+        codes=goldens.codes,
+        traces=goldens.traces,
+        no_traces=goldens.no_traces,
+    )
+    write_atomically(folder / TENSORS_FILE, save(arrays))
+    write_atomically(folder / CASES_FILE, msgspec.json.format(msgspec.json.encode(document), indent=1) + b"\n")
+
+
+def load_goldens(folder: Path) -> Goldens | None:
+    """The golden values in `folder`, or None where none were recorded. Raises ParityError if they are damaged or of a newer schema."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    path = folder / CASES_FILE
+    if not path.is_file():
+        return None
+    advice = "Record them again on a machine with PyTorch: flamingo-export parity BUNDLE."
+    try:
+        document = msgspec.json.decode(path.read_bytes(), type=_File)
+        if document.schema != GOLDEN_SCHEMA:
+            raise ParityError(f"{path} has schema {document.schema}, this version reads {GOLDEN_SCHEMA}. {advice}")
+        arrays = load_file(folder / TENSORS_FILE)
+        expected = {
+            key: Expected(
+                values=arrays[f"expected|{key}"].astype(np.float64),
+                shape=entry.shape,
+                stride=entry.stride,
+                rms=entry.rms,
+                peak=entry.peak,
+                torch_error=entry.torch_error,
+            )
+            for key, entry in document.tensors.items()
+        }
+    except (msgspec.MsgspecError, SafetensorError, OSError, KeyError) as error:
+        raise ParityError(f"golden values in {folder} are damaged ({type(error).__name__}: {error}). {advice}") from error
+    return Goldens(
+        weights_sha256=document.weights_sha256,
+        storage=document.storage,
+        model=document.model,
+        expected=expected,
+        hidden={key.removeprefix("hidden|"): value for key, value in arrays.items() if key.startswith("hidden|")},
+        prices=document.prices,
+        codes=document.codes,
+        traces=document.traces,
+        no_traces=document.no_traces,
+    )

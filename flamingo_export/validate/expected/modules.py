@@ -1,0 +1,125 @@
+"""The reference model one part at a time, first in fp64, then in PyTorch's fp32 with weights as the bundle stores them.
+
+A part is read from the checkpoint once, widened and narrowed in place, and dropped: memory is that of the largest part, whatever the model.
+A live model's own modules are used, hooks and all, not modules made anew from its weights.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from flamingo_export.backends.memory import release
+from flamingo_export.sources import LiveSource, WeightSource
+from flamingo_export.validate.expected.rounding import AsStored
+from flamingo_reference.config import ModelConfig
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from flamingo_reference.model import Flamingo
+
+Wide = TypeVar("Wide")
+Narrow = TypeVar("Narrow")
+
+
+class Parts(Protocol):
+    """The parts of a reference model."""
+
+    config: ModelConfig
+
+    def stage(self, prefix: str, wide: Callable[[Any], Wide], narrow: Callable[[Any], Narrow]) -> tuple[Wide, Narrow]:
+        """Results of `wide` on the part in fp64 and of `narrow` on it in fp32 with stored weights.
+
+        prefix: vision_encoder, resampler, cross_attention.i, language_model.layers.j, or language_model (embedding and norm only).
+        """
+
+
+def parts_of(source: WeightSource, stored: AsStored) -> Parts:
+    """The parts of a source: of the live model itself where it is one."""
+    return LiveParts(source.model, stored) if isinstance(source, LiveSource) else SourceParts(source, stored)
+
+
+class SourceParts:
+    """Parts made from a source of weights, each read when its turn comes."""
+
+    def __init__(self, source: WeightSource, stored: AsStored) -> None:
+        self.config = source.config
+        self._source, self._stored = source, stored
+        self._names = list(source.names())
+
+    def stage(self, prefix: str, wide: Callable[[Any], Wide], narrow: Callable[[Any], Narrow]) -> tuple[Wide, Narrow]:
+        import torch
+
+        from flamingo_reference.model.modules import load_part
+
+        module = load_part(self.config, prefix, self._source.read)
+        with torch.no_grad():
+            undo = _widen(module, at_use=prefix == "vision_encoder")
+            first = wide(module)
+            undo()
+            release()
+            self._stored.apply(module, prefix)
+            second = narrow(module)
+        del module
+        release()
+        return first, second
+
+
+class LiveParts:
+    """Parts of a model in memory: fp64 on copies, fp32 on the very modules (on copies where they must be rounded or moved)."""
+
+    def __init__(self, model: Flamingo, stored: AsStored) -> None:
+        self.config = model.config
+        self._model, self._stored = model, stored
+
+    def stage(self, prefix: str, wide: Callable[[Any], Wide], narrow: Callable[[Any], Narrow]) -> tuple[Wide, Narrow]:
+        import torch
+
+        module = self._model.get_submodule(prefix)
+        if prefix == "language_model":
+            module = copy.copy(module)
+            module._modules = {name: child for name, child in module._modules.items() if name != "layers"}
+        tensors = list(module.parameters())
+        as_is = self._stored.exact and all(tensor.dtype == torch.float32 and tensor.is_cpu for tensor in tensors)
+        with torch.no_grad():
+            first = wide(copy.deepcopy(module).cpu().double())
+            if as_is:
+                return first, narrow(module)
+            module = copy.deepcopy(module).cpu().float()
+            self._stored.apply(module, prefix)
+            return first, narrow(module)
+
+
+def _widen(module: nn.Module, *, at_use: bool) -> Callable[[], None]:
+    """Parameters to fp64, in place; returns what ends it.
+
+    at_use: a leaf's parameters are fp64 only while it runs. The vision encoder is one part of 435M parameters: 3.5 GB at once.
+    """
+    if not at_use:
+        for parameter in module.parameters():
+            parameter.data = parameter.data.double()
+        return lambda: None
+
+    def widen(leaf: nn.Module, _: Any) -> None:
+        for parameter in leaf.parameters():
+            parameter.data = parameter.data.double()
+
+    def narrow(leaf: nn.Module, _: Any, __: Any) -> None:
+        for parameter in leaf.parameters():
+            parameter.data = parameter.data.float()
+
+    handles = []
+    for part in module.modules():
+        if next(part.children(), None) is None:
+            handles += [part.register_forward_pre_hook(widen), part.register_forward_hook(narrow)]
+        else:
+            for parameter in part.parameters(recurse=False):
+                parameter.data = parameter.data.double()
+
+    def undo() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return undo

@@ -1,0 +1,249 @@
+"""What the reference computes in every case: one pass over the model's parts, in fp64 and in PyTorch's fp32 side by side.
+
+Sequences run whole and uncached; the engine's chunks, caches, masks and trees of beams must come to the same numbers.
+`alone` feeds each LM layer (with the gated block before it) with the reference's hidden states, rounded to fp32; `carried` with its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+
+from flamingo_export.progress import SILENT, Progress
+from flamingo_export.validate.checks.compare import AnyArray, expect
+from flamingo_export.validate.expected import inputs
+from flamingo_export.validate.expected.cases import (
+    END_TO_END_CASE,
+    LAYERS_CASE,
+    DecoderCase,
+    EncoderCase,
+    decoder_cases,
+    encoder_cases,
+)
+from flamingo_export.validate.expected.golden import Goldens
+from flamingo_export.validate.expected.media import BANK_ROWS, FLOATS, MediaFormat
+from flamingo_export.validate.expected.modules import Parts
+from flamingo_export.validate.expected.plan import Plan, plan_case
+from flamingo_reference.config import ModelConfig
+from flamingo_reference.phi import phi_from_tokens
+from flamingo_reference.time_weights import time_weights
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Key = tuple[str, int]
+"""Case and sequence."""
+
+
+def encoder_feeds(config: ModelConfig, case: EncoderCase) -> dict[str, AnyArray]:
+    """Inputs of a case of vision_encoder, resampler or media_kv."""
+    vision, resampler = config.vision, config.resampler
+    key = f"{case.subgraph}/{case.name}"
+    if case.subgraph == "vision_encoder":
+        return {"pixels": inputs.normal(key, (case.rows, 3, vision.image_size, vision.image_size))}
+    if case.subgraph == "resampler":
+        shape = (case.rows, case.frames, vision.num_patches, vision.feature_width)
+        return resampler_feeds(config, inputs.normal(key, shape))
+    return {"latents": inputs.normal(key, (case.rows, resampler.num_latents, resampler.width))}
+
+
+def resampler_feeds(config: ModelConfig, features: AnyArray) -> dict[str, AnyArray]:
+    """Inputs of the resampler for features [N, T, P, E]: time weights only where frames have time embeddings."""
+    embeddings = config.resampler.num_time_embeddings
+    times = {"time_weights": time_weights(features.shape[1], embeddings)} if embeddings else {}
+    return {"features": features, **times}
+
+
+def fed_positions(plan: Plan) -> dict[int, list[int]]:
+    """For each sequence, the positions that the engine is fed as its own, ascending."""
+    fed: dict[int, set[int]] = {}
+    for call in plan.calls:
+        for sequence, position in call.origin.reshape(-1, 2).tolist():
+            if sequence >= 0:
+                fed.setdefault(sequence, set()).add(position)
+    return {sequence: sorted(positions) for sequence, positions in sorted(fed.items())}
+
+
+def record_numbers(
+    parts: Parts,
+    goldens: Goldens,
+    progress: Progress = SILENT,
+    *,
+    cases: Sequence[DecoderCase] | None = None,
+    media: MediaFormat = FLOATS,
+) -> None:
+    """Fills `goldens` with what is expected in every case. Needs torch.
+
+    cases: of the decoder, None for `decoder_cases`. media: how the bank holds keys and values.
+    """
+    _Recorder(parts, goldens, progress, decoder_cases(parts.config) if cases is None else cases, media).run()
+
+
+class _Recorder:
+    def __init__(
+        self, parts: Parts, goldens: Goldens, progress: Progress, cases: Sequence[DecoderCase], media: MediaFormat
+    ) -> None:
+        self.parts, self.goldens, self.progress, self.media = parts, goldens, progress, media
+        self.config = parts.config
+        self.cases = {case.name: case for case in cases}
+        self.plans = {name: plan_case(self.config, case) for name, case in self.cases.items()}
+        self.latents: tuple[Any, Any] = (None, None)
+        """Of the end-to-end case, in fp64 and fp32."""
+
+    def run(self) -> None:
+        self.progress.stage("reference values", self.config.language_model.num_layers + 3)
+        self._encoders()
+        self._decoder()
+
+    def _encoders(self) -> None:
+        import torch
+
+        config = self.config
+        by_subgraph: dict[str, list[EncoderCase]] = {}
+        for case in encoder_cases(config):
+            by_subgraph.setdefault(case.subgraph, []).append(case)
+        features: list[Tensor] = []
+        for case in by_subgraph["vision_encoder"]:
+            pixels = torch.from_numpy(encoder_feeds(config, case)["pixels"])
+            wide, narrow = self.parts.stage("vision_encoder", lambda m, x=pixels: m(x.double()), lambda m, x=pixels: m(x))  # type: ignore[misc]
+            self._put(f"vision_encoder, {case.name}", "features", wide, narrow)
+            features = [wide, narrow]
+        self.progress.advance(1)
+        feeds = [encoder_feeds(config, case) for case in by_subgraph["resampler"]]
+        # The end-to-end case: the encoder's own frames, as images.
+        embeddings = config.resampler.num_time_embeddings
+        one = [torch.from_numpy(time_weights(1, embeddings))] if embeddings else []
+
+        def resample(module: Any, chained: Tensor) -> list[Tensor]:
+            found = [module(*(torch.from_numpy(array).to(chained) for array in feed.values())) for feed in feeds]
+            return [*found, module(chained[:, None], *(weights.to(chained) for weights in one))]
+
+        wide, narrow = self.parts.stage("resampler", lambda m: resample(m, features[0]), lambda m: resample(m, features[1]))
+        for case, one_wide, one_narrow in zip(by_subgraph["resampler"], wide, narrow, strict=False):
+            self._put(f"resampler, {case.name}", "latents", one_wide, one_narrow)
+        self._put(END_TO_END_CASE, "latents", wide[-1], narrow[-1])
+        self.latents = wide[-1], narrow[-1]
+        self.progress.advance(1)
+
+    def _decoder(self) -> None:
+        import torch
+
+        config = self.config
+        wide, narrow = self.parts.stage("language_model", self._embed, self._embed)
+        gated = {layer: i for i, layer in enumerate(config.gated_layers)}
+        last = config.language_model.num_layers - 1
+        for j in range(config.language_model.num_layers):
+            # The first layer of an engine embeds the tokens itself, with the embedding as it is stored.
+            alone = {key: hidden.float() for key, hidden in (wide if j else narrow).items() if key[0] == LAYERS_CASE}
+            before = alone[LAYERS_CASE, 0].double()
+            self.goldens.hidden[str(j)] = alone[LAYERS_CASE, 0][0].numpy().copy()
+            if j in gated:
+                wide, (narrow, alone) = self._gated(gated[j], wide, narrow, alone)
+
+            def layer(module: Any, *streams: dict[Key, Tensor]) -> tuple[list[dict[Key, Tensor]], list[Tensor]]:
+                _, k, v = module.qkv(streams[-1][LAYERS_CASE, 0])
+                return [{key: module(hidden) for key, hidden in stream.items()} for stream in streams], [k[0], v[0]]
+
+            (wides, wide_kv), (narrows, narrow_kv) = self.parts.stage(
+                f"language_model.layers.{j}",
+                lambda m, w=wide: layer(m, w),  # type: ignore[misc]
+                lambda m, n=narrow, a=alone: layer(m, n, a),  # type: ignore[misc]
+            )
+            (wide,), (narrow, alone) = wides, narrows
+            exact, rounded = wide[LAYERS_CASE, 0], alone[LAYERS_CASE, 0].double()
+            self.goldens.prices[str(j)] = _rms(rounded - exact) / (_rms(exact - before) or 1.0)
+            for kind, one_wide, one_narrow in zip("kv", wide_kv, narrow_kv, strict=True):
+                self._put(LAYERS_CASE, f"layer.{j}.{kind}", one_wide, one_narrow)
+            if j < last:
+                key = (LAYERS_CASE, 0)
+                self._put(LAYERS_CASE, f"layer.{j}.output", wide[key][0], alone[key][0])
+                self._put(LAYERS_CASE, f"layer.{j}.carried", wide[key][0], narrow[key][0])
+            self.progress.advance(1)
+
+        def logits(module: Any, *streams: dict[Key, Tensor]) -> list[dict[Key, Tensor]]:
+            return [{key: module.logits(hidden)[0] for key, hidden in stream.items()} for stream in streams]
+
+        wides, narrows = self.parts.stage("language_model", lambda m: logits(m, wide), lambda m: logits(m, narrow, alone))
+        (wide,), (narrow, alone) = wides, narrows
+        key = (LAYERS_CASE, 0)
+        self._put(LAYERS_CASE, f"layer.{last}.output", wide[key], alone[key])
+        self._put(LAYERS_CASE, f"layer.{last}.carried", wide[key], narrow[key])
+        for name, plan in self.plans.items():
+            fed = fed_positions(plan)
+            joined = [torch.cat([stream[name, sequence][at] for sequence, at in fed.items()]) for stream in (wide, narrow)]
+            self._put(name, "logits", *joined)
+        self._pool()
+        self.progress.advance(1)
+
+    def _embed(self, module: Any) -> dict[Key, Tensor]:
+        import torch
+
+        return {
+            (name, index): module.embedding(torch.tensor([sequence.tokens]))
+            for name, plan in self.plans.items()
+            for index, sequence in enumerate(plan.sequences)
+        }
+
+    def _gated(
+        self, i: int, wide: dict[Key, Tensor], narrow: dict[Key, Tensor], alone: dict[Key, Tensor]
+    ) -> tuple[dict[Key, Tensor], list[dict[Key, Tensor]]]:
+        """One gated block: the media_kv case, and every sequence of every case."""
+        import torch
+
+        (kv_case,) = (case for case in encoder_cases(self.config) if case.subgraph == "media_kv")
+        case_latents = torch.from_numpy(encoder_feeds(self.config, kv_case)["latents"])
+        drawn = self.media.drawn(self.config, i, BANK_ROWS)
+        held = [self.media.rounded(f"media_{kind}.{i}", values) for kind, values in zip("kv", drawn, strict=True)]
+
+        def run(
+            module: Any, bank: Sequence[AnyArray], latents: Tensor, *streams: dict[Key, Tensor]
+        ) -> tuple[list[dict[Key, Tensor]], Any, Any]:
+            given = [torch.from_numpy(array).to(latents) for array in bank]
+            encoded = module.media_kv(latents)
+            found = []
+            for stream in streams:
+                found.append(
+                    {
+                        key: module(hidden, *(encoded if self.cases[key[0]].from_pixels else given), *self._phi(key))
+                        for key, hidden in stream.items()
+                    }
+                )
+            return found, module.media_kv(case_latents.to(latents)), encoded
+
+        (wides, wide_kv, _), (narrows, narrow_kv, _) = self.parts.stage(
+            f"cross_attention.{i}",
+            lambda m: run(m, drawn, self.latents[0], wide),
+            lambda m: run(m, held, self.latents[1], narrow, alone),
+        )
+        for kind, one_wide, one_narrow in zip("kv", wide_kv, narrow_kv, strict=True):
+            self._put(f"media_kv, {kv_case.name}", f"media_{kind}.{i}", one_wide, one_narrow)
+        return wides[0], narrows
+
+    def _phi(self, key: Key) -> tuple[Tensor, Tensor]:
+        import torch
+
+        sequence = self.plans[key[0]].sequences[key[1]]
+        phi = phi_from_tokens(np.asarray([sequence.tokens]), self.config.tokens.image, self.config.tokens.reset)
+        rows = np.asarray([sequence.media or (0,)], np.int64)
+        return torch.from_numpy(rows), torch.from_numpy(phi)
+
+    def _pool(self) -> None:
+        """PyTorch's error in the logits of drawn media: the largest of all cases, for each of them.
+
+        It is the same computation in all; a case of few numbers, such as a single token, does not find the largest error by itself.
+        """
+        names = [name for name, case in self.cases.items() if not case.from_pixels]
+        found = {name: self.goldens.expected[f"{name}|logits"] for name in names}
+        largest = float(np.max([value.torch_error for value in found.values()]))  # NaN stays NaN
+        for name, value in found.items():
+            self.goldens.put(name, "logits", msgspec.structs.replace(value, torch_error=largest))
+
+    def _put(self, case: str, tensor: str, wide: Tensor, narrow: Tensor) -> None:
+        self.goldens.put(case, tensor, expect(wide.numpy(), narrow.numpy()))
+
+
+def _rms(tensor: Tensor) -> float:
+    return float(tensor.square().mean().sqrt())

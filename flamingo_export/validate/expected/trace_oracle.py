@@ -1,0 +1,196 @@
+"""Token traces of the reference: its plain search on the whole model in fp64, and how far PyTorch's fp32 is from it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from flamingo_export.bundle.manifest import ShapeLimits
+from flamingo_export.errors import CapacityError
+from flamingo_export.progress import Progress
+from flamingo_export.runtime.cache import check_capacity, check_positions
+from flamingo_export.runtime.media import medium_of
+from flamingo_export.runtime.tokenizer import Tokenizer
+from flamingo_export.sources import LiveSource, WeightSource
+from flamingo_export.validate.expected.golden import GoldenText, GoldenTrace
+from flamingo_export.validate.expected.rounding import AsStored
+from flamingo_export.validate.expected.trace_prompts import TracePrompt, to_png, trace_prompts
+from flamingo_reference.config import ModelConfig
+from flamingo_reference.input_format import Tags
+from flamingo_reference.phi import phi_from_tokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flamingo_reference.model import Flamingo
+
+BEAMS = (1, 3)
+
+
+def record_traces(
+    source: WeightSource, stored: AsStored, limits: ShapeLimits, tokenizer: Path | None, progress: Progress
+) -> tuple[GoldenTrace, ...]:
+    """Greedy and beam-3 traces of every prompt that fits the bundle's limits. Needs torch, and memory for the whole model."""
+    import torch
+
+    wide, narrow = reference_models(source, stored)
+    with torch.no_grad():
+        return traces_of(
+            source.config,
+            limits,
+            tokenizer,
+            source.inputs.tags,
+            lambda prompt: (_AskedReference(wide, prompt), _AskedReference(narrow, prompt)),
+            progress,
+        )
+
+
+class AskedModel(Protocol):
+    """A whole model and the media of one prompt."""
+
+    def logits(self, token_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """[B, S] -> [B, S, V]."""
+
+    def generate(self, tokens: Sequence[int], *, beams: int, new_tokens: int) -> list[tuple[int, ...]] | None:
+        """New tokens of every hypothesis by a search of the model's own, best first; None if it has none."""
+
+
+def traces_of(
+    config: ModelConfig,
+    limits: ShapeLimits,
+    tokenizer: Path | None,
+    tags: Tags,
+    models: Callable[[TracePrompt], tuple[AskedModel, AskedModel]],
+    progress: Progress,
+) -> tuple[GoldenTrace, ...]:
+    """Greedy and beam-3 traces of every prompt that fits the bundle's limits. models: those in fp64 and fp32, for a prompt."""
+    decode = Tokenizer.open(tokenizer.parent.parent, config, tags).decode if tokenizer is not None else None
+    prompts = trace_prompts(config, tokenizer)
+    progress.stage("reference token traces", len(prompts) * len(BEAMS))
+    traces = []
+    for prompt in prompts:
+        wide, narrow = models(prompt)
+        for beams in BEAMS:
+            try:
+                check_capacity(prompt=len(prompt.tokens), width=beams, new_tokens=prompt.new_tokens, limits=limits)
+                known = config.language_model.position_limit
+                check_positions(prompt=len(prompt.tokens), new_tokens=prompt.new_tokens, position_limit=known)
+            except CapacityError:
+                progress.advance(1)
+                continue
+            trace = _trace(config, wide, narrow, prompt, beams)
+            if decode is not None:
+                trace = _with_text(trace, decode(trace.tokens).strip())
+            traces.append(trace)
+            progress.advance(1)
+    return tuple(traces)
+
+
+def reference_models(source: WeightSource, stored: AsStored) -> tuple[Flamingo, Flamingo]:
+    """The whole reference in fp64, and in fp32 with weights as the bundle stores them: the live model itself where that is the same."""
+    import torch
+
+    from flamingo_reference.model import Flamingo, torch_from_numpy
+
+    if isinstance(source, LiveSource):
+        model = source.model
+    else:
+        with torch.device("meta"):
+            model = Flamingo(source.config)
+        model.load_state_dict({name: torch_from_numpy(source.read(name)) for name in source.names()}, assign=True)
+    wide = copy.deepcopy(model).cpu().double().eval()
+    parameters = list(model.parameters())
+    if stored.exact and all(each.dtype == torch.float32 and each.is_cpu for each in parameters):
+        return wide, model
+    narrow = copy.deepcopy(model).cpu().float().eval()
+    stored.apply(narrow, "")
+    return wide, narrow
+
+
+def _trace(config: ModelConfig, wide: AskedModel, narrow: AskedModel, prompt: TracePrompt, beams: int) -> GoldenTrace:
+    from flamingo_reference import search
+
+    ids = config.tokens
+    rules = search.Rules(eoc=ids.eoc, image=ids.image, max_new_tokens=prompt.new_tokens)
+    result = search.beam_search(lambda asked: wide.logits(asked)[:, -1], prompt.tokens, rules, beams=beams)
+    hypotheses = [GoldenText(tokens=each.token_ids, logprobs=each.token_logprobs) for each in result.hypotheses]
+    generated = wide.generate(prompt.tokens, beams=beams, new_tokens=prompt.new_tokens)
+    if generated is not None:  # the margins of the plain search, which asked the same model, say how close the choices were
+        hypotheses = [_scored(wide, prompt, tokens, ids.image) for tokens in generated]
+    best = hypotheses[0]
+    logits = [_following(model, prompt, best.tokens) for model in (wide, narrow)]
+    exact, own = (search.log_probabilities(each, ids.image) for each in logits)
+    finite = np.isfinite(exact)
+    return GoldenTrace(
+        case=prompt.case,
+        prompt=prompt.text,
+        prompt_tokens=prompt.tokens,
+        media=tuple(tuple(to_png(frame) for frame in frames) for frames in prompt.media),
+        num_beams=beams,
+        new_tokens=prompt.new_tokens,
+        tokens=best.tokens,
+        logprobs=best.logprobs,
+        margins=tuple(margin if math.isfinite(margin) else None for margin in result.margins),
+        final_margin=result.final_margin if math.isfinite(result.final_margin) else None,
+        torch_error=float(np.abs(exact[finite] - own[finite]).max()),
+        others=tuple(hypotheses[1:]),
+        peak=float(max(np.abs(logits[0]).max(), np.abs(exact[finite]).max())),
+    )
+
+
+def _scored(model: AskedModel, prompt: TracePrompt, tokens: Sequence[int], image: int) -> GoldenText:
+    from flamingo_reference.search import log_probabilities
+
+    rows = log_probabilities(_following(model, prompt, tokens), image)
+    return GoldenText(tokens=tuple(tokens), logprobs=tuple(float(row[token]) for row, token in zip(rows, tokens, strict=True)))
+
+
+def _following(model: AskedModel, prompt: TracePrompt, tokens: Sequence[int]) -> npt.NDArray[np.float64]:
+    """Logits [number of new tokens, V] that each new token was chosen from."""
+    fed = np.asarray([(*prompt.tokens, *tokens[:-1])], np.int64)
+    return model.logits(fed)[0, len(prompt.tokens) - 1 :]
+
+
+class _AskedReference:
+    def __init__(self, model: Flamingo, prompt: TracePrompt) -> None:
+        self._model, self._bank = model, _bank(model, prompt)
+        self._rows = list(range(len(prompt.media)))
+
+    def logits(self, token_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        import torch
+
+        ids = self._model.config.tokens
+        phi = torch.from_numpy(phi_from_tokens(token_ids, ids.image, ids.reset))
+        rows = torch.tensor(self._rows, dtype=torch.int64).expand(len(token_ids), -1)
+        found: Tensor = self._model(torch.from_numpy(token_ids), self._bank, rows, phi)
+        return np.asarray(found.double().numpy())
+
+    def generate(self, tokens: Sequence[int], *, beams: int, new_tokens: int) -> None:
+        return None
+
+
+def _bank(model: Flamingo, prompt: TracePrompt) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of the prompt's media, a row each however many frames they have."""
+    import torch
+
+    dtype = next(model.parameters()).dtype
+    rows = []
+    for frames in prompt.media:
+        pixels = torch.from_numpy(medium_of(frames, model.config).pixels).to(dtype)
+        rows.append(model.latents(pixels[None]))
+    if not rows:
+        latents = model.config.resampler
+        rows.append(torch.zeros(1, latents.num_latents, latents.width, dtype=dtype))
+    return model.media_kv(torch.cat(rows))
+
+
+def _with_text(trace: GoldenTrace, text: str) -> GoldenTrace:
+    import msgspec
+
+    return msgspec.structs.replace(trace, text=text)

@@ -1,0 +1,232 @@
+"""IDEFICS v1 (HuggingFaceM4/idefics-9b, -80b, -instruct) as published: LLaMA, CLIP ViT-H/14, a resampler with LayerNorm on q and k.
+
+Source: Laurençon et al. 2023 (OBELICS, arXiv 2306.16527); names, shapes and settings are those of transformers' `IdeficsForVisionText2Text`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from flamingo_reference.checkpoints.conversions import Recipe, as_is, choice, joined, positive, reshaped, setting, with_bias
+from flamingo_reference.checkpoints.families import clip
+from flamingo_reference.config import (
+    ConfigError,
+    CrossAttentionConfig,
+    LanguageModelConfig,
+    ModelConfig,
+    ResamplerConfig,
+    RotaryPositions,
+    TokenIds,
+    ViTConfig,
+)
+
+MODEL_TYPE = "idefics"
+IGNORED = (
+    (r"model\.vision_model\.post_layernorm\.(weight|bias)", "norm of CLIP's pooled output, which the model does not use"),
+    (r"model\.vision_model\.embeddings\.position_ids", "the numbers 0, 1, ..., which need no tensor"),
+    (r".*\.rotary_emb\.inv_freq", "frequencies of the rotary positions, which follow from the config"),
+)
+"""Tensors of the files that the model does not need: pattern of the whole name, and why."""
+
+
+def config_from(
+    raw: Mapping[str, Any], *, name: str = "idefics", image: int | None = None, eoc: int | None = None
+) -> ModelConfig:
+    """The model that a published config.json describes.
+
+    image, eoc: ids of `<image>` and of the token that ends an answer, from the tokenizer; without them, those of the published models:
+    the second additional token, and the end of a text. Raises ConfigError naming what is missing or not supported.
+    """
+    width, heads = setting(raw, "hidden_size", int, 4096), setting(raw, "num_attention_heads", int, 32)
+    vocab, more = setting(raw, "vocab_size", int, 32000), setting(raw, "additional_vocab_size", int, 0)
+    every, layers = setting(raw, "cross_layer_interval", int, 1), setting(raw, "num_hidden_layers", int, 32)
+    if min(width, heads, every, layers) < 1 or width % heads or layers % every:
+        raise ConfigError(
+            f"config.json: hidden_size {width} must be a multiple of num_attention_heads {heads}, and num_hidden_layers {layers} "
+            f"one of cross_layer_interval {every}."
+        )
+    if more < 0:
+        raise ConfigError(f"config.json: additional_vocab_size is {more}, expected at least 0.")
+    if not setting(raw, "use_resampler", bool, False):
+        raise ConfigError(
+            "config.json: use_resampler is false; models whose text attends to image features directly are not supported."
+        )
+    choice(raw, "hidden_act", {"silu": "swiglu"}, "silu")
+    eps, head_size = setting(raw, "rms_norm_eps", float, 1e-6), width // heads
+    end = _first_id(raw, "eos_token_id", 2)
+    vision = _vision(setting(raw, "vision_config", dict, {}))
+    return ModelConfig(
+        name=name,
+        vision=vision,
+        resampler=_resampler(setting(raw, "perceiver_config", dict, {}), vision),
+        cross_attention=CrossAttentionConfig(
+            every=every,
+            num_heads=heads,
+            head_size=head_size,
+            ffw_width=setting(raw, "intermediate_size", int, 11008),
+            norm="rms_norm",
+            norm_eps=eps,
+            qk_norm=setting(raw, "qk_layer_norms", bool, False),
+            feed_forward="swiglu",
+            gate=choice(raw, "alpha_type", {"float": "scalar", "vector": "vector"}, "float"),
+        ),
+        language_model=LanguageModelConfig(
+            num_layers=layers,
+            width=width,
+            num_heads=heads,
+            head_size=head_size,
+            ffw_width=setting(raw, "intermediate_size", int, 11008),
+            vocab_size=vocab + more,
+            max_positions=setting(raw, "max_position_embeddings", int, 2048),
+            norm_eps=eps,
+            positions=RotaryPositions(size=head_size, base=_rotary_base(raw)),
+            feed_forward="swiglu",
+            tied_head=setting(raw, "tie_word_embeddings", bool, False),
+        ),
+        tokens=TokenIds(
+            pad=_first_id(raw, "pad_token_id", 0),
+            bos=_first_id(raw, "bos_token_id", 1),
+            eoc=end if eoc is None else eoc,
+            image=vocab + 1 if image is None else image,
+            reset=end,
+        ),
+        pixel_mean=clip.PIXEL_MEAN,
+        pixel_std=clip.PIXEL_STD,
+    )
+
+
+def recipes(config: ModelConfig, *, additional_vocab: int) -> dict[str, Recipe]:
+    """Every tensor of ours, from those of the published files. additional_vocab: the config's additional_vocab_size."""
+    assert isinstance(config.vision, ViTConfig)
+    return {
+        **clip.recipes(config.vision, "model.vision_model."),
+        **_resampler_recipes(config),
+        **_gated_recipes(config),
+        **_language_model_recipes(config, additional_vocab),
+    }
+
+
+def _first_id(raw: Mapping[str, Any], name: str, default: int) -> int:
+    """A token id; of several, the first."""
+    value = raw.get(name, default)
+    found: int = setting({name: value[0] if isinstance(value, list) and value else value}, name, int)
+    return found
+
+
+def _rotary_base(raw: Mapping[str, Any]) -> float:
+    rope = setting(raw, "rope_parameters", dict, {}) if raw.get("rope_parameters") is not None else {}
+    choice(rope, "rope_type", {"default": None}, "default", where="config.json, rope_parameters")
+    if raw.get("rope_scaling") is not None:
+        raise ConfigError(f"config.json: rope_scaling is {raw['rope_scaling']!r:.80}, which is not supported; expected none.")
+    return positive({**raw, **rope}, "rope_theta", 10000.0)
+
+
+def _vision(raw: Mapping[str, Any]) -> ViTConfig:
+    where = "config.json, vision_config"
+    width = setting(raw, "embed_dim" if "embed_dim" in raw else "hidden_size", int, 768, where=where)
+    activations = {"gelu": "gelu", "quick_gelu": "quick_gelu"}
+    return ViTConfig(
+        image_size=setting(raw, "image_size", int, 224, where=where),
+        patch_size=setting(raw, "patch_size", int, 14, where=where),
+        width=width,
+        num_layers=setting(raw, "num_hidden_layers", int, 32, where=where),
+        num_heads=setting(raw, "num_attention_heads", int, 16, where=where),
+        ffw_width=setting(raw, "intermediate_size", int, 5120, where=where),
+        activation=choice(raw, "hidden_act", activations, "gelu", where=where),
+        class_token=True,
+        norm_eps=setting(raw, "layer_norm_eps", float, 1e-5, where=where),
+    )
+
+
+def _resampler(raw: Mapping[str, Any], vision: ViTConfig) -> ResamplerConfig:
+    where = "config.json, perceiver_config"
+    return ResamplerConfig(
+        num_layers=setting(raw, "resampler_depth", int, 6, where=where),
+        width=vision.width,
+        num_heads=setting(raw, "resampler_n_heads", int, 16, where=where),
+        head_size=setting(raw, "resampler_head_dim", int, 96, where=where),
+        ffw_width=4 * vision.width,
+        num_latents=setting(raw, "resampler_n_latents", int, 64, where=where),
+        num_time_embeddings=0,
+        activation="relu",
+        input_proj=False,
+        qk_norm=setting(raw, "qk_layer_norms_perceiver", bool, False, where=where),
+    )
+
+
+def _resampler_recipes(config: ModelConfig) -> dict[str, Recipe]:
+    resampler, prefix = config.resampler, "model.perceiver_resampler"
+    width, inner = resampler.width, resampler.num_heads * resampler.head_size
+    found = {"latents": as_is(f"{prefix}.latents", (resampler.num_latents, width))}
+    for i in range(resampler.num_layers):
+        ours, attention, ffw = f"layers.{i}", f"{prefix}.blocks.{i}.0", f"{prefix}.blocks.{i}.1"
+        found |= with_bias(f"{ours}.media_norm", f"{attention}.context_layer_norm", (width,))
+        found |= with_bias(f"{ours}.latent_norm", f"{attention}.latents_layer_norm", (width,))
+        if resampler.qk_norm:
+            found |= with_bias(f"{ours}.q_norm", f"{attention}.q_layer_norm", (resampler.head_size,))
+            found |= with_bias(f"{ours}.k_norm", f"{attention}.k_layer_norm", (resampler.head_size,))
+        for name in ("q_proj", "k_proj", "v_proj"):
+            found[f"{ours}.{name}.weight"] = as_is(f"{attention}.{name}.weight", (inner, width))
+        found[f"{ours}.out_proj.weight"] = as_is(f"{attention}.output_proj.weight", (width, inner))
+        found |= with_bias(f"{ours}.ffw_norm", f"{ffw}.ln", (width,))
+        found[f"{ours}.ffw_up.weight"] = as_is(f"{ffw}.fc.weight", (resampler.ffw_width, width))
+        found[f"{ours}.ffw_down.weight"] = as_is(f"{ffw}.c_proj.weight", (width, resampler.ffw_width))
+    found |= with_bias("norm", f"{prefix}.layer_norm", (width,))
+    return {f"resampler.{name}": recipe for name, recipe in found.items()}
+
+
+def _gated_recipes(config: ModelConfig) -> dict[str, Recipe]:
+    block, width, media = config.cross_attention, config.language_model.width, config.resampler.width
+    inner = block.num_heads * block.head_size
+    gate, ours_gate = ((1,), ()) if block.gate == "scalar" else ((1, 1, width), (width,))
+    found: dict[str, Recipe] = {}
+    for i in range(len(config.gated_layers)):
+        ours, theirs = f"cross_attention.{i}", f"model.gated_cross_attn_layers.{i}"
+        found |= {
+            f"{ours}.norm.weight": as_is(f"{theirs}.input_layernorm.weight", (width,)),
+            f"{ours}.q_proj.weight": as_is(f"{theirs}.cross_attn.q_proj.weight", (inner, width)),
+            f"{ours}.k_proj.weight": as_is(f"{theirs}.cross_attn.k_proj.weight", (inner, media)),
+            f"{ours}.v_proj.weight": as_is(f"{theirs}.cross_attn.v_proj.weight", (inner, media)),
+            f"{ours}.out_proj.weight": as_is(f"{theirs}.cross_attn.o_proj.weight", (width, inner)),
+            f"{ours}.attention_gate": reshaped(f"{theirs}.alpha_cross_attn", gate, ours_gate),
+            f"{ours}.ffw_norm.weight": as_is(f"{theirs}.post_attention_layernorm.weight", (width,)),
+            **_swiglu(ours, theirs, width, block.ffw_width),
+            f"{ours}.ffw_gate": reshaped(f"{theirs}.alpha_dense", gate, ours_gate),
+        }
+        if block.qk_norm:
+            for kind in "qk":
+                source = f"{theirs}.cross_attn.{kind}_layer_norm.weight"
+                found[f"{ours}.{kind}_norm.weight"] = as_is(source, (block.head_size,))
+    return found
+
+
+def _swiglu(ours: str, theirs: str, width: int, inner: int) -> dict[str, Recipe]:
+    return {
+        f"{ours}.ffw_swish.weight": as_is(f"{theirs}.mlp.gate_proj.weight", (inner, width)),
+        f"{ours}.ffw_up.weight": as_is(f"{theirs}.mlp.up_proj.weight", (inner, width)),
+        f"{ours}.ffw_down.weight": as_is(f"{theirs}.mlp.down_proj.weight", (width, inner)),
+    }
+
+
+def _language_model_recipes(config: ModelConfig, additional_vocab: int) -> dict[str, Recipe]:
+    lm = config.language_model
+    inner, first = lm.num_heads * lm.head_size, (lm.vocab_size - additional_vocab, lm.width)
+
+    def both(weight: str, more: str) -> Recipe:
+        return joined({weight: first, more: (additional_vocab, lm.width)}) if additional_vocab else as_is(weight, first)
+
+    embedding, head = "model.embed_tokens", "lm_head"
+    found = {"embedding.weight": both(f"{embedding}.weight", f"{embedding}.additional_embedding.weight")}
+    for i in range(lm.num_layers):
+        ours, theirs = f"layers.{i}", f"model.layers.{i}"
+        found[f"{ours}.attention_norm.weight"] = as_is(f"{theirs}.input_layernorm.weight", (lm.width,))
+        for name in ("q_proj", "k_proj", "v_proj"):
+            found[f"{ours}.{name}.weight"] = as_is(f"{theirs}.self_attn.{name}.weight", (inner, lm.width))
+        found[f"{ours}.out_proj.weight"] = as_is(f"{theirs}.self_attn.o_proj.weight", (lm.width, inner))
+        found[f"{ours}.ffw_norm.weight"] = as_is(f"{theirs}.post_attention_layernorm.weight", (lm.width,))
+        found |= _swiglu(ours, theirs, lm.width, lm.ffw_width)
+    found["norm.weight"] = as_is("model.norm.weight", (lm.width,))
+    if not lm.tied_head:
+        found["head.weight"] = both(f"{head}.weight", f"{head}.additional_fc.weight")
+    return {f"language_model.{name}": recipe for name, recipe in found.items()}

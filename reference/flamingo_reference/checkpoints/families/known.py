@@ -1,0 +1,94 @@
+"""The families of checkpoints that are known, as data: by what their files are recognised, and which other files they need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import msgspec
+
+from flamingo_reference.checkpoints.converted import Adopted, Parts
+from flamingo_reference.checkpoints.families.convert import adopt_idefics, adopt_native, adopt_openflamingo
+from flamingo_reference.checkpoints.families.openflamingo import plain_name
+from flamingo_reference.input_format import IDEFICS, OPENFLAMINGO, PAPER, InputFormat
+
+Part = Literal["model", "language_model", "vision_encoder"]
+
+
+class Family(msgspec.Struct, frozen=True, kw_only=True):
+    """A kind of checkpoint.
+
+    part: what of a model it holds. model_types: values of model_type in config.json that say so; settings: keys of config.json that say so
+    where there is no model_type. marks: regular expressions, each of which matches the whole name of one of its tensors at least.
+    needs: the parts that it leaves to other files.
+    inputs: how it takes images and text. adopt: makes the model of its files, None where it is but a part of one. plain_name: a tensor's name
+    without what depends on how the model was put together, by which adapters find the tensors that they were trained on.
+    """
+
+    name: str
+    title: str
+    part: Part = "model"
+    model_types: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
+    marks: tuple[str, ...]
+    needs: tuple[Part, ...] = ()
+    inputs: InputFormat = PAPER
+    adopt: Callable[[Parts], Adopted] | None = None
+    plain_name: Callable[[str], str] = str
+
+
+FAMILIES: tuple[Family, ...] = (
+    Family(
+        name="native",
+        title="flamingo-export's own format",
+        settings=("vision", "resampler", "cross_attention", "language_model"),
+        marks=(r"resampler\.latents", r"language_model\.embedding\.weight", r"cross_attention\.\d+\..+"),
+        adopt=adopt_native,
+    ),
+    Family(
+        name="idefics",
+        title="IDEFICS v1",
+        model_types=("idefics",),
+        inputs=IDEFICS,
+        marks=(r"model\.gated_cross_attn_layers\.\d+\..+", r"model\.embed_tokens\.weight"),
+        adopt=adopt_idefics,
+    ),
+    Family(
+        name="openflamingo",
+        title="OpenFlamingo",
+        marks=(r"lang_encoder\..*gated_cross_attn_layers?\..+", r"perceiver\.latents"),
+        needs=("language_model", "vision_encoder"),
+        inputs=OPENFLAMINGO,
+        adopt=adopt_openflamingo,
+        plain_name=plain_name,
+    ),
+    Family(
+        name="llama",
+        title="a LLaMA language model",
+        part="language_model",
+        model_types=("llama",),
+        marks=(r"model\.layers\.\d+\.self_attn\.q_proj\.weight", r"model\.embed_tokens\.weight"),
+    ),
+    Family(
+        name="gpt_neox",
+        title="a GPT-NeoX language model",
+        part="language_model",
+        model_types=("gpt_neox",),
+        marks=(r"gpt_neox\.layers\.\d+\..+",),
+    ),
+    Family(
+        name="mpt",
+        title="an MPT language model",
+        part="language_model",
+        model_types=("mpt", "mosaic_gpt"),
+        marks=(r"transformer\.blocks\.\d+\..+",),
+    ),
+    Family(
+        name="clip",
+        title="a CLIP vision encoder",
+        part="vision_encoder",
+        model_types=("clip", "clip_vision_model"),
+        marks=(r"(?:visual\.|(?:vision_model\.)?embeddings\.)class_embedding",),
+    ),
+)
+"""More telling ones first: an IDEFICS checkpoint has all that a LLaMA's has."""

@@ -1,0 +1,114 @@
+"""Which family a checkpoint is of, from its files alone: config.json, and the names of its tensors. Never from the name of a file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from flamingo_reference.checkpoints.families.known import FAMILIES, Family
+from flamingo_reference.checkpoints.files.folder import NAMES, open_tensors
+from flamingo_reference.checkpoints.files.json_file import read_json
+from flamingo_reference.checkpoints.files.tensors import CheckpointError, FileReader
+
+CONFIG = "config.json"
+
+
+class Recognised(msgspec.Struct, frozen=True, kw_only=True):
+    """A checkpoint's family, by what it was recognised, its config.json (empty where there is none), and its tensors."""
+
+    path: Path
+    family: Family
+    evidence: tuple[str, ...]
+    settings: Mapping[str, Any]
+    reader: FileReader
+
+
+def recognise(path: Path, families: Sequence[Family] = FAMILIES, *, may_be_absent: bool = False) -> Recognised:
+    """The family of a checkpoint folder or file. may_be_absent: shards that an index names need not be there.
+
+    Raises CheckpointError if its files cannot be read, config.json and the tensors' names speak of different families, or it is of none
+    that is known: all that was looked for is listed then.
+    """
+    if not path.exists():
+        raise CheckpointError(
+            f"{path} does not exist. A checkpoint is a folder with config.json and tensors, or a file of tensors."
+        )
+    settings = _settings(path, families)
+    said, evidence = _said(path, settings, families)
+    try:
+        reader = open_tensors(path, may_be_absent=may_be_absent)
+    except CheckpointError as error:
+        if said is None:
+            raise
+        raise CheckpointError(f"{path} is {said.title} by its {CONFIG}, but its tensors cannot be read: {error}") from error
+    names = reader.names()
+    shown = next((family for family in families if not _lacking(family, names)), None)
+    # The first mark tells most. What else is missing is named with all the rest when tensors are accounted for.
+    shown = shown or next((family for family in families if family.marks[0] not in _lacking(family, names)), None)
+    # One mark that is there is enough: what else is missing is named with all the rest when tensors are accounted for.
+    if said is not None and len(_lacking(said, names)) == len(said.marks):
+        others = f"look like {shown.title}" if shown is not None else f"are {_some(names)}"
+        raise CheckpointError(
+            f"{path / CONFIG} says {evidence}, but the tensors {others}, and none is called {' or '.join(_lacking(said, names))}. "
+            "Bring the config.json and the tensors of one model."
+        )
+    family = said or shown
+    if family is None:
+        raise CheckpointError(_unknown(path, settings, names, families))
+    found = [evidence] if evidence else []
+    found += [name for mark in family.marks if (name := next(filter(re.compile(mark).fullmatch, names), None)) is not None]
+    return Recognised(path=path, family=family, evidence=tuple(found), settings=settings, reader=reader)
+
+
+def _settings(path: Path, families: Sequence[Family]) -> dict[str, Any]:
+    """config.json of a folder; of a file, none: what lies beside it may be of another model."""
+    if not path.is_dir():
+        return {}
+    if (path / CONFIG).is_file():
+        return read_json(path / CONFIG)
+    if not any(path.iterdir()):
+        raise CheckpointError(f"{path} is empty. " + _looked_for(families))
+    return {}
+
+
+def _said(path: Path, settings: Mapping[str, Any], families: Sequence[Family]) -> tuple[Family | None, str]:
+    """The family that config.json names, and in which words."""
+    model_type = settings.get("model_type")
+    if model_type is not None:
+        for family in families:
+            if model_type in family.model_types:
+                return family, f"model_type {model_type!r}"
+        raise CheckpointError(
+            f"{path / CONFIG} says model_type {str(model_type)[:80]!r}, which is not known. " + _looked_for(families)
+        )
+    for family in families:
+        if family.settings and all(key in settings for key in family.settings):
+            return family, f"{CONFIG} with {', '.join(family.settings)}"
+    return None, ""
+
+
+def _lacking(family: Family, names: Sequence[str]) -> list[str]:
+    return [mark for mark in family.marks if not any(re.fullmatch(mark, name) for name in names)]
+
+
+def _unknown(path: Path, settings: Mapping[str, Any], names: Sequence[str], families: Sequence[Family]) -> str:
+    described = f"{CONFIG} has no model_type" if settings else f"there is no {CONFIG}"
+    return f"{path} is of no known family: {described}, and its tensors are {_some(names)}. {_looked_for(families)}"
+
+
+def _looked_for(families: Sequence[Family]) -> str:
+    lines = []
+    for family in families:
+        said = f"model_type {' or '.join(family.model_types)}" if family.model_types else ""
+        said = said or (f"{CONFIG} with {', '.join(family.settings)}" if family.settings else "no config.json needed")
+        lines.append(f"{family.title} ({said}; tensors {' and '.join(family.marks)})")
+    return f"Looked for: {'; '.join(lines)}; in files {', '.join(NAMES)} or their shards."
+
+
+def _some(names: Iterable[str]) -> str:
+    shown = list(names)
+    return ", ".join(shown[:4]) + (f" and {len(shown) - 4} more" if len(shown) > 4 else "")

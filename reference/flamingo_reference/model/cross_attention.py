@@ -1,0 +1,79 @@
+"""Gated cross-attention blocks (gated xattn-dense): what the frozen language model sees of the media.
+
+Flamingo (arXiv 2204.14198), section 3.2. Shape suffixes: B requests, S positions, N rows of the media bank, M media of a
+request, R latents of a medium, W width, H heads, D head size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from flamingo_reference.config import ModelConfig
+from flamingo_reference.model.layers import RMSNorm, feed_forward, make_norm, make_swish
+
+
+def phi_cross_attention(q_BSHD: Tensor, k_NHRD: Tensor, v_NHRD: Tensor, media_rows_BM: Tensor, phi_BS: Tensor) -> Tensor:
+    """Each position attends to the R latents of its medium phi, bank row media_rows[b, phi - 1]; exactly 0 where phi is 0.
+
+    Returns [B, S, H, D]. Raises ValueError if phi exceeds the request's media.
+    """
+    num_media = media_rows_BM.shape[1]
+    if phi_BS.numel() and int(phi_BS.max()) > num_media:
+        raise ValueError(f"phi {int(phi_BS.max())} is beyond the request's {num_media} media")
+    attended = torch.zeros_like(q_BSHD)
+    scale = q_BSHD.shape[-1] ** -0.5
+    for medium in range(1, num_media + 1):
+        here_BS = phi_BS == medium
+        if not bool(here_BS.any()):
+            continue
+        rows_B = media_rows_BM[:, medium - 1]
+        scores_BHSR = torch.einsum("bshd,bhrd->bhsr", q_BSHD, k_NHRD[rows_B]) * scale
+        seen_BSHD = torch.einsum("bhsr,bhrd->bshd", scores_BHSR.softmax(dim=-1), v_NHRD[rows_B])
+        attended = torch.where(here_BS[:, :, None, None], seen_BSHD, attended)
+    return attended
+
+
+def project_media(projection: nn.Module, latents_NRW: Tensor, heads: tuple[int, int], norm: nn.Module | None = None) -> Tensor:
+    """Keys or values of media [N, H, R, D]; heads is (H, D), norm that of each head's keys."""
+    projected: Tensor = projection(latents_NRW).unflatten(-1, heads)
+    return (projected if norm is None else norm(projected)).transpose(1, 2)
+
+
+class GatedCrossAttention(nn.Module):
+    """hidden + tanh(gate) * attention to the current medium, then + tanh(gate) * feed-forward. Gates start at zero."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        block, width = config.cross_attention, config.language_model.width
+        inner = block.num_heads * block.head_size
+        self.config = block
+        self.norm = make_norm(block.norm, width, block.norm_eps)
+        self.q_proj = nn.Linear(width, inner, bias=False)
+        self.k_proj = nn.Linear(config.resampler.width, inner, bias=False)
+        self.v_proj = nn.Linear(config.resampler.width, inner, bias=False)
+        self.q_norm = RMSNorm(block.head_size, block.norm_eps) if block.qk_norm else None
+        self.k_norm = RMSNorm(block.head_size, block.norm_eps) if block.qk_norm else None
+        self.out_proj = nn.Linear(inner, width, bias=False)
+        gate = () if block.gate == "scalar" else (width,)
+        self.attention_gate = nn.Parameter(torch.zeros(gate))
+        self.ffw_norm = make_norm(block.norm, width, block.norm_eps)
+        self.ffw_swish = make_swish(block.feed_forward, width, block.ffw_width)
+        self.ffw_up = nn.Linear(width, block.ffw_width, bias=False)
+        self.ffw_down = nn.Linear(block.ffw_width, width, bias=False)
+        self.ffw_gate = nn.Parameter(torch.zeros(gate))
+
+    def media_kv(self, latents_NRW: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of media: latents [N, R, W of the resampler] -> two [N, H, R, D]."""
+        heads = (self.config.num_heads, self.config.head_size)
+        return project_media(self.k_proj, latents_NRW, heads, self.k_norm), project_media(self.v_proj, latents_NRW, heads)
+
+    def forward(self, hidden_BSW: Tensor, k_NHRD: Tensor, v_NHRD: Tensor, media_rows_BM: Tensor, phi_BS: Tensor) -> Tensor:
+        q_BSHD = self.q_proj(self.norm(hidden_BSW)).unflatten(-1, (self.config.num_heads, self.config.head_size))
+        if self.q_norm is not None:
+            q_BSHD = self.q_norm(q_BSHD)
+        attended = phi_cross_attention(q_BSHD, k_NHRD, v_NHRD, media_rows_BM, phi_BS)
+        hidden_BSW = hidden_BSW + torch.tanh(self.attention_gate) * self.out_proj(attended.flatten(2))
+        normed, kind = self.ffw_norm(hidden_BSW), self.config.feed_forward
+        down = feed_forward(normed, kind, up=self.ffw_up, down=self.ffw_down, swish=self.ffw_swish)
+        return hidden_BSW + torch.tanh(self.ffw_gate) * down

@@ -1,0 +1,63 @@
+"""CLIP's vision transformer (Radford et al. 2021, arXiv 2103.00020), without its projection: pixels to features of patches.
+
+Shape suffixes: F frames, I image side, G patches of the grid, K = G + 1 tokens, P features, E width, H heads, D head size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flamingo_reference.config import ViTConfig
+from flamingo_reference.model.layers import feed_forward
+
+
+class ViTLayer(nn.Module):
+    """Attention among all tokens, then a feed-forward layer; both residual, pre-norm, with biases."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.config = config
+        self.attention_norm = nn.LayerNorm(width, config.norm_eps)
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+        self.ffw_norm = nn.LayerNorm(width, config.norm_eps)
+        self.ffw_up = nn.Linear(width, config.ffw_width)
+        self.ffw_down = nn.Linear(config.ffw_width, width)
+
+    def forward(self, x_FKE: Tensor) -> Tensor:
+        normed = self.attention_norm(x_FKE)
+        heads = (self.config.num_heads, self.config.head_size)
+        q, k, v = (proj(normed).unflatten(-1, heads).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        seen_FHKD = F.scaled_dot_product_attention(q, k, v)
+        x_FKE = x_FKE + self.out_proj(seen_FHKD.transpose(1, 2).flatten(2))
+        normed = self.ffw_norm(x_FKE)
+        return x_FKE + feed_forward(normed, self.config.activation, up=self.ffw_up, down=self.ffw_down, swish=None)
+
+
+class ViT(nn.Module):
+    """pixels [F, 3, I, I] -> features [F, P, E]: the class token first where it is kept, then rows of the grid."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.class_embedding = nn.Parameter(torch.randn(config.width) * config.width**-0.5)
+        self.patch_embedding = nn.Conv2d(3, config.width, config.patch_size, config.patch_size, bias=False)
+        self.position_embedding = nn.Embedding(config.grid_size + 1, config.width)
+        self.pre_norm = nn.LayerNorm(config.width, config.norm_eps)
+        self.layers = nn.ModuleList(ViTLayer(config) for _ in range(config.num_layers))
+        self.final_norm = nn.LayerNorm(config.width, config.norm_eps) if config.final_norm else None
+
+    def forward(self, pixels_F3II: Tensor) -> Tensor:
+        patches_FGE = self.patch_embedding(pixels_F3II).flatten(2).transpose(1, 2)
+        first = self.class_embedding.expand(len(patches_FGE), 1, -1)
+        places = torch.arange(self.config.grid_size + 1, device=pixels_F3II.device)
+        x_FKE = self.pre_norm(torch.cat([first, patches_FGE], dim=1) + self.position_embedding(places))
+        for layer in self.layers:
+            x_FKE = layer(x_FKE)
+        features: Tensor = x_FKE if self.final_norm is None else self.final_norm(x_FKE)
+        return features if self.config.class_token else features[:, 1:]

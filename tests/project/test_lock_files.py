@@ -1,0 +1,98 @@
+"""The lock files follow pyproject.toml, for every Python that they are for, and hold hashes and nothing of the machine that made them."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[2]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+EXTRAS: dict[str, list[str]] = PYPROJECT["project"]["optional-dependencies"]
+NOT_LOCKED = {"torch", "torchvision"}
+LOCKED_EXTRAS = {"base": ("cpu", "report"), "dev": ("cpu", "report", "trace", "train", "serve", "video", "eval", "debug")}
+PLATFORMS = {"linux": "Linux", "darwin": "Darwin", "win32": "Windows"}
+
+
+def group(name: str) -> list[str]:
+    """Requirements of a dependency group, its included groups among them."""
+    found: list[str] = []
+    for entry in PYPROJECT["dependency-groups"][name]:
+        found += [entry] if isinstance(entry, str) else group(entry["include-group"])
+    return found
+
+
+def wanted(name: str) -> list[Requirement]:
+    lines = [*PYPROJECT["project"]["dependencies"], *group({"base": "build", "dev": "dev"}[name])]
+    lines += [line for extra in LOCKED_EXTRAS[name] for line in EXTRAS[extra]]
+    return [found for found in map(Requirement, lines) if found.name not in NOT_LOCKED]
+
+
+def text(name: str) -> str:
+    return (ROOT / "requirements" / f"{name}.txt").read_text(encoding="utf-8")
+
+
+def locked(name: str) -> list[tuple[Requirement, int]]:
+    """Each locked package and how many hashes stand below it."""
+    blocks = re.split(r"\n(?=[a-z0-9])", re.sub(r"(?m)^ *#.*\n", "", text(name)))
+    return [(Requirement(block.split(" \\\n")[0]), block.count("--hash=sha256:")) for block in blocks if block.strip()]
+
+
+def environment(python: str, platform: str) -> dict[str, Any]:
+    here: dict[str, Any] = dict(default_environment())
+    return here | {
+        "python_version": python,
+        "python_full_version": f"{python}.0",
+        "sys_platform": platform,
+        "platform_system": PLATFORMS[platform],
+    }
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+@pytest.mark.parametrize("name", LOCKED_EXTRAS)
+def test_every_requirement_is_locked_once_and_within_its_range(name, python, platform):
+    there = [found for found, _ in locked(name) if not found.marker or found.marker.evaluate(environment(python, platform))]
+    versions = {found.name: next(iter(found.specifier)).version for found in there}
+    assert len(versions) == len(there), "one package, two versions"
+    for requirement in wanted(name):
+        assert requirement.name in versions, f"{requirement} is not in requirements/{name}.txt: make lock"
+        assert versions[requirement.name] in requirement.specifier, (
+            f"{requirement}, locked {versions[requirement.name]}: make lock"
+        )
+
+
+@pytest.mark.parametrize("name", LOCKED_EXTRAS)
+def test_everything_has_hashes_and_an_exact_version(name):
+    found = locked(name)
+    assert len(found) > 20
+    assert all(hashes and [each.operator for each in package.specifier] == ["=="] for package, hashes in found)
+
+
+@pytest.mark.parametrize("name", LOCKED_EXTRAS)
+def test_no_host_index_or_torch_in_a_lock(name):
+    assert not re.search(r"://|--(?:extra-)?index|--find-links|^-", text(name), flags=re.MULTILINE)
+    assert not [package for package, _ in locked(name) if re.match(r"torch|nvidia|triton|cuda", package.name)]
+
+
+def test_the_demo_and_the_tests_run_on_the_same_versions():
+    base, dev = ({(package.name, str(package.specifier)) for package, _ in locked(name)} for name in ("base", "dev"))
+    assert base <= dev
+
+
+def test_torch_has_one_exact_version():
+    made = re.search(r"^TORCH := (\S+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert made
+    assert {line for lines in EXTRAS.values() for line in lines if line.startswith("torch")} == {made[1]}
+
+
+def test_onnx_runtime_comes_by_extra():
+    base = {Requirement(line).name for line in PYPROJECT["project"]["dependencies"]}
+    assert not [name for name in base if name.startswith("onnxruntime")]
+    names = {extra: {Requirement(line).name for line in EXTRAS[extra]} for extra in ("cpu", "gpu")}
+    assert names == {"cpu": {"onnxruntime"}, "gpu": {"onnxruntime-gpu"}}
