@@ -12,6 +12,7 @@ Names are imported when they are first used, so that `import flamingo_export` is
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
     from flamingo_export.runtime.prompts import read_shots as read_shots
     from flamingo_export.runtime.request import Request as Request
     from flamingo_export.runtime.videos import Video as Video
+
+# ONNX Runtime from 1.29 on sends its makers a device id, graph names and run times, and decides when it is imported. Here it is off unless
+# the user asks for it: ORT_DISABLE_TELEMETRY=0. This is the one place that runs before any import of it in a process of ours.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HOME = {
     "build": "api",

@@ -115,11 +115,12 @@ def load(
     """
     from flamingo_export.backends.base import SessionOptions
     from flamingo_export.backends.registry import get_backend
+    from flamingo_export.bundle.earlier import completed
     from flamingo_export.bundle.verify import open_bundle
     from flamingo_export.errors import BackendError
 
     path = Path(bundle)
-    manifest = open_bundle(path)
+    manifest = completed(path, open_bundle(path))
     options = SessionOptions(threads=threads, device=device)
     try:
         chosen = get_backend(backend, manifest)

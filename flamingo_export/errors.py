@@ -7,6 +7,7 @@ FlamingoExportError
 │   └── CapacityError     longer than the cache, or more media than the bank
 ├── CheckpointError       weights or config that cannot become a bundle
 ├── CalibrationError      calibration data or a table that cannot be used
+├── EvaluationError       a task, its data or its metric that cannot be evaluated
 ├── UnsupportedModel      a live model with parts that the builder does not know
 ├── BuildError            a build that cannot start or go on: output taken, disk full, another build running
 ├── BundleError           a bundle that is incomplete, altered or of a newer schema
@@ -23,6 +24,11 @@ expected and what to do next.
 """
 
 from __future__ import annotations
+
+
+def pip_install(*extras: str) -> str:
+    """How to get extras of this package. It is on no public index, so it is installed from its source folder."""
+    return f"pip install '.[{','.join(extras)}]' in flamingo-export's source folder"
 
 
 class FlamingoExportError(Exception):
@@ -51,6 +57,10 @@ class CheckpointError(FlamingoExportError, ValueError):
 
 class CalibrationError(FlamingoExportError, ValueError):
     """Calibration data that give no statistics, or a table that is not of these weights."""
+
+
+class EvaluationError(FlamingoExportError, ValueError):
+    """A task, its data, its metric or earlier results that cannot be evaluated."""
 
 
 class UnsupportedModel(FlamingoExportError, TypeError):
@@ -91,3 +101,14 @@ class EngineClosed(RequestRefused, BackendError):
 
 class ParityError(FlamingoExportError, RuntimeError):
     """Parity could not be established."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text, for messages of one line; the name of its class where it has no text."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def named_line(error: BaseException) -> str:
+    """The class of an exception and the first line of its text."""
+    name, text = type(error).__name__, first_line(error)
+    return name if text == name else f"{name}: {text}"

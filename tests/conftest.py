@@ -1,8 +1,30 @@
-"""Here so that this folder is on the import path: tests of every folder use `trt_wheels`. And what tests measured is told at the end."""
+"""What holds for all tests: where they write, how signals stand, and that what they measured is told at the end.
+
+It is here also so that this folder is on the import path: tests of every folder use `trt_wheels`.
+"""
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+from pathlib import Path
+
 import pytest
+
+CACHE = Path(__file__).resolve().parents[1] / ".test-cache"
+"""In place of the user's cache folder, for this process and those it starts: notes of bundles, fonts, TensorRT's wheels."""
+
+os.environ["XDG_CACHE_HOME"] = str(CACHE)
+# Some tests import ONNX Runtime before flamingo_export, which would see to this.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+
+# A shell that runs a command in the background, or nohup, has it ignore some signals, and its children inherit that.
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
+        signal.signal(each, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -43,7 +43,7 @@ def install(monkeypatch: pytest.MonkeyPatch, home: Path) -> FakeGpu:
     monkeypatch.setattr(library, "device", lambda: library.Device(target=TARGET))
     monkeypatch.setattr(library, "cuda_python", lambda: True)
     monkeypatch.setattr(backend_module, "CudaRuntime", lambda: found.cuda)
-    monkeypatch.setattr(Path, "home", lambda: home)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / ".cache"))
     return found
 
 
@@ -57,7 +57,7 @@ def add_engines(source: Path, bundle: Path, *, changes: Mapping[str, Mapping[str
     for graph in manifest.graphs:
         contract = contract_of(manifest, graph)
         model = lower(ir.load(bundle / graph.file), compute=compute, capacity=contract.capacity, native_functions=frozenset())
-        add_candidates(model, contract.spec, banned=manifest.config.tokens.image)
+        add_candidates(model, contract.spec, banned=manifest.config.tokens.never)
         lowered = bundle / f"{graph.name}.tensorrt-rtx.onnx"
         save_lowered(model, lowered)
         path = bundle / "engines" / f"tensorrt-rtx-{TARGET}" / f"{graph.name}.engine"
@@ -67,6 +67,7 @@ def add_engines(source: Path, bundle: Path, *, changes: Mapping[str, Mapping[str
             EngineRecord(
                 graph=graph.name, file=file.path, backend="tensorrt-rtx", target=TARGET, tool_version=VERSION,
                 sha256=file.sha256, size=file.size, lowered=lowered.name, compute=compute,
+                banned=manifest.config.tokens.never,
             )
         )  # fmt: skip
     listed = (

@@ -1,4 +1,4 @@
-"""TensorRT's Python wheels for tests on any machine: installed once into the user's cache folder, never into the environment.
+"""TensorRT's Python wheels for tests on any machine: installed once into the tests' cache folder, never into the environment.
 
     trt_wheels.rtx()       TensorRT for RTX, whose parser and builder need no GPU
     trt_wheels.lean()      the lean runtime, whose plugin registry needs none
@@ -22,6 +22,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from flamingo_export.user_cache import user_cache
 
 WHEELS = {
     "rtx": ("tensorrt_rtx_cu13_bindings==1.7.1.116", "tensorrt_rtx_cu13_libs==1.7.1.116"),
@@ -70,8 +72,13 @@ def _installed(name: str) -> Path | str:
     """The folder, or why there is none. Other test processes wait for the one that installs."""
     wheels = WHEELS[name]
     version = wheels[0].partition("==")[2]
-    cache = Path.home() / ".cache" / "flamingo-export" / "wheels"
-    target = cache / f"{name}-{version}-{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
+    name = f"{name}-{version}-{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
+    shared = Path("~/.cache/flamingo-export/wheels").expanduser() / name
+    if shared.is_dir():  # put there once for several work trees; tests write nothing there
+        return shared
+    cache = user_cache("wheels")
+    assert cache is not None, "tests/conftest.py names the cache folder"
+    target = cache / name
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with (cache / f"{target.name}.lock").open("w") as lock:

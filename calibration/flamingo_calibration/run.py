@@ -1,4 +1,4 @@
-"""calibrate(): the reference over all samples, one part of the model after the other (walk.py)."""
+"""calibrate(): the reference over all samples, one part of the model after the other (layer_runner.py)."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ import msgspec
 from flamingo_calibration.data import BadSample, Checked, Sample, check_samples
 from flamingo_calibration.layer_runner import Step, Walk
 from flamingo_calibration.observers import Watch, products
-from flamingo_calibration.streams import Stream, Work, exclusive, put, settle
+from flamingo_calibration.streams import Stream, Work, exclusive, put
 from flamingo_export.backends.memory import release
-from flamingo_export.errors import CalibrationError
+from flamingo_export.errors import CalibrationError, pip_install
+from flamingo_export.files import sync
 from flamingo_export.progress import SILENT, Progress
 from flamingo_export.runtime.tokenizer import Tokenizer
 from flamingo_export.sources import WeightSource, tensor_digest
 from flamingo_export.weights.calibration_table import SCHEMA_VERSION, CalibrationTable, Method
 
-SETTLE_SECONDS = 10.0
+SYNC_SECONDS = 10.0
 """What may be lost of the vision encoder's work: a small model's media would wait for the disk longer than for the encoder."""
 RECIPE = 1
 """Bumped whenever other statistics are found for the same weights and data."""
@@ -49,7 +50,7 @@ def calibrate(
     Raises CalibrationError (samples that cannot be used, too few, activations that are constant or not finite, disk full, torch missing).
     """
     if importlib.util.find_spec("torch") is None:
-        raise CalibrationError("calibration runs the PyTorch reference. Install it: pip install 'flamingo-export[torch]'")
+        raise CalibrationError(f"calibration runs the PyTorch reference. Install it: {pip_install('torch')}")
     checked = check_samples(samples, source, tokenizer, skip_bad=skip_bad, progress=progress)
     if work is not None:
         with exclusive(work):
@@ -141,15 +142,15 @@ class _Calibration:
             return
         kept = journal.items if within and stream.holds(journal.items) else 0
         self.progress.advance(kept)
-        settled = time.monotonic()
+        synced = time.monotonic()
         with stream.writing(kept) as file:
             for index in range(kept, len(step.shapes)):
                 put(file, step.run(module, index).numpy())
-                if within and time.monotonic() - settled >= SETTLE_SECONDS:
-                    settle(file)
+                if within and time.monotonic() - synced >= SYNC_SECONDS:
+                    sync(file)
                     journal.items = index + 1
                     self.work.save()
-                    settled = time.monotonic()
+                    synced = time.monotonic()
                 self.progress.advance(1)
 
     def _read(self, name: str) -> Any:

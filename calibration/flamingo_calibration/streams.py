@@ -10,13 +10,10 @@ has statistics: those are kept part by part.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import math
-import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -24,20 +21,20 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from flamingo_export import files
 from flamingo_export.errors import CalibrationError
+from flamingo_export.files import PART, Identified, Journal, sync
 from flamingo_export.weights.calibration_table import Statistics
 
 Array = npt.NDArray[np.float32]
 Shapes = Sequence[tuple[int, ...]]
 JOURNAL, LOCK = "journal.json", "lock"
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
-class Journal(msgspec.Struct, kw_only=True):
+class Finished(Identified, kw_only=True):
     """Where a calibration stands. parts: how many are finished; items: of the part at work, where it goes on within; digests: of the
     source's tensors, by name."""
 
-    identity: str
     parts: int = 0
     items: int = 0
     statistics: dict[str, Statistics] = msgspec.field(default_factory=dict)
@@ -64,7 +61,7 @@ class Stream:
 
     @property
     def _unfinished(self) -> Path:
-        return self.path.with_suffix(".part")
+        return self.path.with_suffix(PART)
 
     def holds(self, items: int) -> bool:
         """Whether so many arrays of an interrupted `writing` are there."""
@@ -80,19 +77,13 @@ class Stream:
             file.truncate(self._offsets[kept])
             file.seek(self._offsets[kept])
             yield file
-            settle(file)
+            sync(file)
         self._unfinished.replace(self.path)
 
 
 def put(file: IO[bytes], array: Array) -> None:
     """Appends the next array of a stream."""
     file.write(np.ascontiguousarray(array, "<f4").tobytes())
-
-
-def settle(file: IO[bytes]) -> None:
-    """Brings what was written to the disk."""
-    file.flush()
-    os.fsync(file.fileno())
 
 
 class Work:
@@ -104,9 +95,8 @@ class Work:
         `discarded` tells whether the work of another calibration was thrown away.
         """
         self.folder = folder
-        earlier = None
-        with suppress(OSError, msgspec.MsgspecError):
-            earlier = msgspec.json.decode((folder / JOURNAL).read_bytes(), type=Journal)
+        self._file = Journal(folder / JOURNAL, Finished)
+        earlier = self._file.read()
         self.discarded = earlier is not None and earlier.identity != identity
         if earlier is None or self.discarded:
             self.restart(identity)
@@ -116,8 +106,8 @@ class Work:
     def restart(self, identity: str) -> None:
         """Begins anew."""
         self.keep(())
-        (self.folder / JOURNAL).unlink(missing_ok=True)
-        self.journal = Journal(identity=identity)
+        self._file.remove()
+        self.journal = Finished(identity=identity)
 
     def stream(self, name: str, shapes: Shapes) -> Stream:
         """The stream of this name."""
@@ -125,16 +115,12 @@ class Work:
 
     def save(self) -> None:
         """A crash leaves the old journal or the new one."""
-        temporary = self.folder / f"{JOURNAL}.part"
-        with temporary.open("wb") as file:
-            file.write(msgspec.json.encode(self.journal))
-            settle(file)
-        temporary.replace(self.folder / JOURNAL)
+        self._file.save(self.journal)
 
     def keep(self, streams: Sequence[Stream]) -> None:
         """Removes all streams but these, and what an interrupted write has left."""
         kept = {stream.path for stream in streams}
-        for path in (*self.folder.glob("*.f32"), *self.folder.glob("*.part")):
+        for path in (*self.folder.glob("*.f32"), *self.folder.glob(f"*{PART}")):
             if path not in kept:
                 path.unlink()
 
@@ -145,25 +131,17 @@ def exclusive(folder: Path) -> Iterator[None]:
 
     Raises CalibrationError if another calibration holds it, and in place of the error of a full disk, telling what is kept.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise CalibrationError(f"{folder} cannot be written ({error.strerror}). Choose another output.") from error
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def busy(holder: str) -> CalibrationError:
+        return CalibrationError(
+            f"another calibration is at work in {folder} (process {holder}). Wait for it, or choose another output."
+        )
+
+    def unwritable(error: OSError) -> CalibrationError:
+        return CalibrationError(f"{folder} cannot be written ({error.strerror}). Choose another output.")
+
+    with files.exclusive(folder / LOCK, busy=busy, unwritable=unwritable), files.disk_errors(folder, CalibrationError):
         yield
-    except BlockingIOError:
-        raise CalibrationError(f"another calibration is at work in {folder}. Wait for it, or choose another output.") from None
-    except OSError as error:
-        if error.errno not in _DISK_ERRORS:
-            raise
-        raise CalibrationError(
-            f"writing {error.filename or folder} failed: {error.strerror}. The parts that are finished are kept in {folder}. "
-            "Free some space and run the same command to go on, or remove that folder."
-        ) from error
-    finally:
-        os.close(handle)
 
 
 def discard(folder: Path) -> None:

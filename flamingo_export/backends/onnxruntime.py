@@ -16,11 +16,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from flamingo_export.backends import onnxruntime_library
 from flamingo_export.backends.base import Array, Availability, Buffer, HostSession, SessionOptions, Tensor, check_feeds, on_host
 from flamingo_export.backends.cut_tables import CutTables
+from flamingo_export.backends.external_data import loadable
 from flamingo_export.backends.memory import release
 from flamingo_export.bundle.manifest import EngineRecord, GraphRecord, Manifest
-from flamingo_export.errors import BackendError, BundleError, InputError
+from flamingo_export.errors import BackendError, BundleError, InputError, first_line, pip_install
 from flamingo_export.precision import Policy
 from flamingo_export.specs import SubgraphSpec, decoder_spec, subgraph_specs
 from flamingo_export.weights import WeightIndex
@@ -34,8 +36,7 @@ _KINDS: dict[str, np.dtype[Any]] = {
 }
 # Types that numpy has no name for, as TensorProto numbers them: onnx is not needed to run a bundle.
 _ONNX_TYPES = {np.dtype(ml_dtypes.bfloat16): 16, np.dtype(ml_dtypes.float8_e4m3fn): 17}
-_INSTALL = "Install it: pip install onnxruntime"
-_INSTALL_CUDA = "Install it: pip install onnxruntime-gpu (instead of onnxruntime), with CUDA 13 and its driver"
+_INSTALL_CUDA = f"Uninstall onnxruntime, then install the build for GPUs, with CUDA 13 and its driver: {pip_install('gpu')}"
 
 
 class OnnxRuntimeBackend:
@@ -45,11 +46,16 @@ class OnnxRuntimeBackend:
     native_functions: frozenset[str] = frozenset()
 
     def availability(self) -> Availability:
-        """Usable where onnxruntime is installed; `detail` names version and providers."""
+        """Usable where an onnxruntime is installed that can run bundles; `detail` names version and providers."""
         try:
             import onnxruntime
         except ImportError as error:
-            return Availability(usable=False, detail=f"onnxruntime cannot be imported ({error})", remedy=_INSTALL)
+            return Availability(
+                usable=False, detail=f"onnxruntime cannot be imported ({error})", remedy=onnxruntime_library.INSTALL
+            )
+        fault = onnxruntime_library.too_old(onnxruntime.__version__)
+        if fault:
+            return Availability(usable=False, detail=fault, remedy=onnxruntime_library.INSTALL)
         providers = [provider.removesuffix("ExecutionProvider") for provider in onnxruntime.get_available_providers()]
         return Availability(usable=True, detail=f"onnxruntime {onnxruntime.__version__}, providers: {', '.join(providers)}")
 
@@ -60,12 +66,10 @@ class OnnxRuntimeBackend:
     def open(self, bundle: Path, manifest: Manifest, graph: GraphRecord, options: SessionOptions) -> OnnxRuntimeSession:
         """Opens a graph of the bundle.
 
-        Raises BackendError if onnxruntime or the asked device is missing or memory is short, BundleError if the file cannot be loaded.
+        Raises BackendError if onnxruntime or the asked device is missing, it is too old or memory is short, BundleError if the file cannot
+        be loaded.
         """
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise BackendError(f"onnxruntime cannot be imported ({error}). {_INSTALL}") from error
+        onnxruntime = onnxruntime_library.load()
         config = manifest.config
         spec = (
             subgraph_specs(config, media=manifest.precision.media)[graph.name]
@@ -74,17 +78,20 @@ class OnnxRuntimeBackend:
         )
         path = bundle / graph.file
         settings, providers = session_options(options, manifest.precision.policy), _providers(options.device)
+        source, folder = loadable(bundle, path)
+        if folder is not None:
+            settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         try:
-            session = onnxruntime.InferenceSession(path, settings, providers=providers, enable_fallback=False)
+            session = onnxruntime.InferenceSession(source, settings, providers=providers, enable_fallback=False)
         except MemoryError as error:
             raise BackendError(f"{path} does not fit in memory. {_MEMORY_ADVICE}") from error
         except Exception as error:
             if _is_memory(error):
-                raise BackendError(f"{path} does not fit in memory ({_first_line(error)}). {_MEMORY_ADVICE}") from error
+                raise BackendError(f"{path} does not fit in memory ({first_line(error)}). {_MEMORY_ADVICE}") from error
             if not _is_ort_error(error):
                 raise
             raise BundleError(
-                f"{path} cannot be loaded by onnxruntime {onnxruntime.__version__}: {_first_line(error)}. "
+                f"{path} cannot be loaded by onnxruntime {onnxruntime.__version__}: {first_line(error)}. "
                 "Check the bundle (flamingo-export inspect) or build it again."
             ) from error
         release()  # opening NFNet-F6 leaves 2.3 GB freed but kept
@@ -262,7 +269,7 @@ class OnnxRuntimeSession(HostSession):
             if not _is_ort_error(error) and not isinstance(error, MemoryError):
                 raise
             advice = _MEMORY_ADVICE if _is_memory(error) else "The bundle may be damaged: flamingo-export parity checks it."
-            raise BackendError(f"{self._spec.name} failed in onnxruntime: {_first_line(error)}. {advice}") from error
+            raise BackendError(f"{self._spec.name} failed in onnxruntime: {first_line(error)}. {advice}") from error
         return results if outputs is None else {name: results[name] for name in outputs}
 
     def close(self) -> None:
@@ -334,7 +341,3 @@ def _is_memory(error: Exception) -> bool:
     return (
         isinstance(error, MemoryError) or "bad_alloc" in text or "failed to allocate memory" in text or "out of memory" in text
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

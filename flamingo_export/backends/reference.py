@@ -18,7 +18,7 @@ import numpy as np
 from flamingo_export.backends.base import Array, Availability, Buffer, HostSession, SessionOptions, check_feeds, on_host
 from flamingo_export.backends.base import Tensor as HostOrDevice
 from flamingo_export.bundle.manifest import EngineRecord, GraphRecord, Manifest
-from flamingo_export.errors import BackendError, CheckpointError, InputError
+from flamingo_export.errors import BackendError, CheckpointError, InputError, pip_install
 from flamingo_export.sources.origin import find_origin
 from flamingo_export.specs import SubgraphSpec, decoder_spec, subgraph_specs
 from flamingo_reference.config import RelativePositions
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from flamingo_export.sources import WeightSource
     from flamingo_reference.model.subgraphs import Subgraph
 
-_INSTALL = "Install it: pip install 'flamingo-export[torch]'"
+_INSTALL = f"Install it: {pip_install('torch')}"
 _KINDS: dict[str, np.dtype[Any]] = {
     "float": np.dtype(np.float32),
     "fp32": np.dtype(np.float32),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
 from flamingo_export.errors import BundleError
+from flamingo_export.files import write_atomically
 from flamingo_export.precision import Precision, StorageType
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.input_format import PAPER, InputFormat
@@ -67,7 +66,8 @@ class EngineRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A compiled engine: which graph, backend and target it is for, and the tool version that can open it.
 
     lowered: the graph it was compiled from; request: digest of all that the engine depends on but the numbers of the weights; compute: the
-    type of its floats. plugin_sha256: of the plugin library it needs, None where it needs none.
+    type of its floats. plugin_sha256: of the plugin library it needs, None where it needs none. banned: the tokens that its candidates leave
+    out, None in bundles of 0.1.0: `<image>`.
     """
 
     graph: str
@@ -81,6 +81,7 @@ class EngineRecord(msgspec.Struct, frozen=True, kw_only=True):
     request: str | None = None
     lowered: str | None = None
     compute: StorageType | None = None
+    banned: tuple[int, ...] | None = None
     summary: EngineSummary | None = None
 
 
@@ -232,17 +233,7 @@ def read_manifest(bundle: Path) -> Manifest:
 def write_manifest(bundle: Path, manifest: Manifest) -> None:
     """Writes the manifest atomically: readers see the old one or the new one, never half."""
     data = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
-    handle, temporary = tempfile.mkstemp(dir=bundle, prefix=".manifest-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, bundle / MANIFEST_NAME)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_atomically(bundle / MANIFEST_NAME, data + b"\n")
 
 
 def default_limits(config: ModelConfig) -> ShapeLimits:

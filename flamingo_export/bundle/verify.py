@@ -11,7 +11,9 @@ import msgspec
 
 from flamingo_export.bundle.manifest import MANIFEST_NAME, FileRecord, Manifest, read_manifest
 from flamingo_export.errors import BundleError
+from flamingo_export.files import write_atomically
 from flamingo_export.progress import SILENT, Progress
+from flamingo_export.user_cache import user_cache
 
 _CHUNK = 1 << 22
 _CACHE_SCHEMA = 1
@@ -55,8 +57,9 @@ def open_bundle(bundle: Path, *, progress: Progress = SILENT) -> Manifest:
     """The manifest of a bundle whose files are those it lists.
 
     A file's digest is computed at the first opening and whenever its size or time has changed; what was found right is noted in the
-    user's cache folder, so read-only bundles open as well. Raises BundleError naming every file that is missing, cut short, altered,
-    a link or outside of the bundle, and if the manifest's values cannot be.
+    user's cache folder, so read-only bundles open as well. Links are followed, as in Hugging Face's cache: a file is what the manifest
+    says of it, wherever it lies. Raises BundleError naming every file that is missing, cut short, altered or named by a path that leaves
+    the bundle, and if the manifest's values are invalid.
     """
     manifest = read_manifest(bundle)
     check_manifest(bundle, manifest)
@@ -97,7 +100,10 @@ def _unlisted(bundle: Path, listed: set[str]) -> list[str]:
 
 
 def verify(bundle: Path, manifest: Manifest, *, cache: Path | None = None, progress: Progress = SILENT) -> Verification:
-    """Checks the files of a bundle against its manifest. cache: folder of notes, None takes the user's. Raises BundleError as above."""
+    """Checks the files of a bundle against its manifest. cache: folder of notes, None takes the user's. Raises BundleError as above.
+
+    Notes are best effort: where they cannot be kept, every file is read at each opening.
+    """
     notes = _notes_file(bundle, cache)
     earlier = _read_notes(notes)
     faults: list[str] = []
@@ -141,13 +147,14 @@ def is_intact(bundle: Path, record: FileRecord) -> bool:
     return known or file_record(bundle, bundle / record.path).sha256 == record.sha256
 
 
-def _notes_file(bundle: Path, cache: Path | None = None) -> Path:
-    return (cache or cache_folder()) / f"{hashlib.sha256(os.fsencode(bundle.resolve())).hexdigest()}.json"
+def _notes_file(bundle: Path, cache: Path | None = None) -> Path | None:
+    folder = cache or cache_folder()
+    return folder / f"{hashlib.sha256(os.fsencode(bundle.resolve())).hexdigest()}.json" if folder else None
 
 
-def cache_folder() -> Path:
-    """Where openings of bundles are noted."""
-    return Path.home() / ".cache" / "flamingo-export" / "verified"
+def cache_folder() -> Path | None:
+    """Where openings of bundles are noted; None where the user has no such place."""
+    return user_cache("verified")
 
 
 def _mark(bundle: Path, record: FileRecord) -> _Mark | str:
@@ -163,21 +170,22 @@ def _mark(bundle: Path, record: FileRecord) -> _Mark | str:
     ):
         return f"{record.path!r} does not name a file of the bundle"
     path = bundle.joinpath(*pure.parts)
-    inside = [bundle.joinpath(*pure.parts[: count + 1]) for count in range(len(pure.parts))]
     try:
-        if any(part.is_symlink() for part in inside):
-            return f"{record.path} is a link, which a bundle must not hold"
         stat = path.stat()
         if not path.is_file():
-            return f"{record.path} is no file"
+            return f"{record.path} is not a file"
     except OSError:
+        if path.is_symlink():
+            return f"{record.path} is a link to {os.readlink(path)}, which is not there"
         return f"{record.path} is missing"
     if stat.st_size != record.size:
         return f"{record.path} has {stat.st_size} bytes, expected {record.size}"
     return _Mark(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, record.sha256)
 
 
-def _read_notes(path: Path) -> dict[str, _Mark]:
+def _read_notes(path: Path | None) -> dict[str, _Mark]:
+    if path is None:
+        return {}
     with suppress(OSError, msgspec.MsgspecError):
         notes = msgspec.json.decode(path.read_bytes(), type=_Verified)
         if notes.schema == _CACHE_SCHEMA:
@@ -185,10 +193,9 @@ def _read_notes(path: Path) -> dict[str, _Mark]:
     return {}
 
 
-def _write_notes(path: Path, files: dict[str, _Mark]) -> None:
+def _write_notes(path: Path | None, files: dict[str, _Mark]) -> None:
     """Best effort: where nothing can be noted, digests are computed at each opening."""
+    if path is None:
+        return
     with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_bytes(msgspec.json.encode(_Verified(files=files)))
-        temporary.replace(path)
+        write_atomically(path, msgspec.json.encode(_Verified(files=files)))

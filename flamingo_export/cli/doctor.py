@@ -62,7 +62,7 @@ def examine(folder: Path) -> Report:
     runtime, torch = probes.onnxruntime(), probes.torch()
     extras = [_optional(*pair) for pair in (("matplotlib", "plots in parity reports"), ("scikit-learn", "training nano"))]
     tensorrt = probes.tensorrt()
-    software = [runtime, torch, *extras, driver, *tensorrt]
+    software = [runtime, probes.packages(), torch, *extras, driver, *tensorrt]
     return Report(
         hardware=found, gpus=gpus, software=software, tasks=_tasks(runtime, torch, tensorrt, gpus), sizes=_sizes(found)
     )
@@ -81,21 +81,21 @@ def _optional(name: str, purpose: str) -> Finding:
 
 
 def _tasks(runtime: Finding, torch: Finding, tensorrt: list[Finding], gpus: list[Gpu]) -> list[Finding]:
+    from flamingo_export.backends.onnxruntime_library import lowest
     from flamingo_export.cli.probes import Finding
+    from flamingo_export.errors import pip_install
 
-    works, needs_torch = "works here", "needs PyTorch"
+    works, needs_torch, needs_runtime = "works here", "needs PyTorch", f"needs ONNX Runtime, {lowest()} or later"
     cuda_provider = runtime.found and "CUDA" in runtime.detail
     on_gpu = gpus and cuda_provider
     return [
         Finding(
             name="build, generate, score, bench on the CPU",
             found=runtime.found,
-            detail=works if runtime.found else "needs ONNX Runtime",
+            detail=works if runtime.found else needs_runtime,
             remedy=runtime.remedy,
         ),
-        Finding(
-            name="parity against golden values", found=runtime.found, detail=works if runtime.found else "needs ONNX Runtime"
-        ),
+        Finding(name="parity against golden values", found=runtime.found, detail=works if runtime.found else needs_runtime),
         Finding(
             name="parity against the PyTorch reference",
             found=torch.found,
@@ -114,7 +114,7 @@ def _tasks(runtime: Finding, torch: Finding, tensorrt: list[Finding], gpus: list
             detail="CUDA provider and GPU are there (not tested by this project so far)"
             if on_gpu
             else ("no GPU found" if not gpus else "this ONNX Runtime has no CUDA provider"),
-            remedy="pip install onnxruntime-gpu in place of onnxruntime" if gpus and not cuda_provider else None,
+            remedy=f"pip uninstall onnxruntime; {pip_install('gpu')}" if gpus and not cuda_provider else None,
         ),
         *_engine_tasks(tensorrt, gpus),
     ]

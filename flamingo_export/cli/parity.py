@@ -62,14 +62,14 @@ def parity(
     from flamingo_export.cli.output import print_json
     from flamingo_export.cli.probes import package
     from flamingo_export.cli.progress import reported
-    from flamingo_export.errors import ParityError
+    from flamingo_export.errors import ParityError, pip_install
     from flamingo_export.validate import check_bundle
 
     if checkpoint is None and (language_model or vision or loras or tokenizer):
         raise typer.BadParameter("parts go with a checkpoint: add --checkpoint", param_hint="--checkpoint")
     files = checkpoint_files(checkpoint, language_model, vision, loras, tokenizer) if checkpoint is not None else None
     if html is not None and package("matplotlib") is None:  # said now, not after minutes of work
-        raise ParityError("the report's plots need matplotlib: pip install 'flamingo-export[report]'")
+        raise ParityError(f"the report's plots need matplotlib: {pip_install('report')}")
     with reported() as progress:
         report = check_bundle(
             bundle, backend=backend, checkpoint=files, progress=progress, against=against.value if against else None
@@ -105,8 +105,10 @@ def _print(report: ParityReport, html: Path | None) -> None:
     if rows:
         console.print(table(("checked", "subgraph", "gates passed", "worst, of its limit"), rows, right=(2, 3)))
     for gate in report.failures[:10]:
-        error = "nothing measured" if gate.error is None else f"error {gate.error:.3g}, limit {gate.limit or 0:.3g}"
+        error = "no number" if gate.error is None else f"error {gate.error:.3g}, limit {gate.limit or 0:.3g}"
         console.print(f"failed: {gate.level} {gate.case}, {gate.subgraph} {gate.tensor}: {error}. {gate.note}", markup=False)
+    for gate in report.unmeasured[:10]:
+        console.print(f"not measured: {gate.level} {gate.case}, {gate.subgraph} {gate.tensor}: {gate.note}", markup=False)
     for trace in report.traces:
         if trace.outcome != "equal":
             console.print(

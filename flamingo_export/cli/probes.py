@@ -9,12 +9,14 @@ import platform
 import shutil
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
+
+from flamingo_export.errors import pip_install
 
 if TYPE_CHECKING:
     from flamingo_export.backends.tensorrt.library import Library
@@ -121,20 +123,60 @@ def _importable(module: str) -> bool:
 
 
 def onnxruntime() -> Finding:
-    """ONNX Runtime and the execution providers of this build of it."""
+    """ONNX Runtime and the execution providers of this build of it. Not found: missing, too old, or two builds in one folder."""
+    from flamingo_export.backends import onnxruntime_library as library
+
+    name, installed = "ONNX Runtime", library.installed()
+    if len(installed) > 1:
+        both = " and ".join(f"{each} {number}" for each, number in installed.items())
+        return Finding(
+            name=name,
+            found=False,
+            detail=f"{both} are both installed; they own one folder, so what is in it is of one or the other",
+            remedy=f"pip uninstall {' '.join(installed)}; then one. {library.INSTALL}",
+        )
     try:
         import onnxruntime as runtime
     except ImportError as error:
-        return Finding(name="ONNX Runtime", found=False, detail=f"does not load: {error}", remedy="pip install onnxruntime")
-    providers = ", ".join(name.removesuffix("ExecutionProvider") for name in runtime.get_available_providers())
-    return Finding(name="ONNX Runtime", found=True, detail=f"{runtime.__version__}; providers {providers}")
+        return Finding(name=name, found=False, detail=f"does not load: {error}", remedy=library.INSTALL)
+    fault = library.too_old(runtime.__version__)
+    if fault:
+        return Finding(name=name, found=False, detail=fault, remedy=library.INSTALL)
+    providers = ", ".join(each.removesuffix("ExecutionProvider") for each in runtime.get_available_providers())
+    return Finding(name=name, found=True, detail=f"{runtime.__version__}; providers {providers}")
+
+
+def packages() -> Finding:
+    """Whether each package that this one asks for, extras' where they are installed, has a version that it admits."""
+    from packaging.requirements import Requirement
+
+    name = "Python packages"
+    try:
+        lines = requires("flamingo-export") or []
+    except PackageNotFoundError:  # run from its source folder without having been installed
+        return Finding(name=name, found=False, detail="flamingo-export is not installed", remedy=pip_install("cpu"))
+    fitting, wrong = set(), {}
+    for asked in map(Requirement, lines):
+        found = package(asked.name)
+        if found is not None and asked.specifier.contains(found, prereleases=True):
+            fitting.add(asked.name)
+        elif found is not None or asked.marker is None or asked.marker.evaluate({"extra": ""}):
+            wrong[f"{asked.name}{asked.specifier}"] = f"{asked.name} {found or 'is missing'}"
+    if not wrong:
+        return Finding(name=name, found=True, detail=f"{len(fitting)} found, each of a version that is admitted")
+    return Finding(
+        name=name,
+        found=False,
+        detail=f"of a version that is not admitted: {', '.join(wrong.values())}",
+        remedy=f"pip install {' '.join(map(repr, wrong))}",
+    )
 
 
 def torch() -> Finding:
     """PyTorch, by its version alone: importing it takes seconds."""
     found = package("torch", "torch")
     if found is None:
-        return Finding(name="PyTorch", found=False, detail="not installed", remedy="pip install 'flamingo-export[torch]'")
+        return Finding(name="PyTorch", found=False, detail="not installed", remedy=pip_install("torch"))
     return Finding(name="PyTorch", found=True, detail=found)
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flamingo_export.files import write_atomically
 from flamingo_reference.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -37,12 +37,4 @@ def save_graph(model: ir.Model, path: Path) -> None:
     """Writes a graph so that readers see all of it or nothing; its weights stay where they are."""
     import onnx_ir as ir
 
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with temporary.open("wb") as file:
-            file.write(ir.serde.serialize_model(model).SerializeToString(deterministic=True))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, ir.serde.serialize_model(model).SerializeToString(deterministic=True))

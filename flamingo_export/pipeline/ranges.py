@@ -8,7 +8,7 @@ from typing import Literal
 
 from flamingo_export.bundle.manifest import CalibrationRecord
 from flamingo_export.bundle.verify import file_record
-from flamingo_export.errors import BuildError
+from flamingo_export.errors import BuildError, pip_install
 from flamingo_export.pipeline.request import BuildRequest
 from flamingo_export.pipeline.work_folder import Finished, Journal, WorkPlace
 from flamingo_export.precision import Precision
@@ -50,7 +50,7 @@ def checked_policy(
     if policy.needs_ranges and not request.uncalibrated and importlib.util.find_spec("torch") is None:
         raise BuildError(
             f"policy {policy.name} quantises activations, whose ranges are found by running the reference, and PyTorch is not installed. "
-            "Give a table made elsewhere (--calibration FILE), install PyTorch (pip install 'flamingo-export[torch]'), or build without "
+            f"Give a table made elsewhere (--calibration FILE), install PyTorch ({pip_install('torch')}), or build without "
             "ranges (--uncalibrated), which costs accuracy."
         )
     return None

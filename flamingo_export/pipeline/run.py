@@ -32,6 +32,7 @@ from flamingo_export.bundle.manifest import (
 from flamingo_export.bundle.tokenizer import checked_tokenizer, placeholder_tokenizer
 from flamingo_export.bundle.verify import file_record
 from flamingo_export.errors import BuildError, CalibrationError, CheckpointError, ParityError
+from flamingo_export.files import disk_errors
 from flamingo_export.graphs import build_graph, save_graph
 from flamingo_export.pipeline import work_folder
 from flamingo_export.pipeline.donor import fitting
@@ -98,7 +99,7 @@ def build(request: BuildRequest, *, progress: Progress = SILENT) -> BuildResult:
     """
     job = _prepare(request, progress)
     place = job.place
-    with work_folder.exclusive(place), work_folder.disk_errors(place):
+    with work_folder.exclusive(place), disk_errors(place.work, BuildError):
         work_folder.mend(place)
         work_folder.check_output(place, overwrite=request.overwrite)
         journal = Journal(place, _identity(job), resume=request.resume)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flamingo_export.bundle.manifest import FileRecord
-from flamingo_export.errors import UnsupportedModel
+from flamingo_export.errors import UnsupportedModel, first_line, pip_install
 from flamingo_export.graphs import save_graph
 from flamingo_export.specs import SubgraphSpec, subgraph_specs
 from flamingo_export.weights import WEIGHTS_FOLDER
@@ -45,7 +45,7 @@ def trace_vision_encoder(module: nn.Module, config: ModelConfig) -> ir.Model:
     import torch
 
     if importlib.util.find_spec("onnxscript") is None:
-        raise UnsupportedModel("tracing a vision encoder needs onnxscript: pip install 'flamingo-export[trace]'")
+        raise UnsupportedModel(f"tracing a vision encoder needs onnxscript: {pip_install('trace')}")
     spec = subgraph_specs(config)["vision_encoder"]
     still = copy.deepcopy(module).cpu().float().eval().requires_grad_(False)
     side = config.vision.image_size
@@ -64,7 +64,7 @@ def trace_vision_encoder(module: nn.Module, config: ModelConfig) -> ir.Model:
         )
     except Exception as error:  # torch raises many kinds
         raise UnsupportedModel(
-            f"torch.onnx cannot trace the vision encoder {type(module).__qualname__}: {str(error).splitlines()[0] if str(error) else error}. "
+            f"torch.onnx cannot trace the vision encoder {type(module).__qualname__}: {first_line(error)}. "
             "See torch.onnx.export(module, pixels, dynamo=True) for the whole of it."
         ) from error
     assert program is not None

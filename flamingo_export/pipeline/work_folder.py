@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import os
 import shutil
 import sys
@@ -14,10 +13,10 @@ from pathlib import Path
 
 import msgspec
 
+from flamingo_export import files
 from flamingo_export.bundle.manifest import MANIFEST_NAME, FileRecord
 from flamingo_export.errors import BuildError
-
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+from flamingo_export.files import Identified
 
 
 class WorkPlace(msgspec.Struct, frozen=True):
@@ -68,8 +67,7 @@ class Finished(msgspec.Struct, frozen=True, kw_only=True):
     sources: dict[str, str]
 
 
-class _JournalFile(msgspec.Struct, kw_only=True):
-    identity: str
+class _Content(Identified, kw_only=True):
     inode: int
     """Of the work folder: after publishing, another folder may lie under its name."""
     groups: dict[str, Finished] = msgspec.field(default_factory=dict)
@@ -83,19 +81,19 @@ class Journal:
 
         `discarded` tells whether the work of another build was thrown away.
         """
-        self._place = place
+        self._place, self._file = place, _journal_file(place)
         self.discarded = False
-        earlier = _read_journal(place)
-        fits = earlier is not None and resume and earlier.identity == identity and _inode(place.work) == earlier.inode
+        earlier = self._file.read()
+        fits = earlier is not None and resume and earlier.identity == identity and files.inode(place.work) == earlier.inode
         if earlier is not None and fits:
             self._content = earlier
         else:
             self.discarded = earlier is not None and bool(earlier.groups) and place.work.exists()
             place.discard()
             place.work.mkdir()
-            self._content = _JournalFile(identity=identity, inode=place.work.stat().st_ino)
+            self._content = _Content(identity=identity, inode=place.work.stat().st_ino)
         self._tidy()
-        self._save()
+        self._file.save(self._content)
 
     @property
     def groups(self) -> dict[str, Finished]:
@@ -105,7 +103,7 @@ class Journal:
     def add(self, group: str, record: Finished) -> None:
         """Records a finished group durably."""
         self._content.groups[group] = record
-        self._save()
+        self._file.save(self._content)
 
     def _tidy(self) -> None:
         """Leaves nothing in the work folder but the files of finished groups, and no group whose file is not there in full."""
@@ -122,64 +120,23 @@ class Journal:
             elif path not in kept:
                 path.unlink()
 
-    def _save(self) -> None:
-        """A crash leaves the old journal or the new one."""
-        temporary = self._place.journal.with_name(self._place.journal.name + ".part")
-        with temporary.open("wb") as file:
-            file.write(msgspec.json.encode(self._content))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self._place.journal)
 
-
-def _read_journal(place: WorkPlace) -> _JournalFile | None:
-    with suppress(OSError, msgspec.MsgspecError):
-        return msgspec.json.decode(place.journal.read_bytes(), type=_JournalFile)
-    return None
-
-
-def _inode(path: Path) -> int | None:
-    try:
-        return path.lstat().st_ino
-    except OSError:
-        return None
+def _journal_file(place: WorkPlace) -> files.Journal[_Content]:
+    return files.Journal(place.journal, _Content)
 
 
 @contextmanager
 def exclusive(place: WorkPlace) -> Iterator[None]:
     """Holds the lock of an output path. Raises BuildError if another build holds it, or the folder cannot be written."""
-    try:
-        place.out.parent.mkdir(parents=True, exist_ok=True)
-        handle = _locked(place)
-    except OSError as error:
-        raise BuildError(f"{place.out.parent} cannot be written ({error.strerror}). Choose another --out.") from error
-    try:
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+
+    def busy(holder: str) -> BuildError:
+        return BuildError(f"another build to {place.out} is running (process {holder}). Wait for it, or choose another --out.")
+
+    def unwritable(error: OSError) -> BuildError:
+        return BuildError(f"{place.out.parent} cannot be written ({error.strerror}). Choose another --out.")
+
+    with files.exclusive(place.lock, busy=busy, unwritable=unwritable):
         yield
-    finally:
-        place.lock.unlink(missing_ok=True)
-        os.close(handle)
-
-
-def _locked(place: WorkPlace) -> int:
-    """A handle on the lock file, held. The system lets go of it when the process ends, however it ends."""
-    while True:
-        handle = os.open(place.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(handle, 32, 0).decode(errors="replace").strip() or "unknown"
-            os.close(handle)
-            raise BuildError(
-                f"another build to {place.out} is running (process {holder}). Wait for it, or choose another --out."
-            ) from None
-        except OSError:
-            os.close(handle)
-            raise
-        if _inode(place.lock) == os.fstat(handle).st_ino:
-            return handle
-        os.close(handle)  # the build that held it removed the file in between
 
 
 def mend(place: WorkPlace) -> None:
@@ -189,8 +146,8 @@ def mend(place: WorkPlace) -> None:
             shutil.rmtree(place.replaced, ignore_errors=True)
         else:
             place.replaced.rename(place.out)
-    journal = _read_journal(place)
-    if journal is not None and journal.inode != _inode(place.work):
+    journal = _journal_file(place).read()
+    if journal is not None and journal.inode != files.inode(place.work):
         place.discard()
 
 
@@ -201,7 +158,7 @@ def check_output(place: WorkPlace, *, overwrite: bool) -> None:
     if place.out.is_symlink() or not (place.out / MANIFEST_NAME).is_file():
         raise BuildError(f"{place.out} exists and is no bundle, so it is never replaced. Choose another --out, or remove it.")
     if not overwrite:
-        raise BuildError(f"{place.out} exists. Choose another --out, or replace it with --force.")
+        raise BuildError(f"{place.out} exists. Choose another --out, or replace it with --overwrite.")
 
 
 def check_disk(place: WorkPlace, needed: int) -> None:
@@ -212,20 +169,6 @@ def check_disk(place: WorkPlace, needed: int) -> None:
             f"the build needs {needed / 1e9:.2f} GB on the disk of {place.out.parent.resolve()}, which has {free / 1e9:.2f} GB free. "
             "Free some, or choose an --out on another disk."
         )
-
-
-@contextmanager
-def disk_errors(place: WorkPlace) -> Iterator[None]:
-    """Turns a full disk or a failed write into a BuildError that says what is kept."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in DISK_ERRORS:
-            raise BuildError(
-                f"writing {error.filename or place.work} failed: {error.strerror}. The parts that are finished are kept in {place.work}. "
-                "Free some space and run the same command to go on, or remove that folder."
-            ) from error
-        raise
 
 
 def publish(place: WorkPlace) -> None:

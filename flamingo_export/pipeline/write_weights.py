@@ -22,6 +22,7 @@ import numpy as np
 
 from flamingo_export.bundle.manifest import FileRecord
 from flamingo_export.errors import CheckpointError
+from flamingo_export.files import replacing
 from flamingo_export.pipeline.work_folder import Finished, Journal
 from flamingo_export.precision import Precision, Quantisation
 from flamingo_export.progress import Progress
@@ -44,6 +45,10 @@ _BLOCK = 1 << 17
 class _Done(msgspec.Struct, frozen=True):
     group: str
     record: Finished | None
+
+
+class _Abandoned(Exception):
+    """A group that is not written: another one failed, or holds what cannot be stored."""
 
 
 class _Made(msgspec.Struct, frozen=True):
@@ -135,51 +140,46 @@ class _Stream:
         try:
             if not self._stop.is_set():
                 self._events.put(_Done(group, self._write(group, members)))
+        except _Abandoned:
+            self._events.put(_Done(group, None))
         except BaseException as error:
             self._events.put(error)
 
-    def _write(self, group: str, members: Sequence[Weight]) -> Finished | None:
-        """The group's file, complete and on the disk; None if any group so far has a fault, for then tensors are only looked at."""
+    def _go_on(self) -> None:
+        if self._stop.is_set():
+            raise _Abandoned
+
+    def _write(self, group: str, members: Sequence[Weight]) -> Finished:
+        """The group's file, complete and on the disk. Raises _Abandoned if any group so far has a fault: tensors are only looked at then."""
         header, _ = layout(members, self._precision)
         path = self._work / group_file(group)
-        temporary = path.with_name(path.name + ".part")
         digest = hashlib.sha256(header)
         sources: dict[str, str] = {}
-        try:
-            with temporary.open("wb", buffering=0) as file:
-                _write_all(file.fileno(), memoryview(header))
-                for weight in members:
-                    if self._stop.is_set():
-                        return None
-                    with self._turn(weight):
-                        made = _make(self._source, weight, self._precision, self._calibration)
-                        sources |= made.sources
-                        self._bad.update(made.bad)
-                        if made.overflow is not None:
-                            self._overflows.append(made.overflow)
-                        if self._faulty:
-                            continue
-                        for piece in made.pieces:
-                            data = piece.reshape(-1).view(np.uint8).data
-                            for start in range(0, len(data), _CHUNK):
-                                if self._stop.is_set():
-                                    return None
-                                chunk = data[start : start + _CHUNK]
-                                digest.update(chunk)
-                                _write_all(file.fileno(), chunk)
-                                self._events.put(len(chunk))
-                            del data
-                        del made
-                if self._faulty:
-                    return None
-                os.fsync(file.fileno())
-                size = os.fstat(file.fileno()).st_size
-            temporary.replace(path)
-        except OSError as error:
-            error.filename = error.filename or os.fspath(path)
-            raise
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(path, locked=True, buffering=0) as file:
+            _write_all(file.fileno(), memoryview(header))
+            for weight in members:
+                self._go_on()
+                with self._turn(weight):
+                    made = _make(self._source, weight, self._precision, self._calibration)
+                    sources |= made.sources
+                    self._bad.update(made.bad)
+                    if made.overflow is not None:
+                        self._overflows.append(made.overflow)
+                    if self._faulty:
+                        continue
+                    for piece in made.pieces:
+                        data = piece.reshape(-1).view(np.uint8).data
+                        for start in range(0, len(data), _CHUNK):
+                            self._go_on()
+                            chunk = data[start : start + _CHUNK]
+                            digest.update(chunk)
+                            _write_all(file.fileno(), chunk)
+                            self._events.put(len(chunk))
+                        del data
+                    del made
+            if self._faulty:
+                raise _Abandoned
+            size = os.fstat(file.fileno()).st_size
         return Finished(file=FileRecord(path=group_file(group), size=size, sha256=digest.hexdigest()), sources=sources)
 
     def _turn(self, weight: Weight) -> AbstractContextManager[Any]:

@@ -27,7 +27,7 @@ _NOT_FINITE = "the model's logits are not finite numbers. Check its weights: fla
 
 @dataclass(frozen=True, kw_only=True)
 class Candidates:
-    """The n best tokens of each branch, best first, `<image>` not among them: ids int64 [..., n], their logits float32 [..., n], and the
+    """The n best tokens of each branch, best first, the banned ones not among them: ids int64 [..., n], their logits float32 [..., n], and the
     logarithm of the sum over the vocabulary of exp(logit), float64 [...]."""
 
     ids: Ints
@@ -74,8 +74,8 @@ def stacked(parts: Sequence[Scores]) -> Scores:
     )
 
 
-def candidates_of(scores: Scores, banned: int, count: int) -> Candidates:
-    """The best tokens of each branch [W, n]: those given, or `count` of logits [W, V], which are overwritten; `banned` is left out.
+def candidates_of(scores: Scores, banned: int | Sequence[int], count: int) -> Candidates:
+    """The best tokens of each branch [W, n]: those given, or `count` of logits [W, V], which are overwritten; `banned` are left out.
 
     Raises BundleError if the largest logits are not finite: the model computed NaN or infinity, and any text would be noise.
     """
@@ -90,8 +90,8 @@ def candidates_of(scores: Scores, banned: int, count: int) -> Candidates:
     return Candidates(ids=tokens.reshape(width, -1), values=values.reshape(width, -1), log_sum_exp=log_sum_exp(scores, top))
 
 
-def without(logits: Logits, banned: int) -> Logits:
-    """Sets the banned token's logits to minus infinity, in place, and returns each row's largest, float32 [W].
+def without(logits: Logits, banned: int | Sequence[int]) -> Logits:
+    """Sets the banned tokens' logits to minus infinity, in place, and returns each row's largest, float32 [W].
 
     Raises BundleError if that is not finite: the model computed NaN or infinity, and any text would be noise.
     """

@@ -185,7 +185,7 @@ class Engine:
     ) -> Ticket[list[list[float]]]:
         """Hands in candidate answers, at least one token each, for the log-probability of each of their tokens after the request's prompt.
 
-        `<image>` has probability zero, as in generation. Settings are those of `submit`.
+        Tokens that are never generated have probability zero. Settings are those of `submit`.
         Raises CapacityError before work if prompt and the longest candidate do not fit.
         """
         prompt, limits, largest = len(request.token_ids), self.limits, self.loop.decoder.largest
@@ -209,7 +209,7 @@ class Engine:
         cost = prompt + sum(len(candidate) for candidate in candidates)
 
         def job(**settings: Any) -> Job:
-            return Scoring(candidates, room, tokens.image, tokens.reset, request, ticket, cost=cost, **settings)
+            return Scoring(candidates, room, tokens.never, tokens.reset, request, ticket, cost=cost, **settings)
 
         return self._submit(ticket, job, **rest)
 

@@ -172,7 +172,7 @@ class Scoring(Job):
         self,
         candidates: Sequence[Sequence[int]],
         room: int,
-        banned: int,
+        banned: Sequence[int],
         reset: int | None,
         request: Prepared,
         ticket: Ticket[Any],
@@ -243,7 +243,7 @@ def whole(scores: Scores) -> Logits:
     return scores
 
 
-def _logprobs(logits: Array, rows: Array, tokens: Array, banned: int) -> list[float]:
+def _logprobs(logits: Array, rows: Array, tokens: Array, banned: Sequence[int]) -> list[float]:
     """Log-probabilities of tokens, each under its row of logits, which are overwritten."""
     top = without(logits, banned)
     values = logits[rows, tokens].astype(np.float64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar, Unpack, overload
@@ -16,11 +16,13 @@ from flamingo_export.backends.base import Backend, SessionOptions
 from flamingo_export.bundle.manifest import Manifest
 from flamingo_export.errors import InputError, PromptError
 from flamingo_export.runtime.engine import Engine
+from flamingo_export.runtime.image_files import is_encoded
 from flamingo_export.runtime.images import ImageSource
 from flamingo_export.runtime.jobs import Group
 from flamingo_export.runtime.loop import Outcome
 from flamingo_export.runtime.media import Medium, MediumSource
-from flamingo_export.runtime.options import GenerateOptions, Settings
+from flamingo_export.runtime.options import GenerateOptions, Settings, options_from
+from flamingo_export.runtime.prompts import Shots, as_shots, caption_prompt, qa_prompt
 from flamingo_export.runtime.request import Prepared, Request, prepare
 from flamingo_export.runtime.search import Hypothesis
 from flamingo_export.runtime.subgraphs import Engines
@@ -32,6 +34,7 @@ from flamingo_export.runtime.videos import Video, VideoSource
 Prompt = str | Request | Sequence[int]
 Batch = list[str] | list[Request] | list[str | Request]
 T = TypeVar("T")
+_OWN_NAMES = ("images", "videos", "caller", "timeout", "batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +195,7 @@ class Model:
         when the best is known, so that nothing given out is ever taken back. Steps do not wait for the reader. Errors of the request are
         raised here, not at the first piece.
         """
-        options = GenerateOptions(**settings)
+        options = options_from(settings, _OWN_NAMES[:-1])
         if self.tokenizer is None:
             raise InputError(
                 "the bundle has no tokenizer, so there is no text to stream. Use generate, which returns token ids."
@@ -200,10 +203,26 @@ class Model:
         (ticket,) = self._submit([as_request(prompt, images, videos)], options, 1, caller, timeout, wake=True, events=True)
         return Stream(
             ticket,
-            TextStream(self.tokenizer),
+            TextStream(self.tokenizer, strip=True),
             lambda outcome, timings: self._generation(outcome, options, timings),
             one_text=options.width == 1 or not options.samples,
         )
+
+    def caption(self, image: MediumSource, *, shots: Shots = (), **settings: Unpack[Settings]) -> Generation:
+        """Describes an image (or Video) in the form that this model was trained with.
+
+        shots: examples with captions to show first, or the path of a shots file.
+        settings: as `generate` takes them. Raises InputError before anything is run.
+        """
+        return self.generate(caption_prompt(as_shots(shots), image, self.inputs), **settings)
+
+    def ask(self, image: MediumSource, question: str, *, shots: Shots = (), **settings: Unpack[Settings]) -> Generation:
+        """Answers a question about an image (or Video) in the form that this model was trained with.
+
+        shots: examples with questions and answers to show first, or the path of a shots file.
+        settings: as `generate` takes them. Raises InputError before anything is run.
+        """
+        return self.generate(qa_prompt(as_shots(shots), question, image, self.inputs), **settings)
 
     def score(
         self,
@@ -212,20 +231,23 @@ class Model:
         *,
         images: Iterable[ImageSource | Video] = (),
         videos: Iterable[VideoSource | Video] = (),
+        end: bool = True,
         caller: str = "",
         timeout: float | None = None,
     ) -> list[Score]:
         """Log-likelihood of each candidate after the prompt, in the order given; `max(..., key=lambda s: s.logprob)` is the model's choice.
 
-        candidates: text, joined to a text prompt with a space unless there is one, or token ids. `<EOC>` is not added: write it in the
-        candidates to score that they end there. Raises InputError before anything is run.
+        candidates: text, joined to a text prompt with a space unless there is one, or token ids, which are scored as they are.
+        end: whether `<EOC>` is added to texts that do not end with it, so that the whole answer is scored, as the command line does;
+            without it "a" is likelier than "a square" whatever the image shows.
+        Raises InputError before anything is run.
         """
         if not candidates or isinstance(candidates, str):
             raise InputError("no candidates were given. Give a list of at least one answer.")
         request = as_request(prompt, images, videos)
         started = time.perf_counter()
         prepared = self.prepare(request)
-        ids = [self._candidate_ids(request, candidate) for candidate in candidates]
+        ids = [self._candidate_ids(request, candidate, end) for candidate in candidates]
         timings = Timings(prepare=time.perf_counter() - started)
         (results,) = self.engine.complete(
             self.engine.submit_score(prepared, ids, timings=timings, caller=caller, deadline=_deadline(timeout), wake=False)
@@ -239,14 +261,22 @@ class Model:
             for candidate, logprobs in zip(candidates, results, strict=True)
         ]
 
-    def prepare(self, request: Request) -> Prepared:
-        """The checked form of a request that `engine.submit` takes: token ids, phi, decoded media. Raises InputError."""
-        return prepare(request, self.config, self.tokenizer, fit=self.inputs.fit)
+    def prepare(self, request: Request, known: dict[bytes, Medium] | None = None) -> Prepared:
+        """The checked form of a request that `engine.submit` takes: token ids, phi, decoded media.
+
+        known: media of other requests by digest, which are held in memory once; this request's are added.
+        Raises InputError (PromptError, ImageError).
+        """
+        return prepare(request, self.config, self.tokenizer, known, fit=self.inputs.fit, forms=self.inputs.prompts)
 
     def close(self) -> None:
         """Frees graphs, weights, media and cache. What is under way fails (EngineClosed)."""
         self.engine.close()
         self.engines.close()
+
+    def __repr__(self) -> str:
+        limits, precision = self.manifest.limits, self.manifest.precision.name
+        return f"Model({str(self.bundle)!r}: Flamingo {self.config.name}, {precision}, on {self.backend.name}, {limits.max_length} cache slots)"
 
     def __enter__(self) -> Model:
         return self
@@ -263,7 +293,7 @@ class Model:
         settings: Settings,
     ) -> tuple[GenerateOptions, list[Request], bool]:
         """Options, requests, and whether a list of them was given."""
-        options = GenerateOptions(**settings)
+        options = options_from(settings, _OWN_NAMES)
         if not (isinstance(prompt, list) and any(isinstance(item, str | Request) for item in prompt)):
             return options, [as_request(prompt, images, videos)], False
         requests = [as_request(item) for item in prompt]
@@ -288,17 +318,19 @@ class Model:
         started = time.perf_counter()
         options.check(self.config)
         known: dict[bytes, Medium] = {}
-        prepared = [prepare(request, self.config, self.tokenizer, known, fit=self.inputs.fit) for request in requests]
-        for request in prepared:
-            self.engine.new_tokens(request, options)
+        for request in requests:
+            options.check_seed(request.seed)
+        prepared = [self.prepare(request, known) for request in requests]
+        for ready in prepared:
+            self.engine.new_tokens(ready, options)
         each = (time.perf_counter() - started) / len(prepared)
         group = Group(batch_size) if len(prepared) > batch_size else None
         tickets: list[Ticket[Outcome]] = []
         try:
-            for request in prepared:
+            for request, ready in zip(requests, prepared, strict=True):
                 ticket = self.engine.submit(
-                    request,
-                    options,
+                    ready,
+                    options if request.seed is None else replace(options, seed=request.seed),
                     caller=caller,
                     deadline=_deadline(timeout),
                     events=events,
@@ -332,21 +364,24 @@ class Model:
             token_ids=hypothesis.token_ids,
             token_logprobs=hypothesis.token_logprobs,
             score=hypothesis.score,
-            finished=hypothesis.token_ids[-1] == self.config.tokens.eoc,
+            finished=hypothesis.token_ids[-1] in self.config.tokens.stops,
         )
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         return "" if self.tokenizer is None else self.tokenizer.decode(token_ids)
 
-    def _candidate_ids(self, request: Request, candidate: str | Sequence[int]) -> list[int]:
+    def _candidate_ids(self, request: Request, candidate: str | Sequence[int], end: bool) -> list[int]:
         if not isinstance(candidate, str):
             ids = [int(token) for token in candidate]
         elif self.tokenizer is None:
             raise InputError("the bundle has no tokenizer, so text cannot be encoded. Give candidates as token ids.")
-        elif isinstance(request.prompt, str):
-            ids = self.tokenizer.encode_continuation(request.prompt, candidate)
         else:
-            ids = self.tokenizer.encode_continuation(" ", candidate)
+            eoc = self.inputs.tags.eoc
+            ended = candidate if not end or candidate.endswith(eoc) or not candidate.strip() else candidate + eoc
+            if isinstance(request.prompt, str):
+                ids = self.tokenizer.encode_continuation(request.prompt, ended)
+            else:
+                ids = self.tokenizer.encode(ended, add_bos=False)
         size = self.config.language_model.vocab_size
         if not ids or min(ids) < 0 or max(ids) >= size:
             raise InputError(f"candidate {candidate!r} has no tokens, or some outside 0 to {size - 1}")
@@ -354,7 +389,10 @@ class Model:
 
 
 class Stream(Iterator[str]):
-    """Pieces of text; after the last one, `result` is the whole generation. Close it, or drop it, to stop early."""
+    """Pieces of text, which together are the text of the generation; after the last one, `result` is all of it.
+
+    Used in a `with` block it lets go of the model however the block ends. Close it, or drop it, to stop early.
+    """
 
     def __init__(
         self,
@@ -368,7 +406,6 @@ class Stream(Iterator[str]):
         self.result: Generation | None = None
         self._ticket, self._text, self._finish, self._one_text = ticket, text, finish, one_text
         self._given = 0
-        self._started = False
         self._open = True
 
     def __next__(self) -> str:
@@ -386,11 +423,19 @@ class Stream(Iterator[str]):
             except BaseException:
                 self.close()
                 raise
-            # Like Generation.text, the stream has no blanks in front.
-            if piece := piece if self._started else piece.lstrip():
-                self._started = True
+            if piece:
                 return piece
         raise StopIteration
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "open" if self._open else "finished" if self.result is not None else "closed"
+        return f"Stream({state}, {self._given} tokens given out)"
 
     def close(self) -> None:
         """Stops generating and lets go of media and cache."""
@@ -427,6 +472,6 @@ def as_request(
 
 def _listed(items: Iterable[T]) -> list[T]:
     """The items as a list; a single path or picture is a likely slip, so it is refused rather than taken apart."""
-    if isinstance(items, str | Path | np.ndarray | Video) or not isinstance(items, Iterable):
+    if is_encoded(items) or isinstance(items, np.ndarray | Video) or not isinstance(items, Iterable):
         raise InputError("images and videos are lists: images=['a.png'], not images='a.png'")
     return list(items)

@@ -81,7 +81,7 @@ class Schedule(Generic[E]):
     """Media of what runs, and how many requests show each."""
     queues: dict[str, deque[E]] = field(default_factory=dict)
     ring: list[str] = field(default_factory=list)
-    """Callers that wait, the one whose turn it is first."""
+    """Callers that wait. It is the first one's turn, for which it has been given its quantum."""
     deficits: dict[str, int] = field(default_factory=dict)
     waiting: int = 0
     soonest: float = NEVER
@@ -162,7 +162,10 @@ class Schedule(Generic[E]):
         self.waiting -= 1
         if not queue:  # who has nothing waiting keeps no credit
             del self.queues[entry.caller], self.deficits[entry.caller]
+            had_turn = self.ring[0] == entry.caller
             self.ring.remove(entry.caller)
+            if had_turn and self.ring:
+                self.deficits[self.ring[0]] += QUANTUM
 
     def _pass_turns(self, entry: E) -> None:
         """Deficit round robin up to the turn in which this request is affordable; the ring then begins with its caller."""

@@ -4,7 +4,8 @@ A search is fed the best tokens of each branch, or logits [branches, V], and ans
 continues, until it is done. Beam search is transformers' (generation/utils.py, `_beam_search`, version 5): 2W candidates a step, those that
 end among the best W are kept with score sum(log p) / length ** length_penalty, early stopping off: a request ends when no live beam can beat
 its worst kept one. The 2W are the best of W + 1 a branch, which loses nothing: the best W are among the best W of their branches, and of a
-branch's best W + 1 one at most ends the text. `<image>` is never generated: its logit is removed before the softmax.
+branch's best W + 1 one at most ends the text. With E end tokens it is (1 + E)W candidates a step and the best of W + E a branch.
+`<image>` and the model's other banned tokens are never generated: their logits are removed before the softmax.
 """
 
 from __future__ import annotations
@@ -70,11 +71,17 @@ class Search(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class StopRule:
-    """Where a text ends: after `eoc`, or after max_new_tokens."""
+    """Where a text ends: after `eoc` or one of `ends`, or after max_new_tokens. `banned` (one or several) are never generated."""
 
     eoc: int
-    banned: int
+    banned: int | Sequence[int]
     max_new_tokens: int
+    ends: tuple[int, ...] = ()
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """All tokens that end a text."""
+        return (self.eoc, *self.ends)
 
 
 class BeamSearch:
@@ -94,7 +101,7 @@ class BeamSearch:
 
     @property
     def num_candidates(self) -> int:
-        return self.width + 1
+        return self.width + len(self._rule.stops)
 
     def advance(self, scores: Scores) -> Step | None:
         rule, width = self._rule, self.width
@@ -102,10 +109,10 @@ class BeamSearch:
         rows, tokens = np.repeat(np.arange(len(found)), found.ids.shape[1]), found.ids.reshape(-1)
         logprobs = found.values.reshape(-1).astype(np.float64) - found.log_sum_exp[rows]
         totals = self._scores[rows] + logprobs
-        best = np.lexsort((tokens, rows, -totals))[: 2 * width]
+        best = np.lexsort((tokens, rows, -totals))[: (1 + len(rule.stops)) * width]
         rows, tokens, logprobs, totals = rows[best], tokens[best], logprobs[best], totals[best]
         self._length += 1
-        ends = (tokens == rule.eoc) | (self._length >= rule.max_new_tokens)
+        ends = np.isin(tokens, rule.stops) | (self._length >= rule.max_new_tokens)
         for rank in np.flatnonzero(ends[:width]):
             self._keep(int(rows[rank]), int(tokens[rank]), float(logprobs[rank]), float(totals[rank]))
         live = np.flatnonzero(~ends)[:width]
@@ -198,7 +205,7 @@ class Sampling:
             token = int(chosen[branch])
             self._tokens[branch].append(token)
             self._logprobs[branch].append(float(logprobs[branch]))
-            if token == self._rule.eoc or len(self._tokens[branch]) >= self._rule.max_new_tokens:
+            if token in self._rule.stops or len(self._tokens[branch]) >= self._rule.max_new_tokens:
                 self._open[branch] = False
         if not self._open.any():
             return None

@@ -5,10 +5,10 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
+from flamingo_export.files import write_atomically
 from flamingo_export.sensitivity.report import Sensitivity
 from flamingo_export.sensitivity.suggest import STANDS_OUT, Suggestion
 from flamingo_export.validate.report.parity_page import page_template
-from flamingo_export.validate.report.parity_report import write_atomically
 from flamingo_export.validate.report.plots import bars_plot
 
 _PLOTTED = 40

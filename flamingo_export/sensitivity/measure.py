@@ -25,7 +25,7 @@ from flamingo_calibration.layer_runner import Step, Walk
 from flamingo_calibration.run import calibrate
 from flamingo_calibration.streams import Array, Stream, Work, put
 from flamingo_export.backends.memory import release
-from flamingo_export.errors import BuildError, CalibrationError
+from flamingo_export.errors import BuildError, CalibrationError, pip_install
 from flamingo_export.precision import Policy, Precision, QuantisedType
 from flamingo_export.progress import SILENT, Progress
 from flamingo_export.quantize.policies import check_policy
@@ -94,7 +94,7 @@ def measure(
     samples that cannot be used, a table of other weights, numbers that are not finite).
     """
     if importlib.util.find_spec("torch") is None:
-        raise CalibrationError("sensitivity runs the PyTorch reference. Install it: pip install 'flamingo-export[torch]'")
+        raise CalibrationError(f"sensitivity runs the PyTorch reference. Install it: {pip_install('torch')}")
     targets = _targets(source.config, precision)
     if calibration is not None:
         if weights_sha256 is None:

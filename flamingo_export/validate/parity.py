@@ -7,6 +7,7 @@ engines:   the same cases and prompts through the bundle (checker.py, traces.py)
 from __future__ import annotations
 
 import contextlib
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from flamingo_export.backends.base import Backend, SessionOptions
 from flamingo_export.backends.memory import available_memory
 from flamingo_export.backends.registry import get_backend
 from flamingo_export.bundle.manifest import FileRecord, Manifest, ParityRecord, write_manifest
-from flamingo_export.errors import CheckpointError, ParityError
+from flamingo_export.errors import CheckpointError, ParityError, pip_install
 from flamingo_export.progress import SILENT, Progress
 from flamingo_export.sources import CheckpointSource, WeightSource
 from flamingo_export.sources.origin import find_origin, source_digest
@@ -53,9 +54,7 @@ def check_build(
     Raises ParityError if torch is missing; a gate that fails is in the report.
     """
     if not torch_found():
-        raise ParityError(
-            "PyTorch is not installed, so there is no reference to compare with: pip install 'flamingo-export[torch]'"
-        )
+        raise ParityError(f"PyTorch is not installed, so there is no reference to compare with: {pip_install('torch')}")
     started = time.monotonic()
     budget = min(memory, available_memory())
     tokenizer = folder / "tokenizer" / "tokenizer.json"
@@ -148,7 +147,7 @@ def record(
         goldens.codes = dict(stored.codes)
         goldens.no_traces = _no_room(source.config, memory)
         if not goldens.no_traces:
-            goldens.traces = record_traces(source, stored, manifest.limits, tokenizer, progress)
+            goldens.traces = record_traces(source, stored, manifest, tokenizer, progress)
     return goldens
 
 
@@ -204,10 +203,9 @@ def compare_with(
         cases = (*cases, *pixel_cases(manifest.config))
     media = MediaFormat(manifest.precision, _calibration(bundle))
     checker = Checker(bundle, manifest, goldens, media, backend, options, progress, cases)
-    checker.run(whole=whole, layers=not compiled)
-    not_run = []
-    if compiled:
-        not_run.append(NotRun(name="layer by layer", reason="the bundle has engines of whole subgraphs, none of single layers"))
+    with _layers_folder(compiled=compiled) as (folder, why):
+        checker.run(whole=whole, layers=folder)
+    not_run = [NotRun(name="layer by layer", reason=why)] if why else []
     traces: tuple[Trace, ...] = ()
     if not whole:
         sizes = f"the engines take about {needed / 1e9:.1f} GB as a whole, {memory / 1e9:.1f} GB may be used"
@@ -216,13 +214,15 @@ def compare_with(
     elif goldens.no_traces:
         not_run.append(NotRun(name="token traces", reason=goldens.no_traces))
     else:
-        traces, rows = check_traces(bundle, manifest, goldens, backend, options, progress)
-        checker.rows += rows
+        traces, found = check_traces(bundle, manifest, goldens, backend, options, progress)
+        checker.rows += found
         task = accuracy_row(bundle, manifest, backend, options, progress) if tasks else None
         if task is not None:
             checker.rows.append(task)
-    failed = any(not row.passed for row in checker.rows) or not checker.rows
-    verdict: Verdict = "failed" if failed else "passed"
+    rows = tuple(checker.rows)
+    verdict: Verdict = "passed" if rows and all(row.passed for row in rows) else "not_run"
+    if any(row.measured and not row.passed for row in rows):
+        verdict = "failed"
     return ParityReport(
         verdict=verdict,
         backend=backend.name,
@@ -230,7 +230,7 @@ def compare_with(
         model=manifest.config.name,
         storage=manifest.precision.name,
         weights=goldens.weights_sha256,
-        rows=tuple(checker.rows),
+        rows=rows,
         layers=tuple(checker.points),
         first_diverging_layer=checker.first_diverging,
         traces=traces,
@@ -239,6 +239,21 @@ def compare_with(
         environment=environment(backend),
         seconds=round(time.monotonic() - started, 3),
     )
+
+
+@contextlib.contextmanager
+def _layers_folder(*, compiled: bool) -> Iterator[tuple[Path | None, str]]:
+    """A folder for graphs of single layers, outside of the bundle, which may be read-only; or why there is none."""
+    if compiled:
+        yield None, "the bundle has engines of whole subgraphs, none of single layers"
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="flamingo-parity-"))
+        except OSError as error:
+            yield None, f"no folder for temporary files can be written ({error.strerror}). Set TMPDIR to one"
+            return
+        yield Path(folder), ""
 
 
 def _expectation(
@@ -270,7 +285,7 @@ def _expectation(
             recorded = record(source, manifest, digest, tokenizer=kept, memory=memory, calibration=table, progress=progress)
             return recorded, "reference"
     elif checkpoint is not None or wanted in ("reference", "transformers"):
-        raise ParityError("comparing with a checkpoint needs PyTorch: pip install 'flamingo-export[torch]'")
+        raise ParityError(f"comparing with a checkpoint needs PyTorch: {pip_install('torch')}")
     goldens = load_goldens(bundle / GOLDEN_FOLDER)
     if goldens is None:
         raise ParityError(

@@ -13,7 +13,6 @@ Several matrices side by side (qkv_proj) have one input and one key.
 from __future__ import annotations
 
 import base64
-import os
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -23,6 +22,7 @@ import numpy.typing as npt
 
 from flamingo_export.bundle.manifest import CalibrationRecord
 from flamingo_export.errors import CalibrationError
+from flamingo_export.files import write_atomically
 from flamingo_export.weights import bundle_weights
 from flamingo_reference.config import ModelConfig
 
@@ -154,15 +154,7 @@ def write_table(path: Path, table: CalibrationTable) -> None:
     if faults := _faults(table):
         raise CalibrationError(f"the calibration table of {table.model} cannot be written: {'; '.join(faults[:_SHOWN_NAMES])}")
     ordered = msgspec.structs.replace(table, tensors=dict(sorted(table.tensors.items())))
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with temporary.open("wb") as file:
-            file.write(msgspec.json.format(msgspec.json.encode(ordered), indent=1) + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, msgspec.json.format(msgspec.json.encode(ordered), indent=1) + b"\n")
 
 
 class _Versioned(msgspec.Struct):

@@ -220,6 +220,20 @@ class TokenIds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     image: int
     reset: int | None = None
     """After this token no medium is seen until the next one (IDEFICS: the end of a text); None: the last one is seen on."""
+    ends: tuple[int, ...] = ()
+    """Tokens that end a text besides `eoc`."""
+    banned: tuple[int, ...] = ()
+    """Tokens that are never generated besides `image`."""
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """All tokens that end a text, `eoc` first."""
+        return (self.eoc, *self.ends)
+
+    @property
+    def never(self) -> tuple[int, ...]:
+        """All tokens that are never generated, `image` first. They are taken out before the softmax."""
+        return (self.image, *self.banned)
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -322,9 +336,15 @@ def _language_model(lm: LanguageModelConfig) -> Iterator[str]:
 
 def _tokens(config: ModelConfig) -> Iterator[str]:
     tokens, size = config.tokens, config.language_model.vocab_size
-    for field, token in msgspec.structs.asdict(tokens).items():
-        if token is not None and not 0 <= token < size:
-            yield f"tokens.{field} {token} is outside the vocabulary of {size}"
+    for field, value in msgspec.structs.asdict(tokens).items():
+        for token in value if isinstance(value, tuple) else (value,):
+            if token is not None and not 0 <= token < size:
+                yield f"tokens.{field} {token} is outside the vocabulary of {size}"
+    for field, first, more in (("ends", tokens.eoc, tokens.ends), ("banned", tokens.image, tokens.banned)):
+        if len({first, *more}) != 1 + len(more):
+            yield f"tokens.{field} {more} names a token twice, or {first}, which is among them already"
+    if size > 0 and len(tokens.never) >= size:
+        yield f"tokens.banned leaves none of {size} tokens to generate"
     if tokens.image in (tokens.pad, tokens.bos, tokens.eoc, tokens.reset):
         yield f"tokens.image {tokens.image} is also another token; every occurrence of it stands for a medium"
 

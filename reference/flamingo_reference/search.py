@@ -1,8 +1,8 @@
 """Choosing tokens as the paper does, written as plainly as possible: greedy, beam search, scoring of candidates.
 
 The oracle of every faster search: nothing is cached, every step asks the model anew about whole sequences, sums are float64. Beam search
-is transformers' (`generation/utils.py`, `_beam_search`, version 5, early_stopping=False, one end token), with one difference: `<image>` is
-taken out before the softmax, so that probabilities are those of the tokens that can be generated.
+is transformers' (`generation/utils.py`, `_beam_search`, version 5, early_stopping=False), with one difference: tokens that are never
+generated are taken out before the softmax, so that probabilities are those of the tokens that can be generated.
 
 Each result says how close its decisions were (`margins`): engines whose numbers differ from the reference's by less than half a margin
 must choose the same tokens; below that, either choice is right (a tie).
@@ -31,15 +31,27 @@ NextLogits = Callable[[npt.NDArray[np.int64]], npt.NDArray[Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """Where a text ends: after `eoc`, or after max_new_tokens. `image` is never generated."""
+    """Where a text ends: after `eoc` or one of `ends`, or after max_new_tokens. `image` and `banned` are never generated."""
 
     eoc: int
     image: int
     max_new_tokens: int
+    ends: tuple[int, ...] = ()
+    banned: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}, expected at least 1")
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """All tokens that end a text."""
+        return (self.eoc, *self.ends)
+
+    @property
+    def never(self) -> tuple[int, ...]:
+        """All tokens that are never generated."""
+        return (self.image, *self.banned)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,13 +83,13 @@ class SearchResult:
         return tuple(step for step, margin in enumerate(self.margins) if margin <= within)
 
 
-def log_probabilities(logits: npt.NDArray[Any], image: int) -> Floats:
-    """Log-softmax over the tokens that can be generated, float64 [B, V]; `image` has minus infinity.
+def log_probabilities(logits: npt.NDArray[Any], banned: int | Sequence[int]) -> Floats:
+    """Log-softmax over the tokens that can be generated, float64 [B, V]; the banned ones have minus infinity.
 
     Raises ValueError if a logit is NaN or a row has no finite maximum.
     """
     wide = np.array(logits, np.float64)
-    wide[:, image] = -np.inf
+    wide[:, banned] = -np.inf
     top = wide.max(axis=1, keepdims=True)
     if not np.isfinite(top).all():
         raise ValueError("the model's logits are not finite")
@@ -91,8 +103,8 @@ def greedy(next_logits: NextLogits, prompt: Sequence[int], rules: Rules) -> Sear
     tokens: list[int] = []
     logprobs: list[float] = []
     margins = []
-    while len(tokens) < rules.max_new_tokens and (not tokens or tokens[-1] != rules.eoc):
-        row = _ask(next_logits, [[*prompt, *tokens]], rules.image)[0]
+    while len(tokens) < rules.max_new_tokens and (not tokens or tokens[-1] not in rules.stops):
+        row = _ask(next_logits, [[*prompt, *tokens]], rules.never)[0]
         first, second = np.argsort(-row, kind="stable")[:2]
         margins.append(float(row[first] - row[second]))
         tokens.append(int(first))
@@ -113,9 +125,10 @@ def beam_search(
 ) -> SearchResult:
     """Up to `beams` hypotheses, best first, ranked by total / length ** length_penalty; one beam is greedy search.
 
-    Each step ranks all continuations of the live beams and looks at the 2 * beams best. Of these, the ones that end among the first
-    `beams` are kept with the best `beams` so far; the `beams` best that go on live. It stops when `beams` are kept and the best live one,
-    were it to end now, would not be among them, or when nothing goes on. Equal totals: the earlier beam, then the lower id first.
+    Each step ranks all continuations of the live beams and looks at the (1 + E) * beams best, E being the number of end tokens. Of these,
+    the ones that end among the first `beams` are kept with the best `beams` so far; the `beams` best that go on live. It stops when
+    `beams` are kept and the best live one, were it to end now, would not be among them, or when nothing goes on. Equal totals: the
+    earlier beam, then the lower id first.
     Raises ValueError if the prompt is empty or beams is below 1.
     """
     if beams < 1:
@@ -126,10 +139,10 @@ def beam_search(
     kept: list[Hypothesis] = []
     margins = []
     while live:
-        logprobs = _ask(next_logits, [[*prompt, *beam.tokens] for beam in live], rules.image)
-        ranked = _continuations(live, logprobs, 2 * beams + 1)
+        logprobs = _ask(next_logits, [[*prompt, *beam.tokens] for beam in live], rules.never)
+        ranked = _continuations(live, logprobs, (1 + len(rules.stops)) * beams + 1)
         length = len(ranked[0].tokens)
-        ends = [beam.tokens[-1] == rules.eoc or length == rules.max_new_tokens for beam in ranked]
+        ends = [beam.tokens[-1] in rules.stops or length == rules.max_new_tokens for beam in ranked]
         finished = [beam for beam, end in zip(ranked[:beams], ends, strict=False) if end]
         going_on = [beam for beam, end in zip(ranked, ends, strict=True) if not end]
         margin = _cut(ranked, ends, beams)
@@ -187,10 +200,10 @@ def flamingo_next_logits(model: Flamingo, media_kv: MediaKV, media_rows: Sequenc
     return next_logits
 
 
-def _ask(next_logits: NextLogits, sequences: list[list[int]], image: int) -> Floats:
+def _ask(next_logits: NextLogits, sequences: list[list[int]], banned: int | Sequence[int]) -> Floats:
     if not sequences[0]:
         raise ValueError("the prompt is empty; it needs at least one token (<BOS>)")
-    return log_probabilities(next_logits(np.array(sequences, np.int64)), image)
+    return log_probabilities(next_logits(np.array(sequences, np.int64)), banned)
 
 
 def _continuations(live: Sequence[_Beam], logprobs: Floats, count: int) -> list[_Beam]:

@@ -75,7 +75,7 @@ def test_a_checkpoint_on_a_file(cli, checkpoint, data, tmp_path):
     # There is something at --out now.
     again = cli("--checkpoint", checkpoint, "--data", data, "--out", out)
     assert (again.code, again.out) == (1, "")
-    assert "exists. Choose another --out, or replace it with --force" in again.err
+    assert "exists. Choose another --out, or replace it with --overwrite" in again.err
     before = out.read_bytes()
     assert cli("--checkpoint", checkpoint, "--data", data, "--out", out, "--method", "mse", "--overwrite").code == 0
     assert out.read_bytes() == before
@@ -151,5 +151,5 @@ sys.exit(main(["calibrate", "--size", "nano", "--out", sys.argv[1]]))
 """
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "x.json")], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
-    assert "calibration runs the PyTorch reference. Install it: pip install 'flamingo-export[torch]'" in done.stderr
+    assert "calibration runs the PyTorch reference. Install it: pip install '.[torch]'" in done.stderr
     assert list(tmp_path.iterdir()) == []

@@ -82,7 +82,7 @@ def in_child(work: Callable[[], Any], number: int) -> int:
 
 
 def test_killed_at_any_moment_the_same_bytes_come_out(make, monkeypatch):
-    monkeypatch.setattr(run, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(run, "SYNC_SECONDS", 0.0)
     expected = make("whole")
     for number in itertools.count(1, 5):
         if in_child(lambda n=number: make(f"killed at {n}"), number) == 0:
@@ -92,7 +92,7 @@ def test_killed_at_any_moment_the_same_bytes_come_out(make, monkeypatch):
 
 
 def test_killed_again_and_again_it_gets_to_its_end(make, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(run, "SYNC_SECONDS", 0.0)
     expected = make("whole")
     kills = 0
     while in_child(make, 9) == 9:
@@ -140,7 +140,7 @@ def test_the_vision_encoder_goes_on_after_the_last_medium(make, monkeypatch):
             raise KeyboardInterrupt
         return load(*arguments)
 
-    monkeypatch.setattr(run, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(run, "SYNC_SECONDS", 0.0)
     monkeypatch.setattr(layer_runner, "load_medium", loading)
     with pytest.raises(KeyboardInterrupt):
         make()

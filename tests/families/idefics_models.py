@@ -134,8 +134,9 @@ def their_logits(model: Any, tokens: list[int], images: torch.Tensor) -> torch.T
 def generated(
     model: Any, tokens: list[int], images: torch.Tensor, *, beams: int, new_tokens: int
 ) -> tuple[list[list[int]], list[float]]:
-    """transformers' own greedy or beam search, with its cache; `<image>` is taken out before the softmax, as it is here."""
-    hook = model.lm_head.register_forward_hook(lambda _, __, out: out.index_fill(-1, torch.tensor([IMAGE]), -torch.inf))
+    """transformers' own greedy or beam search, with its cache; tags of images are taken out before the softmax, as they are
+    here."""
+    hook = model.lm_head.register_forward_hook(lambda _, __, out: out.index_fill(-1, torch.tensor([IMAGE, FAKE]), -torch.inf))
     out = model.generate(
         input_ids=torch.tensor([tokens]), pixel_values=images, image_attention_mask=image_attention_mask(tokens, images.shape[1]),
         attention_mask=torch.ones(1, len(tokens), dtype=torch.int64), num_beams=beams, num_return_sequences=beams, do_sample=False,

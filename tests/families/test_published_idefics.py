@@ -11,7 +11,18 @@ import numpy as np
 import pytest
 import torch
 from engine_runs import assert_as_exact, opened
-from idefics_models import FAKE, IMAGE, PROMPTS, SIDE, generated, pixels, their_config, their_logits, their_model
+from idefics_models import (
+    FAKE,
+    IMAGE,
+    PROMPTS,
+    SIDE,
+    generated,
+    image_attention_mask,
+    pixels,
+    their_config,
+    their_logits,
+    their_model,
+)
 from openflamingo_models import Theirs
 from PIL import Image
 from published_files import write_openflamingo, write_tokenizer
@@ -105,6 +116,52 @@ def test_idefics_from_text_and_image_files(idefics: tuple[Path, Any], idefics_bu
     with flamingo_export.load(idefics_bundle, threads=1) as model:
         answer = model.generate("w9 <image><image> w12 w13", images=paths, beams=beams, max_new_tokens=8)
     assert [list(text.token_ids) for text in (answer,)] == wanted[:1]
+
+
+WANTS_FAKE = [1, 7, FAKE, IMAGE, FAKE, 8, 9]
+
+
+@pytest.fixture(scope="module")
+def wants_fake(idefics: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, dict[str, Any]]:
+    """A bundle whose likeliest token after WANTS_FAKE is the tag around images, its model in fp64, and the model's inputs."""
+    folder: Path = tmp_path_factory.mktemp("wants")
+    changed = copy.deepcopy(idefics[1]).double()
+    inputs = {
+        "input_ids": torch.tensor([WANTS_FAKE]),
+        "pixel_values": pixels(1, seed=1),
+        "image_attention_mask": image_attention_mask(WANTS_FAKE, 1),
+    }
+    with torch.no_grad():
+        last = changed.model(**inputs).last_hidden_state[0, -1]
+        changed.lm_head.additional_fc.weight[0] = 3 * last / last.norm()
+        assert changed(**inputs).logits[0, -1].argmax() == FAKE
+    changed.float().save_pretrained(folder / "wants")
+    (folder / "wants" / "tokenizer.json").write_bytes((idefics[0] / "tokenizer.json").read_bytes())
+    bundle = flamingo_export.build(folder / "wants", out=folder / "wants.bundle", parity="skip").path
+    return bundle, changed.double(), inputs
+
+
+@pytest.mark.slow
+def test_parity_with_transformers_bans_the_same_tokens(wants_fake: tuple[Path, Any, dict[str, Any]]) -> None:
+    assert main(["parity", str(wants_fake[0]), "--against", "transformers"]) == 0
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_the_tag_around_images_is_never_generated(wants_fake: tuple[Path, Any, dict[str, Any]], beams: int) -> None:
+    """transformers' own guide bans it, together with `<image>`, by bad_words_ids."""
+    bundle, changed, inputs = wants_fake
+    tokens, images = WANTS_FAKE, inputs["pixel_values"]
+    assert read_manifest(bundle).config.tokens.never == (IMAGE, FAKE)
+    with opened(bundle) as runs:
+        found = runs.generate(tokens, images[0].float(), beams=beams, new_tokens=6)
+    wanted, _ = generated(changed, tokens, images, beams=beams, new_tokens=6)
+    assert [list(each.token_ids) for each in found] == wanted
+    if beams == 1:  # the order of tokens is the same whether a ban comes before the softmax or after it
+        out = changed.generate(
+            **inputs, attention_mask=torch.ones(1, len(tokens), dtype=torch.int64), do_sample=False, max_new_tokens=6,
+            eos_token_id=2, pad_token_id=0, bad_words_ids=[[IMAGE], [FAKE]],
+        )  # fmt: skip
+        assert out[0, len(tokens) :].tolist()[: len(wanted[0])] == wanted[0]
 
 
 def test_an_instructed_idefics_is_told_by_its_tokenizer(idefics: tuple[Path, Any], tmp_path: Path) -> None:

@@ -232,7 +232,7 @@ def test_bad_requests() -> None:
         Rules(eoc=EOC, image=IMAGE, max_new_tokens=0)
     for value in (math.nan, math.inf):
         with pytest.raises(ValueError, match="not finite"):
-            log_probabilities(np.array([[0.0, value, 0.0, 0.0]]), image=3)
+            log_probabilities(np.array([[0.0, value, 0.0, 0.0]]), banned=3)
 
 
 def test_flamingo_as_a_model(tiny: Flamingo, bank: list[tuple[torch.Tensor, torch.Tensor]]) -> None:

@@ -35,6 +35,7 @@ from flamingo_export.backends.tensorrt.session import TensorRTSession
 from flamingo_export.bundle.manifest import EngineRecord, GraphRecord, Manifest
 from flamingo_export.errors import BackendError
 from flamingo_export.progress import SILENT, Progress
+from flamingo_export.user_cache import user_cache
 from flamingo_export.weights import WeightIndex
 from flamingo_reference.config import ModelConfig
 
@@ -128,7 +129,7 @@ class TensorRTBackend:
             capacity=limits.max_length,
             native_functions=self.native_functions,
         )
-        add_candidates(lowered, spec, banned=manifest.config.tokens.image)
+        add_candidates(lowered, spec, banned=manifest.config.tokens.never)
         expected = check_graph(
             lowered, spec, compute=compute, capacity=limits.max_length, native_functions=self.native_functions
         )
@@ -169,6 +170,7 @@ class TensorRTBackend:
             request=request,
             lowered=path.name,
             compute=compute,
+            banned=manifest.config.tokens.never,
             summary=built.summary,
         )
 
@@ -191,7 +193,7 @@ class TensorRTBackend:
             # CUDA is asked before TensorRT, whose runtime ends the process where there is no driver.
             cuda = CudaRuntime()
             self._lanes = Lane(cuda, first=True), Lane(cuda, first=False)
-        contract = contract_of(manifest, graph)
+        contract = contract_of(manifest, graph, record)
         decoding = bool(contract.spec.aliases)
         loaded = load_engine(
             trt,
@@ -213,6 +215,7 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
     plugin_sha256: str | None = None
 
 
-def _timing_cache(which: Library, trt: ModuleType, target: str) -> Path:
+def _timing_cache(which: Library, trt: ModuleType, target: str) -> Path | None:
     """Kernels measured on this kind of GPU. Ahead of time nothing is measured, so nothing is kept."""
-    return Path.home() / ".cache" / "flamingo-export" / "timing" / f"{which.backend}-{trt.__version__}-{target}.cache"
+    folder = user_cache("timing")
+    return folder / f"{which.backend}-{trt.__version__}-{target}.cache" if folder else None

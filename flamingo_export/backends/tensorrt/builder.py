@@ -10,7 +10,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,6 +26,7 @@ from flamingo_export.backends.tensorrt.parsing import check_network, check_warni
 from flamingo_export.backends.tensorrt.summary import summarise
 from flamingo_export.bundle.manifest import EngineSummary
 from flamingo_export.errors import BackendError, BuildError
+from flamingo_export.files import replacing, write_atomically
 from flamingo_export.progress import SILENT, Progress
 from flamingo_export.specs import SubgraphSpec
 
@@ -147,7 +148,6 @@ def _config(trt: ModuleType, builder: Any, task: Task) -> Any:
 def _engine_file(trt: ModuleType, path: Path) -> Iterator[Any]:
     """A stream writer into a temporary file that takes the engine's name if the block ends well, and goes otherwise."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
 
     class Writer(trt.IStreamWriter):  # type: ignore[misc, name-defined]
         def __init__(self, file: Any) -> None:
@@ -166,14 +166,8 @@ def _engine_file(trt: ModuleType, path: Path) -> Iterator[Any]:
             self.size += len(data)
             return len(data)
 
-    try:
-        with temporary.open("wb") as file:
-            yield Writer(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path, locked=True) as file:
+        yield Writer(file)
 
 
 def _timing_cache(config: Any, path: Path | None) -> Any:
@@ -195,10 +189,5 @@ def _save_timing_cache(config: Any, path: Path | None) -> None:
     """Best effort: without it the next build measures again."""
     if path is None:
         return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}")
-        temporary.write_bytes(bytes(memoryview(config.get_timing_cache().serialize())))
-        temporary.replace(path)
-    except OSError:
-        pass
+    with suppress(OSError):
+        write_atomically(path, bytes(memoryview(config.get_timing_cache().serialize())))

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from flamingo_export.backends.tensorrt.dtypes import Element, element_of
-from flamingo_export.backends.tensorrt.lowering.candidates import with_candidates
+from flamingo_export.backends.tensorrt.lowering.candidates import with_candidates, without_candidates
 from flamingo_export.backends.tensorrt.lowering.shapes import CAPACITY, Profile, profiles, shape_of
 from flamingo_export.bundle.manifest import EngineRecord, FileRecord, GraphRecord, Manifest
 from flamingo_export.bundle.verify import is_intact
@@ -23,16 +23,21 @@ from flamingo_export.sources import CheckpointSource
 from flamingo_export.sources.choice import nano_checkpoint
 from flamingo_export.sources.origin import source_digest
 from flamingo_export.specs import SubgraphSpec, TensorSpec, decoder_spec, subgraph_specs
+from flamingo_export.user_cache import user_cache
 from flamingo_export.weights.calibration_table import CALIBRATION_FILE
 
 
 class Contract(msgspec.Struct, frozen=True, kw_only=True):
-    """Inputs, outputs and profiles of an engine, the capacity of its caches, the type of its floats."""
+    """Inputs, outputs and profiles of an engine, the capacity of its caches, the type of its floats.
+
+    offered: the contract that callers see. It has no candidates where the engine's leave out other tokens than the model bans.
+    """
 
     spec: SubgraphSpec
     profiles: tuple[Profile, ...]
     capacity: int
     compute: StorageType
+    offered: SubgraphSpec
 
     def element(self, tensor: TensorSpec) -> Element:
         """The type of a tensor in the engine."""
@@ -57,17 +62,22 @@ def engine_spec(manifest: Manifest, graph: GraphRecord) -> SubgraphSpec:
         spec = subgraph_specs(manifest.config, media=manifest.precision.media)[graph.name]
     else:
         spec = decoder_spec(manifest.config, range(*graph.layers), name=graph.name, media=manifest.precision.media)
-    return with_candidates(spec, manifest.limits.beams + 1)
+    return with_candidates(spec, manifest.limits.beams + len(manifest.config.tokens.stops))
 
 
-def contract_of(manifest: Manifest, graph: GraphRecord) -> Contract:
-    """What the engine of a graph must be. Raises BuildError if the manifest's limits contradict each other."""
-    spec = engine_spec(manifest, graph)
+def contract_of(manifest: Manifest, graph: GraphRecord, record: EngineRecord | None = None) -> Contract:
+    """What the engine of a graph must be. Raises BuildError if the manifest's limits contradict each other.
+
+    record: the engine that there is; None for one that is made of this manifest.
+    """
+    spec, tokens = engine_spec(manifest, graph), manifest.config.tokens
+    baked = tokens.never if record is None else record.banned or (tokens.image,)
     return Contract(
         spec=spec,
         profiles=profiles(spec, manifest.limits),
         capacity=manifest.limits.max_length,
         compute=manifest.precision.storage,
+        offered=spec if set(baked) == set(tokens.never) else without_candidates(spec),
     )
 
 
@@ -87,7 +97,7 @@ def rebuild_command(bundle: Path, manifest: Manifest, backend: str, target: str)
     return (
         f"flamingo-export build {model} --precision {manifest.precision.storage}{_policy_options(bundle, manifest)} "
         f"--max-length {limits.max_length} --max-batch {limits.batch}{cut} --backend {backend}{where} "
-        f"--out {shlex.quote(str(bundle))} --force"
+        f"--out {shlex.quote(str(bundle))} --overwrite"
     )
 
 
@@ -192,7 +202,8 @@ def _profiles(engine: Any, contract: Contract) -> Iterator[str]:
                 yield f"{tensor.name} takes {found[0]} to {found[2]} in profile {profile.name}, expected {wanted[0]} to {wanted[2]}"
 
 
-def runtime_cache_file(record: EngineRecord) -> Path:
-    """Where kernels compiled for an engine on this machine are kept."""
+def runtime_cache_file(record: EngineRecord) -> Path | None:
+    """Where kernels compiled for an engine on this machine are kept; None where the user has no cache folder."""
     name = f"{record.backend}-{record.tool_version}-{record.target}-{(record.sha256 or record.graph)[:16]}.cache"
-    return Path.home() / ".cache" / "flamingo-export" / "kernels" / name
+    folder = user_cache("kernels")
+    return folder / name if folder else None

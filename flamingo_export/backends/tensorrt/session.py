@@ -73,7 +73,7 @@ class TensorRTSession:
 
     @property
     def spec(self) -> SubgraphSpec:
-        return self._contract.spec
+        return self._contract.offered
 
     @property
     def largest(self) -> Mapping[str, int]:
@@ -213,7 +213,7 @@ class TensorRTSession:
         held = self._results.get(result.name)
         if held is None or held[1].size < result.nbytes:
             self._forget_graphs()
-            tensor = self.spec.output(result.name)
+            tensor = self._contract.spec.output(result.name)
             size = max(result.nbytes, self._most(tensor, len(self._contract.profiles) - 1))
             self._results.pop(result.name, None)
             held = self._results[result.name] = (Pinned(self._cuda, size), Memory(self._lane, size))

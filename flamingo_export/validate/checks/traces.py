@@ -11,6 +11,7 @@ import numpy as np
 
 from flamingo_export.backends.base import Backend, SessionOptions
 from flamingo_export.bundle.manifest import Manifest
+from flamingo_export.errors import named_line
 from flamingo_export.progress import Progress
 from flamingo_export.runtime.engine import Engine
 from flamingo_export.runtime.media import medium_of
@@ -19,7 +20,7 @@ from flamingo_export.runtime.request import Prepared
 from flamingo_export.runtime.search import Hypothesis
 from flamingo_export.runtime.subgraphs import Engines
 from flamingo_export.runtime.tokenizer import TOKENIZER_FILE, Tokenizer
-from flamingo_export.validate.checks.compare import failed
+from flamingo_export.validate.checks.compare import unmeasured
 from flamingo_export.validate.expected.golden import Goldens, GoldenText, GoldenTrace
 from flamingo_export.validate.expected.trace_prompts import from_png
 from flamingo_export.validate.report.parity_report import Row, TokenStep, Trace
@@ -32,9 +33,9 @@ TENSOR = "log-probabilities of the tokens"
 def check_traces(
     bundle: Path, manifest: Manifest, goldens: Goldens, backend: Backend, options: SessionOptions, progress: Progress
 ) -> tuple[tuple[Trace, ...], list[Row]]:
-    """Every recorded trace generated anew, with one gate each. No trace at all is a failed gate."""
+    """Every recorded trace generated anew, with one gate each. No trace at all is a gate that was not measured."""
     if not goldens.traces:
-        return (), [failed("trace", "token traces", "runtime", TENSOR, "no traces were recorded, and no reason why")]
+        return (), [unmeasured("trace", "token traces", "runtime", TENSOR, "no traces were recorded, and no reason why")]
     progress.stage("token traces", len(goldens.traces))
     decode = (
         Tokenizer.open(bundle, manifest.config, manifest.inputs.tags).decode if (bundle / TOKENIZER_FILE).is_file() else None
@@ -50,7 +51,9 @@ def check_traces(
     try:
         engines = Engines.open(bundle, manifest, backend, options)
     except Exception as error:
-        return (), [failed("trace", "token traces", "runtime", TENSOR, f"the engines cannot be opened: {_first_line(error)}")]
+        return (), [
+            unmeasured("trace", "token traces", "runtime", TENSOR, f"the engines cannot be opened: {named_line(error)}")
+        ]
     try:
         for golden in goldens.traces:
             text = None
@@ -62,8 +65,8 @@ def check_traces(
                 tokens = found[0].token_ids
                 text = decode(tokens).strip() if decode is not None else None
             except Exception as error:
-                note = _first_line(error)
-                outcome, row, tokens = "failed", failed("trace", trace_name(golden), "runtime", TENSOR, note), ()
+                note = named_line(error)
+                outcome, row, tokens = "not_run", unmeasured("trace", trace_name(golden), "runtime", TENSOR, note), ()
             rows.append(row)
             traces.append(_trace(golden, outcome, tokens, text, note, label))
             progress.advance(1)
@@ -181,7 +184,3 @@ def _trace(
         media=tuple(frames[0] for frames in golden.media),
         note=note,
     )
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

@@ -14,8 +14,8 @@ import msgspec
 import numpy as np
 
 from flamingo_export.errors import ParityError
+from flamingo_export.files import write_atomically
 from flamingo_export.validate.checks.compare import AnyArray, Expected
-from flamingo_export.validate.report.parity_report import write_atomically
 
 GOLDEN_SCHEMA = 1
 CASES_FILE = "cases.json"

@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from flamingo_export.bundle.manifest import ShapeLimits
+from flamingo_export.bundle.manifest import Manifest, ShapeLimits
 from flamingo_export.errors import CapacityError
 from flamingo_export.progress import Progress
 from flamingo_export.runtime.cache import check_capacity, check_positions
@@ -34,7 +35,7 @@ BEAMS = (1, 3)
 
 
 def record_traces(
-    source: WeightSource, stored: AsStored, limits: ShapeLimits, tokenizer: Path | None, progress: Progress
+    source: WeightSource, stored: AsStored, manifest: Manifest, tokenizer: Path | None, progress: Progress
 ) -> tuple[GoldenTrace, ...]:
     """Greedy and beam-3 traces of every prompt that fits the bundle's limits. Needs torch, and memory for the whole model."""
     import torch
@@ -42,8 +43,8 @@ def record_traces(
     wide, narrow = reference_models(source, stored)
     with torch.no_grad():
         return traces_of(
-            source.config,
-            limits,
+            msgspec.structs.replace(source.config, tokens=manifest.config.tokens),
+            manifest.limits,
             tokenizer,
             source.inputs.tags,
             lambda prompt: (_AskedReference(wide, prompt), _AskedReference(narrow, prompt)),
@@ -117,15 +118,15 @@ def _trace(config: ModelConfig, wide: AskedModel, narrow: AskedModel, prompt: Tr
     from flamingo_reference import search
 
     ids = config.tokens
-    rules = search.Rules(eoc=ids.eoc, image=ids.image, max_new_tokens=prompt.new_tokens)
+    rules = search.Rules(eoc=ids.eoc, image=ids.image, max_new_tokens=prompt.new_tokens, ends=ids.ends, banned=ids.banned)
     result = search.beam_search(lambda asked: wide.logits(asked)[:, -1], prompt.tokens, rules, beams=beams)
     hypotheses = [GoldenText(tokens=each.token_ids, logprobs=each.token_logprobs) for each in result.hypotheses]
     generated = wide.generate(prompt.tokens, beams=beams, new_tokens=prompt.new_tokens)
     if generated is not None:  # the margins of the plain search, which asked the same model, say how close the choices were
-        hypotheses = [_scored(wide, prompt, tokens, ids.image) for tokens in generated]
+        hypotheses = [_scored(wide, prompt, tokens, ids.never) for tokens in generated]
     best = hypotheses[0]
     logits = [_following(model, prompt, best.tokens) for model in (wide, narrow)]
-    exact, own = (search.log_probabilities(each, ids.image) for each in logits)
+    exact, own = (search.log_probabilities(each, ids.never) for each in logits)
     finite = np.isfinite(exact)
     return GoldenTrace(
         case=prompt.case,
@@ -144,10 +145,10 @@ def _trace(config: ModelConfig, wide: AskedModel, narrow: AskedModel, prompt: Tr
     )
 
 
-def _scored(model: AskedModel, prompt: TracePrompt, tokens: Sequence[int], image: int) -> GoldenText:
+def _scored(model: AskedModel, prompt: TracePrompt, tokens: Sequence[int], banned: Sequence[int]) -> GoldenText:
     from flamingo_reference.search import log_probabilities
 
-    rows = log_probabilities(_following(model, prompt, tokens), image)
+    rows = log_probabilities(_following(model, prompt, tokens), banned)
     return GoldenText(tokens=tuple(tokens), logprobs=tuple(float(row[token]) for row, token in zip(rows, tokens, strict=True)))
 
 

@@ -8,8 +8,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from flamingo_export.files import write_atomically
 from flamingo_export.validate.expected.cases import END_TO_END_CASE, LAYERS_CASE, PHI_CASES, RESET_CASE, TREE_CASE
-from flamingo_export.validate.report.parity_report import ParityReport, Row, Strip, Trace, write_atomically
+from flamingo_export.validate.report.parity_report import ParityReport, Row, Strip, Trace
 from flamingo_export.validate.report.plots import gates_plot, layers_plot
 from flamingo_export.validate.tolerances import INDEPENDENT_ROUNDING, RULE
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from flamingo_export.errors import ParityError
+from flamingo_export.errors import ParityError, pip_install
 from flamingo_export.validate.report.parity_report import LayerPoint, Row
 
 PASSED, FAILED, TORCH, LIMIT, GRID = "#0f766e", "#dc2626", "#94a3b8", "#334155", "#e2e8f0"
@@ -36,6 +36,8 @@ def gates_plot(rows: Sequence[Row]) -> str:
                 axes.plot([row.limit], [place], marker="|", markersize=11, markeredgewidth=2, color=LIMIT, zorder=3)
             if row.torch_error:
                 axes.plot([row.torch_error], [place], marker="o", markersize=6, markerfacecolor="white", color=TORCH, zorder=2)
+            if not row.measured:
+                continue
             if row.error is None:
                 axes.plot([high], [place], marker="X", markersize=8, color=FAILED, zorder=4, clip_on=False)
             else:
@@ -45,7 +47,7 @@ def gates_plot(rows: Sequence[Row]) -> str:
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.set_yticks(range(len(rows)), [_label(row) for row in rows])
         for tick, row in zip(axes.get_yticklabels(), rows, strict=True):
-            if not row.passed:
+            if row.measured and not row.passed:
                 tick.set_color(FAILED)
         axes.tick_params(axis="y", length=0)
         axes.set_xlabel("largest difference from the fp64 reference, over the reference's rms")
@@ -142,7 +144,7 @@ class _matplotlib:  # noqa: N801  # used as a function
             from matplotlib.lines import Line2D
         except ImportError as error:
             raise ParityError(
-                f"the HTML report's plots need matplotlib ({error}). Install it: pip install 'flamingo-export[report]'"
+                f"the HTML report's plots need matplotlib ({error}). Install it: {pip_install('report')}"
             ) from error
 
         def figure_of(width: float, height: float, salt: str) -> tuple[Any, Any]:

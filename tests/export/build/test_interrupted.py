@@ -80,7 +80,7 @@ def undisturbed(spoken_config: ModelConfig, tmp_path_factory: pytest.TempPathFac
 
 def finished_files(place: work_folder.WorkPlace) -> dict[Path, tuple[int, int]]:
     """Files that the journal calls finished, with inode and time of change."""
-    journal = work_folder._read_journal(place)
+    journal = work_folder._journal_file(place).read()
     paths = [place.work / record.file.path for record in journal.groups.values()] if journal else []
     return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
 
@@ -242,7 +242,7 @@ def test_no_space_in_the_middle(
     with monkeypatch.context() as patched:
         patched.setattr(write_weights, "_write_all", full)
         with pytest.raises(
-            BuildError, match=r"No space left on device.*kept in .*\.b\.bundle\.building.*same command to go on"
+            BuildError, match=r"No space left on device.*kept in .*\.b\.bundle\.building.*same command to resume"
         ):
             make(spoken_config, out)
     place = work_folder.WorkPlace(out)

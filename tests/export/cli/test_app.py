@@ -8,11 +8,13 @@ import sys
 from importlib.metadata import version
 
 import pytest
+from typer.main import get_command
 
 import flamingo_export.cli.inspect as inspect_module
+from flamingo_export.cli.app import app
 from flamingo_export.errors import BundleError
 
-VERBS = ("build", "generate", "score", "parity", "inspect", "doctor", "bench")
+VERBS = sorted(get_command(app).commands)
 HEAVY = ("torch", "onnxruntime", "onnx", "onnx_ir", "matplotlib", "jinja2", "transformers", "PIL", "tokenizers", "numpy")
 
 
@@ -30,7 +32,7 @@ def test_each_verb_has_help(cli, verb):
     assert "Usage: flamingo-export " + verb in outcome.out
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["build", "--help"], ["generate", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], *([verb, "--help"] for verb in VERBS)])
 def test_help_loads_nothing_heavy(arguments):
     """The half second that help may take goes by imports; names are a surer measure than a clock on a shared machine."""
     script = (

@@ -420,4 +420,4 @@ sys.exit(main(["sensitivity", "--size", "nano", "--fp8"]))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
-    assert "sensitivity runs the PyTorch reference. Install it: pip install 'flamingo-export[torch]'" in done.stderr
+    assert "sensitivity runs the PyTorch reference. Install it: pip install '.[torch]'" in done.stderr

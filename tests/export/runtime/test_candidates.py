@@ -126,9 +126,10 @@ def test_scores_of_rows_are_put_together():
     assert np.array_equal(stacked([np.ones(3), np.zeros(3)]), [[1, 1, 1], [0, 0, 0]])
 
 
+@pytest.mark.parametrize("banned", [(IMAGE,), (IMAGE, 50, 89)])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_the_graph_finds_what_the_host_finds(tmp_path: Path, dtype):
-    """The lowered graph's candidates, run by ONNX Runtime, against the host's and fp64: large logits, ties, `<image>` the largest."""
+def test_the_graph_finds_what_the_host_finds(tmp_path: Path, dtype, banned):
+    """The lowered graph's candidates, run by ONNX Runtime, against the host's and fp64: large logits, ties, banned tokens the largest."""
     size, count = 90, 5
     kind = ir.DataType.FLOAT if dtype is np.float32 else ir.DataType.FLOAT16
     spec = SubgraphSpec(
@@ -142,21 +143,21 @@ def test_the_graph_finds_what_the_host_finds(tmp_path: Path, dtype):
     )
     contract = with_candidates(spec, count)
     assert [tensor.name for tensor in contract.outputs] == ["logits", TOP_VALUES, TOP_IDS, LOG_SUM_EXP]
-    add_candidates(model, contract, banned=IMAGE)
+    add_candidates(model, contract, banned=banned)
     path = tmp_path / "x.onnx"
     ir.save(model, path)
     onnx.checker.check_model(path, full_check=True)
     session = onnxruntime.InferenceSession(path)
     rng = np.random.default_rng(0)
     logits = (rng.normal(0, 30, (2, 3, size)) + 100).astype(dtype)  # exp of any of them would overflow
-    logits[..., IMAGE] = 400
+    logits[..., list(banned)] = 400
     logits[0, 0, [8, 6, 11]] = 300
     values, ids, total = session.run([TOP_VALUES, TOP_IDS, LOG_SUM_EXP], {"x": logits})
-    host = candidates_of(logits.reshape(-1, size).astype(np.float32), IMAGE, count)
+    host = candidates_of(logits.reshape(-1, size).astype(np.float32), banned, count)
     assert np.array_equal(ids.reshape(-1, count), host.ids)
     assert ids[0, 0, :3].tolist() == [6, 8, 11]
     assert np.array_equal(values.reshape(-1, count), host.values)
-    exact = np.delete(logits.astype(np.float64), IMAGE, axis=-1)
+    exact = np.delete(logits.astype(np.float64), list(banned), axis=-1)
     np.testing.assert_allclose(total, np.log(np.exp(exact - 300).sum(-1)) + 300, rtol=1e-6)
     np.testing.assert_allclose(host.log_sum_exp, total.reshape(-1), rtol=1e-6)
 

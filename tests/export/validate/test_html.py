@@ -147,7 +147,7 @@ def test_without_matplotlib_it_says_what_to_install(report: ParityReport, tmp_pa
         "    print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert "flamingo-export[report]" in done.stdout
+    assert "pip install '.[report]'" in done.stdout
     assert not (tmp_path / "r.html").exists()
 
 

@@ -1,14 +1,16 @@
 """The best tokens after each position, worked out in the engine, so that in greedy and beam search no vocabulary leaves the device.
 
-    logits [B,K,V] -> Cast fp32 -> Add (minus infinity at `<image>`) -> TopK ------------------------> top_values, top_ids [B,K,n]
+    logits [B,K,V] -> Cast fp32 -> Add (minus infinity at banned tokens) -> TopK ------------------------> top_values, top_ids [B,K,n]
                                                   |
                                                   +-> x - max -> Exp -> ReduceSum -> Log -> + max ---> log_sum_exp [B,K]
 
-n is one more than the beams of a request: at most one of a branch's n best tokens ends the text, so W others are left for W beams.
+n is the beams of a request and the tokens that end a text: of a branch's n best tokens W others are left for W beams.
 The logarithm is written out, for TensorRT's parser takes ReduceLogSumExp without subtracting the maximum, which overflows beyond 88.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import msgspec
 import numpy as np
@@ -29,8 +31,14 @@ def with_candidates(spec: SubgraphSpec, count: int) -> SubgraphSpec:
     return msgspec.structs.replace(spec, outputs=(*spec.outputs, *added))
 
 
-def add_candidates(model: ir.Model, spec: SubgraphSpec, *, banned: int) -> ir.Model:
-    """Adds the outputs that `spec` has beyond the graph's, if it has them, in place. banned: the token that is never generated."""
+def without_candidates(spec: SubgraphSpec) -> SubgraphSpec:
+    """The contract of an engine whose candidates are not to be used: searches get the logits of the whole vocabulary."""
+    added = (TOP_VALUES, TOP_IDS, LOG_SUM_EXP)
+    return msgspec.structs.replace(spec, outputs=tuple(tensor for tensor in spec.outputs if tensor.name not in added))
+
+
+def add_candidates(model: ir.Model, spec: SubgraphSpec, *, banned: Sequence[int]) -> ir.Model:
+    """Adds the outputs that `spec` has beyond the graph's, if it has them, in place. banned: the tokens that are never generated."""
     outputs = {tensor.name: tensor for tensor in spec.outputs}
     if TOP_IDS not in outputs:
         return model
@@ -39,7 +47,7 @@ def add_candidates(model: ir.Model, spec: SubgraphSpec, *, banned: int) -> ir.Mo
     vocabulary, count = outputs["logits"].shape[-1], outputs[TOP_IDS].shape[-1]
     assert isinstance(vocabulary, int)
     never = np.zeros(vocabulary, np.float32)
-    never[banned] = -np.inf
+    never[list(banned)] = -np.inf
 
     def op(kind: str, *inputs: ir.Value, name: str, outputs: int = 1, **attributes: int) -> ir.Node:
         node = ir.node(kind, inputs, attributes=attributes, name=f"decoder/candidates/{name}", num_outputs=outputs)

@@ -14,7 +14,6 @@ The lowered file lies beside the portable one at the bundle's root and points in
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import onnx_ir as ir
@@ -22,6 +21,7 @@ import onnx_ir as ir
 from flamingo_export.backends.tensorrt.lowering.relative_positions import simplify
 from flamingo_export.backends.tensorrt.lowering.retype import FUNCTION_DOMAIN, retype
 from flamingo_export.backends.tensorrt.lowering.shapes import CAPACITY
+from flamingo_export.files import write_atomically
 from flamingo_export.precision import StorageType
 
 PLUGIN_ATTRIBUTES = ("plugin_namespace", "plugin_version")
@@ -50,15 +50,7 @@ def lower(model: ir.Model, *, compute: StorageType, capacity: int, native_functi
 def save_lowered(model: ir.Model, path: Path) -> bytes:
     """Writes a lowered graph so that readers see all of it or nothing, and returns what was written. Its weights stay where they are."""
     data: bytes = ir.serde.serialize_model(model).SerializeToString(deterministic=True)
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, data)
     return data
 
 

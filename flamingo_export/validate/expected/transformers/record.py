@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+import msgspec
+
 from flamingo_export.bundle.manifest import Manifest
 from flamingo_export.progress import SILENT, Progress
 from flamingo_export.sources import CheckpointSource
@@ -30,7 +32,9 @@ def record_transformers(
     Layers and subgraphs: transformers' module of each, alone, on the outputs of the last. Cases that begin with pixels: its whole model,
     whose weights are read as it runs. Traces: its `generate`, with all weights in memory. Raises ParityError as `TransformersParts` does.
     """
-    config, storage = source.config, manifest.precision.storage
+    # An older bundle lets a search generate what a checkpoint bans today.
+    config = msgspec.structs.replace(source.config, tokens=manifest.config.tokens)
+    storage = manifest.precision.storage
     parts = TransformersParts(source, storage)
     goldens = Goldens(weights_sha256=digest, storage=storage, model=config.name)
     cases = (*decoder_cases(config), *pixel_cases(config))

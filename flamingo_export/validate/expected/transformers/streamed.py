@@ -16,12 +16,12 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from flamingo_export.backends.memory import release
-from flamingo_export.errors import ParityError
+from flamingo_export.errors import ParityError, pip_install
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-INSTALL = "pip install 'flamingo-export[transformers]'"
+INSTALL = pip_install("transformers")
 _TIED = {
     "lm_head.weight": "model.embed_tokens.weight",
     "lm_head.additional_fc.weight": "model.embed_tokens.additional_embedding.weight",

@@ -77,10 +77,11 @@ class WholeModel:
         return np.asarray(logits(self._streamed, self._config, token_ids.tolist(), self._pixels).double().numpy())
 
     def generate(self, tokens: Sequence[int], *, beams: int, new_tokens: int) -> list[tuple[int, ...]]:
-        """New tokens of every hypothesis, best first, of transformers' own loop with its cache; `<image>` is taken out before the softmax."""
+        """New tokens of every hypothesis, best first, of transformers' own loop with its cache; tokens that are
+        never generated are taken out before the softmax."""
         ids = self._config.tokens
         model = self._streamed.model
-        hook = model.lm_head.register_forward_hook(lambda _, __, out: out.index_fill(-1, torch.tensor([ids.image]), -torch.inf))
+        hook = model.lm_head.register_forward_hook(lambda _, __, out: out.index_fill(-1, torch.tensor(ids.never), -torch.inf))
         try:
             with torch.no_grad(), self._streamed.mode():
                 out = model.generate(
@@ -92,13 +93,19 @@ class WholeModel:
                     length_penalty=0.0,
                     early_stopping=False,
                     max_new_tokens=new_tokens,
-                    eos_token_id=ids.eoc,
+                    eos_token_id=list(ids.stops),
                     pad_token_id=ids.pad,
                 )
         finally:
             hook.remove()
         texts = [tuple(sequence[len(tokens) :].tolist()) for sequence in out]
-        return [text[: text.index(ids.eoc) + 1] if ids.eoc in text else text for text in texts]
+        return [_up_to_end(text, ids.stops) for text in texts]
+
+
+def _up_to_end(text: tuple[int, ...], stops: Sequence[int]) -> tuple[int, ...]:
+    """A text without the padding after its end."""
+    end = next((place for place, token in enumerate(text) if token in stops), len(text))
+    return text[: end + 1]
 
 
 def _inputs(

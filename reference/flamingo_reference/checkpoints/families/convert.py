@@ -29,7 +29,9 @@ def adopt_idefics(parts: Parts) -> Adopted:
     settings, ids = _settings(parts.model), parts.token_ids
     turn = ids.get(IDEFICS_INSTRUCT.tags.eoc)
     inputs = IDEFICS if turn is None else IDEFICS_INSTRUCT
-    config = idefics.config_from(settings, image=ids.get(inputs.tags.image), eoc=turn)
+    config = idefics.config_from(
+        settings, image=ids.get(inputs.tags.image), eoc=turn, around_image=ids.get(inputs.tags.around_image or "")
+    )
     config.validate()
     more = setting(settings, "additional_vocab_size", int, 0)
     first, last = config.language_model.vocab_size - more, config.language_model.vocab_size - 1

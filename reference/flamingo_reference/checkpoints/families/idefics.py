@@ -31,12 +31,18 @@ IGNORED = (
 
 
 def config_from(
-    raw: Mapping[str, Any], *, name: str = "idefics", image: int | None = None, eoc: int | None = None
+    raw: Mapping[str, Any],
+    *,
+    name: str = "idefics",
+    image: int | None = None,
+    eoc: int | None = None,
+    around_image: int | None = None,
 ) -> ModelConfig:
     """The model that a published config.json describes.
 
-    image, eoc: ids of `<image>` and of the token that ends an answer, from the tokenizer; without them, those of the published models:
-    the second additional token, and the end of a text. Raises ConfigError naming what is missing or not supported.
+    image, eoc, around_image: ids of `<image>`, of the token that ends an answer and of the tag around images, from the tokenizer. Without
+    them, those of the published models: the second additional token, the end of a text, the first additional token. Neither `<image>` nor
+    the tag around it is ever generated. Raises ConfigError naming what is missing or not supported.
     """
     width, heads = setting(raw, "hidden_size", int, 4096), setting(raw, "num_attention_heads", int, 32)
     vocab, more = setting(raw, "vocab_size", int, 32000), setting(raw, "additional_vocab_size", int, 0)
@@ -56,6 +62,7 @@ def config_from(
     eps, head_size = setting(raw, "rms_norm_eps", float, 1e-6), width // heads
     end = _first_id(raw, "eos_token_id", 2)
     vision = _vision(setting(raw, "vision_config", dict, {}))
+    image, around = vocab + 1 if image is None else image, vocab if around_image is None else around_image
     return ModelConfig(
         name=name,
         vision=vision,
@@ -88,8 +95,9 @@ def config_from(
             pad=_first_id(raw, "pad_token_id", 0),
             bos=_first_id(raw, "bos_token_id", 1),
             eoc=end if eoc is None else eoc,
-            image=vocab + 1 if image is None else image,
+            image=image,
             reset=end,
+            banned=(around,) if around < vocab + more and around != image else (),
         ),
         pixel_mean=clip.PIXEL_MEAN,
         pixel_std=clip.PIXEL_STD,
