@@ -229,6 +229,12 @@ def test_transformers_is_missing(copy: Path, hub: tuple[Path, Path], monkeypatch
     with pytest.raises(ParityError, match=r"has no IdeficsForVisionText2Text.*pip install '\.\[transformers\]'"):
         check_bundle(copy, checkpoint=hub[0], against="transformers")
 
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "4.57.6")
+    with pytest.raises(
+        ParityError, match=r"transformers 4\.57\.6 is too old to compare with: 5\.5 or later is needed.*pip install"
+    ):
+        check_bundle(copy, checkpoint=hub[0], against="transformers")
+
     def absent(name: str) -> str:
         raise importlib.metadata.PackageNotFoundError(name)
 
