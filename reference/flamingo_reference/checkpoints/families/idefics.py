@@ -28,6 +28,11 @@ IGNORED = (
     (r".*\.rotary_emb\.inv_freq", "frequencies of the rotary positions, which follow from the config"),
 )
 """Tensors of the files that the model does not need: pattern of the whole name, and why."""
+TIED = {
+    "lm_head.weight": "model.embed_tokens.weight",
+    "lm_head.additional_fc.weight": "model.embed_tokens.additional_embedding.weight",
+}
+"""Where the output is the embedding: names of the output's tensors, and the embedding's."""
 
 
 def config_from(
