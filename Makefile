@@ -5,14 +5,16 @@
 # make test-oldest  nano's build, generate, parity and the command line on the lowest versions admitted; make test-newest: all on the newest
 # make wheel-check  builds the wheel, installs it into an empty environment and runs the demo's first steps from there
 # make bench        the figures of the README's results table
+# make docs         the documentation as a site, docs/_build/html/index.html; a broken link fails
 # make plugin       the TensorRT plugin; needs nvcc, CMake and TensorRT's headers (TENSORRT_ROOT=...)
+# make gpu-wheels   the package's smaller dependencies for a GPU machine without network, into build/gpu-wheels (docs/gpu.md)
 # make clean        removes what the above made, .venv included
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast lint lock test-oldest test-newest wheel-check bench plugin clean
+.PHONY: help demo test test-fast lint lock test-oldest test-newest wheel-check bench docs plugin gpu-wheels clean
 
 # Paths are relative throughout, so the folder's own path may hold spaces. The venv's programs are called through its Python for the same reason.
 PY := .venv/bin/python
@@ -92,11 +94,19 @@ test-newest: .venv-uv/made
 wheel-check: .venv/installed
 	scripts/wheel_check
 
+docs: .venv/installed-dev
+	$(PY) -m typer flamingo_export.cli.app utils docs --name flamingo-export --title "Command line" --output docs/reference/cli.md
+	$(PY) -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
 plugin:
 	cmake -S . -B build -DBUILD_TESTING=OFF
 	@targets="$$(cmake --build build --target help)"; \
 	case "$$targets" in *flamingo_plugins*) cmake --build build --parallel --target flamingo_plugins ;; \
 	*) echo "make: the plugin cannot be built here, see the messages above and docs/plugin.md" >&2; exit 1 ;; esac
+
+gpu-wheels: .venv/made
+	$(PY) scripts/gpu/wheels.py $(GPU_WHEELS_ARGS)
 
 bench: .venv/installed-dev
 	$(PY) benchmarks/decoder_cpu.py
@@ -107,5 +117,5 @@ bench: .venv/installed-dev
 	$(PY) benchmarks/build_memory.py --size 9b
 
 clean:
-	rm -rf .venv .venv-uv .venv-lowest .venv-newest .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .test-cache demo-report dist
+	rm -rf .venv .venv-uv .venv-lowest .venv-newest .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .test-cache demo-report dist docs/_build docs/reference/cli.md
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

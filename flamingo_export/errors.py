@@ -7,9 +7,11 @@ FlamingoExportError
 │   └── CapacityError     longer than the cache, or more media than the bank
 ├── CheckpointError       weights or config that cannot become a bundle
 ├── CalibrationError      calibration data or a table that cannot be used
+├── EvaluationError       a task, its data or its metric that cannot be evaluated
 ├── UnsupportedModel      a live model with parts that the builder does not know
 ├── BuildError            a build that cannot start or go on: output taken, disk full, another build running
 ├── BundleError           a bundle that is incomplete, altered or of a newer schema
+├── BusyError             the model is running another request: nothing is wrong with this one
 ├── BackendError          a backend that is not installed or cannot run here
 │   └── IncompatibleEngine  an engine for another version, device or plugin
 └── ParityError           parity could not be established (a failed gate is a result, not an error)
@@ -54,6 +56,10 @@ class CalibrationError(FlamingoExportError, ValueError):
     """Calibration data that give no statistics, or a table that is not of these weights."""
 
 
+class EvaluationError(FlamingoExportError, ValueError):
+    """A task, its data, its metric or earlier results that cannot be evaluated."""
+
+
 class UnsupportedModel(FlamingoExportError, TypeError):
     """A live model with modules, hooks or forwards that the builder does not know."""
 
@@ -64,6 +70,10 @@ class BuildError(FlamingoExportError, RuntimeError):
 
 class BundleError(FlamingoExportError, RuntimeError):
     """A bundle that is incomplete, altered, or of a schema this version does not know."""
+
+
+class BusyError(FlamingoExportError, RuntimeError):
+    """A model that is still running another request, from another thread or an open stream."""
 
 
 class BackendError(FlamingoExportError, RuntimeError):

@@ -39,6 +39,9 @@ class _Event:
 class FakeCuda:
     """Implements backends.tensorrt.cuda.Cuda. `crossed` counts bytes by direction as they are copied, `log` names calls in order."""
 
+    dlpack_device = (2, 0)
+    """As a GPU's. Its memory is the host's, (1, 0), for those who look into it through DLPack."""
+
     def __init__(self, memory: int = 1 << 32) -> None:
         self.memory = memory
         self.used = 0

@@ -25,6 +25,7 @@ import numpy.typing as npt
 from flamingo_export.bundle.tokenizer import checked_tokenizer, placeholder_tokenizer
 from flamingo_export.errors import CalibrationError, InputError, PromptError
 from flamingo_export.progress import SILENT, Progress
+from flamingo_export.runtime.image_files import refuse_url
 from flamingo_export.runtime.media import MediumSource
 from flamingo_export.runtime.request import Request, prepare
 from flamingo_export.runtime.tokenizer import Tokenizer
@@ -103,7 +104,7 @@ def read_samples(path: Path, inputs: InputFormat = PAPER) -> list[Sample | BadSa
             name = f"line {number}"
             try:
                 found.append(_parse(line, path.parent, name, inputs))
-            except PromptError as error:
+            except InputError as error:
                 found.append(BadSample(name=name, reason=str(error)))
     if not found:
         raise CalibrationError(f"calibration data {path} has no lines. {example()}")
@@ -144,6 +145,8 @@ def _media(record: dict[str, Any], folder: Path) -> list[MediumSource]:
     names = record.get(key, [])
     if not isinstance(names, list) or not all(isinstance(name, str) and name and "\0" not in name for name in names):
         raise PromptError(f"{key} is {json.dumps(names)[:80]}, expected a list of paths")
+    for name in names:
+        refuse_url(name)
     return [folder / name if key == "images" else Video(source=folder / name) for name in names]
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from flamingo_export.backends import onnxruntime_library
 from flamingo_export.backends.base import Array, Availability, Buffer, HostSession, SessionOptions, Tensor, check_feeds, on_host
 from flamingo_export.backends.cut_tables import CutTables
+from flamingo_export.backends.external_data import loadable
 from flamingo_export.backends.memory import release
 from flamingo_export.bundle.manifest import EngineRecord, GraphRecord, Manifest
 from flamingo_export.errors import BackendError, BundleError, InputError, first_line, pip_install
@@ -77,8 +78,11 @@ class OnnxRuntimeBackend:
         )
         path = bundle / graph.file
         settings, providers = session_options(options, manifest.precision.policy), _providers(options.device)
+        source, folder = loadable(bundle, path)
+        if folder is not None:
+            settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         try:
-            session = onnxruntime.InferenceSession(path, settings, providers=providers, enable_fallback=False)
+            session = onnxruntime.InferenceSession(source, settings, providers=providers, enable_fallback=False)
         except MemoryError as error:
             raise BackendError(f"{path} does not fit in memory. {_MEMORY_ADVICE}") from error
         except Exception as error:

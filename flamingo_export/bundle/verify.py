@@ -57,8 +57,9 @@ def open_bundle(bundle: Path, *, progress: Progress = SILENT) -> Manifest:
     """The manifest of a bundle whose files are those it lists.
 
     A file's digest is computed at the first opening and whenever its size or time has changed; what was found right is noted in the
-    user's cache folder, so read-only bundles open as well. Raises BundleError naming every file that is missing, cut short, altered,
-    a link or outside of the bundle, and if the manifest's values cannot be.
+    user's cache folder, so read-only bundles open as well. Links are followed, as in Hugging Face's cache: a file is what the manifest
+    says of it, wherever it lies. Raises BundleError naming every file that is missing, cut short, altered or named by a path that leaves
+    the bundle, and if the manifest's values are invalid.
     """
     manifest = read_manifest(bundle)
     check_manifest(bundle, manifest)
@@ -169,14 +170,13 @@ def _mark(bundle: Path, record: FileRecord) -> _Mark | str:
     ):
         return f"{record.path!r} does not name a file of the bundle"
     path = bundle.joinpath(*pure.parts)
-    inside = [bundle.joinpath(*pure.parts[: count + 1]) for count in range(len(pure.parts))]
     try:
-        if any(part.is_symlink() for part in inside):
-            return f"{record.path} is a link, which a bundle must not hold"
         stat = path.stat()
         if not path.is_file():
-            return f"{record.path} is no file"
+            return f"{record.path} is not a file"
     except OSError:
+        if path.is_symlink():
+            return f"{record.path} is a link to {os.readlink(path)}, which is not there"
         return f"{record.path} is missing"
     if stat.st_size != record.size:
         return f"{record.path} has {stat.st_size} bytes, expected {record.size}"

@@ -11,6 +11,7 @@ import typer
 
 from flamingo_export.cli import bench, build, calibrate, doctor, generate, inspect, parity, refit, score, sensitivity
 from flamingo_export.cli.options import MediaCommand
+from flamingo_export.cli.verb import Verb
 from flamingo_export.errors import FlamingoExportError
 
 EXIT_FAILURE = 1
@@ -27,20 +28,22 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("build", short_help="Make a bundle from a checkpoint or a size.")(build.build)
-app.command("calibrate", short_help="Measure activations of the reference, for quantisation.")(calibrate.calibrate)
-app.command("sensitivity", short_help="Measure what quantising each matrix costs, and what to keep in more bits.")(
+app.command("build", short_help="Make a bundle from a checkpoint or a size.", cls=Verb)(build.build)
+app.command("calibrate", short_help="Measure activations of the reference, for quantisation.", cls=Verb)(calibrate.calibrate)
+app.command("sensitivity", short_help="Measure what quantising each matrix costs, and what to keep in more bits.", cls=Verb)(
     sensitivity.sensitivity
 )
-app.command("refit", short_help="Put other weights of the same shapes into a bundle.")(refit.refit)
+app.command("refit", short_help="Put other weights of the same shapes into a bundle.", cls=Verb)(refit.refit)
 app.command("generate", short_help="Describe images and videos, or answer a question about them.", cls=MediaCommand)(
     generate.generate
 )
 app.command("score", short_help="Rank candidate answers by their log-likelihood.", cls=MediaCommand)(score.score)
-app.command("parity", short_help="Check a bundle's engines against the PyTorch reference or recorded values.")(parity.parity)
-app.command("inspect", short_help="Show what a bundle, a checkpoint or a size is made of.")(inspect.inspect)
-app.command("doctor", short_help="Show what this machine can run, and what to install for the rest.")(doctor.doctor)
-app.command("bench", short_help="Measure a bundle's speed on this machine.")(bench.bench)
+app.command("parity", short_help="Check a bundle's engines against the PyTorch reference or recorded values.", cls=Verb)(
+    parity.parity
+)
+app.command("inspect", short_help="Show what a bundle, a checkpoint or a size is made of.", cls=Verb)(inspect.inspect)
+app.command("doctor", short_help="Show what this machine can run, and what to install for the rest.", cls=Verb)(doctor.doctor)
+app.command("bench", short_help="Measure a bundle's speed on this machine.", cls=Verb)(bench.bench)
 
 
 def _print_version(wanted: bool) -> None:

@@ -19,6 +19,7 @@ from flamingo_export.cli.options import (
     OtherLanguageModel,
     OtherTokenizer,
     OtherVision,
+    Overwrite,
     Parity,
     ParityChoice,
     PolicyFile,
@@ -142,7 +143,7 @@ def build(
     ] = 1,
     parity: ParityChoice = Parity.auto,
     plan: Annotated[bool, typer.Option("--plan", help="Only say what would be written.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace what is at --out.")] = False,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Make a bundle: ONNX graphs, weights, tokenizer and how parity stands. Interrupted, the same command goes on where it was.
@@ -188,7 +189,7 @@ def build(
         uncalibrated=uncalibrated,
         limits=limits,
         parity=parity.value,
-        overwrite=force,
+        overwrite=overwrite,
         backend=backend.value,
         target=target,
         parts=parts,
@@ -246,7 +247,16 @@ def print_result(result: BuildResult, as_json: bool) -> None:
     if result.parity is not None:
         print(result.parity.summary)
     else:
-        print(f"parity not run; with PyTorch installed: flamingo-export parity {result.path}")
+        print(f"parity not run; {parity_hint(result)}")
+
+
+def parity_hint(result: BuildResult) -> str:
+    """The command that runs parity on a bundle that was built without it."""
+    manifest, command = result.manifest, f"flamingo-export parity {result.path}"
+    if any(record.path.startswith("golden/") for record in manifest.files):
+        return f"golden values to compare with are in the bundle: {command}"
+    found = "" if manifest.source.kind == "random" else " --against reference" if manifest.source.place else " --checkpoint DIR"
+    return f"where PyTorch is installed: {command}{found}"
 
 
 def missing_files(absent: Sequence[Path]) -> str:

@@ -14,6 +14,7 @@ from flamingo_export.cli.options import (
     OtherLanguageModel,
     OtherTokenizer,
     OtherVision,
+    Overwrite,
     SampleData,
     SkipBad,
     chosen_samples,
@@ -51,7 +52,7 @@ def calibrate(
         int | None, typer.Option("--seed", min=0, help="Seed of random weights, also for nano.", show_default=False)
     ] = None,
     skip_bad: SkipBad = False,
-    force: Annotated[bool, typer.Option("--force", "--overwrite", help="Replace what is at --out.")] = False,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Run samples through the PyTorch reference, one layer in memory at a time. Interrupted, the same command goes on where it was.
@@ -69,8 +70,10 @@ def calibrate(
     from flamingo_export.sources import open_source
     from flamingo_export.weights.calibration_table import write_table
 
-    if out.is_dir() or (out.exists() and not force):
-        raise CalibrationError(f"{out} exists. Choose another --out{'' if out.is_dir() else ', or replace it with --force'}.")
+    if out.is_dir() or (out.exists() and not overwrite):
+        raise CalibrationError(
+            f"{out} exists. Choose another --out{'' if out.is_dir() else ', or replace it with --overwrite'}."
+        )
     source = open_source(named)
     spelled = flamingo_calibration.source_tokenizer(source)
     samples = chosen_samples(data, source, spelled)

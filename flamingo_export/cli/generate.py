@@ -7,7 +7,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flamingo_export.cli.options import AsJson, BackendName, Device, Fallback, Frames, Images, Shots, TextOnly, Threads, Videos
+from flamingo_export.cli.options import (
+    AsJson,
+    BackendName,
+    Clip,
+    Device,
+    Fallback,
+    Fps,
+    Frames,
+    Images,
+    Shots,
+    TextOnly,
+    Threads,
+    Videos,
+)
 
 if TYPE_CHECKING:
     from flamingo_export.runtime.model import Generation, Model
@@ -31,8 +44,10 @@ def generate(
     shots: Shots = None,
     text_only: TextOnly = False,
     frames: Frames = None,
+    fps: Fps = None,
+    clip: Clip = None,
     beams: Annotated[
-        int | None, typer.Option("--beams", min=1, help="Beams; 1 is greedy. Default 3.", show_default=False)
+        int | None, typer.Option("--beams", min=1, help="Beams; 1 is greedy. Default 3, or --num-return.", show_default=False)
     ] = None,
     max_new_tokens: Annotated[
         int | None,
@@ -41,9 +56,10 @@ def generate(
     length_penalty: Annotated[
         float, typer.Option("--length-penalty", help="Order beams by sum(log p) / length ** this.")
     ] = 0.0,
-    n_best: Annotated[int, typer.Option("--n-best", min=1, help="Texts to print: best beams, or samples.")] = 1,
+    num_return: Annotated[int, typer.Option("--num-return", min=1, help="Texts to print: best beams, or samples.")] = 1,
     temperature: Annotated[
-        float | None, typer.Option("--temperature", min=0.0, help="Sample, at this temperature.", show_default=False)
+        float | None,
+        typer.Option("--temperature", min=0.0, help="Sample, at this temperature; 0 is greedy.", show_default=False),
     ] = None,
     top_k: Annotated[
         int | None, typer.Option("--top-k", min=1, help="Sample from the k likeliest tokens.", show_default=False)
@@ -67,36 +83,30 @@ def generate(
     flamingo-export generate nano.bundle --shots shots.jsonl --image q.png --question "What colour is the square?"
     """
     from flamingo_export.cli.options import formatted, media_as_typed, opened
+    from flamingo_export.cli.verb import as_option
     from flamingo_export.errors import InputError
     from flamingo_export.runtime.options import GenerateOptions
 
-    samples = temperature not in (None, 0.0) or top_k is not None or top_p is not None
-    if samples and beams is not None and beams > 1:
-        raise typer.BadParameter(
-            "beams and sampling (--temperature, --top-k, --top-p) exclude each other", param_hint="--beams"
-        )
     if stream and as_json:
         raise typer.BadParameter(
             "--stream prints text as it comes, --json the whole at the end: choose one", param_hint="--stream"
         )
-    media = media_as_typed(ctx, images, videos, frames)
+    media = media_as_typed(ctx, images, videos, frames, fps, clip)
     request = formatted(bundle, media=media, prompt=prompt, question=question, shots=shots, text_only=text_only)
     settings: Settings = {
-        "beams": beams if beams is not None or samples else max(3, n_best),
+        "beams": beams,
         "max_new_tokens": max_new_tokens,
         "length_penalty": length_penalty,
-        "num_return": n_best,
+        "num_return": num_return,
         "temperature": temperature,
         "top_k": top_k,
         "top_p": top_p,
         "seed": seed,
     }
-    if not samples and beams is not None and n_best > beams:
-        raise typer.BadParameter(f"{n_best} best of {beams} beams cannot be told", param_hint="--n-best")
     try:
-        GenerateOptions(**settings).check_values()
+        GenerateOptions(**settings).check_values(as_option)
     except InputError as error:
-        raise typer.BadParameter(str(error).replace("_", "-")) from None
+        raise typer.BadParameter(str(error)) from None
     with opened(bundle, backend, device, threads, fallback) as model:
         result = _streamed(model, request, settings) if stream else model.generate(request, **settings)
         _print(result, request, eoc=model.inputs.tags.eoc, streamed=stream, as_json=as_json)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand
+
+from flamingo_export.cli.verb import Verb
 
 if TYPE_CHECKING:
     from flamingo_calibration import BadSample, Sample
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 _NANO = "nano"
 _TYPED = "flamingo_export.typed"
+_STDIN = Path("-")
 
 Images = Annotated[
     list[Path] | None,
@@ -31,7 +34,7 @@ Images = Annotated[
         "--image",
         "-i",
         metavar="FILE",
-        help="An image; repeat for more. Media go to the <image> tags as typed.",
+        help="An image, - for standard input; repeat for more. Media go to the <image> tags as typed.",
         show_default=False,
     ),
 ]
@@ -63,6 +66,14 @@ TextOnly = Annotated[
 ]
 Frames = Annotated[
     int | None, typer.Option("--frames", min=1, max=30, help="Frames of a video. Default 8.", show_default=False)
+]
+Fps = Annotated[
+    float | None,
+    typer.Option("--fps", help="Frames a second to look at of a video, by time. Default evenly over it.", show_default=False),
+]
+Clip = Annotated[
+    str | None,
+    typer.Option("--clip", metavar="START-END", help="Seconds of a video to look at: 2.5-10.", show_default=False),
 ]
 Device = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
 SampleData = Annotated[
@@ -167,6 +178,9 @@ def chosen_policy(presets: dict[str, bool], file: Path | None) -> Policy | None:
     return preset(named[0]) if named else None
 
 
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")]
+
+
 class Parity(StrEnum):
     """Whether to compare with the reference."""
 
@@ -177,7 +191,7 @@ class Parity(StrEnum):
 ParityChoice = Annotated[Parity, typer.Option("--parity", help="auto: compare with the reference where PyTorch is installed.")]
 
 
-class MediaCommand(TyperCommand):
+class MediaCommand(Verb):
     """A verb with `--image` and `--video`, which remembers the order in which the two were mixed: it decides whose `<image>` is whose."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -186,19 +200,57 @@ class MediaCommand(TyperCommand):
 
 
 def media_as_typed(
-    ctx: typer.Context, images: list[Path] | None, videos: list[Path] | None, frames: int | None
+    ctx: typer.Context,
+    images: list[Path] | None,
+    videos: list[Path] | None,
+    frames: int | None,
+    fps: float | None = None,
+    clip: str | None = None,
 ) -> list[MediumSource]:
-    """Images and videos in the order of the command line."""
+    """Images and videos in the order of the command line; `-` is standard input.
+
+    Raises typer.BadParameter for a clip that is none, frames of no video, or standard input that cannot be read.
+    """
+    for option, given in {"--frames": frames, "--fps": fps, "--clip": clip}.items():
+        if given is not None and not videos:
+            raise typer.BadParameter("there is no --video to take frames of", param_hint=option)
     from flamingo_export.runtime.videos import Video
 
+    seconds = read_clip(clip)
     left = {"--image": list(images or []), "--video": list(videos or [])}
     media: list[MediumSource] = []
     for argument in ctx.meta[_TYPED]:
         option = "--image" if argument.startswith("-i") else argument.split("=")[0]
         if left.get(option):
             path = left[option].pop(0)
-            media.append(path if option == "--image" else Video(source=path, num_frames=frames))
+            source = path if path != _STDIN else _standard_input(option, [*(images or []), *(videos or [])].count(_STDIN))
+            media.append(source if option == "--image" else Video(source=source, num_frames=frames, fps=fps, clip=seconds))
     return media
+
+
+def _standard_input(option: str, times: int) -> IO[bytes]:
+    """What `-` means. Raises typer.BadParameter if it is asked for more than once, or nothing is piped into it."""
+    if times > 1:
+        raise typer.BadParameter("standard input (-) can be read once; give the others as files", param_hint=option)
+    if sys.stdin is None or sys.stdin.isatty():
+        raise typer.BadParameter(
+            "- is standard input, but nothing is piped into it. A file is given by its path.", param_hint=option
+        )
+    return sys.stdin.buffer
+
+
+def read_clip(text: str | None) -> tuple[float, float] | None:
+    """START-END as seconds. Raises typer.BadParameter."""
+    if text is None:
+        return None
+    start, _, end = text.partition("-")
+    try:
+        seconds = float(start), float(end)
+    except ValueError:
+        seconds = (0.0, 0.0)
+    if not 0 <= seconds[0] < seconds[1] < float("inf"):
+        raise typer.BadParameter(f"{text!r}, expected seconds as START-END, such as 2.5-10", param_hint="--clip")
+    return seconds
 
 
 def chosen_samples(data: str | None, source: WeightSource, tokenizer: Tokenizer | None) -> Sequence[Sample | BadSample]:

@@ -105,8 +105,10 @@ def _print(report: ParityReport, html: Path | None) -> None:
     if rows:
         console.print(table(("checked", "subgraph", "gates passed", "worst, of its limit"), rows, right=(2, 3)))
     for gate in report.failures[:10]:
-        error = "nothing measured" if gate.error is None else f"error {gate.error:.3g}, limit {gate.limit or 0:.3g}"
+        error = "no number" if gate.error is None else f"error {gate.error:.3g}, limit {gate.limit or 0:.3g}"
         console.print(f"failed: {gate.level} {gate.case}, {gate.subgraph} {gate.tensor}: {error}. {gate.note}", markup=False)
+    for gate in report.unmeasured[:10]:
+        console.print(f"not measured: {gate.level} {gate.case}, {gate.subgraph} {gate.tensor}: {gate.note}", markup=False)
     for trace in report.traces:
         if trace.outcome != "equal":
             console.print(

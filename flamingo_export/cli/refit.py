@@ -13,6 +13,7 @@ from flamingo_export.cli.options import (
     OtherLanguageModel,
     OtherTokenizer,
     OtherVision,
+    Overwrite,
     Parity,
     ParityChoice,
     checkpoint_files,
@@ -30,7 +31,7 @@ def refit(
     loras: Loras = None,
     tokenizer: OtherTokenizer = None,
     parity: ParityChoice = Parity.auto,
-    force: Annotated[bool, typer.Option("--force", help="Replace what is at --out.")] = False,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Put a fine-tuned checkpoint into a bundle without building graphs anew. Interrupted, the same command goes on where it was.
@@ -44,7 +45,7 @@ def refit(
     from flamingo_export.pipeline.request import refit_request
 
     source = checkpoint_files(checkpoint, language_model, vision, loras, tokenizer)
-    request = refit_request(bundle, source, out, parity=parity.value, overwrite=force)
+    request = refit_request(bundle, source, out, parity=parity.value, overwrite=overwrite)
     with reported() as progress:
         result = pipeline.build(request, progress=progress)
     print_result(result, as_json)

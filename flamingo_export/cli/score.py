@@ -7,7 +7,20 @@ from typing import Annotated
 
 import typer
 
-from flamingo_export.cli.options import AsJson, BackendName, Device, Fallback, Frames, Images, Shots, TextOnly, Threads, Videos
+from flamingo_export.cli.options import (
+    AsJson,
+    BackendName,
+    Clip,
+    Device,
+    Fallback,
+    Fps,
+    Frames,
+    Images,
+    Shots,
+    TextOnly,
+    Threads,
+    Videos,
+)
 
 
 def score(
@@ -28,6 +41,8 @@ def score(
     shots: Shots = None,
     text_only: TextOnly = False,
     frames: Frames = None,
+    fps: Fps = None,
+    clip: Clip = None,
     end: Annotated[bool, typer.Option("--end/--open", help="Score that the answer ends there, or may go on.")] = True,
     backend: BackendName = "auto",
     fallback: Fallback = None,
@@ -48,11 +63,10 @@ def score(
         raise typer.BadParameter(
             f"{candidates!r} has an empty answer; give some, separated by commas", param_hint="--candidates"
         )
-    media = media_as_typed(ctx, images, videos, frames)
+    media = media_as_typed(ctx, images, videos, frames, fps, clip)
     request = formatted(bundle, media=media, prompt=prompt, question=question, shots=shots, text_only=text_only)
     with opened(bundle, backend, device, threads, fallback) as model:
-        ending = model.inputs.tags.eoc if end else ""
-        scores = model.score(request, [answer + ending for answer in answers])
+        scores = model.score(request, answers, end=end)
     ranked = sorted(zip(answers, scores, strict=True), key=lambda pair: -pair[1].logprob)
     if as_json:
         print_json(

@@ -158,7 +158,7 @@ def check_output(place: WorkPlace, *, overwrite: bool) -> None:
     if place.out.is_symlink() or not (place.out / MANIFEST_NAME).is_file():
         raise BuildError(f"{place.out} exists and is no bundle, so it is never replaced. Choose another --out, or remove it.")
     if not overwrite:
-        raise BuildError(f"{place.out} exists. Choose another --out, or replace it with --force.")
+        raise BuildError(f"{place.out} exists. Choose another --out, or replace it with --overwrite.")
 
 
 def check_disk(place: WorkPlace, needed: int) -> None:

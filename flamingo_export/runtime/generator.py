@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Generator as GeneratorType
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ import numpy as np
 
 from flamingo_export.backends.base import Array
 from flamingo_export.bundle.manifest import ShapeLimits
-from flamingo_export.errors import InputError
+from flamingo_export.errors import BusyError, InputError
 from flamingo_export.runtime.cache import Cache
 from flamingo_export.runtime.candidates import Scores, run_decoder
 from flamingo_export.runtime.media_bank import MediaBank
@@ -77,7 +78,7 @@ class Generator:
         self._encoder = MediaEncoder(engines.vision_encoder, engines.resampler, engines.media_kv, config)
         self.bank = MediaBank(engines.decoder, limits.bank_rows)
         self.cache = Cache(engines.decoder, limits)
-        self._busy = False
+        self._busy = threading.Lock()
 
     def check(self, requests: Sequence[Prepared], width: int) -> None:
         """Raises InputError for what the engines or the bank cannot hold: branches of a request, frames of a video, media at once."""
@@ -142,11 +143,10 @@ class Generator:
 
         candidates: best tokens wanted after each prompt, None for the logits of the whole vocabulary.
         """
-        if self._busy:
-            raise InputError(
+        if not self._busy.acquire(blocking=False):
+            raise BusyError(
                 "another generation is still running on this model. Finish or close its stream first, or load the bundle twice."
             )
-        self._busy = True
         try:
             media = [medium for request in batch for medium in request.media]
             started = time.perf_counter()
@@ -159,7 +159,7 @@ class Generator:
                 timings.prefill += time.perf_counter() - encoded
                 yield filled
         finally:
-            self._busy = False
+            self._busy.release()
 
     def _prefill(
         self,

@@ -15,9 +15,11 @@ from flamingo_export.backends.base import Backend, SessionOptions
 from flamingo_export.bundle.manifest import Manifest
 from flamingo_export.errors import InputError, PromptError
 from flamingo_export.runtime.generator import Generator, Steps, Timings
+from flamingo_export.runtime.image_files import is_encoded
 from flamingo_export.runtime.images import ImageSource
 from flamingo_export.runtime.media import Medium, MediumSource
-from flamingo_export.runtime.options import GenerateOptions, Settings
+from flamingo_export.runtime.options import GenerateOptions, Settings, options_from
+from flamingo_export.runtime.prompts import Shots, as_shots, caption_prompt, qa_prompt
 from flamingo_export.runtime.request import Prepared, Request, prepare
 from flamingo_export.runtime.score import score
 from flamingo_export.runtime.search import Hypothesis, Search
@@ -28,6 +30,7 @@ from flamingo_export.runtime.videos import Video, VideoSource
 Prompt = str | Request | Sequence[int]
 Batch = list[str] | list[Request] | list[str | Request]
 T = TypeVar("T")
+_OWN_NAMES = ("images", "videos", "batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +109,7 @@ class Model:
         settings: beams, max_new_tokens, length_penalty, num_return, temperature, top_k, top_p, seed, as GenerateOptions describes them.
         Raises InputError (PromptError, ImageError, CapacityError) before anything is run.
         """
-        options = GenerateOptions(**settings)
+        options = options_from(settings, _OWN_NAMES)
         if isinstance(prompt, list) and any(isinstance(item, str | Request) for item in prompt):
             requests = [as_request(item) for item in prompt]
             if len(_listed(images)) + len(_listed(videos)):
@@ -127,16 +130,34 @@ class Model:
         With one branch that is each token. With beams it is what all live beams and finished candidates agree on, the remainder coming
         when the best is known, so that nothing given out is ever taken back. Errors are raised here, not at the first piece.
         """
-        options = GenerateOptions(**settings)
+        options = options_from(settings, _OWN_NAMES[:2])
         if self.tokenizer is None:
             raise InputError(
                 "the bundle has no tokenizer, so there is no text to stream. Use generate, which returns token ids."
             )
         timings = Timings()
-        prepared, limits = self._prepare([as_request(prompt, images, videos)], options, timings)
-        search = options.search(self.config, limits[0])
+        request = as_request(prompt, images, videos)
+        prepared, limits = self._prepare([request], options, timings)
+        search = options.search(self.config, limits[0], request.seed)
         steps = self.generator.run(prepared, [search], timings)
-        return Stream(steps, search, TextStream(self.tokenizer), lambda: self._generation(search, options, timings))
+        text = TextStream(self.tokenizer, strip=True)
+        return Stream(steps, search, text, lambda: self._generation(search, options, timings))
+
+    def caption(self, image: MediumSource, *, shots: Shots = (), **settings: Unpack[Settings]) -> Generation:
+        """Describes an image (or Video) in the form that this model was trained with.
+
+        shots: examples with captions to show first, or the path of a shots file.
+        settings: as `generate` takes them. Raises InputError before anything is run.
+        """
+        return self.generate(caption_prompt(as_shots(shots), image, self.inputs), **settings)
+
+    def ask(self, image: MediumSource, question: str, *, shots: Shots = (), **settings: Unpack[Settings]) -> Generation:
+        """Answers a question about an image (or Video) in the form that this model was trained with.
+
+        shots: examples with questions and answers to show first, or the path of a shots file.
+        settings: as `generate` takes them. Raises InputError before anything is run.
+        """
+        return self.generate(qa_prompt(as_shots(shots), question, image, self.inputs), **settings)
 
     def score(
         self,
@@ -145,18 +166,21 @@ class Model:
         *,
         images: Iterable[ImageSource | Video] = (),
         videos: Iterable[VideoSource | Video] = (),
+        end: bool = True,
     ) -> list[Score]:
         """Log-likelihood of each candidate after the prompt, in the order given; `max(..., key=lambda s: s.logprob)` is the model's choice.
 
-        candidates: text, joined to a text prompt with a space unless there is one, or token ids. `<EOC>` is not added: write it in the
-        candidates to score that they end there. Raises InputError before anything is run.
+        candidates: text, joined to a text prompt with a space unless there is one, or token ids, which are scored as they are.
+        end: whether `<EOC>` is added to texts that do not end with it, so that the whole answer is scored, as the command line does;
+            without it "a" is likelier than "a square" whatever the image shows.
+        Raises InputError before anything is run.
         """
         if not candidates or isinstance(candidates, str):
             raise InputError("no candidates were given. Give a list of at least one answer.")
         request = as_request(prompt, images, videos)
         timings = Timings()
-        prepared = prepare(request, self.config, self.tokenizer, fit=self.inputs.fit)
-        ids = [self._candidate_ids(request, candidate) for candidate in candidates]
+        prepared = prepare(request, self.config, self.tokenizer, fit=self.inputs.fit, forms=self.inputs.prompts)
+        ids = [self._candidate_ids(request, candidate, end) for candidate in candidates]
         results = score(self.generator, prepared, ids, timings)
         return [
             Score(
@@ -171,6 +195,10 @@ class Model:
         """Frees graphs, weights, media and cache."""
         self.engines.close()
 
+    def __repr__(self) -> str:
+        limits, precision = self.manifest.limits, self.manifest.precision.name
+        return f"Model({str(self.bundle)!r}: Flamingo {self.config.name}, {precision}, on {self.backend.name}, {limits.max_length} cache slots)"
+
     def __enter__(self) -> Model:
         return self
 
@@ -183,7 +211,10 @@ class Model:
         started = time.perf_counter()
         options.check(self.config)
         known: dict[bytes, Medium] = {}
-        prepared = [prepare(request, self.config, self.tokenizer, known, fit=self.inputs.fit) for request in requests]
+        fit, forms = self.inputs.fit, self.inputs.prompts
+        for request in requests:
+            options.check_seed(request.seed)
+        prepared = [prepare(request, self.config, self.tokenizer, known, fit=fit, forms=forms) for request in requests]
         end = self.config.language_model.position_limit
         limits = [options.new_tokens(len(request.token_ids), self.manifest.limits, end) for request in prepared]
         self.generator.check(prepared, options.width)
@@ -199,7 +230,7 @@ class Model:
         while len(results) < len(prepared):
             start = len(results)
             stop = start + self._batch_of(prepared[start:], batch_size)
-            searches = [options.search(self.config, limit) for limit in limits[start:stop]]
+            searches = [options.search(self.config, limits[n], requests[n].seed) for n in range(start, stop)]
             timings = Timings(prepare=preparation.prepare * (stop - start) / len(prepared))
             following = prepared[stop : stop + self._batch_of(prepared[stop:], batch_size)]
             upcoming = self.generator.prefetch(following)
@@ -243,15 +274,18 @@ class Model:
     def _decode(self, token_ids: Sequence[int]) -> str:
         return "" if self.tokenizer is None else self.tokenizer.decode(token_ids)
 
-    def _candidate_ids(self, request: Request, candidate: str | Sequence[int]) -> list[int]:
+    def _candidate_ids(self, request: Request, candidate: str | Sequence[int], end: bool) -> list[int]:
         if not isinstance(candidate, str):
             ids = [int(token) for token in candidate]
         elif self.tokenizer is None:
             raise InputError("the bundle has no tokenizer, so text cannot be encoded. Give candidates as token ids.")
-        elif isinstance(request.prompt, str):
-            ids = self.tokenizer.encode_continuation(request.prompt, candidate)
         else:
-            ids = self.tokenizer.encode_continuation(" ", candidate)
+            eoc = self.inputs.tags.eoc
+            ended = candidate if not end or candidate.endswith(eoc) or not candidate.strip() else candidate + eoc
+            if isinstance(request.prompt, str):
+                ids = self.tokenizer.encode_continuation(request.prompt, ended)
+            else:
+                ids = self.tokenizer.encode(ended, add_bos=False)
         size = self.config.language_model.vocab_size
         if not ids or min(ids) < 0 or max(ids) >= size:
             raise InputError(f"candidate {candidate!r} has no tokens, or some outside 0 to {size - 1}")
@@ -259,13 +293,15 @@ class Model:
 
 
 class Stream(Iterator[str]):
-    """Pieces of text; after the last one, `result` is the whole generation. Close it, or drop it, to stop early."""
+    """Pieces of text, which together are the text of the generation; after the last one, `result` is all of it.
+
+    Used in a `with` block it lets go of the model however the block ends. Close it, or drop it, to stop early.
+    """
 
     def __init__(self, steps: Steps, search: Search, text: TextStream, finish: Callable[[], Generation]) -> None:
         self.result: Generation | None = None
         self._steps, self._search, self._text, self._finish = steps, search, text, finish
         self._given = 0
-        self._started = False
         self._open = True
 
     def __next__(self) -> str:
@@ -280,13 +316,21 @@ class Stream(Iterator[str]):
                 self.result = self._finish()
                 piece = self._text.push(self.result.token_ids[self._given :]) + self._text.finish()
             except BaseException:
-                self._open = False
+                self.close()
                 raise
-            # Like Generation.text, the stream has no blanks in front.
-            if piece := piece if self._started else piece.lstrip():
-                self._started = True
+            if piece:
                 return piece
         raise StopIteration
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "open" if self._open else "finished" if self.result is not None else "closed"
+        return f"Stream({state}, {self._given} tokens given out)"
 
     def close(self) -> None:
         """Stops generating and lets go of media and cache."""
@@ -315,6 +359,6 @@ def as_request(
 
 def _listed(items: Iterable[T]) -> list[T]:
     """The items as a list; a single path or picture is a likely slip, so it is refused rather than taken apart."""
-    if isinstance(items, str | Path | np.ndarray | Video) or not isinstance(items, Iterable):
+    if is_encoded(items) or isinstance(items, np.ndarray | Video) or not isinstance(items, Iterable):
         raise InputError("images and videos are lists: images=['a.png'], not images='a.png'")
     return list(items)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import difflib
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from typing import TypedDict
 
@@ -35,9 +37,14 @@ class Settings(TypedDict, total=False):
 class GenerateOptions:
     """Settings of a generation.
 
-    beams: 3 unless sampling; 1 is greedy. temperature, top_k and top_p (any of them) sample instead, from `seed` where given; num_return
-    is then the number of samples, otherwise the number of best beams returned. max_new_tokens: 64, or fewer where the cache is smaller.
-    length_penalty: hypotheses are ordered by sum(log p) / length ** length_penalty.
+    beams: 3 (or num_return, where that is more) unless sampling; 1 is greedy, and so is temperature 0.
+    temperature, top_k, top_p: any of them samples instead of searching, from `seed` where it is given.
+    num_return: texts wanted, the best beams or as many samples.
+    max_new_tokens: 64, or fewer where the cache is smaller.
+    length_penalty: beams are ordered by sum(log p) / length ** length_penalty.
+
+    A setting that would have no effect beside the others is refused: `seed` where nothing is drawn, `top_k` at temperature 0,
+    `length_penalty` where there are no beams to order.
     """
 
     beams: int | None = None
@@ -59,7 +66,9 @@ class GenerateOptions:
         """Branches of a request, W."""
         if self.samples:
             return self.num_return
-        return DEFAULT_BEAMS if self.beams is None else self.beams
+        if self.temperature is not None:  # 0: greedy
+            return 1
+        return max(DEFAULT_BEAMS, self.num_return) if self.beams is None else self.beams
 
     def check(self, config: ModelConfig) -> None:
         """Raises InputError naming each setting that cannot be."""
@@ -70,11 +79,17 @@ class GenerateOptions:
                 f"{self.width} beams need a vocabulary of at least {needed}, it has {config.language_model.vocab_size}"
             )
 
-    def check_values(self) -> None:
-        """Raises InputError naming each setting that cannot be, whatever the model."""
+    def check_values(self, spelling: Callable[[str], str] = str) -> None:
+        """Raises InputError naming each setting that cannot be or has no effect, whatever the model. spelling: of a setting's name."""
         faults = self._types()
+        if not faults:
+            faults = [spelled(fault, spelling) for fault in self._values() or self._together()]
         if faults:
             raise InputError("; ".join(faults))
+
+    def _values(self) -> list[str]:
+        """Settings out of their range."""
+        faults = []
         for name, value, least in (
             ("beams", self.beams, 1),
             ("max_new_tokens", self.max_new_tokens, 1),
@@ -83,19 +98,42 @@ class GenerateOptions:
             ("seed", self.seed, 0),
         ):
             if value is not None and value < least:
-                faults.append(f"{name} is {value}, expected at least {least}")
+                faults.append(f"{{{name}}} is {value}, expected at least {least}")
         if self.temperature is not None and not 0.0 <= self.temperature < float("inf"):
-            faults.append(f"temperature is {self.temperature}, expected 0 or more")
+            faults.append(f"{{temperature}} is {self.temperature}, expected 0 or more")
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
-            faults.append(f"top_p is {self.top_p}, expected more than 0 and at most 1")
+            faults.append(f"{{top_p}} is {self.top_p}, expected more than 0 and at most 1")
         if not -MAX_LENGTH_PENALTY <= self.length_penalty <= MAX_LENGTH_PENALTY:
-            faults.append(f"length_penalty is {self.length_penalty}, expected {-MAX_LENGTH_PENALTY} to {MAX_LENGTH_PENALTY}")
-        if self.samples and self.beams is not None and self.beams > 1:
-            faults.append(f"{self.beams} beams and sampling were both asked for; choose one")
-        if not faults and not self.samples and self.num_return > self.width:
-            faults.append(f"num_return is {self.num_return}, but there are {self.width} beams; use at least as many beams")
-        if faults:
-            raise InputError("; ".join(faults))
+            faults.append(
+                f"{{length_penalty}} is {self.length_penalty}, expected {-MAX_LENGTH_PENALTY} to {MAX_LENGTH_PENALTY}"
+            )
+        return faults
+
+    def _together(self) -> list[str]:
+        """Settings that exclude each other, and those that would be dropped without a word."""
+        faults = []
+        if self.samples:
+            if self.beams is not None and self.beams > 1:
+                faults.append(f"{self.beams} beams and sampling were both asked for; choose one")
+        elif self.temperature is not None:
+            if self.beams is not None and self.beams > 1:
+                faults.append(f"{{temperature}} 0 is greedy, and {{beams}} is {self.beams}; choose one")
+            if self.num_return > 1:
+                faults.append(
+                    f"{{num_return}} is {self.num_return}, and {{temperature}} 0 is greedy, which finds one text; use {{beams}}"
+                )
+            for name, value in (("top_k", self.top_k), ("top_p", None if self.top_p == 1.0 else self.top_p)):
+                if value is not None:
+                    faults.append(f"{{{name}}} is {value}, and {{temperature}} 0 takes the likeliest token; leave one out")
+        elif self.num_return > self.width:
+            faults.append(f"{{num_return}} {self.num_return} needs at least {self.num_return} beams, {{beams}} is {self.width}")
+        if self.seed is not None and not self.samples:
+            faults.append(
+                f"{{seed}} is {self.seed}, but nothing is drawn: add {{temperature}}, {{top_k}} or {{top_p}}, or leave it out"
+            )
+        if self.length_penalty != 0.0 and (self.samples or self.width == 1):
+            faults.append(f"{{length_penalty}} is {self.length_penalty}, but there are no beams to order; leave it out")
+        return faults
 
     def _types(self) -> list[str]:
         faults = []
@@ -124,16 +162,74 @@ class GenerateOptions:
             fits -= 1
         return fits
 
-    def search(self, config: ModelConfig, max_new_tokens: int) -> Search:
-        """A fresh search for one request."""
+    def check_seed(self, seed: int | None) -> None:
+        """Raises InputError if a request's own seed cannot be, or has no effect."""
+        if seed is not None:
+            replace(self, seed=seed).check_values()
+
+    def search(self, config: ModelConfig, max_new_tokens: int, seed: int | None = None) -> Search:
+        """A fresh search for one request. seed: the request's own, in place of the one for all."""
         rule = StopRule(
             eoc=config.tokens.eoc, ends=config.tokens.ends, banned=config.tokens.never, max_new_tokens=max_new_tokens
         )
         if self.samples:
             temperature = 1.0 if self.temperature is None else self.temperature
             return Sampling(
-                rule, branches=self.num_return, temperature=temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed
+                rule,
+                branches=self.num_return,
+                temperature=temperature,
+                top_k=self.top_k,
+                top_p=self.top_p,
+                seed=self.seed if seed is None else seed,
             )
         if self.width == 1:
             return Sampling(rule)
         return BeamSearch(rule, beams=self.width, length_penalty=self.length_penalty)
+
+
+def spelled(text: str, spelling: Callable[[str], str]) -> str:
+    """The text with each setting in it, `{top_k}`, as `spelling` writes it."""
+    return text.format_map({field.name: spelling(field.name) for field in fields(GenerateOptions)})
+
+
+def options_from(settings: Settings, others: Collection[str] = ()) -> GenerateOptions:
+    """The options that keyword arguments amount to, checked.
+
+    others: keyword arguments that the caller takes besides, to name where one of them was mistyped.
+    Raises InputError for names that there are not, with the nearest there is, and for values that cannot be.
+    """
+    known = [field.name for field in fields(GenerateOptions)]
+    faults = [unknown_setting(name, (*known, *others)) for name in settings if name not in known]
+    if faults:
+        raise InputError("; ".join(faults) + f". Settings: {', '.join(known)}.")
+    options = GenerateOptions(**settings)
+    options.check_values()
+    return options
+
+
+def unknown_setting(name: str, known: Collection[str]) -> str:
+    """Says that there is no setting of this name, and which comes nearest."""
+    if name in OTHER_NAMES:
+        return f"there is no setting {name}: {spelled(OTHER_NAMES[name], str)}"
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"there is no setting {name}" + (f"; did you mean {near[0]}?" if near else "")
+
+
+OTHER_NAMES = {
+    "num_beams": "it is called {beams} here",
+    "beam_size": "it is called {beams} here",
+    "beam_width": "it is called {beams} here",
+    "max_tokens": "it is called {max_new_tokens} here",
+    "max_completion_tokens": "it is called {max_new_tokens} here",
+    "max_output_tokens": "it is called {max_new_tokens} here",
+    "max_length": "{max_new_tokens} counts the new tokens, without the prompt",
+    "num_return_sequences": "it is called {num_return} here",
+    "num_samples": "it is called {num_return} here",
+    "n": "it is called {num_return} here",
+    "n_best": "it is called {num_return} here",
+    "best_of": "it is called {num_return} here",
+    "do_sample": "{temperature}, {top_k} or {top_p} ask for samples, {beams} for a search",
+    "generator": "{seed}, a number, is given instead",
+    "random_state": "it is called {seed} here",
+}
+"""Names that other libraries and services have for the same, or nearly the same."""

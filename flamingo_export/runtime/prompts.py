@@ -28,7 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flamingo_export.errors import PromptError
+from flamingo_export.errors import ImageError, PromptError
+from flamingo_export.runtime.image_files import refuse_url
 from flamingo_export.runtime.media import MediumSource
 from flamingo_export.runtime.request import Request
 from flamingo_export.runtime.tokenizer import with_tags_around
@@ -45,6 +46,10 @@ class Shot:
     medium: MediumSource | None = None
 
 
+Shots = Sequence[Shot] | str | os.PathLike[str]
+"""Examples, or the path of a shots file."""
+
+
 def qa_prompt(shots: Sequence[Shot], question: str, medium: MediumSource | None, inputs: InputFormat = PAPER) -> Request:
     """Question answering: support examples, then the question about `medium`. inputs: the forms, such as a model's `inputs`.
 
@@ -53,7 +58,7 @@ def qa_prompt(shots: Sequence[Shot], question: str, medium: MediumSource | None,
     for index, shot in enumerate(shots, start=1):
         if shot.question is None:
             raise PromptError(f"shot {index} is a caption, but a question is asked. Give each shot a question and an answer.")
-    return _assemble(shots, inputs.prompts.question_example, medium, inputs.prompts.question, question, inputs.tags)
+    return _assemble(shots, inputs.prompts.question_example, medium, inputs.prompts.question, question, inputs)
 
 
 def caption_prompt(shots: Sequence[Shot], medium: MediumSource | None, inputs: InputFormat = PAPER) -> Request:
@@ -66,7 +71,17 @@ def caption_prompt(shots: Sequence[Shot], medium: MediumSource | None, inputs: I
             raise PromptError(
                 f"shot {index} asks a question, but a caption is wanted. Ask a question too (--question), or use captions."
             )
-    return _assemble(shots, inputs.prompts.caption_example, medium, inputs.prompts.caption, None, inputs.tags)
+    return _assemble(shots, inputs.prompts.caption_example, medium, inputs.prompts.caption, None, inputs)
+
+
+def as_shots(shots: Shots) -> Sequence[Shot]:
+    """The examples themselves, or those of a shots file. Raises PromptError as `read_shots` does, or for what is neither."""
+    if isinstance(shots, str | os.PathLike):
+        return read_shots(shots)
+    given = [shot for shot in shots if isinstance(shot, Shot)] if isinstance(shots, Sequence) else None
+    if given is None or len(given) < len(shots):
+        raise PromptError("shots are a list of flamingo_export.Shot, or the path of a shots file")
+    return given
 
 
 def without_media(shots: Sequence[Shot]) -> list[Shot]:
@@ -109,7 +124,9 @@ def read_shots(path: str | os.PathLike[str]) -> list[Shot]:
 
 def _parse_shot(line: str, folder: Path) -> Shot:
     try:
-        record = json.loads(line)
+        record = json.loads(line, object_pairs_hook=_each_key_once)
+    except PromptError:
+        raise
     except json.JSONDecodeError as error:
         raise PromptError(f"not JSON ({error.msg} at column {error.colno})") from None
     except (RecursionError, ValueError) as error:
@@ -128,7 +145,10 @@ def _parse_shot(line: str, folder: Path) -> Shot:
         if key in record:
             place = folder / record[key]
             try:
+                refuse_url(record[key])
                 there = place.exists()
+            except ImageError as error:
+                raise PromptError(f"{key} {error}") from None
             except (OSError, ValueError) as error:
                 raise PromptError(f"{key} {record[key][:80]!r} is no path ({error})") from None
             if not there:
@@ -139,6 +159,16 @@ def _parse_shot(line: str, folder: Path) -> Shot:
         question=_plain(record["question"], PAPER.tags) if "question" in record else None,
         medium=medium,
     )
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs, of which JSON would keep the last without a word."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        raise PromptError(f"{', '.join(twice)} is given twice; give each key once, and one example a line")
+    return record
 
 
 def _answer_of(record: dict[str, Any]) -> str:
@@ -154,9 +184,10 @@ def _answer_of(record: dict[str, Any]) -> str:
 
 
 def _assemble(
-    shots: Sequence[Shot], example: str, medium: MediumSource | None, query: str, question: str | None, tags: Tags
+    shots: Sequence[Shot], example: str, medium: MediumSource | None, query: str, question: str | None, inputs: InputFormat
 ) -> Request:
     """The examples in one form, then the query in another. `<BOS>` stands once, at the start."""
+    tags = inputs.tags
     text, media = tags.bos or "", []
     for shot in shots:
         text += _filled(example, shot.medium, shot.question, shot.answer, tags)
@@ -164,7 +195,13 @@ def _assemble(
             media.append(shot.medium)
     if medium is not None:
         media.append(medium)
-    return Request(prompt=text + _filled(query, medium, question, None, tags), media=media)
+    texts = [text for shot in shots for text in (shot.question, shot.answer)] + [question]
+    return Request(
+        prompt=text + _filled(query, medium, question, None, tags),
+        media=media,
+        quoted=tuple(text for text in texts if text is not None),
+        forms=inputs.prompts,
+    )
 
 
 def _filled(form: str, medium: MediumSource | None, question: str | None, answer: str | None, tags: Tags) -> str:

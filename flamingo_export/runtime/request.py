@@ -11,9 +11,9 @@ import numpy.typing as npt
 from flamingo_export.errors import PromptError
 from flamingo_export.runtime.cache import Key
 from flamingo_export.runtime.media import Medium, MediumSource, load_medium
-from flamingo_export.runtime.tokenizer import Tokenizer
+from flamingo_export.runtime.tokenizer import Tokenizer, without_last_blanks
 from flamingo_reference.config import ModelConfig
-from flamingo_reference.input_format import ImageFit
+from flamingo_reference.input_format import ImageFit, PromptForms
 from flamingo_reference.phi import phi_from_tokens
 
 Ints = npt.NDArray[np.int64]
@@ -21,10 +21,21 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A prompt, as text or token ids, with an `<image>` for each of the media, in order."""
+    """A prompt with what it shows.
+
+    prompt: text or token ids, with an `<image>` for each of the media. Blanks at the end of a text are left out: the text that follows
+    brings its own, and a model never saw one alone.
+    media: images and videos, in the order of their tags.
+    seed: of this request's samples, in place of the call's.
+    quoted: questions, answers and captions within the prompt, in which no special token may stand; the prompt helpers fill it.
+    forms: those the prompt was made in, None where it was written by hand; a model of other forms refuses it.
+    """
 
     prompt: str | Sequence[int]
     media: Sequence[MediumSource] = field(default_factory=list)
+    seed: int | None = None
+    quoted: tuple[str, ...] = ()
+    forms: PromptForms | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,17 +55,27 @@ def prepare(
     known: dict[bytes, Medium] | None = None,
     *,
     fit: ImageFit = "pad",
+    forms: PromptForms | None = None,
 ) -> Prepared:
     """Encodes and checks a request, and decodes its media.
 
     tokenizer: may be None where the prompt is token ids. known: media of other requests by digest, so that what is shown by many is held
-    in memory once; this request's are added. fit: how images become squares.
-    Raises PromptError for an empty prompt, ids outside the vocabulary or a wrong number of media, ImageError for media that cannot be read.
+    in memory once; this request's are added. fit: how images become squares. forms: the model's, None where any will do.
+    Raises PromptError for an empty prompt, ids outside the vocabulary, a wrong number of media, tags of another family, another family's
+    forms or special tokens in what a user wrote; ImageError for media that cannot be read.
     """
+    if forms is not None and request.forms is not None and request.forms != forms:
+        raise PromptError(
+            f"the prompt is in the form {request.forms.question!r}, this bundle's is {forms.question!r}. "
+            "Use model.caption or model.ask, or give the helper the bundle's own: caption_prompt(shots, image, model.inputs)."
+        )
     if isinstance(request.prompt, str):
         if tokenizer is None:
             raise PromptError("the bundle has no tokenizer, so text cannot be encoded. Give the prompt as token ids.")
-        ids = np.asarray(tokenizer.encode(request.prompt), np.int64)
+        tokenizer.check_tags(request.prompt)
+        for text in request.quoted:
+            tokenizer.check_quoted(text)
+        ids = np.asarray(tokenizer.encode(without_last_blanks(request.prompt)), np.int64)
     else:
         ids = _checked_ids(request.prompt, config)
     tags, given = int((ids == config.tokens.image).sum()), len(request.media)

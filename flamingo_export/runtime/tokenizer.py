@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import Any
 
 from flamingo_export.errors import BundleError, PromptError
 from flamingo_reference.config import ModelConfig
-from flamingo_reference.input_format import PAPER, Tags
+from flamingo_reference.input_format import FAMILY_TAGS, PAPER, Tags
 
 TOKENIZER_FILE = Path("tokenizer") / "tokenizer.json"
 _REPLACEMENT = "\ufffd"
+_LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
 _MAX_HELD = 3  # tokens: a character has four bytes at most, and a token at least one
 
 
@@ -23,8 +25,13 @@ class Tokenizer:
         """tokenizer: a `tokenizers.Tokenizer`. Raises PromptError if it is not of this model's vocabulary."""
         self._tokenizer, self._tags = tokenizer, tags
         self.ids = config.tokens
-        self.special = frozenset(index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special)
+        special = {index: token.content for index, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        self.special = frozenset(special)
         """Ids that leave no text when decoded."""
+        self.special_texts = tuple(dict.fromkeys((*tags.all, *special.values())))
+        """Texts that are read as such tokens."""
+        self._byte_of = _fallback_bytes(tokenizer)
+        self._token_of = {byte: token for token, byte in self._byte_of.items()}
         _check_vocabulary(tokenizer, config, tags)
 
     @classmethod
@@ -60,15 +67,18 @@ class Tokenizer:
         return [self.ids.bos, *ids] if wanted else ids
 
     def encode_continuation(self, prompt: str, continuation: str) -> list[int]:
-        """Ids of `continuation` where it follows `prompt`: a space is put between them unless one of them has it.
+        """Ids of `continuation` where it follows `prompt`, without the blanks at the prompt's end: those begin the continuation, as words
+        begin in running text. A space is put there unless one of the two has a blank.
 
         Encoded together, so that words split as they do in running text; apart where they melt into one token.
         Raises PromptError if nothing is left to score.
         """
         if not continuation.strip():
             raise PromptError("a candidate answer is empty")
-        if not (continuation[0].isspace() or prompt[-1:].isspace()):
-            continuation = " " + continuation
+        kept = without_last_blanks(prompt)
+        if not continuation[0].isspace():
+            continuation = (prompt[len(kept) :] or ("" if kept[-1:].isspace() else " ")) + continuation
+        prompt = kept
         before = self.encode(prompt)
         together = self.encode(prompt + continuation)
         if len(together) > len(before) and together[: len(before)] == before:
@@ -76,9 +86,39 @@ class Tokenizer:
         return self.encode(continuation, add_bos=False)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of generated tokens, without tags."""
-        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        """Text of generated tokens, without tags. Bytes that belong to no whole character become U+FFFD, and nothing else does."""
+        ids = [token for token in token_ids if token not in self.special]
+        text: str = self._tokenizer.decode(self._whole_characters(ids), skip_special_tokens=True)
         return text
+
+    def check_quoted(self, text: str) -> None:
+        """Raises PromptError if a special token stands in what a user wrote: it would end the text or shift every later image."""
+        for special in self.special_texts:
+            if special in text:
+                raise PromptError(f"{text!r} contains {special}, which the model reads as a token of its own; give plain text")
+
+    def check_tags(self, text: str) -> None:
+        """Raises PromptError for tags of another family in a prompt, which this tokenizer would read as plain text."""
+        for tag in FAMILY_TAGS:
+            if tag in text and tag not in self.special_texts and self._tokenizer.token_to_id(tag) is None:
+                raise PromptError(
+                    f"the prompt has {tag}, a tag of another family of models, which this bundle's tokenizer reads as plain text. "
+                    f"Its own are {', '.join(self._tags.all)}."
+                )
+
+    def _whole_characters(self, token_ids: list[int]) -> list[int]:
+        """The tokens, bytes that are no character among them replaced by those of U+FFFD: where one byte of a run is broken, the library
+        drops the whole run."""
+        if not any(token in self._byte_of for token in token_ids):
+            return token_ids
+        whole: list[int] = []
+        for is_byte, run in itertools.groupby(token_ids, self._byte_of.__contains__):
+            if is_byte:
+                text = bytes(self._byte_of[token] for token in run).decode("utf-8", errors="replace")
+                whole += [self._token_of[byte] for byte in text.encode("utf-8")]
+            else:
+                whole += run
+        return whole
 
 
 def with_tags_around(text: str, tags: Tags) -> str:
@@ -90,17 +130,43 @@ def with_tags_around(text: str, tags: Tags) -> str:
     return images.sub(lambda run: around + f"{image}{around}" * run.group().count(image), text)
 
 
+def without_last_blanks(text: str) -> str:
+    """The text without the blanks at its end; ends of lines stay, since they say something."""
+    end = len(text)
+    while end and text[end - 1].isspace() and text[end - 1] not in _LINE_ENDS:
+        end -= 1
+    return text[:end]
+
+
 class TextStream:
     """Tokens in, pieces of text out, whose concatenation is the decoded text: a character is held back until all its bytes are there."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, strip: bool = False) -> None:
+        """strip: without blanks at the beginning and the end, as the text of a generation has none."""
         self._tokenizer = tokenizer
+        self._strip, self._begun, self._blanks = strip, False, ""
         self._ids: list[int] = []
         self._start = 0  # decoding begins here: a few tokens early, since decoders treat the first token of a text differently
         self._sent = 0  # tokens up to here have been given out
 
     def push(self, token_ids: Sequence[int]) -> str:
         """The text that these tokens complete; empty while a character is unfinished."""
+        return self._stripped(self._push(token_ids))
+
+    def finish(self) -> str:
+        """What was held back."""
+        return self._stripped(self._take(len(self._ids)))
+
+    def _stripped(self, text: str) -> str:
+        """The text without blanks in front of the whole; those behind wait for what follows them."""
+        if not self._strip:
+            return text
+        text = self._blanks + text if self._begun else text.lstrip()
+        kept = text.rstrip()
+        self._begun, self._blanks = self._begun or bool(kept), text[len(kept) :]
+        return kept
+
+    def _push(self, token_ids: Sequence[int]) -> str:
         self._ids += [token for token in token_ids if token not in self._tokenizer.special]
         for held in range(_MAX_HELD):
             stop = max(self._sent, len(self._ids) - held)
@@ -108,10 +174,6 @@ class TextStream:
                 return self._take(stop)
         # Bytes before the last three belong to no unfinished character: what is broken there stays broken.
         return self._take(len(self._ids) - _MAX_HELD)
-
-    def finish(self) -> str:
-        """What was held back."""
-        return self._take(len(self._ids))
 
     def _take(self, stop: int) -> str:
         if stop <= self._sent:
@@ -123,6 +185,15 @@ class TextStream:
 
     def _decode(self, stop: int) -> str:
         return self._tokenizer.decode(self._ids[self._start : stop])
+
+
+def _fallback_bytes(tokenizer: Any) -> dict[int, int]:
+    """Bytes by the tokens that stand for them, where the tokenizer's decoder puts characters together from such tokens."""
+    tokens = {byte: tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)}
+    letter = tokens[ord("A")]
+    if None in tokens.values() or tokenizer.decode([letter], skip_special_tokens=False) != "A":
+        return {}
+    return {token: byte for byte, token in tokens.items()}
 
 
 def _check_vocabulary(tokenizer: Any, config: ModelConfig, tags: Tags) -> None:

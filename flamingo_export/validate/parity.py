@@ -7,6 +7,7 @@ engines:   the same cases and prompts through the bundle (checker.py, traces.py)
 from __future__ import annotations
 
 import contextlib
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -202,10 +203,9 @@ def compare_with(
         cases = (*cases, *pixel_cases(manifest.config))
     media = MediaFormat(manifest.precision, _calibration(bundle))
     checker = Checker(bundle, manifest, goldens, media, backend, options, progress, cases)
-    checker.run(whole=whole, layers=not compiled)
-    not_run = []
-    if compiled:
-        not_run.append(NotRun(name="layer by layer", reason="the bundle has engines of whole subgraphs, none of single layers"))
+    with _layers_folder(compiled=compiled) as (folder, why):
+        checker.run(whole=whole, layers=folder)
+    not_run = [NotRun(name="layer by layer", reason=why)] if why else []
     traces: tuple[Trace, ...] = ()
     if not whole:
         sizes = f"the engines take about {needed / 1e9:.1f} GB as a whole, {memory / 1e9:.1f} GB may be used"
@@ -214,13 +214,15 @@ def compare_with(
     elif goldens.no_traces:
         not_run.append(NotRun(name="token traces", reason=goldens.no_traces))
     else:
-        traces, rows = check_traces(bundle, manifest, goldens, backend, options, progress)
-        checker.rows += rows
+        traces, found = check_traces(bundle, manifest, goldens, backend, options, progress)
+        checker.rows += found
         task = accuracy_row(bundle, manifest, backend, options, progress) if tasks else None
         if task is not None:
             checker.rows.append(task)
-    failed = any(not row.passed for row in checker.rows) or not checker.rows
-    verdict: Verdict = "failed" if failed else "passed"
+    rows = tuple(checker.rows)
+    verdict: Verdict = "passed" if rows and all(row.passed for row in rows) else "not_run"
+    if any(row.measured and not row.passed for row in rows):
+        verdict = "failed"
     return ParityReport(
         verdict=verdict,
         backend=backend.name,
@@ -228,7 +230,7 @@ def compare_with(
         model=manifest.config.name,
         storage=manifest.precision.name,
         weights=goldens.weights_sha256,
-        rows=tuple(checker.rows),
+        rows=rows,
         layers=tuple(checker.points),
         first_diverging_layer=checker.first_diverging,
         traces=traces,
@@ -237,6 +239,21 @@ def compare_with(
         environment=environment(backend),
         seconds=round(time.monotonic() - started, 3),
     )
+
+
+@contextlib.contextmanager
+def _layers_folder(*, compiled: bool) -> Iterator[tuple[Path | None, str]]:
+    """A folder for graphs of single layers, outside of the bundle, which may be read-only; or why there is none."""
+    if compiled:
+        yield None, "the bundle has engines of whole subgraphs, none of single layers"
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="flamingo-parity-"))
+        except OSError as error:
+            yield None, f"no folder for temporary files can be written ({error.strerror}). Set TMPDIR to one"
+            return
+        yield Path(folder), ""
 
 
 def _expectation(

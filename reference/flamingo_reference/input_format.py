@@ -99,6 +99,10 @@ IDEFICS_INSTRUCT = InputFormat(
 """IDEFICS tuned on instructions: each turn ends with a token of its own."""
 
 
+FAMILY_TAGS = ("<BOS>", "<EOC>", "<|endofchunk|>", "<fake_token_around_image>", "<end_of_utterance>")
+"""Tags that one family has and another may not, and that nothing but a prompt has: `<s>` may also be HTML."""
+
+
 def with_bos(inputs: InputFormat, bos: str | None) -> InputFormat:
     """The same format with another token, or none, before every text."""
     return msgspec.structs.replace(inputs, tags=msgspec.structs.replace(inputs.tags, bos=bos))

@@ -123,9 +123,10 @@ def find_headers() -> Path | None:
     """TensorRT's headers: of the variable TENSORRT_ROOT, or in their usual places. Raises BuildFailed where the variable names none."""
     root = os.environ.get("TENSORRT_ROOT")
     if root:
-        if not (Path(root) / "include" / HEADER).is_file():
+        include = Path(root).resolve() / "include"  # compilers run in other folders
+        if not (include / HEADER).is_file():
             raise BuildFailed(f"TENSORRT_ROOT is {root}, which has no include/{HEADER}")
-        return Path(root) / "include"
+        return include
     system = ["/usr/include", f"/usr/include/{platform.machine()}-linux-gnu", "/usr/local/include"]
     places = [*system, "/usr/local/tensorrt/include", "/opt/tensorrt/include"]
     return next((Path(place) for place in places if (Path(place) / HEADER).is_file()), None)
@@ -196,6 +197,17 @@ def build_emulation(folder: Path, program: str, *, kernels: Path = KERNELS, flag
     out = folder / program
     options = ["-std=c++17", *flags, "-Wall", "-Wextra", "-I", str(EMULATION / "without_cuda"), "-I", str(kernels)]
     run([compiler, *options, str(EMULATION / f"{program}.cpp"), "-o", str(out)], timeout=1800)
+    return out
+
+
+def build_emulated_library(folder: Path) -> Path:
+    """The kernels' C interface, of head size 32, each launch run by the emulator: for tests of what drives the kernels."""
+    compiler = find_compiler()
+    if compiler is None:
+        raise BuildFailed("no C++ compiler: install g++")
+    out = folder / "libflamingo_kernels.emulated.so"
+    include = ["-I", str(EMULATION / "without_cuda"), "-I", str(KERNELS)]
+    run([compiler, "-std=c++17", "-O1", "-shared", "-fPIC", *include, str(EMULATION / "emulated_kernels.cpp"), "-o", str(out)])
     return out
 
 

@@ -3,55 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from gpu import build
+from gpu.engines import (
+    engines,
+    fp8_against_fp16,
+    rehearse_cli,
+    rehearse_onnxruntime,
+    run_cli,
+    run_onnxruntime,
+    without_cuda_provider,
+    without_fp8,
+    without_rtx,
+    without_tensorrt,
+)
+from gpu.runtime import judged, rehearse_nano, rehearse_sessions, run_nano, run_sessions, without_runtime
+from gpu.stage import Context, Failed, NoDevice, NoTime, NotPossible, Stage
 
 FOLDER = build.ROOT / "build" / "gpu_check"
-
-
-class NoDevice(Exception):
-    """The first CUDA call failed: no device, no driver, or one too old."""
-
-
-@dataclass
-class Context:
-    """What the stages share. `architecture`: the device's ("90"), or None without one. What follows `nvcc` is set by the stages that make it."""
-
-    seed: int
-    rounds: int
-    architecture: str | None
-    nvcc: str | None = None
-    library: Path | None = None
-    kernels: Any = None
-    plugin: Path | None = None
-    through_plugin: Any = None
-
-
-class Failed(Exception):
-    """A stage found something wrong; `result` goes into the report."""
-
-    def __init__(self, message: str, result: dict[str, Any] | None = None) -> None:
-        super().__init__(message)
-        self.result = result or {}
-
-
-@dataclass(frozen=True)
-class Stage:
-    """missing(context): what is not installed, or None. run(context): its results; raises Failed, or NoDevice where a GPU is wanted."""
-
-    name: str
-    missing: Callable[[Context], str | None]
-    run: Callable[[Context], dict[str, Any]]
 
 
 def nothing_missing(_: Context) -> str | None:
@@ -174,14 +148,6 @@ def test_plugin(context: Context) -> dict[str, Any]:
     })  # fmt: skip
 
 
-def judged(result: dict[str, Any]) -> dict[str, Any]:
-    """A result whose parts name no failure. Raises Failed."""
-    failures = [failure for part in result.values() if isinstance(part, dict) for failure in part["failures"]]
-    if failures:
-        raise Failed(f"{len(failures)} cases failed, the first: {failures[0]}", result)
-    return result
-
-
 def test_kernels(context: Context) -> dict[str, Any]:
     """Every case against the fp64 oracle, graph replay, refusals."""
     from gpu import kernel_cases
@@ -206,19 +172,36 @@ def find_sanitizer() -> str | None:
     return next((place for place in places if place and os.access(place, os.X_OK)), None)
 
 
+_NOT_HERE = ("device not supported", "not supported on this", "no attachable process")
+_NO_DEVICE = ("no nvidia driver", "not compiled with cuda", "no cuda-capable device", "no cuda gpus")
+
+
 def sanitize(context: Context) -> dict[str, Any]:
-    """memcheck, racecheck and synccheck over one case of each kernel and type."""
+    """memcheck, racecheck and synccheck over one case of each kernel and type.
+
+    API calls that fail are left to the API's callers: PyTorch asks for what a card may not have, and takes no for an answer.
+    """
     sanitizer = find_sanitizer()
     assert sanitizer
     results, failures = {}, []
     script = [sys.executable, str(build.ROOT / "scripts" / "gpu_check"), "--few-cases", str(context.library)]
     for tool in ("memcheck", "racecheck", "synccheck"):
-        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--kernel-regex", "kns=flamingo", *script]
+        own = ["--report-api-errors", "no"] if tool == "memcheck" else []
+        command = [sanitizer, "--tool", tool, *own, "--error-exitcode", "9", "--kernel-regex", "kns=flamingo", *script]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
-            results[tool] = "clean" if done.returncode == 0 else (done.stdout + done.stderr)[-2000:]
-        except subprocess.TimeoutExpired:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=min(150.0, context.seconds), check=False)
+            output = done.stdout + done.stderr
+        except subprocess.TimeoutExpired as error:
+            if context.seconds <= 150:
+                raise NoTime(f"{tool} was not done when the time was up; before it: {results}") from error
             results[tool] = "not done after 150 s"
+            failures.append(tool)
+            continue
+        if done.returncode and any(words in output.lower() for words in _NO_DEVICE):
+            raise NoDevice(output.strip().splitlines()[-1])
+        if done.returncode and any(words in output.lower() for words in _NOT_HERE):
+            raise NotPossible(f"compute-sanitizer refuses this device: {output.strip().splitlines()[-1]}")
+        results[tool] = "clean" if done.returncode == 0 else output[-2000:]
         if results[tool] != "clean":
             failures.append(tool)
     if failures:
@@ -234,198 +217,37 @@ def benchmark(context: Context) -> dict[str, Any]:
     try:
         result: dict[str, Any] = phi_attention_gpu.measure(context.kernels, context.rounds)
     except MemoryError as error:
-        return {"skipped": str(error)}
+        raise NotPossible(str(error)) from error
     return result
 
 
-def without_modules(*names: str) -> Callable[[Context], str | None]:
-    """Says which Python modules are missing."""
-
-    def missing(_: Context) -> str | None:
-        absent = [name for name in names if importlib.util.find_spec(name) is None]
-        return ", ".join(absent) if absent else None
-
-    return missing
+_ENGINE = ("build", "plugin-build")
+_RTX_FP8 = fp8_against_fp16("tensorrt-rtx")
 
 
-PACKAGE = ("msgspec", "onnx_ir", "safetensors", "tokenizers", "typer")  # what flamingo_export itself wants
-PLUGIN_VARIABLE = "FLAMINGO_PLUGIN"
-WHEELS = "FLAMINGO_WHEELS"
-"""Names a folder of installed wheels (pip install --target FOLDER): TensorRT for RTX and cuda-bindings on a machine without network."""
-
-
-def find_wheels() -> None:
-    """Puts the folder of wheels on the path, if one is named."""
-    folder = os.environ.get(WHEELS)
-    if folder and folder not in sys.path:
-        sys.path.append(folder)
-
-
-def without_rtx(context: Context) -> str | None:
-    """The module has another name when only its two wheels are installed. It has no kernels for GPUs of data centers from sm90 on."""
-    find_wheels()
-    found = next((name for name in ("tensorrt_rtx", "tensorrt_rtx_bindings") if importlib.util.find_spec(name)), None)
-    if found is None:
-        return f"tensorrt_rtx (pip install tensorrt_rtx_cu13_libs tensorrt_rtx_cu13_bindings, or a folder that {WHEELS} names)"
-    absent = without_modules(*PACKAGE)(context) or without_cuda_python()
-    if absent:
-        return absent
-    if context.architecture is not None:
-        targets = importlib.import_module(found).ComputeCapability
-        if not hasattr(targets, f"SM{context.architecture}"):
-            return f"kernels for sm_{context.architecture}: TensorRT for RTX has none"
-    return None
-
-
-def without_tensorrt(context: Context) -> str | None:
-    find_wheels()
-    absent = without_modules("tensorrt", *PACKAGE)(context) or without_cuda_python()
-    if absent:
-        return absent
-    if (
-        context.plugin is None
-        and PLUGIN_VARIABLE not in os.environ
-        and not (build.ROOT / "build" / "libflamingo_plugins.so").exists()
-    ):
-        return f"the plugin library: build it with TensorRT's headers, or name one with {PLUGIN_VARIABLE}"
-    return None
-
-
-def without_cuda_python() -> str | None:
-    try:
-        found = importlib.util.find_spec("cuda.bindings.runtime")
-    except ImportError:
-        found = None
-    return None if found else f"cuda-bindings (pip install 'cuda-bindings>=13,<14', or a folder that {WHEELS} names)"
-
-
-def without_cuda_provider(context: Context) -> str | None:
-    absent = without_modules("onnxruntime", *PACKAGE)(context)
-    if absent:
-        return absent
-    import onnxruntime
-
-    present = onnxruntime.get_available_providers()
-    return None if "CUDAExecutionProvider" in present else f"onnxruntime-gpu (this onnxruntime has {', '.join(present)})"
-
-
-PICTURE = build.ROOT / "docs" / "images" / "demo.png"
-POLICY = Path(__file__).with_name("fp8_media.toml")
-
-
-def engines(backend: str, *, quantised: bool = False) -> tuple[tuple[str, ...], ...]:
-    """Commands that build engines for this machine's GPU, compare and run them: in fp32 and fp16, the decoder whole and in parts; or in FP8
-    (with the plugin the media bank too) and int4."""
-    # Ranges are found with PyTorch; without it they are taken for the format's own, which parity knows.
-    ranges = () if importlib.util.find_spec("torch") else ("--uncalibrated",)
-    settings: dict[str, tuple[str, ...]] = {
-        "fp32": ("--precision", "fp32"),
-        "fp16": ("--precision", "fp16"),
-        "fp16-3": ("--precision", "fp16", "--parts", "3"),
-    }
-    if quantised:
-        settings = {
-            "fp8": ("--precision", "fp16", "--fp8", *ranges),
-            "fp8-bf16": ("--precision", "bf16", "--fp8", *ranges),
-            "int4": ("--precision", "fp16", "--int4"),
-        }
-        if backend == "tensorrt":
-            settings["fp8-media"] = ("--precision", "fp16", "--policy", "POLICY", *ranges)
-    commands: list[tuple[str, ...]] = [("doctor", "--json")]
-    for name, chosen in settings.items():
-        bundle = f"BUNDLE.{name}"
-        generate = ("generate", bundle, "--image", "PICTURE", "--backend", backend, "--json")
-        commands += [
-            ("build", "--size", "nano", *chosen, "--backend", backend, "--parity", "skip", "--out", bundle),
-            ("inspect", bundle, "--engine", "decoder"),
-            ("parity", bundle, "--backend", backend),
-            (*generate, "--beams", "3"),
-            (*generate, "--beams", "1"),
-            (*generate, "--temperature", "0.8", "--top-p", "0.9", "--seed", "1"),
-            ("bench", bundle, "--backend", backend, "--json"),
-        ]
-    return tuple(commands)
-
-
-def fp8_against_fp16(backend: str) -> tuple[tuple[str, ...], ...]:
-    """Commands that build 3b in fp16 and in FP8, and tell bytes and tokens a second of both. Random weights: their ranges do not matter."""
-    commands: list[tuple[str, ...]] = []
-    for name, chosen in (("fp16", ()), ("fp8", ("--fp8", "--uncalibrated"))):
-        bundle = f"BUNDLE.3b-{name}"
-        size = ("--size", "3b", "--precision", "fp16", "--max-length", "2048", "--max-batch", "1")
-        commands += [
-            ("build", *size, *chosen, "--backend", backend, "--parity", "skip", "--out", bundle),
-            ("inspect", bundle, "--engine", "decoder", "--json"),
-            ("bench", bundle, "--backend", backend, "--json"),
-        ]
-    return tuple(commands)
-
-
-def without_fp8(missing: Callable[[Context], str | None]) -> Callable[[Context], str | None]:
-    """Says what `missing` does, or that this GPU has no FP8."""
-
-    def lacks(context: Context) -> str | None:
-        absent = missing(context)
-        if absent is None and context.architecture is not None and int(context.architecture) < 89:
-            return f"FP8: sm_{context.architecture} has none"
-        return absent
-
-    return lacks
-
-
-def run_cli(*commands: Sequence[str]) -> Callable[[Context], dict[str, Any]]:
-    """A stage of flamingo-export commands on bundles of the nano model; `BUNDLE` stands for their path, `PICTURE` and `POLICY` for those of
-    an image and a policy."""
-
-    def run(context: Context) -> dict[str, Any]:
-        results: dict[str, Any] = {}
-        own = [str(build.ROOT), str(build.ROOT / "reference"), str(build.ROOT / "calibration")]
-        paths = [*own, *filter(None, [os.environ.get(WHEELS)])]
-        built = {PLUGIN_VARIABLE: str(context.plugin)} if context.plugin is not None else {}
-        environment = built | os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-        with tempfile.TemporaryDirectory() as folder:
-            for command in commands:
-                words = [
-                    word.replace("BUNDLE", f"{folder}/nano.bundle")
-                    .replace("PICTURE", str(PICTURE))
-                    .replace("POLICY", str(POLICY))
-                    for word in command
-                ]
-                code = "import sys; from flamingo_export.cli import main; sys.exit(main())"
-                done = subprocess.run(
-                    [sys.executable, "-c", code, *words],
-                    env=environment,
-                    capture_output=True,
-                    text=True,
-                    timeout=500,
-                    check=False,
-                )
-                name = f"flamingo-export {' '.join(command)}"
-                results[name] = {"exit": done.returncode, "output": (done.stdout or done.stderr)[-4000:]}
-                if done.returncode:
-                    raise Failed(f"{name}: exit {done.returncode}: {done.stderr[-500:]}", results)
-        return results
-
-    return run
+def _engines(name: str, commands: Any, missing: Any, *, rtx: bool, value: float, seconds: float) -> Stage:
+    return Stage(
+        name, missing, run_cli(*commands), rehearse=rehearse_cli(*commands),
+        needs=() if rtx else _ENGINE, value=value, seconds=seconds,
+    )  # fmt: skip
 
 
 STAGES: list[Stage] = [
-    Stage("emulation", nothing_missing, emulate),
-    Stage("build", without_nvcc, compile_kernels),
-    Stage("plugin-build", without_headers, compile_plugin),
-    Stage("device", without_library, call_device),
-    Stage("kernels", without_library, test_kernels),
-    Stage("plugin", without_plugin, test_plugin),
-    Stage("benchmark", without_library, benchmark),
-    Stage("sanitizer", without_sanitizer, sanitize),
-    Stage("tensorrt", without_tensorrt, run_cli(*engines("tensorrt"))),
-    Stage("tensorrt-rtx", without_rtx, run_cli(*engines("tensorrt-rtx"))),
-    Stage("tensorrt-quantised", without_fp8(without_tensorrt), run_cli(*engines("tensorrt", quantised=True))),
-    Stage("tensorrt-rtx-quantised", without_fp8(without_rtx), run_cli(*engines("tensorrt-rtx", quantised=True))),
-    Stage("tensorrt-fp8-3b", without_fp8(without_tensorrt), run_cli(*fp8_against_fp16("tensorrt"))),
-    Stage("tensorrt-rtx-fp8-3b", without_fp8(without_rtx), run_cli(*fp8_against_fp16("tensorrt-rtx"))),
-    Stage("onnxruntime-cuda", without_cuda_provider, run_cli(
-        ("build", "--size", "nano", "--parity", "skip", "--out", "BUNDLE"),
-        ("bench", "BUNDLE", "--backend", "onnxruntime", "--device", "cuda", "--json"),
-    )),
+    Stage("build", without_nvcc, compile_kernels, value=1, seconds=60),
+    Stage("device", without_library, call_device, needs=("build",), value=1, seconds=3),
+    Stage("kernels", without_library, test_kernels, needs=("build", "device"), value=100, seconds=60),
+    Stage("runtime", without_runtime, run_sessions, rehearse=rehearse_sessions, needs=("build", "device"), value=60, seconds=20),
+    Stage("nano", without_runtime, run_nano, rehearse=rehearse_nano, needs=("build", "device"), value=60, seconds=60),
+    Stage("benchmark", without_library, benchmark, needs=("build", "device"), value=60, seconds=60),
+    Stage("plugin-build", without_headers, compile_plugin, needs=("build",), value=5, seconds=30),
+    Stage("plugin", without_plugin, test_plugin, needs=("build", "plugin-build", "device"), value=20, seconds=40),
+    Stage("sanitizer", without_sanitizer, sanitize, needs=("build", "device"), value=20, seconds=150),
+    Stage("emulation", nothing_missing, emulate, value=1, seconds=60),
+    _engines("tensorrt", engines("tensorrt"), without_tensorrt, rtx=False, value=50, seconds=300),
+    _engines("tensorrt-rtx", engines("tensorrt-rtx"), without_rtx, rtx=True, value=30, seconds=300),
+    _engines("tensorrt-quantised", engines("tensorrt", quantised=True), without_fp8(without_tensorrt), rtx=False, value=20, seconds=400),
+    _engines("tensorrt-rtx-quantised", engines("tensorrt-rtx", quantised=True), without_fp8(without_rtx), rtx=True, value=10, seconds=400),
+    _engines("tensorrt-fp8-3b", fp8_against_fp16("tensorrt"), without_fp8(without_tensorrt), rtx=False, value=10, seconds=600),
+    _engines("tensorrt-rtx-fp8-3b", _RTX_FP8, without_fp8(without_rtx), rtx=True, value=5, seconds=600),
+    Stage("onnxruntime-cuda", without_cuda_provider, run_onnxruntime, rehearse=rehearse_onnxruntime, value=10, seconds=200),
 ]  # fmt: skip

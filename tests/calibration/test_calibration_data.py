@@ -82,6 +82,7 @@ def test_lines_of_every_kind(write, tmp_path, nano):
         ({"text": "x", "images": ["a\0.png"]}, "a list of paths"),
         ({"text": "<image>x", "images": ["a.png"]}, "call it prompt"),
         ({"prompt": "<image>x", "images": ["missing.png"]}, "missing.png does not exist"),
+        ({"prompt": "<image>x", "images": ["https://x.org/b.png"]}, "https://x.org/b.png is a URL, and URLs are not fetched"),
         ({"prompt": "<image>x", "images": ["cut.png"]}, "cut.png is damaged or truncated"),
         ({"prompt": "<image>x", "images": ["calib.jsonl"]}, "is not an image"),
         ({"prompt": "<image>x", "images": ["clip.gif"]}, "has 3 frames"),

@@ -75,7 +75,7 @@ def test_a_checkpoint_on_a_file(cli, checkpoint, data, tmp_path):
     # There is something at --out now.
     again = cli("--checkpoint", checkpoint, "--data", data, "--out", out)
     assert (again.code, again.out) == (1, "")
-    assert "exists. Choose another --out, or replace it with --force" in again.err
+    assert "exists. Choose another --out, or replace it with --overwrite" in again.err
     before = out.read_bytes()
     assert cli("--checkpoint", checkpoint, "--data", data, "--out", out, "--method", "mse", "--overwrite").code == 0
     assert out.read_bytes() == before

@@ -5,15 +5,15 @@ from __future__ import annotations
 import ctypes
 import json
 import math
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from gpu import build, kernel_cases, oracle, report, stages
+from gpu import build, engines, kernel_cases, oracle, report, stages
 from gpu.library import Args
+from gpu.stage import Choice, Context, Failed, NoTime, NotPossible, Stage
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -115,17 +115,137 @@ def test_cases_leave_nothing_to_read_but_what_is_seen():
     assert not bool(inputs.q[seen >= 0].isnan().any())
 
 
+MACHINE = {"device": "NVIDIA H200", "commit": "abc1234", "kernel_sources": "1"}
+
+
+def saved(folder: Path, machine: dict = MACHINE, **statuses: dict) -> dict:
+    """Stages as a run writes them, and what is then in the file."""
+    path = report.save({"machine": machine, "stages": statuses}, folder)
+    assert path.name == "gpu_check-nvidia-h200.json"
+    return json.loads(path.read_text())["stages"]
+
+
 def test_table_says_what_was_not_measured(tmp_path):
     assert report.table(tmp_path).count("not measured") == len(report.RATIOS)
     ratios = {"prefill bf16, share of the copy bandwidth": 0.71, "decode, masked SDPA over ours": 21.5}
-    machine = {"device": "NVIDIA H200", "commit": "abc1234"}
-    path = report.save({"machine": machine, "stages": {"benchmark": {"result": {"ratios": ratios}}}}, tmp_path)
-    assert path.name == "gpu_check-nvidia-h200.json"
+    saved(tmp_path, benchmark={"status": "passed", "result": {"ratios": ratios}})
     rows = report.table(tmp_path).splitlines()
     assert rows[0] == "| | NVIDIA H200 (abc1234) |"
     assert "| prefill bf16, share of the copy bandwidth | 71% |" in rows
     assert "| decode, masked SDPA over ours | 21.50 x |" in rows
     assert report.table(tmp_path).count("not measured") == len(report.RATIOS) - 2
+
+
+def test_table_of_the_docs_is_the_one_that_is_printed():
+    assert report.table() in (ROOT / "docs" / "gpu.md").read_text()
+
+
+def test_results_of_earlier_runs_stay_beside_later_ones(tmp_path):
+    """The second call of a quarter of an hour runs the sanitizers alone; the first one's benchmark is not lost."""
+    saved(tmp_path, kernels={"status": "passed", "seconds": 41.0}, benchmark={"status": "failed", "seconds": 3.0})
+    found = saved(tmp_path, sanitizer={"status": "passed", "seconds": 90.0}, kernels={"status": "no time"})
+    assert {name: stage["status"] for name, stage in found.items()} == {
+        "kernels": "passed", "benchmark": "failed", "sanitizer": "passed",
+    }  # fmt: skip
+    assert report.measured(MACHINE, tmp_path) == {"kernels": 41.0, "sanitizer": 90.0}
+    other = saved(tmp_path, {**MACHINE, "kernel_sources": "2"}, device={"status": "passed"})
+    assert list(other) == ["device"]  # results of other kernels are none of these
+    (tmp_path / "gpu_check-nvidia-h200.json").write_text('{"machine": ')  # cut off
+    assert report.measured(MACHINE, tmp_path) == {}
+
+
+def test_without_git_there_is_no_commit(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert report.machine(None)["commit"] is None
+
+
+# Which stages run.
+
+
+def choice(*wanted: str, skipped: tuple[str, ...] = (), measured: dict | None = None) -> Choice:
+    def nothing(_: Context) -> None:
+        return None
+
+    made = [
+        Stage("build", nothing, dict, value=1, seconds=30),
+        Stage("device", nothing, dict, needs=("build",), value=1, seconds=2),
+        Stage("kernels", nothing, dict, needs=("build", "device"), value=100, seconds=60),
+        Stage("long", nothing, dict, needs=("device",), value=90, seconds=300),
+        Stage("cheap", nothing, dict, value=1, seconds=1),
+    ]
+    return Choice(made, wanted or [stage.name for stage in made], frozenset(skipped), measured or {})
+
+
+def order(chosen: Choice, budget: float | None) -> list[str]:
+    """The stages that run, each taking what it is said to take."""
+    found, left = [], budget
+    while now := chosen.next(left):
+        for stage in now:
+            chosen.done.add(stage.name)
+            found.append(stage.name)
+            left = None if left is None else left - chosen.cost(stage.name)
+    return found
+
+
+def test_stages_come_in_the_order_asked_for_after_what_they_need():
+    assert order(choice("long", "kernels"), None) == ["build", "device", "long", "kernels"]
+    assert order(choice("kernels", "cheap", "device"), None) == ["build", "device", "kernels", "cheap"]
+    assert order(choice("kernels", skipped=("device",)), None) == ["build", "kernels"]
+
+
+def test_a_budget_goes_to_what_is_worth_most_a_second():
+    chosen = choice()
+    assert order(chosen, 100) == ["build", "device", "kernels", "cheap"]
+    assert [stage.name for stage in chosen.left_out()] == ["long"]
+    assert order(choice(), 40) == ["cheap", "build", "device"]
+    assert order(choice(), 0.5) == []
+    # What a run on this card has measured counts, not the estimate.
+    assert "long" in order(choice(measured={"long": 5.0}), 100)
+    assert "kernels" not in order(choice(measured={"kernels": 500.0}), 100)
+
+
+def test_every_stage_needs_what_there_is():
+    names = [stage.name for stage in stages.STAGES]
+    assert len(set(names)) == len(names)
+    for stage in stages.STAGES:
+        assert set(stage.needs) < set(names)
+        assert stage.seconds > 0
+        assert stage.value > 0
+
+
+# Sanitizers.
+
+
+def sanitizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> Context:
+    path = tmp_path / "compute-sanitizer"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    monkeypatch.setattr(stages, "find_sanitizer", lambda: str(path))
+    return Context(seed=0, rounds=1, architecture="90", library=tmp_path / "kernels.so")
+
+
+def test_memcheck_leaves_other_peoples_calls_alone(tmp_path, monkeypatch):
+    """PyTorch's calls that fail by design are none of the kernels' faults."""
+    context = sanitizer(tmp_path, monkeypatch, f'echo "$@" >> {tmp_path}/called')
+    assert stages.sanitize(context) == {"memcheck": "clean", "racecheck": "clean", "synccheck": "clean"}
+    memcheck, racecheck, synccheck = (tmp_path / "called").read_text().splitlines()
+    assert "--report-api-errors no" in memcheck
+    assert "--report-api-errors" not in racecheck + synccheck
+
+
+def test_a_sanitizer_that_refuses_the_device_is_no_failure(tmp_path, monkeypatch):
+    context = sanitizer(
+        tmp_path, monkeypatch, 'echo "========= Error: Device not supported. Please refer to the documentation"; exit 255'
+    )
+    with pytest.raises(NotPossible, match="refuses this device"):
+        stages.sanitize(context)
+    context = sanitizer(tmp_path, monkeypatch, 'echo "========= Invalid __global__ write of size 4 bytes"; exit 9')
+    with pytest.raises(Failed, match="Invalid __global__ write"):
+        stages.sanitize(context)
+    context = sanitizer(tmp_path, monkeypatch, "exec sleep 5")
+    context.seconds = 0.2
+    with pytest.raises(NoTime, match="memcheck"):
+        stages.sanitize(context)
 
 
 @pytest.mark.slow
@@ -144,6 +264,24 @@ def test_without_a_gpu_the_first_cuda_call_says_so(tmp_path):
     assert lines[2].split()[:3] == ["device", "no", "device:"]
     assert "first CUDA call failed, of the kernels with cudaError" in lines[2]
     assert ("of the plugin with cudaError" in lines[2]) == headers
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: run scripts/gpu_check itself")
+def test_a_dry_run_goes_through_every_stage_up_to_its_first_cuda_call(tmp_path):
+    """What fails before it fails here, not in the first minutes on a card."""
+    command = [sys.executable, str(ROOT / "scripts" / "gpu_check"), "--dry-run", "--skip", "emulation", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {line.split()[0]: line for line in done.stdout.splitlines()}
+    assert set(found) == {stage.name for stage in stages.STAGES} - {"emulation"}
+    reached = {name for name, line in found.items() if "no device:" in line}
+    assert {"runtime", "nano"} <= reached, done.stdout
+    assert {stage.name for stage in stages.STAGES if stage.name.startswith("tensorrt")} <= reached
+    if build.find_nvcc() is not None:
+        assert {"device", "kernels", "benchmark"} <= reached
+    assert not [line for line in found.values() if " failed " in line]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -166,8 +304,8 @@ def words(stage: str) -> list[list[str]]:
         return subprocess.CompletedProcess(command, 0, "", "")
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(stages.subprocess, "run", run)
-        next(each for each in stages.STAGES if each.name == stage).run(stages.Context(seed=0, rounds=1, architecture=None))
+        patched.setattr(engines.subprocess, "run", run)
+        next(each for each in stages.STAGES if each.name == stage).run(Context(seed=0, rounds=1, architecture=None))
     return [command for command in ran if command[0] == "build"]
 
 
@@ -195,10 +333,9 @@ def jsons(text: str) -> list[str]:
 
 def test_stages_of_engines_build_the_plugin_that_they_want():
     """Also where they are asked for one by one."""
-    needed = runpy.run_path(str(ROOT / "scripts" / "gpu_check"))["NEEDED"]
-    wanting = [each.name for each in stages.STAGES if each.name.startswith("tensorrt") and "rtx" not in each.name]
+    wanting = [each for each in stages.STAGES if each.name.startswith("tensorrt") and "rtx" not in each.name]
     assert len(wanting) == 3
-    assert all({"build", "plugin-build"} <= set(needed[name]) for name in wanting)
+    assert all({"build", "plugin-build"} <= set(each.needs) for each in wanting)
 
 
 def test_headers_are_those_that_are_named(tmp_path, monkeypatch):
@@ -207,4 +344,7 @@ def test_headers_are_those_that_are_named(tmp_path, monkeypatch):
         build.find_headers()
     (tmp_path / "include").mkdir()
     (tmp_path / "include" / "NvInferRuntime.h").touch()
+    assert build.find_headers() == tmp_path / "include"
+    monkeypatch.chdir(tmp_path.parent)  # compilers run in other folders
+    monkeypatch.setenv("TENSORRT_ROOT", tmp_path.name)
     assert build.find_headers() == tmp_path / "include"

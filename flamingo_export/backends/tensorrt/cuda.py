@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, Protocol
 
+from flamingo_export.backends.tensorrt import dlpack
 from flamingo_export.errors import BackendError
 
 Direction = Literal["to device", "to host", "on device"]
@@ -40,6 +41,10 @@ class DeviceMemoryError(CudaError, MemoryError):
 
 class Cuda(Protocol):
     """What sessions ask of CUDA. Copies and kernels run in the order of their stream; each call raises CudaError."""
+
+    @property
+    def dlpack_device(self) -> tuple[int, int]:
+        """How DLPack names the device that its memory is on: kind and index."""
 
     def free_memory(self) -> tuple[int, int]:
         """(free, total) bytes of the device."""
@@ -113,6 +118,7 @@ class CudaRuntime:
         if count <= device:
             raise CudaError("cudaErrorInvalidDevice", f"there are {count} CUDA devices, number {device} was asked for")
         self._call("cudaSetDevice", device)
+        self.dlpack_device = (dlpack.CUDA, device)
         _, self._greatest = self._call("cudaDeviceGetStreamPriorityRange")
 
     def _call(self, function: str, *arguments: Any) -> tuple[Any, ...]:

@@ -68,10 +68,10 @@ def _destroyed(capsule: int) -> None:
 _delete, _destroy = _Deleter(_forget), _Destructor(_destroyed)
 
 
-def give(owner: Any, address: int, shape: tuple[int, ...], code: int, bits: int, device: int = CUDA) -> object:
-    """A capsule of contiguous memory that `owner` keeps alive."""
+def give(owner: Any, address: int, shape: tuple[int, ...], code: int, bits: int, device: int = CUDA, index: int = 0) -> object:
+    """A capsule of contiguous memory that `owner` keeps alive, on the device of that DLPack kind and index."""
     sizes = (ctypes.c_int64 * max(len(shape), 1))(*shape)
-    tensor = _Tensor(address, _Device(device, 0), len(shape), _DataType(code, bits, 1), sizes, None, 0)
+    tensor = _Tensor(address, _Device(device, index), len(shape), _DataType(code, bits, 1), sizes, None, 0)
     managed = _Managed(tensor, None, _delete)
     where = ctypes.addressof(managed)
     _given[where] = (owner, sizes, managed)
@@ -91,13 +91,13 @@ class Taken:
             weakref.finalize(self, managed.contents.deleter, managed).atexit = False
 
 
-def take(value: Any, *, stream: int, devices: tuple[int, ...] = (CUDA, CUDA_MANAGED)) -> Taken:
-    """The tensor of another library, fit to be read on `stream`. Raises InputError where it is not on the device or not contiguous."""
+def take(value: Any, *, stream: int, devices: tuple[int, ...] = (CUDA, CUDA_MANAGED), index: int = 0) -> Taken:
+    """The tensor of another library, fit to be read on `stream`. Raises InputError where it is not on GPU `index` or not contiguous."""
     if not hasattr(value, "__dlpack__"):
         raise InputError(f"{type(value).__name__} is neither an array of the host nor a tensor with __dlpack__")
     device = tuple(value.__dlpack_device__())
-    if device[0] not in devices or device[1] != 0:
-        raise InputError(f"a tensor on DLPack device {device} was given; put it on the first GPU or give an array of the host")
+    if device[0] not in devices or device[1] != index:
+        raise InputError(f"a tensor on DLPack device {device} was given; put it on GPU {index} or give an array of the host")
     capsule = value.__dlpack__(stream=stream)
     if not _valid(id(capsule), _NAME):
         raise InputError(f"{type(value).__name__}.__dlpack__ gave something else than a fresh DLPack capsule")

@@ -97,7 +97,7 @@ def rebuild_command(bundle: Path, manifest: Manifest, backend: str, target: str)
     return (
         f"flamingo-export build {model} --precision {manifest.precision.storage}{_policy_options(bundle, manifest)} "
         f"--max-length {limits.max_length} --max-batch {limits.batch}{cut} --backend {backend}{where} "
-        f"--out {shlex.quote(str(bundle))} --force"
+        f"--out {shlex.quote(str(bundle))} --overwrite"
     )
 
 

@@ -111,7 +111,8 @@ class DeviceTensor:
     @classmethod
     def taken(cls, value: Any, lane: Lane) -> DeviceTensor:
         """Another library's tensor on the device, through DLPack. Raises InputError."""
-        found = dlpack.take(value, stream=lane.stream)
+        kind, index = lane.cuda.dlpack_device
+        found = dlpack.take(value, stream=lane.stream, devices=(kind, dlpack.CUDA_MANAGED), index=index)
         return cls(found, found.address, found.shape, kind_of(found.code, found.bits), lane)
 
     @property
@@ -145,7 +146,7 @@ class DeviceTensor:
     def __dlpack__(self, *, stream: int | None = None, **_: object) -> object:
         """For other libraries, which read it on their stream; None: on CUDA's default one."""
         cuda = self.lane.cuda
-        if stream == -1:  # the consumer needs no order
+        if stream in (-1, self.lane.stream):  # the consumer needs no order, or has it
             pass
         elif stream is None or stream in (0, 1, 2):
             cuda.synchronize(self.lane.stream)  # what the default streams are called differs; waiting is right for all
@@ -154,10 +155,10 @@ class DeviceTensor:
             cuda.record(event, self.lane.stream)
             cuda.wait(stream, event)
             cuda.destroy_event(event)
-        return dlpack.give(self, self.address, self.shape, self.element.code, self.element.bits)
+        return dlpack.give(self, self.address, self.shape, self.element.code, self.element.bits, *cuda.dlpack_device)
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        return dlpack.CUDA, 0
+        return self.lane.cuda.dlpack_device
 
 
 class DeviceBuffer:

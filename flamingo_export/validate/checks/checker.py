@@ -1,4 +1,4 @@
-"""Compares a bundle's engines with what is expected of them, case by case. Whatever goes wrong becomes a failed gate."""
+"""Compares a bundle's engines with what is expected of them, case by case. What goes wrong on the way becomes a gate that was not measured."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flamingo_export.backends.base import Backend, Session, SessionOptions
 from flamingo_export.bundle.manifest import Manifest
 from flamingo_export.errors import named_line
 from flamingo_export.progress import Progress
-from flamingo_export.validate.checks.compare import AnyArray, failed, gate
+from flamingo_export.validate.checks.compare import AnyArray, gate, unmeasured
 from flamingo_export.validate.checks.engines import (
     bank_of,
     cached,
@@ -67,9 +67,9 @@ class Checker:
         self._plans = {case.name: plan_case(self.config, case) for case in self._cases}
         self._encoded: dict[str, AnyArray] | None = None
 
-    def run(self, *, whole: bool, layers: bool = True) -> None:
-        """All gates. whole: the decoder is run in one piece, and layer by layer besides; else only layer by layer. layers: whether there
-        is such a thing, which there is not for compiled engines."""
+    def run(self, *, whole: bool, layers: Path | None) -> None:
+        """All gates. whole: the decoder is run in one piece, and layer by layer besides; else only layer by layer. layers: a folder for
+        the layers' graphs; None where there are no engines of single layers, or no such folder."""
         self.progress.stage("engines", 4 + self.config.language_model.num_layers)
         self.rows += check_codes(self.bundle, self.goldens)
         self.first_diverging = next((row.subgraph for row in self.rows if not row.passed), None)
@@ -77,11 +77,11 @@ class Checker:
         if whole:
             self._whole_decoder()
         self.progress.advance(1)
-        if layers:
-            self._layers(all_cases=not whole)
+        if layers is not None:
+            self._layers(layers, all_cases=not whole)
         else:
             self.progress.advance(self.config.language_model.num_layers)
-        self._missing(layers=layers)
+        self._missing(layers=layers is not None)
 
     # Gates.
 
@@ -108,19 +108,23 @@ class Checker:
             note=note,
         )
         self.rows.append(row)
-        if not row.passed and level in ("subgraph", "layer") and self.first_diverging is None and subgraph != "decoder":
+        if (
+            row.measured
+            and not row.passed
+            and level in ("subgraph", "layer")
+            and self.first_diverging is None
+            and subgraph != "decoder"
+        ):
             self.first_diverging = subgraph
         return row
 
     @contextmanager
     def _guarded(self, level: Level, case: str, subgraph: str) -> Iterator[None]:
-        """What the engine raises is a failed gate, not the end of the report."""
+        """What the engine raises leaves a gate unmeasured and does not end the report."""
         try:
             yield
         except Exception as error:
-            self.rows.append(failed(level, case, subgraph, "all outputs", named_line(error)))
-            if self.first_diverging is None and level != "end_to_end" and subgraph != "decoder":
-                self.first_diverging = subgraph
+            self.rows.append(unmeasured(level, case, subgraph, "all outputs", named_line(error)))
 
     # Encoders.
 
@@ -205,7 +209,7 @@ class Checker:
 
     # Layer by layer.
 
-    def _layers(self, *, all_cases: bool) -> None:
+    def _layers(self, folder: Path, *, all_cases: bool) -> None:
         carried_cases = [case for case in self._cases if all_cases or case.name == LAYERS_CASE]
         hidden: dict[str, Mapping[int, AnyArray]] = {}
         broken: set[str] = set()
@@ -214,7 +218,7 @@ class Checker:
             name = f"decoder/layer.{layer}"
             with (
                 self._guarded("layer", LAYERS_CASE, name),
-                layer_session(self.backend, self.bundle, self.manifest, layer, self.options) as session,
+                layer_session(self.backend, self.bundle, self.manifest, layer, folder, self.options) as session,
             ):
                 alone = self._layer_alone(session, layer, name)
                 for case in carried_cases:
@@ -237,7 +241,7 @@ class Checker:
         (case,) = (case for case in self._cases if case.name == LAYERS_CASE)
         fed = self.goldens.hidden.get(str(layer))
         if fed is None:
-            row = failed("layer", LAYERS_CASE, name, "input", "no hidden states were recorded for it")
+            row = unmeasured("layer", LAYERS_CASE, name, "input", "no hidden states were recorded for it")
             self.rows.append(row)
             return [row]
         result = run_stage(
@@ -256,9 +260,9 @@ class Checker:
         kv_passed = all(row.passed for row in rows)
         where = "keys and values agree, so it is in self-attention or feed-forward" if kv_passed else ""
         rows.append(self._gate("layer", LAYERS_CASE, name, f"layer.{layer}.output", result.output[0], kind="layer"))
-        self._price(layer, name)
         if where and not rows[-1].passed:
             rows[-1] = self.rows[-1] = _with_note(rows[-1], where)
+        self._price(layer, name)
         return rows
 
     def _price(self, layer: int, name: str) -> None:
@@ -266,7 +270,11 @@ class Checker:
         limit = PRICES.get(coarsest(self.manifest.precision) or "")
         if limit is None:
             return
-        found = self.goldens.prices.get(str(layer), math.nan)
+        found = self.goldens.prices.get(str(layer))
+        if found is None:
+            price = f"layer.{layer}.price of the policy"
+            self.rows.append(unmeasured("layer", LAYERS_CASE, name, price, "no price was recorded"))
+            return
         passed = found <= limit
         note = (
             ""
@@ -293,6 +301,8 @@ class Checker:
             tensor=f"layer.{layer}.carried",
         )
         output = alone[-1]
+        if not output.measured:
+            return
         self.points.append(
             LayerPoint(
                 layer=layer,
@@ -306,7 +316,7 @@ class Checker:
         )
 
     def _missing(self, *, layers: bool) -> None:
-        """A case that left no gate behind has failed."""
+        """A case that left no gate behind was not measured."""
         seen = {(row.level, row.case) for row in self.rows}
         wanted: list[tuple[Level, str, str]] = [
             ("subgraph", f"{case.subgraph}, {case.name}", case.subgraph) for case in encoder_cases(self.config)
@@ -316,12 +326,12 @@ class Checker:
         wanted += [("end_to_end", case.name, "decoder") for case in self._cases if case.from_pixels]
         for level, case, subgraph in wanted:
             if (level, case) not in seen:
-                self.rows.append(failed(level, case, subgraph, "all outputs", "the case was not run"))
+                self.rows.append(unmeasured(level, case, subgraph, "all outputs", "the case was not run"))
         checked = {row.subgraph for row in self.rows if row.level == "layer"}
         for layer in range(self.config.language_model.num_layers if layers else 0):
             name = f"decoder/layer.{layer}"
             if name not in checked:
-                self.rows.append(failed("layer", LAYERS_CASE, name, "all outputs", "the layer was not run"))
+                self.rows.append(unmeasured("layer", LAYERS_CASE, name, "all outputs", "the layer was not run"))
 
 
 def _level(case: DecoderCase) -> Level:

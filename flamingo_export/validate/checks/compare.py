@@ -1,4 +1,4 @@
-"""What a tensor should be, and whether an engine's tensor is that. Everything that is not a finite number within its limit fails."""
+"""What a tensor should be, and whether an engine's tensor is that. Nothing passes but finite numbers within their limit."""
 
 from __future__ import annotations
 
@@ -66,11 +66,11 @@ def gate(
     tensor: str,
     note: str = "",
 ) -> Row:
-    """One row of the report. Missing values, another shape, NaN and infinity fail."""
+    """One row of the report. Another shape, NaN and infinity fail; where values are missing nothing is measured."""
     if expected is None:
-        return failed(level, case, subgraph, tensor, "no reference value for it")
+        return unmeasured(level, case, subgraph, tensor, "no reference value for it")
     if actual is None:
-        return failed(level, case, subgraph, tensor, "the engine gave no such output")
+        return unmeasured(level, case, subgraph, tensor, "the engine gave no such output")
     if tuple(actual.shape) != expected.shape:
         return failed(level, case, subgraph, tensor, f"shape {tuple(actual.shape)}, expected {expected.shape}")
     flat = np.asarray(actual).reshape(-1)
@@ -81,10 +81,10 @@ def gate(
             level, case, subgraph, tensor, f"{count} of {flat.size} numbers are NaN or infinite", limit=_finite(limit)
         )
     found = error(expected.values, flat[:: expected.stride].astype(np.float64), expected.rms)
-    passed = math.isfinite(found) and math.isfinite(limit) and found <= limit
     if not math.isfinite(limit):
-        note = "the reference itself is not finite"
-    elif not passed:
+        return unmeasured(level, case, subgraph, tensor, "the reference itself is not finite")
+    passed = math.isfinite(found) and found <= limit
+    if not passed:
         worst = int(np.argmax(np.abs(flat[:: expected.stride] - expected.values))) * expected.stride
         where = [int(place) for place in np.unravel_index(worst, expected.shape)]
         note = f"{note}; worst at {where}".removeprefix("; ")
@@ -102,8 +102,14 @@ def gate(
 
 
 def failed(level: Level, case: str, subgraph: str, tensor: str, note: str, *, limit: float | None = None) -> Row:
-    """A gate that failed without a number."""
+    """A gate that failed without a number: what the engine gave cannot be compared."""
     return Row(level=level, case=case, subgraph=subgraph, tensor=tensor, error=None, limit=limit, passed=False, note=note)
+
+
+def unmeasured(level: Level, case: str, subgraph: str, tensor: str, note: str) -> Row:
+    """A gate in which there was nothing to compare, and why."""
+    row = failed(level, case, subgraph, tensor, note)
+    return msgspec.structs.replace(row, measured=False)
 
 
 def _finite(value: float) -> float | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -123,26 +122,18 @@ def opened(
 
 
 @contextlib.contextmanager
-def layer_session(backend: Backend, bundle: Path, manifest: Manifest, layer: int, options: SessionOptions) -> Iterator[Session]:
-    """A session of one LM layer, cut out of the bundle's decoder, on the bundle's own weights.
-
-    Its graph lies at the bundle's root while it is open, since external data may not be reached in any other way.
-    """
+def layer_session(
+    backend: Backend, bundle: Path, manifest: Manifest, layer: int, folder: Path, options: SessionOptions
+) -> Iterator[Session]:
+    """A session of one LM layer, cut out of the bundle's decoder, on the bundle's own weights. Its graph lies in `folder` while it is open."""
     from flamingo_export.graphs import save_graph
     from flamingo_export.validate.checks.layer_graph import layer_graph
 
     name = f"decoder.layer{layer}"
-    record = GraphRecord(name=name, file=f".parity-{os.getpid()}-{name}.onnx", layers=(layer, layer + 1))
-    path = bundle / record.file
+    path = (folder / f"{name}.onnx").resolve()
+    record = GraphRecord(name=name, file=str(path), layers=(layer, layer + 1))
     try:
-        model = layer_graph(bundle, manifest, layer, name=name)
-        try:
-            save_graph(model, path)
-        except OSError as error:
-            raise ParityError(
-                f"{bundle} cannot be written to ({error.strerror}); checking layer by layer puts one graph at a time there. "
-                "Copy the bundle to where you may write."
-            ) from error
+        save_graph(layer_graph(bundle, manifest, layer, name=name), path)
         backend.build(bundle, manifest, record)
         with opened(backend, bundle, manifest, record, options) as session:
             yield session

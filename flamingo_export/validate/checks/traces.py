@@ -20,7 +20,7 @@ from flamingo_export.runtime.request import Prepared
 from flamingo_export.runtime.search import Hypothesis
 from flamingo_export.runtime.subgraphs import Engines
 from flamingo_export.runtime.tokenizer import TOKENIZER_FILE, Tokenizer
-from flamingo_export.validate.checks.compare import failed
+from flamingo_export.validate.checks.compare import unmeasured
 from flamingo_export.validate.expected.golden import Goldens, GoldenText, GoldenTrace
 from flamingo_export.validate.expected.trace_prompts import from_png
 from flamingo_export.validate.report.parity_report import Row, TokenStep, Trace
@@ -33,9 +33,9 @@ TENSOR = "log-probabilities of the tokens"
 def check_traces(
     bundle: Path, manifest: Manifest, goldens: Goldens, backend: Backend, options: SessionOptions, progress: Progress
 ) -> tuple[tuple[Trace, ...], list[Row]]:
-    """Every recorded trace generated anew, with one gate each. No trace at all is a failed gate."""
+    """Every recorded trace generated anew, with one gate each. No trace at all is a gate that was not measured."""
     if not goldens.traces:
-        return (), [failed("trace", "token traces", "runtime", TENSOR, "no traces were recorded, and no reason why")]
+        return (), [unmeasured("trace", "token traces", "runtime", TENSOR, "no traces were recorded, and no reason why")]
     progress.stage("token traces", len(goldens.traces))
     decode = (
         Tokenizer.open(bundle, manifest.config, manifest.inputs.tags).decode if (bundle / TOKENIZER_FILE).is_file() else None
@@ -51,7 +51,9 @@ def check_traces(
     try:
         engines = Engines.open(bundle, manifest, backend, options)
     except Exception as error:
-        return (), [failed("trace", "token traces", "runtime", TENSOR, f"the engines cannot be opened: {named_line(error)}")]
+        return (), [
+            unmeasured("trace", "token traces", "runtime", TENSOR, f"the engines cannot be opened: {named_line(error)}")
+        ]
     try:
         for golden in goldens.traces:
             text = None
@@ -64,7 +66,7 @@ def check_traces(
                 text = decode(tokens).strip() if decode is not None else None
             except Exception as error:
                 note = named_line(error)
-                outcome, row, tokens = "failed", failed("trace", trace_name(golden), "runtime", TENSOR, note), ()
+                outcome, row, tokens = "not_run", unmeasured("trace", trace_name(golden), "runtime", TENSOR, note), ()
             rows.append(row)
             traces.append(_trace(golden, outcome, tokens, text, note, label))
             progress.advance(1)

@@ -19,7 +19,10 @@ REPORT_HTML = "reports/parity.html"
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """One gate. `error` and `limit` are largest absolute difference over the reference's rms; None where nothing could be measured."""
+    """One gate. `error` and `limit` are largest absolute difference over the reference's rms; None where there is no number.
+
+    measured: False where engine or reference gave nothing to compare, and `note` says why; such a gate has neither passed nor failed.
+    """
 
     level: Level
     case: str
@@ -30,7 +33,13 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     torch_error: float | None = None
     """PyTorch's own error against fp64, in the bundle's dtype: the limit is made from it."""
     passed: bool
+    measured: bool = True
     note: str = ""
+
+    @property
+    def outcome(self) -> str:
+        """For people."""
+        return "not measured" if not self.measured else "passed" if self.passed else "failed"
 
 
 class TokenStep(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,7 +60,8 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
     search: Literal["greedy", "beam"]
     num_beams: int
     prompt: str
-    outcome: Literal["equal", "tie", "different", "failed"]
+    outcome: Literal["equal", "tie", "different", "failed", "not_run"]
+    """failed: in reports of version 0.1.0, where `not_run` is said now."""
     steps: tuple[TokenStep, ...]
     reference_text: str | None = None
     engine_text: str | None = None
@@ -87,14 +97,17 @@ class Strip(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NotRun(msgspec.Struct, frozen=True, kw_only=True):
-    """A check that was left out, and why. Only want of memory may leave one out."""
+    """A check that was left out, and why: want of memory, or of a folder for temporary files."""
 
     name: str
     reason: str
 
 
 class ParityReport(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that one run of parity found."""
+    """Everything that one run of parity found.
+
+    verdict: `failed` if a gate failed; `passed` if all were measured and passed; else `not_run`: some were not measured, or there are none.
+    """
 
     verdict: Verdict
     backend: str
@@ -117,15 +130,21 @@ class ParityReport(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def failures(self) -> tuple[Row, ...]:
         """The gates that failed."""
-        return tuple(row for row in self.rows if not row.passed)
+        return tuple(row for row in self.rows if row.measured and not row.passed)
+
+    @property
+    def unmeasured(self) -> tuple[Row, ...]:
+        """The gates in which there was nothing to compare."""
+        return tuple(row for row in self.rows if not row.measured)
 
     @property
     def summary(self) -> str:
         """One line for a terminal."""
-        if self.verdict == "not_run":
-            return f"parity not run: {self.weights}"
+        if not self.rows:
+            return f"parity not run on {self.backend}: nothing was compared"
         passed = sum(row.passed for row in self.rows)
-        text = f"parity {self.verdict} on {self.backend} against {self.against}: {passed} of {len(self.rows)} gates"
+        verdict = {"not_run": "not established"}.get(self.verdict, self.verdict)
+        text = f"parity {verdict} on {self.backend} against {self.against}: {passed} of {len(self.rows)} gates"
         if self.traces:
             equal = sum(trace.outcome == "equal" for trace in self.traces)
             ties = sum(trace.outcome == "tie" for trace in self.traces)
@@ -135,8 +154,9 @@ class ParityReport(msgspec.Struct, frozen=True, kw_only=True):
         elif self.failures:
             worst = self.failures[0]
             text += f"; first failure: {worst.case}, {worst.tensor} ({worst.note or 'error above limit'})"
-        elif not self.rows:
-            text += ": nothing was compared"
+        if self.unmeasured:
+            first = self.unmeasured[0]
+            text += f"; {len(self.unmeasured)} not measured, the first: {first.case}, {first.tensor} ({first.note})"
         return text
 
 

@@ -36,6 +36,8 @@ def gates_plot(rows: Sequence[Row]) -> str:
                 axes.plot([row.limit], [place], marker="|", markersize=11, markeredgewidth=2, color=LIMIT, zorder=3)
             if row.torch_error:
                 axes.plot([row.torch_error], [place], marker="o", markersize=6, markerfacecolor="white", color=TORCH, zorder=2)
+            if not row.measured:
+                continue
             if row.error is None:
                 axes.plot([high], [place], marker="X", markersize=8, color=FAILED, zorder=4, clip_on=False)
             else:
@@ -45,7 +47,7 @@ def gates_plot(rows: Sequence[Row]) -> str:
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.set_yticks(range(len(rows)), [_label(row) for row in rows])
         for tick, row in zip(axes.get_yticklabels(), rows, strict=True):
-            if not row.passed:
+            if row.measured and not row.passed:
                 tick.set_color(FAILED)
         axes.tick_params(axis="y", length=0)
         axes.set_xlabel("largest difference from the fp64 reference, over the reference's rms")

@@ -19,16 +19,26 @@ from PIL import Image, ImageDraw
 from tokenizers import Tokenizer
 
 from flamingo_reference.model import Flamingo
-from flamingo_reference.nano import CHECKPOINT, data, pages
+from flamingo_reference.nano import CHECKPOINT, pages
 from flamingo_reference.nano.bridge import collate
 from flamingo_reference.nano.contrastive import to_pixels
 from flamingo_reference.nano.data import Item
+from flamingo_reference.nano.heldout import (
+    COUNTS,
+    FEW_SHOT,
+    SHOTS,
+    few_shot_queries,
+    heldout,
+    some_questions,
+    support_pool,
+    texts_pool,
+    that_fit,
+)
 from flamingo_reference.nano.pool import Pool
 from flamingo_reference.nano.tokenizer import load_tokenizer
 from flamingo_reference.search import Rules, beam_search, flamingo_next_logits
 from flamingo_reference.time_weights import time_weights
 
-SHOTS = (0, 1, 2, 4, 8, 16, 32)
 MAX_NEW_TOKENS = 16
 MODEL_CARD = Path(__file__).parent / "MODEL_CARD.md"
 CARD_START, CARD_END = "<!-- numbers -->", "<!-- /numbers -->"
@@ -132,42 +142,27 @@ def rate(answers: Sequence[str], expected: Sequence[str]) -> Rate:
     return Rate(sum(answer == wanted for answer, wanted in zip(answers, expected, strict=True)), len(answers))
 
 
-def heldout(kind: str, count: int) -> list[Item]:
-    """Held-out items: scenes (half of them with two or more objects), digits, videos; the same ones at every call."""
-    if kind == "digit":
-        return [data.digit(index, split="test") for index in range(count)]
-    if kind == "video":
-        return [data.video(index, split="test") for index in range(count)]
-    several, single, items = 0, 0, []
-    for seed in range(100 * count):
-        item = data.scene(seed, split="test")
-        if item.num_objects > 1 and several < count // 2:
-            several += 1
-        elif item.num_objects == 1 and single < count - count // 2:
-            single += 1
-        else:
-            continue
-        items.append(item)
-        if len(items) == count:
-            break
-    return items
-
-
 GREEDY, BEAMS, TEXTS = "greedy", "3 beams", "greedy after two texts"
 
 
 def evaluate(
-    model: Flamingo, tokenizer: Tokenizer, *, scenes: int = 500, digits: int = 449, videos: int = 150, few_shot: int = 25
+    model: Flamingo,
+    tokenizer: Tokenizer,
+    *,
+    scenes: int = COUNTS["scene"],
+    digits: int = COUNTS["digit"],
+    videos: int = COUNTS["video"],
+    few_shot: int = FEW_SHOT,
 ) -> Results:
     """Runs all measurements; few_shot is the number of queries for each format and number of shots."""
     captions: dict[str, dict[str, Rate]] = {}
     questions: dict[str, dict[str, Rate]] = {}
-    texts = Pool(scenes=200, digits=100, videos=100, seed=3)
+    texts = texts_pool()
     for kind, count in (("scene", scenes), ("digit", digits), ("video", videos)):
         queries = heldout(kind, count)
         reader = Reader(model, tokenizer, [*queries, *texts.items])
         caption_prompts = [[pages.Piece(index, "Output:", "")] for index in range(count)]
-        asked = [(index, *question) for index, item in enumerate(queries) for question in _some(item, index)]
+        asked = [(index, *question) for index, item in enumerate(queries) for question in some_questions(item, index)]
         question_prompts = [[pages.Piece(index, f"Question: {question} Answer:", "")] for index, question, _ in asked]
         wanted = [item.caption for item in queries]
         answers = [answer for _, _, answer in asked]
@@ -209,26 +204,17 @@ def add(rates: Sequence[Rate]) -> Rate:
     return Rate(sum(rate.right for rate in rates), sum(rate.total for rate in rates))
 
 
-def _some(item: Item, seed: int) -> list[tuple[str, str]]:
-    """Up to two of an item's questions."""
-    order = np.random.default_rng([7, seed]).permutation(len(item.questions))[:2]
-    return [item.questions[int(index)] for index in order]
-
-
 def few_shot_rates(
     model: Flamingo, tokenizer: Tokenizer, *, count: int, shots: Sequence[int] = SHOTS
 ) -> dict[str, dict[str, Rate]]:
     """For every format but the plain caption: `count` held-out items, asked with 0 to 32 shots from the training split."""
-    support = Pool(scenes=300, digits=150, videos=0, seed=3)
-    queries = [*heldout("scene", max(100, 10 * count)), *heldout("digit", max(20, count))]
+    support = support_pool()
+    queries = few_shot_queries(count)
     reader = Reader(model, tokenizer, [*support.items, *queries])
     table: dict[str, dict[str, Rate]] = {}
     for kind in ("scene", "digit"):
         for style in support.styles(kind):
-            fits = [
-                len(support.items) + index for index, item in enumerate(queries) if item.kind == kind and style in item.formats
-            ]
-            fits = fits[:count]
+            fits = [len(support.items) + index for index in that_fit(queries, kind, style, count)]
             wanted = [reader.items[query].formats[style] for query in fits]
             draw = support.drawer(kind)
             for name, number, text_only in [("0, two texts", 2, 2), *((str(number), number, 0) for number in shots)]:
@@ -311,10 +297,10 @@ def main() -> None:
     results = evaluate(
         model,
         tokenizer,
-        scenes=500 // part,
-        digits=449 // part,
-        videos=150 // part,
-        few_shot=6 if arguments.quick else 25,
+        scenes=COUNTS["scene"] // part,
+        digits=COUNTS["digit"] // part,
+        videos=COUNTS["video"] // part,
+        few_shot=6 if arguments.quick else FEW_SHOT,
     )
     text = msgspec.json.encode(results).decode() if arguments.json else markdown(results)
     sys.stdout.write(text + "\n")

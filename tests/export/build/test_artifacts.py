@@ -62,14 +62,14 @@ def test_a_byte_altered_behind_the_files_time_is_found(bundle: Path) -> None:
 def test_all_damage_is_named_at_once(bundle: Path) -> None:
     (bundle / "media_kv.onnx").unlink()
     os.truncate(bundle / "weights" / "vision_encoder.safetensors", 100)
-    (bundle / "resampler.onnx").rename(bundle.parent / "elsewhere.onnx")
+    (bundle / "resampler.onnx").unlink()
     (bundle / "resampler.onnx").symlink_to(bundle.parent / "elsewhere.onnx")
     with pytest.raises(BundleError) as caught:
         open_bundle(bundle)
     message = str(caught.value)
     assert "media_kv.onnx is missing" in message
     assert "weights/vision_encoder.safetensors has 100 bytes, expected" in message
-    assert "resampler.onnx is a link" in message
+    assert f"resampler.onnx is a link to {bundle.parent / 'elsewhere.onnx'}, which is not there" in message
 
 
 @pytest.mark.parametrize("path", ["../secret", "/etc/passwd", "weights/../../secret", "", "manifest.json", "..\\secret"])
@@ -81,10 +81,30 @@ def test_paths_that_leave_the_bundle_are_refused(path: str, bundle: Path) -> Non
         open_bundle(bundle)
 
 
-def test_a_linked_folder_inside_is_refused(bundle: Path) -> None:
+def test_a_linked_folder_inside_is_verified_like_any_other(bundle: Path) -> None:
     (bundle / "weights").rename(bundle.parent / "weights")
     (bundle / "weights").symlink_to(bundle.parent / "weights")
-    with pytest.raises(BundleError, match=r"weights/.*is a link"):
+    open_bundle(bundle)
+    (bundle.parent / "weights" / "more.safetensors").write_bytes(b"")
+    with pytest.raises(BundleError, match=r"weights/more\.safetensors is not among the files"):
+        open_bundle(bundle)
+
+
+def test_what_a_link_leads_to_is_verified_and_verified_again_when_it_changes(bundle: Path) -> None:
+    path, target = bundle / "weights" / "resampler.safetensors", bundle.parent / "blob"
+    path.rename(target)
+    path.symlink_to(target)
+    manifest = read_manifest(bundle)
+    verify(bundle, manifest)
+    assert not verify(bundle, manifest).computed
+    data = bytearray(target.read_bytes())
+    data[-1] ^= 1
+    target.write_bytes(data)
+    with pytest.raises(BundleError, match=r"weights/resampler\.safetensors was altered"):
+        open_bundle(bundle)
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    with pytest.raises(BundleError, match=r"weights/resampler\.safetensors is not a file"):
         open_bundle(bundle)
 
 

@@ -143,7 +143,7 @@ def test_output_taken(spoken_config: ModelConfig, tmp_path: Path) -> None:
     source = RandomWeights(config=spoken_config, seed=1)
     out = api.build(source, out=tmp_path / "b.bundle", parity="skip").path
     before = contents(out)
-    with pytest.raises(BuildError, match=r"b\.bundle exists.*--force"):
+    with pytest.raises(BuildError, match=r"b\.bundle exists.*--overwrite"):
         api.build(source, out=out, parity="skip")
     assert contents(out) == before
     assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == ["b.bundle"]

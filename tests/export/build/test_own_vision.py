@@ -126,8 +126,8 @@ def test_a_checkpoint_and_its_encoder(own: Flamingo, tmp_path: Path, monkeypatch
     assert read_manifest(tmp_path / "b.bundle").parity.state == "passed"
     pixels = np.random.default_rng(1).standard_normal((2, 3, 24, 24)).astype(np.float32)
     np.testing.assert_array_equal(features(tmp_path / "b.bundle", pixels), features(bundle, pixels))
-    assert main([*line, "my_encoder:absent", "--force"]) == 2
-    assert main([*line, "no_such_module:make", "--force"]) == 2
+    assert main([*line, "my_encoder:absent", "--overwrite"]) == 2
+    assert main([*line, "no_such_module:make", "--overwrite"]) == 2
     assert main([*line, "my_encoder:make", "--plan"]) == 2
     with pytest.raises(BuildError, match="has a traced vision encoder"):
         flamingo_export.refit(tmp_path / "b.bundle", own, out=tmp_path / "c.bundle")

@@ -182,4 +182,4 @@ def test_the_command(bundle: Path, tuned: Path, tmp_path: Path, capsys: pytest.C
     plain, merged = (contents(tmp_path / f"{name}.bundle") for name in "ab")
     assert {name for name in plain if plain[name] != merged[name]} == {"manifest.json", "weights/decoder.layer.000.safetensors"}
     assert main([*arguments, str(tmp_path / "a.bundle")]) == 1
-    assert "--force" in capsys.readouterr().err
+    assert "--overwrite" in capsys.readouterr().err

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
-from flamingo_export.bundle.manifest import read_manifest
+import pytest
+
+from flamingo_export.bundle.manifest import Manifest, PlaceRecord, ShapeLimits, SourceRecord, read_manifest
+from flamingo_export.cli.build import parity_hint
+from flamingo_export.pipeline.run import BuildResult
+from flamingo_export.precision import Precision
+from flamingo_reference.config import PRESETS
 
 
 def test_default_name_and_what_is_said(cli, tmp_path, monkeypatch):
@@ -14,7 +21,7 @@ def test_default_name_and_what_is_said(cli, tmp_path, monkeypatch):
     assert "flamingo-nano.bundle" in outcome.out
     assert "random weights, seed 5" in outcome.out
     assert "fp16" in outcome.out
-    assert "parity not run" in outcome.out
+    assert "parity not run; where PyTorch is installed: flamingo-export parity flamingo-nano.bundle\n" in outcome.out
     manifest = read_manifest(tmp_path / "flamingo-nano.bundle")
     assert manifest.limits.max_length == 256
     assert manifest.precision.storage == "fp16"
@@ -28,9 +35,9 @@ def test_a_taken_output_is_kept_unless_forced(cli, tmp_path):
     before = (out / "manifest.json").read_bytes()
     refused = cli("build", "--size", "nano", "--seed", 6, "--parity", "skip", "--out", out)
     assert refused.code == 1
-    assert "--force" in refused.err
+    assert "--overwrite" in refused.err
     assert (out / "manifest.json").read_bytes() == before
-    forced = cli("build", "--size", "nano", "--seed", 6, "--parity", "skip", "--out", out, "--force", "--json")
+    forced = cli("build", "--size", "nano", "--seed", 6, "--parity", "skip", "--out", out, "--overwrite", "--json")
     assert forced.code == 0
     data = json.loads(forced.out)
     assert data["bundle"] == str(out)
@@ -65,3 +72,27 @@ def test_the_plan_writes_nothing(cli, tmp_path):
     assert 18e9 < data["weight_bytes"] < 24e9
     assert sum(data["bytes_per_component"].values()) == data["weight_bytes"]
     assert "bf16" in text.out
+
+
+def test_the_parity_command_that_is_named_works(cli, tmp_path):
+    outcome = cli("build", "--size", "nano", "--parity", "skip", "--out", tmp_path / "nano.bundle")
+    (hint,) = (line for line in outcome.out.replace("\n", " ").split("parity not run; ")[1:])
+    assert hint.startswith("golden values to compare with are in the bundle: ")
+    words = hint.split("flamingo-export ", 1)[1].split()
+    assert words == ["parity", str(tmp_path / "nano.bundle")]
+    outcome = cli(*words, "--against", "golden")
+    assert outcome.code == 0, outcome.err
+
+
+@pytest.mark.parametrize(("place", "named"), [(PlaceRecord(path="here"), "--against reference"), (None, "--checkpoint DIR")])
+def test_the_parity_command_names_the_checkpoint(place, named):
+    manifest = Manifest(
+        config=PRESETS["nano"],
+        precision=Precision(storage="fp32"),
+        limits=ShapeLimits(max_length=256),
+        source=SourceRecord(kind="checkpoint", place=place),
+        graphs=(),
+        files=(),
+    )
+    found = parity_hint(BuildResult(path=Path("b.bundle"), manifest=manifest, notes=()))
+    assert found == f"where PyTorch is installed: flamingo-export parity b.bundle {named}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def test_a_question_after_shots(cli, bundle, pictures, shots):
 
 def test_json_has_the_token_probabilities(cli, bundle, pictures, model):
     outcome = cli(
-        "generate", bundle, "--image", pictures / "a.png", "--beams", 4, "--n-best", 3, "--max-new-tokens", 5, "--json"
+        "generate", bundle, "--image", pictures / "a.png", "--beams", 4, "--num-return", 3, "--max-new-tokens", 5, "--json"
     )
     texts = json.loads(outcome.out)["texts"]
     assert len(texts) == 3
@@ -116,9 +117,29 @@ def test_frames_of_a_video(cli, bundle, pictures, model):
     assert json.loads(cli(*line, "--json").out)["texts"][0]["token_ids"] == list(expected.token_ids)
 
 
+@pytest.mark.parametrize(("option", "name"), [("--image", "a.png"), ("-i", "a.png"), ("--video", "clip.gif")])
+def test_standard_input(cli, bundle, pictures, monkeypatch, option, name):
+    expected = json.loads(cli("generate", bundle, option, pictures / name, "--max-new-tokens", 3, "--json").out)["texts"]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO((pictures / name).read_bytes())))
+    assert json.loads(cli("generate", bundle, option, "-", "--max-new-tokens", 3, "--json").out)["texts"] == expected
+
+
+def test_standard_input_once_and_only_where_something_is_piped(cli, bundle, pictures, monkeypatch):
+    twice = cli("generate", bundle, "--image", "-", "--video", "-", "--prompt", "<image><image>")
+    assert twice.code == 2
+    assert "standard input (-) can be read once" in " ".join(twice.err.split())
+    monkeypatch.setattr("sys.stdin", None)
+    assert cli("generate", bundle, "--image", "-").code == 2
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    empty = cli("generate", bundle, "--image", "-")
+    assert (empty.code, "is empty: it has no bytes" in empty.err) == (1, True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--image", "https://example.org/a.png"], "https://example.org/a.png is a URL, and URLs are not fetched"),
+        (["--video", "http://example.org/a.gif"], "http://example.org/a.gif is a URL, and URLs are not fetched"),
         (["--prompt", "<image><image>Output:", "--image", "a.png"], "2 <image> tags"),
         (["--prompt", "Output:", "--image", "a.png"], "0 <image> tags"),
         (["--prompt", " "], "empty"),
@@ -144,10 +165,12 @@ def test_what_cannot_be_done_is_one_line_on_stderr(cli, bundle, pictures, monkey
 def test_candidates_are_ranked(cli, bundle, pictures, model):
     line = ["score", bundle, "--image", pictures / "a.png", "--prompt", "<image>It is", "--candidates", "red, green,a long one"]
     ranked = json.loads(cli(*line, "--json").out)["scores"]
-    expected = model.score("<image>It is", ["red<EOC>", "green<EOC>", "a long one<EOC>"], images=[pictures / "a.png"])
+    expected = model.score("<image>It is", ["red", "green", "a long one"], images=[pictures / "a.png"])
     assert {each["candidate"]: each["logprob"] for each in ranked} == {
-        each.candidate.removesuffix("<EOC>"): pytest.approx(each.logprob, abs=1e-4) for each in expected
+        each.candidate: pytest.approx(each.logprob, abs=1e-4) for each in expected
     }
+    written = model.score("<image>It is", ["red<EOC>", "green<EOC>", "a long one<EOC>"], images=[pictures / "a.png"], end=False)
+    assert [each.logprob for each in written] == pytest.approx([each.logprob for each in expected], abs=1e-4)
     assert [each["logprob"] for each in ranked] == sorted((each["logprob"] for each in ranked), reverse=True)
     rows = cli(*line).out.splitlines()
     assert ranked[0]["candidate"] in rows[3]
@@ -159,13 +182,68 @@ def test_candidates_are_ranked(cli, bundle, pictures, model):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--length-penalty", "1000"], "length-penalty is 1000"),
-        (["--temperature", "inf"], "temperature is inf"),
-        (["--top-p", "0"], "top-p is 0"),
-        (["--n-best", "5", "--beams", "3"], "5 best of 3 beams"),
+        (["--length-penalty", "1000"], "--length-penalty is 1000"),
+        (["--temperature", "inf"], "--temperature is inf"),
+        (["--top-p", "0"], "--top-p is 0"),
+        (["--num-return", "5", "--beams", "3"], "--num-return 5 needs at least 5 beams, --beams is 3"),
+        (["--seed", "7"], "--seed is 7, but nothing is drawn: add --temperature, --top-k or --top-p"),
+        (["--top-k", "7", "--beams", "3"], "3 beams and sampling"),
+        (["--temperature", "0", "--top-k", "7"], "--top-k is 7, and --temperature 0 takes the likeliest token"),
+        (["--temperature", "0", "--beams", "3"], "--temperature 0 is greedy, and --beams is 3"),
+        (["--frames", "4"], "there is no --video"),
     ],
 )
 def test_settings_that_cannot_be_are_usage_errors(cli, bundle, pictures, options, words):
     outcome = cli("generate", bundle, "--image", pictures / "a.png", *options)
+    assert outcome.code == 2
+    assert words in outcome.err
+
+
+def test_a_clip_is_start_and_end(cli, bundle, pictures):
+    outcome = cli("generate", bundle, "--video", pictures / "clip.gif", "--clip", "3", "--prompt", "<image>Output:")
+    assert outcome.code == 2
+    assert "expected seconds as START-END" in outcome.err
+    outcome = cli(
+        "generate",
+        bundle,
+        "--video",
+        pictures / "clip.gif",
+        "--clip",
+        "0.1-0.3",
+        "--fps",
+        "10",
+        "-p",
+        "<image>Output:",
+        "--json",
+        "--max-new-tokens",
+        "1",
+    )
+    assert outcome.code == 0, outcome.err
+    outcome = cli("generate", bundle, "--video", pictures / "clip.gif", "--clip", "3-4", "-p", "<image>Output:")
+    assert outcome.code == 1
+    assert "the clip begins at 3 s" in outcome.err
+
+
+def test_names_of_the_last_release_keep_working_and_say_so(cli, bundle, pictures):
+    line = ["generate", bundle, "--image", pictures / "a.png", "--beams", 4, "--max-new-tokens", 3]
+    now = cli(*line, "--num-return", 2)
+    for old in (["--n-best", 2], ["--n-best=2"]):
+        outcome = cli(*line, *old)
+        assert (outcome.code, outcome.out) == (0, now.out)
+        assert "--n-best is called --num-return now" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--num-beams", "it is called --beams here"),
+        ("--max_tokens", "it is called --max-new-tokens here"),
+        ("--num-return-sequences", "it is called --num-return here"),
+        ("--max-length", "--max-new-tokens counts the new tokens"),
+        ("--temprature", "--temperature"),
+    ],
+)
+def test_options_of_other_libraries_lead_to_ours(cli, bundle, option, words):
+    outcome = cli("generate", bundle, option, "3")
     assert outcome.code == 2
     assert words in outcome.err

@@ -311,7 +311,7 @@ def test_phi_beyond_the_media_is_refused_before_the_graph_runs(load_tiny: LoadTi
     [
         ({"beams": 0}, "beams is 0"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
-        ({"num_return": 4}, "num_return is 4, but there are 3 beams"),
+        ({"num_return": 4, "beams": 3}, "num_return 4 needs at least 4 beams, beams is 3"),
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_k": 0}, "top_k is 0"),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import itertools
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,13 +21,14 @@ import flamingo_export
 from flamingo_export.bundle.manifest import read_manifest, write_manifest
 from flamingo_export.bundle.tokenizer import placeholder_tokenizer
 from flamingo_export.bundle.verify import file_record
-from flamingo_export.errors import ImageError, InputError, PromptError
+from flamingo_export.errors import BusyError, ImageError, InputError, PromptError
 from flamingo_export.runtime.model import Model
-from flamingo_export.runtime.prompts import qa_prompt
+from flamingo_export.runtime.prompts import caption_prompt, qa_prompt
 from flamingo_export.runtime.request import Request
 from flamingo_export.runtime.videos import Video
 from flamingo_export.sources import RandomSource
 from flamingo_reference.config import ModelConfig
+from flamingo_reference.input_format import IDEFICS
 
 from .conftest import LoadTiny, pictures, random_request
 
@@ -45,6 +49,16 @@ def text_model(
     write_manifest(bundle, msgspec.structs.replace(manifest, files=(*manifest.files, record)))
     with flamingo_export.load(bundle, threads=1) as model:
         yield model
+
+
+def test_media_as_bytes_and_file_objects(text_model: Model, tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.fromarray(np.random.default_rng(8).integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(path)
+    expected = text_model.generate("<image>Output:", images=[path], max_new_tokens=4)
+    with path.open("rb") as file:
+        request = Request(prompt="<image>Output:", media=[file])
+        for given in (Request(prompt="<image>Output:", media=[path.read_bytes()]), request, request):
+            assert text_model.generate(given, max_new_tokens=4).token_ids == expected.token_ids
 
 
 def test_text_in_text_out(text_model: Model, tmp_path: Path) -> None:
@@ -70,16 +84,17 @@ def test_a_stream_gives_the_same_text_in_pieces(text_model: Model, settings: dic
     pieces = list(stream)
     assert stream.result is not None
     assert stream.result.token_ids == whole.token_ids
-    assert "".join(pieces).strip() == whole.text
+    assert "".join(pieces) == stream.result.text == whole.text
     assert all(pieces)
-    assert len(pieces) > 1
+    assert len(pieces) > 1 or len(whole.text) == 1
 
 
 def test_an_open_stream_holds_the_model_and_closing_frees_it(text_model: Model) -> None:
     stream = text_model.stream("Hello", max_new_tokens=20, beams=1)
     next(stream)
-    with pytest.raises(InputError, match="another generation is still running"):
+    with pytest.raises(BusyError, match="another generation is still running") as busy:
         text_model.generate("Hello", max_new_tokens=2)
+    assert not isinstance(busy.value, InputError)  # nothing is wrong with the request
     next(stream)  # undisturbed
     stream.close()
     assert list(stream) == []
@@ -90,6 +105,93 @@ def test_a_stream_that_is_dropped_frees_the_model(text_model: Model) -> None:
     for _ in text_model.stream("Hello", max_new_tokens=20, beams=1):
         break
     assert text_model.generate("Hello", max_new_tokens=2).token_ids
+
+
+def test_a_stream_in_a_with_block_frees_the_model_however_it_ends(text_model: Model) -> None:
+    with text_model.stream("Hello", max_new_tokens=20, beams=1) as stream:
+        for _ in stream:
+            break
+    assert repr(stream).startswith("Stream(closed, ")
+    text_model.generate("Hello", max_new_tokens=2)
+    with pytest.raises(ZeroDivisionError), text_model.stream("Hello", max_new_tokens=20, beams=1) as failing:
+        raise ZeroDivisionError(next(failing))
+    text_model.generate("Hello", max_new_tokens=2)
+
+
+def test_an_error_on_the_way_frees_the_model(text_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = text_model.stream("Hello", max_new_tokens=20, beams=1)
+    next(stream)
+    with monkeypatch.context() as patch:
+        patch.setattr(stream._text, "push", lambda tokens: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            next(stream)
+    assert list(stream) == []
+    text_model.generate("Hello", max_new_tokens=2)
+
+
+def test_another_thread_is_told_that_the_model_is_busy(text_model: Model) -> None:
+    with text_model.stream("Hello", max_new_tokens=20, beams=1) as stream, ThreadPoolExecutor(1) as pool:
+        next(stream)
+        with pytest.raises(BusyError):
+            pool.submit(text_model.generate, "Hello", max_new_tokens=2).result()
+
+
+def test_blanks_at_a_prompts_end_change_nothing(text_model: Model) -> None:
+    image = pictures(2, 1)[0]
+    prompt, answers = "<image>Question: colour? Answer:", ["red", " green", "blue"]
+    plain = text_model.score(prompt, answers, images=[image])
+    text = text_model.generate(prompt, images=[image], max_new_tokens=8)
+    for blank in (" ", "\t", "\u00a0"):
+        moved = text_model.score(prompt + blank, answers, images=[image])
+        asked = text_model.generate(prompt + blank, images=[image], max_new_tokens=8)
+        assert asked.token_ids == text.token_ids
+        # The blank begins each answer that has none of its own.
+        assert moved[1].token_logprobs == pytest.approx(plain[1].token_logprobs, abs=1e-5)
+        written = text_model.score(prompt, [f"{blank}red", f"{blank}blue"], images=[image])
+        assert [moved[0].logprob, moved[2].logprob] == pytest.approx([each.logprob for each in written], abs=1e-5)
+    lines = text_model.score(prompt + "\n", ["red"], images=[image])  # the end of a line belongs to the prompt
+    assert len(lines[0].token_logprobs) == len("red") + 1
+
+
+def test_helpers_take_the_bundles_form(text_model: Model, tmp_path: Path) -> None:
+    a, b = pictures(6, 2)
+    shots = [flamingo_export.Shot(answer="noise", medium=a)]
+    written = text_model.generate("<image>Output: noise<EOC><image>Output:", images=[a, b], max_new_tokens=4)
+    assert text_model.caption(b, shots=shots, max_new_tokens=4).token_ids == written.token_ids
+    asked = text_model.generate("<image>Question: What? Answer:", images=[b], max_new_tokens=4)
+    assert text_model.ask(b, "What?", max_new_tokens=4).token_ids == asked.token_ids
+    Image.fromarray(a).save(tmp_path / "a.png")
+    (tmp_path / "shots.jsonl").write_text('{"image": "a.png", "caption": "noise"}\n')
+    assert text_model.caption(b, shots=tmp_path / "shots.jsonl", max_new_tokens=4).token_ids == written.token_ids
+    for wrong in ("none.jsonl", ["noise"], 3):
+        with pytest.raises(PromptError):
+            text_model.caption(b, shots=wrong)  # type: ignore[arg-type]
+
+
+def test_a_prompt_in_another_familys_form_is_refused(text_model: Model) -> None:
+    image = pictures(6, 1)[0]
+    request = caption_prompt([], image, IDEFICS)
+    for call in (text_model.generate, text_model.stream, lambda request: text_model.score(request, ["a"])):
+        with pytest.raises(
+            PromptError, match=r"the prompt is in the form 'User:.*this bundle's is .*Question: .*model.caption"
+        ):
+            call(request)  # type: ignore[operator]
+    with pytest.raises(PromptError, match=r"<fake_token_around_image>, a tag of another family .*<BOS>, <EOC>, <image>"):
+        text_model.generate("<fake_token_around_image><image>x", images=[image])
+    # Written by hand it is what the user asked for.
+    assert text_model.generate("User:<image>Describe this image.\nAssistant:", images=[image], max_new_tokens=2).token_ids
+
+
+def test_special_tokens_in_what_a_user_wrote_are_refused(text_model: Model) -> None:
+    image = pictures(6, 1)[0]
+    with pytest.raises(PromptError, match="contains <PAD>, which the model reads as a token of its own"):
+        text_model.ask(image, "What is <PAD>?")
+    with pytest.raises(PromptError, match="contains <PAD>"):
+        text_model.caption(image, shots=[flamingo_export.Shot(answer="a <PAD>")])
+
+
+def test_what_a_model_says_of_itself(text_model: Model) -> None:
+    assert re.fullmatch(r"Model\('.*text\.bundle': Flamingo tiny, fp32, on onnxruntime, 256 cache slots\)", repr(text_model))
 
 
 def test_the_readers_time_is_no_part_of_a_step(text_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +212,14 @@ def test_candidates_as_text(text_model: Model) -> None:
     assert [score.candidate for score in found] == ["red", " red", "blue<EOC>"]
     assert found[0].logprob == pytest.approx(found[1].logprob)
     assert len(found[2].token_logprobs) == len(" blue") + 1
-    assert len(found[0].token_logprobs) == len(" red")
+    assert len(found[0].token_logprobs) == len(" red") + 1
+    # Told to leave the end open, it scores the words.
+    words = text_model.score("<image>Question: colour? Answer:", ["red", "blue<EOC>"], images=[image], end=False)
+    assert words[0].token_logprobs == pytest.approx(found[0].token_logprobs[:-1], abs=1e-5)
+    assert words[1].token_logprobs == pytest.approx(found[2].token_logprobs, abs=1e-5)
+    # Token ids are scored as they are.
+    (ids,) = text_model.score("<image>Question: colour? Answer:", [[5, 6]], images=[image])
+    assert len(ids.token_logprobs) == 2
 
 
 @pytest.mark.parametrize(
@@ -144,6 +253,9 @@ def test_media_that_do_not_fit(text_model: Model, tmp_path: Path) -> None:
         text_model.generate("<image>", images=[tmp_path / "none.png"])
     with pytest.raises(InputError, match=r"images and videos are lists: images=\['a.png'\]"):
         text_model.generate("<image>", images="a.png")
+    for single in (b"bytes of a file", io.BytesIO(b"the same")):
+        with pytest.raises(InputError, match="images and videos are lists"):
+            text_model.generate("<image>", images=single)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="are lists"):
         text_model.generate("<image>", images=pictures(0, 1)[0])  # type: ignore[arg-type]
     with pytest.raises(InputError, match="a Request carries its own media"):

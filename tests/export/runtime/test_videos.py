@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import os
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +12,7 @@ import pytest
 from PIL import Image
 
 from flamingo_export.errors import ImageError
-from flamingo_export.runtime.videos import Video, load_video, sample_frames
+from flamingo_export.runtime.videos import Video, load_video, sample_by_time, sample_frames
 
 
 def solid(value: int) -> Image.Image:
@@ -61,6 +64,77 @@ def test_a_folder_in_natural_order(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("not a frame")
     (tmp_path / ".hidden.png").write_text("not a frame")
     assert values(Video(source=tmp_path, num_frames=12)) == [10 * index for index in range(12)]
+
+
+def test_a_folder_opens_files_by_content_and_names_what_it_leaves_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for index, name in enumerate(["0.jpg", "1.jfif", "2", "3.dat", "4.jpeg"]):
+        solid(10 * index).save(tmp_path / name, format="JPEG", quality=100)
+    assert values(Video(source=tmp_path)) == [0, 10, 20, 30, 40]
+    assert not caplog.messages
+    (tmp_path / "IMG_1.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(50))
+    (tmp_path / "Thumbs.db").write_text("")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    os.mkfifo(tmp_path / "pipe.png")  # is not waited for
+    assert values(Video(source=str(tmp_path))) == [0, 10, 20, 30, 40]
+    assert caplog.messages == [
+        f"{tmp_path}: 5 files are used as frames; left out, as they are not images that can be read: "
+        "gone.jpg, IMG_1.heic, more, pipe.png, Thumbs.db"
+    ]
+    for index in range(3):
+        (tmp_path / f"x{index}").write_text("")
+    assert len(values(Video(source=tmp_path))) == 5
+    assert caplog.messages[-1].endswith("gone.jpg, IMG_1.heic, more, pipe.png, Thumbs.db and 3 more")
+    (tmp_path / "5.png").write_text("not an image, whatever its name says")
+    with pytest.raises(ImageError, match=r"5\.png is not an image"):
+        values(Video(source=tmp_path))
+
+
+def test_bytes_and_file_objects(tmp_path: Path) -> None:
+    path = tmp_path / "clip.gif"
+    solid(10).save(path, save_all=True, append_images=[solid(20), solid(30)])
+    with path.open("rb") as file:
+        for source in (path.read_bytes(), bytearray(path.read_bytes()), file, file):
+            assert values(Video(source=source)) == [10, 20, 30]
+    stills = []
+    for value in (40, 50):
+        buffer = io.BytesIO()
+        solid(value).save(buffer, "PNG")
+        stills.append(buffer.getvalue())
+    assert values(Video(source=stills)) == [40, 50]
+
+
+def brute_force(durations: list[float], wanted: int) -> list[int]:
+    """Walks along the clip in exact arithmetic."""
+    shown = [Fraction(duration or 100) for duration in durations]
+    first, last = shown[0] / 2, sum(shown) - shown[-1] / 2
+    times = [sum(shown) / 2] if wanted == 1 else [first + (last - first) * Fraction(k, wanted - 1) for k in range(wanted)]
+    return [next(i for i in range(len(shown)) if sum(shown[: i + 1]) > time) for time in times]
+
+
+def test_sampling_by_time() -> None:
+    assert sample_by_time([10_000] + [10] * 9, 4) == [0, 0, 0, 9]
+    assert sample_by_time([10] * 9 + [10_000], 4) == [0, 9, 9, 9]
+    assert sample_by_time([1000, 0, 0, 0], 3) == [0, 0, 3]  # 0 is shown for 100
+    assert sample_by_time([1, 2, 3], 8) == [0, 1, 2]
+    assert sample_by_time([1000, 100, 100], 1) == [0]
+    rng = np.random.default_rng(2)
+    for _ in range(60):
+        durations = [float(value) for value in rng.integers(0, 50, rng.integers(2, 60)) * 10]
+        wanted = int(rng.integers(1, 31))
+        if len(durations) <= wanted or len({duration or 100 for duration in durations}) == 1:
+            continue
+        given = sample_by_time(durations, wanted)
+        assert given == brute_force(durations, wanted)
+        assert wanted == 1 or (given[0], given[-1]) == (0, len(durations) - 1)
+
+
+def test_by_time_and_by_number_agree_where_all_frames_are_shown_nearly_as_long() -> None:
+    for available in range(2, 60):
+        for wanted in range(1, 31):
+            assert sample_by_time([40] * available, wanted) == sample_frames(available, wanted)
+            nearly = sample_by_time([40] * (available - 1) + [40.0001], wanted)
+            assert all(abs(one - other) <= 1 for one, other in zip(nearly, sample_frames(available, wanted), strict=True))
 
 
 def test_a_list_of_images_and_a_still_file(tmp_path: Path) -> None:

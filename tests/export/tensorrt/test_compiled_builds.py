@@ -231,11 +231,11 @@ def test_the_plan_counts_the_engines(tmp_path):
     ],
 )
 def test_the_command_that_rebuilds_makes_the_same_bundle(compile_with, changes, words):
-    """Same weights, types and limits: with --force it takes the bundle's place."""
+    """Same weights, types and limits: with --overwrite it takes the bundle's place."""
     manifest = msgspec.structs.replace(compile_with(FakeBuilds()).manifest, **changes)
     command = rebuild_command(Path("a b"), manifest, "tensorrt-rtx", "sm89")
     assert words in command
-    assert command.endswith(" --backend tensorrt-rtx --target sm89 --out 'a b' --force")
+    assert command.endswith(" --backend tensorrt-rtx --target sm89 --out 'a b' --overwrite")
 
 
 def test_the_command_that_rebuilds_nano_names_the_trained_one(tmp_path):

@@ -19,7 +19,7 @@ from flamingo_export.bundle.manifest import read_manifest, write_manifest
 from flamingo_export.bundle.verify import file_record
 from flamingo_export.errors import BackendError, BundleError, CapacityError, IncompatibleEngine
 
-REBUILD = r"flamingo-export build .*--backend tensorrt-rtx --target sm89 --out .*x\.bundle --force"
+REBUILD = r"flamingo-export build .*--backend tensorrt-rtx --target sm89 --out .*x\.bundle --overwrite"
 
 
 @pytest.fixture

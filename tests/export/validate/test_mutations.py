@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
@@ -213,16 +214,37 @@ def test_an_engine_that_raises(copy: Path, compare: Compare) -> None:
             raise RuntimeError("out of order")
 
     report = compare(copy, backend=AlteredBackend(change), memory=1)
+    assert report.verdict == "not_run"
+    assert not report.failures
+    assert report.first_diverging_layer is None
+    assert any(row.subgraph == "media_kv" and "out of order" in row.note for row in report.unmeasured)
+    # What needs encoded media is not measured either, the rest is still compared.
+    unmeasured = {row.case for row in report.unmeasured}
+    assert "pixels to logits" in unmeasured
+    assert not unmeasured & set(PHI_CASES)
+    assert re.search(
+        r"parity not established .*: \d+ of \d+ gates; \d+ not measured, the first: .*out of order", report.summary
+    )
+
+
+def test_what_failed_counts_beside_what_was_not_measured(copy: Path, compare: Compare) -> None:
+    def change(feeds: dict[str, Array]) -> None:
+        if "latents" in feeds:
+            raise RuntimeError("out of order")
+        if "phi" in feeds:
+            feeds["phi"] = np.maximum(feeds["phi"] - 1, 0)
+
+    report = compare(copy, backend=AlteredBackend(change), memory=1)
     assert report.verdict == "failed"
-    assert any(row.subgraph == "media_kv" and "out of order" in row.note for row in report.failures)
-    # What needs encoded media fails too, the rest is still compared.
-    assert "pixels to logits" in failed_cases(report)
-    assert not failed_cases(report) & set(PHI_CASES)
+    assert report.first_diverging_layer == "decoder/layer.0"
+    assert report.failures
+    assert report.unmeasured
+    assert not set(report.failures) & set(report.unmeasured)
 
 
 def test_a_damaged_graph_file(copy: Path, compare: Compare) -> None:
     (copy / "decoder.onnx").write_bytes(b"not a graph")
     report = compare(copy)
-    assert report.verdict == "failed"
-    assert set(PHI_CASES) <= failed_cases(report)
-    assert {f"decoder/layer.{layer}" for layer in range(3)} <= failed_layers(report)
+    assert report.verdict == "not_run"
+    assert set(PHI_CASES) <= {row.case for row in report.unmeasured}
+    assert {f"decoder/layer.{layer}" for layer in range(3)} <= {row.subgraph for row in report.unmeasured}

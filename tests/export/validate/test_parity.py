@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -21,6 +25,7 @@ from flamingo_export.validate.expected.golden import Goldens, load_goldens, save
 from flamingo_export.validate.report.parity_report import REPORT_JSON, read_report
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.model import Flamingo
+from tests.export.build.conftest import Recorder
 from tests.export.validate.conftest import list_goldens
 
 Compare = Callable[..., ParityReport]
@@ -79,20 +84,21 @@ def test_damaged_golden_values_are_refused(goldens: Goldens, tmp_path: Path, dam
         load_goldens(tmp_path)
 
 
-def test_a_case_missing_from_the_golden_values_fails(copy: Path, goldens: Goldens) -> None:
+def test_a_case_missing_from_the_golden_values_is_not_measured(copy: Path, goldens: Goldens) -> None:
     fewer = msgspec.structs.replace(goldens, expected=dict(goldens.expected), hidden=dict(goldens.hidden))
     del fewer.expected["image last|logits"]
     del fewer.hidden["1"]
     manifest = read_manifest(copy)
     report = parity.compare_with(copy, manifest, fewer, parity.get_backend("onnxruntime"), "golden", memory=1)
-    assert report.verdict == "failed"
-    assert {(row.case, row.note) for row in report.failures} == {
+    assert report.verdict == "not_run"
+    assert not report.failures
+    assert {(row.case, row.note) for row in report.unmeasured} == {
         ("image last", "no reference value for it"),
         (LAYERS_CASE, "no hidden states were recorded for it"),
     }
 
 
-def test_no_traces_without_a_reason_fails(copy: Path, goldens: Goldens) -> None:
+def test_no_traces_without_a_reason_are_not_passed(copy: Path, goldens: Goldens) -> None:
     report = parity.compare_with(
         copy,
         read_manifest(copy),
@@ -101,8 +107,64 @@ def test_no_traces_without_a_reason_fails(copy: Path, goldens: Goldens) -> None:
         "golden",
         memory=4 << 30,
     )
-    assert report.verdict == "failed"
-    assert [row.note for row in report.failures] == ["no traces were recorded, and no reason why"]
+    assert report.verdict == "not_run"
+    assert [row.note for row in report.unmeasured] == ["no traces were recorded, and no reason why"]
+
+
+def test_a_bundle_that_cannot_be_written_to_gets_the_verdict_of_one_that_can(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that opens, replaces or makes a file below the bundle is refused, as on a read-only mount (root may write to a read-only folder)."""
+
+    def refused(path: object, *, writes: bool) -> None:
+        if isinstance(path, str | os.PathLike) and os.fspath(path).startswith(os.fspath(copy)) and writes:
+            raise OSError(errno.EROFS, "Read-only file system", os.fspath(path))
+
+    open_file, open_handle, make_folder = io.open, os.open, os.mkdir
+
+    def opened(path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        refused(path, writes=bool(set(mode) & set("wax+")))
+        return open_file(path, mode, *args, **kwargs)
+
+    def handle(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
+        refused(path, writes=bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)))
+        return open_handle(path, flags, *args, **kwargs)
+
+    def made(path: Any, *args: Any, **kwargs: Any) -> None:
+        refused(path, writes=True)
+        make_folder(path, *args, **kwargs)
+
+    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
+    recorder = Recorder()
+    with monkeypatch.context() as patched:
+        patched.setattr(io, "open", opened)
+        patched.setattr(os, "open", handle)
+        patched.setattr(os, "mkdir", made)
+        report = check_bundle(copy, against="golden", progress=recorder)
+    assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before
+    assert any("cannot be written to (Read-only file system)" in note for note in recorder.notes)
+    writable = check_bundle(copy, against="golden")
+    assert (report.verdict, report.not_run) == (writable.verdict, ()) == ("passed", ())
+    assert [(row.case, row.tensor, row.error) for row in report.rows] == [
+        (row.case, row.tensor, row.error) for row in writable.rows
+    ]
+
+
+def test_without_a_folder_for_temporary_files_the_layers_are_not_run_and_the_verdict_is_that_of_the_others(
+    copy: Path, goldens: Goldens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: object, **__: object) -> None:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+    monkeypatch.setattr("tempfile.mkdtemp", none)
+    backend = parity.get_backend("onnxruntime")
+    report = parity.compare_with(copy, read_manifest(copy), goldens, backend, "golden", memory=4 << 30)
+    assert report.verdict == "passed"
+    assert report.first_diverging_layer is None
+    ((name, reason),) = [(each.name, each.reason) for each in report.not_run]
+    assert name == "layer by layer"
+    assert "Set TMPDIR" in reason
+    assert not any(row.level == "layer" for row in report.rows)
 
 
 def test_ties_are_told_from_faults(copy: Path, goldens: Goldens) -> None:
