@@ -54,10 +54,11 @@ def encoder_of(
     shapes: of its tensors. settings: transformers' config.json, open_clip: open_clip_config.json, each empty where there is none.
     Raises ConfigError if nothing says which activation the model was trained with: it is never guessed.
     """
+    # A config.json without model_type beside open_clip's is another library's (timm).
+    if open_clip and settings.get("model_type") is None:
+        return _open_clip_encoder(shapes, open_clip)
     if settings:
         return Encoder(vision=config_from(settings))
-    if open_clip:
-        return _open_clip_encoder(shapes, open_clip)
     openai = "visual.conv1.weight" in shapes
     if openai and all(name in shapes for name in OPENAI_MARKS):
         return Encoder(vision=config_from_shapes(shapes))
@@ -230,10 +231,10 @@ def openai_recipes(vision: ViTConfig) -> dict[str, Recipe]:
 
 
 def recipes_for(vision: ViTConfig, shapes: Mapping[str, Shape]) -> dict[str, Recipe]:
-    """`openai_recipes` or `recipes`, by the names that a file has."""
-    return openai_recipes(vision) if "visual.conv1.weight" in shapes else recipes(vision, _prefix(shapes))
+    """`openai_recipes` or `recipes`, by the names that a file has, which need not be all of them."""
+    return openai_recipes(vision) if any(name.startswith("visual.") for name in shapes) else recipes(vision, _prefix(shapes))
 
 
 def _prefix(shapes: Mapping[str, Shape]) -> str:
     """What stands before transformers' names in a file."""
-    return "" if "embeddings.class_embedding" in shapes else "vision_model."
+    return "" if any(name.startswith(("embeddings.", "pre_layrnorm.", "encoder.")) for name in shapes) else "vision_model."
