@@ -206,7 +206,7 @@ def _print(found: Survey) -> None:
 
 def _generation_lines(generation: Generation | None) -> list[tuple[str, str]]:
     """What generation_config.json says: what is applied, and what is not."""
-    lines = []
+    lines: list[tuple[str, str]] = []
     if generation is None:
         return lines
     for label, tokens in (("also ends", generation.ends), ("also banned", generation.banned)):

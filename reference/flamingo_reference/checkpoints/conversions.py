@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from flamingo_reference.checkpoints.converted import Recipe as Made
 from flamingo_reference.config import ConfigError
 
 Shape = tuple[int, ...]
@@ -117,7 +118,7 @@ def _padded(sources: Sequence[AnyArray], *, total: int) -> AnyArray:
     return np.concatenate([matrix, np.zeros((total - len(matrix), *matrix.shape[1:]), matrix.dtype)])
 
 
-def renamed(recipes: Mapping[str, Recipe], rename: Callable[[str], str]) -> dict[str, Recipe]:
+def renamed(recipes: Mapping[str, Made], rename: Callable[[str], str]) -> dict[str, Recipe]:
     """The same recipes, of tensors by other names."""
     return {
         ours: Recipe({rename(name): shape for name, shape in recipe.sources.items()}, recipe.make)
