@@ -53,6 +53,7 @@ from flamingo_export.weights.calibration_table import (
     check_fits,
 )
 from flamingo_export.weights.decoder_cuts import check_parts, graph_records
+from flamingo_export.weights.range_checks import check_ranges
 from flamingo_reference.checkpoints.families import native
 from flamingo_reference.config import OwnVisionConfig
 
@@ -72,6 +73,12 @@ class BuildResult(msgspec.Struct, frozen=True, kw_only=True):
     manifest: Manifest
     notes: tuple[str, ...]
     parity: ParityReport | None = None
+
+    def __repr__(self) -> str:
+        made = self.manifest
+        return (
+            f"BuildResult({str(self.path)!r}: Flamingo {made.config.name}, {made.precision.name}, parity {made.parity.state})"
+        )
 
 
 class _Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -221,6 +228,8 @@ def _fill(job: _Job, journal: Journal, progress: Progress) -> BuildResult:
     source = with_place(job.source.record(digests), job.request.source, job.request.out)
     if calibration is not None:
         check_fits(calibration, config, source.sha256)
+        if not _proves(job):
+            check_ranges(work, config, job.precision, calibration)
     graphs = _write_graphs(job, progress)
     if isinstance(job.source, LiveSource) and job.source.own_vision_encoder is not None:
         records.append(write_traced(job.source.own_vision_encoder, config, work, "vision_encoder.onnx"))
@@ -310,10 +319,14 @@ def _tool_versions() -> dict[str, str]:
     return versions
 
 
+def _proves(job: _Job) -> bool:
+    return job.request.parity != "skip" and importlib.util.find_spec("torch") is not None
+
+
 def _prove(job: _Job, manifest: Manifest, progress: Progress) -> tuple[Manifest, ParityReport | None]:
     """Golden values and parity, before anything is published. Without PyTorch nothing is claimed."""
     work = job.place.work
-    if job.request.parity == "skip" or importlib.util.find_spec("torch") is None:
+    if not _proves(job):
         if job.request.parity != "skip":
             progress.note("PyTorch is not installed, so the engines are not compared with it: parity is not_run")
         _hand_on_golden(job, manifest, progress)
