@@ -225,7 +225,7 @@ def read_manifest(bundle: Path) -> Manifest:
         version = msgspec.json.decode(text, type=_Version).schema_version
         if version > SCHEMA_VERSION:
             raise BundleError(
-                f"{path} has schema {version}; this flamingo-export reads up to {SCHEMA_VERSION}. Upgrade it: pip install -U flamingo-export"
+                f"{path} has schema {version}; this flamingo-export reads up to {SCHEMA_VERSION}. Upgrade flamingo-export."
             )
         return msgspec.json.decode(text, type=Manifest)
     except msgspec.MsgspecError as error:
