@@ -197,7 +197,9 @@ def rows(rig: Rig) -> int:
     feeds = rig.feeds(2, 3)
     rig.session.run(feeds)
     after = rig.cache.read()
-    assert np.array_equal(after[1:3, :, 0], feeds["q"][:, 0].astype(np.float32)), "a call did not write the rows that it was given"
+    assert np.array_equal(after[1:3, :, 0], feeds["q"][:, 0].astype(np.float32)), (
+        "a call did not write the rows that it was given"
+    )
     after[1:3, :, 0] = before[1:3, :, 0]
     assert np.array_equal(after, before), "a call wrote other rows than it was given"
     return 6
