@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from flamingo_export.cli import bench, build, calibrate, doctor, generate, inspect, parity, refit, score, sensitivity
+from flamingo_export.cli import bench, build, calibrate, doctor, generate, inspect, parity, refit, score, sensitivity, serve
 from flamingo_export.cli.options import MediaCommand
 from flamingo_export.cli.verb import Verb
 from flamingo_export.errors import FlamingoExportError
@@ -38,6 +38,7 @@ app.command("generate", short_help="Describe images and videos, or answer a ques
     generate.generate
 )
 app.command("score", short_help="Rank candidate answers by their log-likelihood.", cls=MediaCommand)(score.score)
+app.command("serve", short_help="Serve bundles over HTTP: OpenAI's API, a web page, metrics.", cls=Verb)(serve.serve)
 app.command("parity", short_help="Check a bundle's engines against the PyTorch reference or recorded values.", cls=Verb)(
     parity.parity
 )
