@@ -36,7 +36,7 @@ class MediaEncoder:
         longest = max((len(medium.pixels) for medium in media), default=0)
         if most is not None and longest > most:
             raise InputError(
-                f"a video of {longest} frames was given, the engines take {most}. Show fewer (--frames), or build them with more "
+                f"a video of {longest} frames was given, the engines take {most}. Show fewer (--num-frames), or build them with more "
                 "(limits=ShapeLimits(video_frames=...))."
             )
 

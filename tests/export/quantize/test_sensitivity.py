@@ -30,6 +30,8 @@ from flamingo_export.sources.choice import nano_checkpoint
 from flamingo_reference.config import NANO
 from flamingo_reference.model import Flamingo
 
+pytestmark = pytest.mark.slow
+
 MATRIX = "decoder/layer.2/ffw_up"
 FP32_NOISE = 2e-3
 """Of an error of some percent: differences of fp32 numbers that agree in their first four digits."""
@@ -82,7 +84,7 @@ def test_a_channel_scaled_by_a_hundred_comes_out_on_top(name: str, factor: float
     assert suggestion is not None
     assert suggestion.matrices[0] == MATRIX
     assert found.kl is None
-    assert "GB may be used" in found.no_kl
+    assert "GiB may be used" in found.no_kl
 
 
 def whole_hidden(model: Flamingo, sample: Any, upto: int) -> tuple[torch.Tensor, torch.Tensor]:
