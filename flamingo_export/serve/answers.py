@@ -123,7 +123,7 @@ class Pieces:
     def __init__(self, form: Form, index: int) -> None:
         self._form, self._index = form, index
         self._text = TextStream(form.tokenizer, strip=form.trimmed)
-        self._given = 0
+        self._given: list[int] = []
 
     def first(self) -> list[dict[str, Any]]:
         """What a text begins with."""
@@ -135,14 +135,23 @@ class Pieces:
         """Chunks of further tokens."""
         return self._chunks(tokens.token_ids, tokens.token_logprobs, self._text.push(tokens.token_ids))
 
+    @property
+    def given(self) -> int:
+        """Tokens that have been given out."""
+        return len(self._given)
+
+    def is_of(self, found: Text) -> bool:
+        """Whether what has been given out is the beginning of a text."""
+        return list(found.token_ids[: len(self._given)]) == self._given
+
     def finish(self, found: Text) -> list[dict[str, Any]]:
         """Chunks of what was left, and the end."""
-        rest, values = found.token_ids[self._given :], found.token_logprobs[self._given :]
+        rest, values = found.token_ids[self.given :], found.token_logprobs[self.given :]
         text = self._text.push(rest) + self._text.finish()
         return [*self._chunks(rest, values, text), self._form.last(self._index, found)]
 
     def _chunks(self, token_ids: Sequence[int], logprobs: Sequence[float], text: str) -> list[dict[str, Any]]:
-        self._given += len(token_ids)
+        self._given += token_ids
         values = self._form.logprobs_of(token_ids, logprobs) if token_ids else None
         return [self._form.piece(self._index, text, values)] if text or values else []
 

@@ -41,7 +41,7 @@ def description() -> dict[str, Any]:
     }
 
     def posted(summary: str, body: Any) -> dict[str, Any]:
-        answers = {"200": {"description": "The answer, or a stream of server-sent events."}}
+        answers: dict[str, Any] = {"200": {"description": "The answer, or a stream of server-sent events."}}
         for status, text in _ERRORS.items():
             answers[status] = {"description": text, "content": {"application/json": {"schema": error}}}
         content = {"application/json": {"schema": body}}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from flamingo_export.errors import FlamingoExportError, InputError
 from flamingo_export.runtime.loop import Outcome
-from flamingo_export.runtime.model import Generation, Model
+from flamingo_export.runtime.model import Generation, Model, Text
 from flamingo_export.runtime.options import GenerateOptions
 from flamingo_export.runtime.request import Prepared, Request
 from flamingo_export.runtime.ticket import Ticket, now
@@ -212,7 +212,8 @@ async def _generate(
             finally:
                 for ticket, _ in submitted:
                     ticket.cancel()
-        choices, completion, prompt_tokens, reused = [], 0, 0, 0
+        choices: list[dict[str, Any]] = []
+        completion = prompt_tokens = reused = 0
         for generation, (_, prepared) in zip(found, submitted, strict=True):
             texts = (generation, *generation.alternatives)
             choices += [form.choice(len(choices) + index, text) for index, text in enumerate(texts)]
@@ -252,7 +253,7 @@ async def _stream(
         return
     call.served.succeeded()
     call.server.observe(call.served, ticket.timings)
-    texts = _in_stream_order(found, outcome, options)
+    texts = _in_stream_order(pieces, found)
     for each, text in zip(pieces, texts, strict=True):
         for chunk in each.finish(text):
             yield event(chunk)
@@ -262,9 +263,16 @@ async def _stream(
     yield DONE
 
 
-def _in_stream_order(found: Generation, outcome: Outcome, options: GenerateOptions) -> list[Any]:
-    """The texts by the index that their events had."""
-    return [found, *found.alternatives]
+def _in_stream_order(pieces: Sequence[Pieces], found: Generation) -> list[Text]:
+    """The texts, which come best first, in the order in which the stream began them: samples have an index of their own."""
+    left: list[Text] = [found, *found.alternatives]
+    chosen: dict[int, Text] = {}
+    # Those that have given out the most tokens fit the fewest texts.
+    for index in sorted(range(len(pieces)), key=lambda index: -pieces[index].given):
+        text = next(text for text in left if pieces[index].is_of(text))
+        left.remove(text)
+        chosen[index] = text
+    return [chosen[index] for index in range(len(pieces))]
 
 
 async def _echoed(
