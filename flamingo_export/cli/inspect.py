@@ -7,9 +7,9 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import msgspec
 import typer
 
+from flamingo_export.cli.components import Component, components
 from flamingo_export.cli.options import SIZES, AsJson, Loras, OtherLanguageModel, OtherTokenizer, OtherVision
 
 if TYPE_CHECKING:
@@ -18,16 +18,6 @@ if TYPE_CHECKING:
     from flamingo_export.bundle.manifest import EngineRecord, EngineSummary, Manifest
     from flamingo_export.specs import SubgraphSpec, TensorSpec
     from flamingo_reference.config import ModelConfig
-
-COMPONENTS = ("vision_encoder", "resampler", "cross_attention", "language_model")
-
-
-class Component(msgspec.Struct, frozen=True, kw_only=True):
-    """Parameters of a component (or `total`), and the count the paper quotes, where it quotes one."""
-
-    name: str
-    parameters: int
-    quoted: float | None
 
 
 def inspect(
@@ -91,17 +81,6 @@ def _check_there(path: Path) -> None:
         raise BundleError(
             f"{path} is neither a bundle (it has no {MANIFEST_NAME}) nor a checkpoint (it has no config.json and no file of tensors)."
         )
-
-
-def components(config: ModelConfig) -> list[Component]:
-    """Parameters per component, computed from the shapes, and their total."""
-    from flamingo_reference.config import PRESETS, QUOTED_PARAMETERS
-    from flamingo_reference.names import parameter_counts
-
-    counts = parameter_counts(config)
-    counts["total"] = sum(counts.values())
-    quoted = QUOTED_PARAMETERS.get(config.name, {}) if PRESETS.get(config.name) == config else {}
-    return [Component(name=name, parameters=count, quoted=quoted.get(name)) for name, count in counts.items()]
 
 
 def _inspect_size(config: ModelConfig, as_json: bool) -> None:
@@ -199,6 +178,7 @@ def _print_engine(console: Console, engine: EngineRecord) -> None:
         ("layers before fusion", str(summary.layers)),
         ("kernels, all profiles", ", ".join(f"{count} {kind}" for kind, count in summary.kernels.items()) or "not told"),
         ("fused attention", f"{summary.fused_attentions} of {summary.attentions}"),
+        ("attention told the slots in use", str(summary.attentions_with_lengths)),
         *_quantised_row(summary),
         ("plugin layers", str(summary.plugin_layers)),
         ("cache updates in place", str(summary.cache_updates)),

@@ -191,6 +191,7 @@ def test_candidates_are_ranked(cli, bundle, pictures, model):
         (["--temperature", "0", "--top-k", "7"], "--top-k is 7, and --temperature 0 takes the likeliest token"),
         (["--temperature", "0", "--beams", "3"], "--temperature 0 is greedy, and --beams is 3"),
         (["--num-frames", "4"], "there is no --video"),
+        (["--text-only"], "--text-only needs --shots"),
     ],
 )
 def test_settings_that_cannot_be_are_usage_errors(cli, bundle, pictures, options, words):

@@ -212,7 +212,7 @@ def test_an_output_that_is_bound(both: Load):
     ones = np.zeros((1, 2), np.int64)
     feeds = {
         "token_ids": ones, "positions": ones, "media_rows": ones[:, :1], "phi": ones, "write_index": ones[0, :1],
-        "mask": np.ones((1, 1, 2, capacity), np.bool_), "key_positions": np.arange(capacity)[None],
+        "mask": (np.arange(capacity) < 2) & np.ones((1, 1, 2, 1), np.bool_), "key_positions": np.arange(capacity)[None],
     }  # fmt: skip
     with pytest.raises(InputError, match=r"hidden_out is bound to a buffer of shape \(1, 1, \d+\)"):
         first.compute(feeds)
