@@ -220,21 +220,42 @@ class Model:
             one_text=options.width == 1 or not options.samples,
         )
 
-    def caption(self, image: MediumSource, *, shots: Shots = (), **settings: Unpack[Settings]) -> Generation:
+    def caption(
+        self,
+        image: MediumSource,
+        *,
+        shots: Shots = (),
+        caller: str = "",
+        timeout: float | None = None,
+        **settings: Unpack[Settings],
+    ) -> Generation:
         """Describes an image (or Video) in the form that this model was trained with.
 
         shots: examples with captions to show first, or the path of a shots file.
-        settings: as `generate` takes them. Raises InputError before anything is run.
+        caller, timeout, settings: as `generate` takes them.
+        Raises InputError before anything is run.
         """
-        return self.generate(caption_prompt(as_shots(shots), image, self.inputs), **settings)
+        request = caption_prompt(as_shots(shots), image, self.inputs)
+        return self.generate(request, caller=caller, timeout=timeout, **settings)
 
-    def ask(self, image: MediumSource, question: str, *, shots: Shots = (), **settings: Unpack[Settings]) -> Generation:
+    def ask(
+        self,
+        image: MediumSource,
+        question: str,
+        *,
+        shots: Shots = (),
+        caller: str = "",
+        timeout: float | None = None,
+        **settings: Unpack[Settings],
+    ) -> Generation:
         """Answers a question about an image (or Video) in the form that this model was trained with.
 
         shots: examples with questions and answers to show first, or the path of a shots file.
-        settings: as `generate` takes them. Raises InputError before anything is run.
+        caller, timeout, settings: as `generate` takes them.
+        Raises InputError before anything is run.
         """
-        return self.generate(qa_prompt(as_shots(shots), question, image, self.inputs), **settings)
+        request = qa_prompt(as_shots(shots), question, image, self.inputs)
+        return self.generate(request, caller=caller, timeout=timeout, **settings)
 
     def score(
         self,
