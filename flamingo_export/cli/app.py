@@ -97,7 +97,8 @@ def run(argv: Sequence[str] | None, interrupts: Interrupts) -> int:
     try:
         app(args=arguments, prog_name="flamingo-export")
     except SystemExit as stop:
-        if stop.code == EXIT_INTERRUPTED:  # what typer makes of a KeyboardInterrupt
+        # What typer makes of a KeyboardInterrupt; versions differ in the code.
+        if stop.code == EXIT_INTERRUPTED or (stop.code and interrupts.received is not None):
             return _interrupted(interrupts, debug)
         return stop.code if isinstance(stop.code, int) else EXIT_FAILURE
     except KeyboardInterrupt:
