@@ -18,7 +18,7 @@ import common
 import numpy as np
 
 from flamingo_export import api
-from flamingo_export.backends.onnxruntime import physical_cores
+from flamingo_export.machine import physical_cores
 from flamingo_export.weights import WeightIndex
 
 IMAGES = 4

@@ -6,6 +6,8 @@
 
 Names and shapes are those of transformers' classes, made on the meta device, and for OpenFlamingo's bridge those of its public code. Numbers are
 drawn tensor by tensor: memory is that of one tensor. `-tiny` models have the same layout in a few megabytes.
+
+Needs PyTorch and transformers: run it with the Python of `make test` (.venv/bin/python), or of `pip install '.[transformers]'`.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import importlib.util
 import json
 import math
 import time
@@ -20,12 +23,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
-import numpy as np
+_NEEDS = "PyTorch and transformers are needed: run this with the Python of `make test`, or after pip install '.[transformers]'"
+try:
+    import ml_dtypes
+    import numpy as np
 
-from flamingo_export.sources.random_weights import draw
-from flamingo_reference.checkpoints.files.torch_file import open_torch_file
-from flamingo_reference.checkpoints.files.writer import INDEX, writing
+    from flamingo_export.sources.random_weights import draw
+    from flamingo_reference.checkpoints.files.torch_file import open_torch_file
+    from flamingo_reference.checkpoints.files.writer import INDEX, writing
+except ModuleNotFoundError as error:
+    raise SystemExit(f"write_checkpoint.py: there is no {error.name}. flamingo-export, {_NEEDS}") from None
 
 Shapes = Mapping[str, tuple[int, ...]]
 SHARD_BYTES = 9_900_000_000
@@ -298,6 +305,8 @@ def main() -> None:
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("--out", type=Path, required=True, help="the folder to write to")
     options = parser.parse_args()
+    if missing := [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]:
+        parser.exit(1, f"write_checkpoint.py: there is no {' and no '.join(missing)}. {_NEEDS}\n")
     options.out.mkdir(parents=True, exist_ok=True)
     with told(options.model, options.out):
         MODELS[options.model](options.out)

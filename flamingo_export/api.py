@@ -153,13 +153,14 @@ def _opened(path: Path, manifest: Manifest, backend: Backend, options: SessionOp
 def _check_memory(path: Path, manifest: Manifest, backend: Backend, options: SessionOptions) -> None:
     """Raises BackendError if the weights alone, as ONNX Runtime holds them on a CPU, do not fit in the memory there is: a process that takes
     more is killed without a word."""
-    from flamingo_export.backends.memory import available_memory
-    from flamingo_export.backends.onnxruntime import weight_bytes
     from flamingo_export.errors import BackendError
+    from flamingo_export.estimates import opened_weights
+    from flamingo_export.machine import available_memory
+    from flamingo_export.weights import WeightIndex
 
     if backend.name != "onnxruntime" or options.device != "cpu":
         return
-    needed, available = weight_bytes(path), available_memory()
+    needed, available = opened_weights(WeightIndex.read(path)), available_memory()
     if needed > available:
         blocks = manifest.precision.policy is not None and not manifest.precision.policy.needs_ranges
         advice = "Free some" if blocks else "Build it with --int4 or --int8, whose codes stay as they are, free some"

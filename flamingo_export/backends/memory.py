@@ -1,5 +1,4 @@
-"""Memory of this machine: what is free, and freed memory back to the system, so that what was done with and what is yet to come are not in
-memory together."""
+"""Freed memory back to the system, so that what was done with and what is yet to come are not in memory together."""
 
 from __future__ import annotations
 
@@ -20,10 +19,3 @@ def _trim() -> Callable[[int], object]:
     except (AttributeError, OSError, TypeError):  # another C library, macOS, Windows
         return lambda _: None
     return trim
-
-
-def available_memory() -> int:
-    """Bytes that this machine can give now."""
-    import psutil
-
-    return int(psutil.virtual_memory().available)

@@ -8,7 +8,6 @@ device and back at each call, which is right but slow: TensorRT is the backend f
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,9 @@ from flamingo_export.backends.external_data import loadable
 from flamingo_export.backends.memory import release
 from flamingo_export.bundle.manifest import EngineRecord, GraphRecord, Manifest
 from flamingo_export.errors import BackendError, BundleError, InputError, first_line, pip_install
+from flamingo_export.machine import physical_cores
 from flamingo_export.precision import Policy
 from flamingo_export.specs import SubgraphSpec, decoder_spec, subgraph_specs
-from flamingo_export.weights import WeightIndex
 
 _KINDS: dict[str, np.dtype[Any]] = {
     "float": np.dtype(np.float32),
@@ -102,21 +101,6 @@ class OnnxRuntimeBackend:
 
 
 _MEMORY_ADVICE = "Free memory, or build with 16-bit storage or a smaller size."
-
-
-def weight_bytes(bundle: Path) -> int:
-    """Bytes that a bundle's weights take when all its graphs are open on a CPU: 16 bits and FP8 are widened, codes of blocks stay."""
-    index = WeightIndex.read(bundle)
-    widened = {"fp16": 2, "bf16": 2, "fp8": 4}
-    return sum(index[name].length * widened.get(index[name].storage, 1) for name in index)
-
-
-def physical_cores() -> int:
-    """Cores that this process may use, hyper-threads not counted: more threads than that slow matrix products down."""
-    import psutil
-
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
 
 
 def session_options(wanted: SessionOptions, policy: Policy | None) -> Any:

@@ -10,19 +10,18 @@ from typing import Annotated
 import typer
 
 from flamingo_export.cli import bench, build, calibrate, doctor, generate, inspect, parity, refit, score, sensitivity
+from flamingo_export.cli.interrupts import EXIT_INTERRUPTED, Interrupts
 from flamingo_export.cli.options import MediaCommand
 from flamingo_export.cli.verb import Verb
 from flamingo_export.errors import FlamingoExportError
 
 EXIT_FAILURE = 1
-EXIT_INTERRUPTED = 130
 
 app = typer.Typer(
     name="flamingo-export",
     help="Turn a Flamingo checkpoint into compiled graphs that generate text, and prove that they compute what PyTorch computes.",
     epilog="First steps: flamingo-export build --size nano --out nano.bundle; flamingo-export generate nano.bundle --image FILE",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     # Plain help: quicker by 0.15 s than rich panels, narrower, and greppable.
     rich_markup_mode=None,
@@ -66,8 +65,8 @@ def _common(
     pass
 
 
-def run(argv: Sequence[str] | None = None) -> int:
-    """Runs the verb that `argv` (default: the process's arguments) names; returns the exit code."""
+def run(argv: Sequence[str] | None, interrupts: Interrupts) -> int:
+    """Runs the verb that `argv` (None: the process's arguments) names; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     # --debug belongs to the whole command, but people add it to the end of the line that just failed.
     debug = "--debug" in arguments
@@ -76,8 +75,10 @@ def run(argv: Sequence[str] | None = None) -> int:
         app(args=arguments, prog_name="flamingo-export")
     except SystemExit as stop:
         if stop.code == EXIT_INTERRUPTED:  # what typer makes of a KeyboardInterrupt
-            _complain("interrupted", debug)
+            return _interrupted(interrupts, debug)
         return stop.code if isinstance(stop.code, int) else EXIT_FAILURE
+    except KeyboardInterrupt:
+        return _interrupted(interrupts, debug)
     except BrokenPipeError:
         # The reader of our output went away (`| head`): no fault. Keep the interpreter from complaining at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -90,9 +91,17 @@ def run(argv: Sequence[str] | None = None) -> int:
         _complain(f"{error.strerror or error}{place}", debug)
         return EXIT_FAILURE
     except Exception as error:
+        if interrupts.received is not None:
+            return _interrupted(interrupts, debug)
         _complain(f"unexpected {type(error).__name__}: {error}. This is a bug; --debug shows where.", debug)
         return EXIT_FAILURE
     return 0
+
+
+def _interrupted(interrupts: Interrupts, debug: bool) -> int:
+    code, word = interrupts.outcome()
+    _complain(word, debug)
+    return code
 
 
 def _complain(message: str, debug: bool) -> None:

@@ -73,6 +73,7 @@ def bench(
     """Measure time to first token and time a step, with one beam and several, and what a second question about the same images costs."""
     from flamingo_export.cli.options import opened
     from flamingo_export.cli.output import print_json, waiting
+    from flamingo_export.machine import usable_cores
 
     started = time.perf_counter()
     with opened(bundle, backend, device, threads, fallback) as model:
@@ -90,7 +91,7 @@ def bench(
             model=model.config.name,
             backend=model.backend.name,
             decoder_parts=len(model.manifest.decoder_graphs()),
-            cores=_cores(),
+            cores=usable_cores(),
             images=images,
             prompt_tokens=length,
             new_tokens=new_tokens,
@@ -159,12 +160,6 @@ def _row(case: str, beams: int, timings: Sequence[Timings]) -> Row:
         reused_tokens=min(each.reused_tokens for each in timings),
         reused_media=min(each.media_reused for each in timings),
     )
-
-
-def _cores() -> int:
-    import os
-
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _print(result: Result) -> None:

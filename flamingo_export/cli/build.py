@@ -11,6 +11,7 @@ import msgspec
 import typer
 
 from flamingo_export.cli.options import (
+    SIZES,
     AsJson,
     Fp8,
     Int4,
@@ -28,7 +29,7 @@ from flamingo_export.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from flamingo_export.pipeline.plan import BuildPlan
+    from flamingo_export.pipeline.plan import BuildPlan, Machine
     from flamingo_export.pipeline.run import BuildResult
     from flamingo_export.precision import StorageType
 
@@ -55,7 +56,9 @@ class Compiler(StrEnum):
 def build(
     size: Annotated[
         str | None,
-        typer.Option("--size", help="nano (trained weights), 3b, 9b or 80b (random weights).", show_default=False),
+        typer.Option(
+            "--size", help="nano (trained weights), 3b, 9b or 80b (random weights).", autocompletion=SIZES, show_default=False
+        ),
     ] = None,
     checkpoint: Annotated[
         Path | None,
@@ -74,7 +77,7 @@ def build(
         typer.Option(
             "--vision-module",
             metavar="PACKAGE.MODULE:CALLABLE",
-            help="Your own Python: makes the torch module that a checkpoint with a vision encoder of its own needs.",
+            help='Python callable that returns the vision encoder, for checkpoints whose config has "type": "own".',
             show_default=False,
         ),
     ] = None,
@@ -142,7 +145,9 @@ def build(
         ),
     ] = 1,
     parity: ParityChoice = Parity.auto,
-    plan: Annotated[bool, typer.Option("--plan", help="Only say what would be written.")] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Only say what would be written; exits with 1 if this machine has too little for it.")
+    ] = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -195,7 +200,11 @@ def build(
         parts=parts,
     )
     if plan:
-        _print_plan(build_plan.plan(request), as_json)
+        found = build_plan.plan(request)
+        machine = build_plan.this_machine(found)
+        _print_plan(found, machine, as_json)
+        if not (machine.disk_suffices and machine.memory_suffices):
+            raise typer.Exit(1)
         return
     with reported() as progress:
         result = pipeline.build(request, progress=progress)
@@ -265,13 +274,11 @@ def missing_files(absent: Sequence[Path]) -> str:
     return f"{len(absent)} of the files that a build needs are not in {absent[0].parent}: {names}. Fetch them before building"
 
 
-def _print_plan(found: BuildPlan, as_json: bool) -> None:
-    import shutil
-
+def _print_plan(found: BuildPlan, machine: Machine, as_json: bool) -> None:
     from flamingo_export.cli.output import human_bytes, print_json, results, table
 
     if as_json:
-        print_json(found)
+        print_json({**msgspec.structs.asdict(found), "machine": machine})
         return
     rows = [(name, human_bytes(size)) for name, size in found.bytes_per_component.items()]
     rows.append(("all weights", human_bytes(found.weight_bytes)))
@@ -279,10 +286,15 @@ def _print_plan(found: BuildPlan, as_json: bool) -> None:
     results().print(table(("component", "size"), rows, title=title, right=(1,)))
     _print_graphs(found)
     _print_steps(found)
-    folder = next(parent for parent in found.out.resolve().parents if parent.exists())
-    free = shutil.disk_usage(folder).free
-    verdict = "enough" if free >= found.disk_bytes else "too little"
-    print(f"needs {human_bytes(found.disk_bytes)} of disk; {folder} has {human_bytes(free)} free: {verdict}")
+    verdict = {True: "enough", False: "too little"}
+    print(
+        f"needs {human_bytes(found.disk_bytes)} of disk; {machine.folder} has {human_bytes(machine.disk_free)} free: "
+        f"{verdict[machine.disk_suffices]}"
+    )
+    print(
+        f"needs {human_bytes(machine.memory_needed)} of memory; {human_bytes(machine.memory_available)} are available: "
+        f"{verdict[machine.memory_suffices]}"
+    )
     if found.absent:
         print(f"planned from config.json and the index alone: {missing_files(found.absent)}")
 
@@ -302,11 +314,14 @@ def _print_steps(found: BuildPlan) -> None:
     ]
     columns = ("step", "memory", "disk", "time, two cores")
     results().print(table(columns, rows, title="steps, without parity", right=(1, 2, 3)))
-    cards = [(card.name, "1" if card.count == 1 else f"{card.count}, a part of the decoder each") for card in found.cards]
+    cards = [
+        (card.name, human_bytes(card.memory), "1" if card.count == 1 else f"{card.count}, a part of the decoder each")
+        for card in found.cards
+    ]
     title = (
         f"GPUs that would hold {human_bytes(found.device_bytes)} of engines, caches and media bank (one GPU is driven so far)"
     )
-    results().print(table(("card", "how many"), cards, title=title))
+    results().print(table(("card", "memory", "how many"), cards, title=title, right=(1,)))
 
 
 def _print_graphs(found: BuildPlan) -> None:

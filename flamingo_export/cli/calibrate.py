@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from flamingo_export.cli.options import (
+    SIZES,
     AsJson,
     Loras,
     OtherLanguageModel,
@@ -34,7 +35,9 @@ class MethodName(StrEnum):
 def calibrate(
     size: Annotated[
         str | None,
-        typer.Option("--size", help="nano (trained weights), 3b, 9b or 80b (random weights).", show_default=False),
+        typer.Option(
+            "--size", help="nano (trained weights), 3b, 9b or 80b (random weights).", autocompletion=SIZES, show_default=False
+        ),
     ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option("--checkpoint", help="A checkpoint: a folder, or a file of tensors.", show_default=False)

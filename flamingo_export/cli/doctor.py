@@ -11,9 +11,6 @@ import typer
 if TYPE_CHECKING:
     from flamingo_export.cli.probes import Finding, Gpu, Hardware
 
-RUNTIME_OVERHEAD = 1.1
-"""Memory of a running model over its weights in the compute type: cache, bank and activations (an allowance, not measured)."""
-
 
 class SizeFit(msgspec.Struct, frozen=True, kw_only=True):
     """Whether a size can be built (disk) and run (memory, weights widened to fp32) here; sizes in bytes."""
@@ -165,15 +162,16 @@ def _running() -> list[Finding]:
 
 
 def _sizes(found: Hardware) -> list[SizeFit]:
-    from flamingo_export.precision import BYTES_PER_WEIGHT, default_precision
+    from flamingo_export import estimates
+    from flamingo_export.precision import default_precision
+    from flamingo_export.weights import WeightIndex
     from flamingo_reference.config import PRESETS
     from flamingo_reference.names import parameter_counts
 
     fits = []
     for name, config in PRESETS.items():
-        count = sum(parameter_counts(config).values())
-        stored = count * BYTES_PER_WEIGHT[default_precision(count).storage]
-        running = int(count * BYTES_PER_WEIGHT["fp32"] * RUNTIME_OVERHEAD)
+        index = WeightIndex.planned(config, default_precision(sum(parameter_counts(config).values())))
+        stored, running = sum(index.sizes().values()), estimates.resident(config, index)
         fits.append(
             SizeFit(
                 size=name,

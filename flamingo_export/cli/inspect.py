@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 import typer
 
-from flamingo_export.cli.options import AsJson, Loras, OtherLanguageModel, OtherTokenizer, OtherVision
+from flamingo_export.cli.options import SIZES, AsJson, Loras, OtherLanguageModel, OtherTokenizer, OtherVision
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,7 +35,8 @@ def inspect(
         Path | None, typer.Argument(help="A bundle, or a checkpoint: a folder or file.", show_default=False)
     ] = None,
     size: Annotated[
-        str | None, typer.Option("--size", help="Show a size instead: nano, 3b, 9b or 80b.", show_default=False)
+        str | None,
+        typer.Option("--size", help="Show a size instead: nano, 3b, 9b or 80b.", autocompletion=SIZES, show_default=False),
     ] = None,
     engine: Annotated[
         str | None,
@@ -48,7 +50,8 @@ def inspect(
     tokenizer: OtherTokenizer = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a bundle is made of (parameters, graphs, files, limits, how parity stands), or what a checkpoint or a size would be.
+    """Show what a bundle is made of (parameters, graphs, files, limits, how parity stands), or what building a checkpoint or size would
+    produce.
 
     Exits with 1 for a checkpoint that cannot be built; all that is wrong with it is named.
     """
@@ -59,6 +62,8 @@ def inspect(
         raise typer.BadParameter("give either a bundle, a checkpoint or --size", param_hint="BUNDLE")
     if engine is not None and bundle is None:
         raise typer.BadParameter("engines are part of a bundle", param_hint="--engine")
+    if bundle is not None:
+        _check_there(bundle)
     is_checkpoint = bundle is not None and engine is None and looks_like_checkpoint(bundle)
     if not is_checkpoint and (language_model or vision or loras or tokenizer):
         raise typer.BadParameter("parts go with a checkpoint", param_hint="BUNDLE")
@@ -72,6 +77,20 @@ def inspect(
         _inspect_bundle(bundle, as_json)
     elif size is not None:
         _inspect_size(known_size(size), as_json)
+
+
+def _check_there(path: Path) -> None:
+    """Raises BundleError where there is nothing to look at: whoever inspects wants no other bundle built in its place."""
+    from flamingo_export.bundle.manifest import MANIFEST_NAME
+    from flamingo_export.cli.inspect_checkpoint import looks_like_checkpoint
+    from flamingo_export.errors import BundleError
+
+    if not path.exists():
+        raise BundleError(f"{path} does not exist. Give a bundle, a checkpoint (a folder or file), or --size.")
+    if path.is_dir() and not (path / MANIFEST_NAME).exists() and not looks_like_checkpoint(path):
+        raise BundleError(
+            f"{path} is neither a bundle (it has no {MANIFEST_NAME}) nor a checkpoint (it has no config.json and no file of tensors)."
+        )
 
 
 def components(config: ModelConfig) -> list[Component]:
@@ -119,7 +138,7 @@ def _inspect_bundle(bundle: Path, as_json: bool) -> None:
         return
     console = results()
     console.print(f"[bold]{escape(str(bundle))}[/bold]  {human_bytes(total)} in {len(manifest.files)} files")
-    console.print(_summary(manifest))
+    console.print(_summary(bundle, manifest))
     _print_components(console, f"Flamingo {manifest.config.name}", components(manifest.config))
     _print_shape(console, manifest.config)
     for record in manifest.graphs:
@@ -243,7 +262,7 @@ def _quantised_lines(manifest: Manifest) -> dict[str, str]:
     return lines
 
 
-def _summary(manifest: Manifest) -> str:
+def _summary(bundle: Path, manifest: Manifest) -> str:
     precision, limits, source, parity = manifest.precision, manifest.limits, manifest.source, manifest.parity
     came = {
         "random": f"random numbers, seed {source.seed}: not a trained model",
@@ -252,7 +271,7 @@ def _summary(manifest: Manifest) -> str:
     }[source.kind]
     if source.sha256:
         came += f" (SHA-256 {source.sha256[:12]}...)"
-    stands: str = "not run: flamingo-export parity BUNDLE" if parity.state == "not_run" else parity.state
+    stands: str = f"not run: flamingo-export parity {shlex.quote(str(bundle))}" if parity.state == "not_run" else parity.state
     if parity.backends:
         stands += f" on {', '.join(parity.backends)}"
     if parity.against:

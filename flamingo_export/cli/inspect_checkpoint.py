@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,10 +13,6 @@ if TYPE_CHECKING:
     from flamingo_export.precision import StorageType
     from flamingo_export.sources.choice import CheckpointFolder
     from flamingo_reference.checkpoints.families.recognition import Recognised
-
-# What building takes besides the tensor at hand: the interpreter, graphs and tokenizer. Bytes of a number of that tensor: as read, as made.
-_BUILD_BASE = 500_000_000
-_BUILD_BYTES = 4 + 4
 
 
 class WouldBuild(msgspec.Struct, frozen=True, kw_only=True):
@@ -129,29 +124,26 @@ def _survey(
 
 def _would_build(source: CheckpointFolder) -> tuple[WouldBuild, dict[str, str], tuple[Path, ...]]:
     """With the tensors that are left out, each with the reason, and the files that are missing."""
+    from flamingo_export import estimates
     from flamingo_export.bundle.tokenizer import checked_tokenizer
-    from flamingo_export.cli.doctor import RUNTIME_OVERHEAD
     from flamingo_export.cli.inspect import components
     from flamingo_export.pipeline import plan as build_plan
     from flamingo_export.pipeline.request import BuildRequest, default_out
-    from flamingo_export.precision import BYTES_PER_WEIGHT
     from flamingo_export.sources import CheckpointSource
-    from flamingo_export.weights import bundle_weights
+    from flamingo_export.weights import WeightIndex
 
     opened = CheckpointSource(source, may_be_absent=True)
     if opened.tokenizer is not None:
         checked_tokenizer(opened.tokenizer, opened.config, opened.inputs.tags)
     plan = build_plan.plan(BuildRequest(source=source, out=default_out(source)))
-    parts = components(plan.config)
-    largest = max(math.prod(weight.shape) for weight in bundle_weights(plan.config))
     build = WouldBuild(
         name=plan.config.name,
-        parameters=parts,
+        parameters=components(plan.config),
         storage=plan.precision.storage,
         weight_bytes=plan.weight_bytes,
         disk_bytes=plan.disk_bytes,
-        build_bytes=_BUILD_BASE + _BUILD_BYTES * largest,
-        run_bytes=int(parts[-1].parameters * BYTES_PER_WEIGHT["fp32"] * RUNTIME_OVERHEAD),
+        build_bytes=max(step.memory for step in plan.steps),
+        run_bytes=estimates.resident(plan.config, WeightIndex.planned(plan.config, plan.precision)),
         fit=opened.inputs.fit,
         image_size=plan.config.vision.image_size,
         tags=opened.inputs.tags.all,

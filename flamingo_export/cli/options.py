@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -28,6 +28,14 @@ _NANO = "nano"
 _TYPED = "flamingo_export.typed"
 _STDIN = Path("-")
 
+
+def among(*values: str) -> Callable[[str], list[str]]:
+    """Completes an option whose values are known, though others may be given."""
+    return lambda incomplete: [value for value in values if value.startswith(incomplete)]
+
+
+_BACKENDS = among("auto", "onnxruntime", "tensorrt-rtx", "tensorrt")
+SIZES = among("nano", "3b", "9b", "80b")
 Images = Annotated[
     list[Path] | None,
     typer.Option(
@@ -49,7 +57,10 @@ Shots = Annotated[
     typer.Option("--shots", metavar="FILE", help="Examples to show first, JSON lines (docs/prompts.md).", show_default=False),
 ]
 BackendName = Annotated[
-    str, typer.Option("--backend", help="What runs the graphs: auto, onnxruntime, tensorrt-rtx or tensorrt.")
+    str,
+    typer.Option(
+        "--backend", help="What runs the graphs: auto, onnxruntime, tensorrt-rtx or tensorrt.", autocompletion=_BACKENDS
+    ),
 ]
 Fallback = Annotated[
     str | None,
@@ -57,6 +68,7 @@ Fallback = Annotated[
         "--fallback",
         metavar="BACKEND",
         help="Go on with this one (onnxruntime) where the engines do not fit.",
+        autocompletion=_BACKENDS,
         show_default=False,
     ),
 ]
@@ -75,7 +87,7 @@ Clip = Annotated[
     str | None,
     typer.Option("--clip", metavar="START-END", help="Seconds of a video to look at: 2.5-10.", show_default=False),
 ]
-Device = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
+Device = Annotated[str, typer.Option("--device", help="cpu or cuda.", autocompletion=among("cpu", "cuda"))]
 SampleData = Annotated[
     str | None,
     typer.Option(
@@ -298,7 +310,7 @@ def formatted(
                 raise typer.BadParameter(f"--prompt is the whole prompt, so it does not go with {option}", param_hint=option)
         return Request(prompt=prompt, media=media)
     if text_only and shots is None:
-        raise typer.BadParameter("there are no --shots to leave the images of out", param_hint="--text-only")
+        raise typer.BadParameter("--text-only needs --shots", param_hint="--text-only")
     if len(media) != 1:
         asked = "a question is asked about" if question is not None else "a caption is made for"
         raise typer.BadParameter(

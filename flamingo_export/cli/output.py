@@ -8,8 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
+    from rich.console import Console, RenderableType
 
 _WIDTH_WITHOUT_TERMINAL = 132
 
@@ -18,9 +17,13 @@ def results() -> Console:
     """The console of results: stdout, without colour where it is no terminal."""
     from rich.console import Console
 
-    return Console(
-        file=sys.stdout, width=None if sys.stdout.isatty() else _WIDTH_WITHOUT_TERMINAL, highlight=False, soft_wrap=False
-    )
+    class Results(Console):
+        def print(self, *objects: Any, **settings: Any) -> None:
+            """As rich has it, but what does not fit the width is not cut off: the terminal wraps it, a file has it whole."""
+            super().print(*objects, **{"crop": False, **settings})
+
+    width = None if sys.stdout.isatty() else _WIDTH_WITHOUT_TERMINAL
+    return Results(file=sys.stdout, width=width, highlight=False, soft_wrap=False)
 
 
 def remarks() -> Console:
@@ -70,19 +73,22 @@ def _plain(value: Any) -> Any:
 
 def table(
     columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str | None = None, right: Iterable[int] = ()
-) -> Table:
-    """A plain table; the columns numbered in `right` are aligned to the right, as figures are."""
+) -> RenderableType:
+    """A plain table; the columns numbered in `right` are aligned to the right, as figures are. The title is a line of its own, not wrapped
+    to the table's width."""
     from rich import box
+    from rich.console import Group
     from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     numbers = set(right)
-    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, title_style="bold")
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(columns):
         made.add_column(name, justify="right" if index in numbers else "left", overflow="fold")
     for row in rows:
         made.add_row(*(escape(cell) for cell in row))
-    return made
+    return made if title is None else Group(Text(title, style="bold", no_wrap=True, overflow="ignore"), made)
 
 
 def human_bytes(size: float) -> str:

@@ -58,19 +58,17 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True):
 
 def hardware(folder: Path) -> Hardware:
     """This machine's processor and memory, and the disk that `folder` is on."""
-    import psutil
+    from flamingo_export.machine import available_memory, total_memory, usable_cores
 
-    memory = psutil.virtual_memory()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     model, flags = _processor()
     return Hardware(
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         python=platform.python_version(),
         processor=model,
-        cores=cores,
+        cores=usable_cores(),
         vector_extensions=flags,
-        memory=memory.total,
-        memory_available=memory.available,
+        memory=total_memory(),
+        memory_available=available_memory(),
         disk_folder=str(folder.resolve()),
         disk_free=shutil.disk_usage(folder).free,
     )

@@ -9,6 +9,7 @@ import msgspec
 import typer
 
 from flamingo_export.cli.options import (
+    SIZES,
     AsJson,
     Fp8,
     Int4,
@@ -46,12 +47,16 @@ class _Subject(msgspec.Struct, frozen=True, kw_only=True):
 
 def sensitivity(
     bundle: Annotated[
-        Path | None, typer.Argument(help="A bundle, whose weights are taken from where it was built from.", show_default=False)
+        Path | None,
+        typer.Argument(help="A bundle; weights are read from the checkpoint it was built from.", show_default=False),
     ] = None,
     size: Annotated[
         str | None,
         typer.Option(
-            "--size", help="In place of a bundle: nano (trained weights), 3b, 9b or 80b (random weights).", show_default=False
+            "--size",
+            help="In place of a bundle: nano (trained weights), 3b, 9b or 80b (random weights).",
+            autocompletion=SIZES,
+            show_default=False,
         ),
     ] = None,
     checkpoint: Annotated[

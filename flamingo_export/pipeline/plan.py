@@ -6,40 +6,39 @@ Times are those of two cores of a 2.5 GHz server, measured (docs/precision.md); 
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import msgspec
 
+from flamingo_export import estimates
 from flamingo_export.backends.registry import COMPILERS
-from flamingo_export.bundle.manifest import ShapeLimits, default_limits
+from flamingo_export.bundle.manifest import default_limits
+from flamingo_export.estimates import ENGINE_RATIO
+from flamingo_export.machine import available_memory
 from flamingo_export.pipeline.request import BuildRequest, resolve_precision
 from flamingo_export.pipeline.write_weights import LARGE, THREADS
-from flamingo_export.precision import BYTES_PER_WEIGHT, Precision
+from flamingo_export.precision import Precision
 from flamingo_export.quantize.policies import check_backend, check_policy
 from flamingo_export.sources import CheckpointSource, open_source
 from flamingo_export.sources.choice import CheckpointFolder
 from flamingo_export.weights import WeightIndex, bundle_weights, stored_bytes
 from flamingo_export.weights.decoder_cuts import graph_bytes, graph_records
 from flamingo_reference.config import ModelConfig
-from flamingo_reference.names import expected_tensors
 
 # Graphs, tokenizer, golden values and reports beside the weights.
 OTHER_FILES_BYTES = 64_000_000
-# An engine holds the weights of its graph once more, and its kernels.
-ENGINE_RATIO = 1.05
 # Seconds for a number of a weight, on two cores: drawn or read, hashed and written; and on top of it to be quantised.
 _WEIGHT_SECONDS = 18e-9
 _QUANTISING_SECONDS = {"fp8": 7e-9, "int8": 2.2e-9, "int4": 16e-9}
 # Of calibration on the shipped set, for a number of a weight: read, and multiplied with 512 tokens.
 _CALIBRATING_SECONDS = 60e-9
-# Bytes for a number of the largest matrix while it is made (itself in fp32, transposed, codes), and for the program itself.
-_MAKING_BYTES, _PROGRAM_BYTES = 9.0, 300 << 20
 CARDS = {
-    "RTX 4090, 24 GB": 24e9,
-    "L40S, 48 GB": 48e9,
-    "A100 or H100, 80 GB": 80e9,
-    "H200, 141 GB": 141e9,
-    "B200, 180 GB": 180e9,
+    "RTX 4090": 24e9,
+    "L40S": 48e9,
+    "A100 or H100": 80e9,
+    "H200": 141e9,
+    "B200": 180e9,
 }
 # What of a card's memory is left to engines.
 _USABLE = 0.92
@@ -92,6 +91,33 @@ class BuildPlan(msgspec.Struct, frozen=True, kw_only=True):
     absent: tuple[Path, ...] = ()
 
 
+class Machine(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether this machine can carry out a plan. folder: on the disk that is written to; bytes that are free there, and of memory: needed at
+    the step that takes most, and available now."""
+
+    folder: Path
+    disk_free: int
+    memory_needed: int
+    memory_available: int
+    disk_suffices: bool
+    memory_suffices: bool
+
+
+def this_machine(found: BuildPlan) -> Machine:
+    """What this machine has for a plan. Parity, whose needs follow from what is compared, is not part of it."""
+    folder = next(parent for parent in found.out.resolve().parents if parent.exists())
+    free, available = shutil.disk_usage(folder).free, available_memory()
+    needed = max(step.memory for step in found.steps)
+    return Machine(
+        folder=folder,
+        disk_free=free,
+        memory_needed=needed,
+        memory_available=available,
+        disk_suffices=found.disk_bytes <= free,
+        memory_suffices=needed <= available,
+    )
+
+
 def plan(request: BuildRequest) -> BuildPlan:
     """What `build` would write, without writing. Raises CheckpointError, UnsupportedModel or, for parts and policies, BuildError as it would,
     but not for shards that are missing: config.json and an index suffice."""
@@ -110,7 +136,7 @@ def plan(request: BuildRequest) -> BuildPlan:
         component = weight.name.split("/", 1)[0]
         sizes[component] = sizes.get(component, 0) + stored_bytes(weight, precision)
     total = sum(sizes.values())
-    device = _device_bytes(config, precision, request.limits or default_limits(config))
+    device = estimates.device(config, precision, request.limits or default_limits(config))
     return BuildPlan(
         config=config,
         precision=precision,
@@ -132,8 +158,7 @@ def _steps(request: BuildRequest, config: ModelConfig, precision: Precision) -> 
     """Without parity, whose time depends on what is compared."""
     weights = bundle_weights(config, precision)
     numbers = sum(math.prod(weight.shape) for weight in weights)
-    largest = max(math.prod(weight.shape) for weight in weights)
-    making = _PROGRAM_BYTES + int(_MAKING_BYTES * largest * (1 if largest > LARGE else THREADS))
+    making = estimates.making(weights, large=LARGE, threads=THREADS)
     total = sum(stored_bytes(weight, precision) for weight in weights)
     steps = []
     policy = precision.policy
@@ -142,7 +167,7 @@ def _steps(request: BuildRequest, config: ModelConfig, precision: Precision) -> 
             PlannedStep(
                 name="calibration, on the shipped set",
                 seconds=numbers * _CALIBRATING_SECONDS,
-                memory=_PROGRAM_BYTES + _part_bytes(config),
+                memory=estimates.calibrating(config),
                 disk=0,
             )
         )
@@ -157,35 +182,6 @@ def _steps(request: BuildRequest, config: ModelConfig, precision: Precision) -> 
             name = f"engine of {graph.name}"
             steps.append(PlannedStep(name=name, seconds=graph.engine_seconds, memory=graph.engine_memory, disk=disk))
     return tuple(steps)
-
-
-def _part_bytes(config: ModelConfig) -> int:
-    """fp32 bytes of the largest part of the reference that calibration has in memory, twice: as it is read and as it is used."""
-    sizes: dict[str, int] = {}
-    for name, shape in expected_tensors(config).items():
-        parts = name.split(".")
-        numbered = next((index for index, part in enumerate(parts) if part.isdigit()), 0)
-        part = ".".join(parts[: numbered + 1]) if parts[0] in ("language_model", "cross_attention") else parts[0]
-        sizes[part] = sizes.get(part, 0) + 4 * math.prod(shape)
-    return 2 * max(sizes.values())
-
-
-def _device_bytes(config: ModelConfig, precision: Precision, limits: ShapeLimits) -> int:
-    """Bytes on a GPU, were all graphs engines."""
-    lm, block = config.language_model, config.cross_attention
-    width = BYTES_PER_WEIGHT[precision.storage]
-    weights = sum(stored_bytes(weight, precision) for weight in bundle_weights(config, precision))
-    caches = 2 * lm.num_layers * lm.kv_heads * lm.head_size * limits.max_length * limits.batch * width
-    bank = (
-        2
-        * len(config.gated_layers)
-        * block.num_heads
-        * config.resampler.num_latents
-        * block.head_size
-        * limits.bank_rows
-        * (1 if precision.media == "fp8" else width)
-    )
-    return int(ENGINE_RATIO * weights) + caches + bank
 
 
 def planned_graphs(request: BuildRequest, config: ModelConfig, precision: Precision) -> tuple[PlannedGraph, ...]:

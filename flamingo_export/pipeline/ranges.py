@@ -37,11 +37,9 @@ def checked_policy(
     policy = precision.policy
     if policy is None:
         if request.calibration is not None:
-            raise BuildError(
-                f"--calibration {request.calibration} is of use to a quantised build alone: add --fp8, --int8 or --int4"
-            )
+            raise BuildError("--calibration only applies to quantised builds; add --fp8, --int8 or --int4")
         if request.uncalibrated:
-            raise BuildError("--uncalibrated is of use to a quantised build alone: add --fp8, or leave it out")
+            raise BuildError("--uncalibrated only applies to quantised builds; add --fp8, or leave it out")
         return None
     check_policy(policy, [weight.name for weight in bundle_weights(config, precision) if weight.product])
     check_backend(policy, request.backend, target)

@@ -73,6 +73,12 @@ class BuildResult(msgspec.Struct, frozen=True, kw_only=True):
     notes: tuple[str, ...]
     parity: ParityReport | None = None
 
+    def __repr__(self) -> str:
+        made = self.manifest
+        return (
+            f"BuildResult({str(self.path)!r}: Flamingo {made.config.name}, {made.precision.name}, parity {made.parity.state})"
+        )
+
 
 class _Job(msgspec.Struct, frozen=True, kw_only=True):
     """A request with everything looked up that can fail before anything is written."""

@@ -152,11 +152,19 @@ def mend(place: WorkPlace) -> None:
 
 
 def check_output(place: WorkPlace, *, overwrite: bool) -> None:
-    """Raises BuildError if something is at the output path and may not be replaced."""
+    """Raises BuildError if something is at the output path and may not be replaced. An empty folder is nothing."""
     if not os.path.lexists(place.out):
         return
+    if place.out.is_mount():
+        raise BuildError(
+            f"{place.out} is where a disk is mounted, which cannot be replaced. Choose a folder in it: --out {place.out}/NAME.bundle"
+        )
+    if place.out.is_dir() and not place.out.is_symlink() and not any(place.out.iterdir()):
+        return
     if place.out.is_symlink() or not (place.out / MANIFEST_NAME).is_file():
-        raise BuildError(f"{place.out} exists and is no bundle, so it is never replaced. Choose another --out, or remove it.")
+        raise BuildError(
+            f"{place.out} exists and is not a bundle; it will not be overwritten. Choose another --out, or remove it."
+        )
     if not overwrite:
         raise BuildError(f"{place.out} exists. Choose another --out, or replace it with --overwrite.")
 
@@ -166,7 +174,7 @@ def check_disk(place: WorkPlace, needed: int) -> None:
     free = shutil.disk_usage(place.out.parent).free
     if free < needed:
         raise BuildError(
-            f"the build needs {needed / 1e9:.2f} GB on the disk of {place.out.parent.resolve()}, which has {free / 1e9:.2f} GB free. "
+            f"the build needs {needed / 2**30:.2f} GiB on the disk of {place.out.parent.resolve()}, which has {free / 2**30:.2f} GiB free. "
             "Free some, or choose an --out on another disk."
         )
 

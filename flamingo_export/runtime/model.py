@@ -44,8 +44,12 @@ class Text:
     finished: bool
     """Whether it ended by itself, with `<EOC>`, rather than at max_new_tokens."""
 
+    def __repr__(self) -> str:
+        end = "finished" if self.finished else "cut at max_new_tokens"
+        return f"{type(self).__name__}({self.text!r}, {len(self.token_ids)} tokens, score {self.score:.4g}, {end})"
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Generation(Text):
     """The best text of a request, the others asked for by num_return (best first), and where the time of its batch went."""
 

@@ -37,6 +37,11 @@ class Request:
     quoted: tuple[str, ...] = ()
     forms: PromptForms | None = None
 
+    def __repr__(self) -> str:
+        shown = repr(self.prompt) if isinstance(self.prompt, str) else f"{len(self.prompt)} token ids"
+        seed = "" if self.seed is None else f", seed {self.seed}"
+        return f"Request({shown}, {_count(len(self.media), 'medium', 'media')}{seed})"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:

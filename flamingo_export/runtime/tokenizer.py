@@ -52,6 +52,9 @@ class Tokenizer:
         tokenizer.no_padding()
         return cls(tokenizer, config, tags)
 
+    def __repr__(self) -> str:
+        return f"Tokenizer({self._tokenizer.get_vocab_size(with_added_tokens=True)} tokens, tags {' '.join(self._tags.all)})"
+
     def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
         """Token ids. Raises PromptError for an empty text.
 

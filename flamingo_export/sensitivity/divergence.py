@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Set
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from flamingo_calibration.data import Checked, Ready
+from flamingo_export import estimates
+from flamingo_export.machine import available_memory
+from flamingo_export.precision import Precision
 from flamingo_export.progress import Progress
 from flamingo_export.runtime.media import load_medium
 from flamingo_export.sensitivity.quantised_copies import Twins
 from flamingo_export.sources import WeightSource
 from flamingo_reference.config import ModelConfig
-from flamingo_reference.names import expected_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,14 +24,12 @@ ENCODERS = ("vision_encoder", "resampler")
 """Layers before the language model: latents change with them, and with them alone."""
 
 
-def no_room(config: ModelConfig, memory: int | None) -> str:
+def no_room(config: ModelConfig, precision: Precision, memory: int | None) -> str:
     """Why the whole model is not run in `memory` bytes (None: what the machine has free); empty if it is."""
-    from flamingo_export.backends.memory import available_memory
-
-    # fp32 weights, each quantised matrix once more in its layer's twin and once in that of all, and activations.
-    needed = int(12.5 * sum(math.prod(shape) for shape in expected_tensors(config).values())) + (300 << 20)
     budget = available_memory() if memory is None else memory
-    return "" if needed <= budget else f"the whole model takes {needed / 1e9:.1f} GB, {budget / 1e9:.1f} GB may be used"
+    return estimates.shortage(
+        "the whole model beside its quantised copies", estimates.quantised_copies(config, precision), budget
+    )
 
 
 def divergences(

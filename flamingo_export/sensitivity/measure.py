@@ -106,7 +106,7 @@ def measure(
     twins = Twins(source.config, precision, calibration)
     with tempfile.TemporaryDirectory(prefix="flamingo-sensitivity-") as folder:
         matrices, layers = _Measuring(source, checked, precision, twins, targets, Path(folder), progress).run()
-    reason, kl = no_room(source.config, memory), None
+    reason, kl = no_room(source.config, precision, memory), None
     if not reason:
         named = {layer.name: {each.name for each in matrices if each.layer == layer.name} for layer in layers}
         kl, of_layers = divergences(source, checked, twins, named, progress)

@@ -14,22 +14,25 @@ from pathlib import Path
 
 import msgspec
 
+from flamingo_export import estimates
 from flamingo_export.backends.base import Backend, SessionOptions
-from flamingo_export.backends.memory import available_memory
 from flamingo_export.backends.registry import get_backend
 from flamingo_export.bundle.manifest import FileRecord, Manifest, ParityRecord, write_manifest
 from flamingo_export.errors import CheckpointError, ParityError, pip_install
+from flamingo_export.estimates import shortage
+from flamingo_export.machine import available_memory
 from flamingo_export.progress import SILENT, Progress
 from flamingo_export.sources import CheckpointSource, WeightSource
 from flamingo_export.sources.origin import find_origin, source_digest
 from flamingo_export.validate.checks.checker import Checker
-from flamingo_export.validate.estimates import engine_bytes, environment, is_small, reference_bytes, torch_found
+from flamingo_export.validate.environment import environment, is_small, torch_found
 from flamingo_export.validate.expected.cases import decoder_cases, pixel_cases
 from flamingo_export.validate.expected.golden import CASES_FILE, TENSORS_FILE, Goldens, load_goldens, save_goldens
 from flamingo_export.validate.expected.media import MediaFormat
 from flamingo_export.validate.expected.plan import strips
 from flamingo_export.validate.expected.rounding import AsStored
 from flamingo_export.validate.report.parity_report import Against, NotRun, ParityReport, Trace, Verdict, write_report
+from flamingo_export.weights import WeightIndex
 from flamingo_export.weights.calibration_table import CALIBRATION_FILE, CalibrationTable, read_table
 from flamingo_reference.checkpoints.loading import CheckpointFiles
 from flamingo_reference.config import ModelConfig
@@ -153,10 +156,7 @@ def record(
 
 def _no_room(config: ModelConfig, memory: int) -> str:
     """Why the whole reference cannot be asked for token traces; empty if it can."""
-    needed = reference_bytes(config)
-    return (
-        "" if needed <= memory else f"the reference takes {needed / 1e9:.1f} GB as a whole, {memory / 1e9:.1f} GB may be used"
-    )
+    return shortage("the reference as a whole", estimates.reference(config), memory)
 
 
 @contextlib.contextmanager
@@ -192,10 +192,10 @@ def compare_with(
 
     started = time.monotonic() if started is None else started
     options = options or SessionOptions(threads=1 if is_small(manifest.config) else 0)
-    needed = engine_bytes(manifest.config)
+    short = shortage("running all engines", estimates.running(manifest.config, WeightIndex.read(bundle)), memory)
     # Compiled engines are there or not: there are none of single layers, and their memory is the device's.
     compiled = any(engine.backend == backend.name for engine in manifest.engines)
-    whole = needed <= memory or compiled
+    whole = not short or compiled
     if not whole:
         options = msgspec.structs.replace(options, lean=True)
     cases = decoder_cases(manifest.config)
@@ -208,9 +208,7 @@ def compare_with(
     not_run = [NotRun(name="layer by layer", reason=why)] if why else []
     traces: tuple[Trace, ...] = ()
     if not whole:
-        sizes = f"the engines take about {needed / 1e9:.1f} GB as a whole, {memory / 1e9:.1f} GB may be used"
-        reason = f"{sizes}; the decoder was checked layer by layer"
-        not_run.append(NotRun(name="token traces", reason=reason))
+        not_run.append(NotRun(name="token traces", reason=f"{short}; the decoder was checked layer by layer"))
     elif goldens.no_traces:
         not_run.append(NotRun(name="token traces", reason=goldens.no_traces))
     else:
@@ -286,7 +284,7 @@ def _expectation(
             return recorded, "reference"
     elif checkpoint is not None or wanted in ("reference", "transformers"):
         raise ParityError(f"comparing with a checkpoint needs PyTorch: {pip_install('torch')}")
-    goldens = load_goldens(bundle / GOLDEN_FOLDER)
+    goldens = load_goldens(bundle / GOLDEN_FOLDER, bundle)
     if goldens is None:
         raise ParityError(
             f"{bundle} has no golden values{f' and no live reference is at hand ({why})' if why else ''}. "

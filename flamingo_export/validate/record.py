@@ -9,9 +9,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from flamingo_export.backends.memory import available_memory
 from flamingo_export.bundle.manifest import Manifest, SourceRecord, default_limits
 from flamingo_export.errors import FlamingoExportError
+from flamingo_export.machine import available_memory
 from flamingo_export.precision import StorageType, default_precision
 from flamingo_export.sources import CheckpointSource
 from flamingo_export.sources.origin import source_digest

@@ -13,6 +13,7 @@ import argparse
 import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,16 +24,25 @@ UNPACKED = ROOT / "build" / "gpu_check" / "site"
 MOST_BYTES = 60 << 20
 """Of the folder, and of a piece of a larger wheel: what a transfer takes."""
 PACKAGES = (
-    "click", "cuda-bindings>=13,<14", "cuda-pathfinder", "jinja2", "markdown-it-py", "markupsafe", "mdurl", "ml-dtypes>=0.5",
-    "msgspec>=0.20", "onnx>=1.19", "onnx-ir>=0.1.14", "packaging", "pillow>=11", "protobuf", "psutil>=6", "pygments", "rich>=13.9",
-    "safetensors>=0.5", "shellingham", "tokenizers>=0.21", "typer>=0.15", "typing-extensions",
+    "annotated-doc", "annotated-types", "click", "jinja2", "markdown-it-py", "markupsafe", "mdurl", "ml-dtypes", "msgspec", "onnx", "onnx-ir",
+    "packaging", "pillow", "protobuf", "psutil", "pydantic", "pydantic-core", "pygments", "rich", "safetensors", "shellingham", "tokenizers",
+    "typer", "typing-extensions", "typing-inspection",
 )  # fmt: skip
-"""What the package imports, and what that imports, but for PyTorch's own needs, numpy, and onnxruntime, which only its own stage wants."""
+"""What the package imports, and what that imports, in the versions of requirements/base.txt; but for numpy and what else PyTorch brings, and for
+onnxruntime, which only its own stage wants."""
+CUDA = ("cuda-bindings>=13,<14", "cuda-pathfinder")
+LOCK = ROOT / "requirements" / "base.txt"
 ONNXRUNTIME = ("onnxruntime-gpu>=1.25", "flatbuffers")
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (28, 27, 26, 24, 17, 12, 5)] + [
     "manylinux2014_x86_64",
     "manylinux1_x86_64",
 ]
+
+
+def locked(names: Iterable[str], lock: Path = LOCK) -> list[str]:
+    """`name==version` of each, as the lock file has it. Raises KeyError."""
+    versions = dict(re.findall(r"^([\w-]+)==(\S+)", lock.read_text(), flags=re.MULTILINE))
+    return [f"{name}=={versions[name]}" for name in names]
 
 
 def download(packages: Iterable[str], folder: Path) -> None:
@@ -98,10 +108,22 @@ def unpack(wheels: Iterable[Path], target: Path) -> Path:
     return target
 
 
+def describe_checkout(target: Path) -> None:
+    """Says what the checkout is, as an installation does: builds record the version of what made them."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    folder = target / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+    folder.mkdir(exist_ok=True)
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
+
+
 def unpacked(folder: Path = FOLDER, target: Path = UNPACKED) -> Path | None:
     """The folder of wheels, unpacked; None where there is none. ONNX Runtime is left to its stage."""
     wheels = [wheel for wheel in sorted(folder.glob("*.whl")) if not wheel.name.startswith("onnxruntime")]
-    return unpack(wheels, target) if wheels else None
+    if not wheels:
+        return None
+    unpack(wheels, target)
+    describe_checkout(target)
+    return target
 
 
 def main() -> None:
@@ -112,7 +134,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     for old in (*options.out.glob("*.whl"), *options.out.glob("*.piece-*")):
         old.unlink()
-    download(PACKAGES, options.out)
+    download([*locked(PACKAGES), *CUDA], options.out)
     size = sum(path.stat().st_size for path in options.out.glob("*.whl"))
     print(f"{options.out}: {len(list(options.out.glob('*.whl')))} wheels, {size / 2**20:.1f} MiB")
     if size > MOST_BYTES:

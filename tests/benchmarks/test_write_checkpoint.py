@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -82,3 +84,26 @@ def test_names_and_shapes_of_the_published_size(script: ModuleType) -> None:
     assert shapes["model.perceiver_resampler.blocks.5.0.q_proj.weight"] == (1536, 1280)
     assert shapes["model.embed_tokens.additional_embedding.weight"] == (2, 4096)
     assert sum(int(np.prod(shape)) for shape in shapes.values()) == pytest.approx(8.93e9, rel=0.005)
+
+
+@pytest.mark.parametrize("absent", ["transformers", "torch", "flamingo_export"])
+def test_what_it_needs_is_said(absent: str, tmp_path: Path) -> None:
+    code = f"""
+import runpy, sys
+class Without:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == {absent!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+def find(name, found=__import__("importlib.util").util.find_spec):
+    return None if name == {absent!r} else found(name)
+sys.meta_path.insert(0, Without())
+import importlib.util
+importlib.util.find_spec = find
+sys.argv = ["write_checkpoint.py", "idefics-tiny", "--out", {str(tmp_path / "x")!r}]
+runpy.run_path({str(BENCHMARKS / "write_checkpoint.py")!r}, run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"write_checkpoint.py: there is no {absent}. ")
+    assert "PyTorch and transformers are needed" in done.stderr
+    assert not (tmp_path / "x").exists()

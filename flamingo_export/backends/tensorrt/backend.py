@@ -11,7 +11,6 @@ import msgspec
 import onnx_ir as ir
 
 from flamingo_export.backends.base import Availability, SessionOptions
-from flamingo_export.backends.memory import available_memory
 from flamingo_export.backends.tensorrt import library, plugin
 from flamingo_export.backends.tensorrt.builder import Task, build
 from flamingo_export.backends.tensorrt.cuda import INSTALL, CudaRuntime
@@ -23,7 +22,7 @@ from flamingo_export.backends.tensorrt.engine_contract import (
     rebuild_command,
     runtime_cache_file,
 )
-from flamingo_export.backends.tensorrt.estimate import GIB, Estimate, check_memory
+from flamingo_export.backends.tensorrt.estimate import Estimate, check_memory
 from flamingo_export.backends.tensorrt.library import Library
 from flamingo_export.backends.tensorrt.loading import load_engine
 from flamingo_export.backends.tensorrt.lowering.candidates import add_candidates
@@ -34,6 +33,8 @@ from flamingo_export.backends.tensorrt.memory import Lane
 from flamingo_export.backends.tensorrt.session import TensorRTSession
 from flamingo_export.bundle.manifest import EngineRecord, GraphRecord, Manifest
 from flamingo_export.errors import BackendError
+from flamingo_export.estimates import GIB
+from flamingo_export.machine import available_memory
 from flamingo_export.progress import SILENT, Progress
 from flamingo_export.user_cache import user_cache
 from flamingo_export.weights import WeightIndex

@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from flamingo_export.backends.tensorrt.estimate import GIB, estimate
+from flamingo_export.backends.tensorrt.estimate import estimate
 from flamingo_export.backends.tensorrt.log import Heard, listening, started
 from flamingo_export.backends.tensorrt.lowering.lint import Expected
 from flamingo_export.backends.tensorrt.lowering.shapes import CAPACITY, Profile, shape_of
@@ -26,6 +26,7 @@ from flamingo_export.backends.tensorrt.parsing import check_network, check_warni
 from flamingo_export.backends.tensorrt.summary import summarise
 from flamingo_export.bundle.manifest import EngineSummary
 from flamingo_export.errors import BackendError, BuildError
+from flamingo_export.estimates import GIB
 from flamingo_export.files import replacing, write_atomically
 from flamingo_export.progress import SILENT, Progress
 from flamingo_export.specs import SubgraphSpec

@@ -8,13 +8,10 @@ import msgspec
 
 from flamingo_export.bundle.manifest import GraphRecord
 from flamingo_export.errors import BuildError
+from flamingo_export.estimates import BUILD_RATIO, GIB, engine_building, engine_weights
 from flamingo_export.weights.decoder_cuts import fewest_parts, graph_bytes
 from flamingo_reference.config import ModelConfig
 
-GIB = 1 << 30
-# Peak memory of a streamed build over the bytes of its weights, and what any build takes: measured with benchmarks/engine_build_memory.py.
-MEMORY_RATIO = 2.7
-MEMORY_BASE = GIB
 # Seconds of one core for a gigabyte of weights, and for an engine however small.
 SECONDS_PER_GB = 20.0
 SECONDS_BASE = 5.0
@@ -32,7 +29,7 @@ def estimate(weights: int) -> Estimate:
     """From the bytes of the weights that a graph reads."""
     return Estimate(
         weight_bytes=weights,
-        memory=int(weights * MEMORY_RATIO) + MEMORY_BASE,
+        memory=engine_building(weights),
         seconds=SECONDS_BASE + SECONDS_PER_GB * weights / 1e9,
     )
 
@@ -47,14 +44,14 @@ def check_memory(config: ModelConfig, graph: GraphRecord, sizes: Mapping[str, in
         return needed
     advice = ""
     if graph.layers is not None:
-        parts = fewest_parts(config, sizes, int((available - MEMORY_BASE) / MEMORY_RATIO))
+        parts = fewest_parts(config, sizes, engine_weights(available))
         advice = (
             "Even parts of one LM layer would not fit. "
             if parts is None
             else f"In {parts} parts it fits: --parts {parts}. Or: "
         )
     raise BuildError(
-        f"building the engine of {graph.name} takes about {needed.memory / GIB:.1f} GiB of memory ({MEMORY_RATIO} times its "
+        f"building the engine of {graph.name} takes about {needed.memory / GIB:.1f} GiB of memory ({BUILD_RATIO} times its "
         f"{needed.weight_bytes / GIB:.1f} GiB of weights), {available / GIB:.1f} GiB are available. {advice}Free some, build on a machine "
         "with more (TensorRT for RTX needs no GPU for it: copy the bundle back), or store weights in fewer bits (--precision)."
     )

@@ -8,6 +8,7 @@ Inputs are not stored: they follow from the case's name (`inputs.py`), pictures 
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import msgspec
@@ -123,15 +124,19 @@ def save_goldens(folder: Path, goldens: Goldens) -> None:
     write_atomically(folder / CASES_FILE, msgspec.json.format(msgspec.json.encode(document), indent=1) + b"\n")
 
 
-def load_goldens(folder: Path) -> Goldens | None:
-    """The golden values in `folder`, or None where none were recorded. Raises ParityError if they are damaged or of a newer schema."""
+def load_goldens(folder: Path, bundle: Path | None = None) -> Goldens | None:
+    """The golden values in `folder`, or None where none were recorded. bundle: whose they are, for messages.
+
+    Raises ParityError if they are damaged or of a newer schema.
+    """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     path = folder / CASES_FILE
     if not path.is_file():
         return None
-    advice = "Record them again on a machine with PyTorch: flamingo-export parity BUNDLE."
+    how = f": flamingo-export parity {shlex.quote(str(bundle))}" if bundle is not None else ""
+    advice = f"Record them again on a machine with PyTorch{how}."
     try:
         document = msgspec.json.decode(path.read_bytes(), type=_File)
         if document.schema != GOLDEN_SCHEMA:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from flamingo_export.backends.base import SessionOptions
-from flamingo_export.backends.onnxruntime import HostBuffer, OnnxRuntimeBackend, OnnxRuntimeSession, physical_cores
+from flamingo_export.backends.onnxruntime import HostBuffer, OnnxRuntimeBackend, OnnxRuntimeSession
 from flamingo_export.backends.registry import BACKEND_NAMES, availability, get_backend
 from flamingo_export.bundle.manifest import GraphRecord, read_manifest
 from flamingo_export.errors import BackendError, BundleError, InputError
@@ -246,12 +246,6 @@ def test_parts_of_the_decoder_open_with_their_own_contract(tiny_bundle: Path) ->
     session = OnnxRuntimeBackend().open(tiny_bundle, manifest, record, OPTIONS)
     assert session.spec.name == "decoder.0"
     assert session.spec.outputs[0].name == "hidden_out"
-
-
-def test_threads_default_to_physical_cores() -> None:
-    import os
-
-    assert 1 <= physical_cores() <= (os.cpu_count() or 1)
 
 
 def test_registry(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,7 +158,7 @@ def test_what_is_no_bundle_is_never_replaced(spoken_config: ModelConfig, tmp_pat
     real = api.build(RandomWeights(config=spoken_config), out=tmp_path / "real.bundle", parity="skip").path
     (tmp_path / "link").symlink_to(real)
     for name in ("thesis", "file", "link"):
-        with pytest.raises(BuildError, match="is no bundle, so it is never replaced"):
+        with pytest.raises(BuildError, match="is not a bundle; it will not be overwritten"):
             api.build(RandomWeights(config=spoken_config), out=tmp_path / name, parity="skip", overwrite=True)
     assert (tmp_path / "thesis" / "chapter1.txt").read_text() == "years of work"
     open_bundle(real)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 from typer.main import get_command
@@ -21,8 +25,32 @@ HEAVY = ("torch", "onnxruntime", "onnx", "onnx_ir", "matplotlib", "jinja2", "tra
 def test_help_names_every_verb(cli):
     outcome = cli("--help")
     assert outcome.code == 0
+    assert {"build", "generate", "score", "parity", "inspect", "doctor", "bench"} <= set(VERBS)
     for verb in VERBS:
-        assert verb in outcome.out
+        assert re.search(rf"(?m)^  {verb} +[A-Z]", outcome.out)
+
+
+def test_each_file_of_a_verb_is_in_the_app():
+    """A verb that was written but never registered would be missing from the help, and from tests that ask the app."""
+    folder = Path(inspect_module.__file__).parent
+    written = {path.stem for path in folder.glob("*.py") if re.search(r"(?m)^    as_json: AsJson", path.read_text("utf-8"))}
+    assert {"generate", "refit", "calibrate"} <= written <= set(VERBS)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_complete_verbs_options_and_values(shell):
+    def completed(line):
+        words = {"COMP_WORDS": line, "COMP_CWORD": str(len(line.split()) - (not line.endswith(" ")))}
+        words |= {"_TYPER_COMPLETE_ARGS": line, "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+        words |= {"_TYPER_COMPLETE_WORD_TO_COMPLETE": line.split(" ")[-1], "_FLAMINGO_EXPORT_COMPLETE": f"complete_{shell}"}
+        script = "import sys; from flamingo_export.cli import main; sys.exit(main())"
+        line = [sys.executable, "-c", script]
+        return subprocess.run(line, env={**os.environ, **words}, capture_output=True, text=True, check=True, timeout=60).stdout
+
+    assert re.findall(r"\b(calibrate|generate|build)\b", completed("flamingo-export cal")) == ["calibrate"]
+    assert "--num-return" in completed("flamingo-export generate --num")
+    assert "tensorrt-rtx" in completed("flamingo-export generate --backend tens")
+    assert "nano" in completed("flamingo-export build --size n")
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -82,7 +110,8 @@ def test_a_failure_exits_with_1_and_one_line(cli, tmp_path):
     assert outcome.out == ""
     assert outcome.err.count("\n") == 1
     assert "does not exist" in outcome.err
-    assert "flamingo-export build" in outcome.err
+    assert "flamingo-export build" not in outcome.err  # whoever inspects wants no other bundle in its place
+    assert "flamingo-export build" in cli("generate", tmp_path / "missing.bundle", "--prompt", "x").err
 
 
 @pytest.mark.parametrize("place", [0, 2])
@@ -113,6 +142,40 @@ def test_an_unexpected_error_is_called_a_bug_and_an_interruption_is_not(cli, mon
     outcome = cli("inspect", "--size", "nano")
     assert outcome.code == 130
     assert "interrupted" in outcome.err
+
+
+@pytest.mark.parametrize(("number", "code", "word"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")])
+@pytest.mark.parametrize("failure", ["pass", "raise ImportError('cannot load module')"])
+@pytest.mark.parametrize("module", ["typer", "flamingo_reference.config"])
+def test_a_signal_during_imports_ends_as_gracefully_as_later(number, code, word, failure, module):
+    """The first module loads before the verbs are known, the second inside of one; an extension may turn the interruption into ImportError."""
+    script = f"""
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the shell said
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            try:
+                os.kill(os.getpid(), signal.{number})
+            finally:
+                {failure}
+sys.meta_path.insert(0, Finder())
+from flamingo_export.cli import main
+sys.exit(main(["inspect", "--size", "nano"]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", f"flamingo-export: {word}\n")
+
+
+def test_handlers_of_the_caller_are_left_alone(cli):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert cli("--version").code == 0
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_python_m_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "flamingo_export", "--version"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.strip()) == (0, f"flamingo-export {version('flamingo-export')}")
 
 
 def test_the_installed_command_and_a_closed_pipe():

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from flamingo_export.bundle.manifest import Manifest, PlaceRecord, ShapeLimits, SourceRecord, read_manifest
 from flamingo_export.cli.build import parity_hint
+from flamingo_export.pipeline import plan
 from flamingo_export.pipeline.run import BuildResult
 from flamingo_export.precision import Precision
 from flamingo_reference.config import PRESETS
@@ -55,6 +58,7 @@ def test_a_checkpoint_that_is_none(cli, tmp_path):
 def test_inspecting_a_bundle(cli, bundle):
     text, data = cli("inspect", bundle), json.loads(cli("inspect", bundle, "--json").out)
     assert text.code == 0
+    assert f"not run: flamingo-export parity {bundle}" in text.out
     for word in ("random numbers, seed 3", "past_k.0 ... past_k.5", "decoder.onnx", "not run", "weights/"):
         assert word in text.out
     assert data["bytes"] == sum(
@@ -63,7 +67,51 @@ def test_inspecting_a_bundle(cli, bundle):
     assert {"pixels", "features"} <= {tensor["name"] for graph in data["graphs"].values() for tensor in graph["inputs"]}
 
 
-def test_the_plan_writes_nothing(cli, tmp_path):
+def test_names_of_the_last_release_keep_working(cli, tmp_path):
+    out = tmp_path / "x.bundle"
+    line = ["build", "--size", "nano", "--parity", "skip", "--out", out]
+    for seed, more in ((5, []), (6, ["--force"])):
+        outcome = cli(*line, "--seed", seed, *more)
+        assert outcome.code == 0, outcome.err
+        assert ("--force is called --overwrite now" in outcome.err) == bool(more)
+    assert read_manifest(out).source.seed == 6
+
+
+def test_an_empty_folder_is_a_fine_place(cli, tmp_path):
+    out = tmp_path / "made"
+    out.mkdir()
+    outcome = cli("build", "--size", "nano", "--seed", 5, "--parity", "skip", "--out", out)
+    assert outcome.code == 0, outcome.err
+    assert read_manifest(out).source.seed == 5
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_mount(), reason="needs a mounted folder that can be written: Linux's /dev/shm")
+def test_a_mounted_folder_is_refused_with_a_place_in_it(cli):
+    outcome = cli("build", "--size", "nano", "--parity", "skip", "--out", "/dev/shm")
+    assert outcome.code == 1
+    assert "cannot be replaced. Choose a folder in it: --out /dev/shm/NAME.bundle" in outcome.err
+
+
+@pytest.mark.parametrize(("disk", "memory"), [(100 << 30, 10 << 30), (10 << 30, 10 << 30), (100 << 30, 1 << 30)])
+def test_a_plan_says_whether_this_machine_can_do_it(cli, tmp_path, monkeypatch, disk, memory):
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda folder: SimpleNamespace(free=disk))
+    monkeypatch.setattr(plan, "available_memory", lambda: memory)
+    line = ["build", "--size", "9b", "--out", tmp_path / "nine.bundle", "--plan"]
+    text, data = cli(*line), cli(*line, "--json")
+    fits = disk > 50 << 30 and memory > 5 << 30
+    assert text.code == data.code == (0 if fits else 1)
+    machine = json.loads(data.out)["machine"]
+    assert (machine["disk_free"], machine["memory_available"]) == (disk, memory)
+    assert (machine["disk_suffices"], machine["memory_suffices"]) == (disk > 50 << 30, memory > 5 << 30)
+    assert machine["memory_needed"] == max(step["memory"] for step in json.loads(data.out)["steps"])
+    assert text.out.count("too little") == (not fits)
+    assert re.search(r"needs [\d.]+ GiB of memory; [\d.]+ GiB are available", text.out)
+    assert re.findall(r"[0-9.]+ (?:[KMGT]B)\b", text.out) == []  # one unit throughout, that of powers of two
+
+
+def test_the_plan_writes_nothing(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1 << 40))
     line = ["build", "--size", "9b", "--out", tmp_path / "nine.bundle", "--plan"]
     text, data = cli(*line), json.loads(cli(*line, "--json").out)
     assert text.code == 0, text.err

@@ -192,6 +192,12 @@ def test_special_tokens_in_what_a_user_wrote_are_refused(text_model: Model) -> N
 
 def test_what_a_model_says_of_itself(text_model: Model) -> None:
     assert re.fullmatch(r"Model\('.*text\.bundle': Flamingo tiny, fp32, on onnxruntime, 256 cache slots\)", repr(text_model))
+    found = text_model.generate("Hello", max_new_tokens=3, num_return=2)
+    assert re.fullmatch(r"Generation\('.*', 3 tokens, score -\d+\.\d+, cut at max_new_tokens\)", repr(found))
+    assert re.fullmatch(r"Text\('.*', \d tokens, score -\d.*\)", repr(found.alternatives[0]))
+    assert repr(Request(prompt="<image>x", media=pictures(0, 1))) == "Request('<image>x', 1 medium)"
+    assert repr(Request(prompt=[1, 5], seed=3)) == "Request(2 token ids, 0 media, seed 3)"
+    assert repr(text_model.tokenizer) == "Tokenizer(262 tokens, tags <BOS> <EOC> <image>)"
 
 
 def test_the_readers_time_is_no_part_of_a_step(text_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import pytest
 from fake_gpu import fake_library
 
 import flamingo_export
+from flamingo_export import estimates
 from flamingo_export.backends.tensorrt import backend as backend_module
 from flamingo_export.backends.tensorrt import estimate, library
 from flamingo_export.backends.tensorrt.builder import Built
@@ -125,8 +126,8 @@ def test_parts_are_engines_of_their_own(compile_with, capsys):
 def test_too_little_memory_is_said_before_anything_is_written(compile_with, monkeypatch, tmp_path):
     """In as many parts as the message says it is built."""
     (whole,) = (graph.weight_bytes for graph in planned(tmp_path, parts=1) if graph.layers)
-    monkeypatch.setattr(estimate, "MEMORY_BASE", 0)
-    monkeypatch.setattr(backend_module, "available_memory", lambda: int(0.7 * estimate.MEMORY_RATIO * whole))
+    monkeypatch.setattr(estimates, "BUILD_BASE", 0)
+    monkeypatch.setattr(backend_module, "available_memory", lambda: int(0.7 * estimates.BUILD_RATIO * whole))
     refused = FakeBuilds()
     with pytest.raises(BuildError, match=r"engine of decoder .* In 2 parts it fits: --parts 2\."):
         compile_with(refused)

@@ -12,9 +12,9 @@ import pytest
 
 import flamingo_export
 from flamingo_export.backends.tensorrt.backend import TensorRTBackend
-from flamingo_export.backends.tensorrt.estimate import MEMORY_BASE, MEMORY_RATIO
 from flamingo_export.backends.tensorrt.library import RTX
 from flamingo_export.bundle.manifest import GraphRecord, Manifest, ShapeLimits, SourceRecord, read_manifest
+from flamingo_export.estimates import engine_building
 from flamingo_export.graphs import build_graph, save_graph
 from flamingo_export.precision import Precision
 from flamingo_export.sources.choice import source_for_size
@@ -116,7 +116,7 @@ def test_a_block_in_its_real_size(rtx, tmp_path, name, layer):
     config = PRESETS[name]
     lm = config.language_model
     weights = 2 * (12 * lm.width**2 + lm.width * lm.max_positions + 10 * lm.width**2)
-    needed = MEMORY_RATIO * weights + MEMORY_BASE + weights  # the files, in the page cache or in a folder in memory
+    needed = engine_building(weights) + weights  # the files, in the page cache or in a folder in memory
     if psutil.virtual_memory().available < needed:
         pytest.skip(f"{name}'s block needs {needed / 2**30:.1f} GiB of free memory")
     bundle = block_bundle(name, layer, tmp_path)

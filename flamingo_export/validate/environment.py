@@ -1,14 +1,14 @@
-"""What parity needs to know of model and machine: how much memory each side takes, and what ran where."""
+"""What parity needs to know of its surroundings: whether PyTorch is there, how many threads are worth it, and what ran where."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
 import math
-import os
 import platform
 
 from flamingo_export.backends.base import Backend
+from flamingo_export.machine import usable_cores
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.names import expected_tensors
 
@@ -23,22 +23,12 @@ def torch_found() -> bool:
     return importlib.util.find_spec("torch") is not None
 
 
-def reference_bytes(config: ModelConfig) -> int:
-    """Estimate of what the whole reference takes for token traces: fp64 and fp32 side by side, and activations."""
-    return int(12.5 * sum(math.prod(shape) for shape in expected_tensors(config).values())) + (300 << 20)
-
-
-def engine_bytes(config: ModelConfig) -> int:
-    """Estimate of what all engines take at once: fp32 weights, a second copy while they are packed, caches and activations."""
-    return int(8.5 * sum(math.prod(shape) for shape in expected_tensors(config).values())) + (300 << 20)
-
-
 def environment(backend: Backend) -> dict[str, str]:
     """Versions and machine, for the report."""
     found = {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        "cores": str(usable_cores()),
         "backend": backend.availability().detail,
     }
     for package in ("flamingo-export", "numpy", "onnxruntime", "torch", "transformers"):

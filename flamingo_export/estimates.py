@@ -1,0 +1,125 @@
+"""What things take of memory before they are begun: running a bundle, the reference beside it, making weights, building engines.
+
+They stand in one place so that what `load` refuses, parity leaves out, `--plan` prints and `doctor` says agree. All know the precision: they
+count the bytes of each tensor as it is stored, and what ONNX Runtime makes of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from flamingo_export.bundle.manifest import ShapeLimits
+from flamingo_export.precision import BYTES_PER_WEIGHT, Precision
+from flamingo_export.weights import Weight, WeightIndex, bundle_weights, stored_bytes
+from flamingo_reference.config import ModelConfig, NFNetConfig
+from flamingo_reference.names import expected_tensors
+
+PROGRAM = 300 << 20
+"""Python, its libraries and the activations of short prompts."""
+GIB = 1 << 30
+
+_WIDENED = {"fp16": 2, "bf16": 2, "fp8": 4}
+"""How many times its stored bytes a tensor takes once ONNX Runtime has opened it on a CPU: 16 bits and FP8 become fp32, codes of blocks stay."""
+_OPENING = {"fp32": 1.15, "fp16": 1.3, "bf16": 1.3, "fp8": 1.3, "int8": 1.2, "int4": 1.2}
+"""Peak while opening over `opened_weights`: benchmarks/open_memory.py finds 1.13 for fp32, 1.29 for bf16, 1.24 for fp8, 1.17 for int8."""
+_CONVOLUTIONS = 2.4
+"""The same for NFNet, whose kernels are in memory twice while they are laid out in blocks: NFNet-F6 of 1.75 GB opens in 4.1 GB."""
+
+ENGINE_RATIO = 1.05
+"""An engine holds the weights of its graph once more, and its kernels."""
+BUILD_RATIO, BUILD_BASE = 2.7, GIB
+"""Peak memory of a streamed build of an engine over the bytes of its weights, and what any build takes: benchmarks/engine_build_memory.py."""
+
+_MAKING_BYTES = 9.0
+"""Bytes per number of a matrix while it is made: itself in fp32, transposed, codes."""
+
+
+def opened_weights(index: WeightIndex) -> int:
+    """Bytes that a bundle's weights take while all its graphs are open on a CPU: the least that running it needs."""
+    return sum(_opened(index, name) for name in index)
+
+
+def resident(config: ModelConfig, index: WeightIndex) -> int:
+    """Bytes that a bundle takes once it is open on a CPU, with the program and a cache for short prompts."""
+    return opened_weights(index) + cache_bytes(config, positions=512, width=4) + PROGRAM
+
+
+def running(config: ModelConfig, index: WeightIndex) -> int:
+    """The same at its peak, which is reached while the graph that takes most is opened after all others."""
+    extra: dict[str, float] = {}
+    for name in index:
+        graph = name.split("/", 1)[0]
+        kernels = isinstance(config.vision, NFNetConfig) and graph == "vision_encoder"
+        factor = _CONVOLUTIONS if kernels else _OPENING[index[name].storage]
+        extra[graph] = extra.get(graph, 0.0) + (factor - 1) * _opened(index, name)
+    return resident(config, index) + int(max(extra.values(), default=0.0))
+
+
+def cache_bytes(config: ModelConfig, *, positions: int, width: int) -> int:
+    """Bytes of the keys and values of so many positions, in numbers of `width` bytes."""
+    lm = config.language_model
+    return 2 * lm.num_layers * lm.kv_heads * lm.head_size * positions * width
+
+
+def reference(config: ModelConfig) -> int:
+    """Bytes that the whole reference takes for token traces, whatever the bundle's precision: fp64 and fp32 side by side, and activations."""
+    return int(12.5 * _numbers(config)) + PROGRAM
+
+
+def quantised_copies(config: ModelConfig, precision: Precision) -> int:
+    """Bytes of the fp32 reference with each matrix that the policy quantises once more in its layer's copy and once in that of all, and
+    activations."""
+    quantised = [weight for weight in bundle_weights(config, precision) if weight.quantisation(precision) is not None]
+    return int(4.5 * _numbers(config)) + 8 * sum(math.prod(weight.shape) for weight in quantised) + PROGRAM
+
+
+def making(weights: Iterable[Weight], *, large: int, threads: int) -> int:
+    """Bytes that writing a bundle's weights takes: the largest is made alone if it has more than `large` numbers, else `threads` at a time."""
+    largest = max(math.prod(weight.shape) for weight in weights)
+    return PROGRAM + int(_MAKING_BYTES * largest * (1 if largest > large else threads))
+
+
+def calibrating(config: ModelConfig) -> int:
+    """Bytes that calibration takes: the largest part of the reference in fp32, twice, as it is read and as it is used."""
+    sizes: dict[str, int] = {}
+    for name, shape in expected_tensors(config).items():
+        parts = name.split(".")
+        numbered = next((index for index, part in enumerate(parts) if part.isdigit()), 0)
+        part = ".".join(parts[: numbered + 1]) if parts[0] in ("language_model", "cross_attention") else parts[0]
+        sizes[part] = sizes.get(part, 0) + 4 * math.prod(shape)
+    return PROGRAM + 2 * max(sizes.values())
+
+
+def device(config: ModelConfig, precision: Precision, limits: ShapeLimits) -> int:
+    """Bytes on a GPU, were all graphs engines: they, caches of the limits' batch and length, the media bank; not intermediate results."""
+    block, width = config.cross_attention, BYTES_PER_WEIGHT[precision.storage]
+    weights = sum(stored_bytes(weight, precision) for weight in bundle_weights(config, precision))
+    caches = cache_bytes(config, positions=limits.max_length * limits.batch, width=width)
+    media = len(config.gated_layers) * block.num_heads * config.resampler.num_latents * block.head_size * limits.bank_rows
+    return int(ENGINE_RATIO * weights) + caches + 2 * media * (1 if precision.media == "fp8" else width)
+
+
+def engine_building(weight_bytes: int) -> int:
+    """Bytes of host memory that compiling an engine takes. weight_bytes: of the weights that its graph reads."""
+    return int(weight_bytes * BUILD_RATIO) + BUILD_BASE
+
+
+def engine_weights(memory: int) -> int:
+    """Most bytes of weights whose engine compiles in so much host memory."""
+    return int((memory - BUILD_BASE) / BUILD_RATIO)
+
+
+def shortage(what: str, needed: int, available: int) -> str:
+    """Why something does not fit, for messages; empty if it does."""
+    if needed <= available:
+        return ""
+    return f"{what} takes about {needed / GIB:.1f} GiB of memory, {available / GIB:.1f} GiB may be used"
+
+
+def _opened(index: WeightIndex, name: str) -> int:
+    return index[name].length * _WIDENED.get(index[name].storage, 1)
+
+
+def _numbers(config: ModelConfig) -> int:
+    return sum(math.prod(shape) for shape in expected_tensors(config).values())

@@ -1,0 +1,96 @@
+"""One estimate of memory: what is measured lies below it, all who ask get the same answer, and the precision counts."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from flamingo_export import estimates
+from flamingo_export.bundle.manifest import ShapeLimits
+from flamingo_export.pipeline.plan import plan
+from flamingo_export.pipeline.request import BuildRequest
+from flamingo_export.precision import Precision
+from flamingo_export.quantize.policies import preset
+from flamingo_export.sources.choice import RandomWeights, source_for_size
+from flamingo_export.validate.environment import is_small
+from flamingo_export.weights import WeightIndex
+from flamingo_reference.config import PRESETS
+
+MEASURED = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "open_memory.json").read_text())
+
+
+def index(size: str, storage: str, policy: str | None = None) -> WeightIndex:
+    precision = Precision(storage=storage, policy=preset(policy) if policy else None)  # type: ignore[arg-type]
+    return WeightIndex.planned(PRESETS[size], precision)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8", "int4", "fp8"])
+def test_what_was_measured_is_below_the_estimate_and_not_far_below(kind: str) -> None:
+    """benchmarks/open_memory.py, whose numbers are over a process that has everything imported."""
+    found = MEASURED[kind]
+    assert found["peak"] <= found["estimate"]
+    assert found["estimate"] - estimates.PROGRAM <= 1.4 * found["peak"]
+
+
+def test_9b_in_int4_takes_a_tenth_of_what_its_parameters_would_in_fp32() -> None:
+    """The weights that `load` opens: 9.2 GB. Parity once went by 8.5 bytes per parameter, whatever the precision: 96 GB."""
+    whole = index("9b", "bf16", "int4")
+    assert estimates.opened_weights(whole) == pytest.approx(9.2e9, rel=0.01)
+    assert estimates.running(PRESETS["9b"], whole) < 16e9
+    assert estimates.running(PRESETS["9b"], index("9b", "bf16")) > 4 * 10.9e9
+
+
+def test_the_precision_counts_in_every_estimate_that_it_bears_on() -> None:
+    config = PRESETS["3b"]
+    sizes = [estimates.running(config, index("3b", "bf16", policy)) for policy in ("int4", "int8", "fp8")]
+    assert sizes == sorted(sizes)
+    assert sizes[-1] > 2 * sizes[0]
+    plain, quantised = Precision(storage="bf16"), Precision(storage="bf16", policy=preset("int4"))
+    assert estimates.quantised_copies(config, plain) < estimates.quantised_copies(config, quantised)
+    limits = ShapeLimits(max_length=2048)
+    assert estimates.device(config, quantised, limits) < 0.7 * estimates.device(config, plain, limits)
+
+
+def test_a_cache_by_hand() -> None:
+    lm = PRESETS["nano"].language_model
+    assert (
+        estimates.cache_bytes(PRESETS["nano"], positions=7, width=2) == 7 * 2 * 2 * lm.num_layers * lm.num_heads * lm.head_size
+    )
+
+
+def test_cards_of_a_plan_by_hand() -> None:
+    """3b in bf16 with small limits: 6.6 GB of engines; 92 % of a card is left to them."""
+    request = BuildRequest(
+        source=source_for_size("3b"), out=Path("b.bundle"), limits=ShapeLimits(max_length=256, bank_rows=1, batch=1)
+    )
+    found = plan(request)
+    assert found.device_bytes == pytest.approx(6.7e9, rel=0.05)
+    assert {card.name: card.count for card in found.cards}["RTX 4090"] == 1
+    large = plan(BuildRequest(source=source_for_size("80b"), out=Path("b.bundle"), limits=request.limits))
+    counts = {card.name: (card.memory, card.count) for card in large.cards}
+    assert counts["RTX 4090"] == (24_000_000_000, math.ceil(large.device_bytes / (0.92 * 24e9)))
+    assert counts["A100 or H100"][1] == 3  # 157.7 GB over 73.6
+    assert counts["H200"][1] == 2
+
+
+def test_seconds_of_a_plan_by_hand() -> None:
+    """18 ns per number drawn, hashed and written; int4 16 ns more per number that it quantises."""
+    found = plan(BuildRequest(source=RandomWeights(config=PRESETS["nano"], seed=0), out=Path("b.bundle")))
+    (step,) = found.steps
+    numbers = found.weight_bytes / 4
+    assert step.seconds == pytest.approx(18e-9 * numbers, rel=0.01)
+    quantised = plan(BuildRequest(source=source_for_size("nano"), out=Path("b.bundle"), policy=preset("int4")))
+    assert 18e-9 * numbers < quantised.steps[-1].seconds < (18e-9 + 16e-9) * numbers
+
+
+def test_nano_is_small_and_3b_is_not() -> None:
+    assert is_small(PRESETS["nano"])
+    assert not is_small(PRESETS["3b"])
+
+
+def test_shortages_are_told_in_one_unit() -> None:
+    assert estimates.shortage("it", 5, 5) == ""
+    assert estimates.shortage("running it", 3 << 30, 1 << 30) == "running it takes about 3.0 GiB of memory, 1.0 GiB may be used"
