@@ -67,7 +67,7 @@ lint: .venv/installed-dev
 	.venv/bin/lint-imports
 
 test: lint
-	$(PYTEST) $(PYTEST_ARGS)
+	$(PYTEST) --durations=40 $(PYTEST_ARGS)
 
 test-fast: .venv/installed-dev
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)

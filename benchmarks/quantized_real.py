@@ -70,7 +70,7 @@ def main() -> None:
             bandwidth = max(bandwidth, common.read_bandwidth(threads))
         for name, times in steps.items():
             found[name]["step_s"] = float(np.median(times))
-        capacity = model.generator.cache.capacity
+        capacity = model.engine.loop.cache.capacity
     size = bytes_a_step(arguments.bundle, capacity, config.max_positions)
     floor = size / bandwidth
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

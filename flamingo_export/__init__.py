@@ -11,7 +11,12 @@ Names are imported when they are first used, so that `import flamingo_export` is
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
+
+# ONNX Runtime from 1.29 on sends its makers a device id, graph names and run times, and decides when it is imported. Here it is off unless
+# the user asks for it: ORT_DISABLE_TELEMETRY=0. This is the one place that runs before any import of it in a process of ours.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from flamingo_export.api import build as build
@@ -21,10 +26,11 @@ if TYPE_CHECKING:
     from flamingo_export.errors import BackendError as BackendError
     from flamingo_export.errors import BuildError as BuildError
     from flamingo_export.errors import BundleError as BundleError
-    from flamingo_export.errors import BusyError as BusyError
     from flamingo_export.errors import CalibrationError as CalibrationError
     from flamingo_export.errors import CapacityError as CapacityError
     from flamingo_export.errors import CheckpointError as CheckpointError
+    from flamingo_export.errors import DeadlineExceeded as DeadlineExceeded
+    from flamingo_export.errors import EngineClosed as EngineClosed
     from flamingo_export.errors import EvaluationError as EvaluationError
     from flamingo_export.errors import FlamingoExportError as FlamingoExportError
     from flamingo_export.errors import ImageError as ImageError
@@ -32,7 +38,10 @@ if TYPE_CHECKING:
     from flamingo_export.errors import InputError as InputError
     from flamingo_export.errors import ParityError as ParityError
     from flamingo_export.errors import PromptError as PromptError
+    from flamingo_export.errors import QueueFull as QueueFull
+    from flamingo_export.errors import RequestRefused as RequestRefused
     from flamingo_export.errors import UnsupportedModel as UnsupportedModel
+    from flamingo_export.evaluation.run import evaluate as evaluate
     from flamingo_export.pipeline.run import BuildResult as BuildResult
     from flamingo_export.runtime.model import Generation as Generation
     from flamingo_export.runtime.model import Model as Model
@@ -58,10 +67,11 @@ _HOME = {
     "BackendError": "errors",
     "BuildError": "errors",
     "BundleError": "errors",
-    "BusyError": "errors",
     "CalibrationError": "errors",
     "CapacityError": "errors",
     "CheckpointError": "errors",
+    "DeadlineExceeded": "errors",
+    "EngineClosed": "errors",
     "EvaluationError": "errors",
     "FlamingoExportError": "errors",
     "ImageError": "errors",
@@ -69,7 +79,10 @@ _HOME = {
     "InputError": "errors",
     "ParityError": "errors",
     "PromptError": "errors",
+    "QueueFull": "errors",
+    "RequestRefused": "errors",
     "UnsupportedModel": "errors",
+    "evaluate": "evaluation.run",
     "BuildResult": "pipeline.run",
     "Generation": "runtime.model",
     "Model": "runtime.model",

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from flamingo_export.backends.base import Backend, SessionOptions
     from flamingo_export.bundle.manifest import Manifest, ShapeLimits
-    from flamingo_export.pipeline.request import ParityMode
+    from flamingo_export.pipeline.request import BuildBackend, ParityMode
     from flamingo_export.pipeline.run import BuildResult
     from flamingo_export.precision import Policy, StorageType
     from flamingo_export.runtime.model import Model
@@ -38,28 +38,44 @@ def build(
     parity: ParityMode = "auto",
     overwrite: bool = False,
     resume: bool = True,
+    backend: BuildBackend = "onnxruntime",
+    target: str | None = None,
     progress: Progress = SILENT,
 ) -> BuildResult:
     """Builds a bundle and publishes it at `out` once it is complete and, where PyTorch is installed, parity has passed.
 
-    model: a checkpoint folder, a live `flamingo_reference.model.Flamingo` (`tokenizer`: the `tokenizer.json` it was trained with), or
-    a source, such as `sources.choice.source_for_size("9b")`. policy: which matrices are quantised, "fp8", "int8", "int4" or one of
-    `quantize.policies.read_policy`; calibration: the table of ranges for it. out: None takes `pipeline.request.default_out`.
+    model: a checkpoint folder, a live `flamingo_reference.model.Flamingo`, or a source such as `sources.choice.source_for_size("9b")`.
+    out: the bundle; None takes `pipeline.request.default_out`.
+    storage: how weights are stored, "fp32", "fp16" or "bf16"; None takes fp32 below a billion parameters, bf16 above.
+    policy: which matrices are quantised, "fp8", "int8", "int4" or one of `quantize.policies.read_policy`.
+    calibration: the table of activation ranges for it; without one the model is calibrated first, unless `uncalibrated`.
+    limits: sizes that the bundle is made for; None takes those of the model.
     parts: graphs that the decoder is cut into, run one after the other.
+    tokenizer: the `tokenizer.json` that a live model was trained with.
     vision_encoder: for a checkpoint in our own format whose config says `"vision": {"type": "own", ...}`, the module from pixels
-    [F, 3, I, I] to features [F, P, E] that its bridge was trained on. It is traced with torch.onnx and proved by parity like the rest. (A live
-    model has it as its `vision_encoder`.)
+        [F, 3, I, I] to features [F, P, E] that its bridge was trained on. It is traced with torch.onnx and proved by parity like the
+        rest. (A live model has it as its `vision_encoder`.)
+    parity: "auto" compares with PyTorch where it is installed, "skip" does not.
+    overwrite: replaces a bundle at `out`.
+    resume: goes on with what an interrupted build of the same request has finished.
+    backend: "onnxruntime" runs the graphs as they are; "tensorrt-rtx" and "tensorrt" compile engines beside them.
+    target: the GPU that engines are for, such as "sm89"; None for this machine's.
+    progress: hears how far it is.
+
     Returns the bundle's path, its manifest and what a user should know about it. An interrupted build goes on where it stopped.
 
     Raises CheckpointError (weights missing, unknown, misshapen or not finite), UnsupportedModel (a live model with parts that are not
     known), CalibrationError (a table that does not fit, activations that give none), BuildError (output taken, no space, another build to
     the same path, a policy that model or backend cannot follow), ParityError (parity failed or could not be run).
     """
+    from flamingo_export.errors import BuildError
     from flamingo_export.pipeline import run
     from flamingo_export.pipeline.request import BuildRequest, default_out
     from flamingo_export.quantize.policies import preset
     from flamingo_export.sources.choice import with_vision_encoder
 
+    if target is not None and backend == "onnxruntime":
+        raise BuildError(f"target is {target!r}, but only engines have one: add backend='tensorrt-rtx'")
     source = _source(model, tokenizer)
     chosen = preset(policy) if isinstance(policy, str) else policy
     if vision_encoder is not None:
@@ -76,6 +92,8 @@ def build(
         parity=parity,
         overwrite=overwrite,
         resume=resume,
+        backend=backend,
+        target=target,
     )
     return run.build(request, progress=progress)
 
@@ -107,7 +125,9 @@ def load(
     """Opens a bundle to generate text with: `load("nano.bundle").generate("<image>Output:", images=["a.png"])`.
 
     backend: a name of `backends.registry.BACKEND_NAMES`, or `auto`: TensorRT where an engine in the bundle fits this machine,
-    else ONNX Runtime. device: `cpu` or `cuda`, for ONNX Runtime. threads: 0 takes the physical cores. PyTorch is not needed.
+        else ONNX Runtime. PyTorch is not needed.
+    device: `cpu` or `cuda`, for ONNX Runtime.
+    threads: 0 takes the physical cores.
     fallback: a backend to go on with where the other one cannot run the bundle, which is logged as a warning.
 
     Raises BundleError (incomplete, damaged, of a newer schema), BackendError (unknown or not installed, device missing, an engine that

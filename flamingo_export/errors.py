@@ -11,9 +11,12 @@ FlamingoExportError
 ├── UnsupportedModel      a live model with parts that the builder does not know
 ├── BuildError            a build that cannot start or go on: output taken, disk full, another build running
 ├── BundleError           a bundle that is incomplete, altered or of a newer schema
-├── BusyError             the model is running another request: nothing is wrong with this one
 ├── BackendError          a backend that is not installed or cannot run here
 │   └── IncompatibleEngine  an engine for another version, device or plugin
+├── RequestRefused        the engine does not take a request now, or gives it up; the same request may succeed later
+│   ├── QueueFull         too many wait already
+│   ├── DeadlineExceeded  it was not finished in time
+│   └── EngineClosed      the model was closed; a BackendError too
 └── ParityError           parity could not be established (a failed gate is a result, not an error)
 
 The command line turns them into one line on stderr and exit code 1 (2 for usage); messages say what was found, what was
@@ -72,16 +75,28 @@ class BundleError(FlamingoExportError, RuntimeError):
     """A bundle that is incomplete, altered, or of a schema this version does not know."""
 
 
-class BusyError(FlamingoExportError, RuntimeError):
-    """A model that is still running another request, from another thread or an open stream."""
-
-
 class BackendError(FlamingoExportError, RuntimeError):
     """A backend that is not installed or cannot run here."""
 
 
 class IncompatibleEngine(BackendError):
     """An engine that was built for another version, device or plugin."""
+
+
+class RequestRefused(FlamingoExportError, RuntimeError):
+    """A request that the engine does not take now, or gives up. Nothing is wrong with it."""
+
+
+class QueueFull(RequestRefused):
+    """More requests wait than the engine keeps."""
+
+
+class DeadlineExceeded(RequestRefused):
+    """A request that was not finished by its deadline."""
+
+
+class EngineClosed(RequestRefused, BackendError):
+    """A request to a model that is closed, or was closed before it was finished."""
 
 
 class ParityError(FlamingoExportError, RuntimeError):

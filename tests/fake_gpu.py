@@ -16,6 +16,7 @@ from fake_tensorrt import VERSION, FakeTensorRT, write_engine
 
 from flamingo_export.backends.tensorrt import backend as backend_module
 from flamingo_export.backends.tensorrt import library
+from flamingo_export.backends.tensorrt import session as session_module
 from flamingo_export.backends.tensorrt.engine_contract import contract_of
 from flamingo_export.backends.tensorrt.lowering.candidates import add_candidates
 from flamingo_export.backends.tensorrt.lowering.lower import lower, save_lowered
@@ -38,6 +39,7 @@ class FakeGpu:
 def install(monkeypatch: pytest.MonkeyPatch, home: Path) -> FakeGpu:
     """Puts the fakes in the place of driver, cuda-python and TensorRT for RTX, and the home folder out of reach."""
     found = FakeGpu()
+    monkeypatch.setattr(session_module, "CHECK_MASKS", True)
     monkeypatch.setattr(library, "installed", lambda which: which is library.RTX)
     monkeypatch.setattr(library, "load", lambda which: found.trt)
     monkeypatch.setattr(library, "device", lambda: library.Device(target=TARGET))

@@ -29,6 +29,8 @@ WHEELS = {
     "rtx": ("tensorrt_rtx_cu13_bindings==1.7.1.116", "tensorrt_rtx_cu13_libs==1.7.1.116"),
     "lean": ("tensorrt_lean_cu13_bindings==11.4.0.106", "tensorrt_lean_cu13_libs==11.4.0.106"),
     "datacenter-bindings": ("tensorrt_cu13_bindings==11.4.0.106",),
+    "datacenter-bindings-10.16": ("tensorrt_cu13_bindings==10.16.1.11",),
+    "datacenter-bindings-10.15": ("tensorrt_cu13_bindings==10.15.1.29",),
     "cuda": ("cuda_bindings==13.5.0", "cuda_pathfinder==1.9.0"),
 }
 _INSTALL_SECONDS = 300

@@ -76,8 +76,8 @@ class Buffer(Protocol):
     def copy_from(self, other: Buffer) -> None:
         """Copies the whole of `other`, equal to or smaller than this along every axis, into the leading corner."""
 
-    def rows(self, count: int) -> Buffer:
-        """The first `count` rows of the first axis, sharing memory."""
+    def rows(self, first: int, count: int) -> Buffer:
+        """Rows first .. first + count - 1 of the first axis, sharing memory; the same object each time, so that binding it is free."""
 
     def view(self, shape: tuple[int, ...]) -> Buffer:
         """Its beginning as a tensor of another shape, not larger, sharing memory; the same object each time, so that binding it is free."""

@@ -149,6 +149,7 @@ class HostBuffer:
         self.array: Array = array
         self.value = _ort_value(array)
         self._views: dict[tuple[int, ...], HostBuffer] = {}
+        self._rows: dict[tuple[int, int], HostBuffer] = {}
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -171,9 +172,13 @@ class HostBuffer:
         source = other.array if isinstance(other, HostBuffer) else other.read()
         self.array[tuple(slice(size) for size in source.shape)] = source
 
-    def rows(self, count: int) -> HostBuffer:
-        """The first `count` rows, sharing memory; the same object each time, so that binding it again is free."""
-        return self.view((count, *self.array.shape[1:]))
+    def rows(self, first: int, count: int) -> HostBuffer:
+        """Rows from `first` on, sharing memory; the same object each time, so that binding it again is free."""
+        if (first, count) == (0, len(self.array)):
+            return self
+        if (first, count) not in self._rows:
+            self._rows[first, count] = HostBuffer(self.array[first : first + count])
+        return self._rows[first, count]
 
     def view(self, shape: tuple[int, ...]) -> HostBuffer:
         """Its beginning in another shape, sharing memory; the same object each time."""

@@ -120,9 +120,9 @@ class TorchBuffer:
         source = other.read()
         self.tensor.numpy()[tuple(slice(size) for size in source.shape)] = source
 
-    def rows(self, count: int) -> TorchBuffer:
-        """The first `count` rows, sharing memory."""
-        return TorchBuffer(self.tensor[:count])
+    def rows(self, first: int, count: int) -> TorchBuffer:
+        """Rows from `first` on, sharing memory."""
+        return TorchBuffer(self.tensor[first : first + count])
 
     def view(self, shape: tuple[int, ...]) -> TorchBuffer:
         """Its beginning in another shape, sharing memory."""

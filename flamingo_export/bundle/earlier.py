@@ -40,3 +40,21 @@ def completed(bundle: Path, manifest: Manifest) -> Manifest:
         return manifest
     tokens = msgspec.structs.replace(tokens, banned=tuple(sorted(found)))
     return msgspec.structs.replace(manifest, config=msgspec.structs.replace(manifest.config, tokens=tokens))
+
+
+def lacking(bundle: Path, manifest: Manifest) -> tuple[str, ...]:
+    """A sentence for each thing that a build of today would record and this bundle does not; none where it has all.
+
+    Such a bundle opens and gives its answers all the same. Whatever comes into the manifest with a default that means "not recorded" gets
+    its sentence here.
+    """
+    today = completed(bundle, manifest).config.tokens
+    if today == manifest.config.tokens:
+        return ()
+    tag = manifest.inputs.tags.around_image
+    found = [f"{tag} is not recorded as never generated; it is looked up in the tokenizer whenever the bundle is opened"]
+    if any(engine.banned is None for engine in manifest.engines):
+        found.append(
+            f"its engines leave out <image> and not {tag}: the whole vocabulary's logits are read at each step, which is slower"
+        )
+    return tuple(found)

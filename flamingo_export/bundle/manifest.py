@@ -45,6 +45,7 @@ class EngineSummary(msgspec.Struct, frozen=True, kw_only=True):
     """What the builder said of an engine.
 
     layers of the network before fusion; kernels by kind, over all profiles; attentions in the graph and those that one kernel computes;
+    attentions_with_lengths: those that are told how many slots of their cache are in use, and need not read the others;
     output_types: kernels that write a type. quantised_products of the graph, and those whose weights a kernel of their own widens before
     they are multiplied (in the profile with the most of them): bytes are saved on the disk then, not in time.
     """
@@ -58,6 +59,7 @@ class EngineSummary(msgspec.Struct, frozen=True, kw_only=True):
     output_types: dict[str, int]
     weight_bytes: int
     profiles: tuple[ProfileSummary, ...]
+    attentions_with_lengths: int = 0
     quantised_products: int = 0
     widened_products: int = 0
 
@@ -224,7 +226,7 @@ def read_manifest(bundle: Path) -> Manifest:
         version = msgspec.json.decode(text, type=_Version).schema_version
         if version > SCHEMA_VERSION:
             raise BundleError(
-                f"{path} has schema {version}; this flamingo-export reads up to {SCHEMA_VERSION}. Upgrade it: pip install -U flamingo-export"
+                f"{path} has schema {version}; this flamingo-export reads up to {SCHEMA_VERSION}. Upgrade flamingo-export."
             )
         manifest = msgspec.json.decode(text, type=Manifest)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:

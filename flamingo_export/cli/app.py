@@ -5,11 +5,26 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
-from flamingo_export.cli import bench, build, calibrate, doctor, generate, inspect, parity, refit, score, sensitivity
+from flamingo_export.cli import (
+    bench,
+    build,
+    calibrate,
+    doctor,
+    eval,
+    generate,
+    index,
+    inspect,
+    parity,
+    refit,
+    score,
+    search,
+    sensitivity,
+)
 from flamingo_export.cli.interrupts import EXIT_INTERRUPTED, Interrupts
 from flamingo_export.cli.options import MediaCommand
 from flamingo_export.cli.verb import Verb
@@ -17,7 +32,14 @@ from flamingo_export.errors import FlamingoExportError
 
 EXIT_FAILURE = 1
 
-app = typer.Typer(
+
+class _App(typer.Typer):
+    def command(self, *names: Any, cls: type[TyperCommand] | None = Verb, **settings: Any) -> Any:
+        """As typer has it, but what is said of all verbs holds for each."""
+        return super().command(*names, cls=cls, **settings)
+
+
+app = _App(
     name="flamingo-export",
     help="Turn a Flamingo checkpoint into compiled graphs that generate text, and prove that they compute what PyTorch computes.",
     epilog="First steps: flamingo-export build --size nano --out nano.bundle; flamingo-export generate nano.bundle --image FILE",
@@ -27,22 +49,23 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("build", short_help="Make a bundle from a checkpoint or a size.", cls=Verb)(build.build)
-app.command("calibrate", short_help="Measure activations of the reference, for quantisation.", cls=Verb)(calibrate.calibrate)
-app.command("sensitivity", short_help="Measure what quantising each matrix costs, and what to keep in more bits.", cls=Verb)(
+app.command("build", short_help="Make a bundle from a checkpoint or a size.")(build.build)
+app.command("calibrate", short_help="Measure activations of the reference, for quantisation.")(calibrate.calibrate)
+app.command("sensitivity", short_help="Measure what quantising each matrix costs, and what to keep in more bits.")(
     sensitivity.sensitivity
 )
-app.command("refit", short_help="Put other weights of the same shapes into a bundle.", cls=Verb)(refit.refit)
+app.command("refit", short_help="Put other weights of the same shapes into a bundle.")(refit.refit)
 app.command("generate", short_help="Describe images and videos, or answer a question about them.", cls=MediaCommand)(
     generate.generate
 )
 app.command("score", short_help="Rank candidate answers by their log-likelihood.", cls=MediaCommand)(score.score)
-app.command("parity", short_help="Check a bundle's engines against the PyTorch reference or recorded values.", cls=Verb)(
-    parity.parity
-)
-app.command("inspect", short_help="Show what a bundle, a checkpoint or a size is made of.", cls=Verb)(inspect.inspect)
-app.command("doctor", short_help="Show what this machine can run, and what to install for the rest.", cls=Verb)(doctor.doctor)
-app.command("bench", short_help="Measure a bundle's speed on this machine.", cls=Verb)(bench.bench)
+app.command("eval", short_help="Score a bundle on a benchmark, few-shot, beside another.")(eval.eval_)
+app.command("index", short_help="Encode examples once, to retrieve similar ones.")(index.index)
+app.command("search", short_help="Find the pictures of an index that look most like one.")(search.search)
+app.command("parity", short_help="Check a bundle's engines against the PyTorch reference or recorded values.")(parity.parity)
+app.command("inspect", short_help="Show what a bundle, a checkpoint or a size is made of.")(inspect.inspect)
+app.command("doctor", short_help="Show what this machine can run, and what to install for the rest.")(doctor.doctor)
+app.command("bench", short_help="Measure a bundle's speed on this machine.")(bench.bench)
 
 
 def _print_version(wanted: bool) -> None:
@@ -74,7 +97,8 @@ def run(argv: Sequence[str] | None, interrupts: Interrupts) -> int:
     try:
         app(args=arguments, prog_name="flamingo-export")
     except SystemExit as stop:
-        if stop.code == EXIT_INTERRUPTED:  # what typer makes of a KeyboardInterrupt
+        # What typer makes of a KeyboardInterrupt; versions differ in the code.
+        if stop.code == EXIT_INTERRUPTED or (stop.code and interrupts.received is not None):
             return _interrupted(interrupts, debug)
         return stop.code if isinstance(stop.code, int) else EXIT_FAILURE
     except KeyboardInterrupt:
@@ -93,9 +117,20 @@ def run(argv: Sequence[str] | None, interrupts: Interrupts) -> int:
     except Exception as error:
         if interrupts.received is not None:
             return _interrupted(interrupts, debug)
-        _complain(f"unexpected {type(error).__name__}: {error}. This is a bug; --debug shows where.", debug)
+        _complain(f"unexpected {type(error).__name__}: {error}. {_likely_cause()}; --debug shows where.", debug)
         return EXIT_FAILURE
     return 0
+
+
+def _likely_cause() -> str:
+    """A bug of ours, unless a package of a version that is not admitted is installed."""
+    from flamingo_export.cli.probes import packages
+
+    try:
+        found = packages()
+    except ImportError:  # what reads versions is missing itself
+        return "This is a bug"
+    return "This is a bug" if found.found else f"Python packages are {found.detail}. {found.remedy}"
 
 
 def _interrupted(interrupts: Interrupts, debug: bool) -> int:

@@ -15,9 +15,9 @@ from flamingo_export.cli.options import AsJson, BackendName, Device, Fallback, T
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from flamingo_export.runtime.generator import Timings
     from flamingo_export.runtime.model import Model
     from flamingo_export.runtime.request import Request
+    from flamingo_export.runtime.timings import Timings
     from flamingo_reference.config import ModelConfig
 
 _QUESTION_TOKENS = 16

@@ -85,10 +85,10 @@ def build(
         Path | None,
         typer.Option("--out", "-o", help="The bundle. Default flamingo-SIZE.bundle or CHECKPOINT.bundle.", show_default=False),
     ] = None,
-    precision: Annotated[
+    storage: Annotated[
         Storage | None,
         typer.Option(
-            "--precision",
+            "--storage",
             help="How weights are stored. Default fp32 below a billion parameters, bf16 above.",
             show_default=False,
         ),
@@ -184,11 +184,11 @@ def build(
     limits = ShapeLimits(max_length=max_length, chunk=max(1, min(_CHUNK, max_length // 8))) if max_length else None
     if max_batch is not None:
         limits = msgspec.structs.replace(limits or default_limits(open_source(source).config), batch=max_batch)
-    storage: StorageType | None = precision.value if precision else None
+    stored: StorageType | None = storage.value if storage else None
     request = BuildRequest(
         source=source,
         out=target_out,
-        storage=storage,
+        storage=stored,
         policy=chosen,
         calibration=calibration,
         uncalibrated=uncalibrated,

@@ -7,9 +7,9 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import msgspec
 import typer
 
+from flamingo_export.cli.components import Component, components
 from flamingo_export.cli.options import SIZES, AsJson, Loras, OtherLanguageModel, OtherTokenizer, OtherVision
 
 if TYPE_CHECKING:
@@ -18,16 +18,6 @@ if TYPE_CHECKING:
     from flamingo_export.bundle.manifest import EngineRecord, EngineSummary, Manifest
     from flamingo_export.specs import SubgraphSpec, TensorSpec
     from flamingo_reference.config import ModelConfig
-
-COMPONENTS = ("vision_encoder", "resampler", "cross_attention", "language_model")
-
-
-class Component(msgspec.Struct, frozen=True, kw_only=True):
-    """Parameters of a component (or `total`), and the count the paper quotes, where it quotes one."""
-
-    name: str
-    parameters: int
-    quoted: float | None
 
 
 def inspect(
@@ -93,17 +83,6 @@ def _check_there(path: Path) -> None:
         )
 
 
-def components(config: ModelConfig) -> list[Component]:
-    """Parameters per component, computed from the shapes, and their total."""
-    from flamingo_reference.config import PRESETS, QUOTED_PARAMETERS
-    from flamingo_reference.names import parameter_counts
-
-    counts = parameter_counts(config)
-    counts["total"] = sum(counts.values())
-    quoted = QUOTED_PARAMETERS.get(config.name, {}) if PRESETS.get(config.name) == config else {}
-    return [Component(name=name, parameters=count, quoted=quoted.get(name)) for name, count in counts.items()]
-
-
 def _inspect_size(config: ModelConfig, as_json: bool) -> None:
     from flamingo_export.cli.output import print_json, results
 
@@ -119,11 +98,12 @@ def _inspect_size(config: ModelConfig, as_json: bool) -> None:
 def _inspect_bundle(bundle: Path, as_json: bool) -> None:
     from rich.markup import escape
 
+    from flamingo_export.bundle.earlier import lacking
     from flamingo_export.bundle.manifest import read_manifest
     from flamingo_export.cli.output import human_bytes, print_json, results, table
 
     manifest = read_manifest(bundle)
-    specs = _specs(manifest)
+    specs, lacks = _specs(manifest), lacking(bundle, manifest)
     total = sum(file.size for file in manifest.files)
     if as_json:
         print_json(
@@ -133,12 +113,15 @@ def _inspect_bundle(bundle: Path, as_json: bool) -> None:
                 "parameters": components(manifest.config),
                 "graphs": specs,
                 "manifest": manifest,
+                "lacks": lacks,
             }
         )
         return
     console = results()
     console.print(f"[bold]{escape(str(bundle))}[/bold]  {human_bytes(total)} in {len(manifest.files)} files")
     console.print(_summary(bundle, manifest))
+    if lacks:
+        console.print(escape(_lacks(bundle, manifest, lacks)))
     _print_components(console, f"Flamingo {manifest.config.name}", components(manifest.config))
     _print_shape(console, manifest.config)
     for record in manifest.graphs:
@@ -195,6 +178,7 @@ def _print_engine(console: Console, engine: EngineRecord) -> None:
         ("layers before fusion", str(summary.layers)),
         ("kernels, all profiles", ", ".join(f"{count} {kind}" for kind, count in summary.kernels.items()) or "not told"),
         ("fused attention", f"{summary.fused_attentions} of {summary.attentions}"),
+        ("attention told the slots in use", str(summary.attentions_with_lengths)),
         *_quantised_row(summary),
         ("plugin layers", str(summary.plugin_layers)),
         ("cache updates in place", str(summary.cache_updates)),
@@ -260,6 +244,17 @@ def _quantised_lines(manifest: Manifest) -> dict[str, str]:
         )
         lines["ranges"] = told + found
     return lines
+
+
+def _lacks(bundle: Path, manifest: Manifest, lacks: tuple[str, ...]) -> str:
+    """What an earlier version's bundle lacks, and the command that builds it again."""
+    from flamingo_export.backends.tensorrt.engine_contract import rebuild_command
+
+    engine = manifest.engines[0] if manifest.engines else None
+    backend, target = (engine.backend, engine.target) if engine else ("onnxruntime", "")
+    return "\n".join(
+        [*(f"lacks      {each}" for each in lacks), f"           {rebuild_command(bundle, manifest, backend, target)}"]
+    )
 
 
 def _summary(bundle: Path, manifest: Manifest) -> str:

@@ -77,7 +77,7 @@ TextOnly = Annotated[
     bool, typer.Option("--text-only", help="Leave the shots' images out: with two shots, the paper's zero-shot prompt.")
 ]
 Frames = Annotated[
-    int | None, typer.Option("--frames", min=1, max=30, help="Frames of a video. Default 8.", show_default=False)
+    int | None, typer.Option("--num-frames", min=1, max=30, help="Frames of a video. Default 8.", show_default=False)
 ]
 Fps = Annotated[
     float | None,
@@ -223,7 +223,7 @@ def media_as_typed(
 
     Raises typer.BadParameter for a clip that is none, frames of no video, or standard input that cannot be read.
     """
-    for option, given in {"--frames": frames, "--fps": fps, "--clip": clip}.items():
+    for option, given in {"--num-frames": frames, "--fps": fps, "--clip": clip}.items():
         if given is not None and not videos:
             raise typer.BadParameter("there is no --video to take frames of", param_hint=option)
     from flamingo_export.runtime.videos import Video

@@ -6,38 +6,28 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from flamingo_export.cli.output import remarks
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
 
-    from flamingo_export.progress import Phase, Unit
+    from flamingo_export.progress import Phase, Progress, Unit
 
 
 _TOLD_SECONDS = 60
 
 
-class Reporter(Protocol):
-    """What `flamingo_export.progress.Progress` asks for."""
-
-    def stage(self, name: str, total: int, unit: Unit = "items") -> None: ...
-
-    def advance(self, amount: int) -> None: ...
-
-    def within(self, phases: Sequence[Phase]) -> None: ...
-
-    def note(self, text: str) -> None: ...
-
-
 @contextmanager
-def reported() -> Iterator[Reporter]:
+def reported() -> Iterator[Progress]:
     """A reporter for the length of some work."""
     if not sys.stderr.isatty():
         yield _Lines()
         return
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as RichProgress
 
     columns = (
         SpinnerColumn(),
@@ -46,7 +36,7 @@ def reported() -> Iterator[Reporter]:
         TaskProgressColumn(),
         TextColumn("{task.fields[size]}"),
     )
-    with Progress(*columns, TimeRemainingColumn(), console=remarks()) as bars:
+    with RichProgress(*columns, TimeRemainingColumn(), console=remarks()) as bars:
         yield _Bars(bars)
 
 
@@ -76,7 +66,7 @@ class _Lines:
 
 
 class _Bars:
-    def __init__(self, bars: Progress) -> None:
+    def __init__(self, bars: RichProgress) -> None:
         self._bars = bars
         self._task: TaskID | None = None
         self._total = 1

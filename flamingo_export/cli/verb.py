@@ -8,7 +8,12 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
-RENAMED = {"--n-best": "--num-return", "--force": "--overwrite"}
+RENAMED = {
+    "--force": "--overwrite",
+    "--frames": "--num-frames",
+    "--n-best": "--num-return",
+    "--precision": "--storage",
+}
 """Options of 0.1.0 by the names they have now, which are those of the Python interface."""
 
 

@@ -53,6 +53,7 @@ from flamingo_export.weights.calibration_table import (
     check_fits,
 )
 from flamingo_export.weights.decoder_cuts import check_parts, graph_records
+from flamingo_export.weights.range_checks import check_ranges
 from flamingo_reference.checkpoints.families import native
 from flamingo_reference.config import OwnVisionConfig
 
@@ -152,7 +153,7 @@ def _prepare(request: BuildRequest, progress: Progress) -> _Job:
     compiler = (backend, backend.prepare()) if backend is not None else None
     calibration = checked_policy(request, config, precision, compiler[1].target if compiler is not None else None)
     donor = fitting(request.graphs_of, source, progress=progress) if request.graphs_of is not None else None
-    notes = []
+    notes = list(source.notes)
     drawn = isinstance(source, RandomSource)
     if drawn:
         notes.append("the weights are seeded random numbers, not those of a trained model: its answers mean nothing")
@@ -227,6 +228,8 @@ def _fill(job: _Job, journal: Journal, progress: Progress) -> BuildResult:
     source = with_place(job.source.record(digests), job.request.source, job.request.out)
     if calibration is not None:
         check_fits(calibration, config, source.sha256)
+        if not _proves(job):
+            check_ranges(work, config, job.precision, calibration)
     graphs = _write_graphs(job, progress)
     if isinstance(job.source, LiveSource) and job.source.own_vision_encoder is not None:
         records.append(write_traced(job.source.own_vision_encoder, config, work, "vision_encoder.onnx"))
@@ -316,10 +319,14 @@ def _tool_versions() -> dict[str, str]:
     return versions
 
 
+def _proves(job: _Job) -> bool:
+    return job.request.parity != "skip" and importlib.util.find_spec("torch") is not None
+
+
 def _prove(job: _Job, manifest: Manifest, progress: Progress) -> tuple[Manifest, ParityReport | None]:
     """Golden values and parity, before anything is published. Without PyTorch nothing is claimed."""
     work = job.place.work
-    if job.request.parity == "skip" or importlib.util.find_spec("torch") is None:
+    if not _proves(job):
         if job.request.parity != "skip":
             progress.note("PyTorch is not installed, so the engines are not compared with it: parity is not_run")
         _hand_on_golden(job, manifest, progress)

@@ -129,7 +129,7 @@ class _Stream:
         if self._overflows:
             raise CheckpointError(
                 f"numbers beyond the range of {self._precision.storage}: {'; '.join(sorted(self._overflows))}. "
-                "Build with --precision bf16 (same size, range of fp32) or fp32."
+                "Build with --storage bf16 (same size, range of fp32) or fp32."
             )
 
     @property

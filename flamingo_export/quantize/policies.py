@@ -129,7 +129,7 @@ def check_backend(policy: Policy, backend: str, target: str | None) -> None:
     if target in WITHOUT_FP8:
         raise BuildError(
             f"policy {policy.name!r} computes products in FP8, which {target} has no units for (from sm89 on there are). The nearest that it "
-            "has: --int8 or --int4 (weights alone), or --precision bf16."
+            "has: --int8 or --int4 (weights alone), or --storage bf16."
         )
 
 

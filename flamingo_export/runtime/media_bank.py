@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
 
 from flamingo_export.backends.base import Buffer, Session, Tensor
 from flamingo_export.errors import CapacityError
 from flamingo_export.runtime.media import Medium
 
-Encode = Callable[[Sequence[Medium]], Iterator[tuple[Medium, Mapping[str, Tensor]]]]
-"""Media -> each of them with its media_k.i / media_v.i [Hx, R, Dx], in any order."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BankUse:
-    """What a lease found: how many distinct media had to be encoded, and how many were there already."""
-
-    encoded: int
-    reused: int
+Ints = npt.NDArray[np.int64]
 
 
 class MediaBank:
@@ -43,59 +35,73 @@ class MediaBank:
         self._free = list(range(capacity - 1, -1, -1))
 
     @property
+    def pinned(self) -> int:
+        """Rows that running requests use, or will use."""
+        return len(self._pins)
+
+    @property
     def resident(self) -> Mapping[bytes, int]:
         """Digest -> row of what the bank holds, least recently used first."""
         return self._rows
 
     def check(self, media: Sequence[Medium]) -> None:
-        """Raises CapacityError if these media cannot be in the bank together, whatever else were given up but what is pinned."""
-        wanted = {medium.digest for medium in media}
-        pinned = sum(digest not in wanted for digest in self._pins)
-        if len(wanted) + pinned > self.capacity:
-            others = f", {pinned} of them in use by other requests" if pinned else ""
-            raise CapacityError(
-                f"{len(wanted)} different images and videos are needed at once, the bank holds {self.capacity}{others}. "
-                "Use fewer shots or smaller batches, or build with more rows (limits=ShapeLimits(bank_rows=...))."
-            )
+        """Raises CapacityError if these media cannot be in the bank together, whatever else were given up."""
+        self._check_room({medium.digest for medium in media}, 0)
 
-    @contextmanager
-    def lease(self, media: Sequence[Medium], encode: Encode) -> Iterator[tuple[dict[bytes, int], BankUse]]:
-        """Digest -> row of these media for the length of a `with` block, what is missing encoded first. Raises CapacityError before work."""
-        self.check(media)
+    def pin(self, media: Sequence[Medium]) -> list[Medium]:
+        """Keeps rows for these media until `unpin`, and returns the different ones that are yet to be encoded.
+
+        Raises CapacityError, and pins none, if they have no room beside what is pinned.
+        """
         wanted = {medium.digest: medium for medium in media}
-        missing = [medium for digest, medium in wanted.items() if digest not in self._rows]
+        self._check_room(wanted.keys(), len(self._pins.keys() - wanted.keys()))
         for digest in wanted:
             self._pins[digest] = self._pins.get(digest, 0) + 1
             if digest in self._rows:
                 self._rows.move_to_end(digest)
-        try:
-            if missing:
-                for medium, values in encode(missing):
-                    self._store(medium.digest, values)
-            for buffer in self._buffers.values():
-                buffer.publish()
-            rows = {digest: self._rows[digest] for digest in wanted}
-            yield rows, BankUse(encoded=len(missing), reused=len(wanted) - len(missing))
-        finally:
-            for digest in wanted:
-                self._pins[digest] -= 1
-                if not self._pins[digest]:
-                    del self._pins[digest]
+        return self.missing(wanted.values())
 
-    def prefetch(self, media: Sequence[Medium], encode: Encode) -> Iterator[None]:
-        """Encodes media of a later request a few at a time, pausing (yield) after each, as far as rows are not in use.
+    def _check_room(self, wanted: Collection[bytes], others: int) -> None:
+        if len(wanted) + others > self.capacity:
+            beside = f", {others} of them in use by other requests" if others else ""
+            raise CapacityError(
+                f"{len(wanted)} different images and videos are needed at once, the bank holds {self.capacity}{beside}. "
+                "Use fewer shots, or build with more rows (limits=ShapeLimits(bank_rows=...))."
+            )
 
-        Nothing is pinned, and what it gives up is neither in use nor among `media`: a lease finds what is left, and encodes what is not.
-        """
-        wanted = {medium.digest: medium for medium in media}
-        for digest in wanted.keys() & self._rows.keys():
+    def unpin(self, media: Sequence[Medium]) -> None:
+        """Gives back what `pin` kept. What is in the rows stays until they are needed."""
+        for digest in {medium.digest for medium in media}:
+            self._pins[digest] -= 1
+            if not self._pins[digest]:
+                del self._pins[digest]
+
+    def unpin_all(self) -> None:
+        """Nothing is in use any more, whatever an interruption has left behind."""
+        self._pins.clear()
+        self._free = sorted(set(range(self.capacity)) - set(self._rows.values()), reverse=True)
+
+    def missing(self, media: Iterable[Medium]) -> list[Medium]:
+        """Those of different media that are not encoded."""
+        return [medium for medium in media if medium.digest not in self._rows]
+
+    def room_beside(self, media: Sequence[Medium]) -> int:
+        """Rows that may be filled for a later request with these media: neither pinned nor holding one of them already."""
+        here = {medium.digest for medium in media} & self._rows.keys()
+        for digest in here:
             self._rows.move_to_end(digest)
-        kept = self._pins.keys() | (wanted.keys() & self._rows.keys())
-        missing = [medium for digest, medium in wanted.items() if digest not in self._rows][: self.capacity - len(kept)]
-        for medium, values in encode(missing):
-            if medium.digest not in self._rows:
-                self._store(medium.digest, values)
-            yield
+        return self.capacity - len(self._pins.keys() | here)
+
+    def rows_of(self, media: Sequence[Medium]) -> Ints:
+        """Bank row of each of these media, all of them encoded and pinned, int64 [M]; decoder runs from now on see what is there."""
+        for buffer in self._buffers.values():
+            buffer.publish()
+        return np.array([self._rows[medium.digest] for medium in media], np.int64)
+
+    def store(self, medium: Medium, values: Mapping[str, Tensor]) -> None:
+        """Takes up a medium's keys and values, media_k.i and media_v.i [Hx, R, Dx], unless they are there."""
+        if medium.digest not in self._rows:
+            self._store(medium.digest, values)
 
     def _store(self, digest: bytes, values: Mapping[str, Tensor]) -> None:
         row = self._free.pop() if self._free else self._evict()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar, Unpack, overload
@@ -14,23 +15,26 @@ import numpy as np
 from flamingo_export.backends.base import Backend, SessionOptions
 from flamingo_export.bundle.manifest import Manifest
 from flamingo_export.errors import InputError, PromptError
-from flamingo_export.runtime.generator import Generator, Steps, Timings
+from flamingo_export.runtime.engine import Engine
 from flamingo_export.runtime.image_files import is_encoded
 from flamingo_export.runtime.images import ImageSource
+from flamingo_export.runtime.jobs import Group
+from flamingo_export.runtime.loop import Outcome
 from flamingo_export.runtime.media import Medium, MediumSource
 from flamingo_export.runtime.options import GenerateOptions, Settings, options_from
 from flamingo_export.runtime.prompts import Shots, as_shots, caption_prompt, qa_prompt
 from flamingo_export.runtime.request import Prepared, Request, prepare
-from flamingo_export.runtime.score import score
-from flamingo_export.runtime.search import Hypothesis, Search
+from flamingo_export.runtime.search import Hypothesis
 from flamingo_export.runtime.subgraphs import Engines
+from flamingo_export.runtime.ticket import Ticket, now
+from flamingo_export.runtime.timings import Timings
 from flamingo_export.runtime.tokenizer import TOKENIZER_FILE, TextStream, Tokenizer
 from flamingo_export.runtime.videos import Video, VideoSource
 
 Prompt = str | Request | Sequence[int]
 Batch = list[str] | list[Request] | list[str | Request]
 T = TypeVar("T")
-_OWN_NAMES = ("images", "videos", "batch_size")
+_OWN_NAMES = ("images", "videos", "caller", "timeout", "batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +55,7 @@ class Text:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Generation(Text):
-    """The best text of a request, the others asked for by num_return (best first), and where the time of its batch went."""
+    """The best text of a request, the others asked for by num_return (best first), and where its time went."""
 
     alternatives: tuple[Text, ...]
     timings: Timings
@@ -67,10 +71,19 @@ class Score:
 
 
 class Model:
-    """A bundle ready to generate. Close it, or use it in a `with` block, to free its memory."""
+    """A bundle ready to generate. Close it, or use it in a `with` block, to free its memory.
 
-    def __init__(self, bundle: Path, manifest: Manifest, backend: Backend, options: SessionOptions) -> None:
-        """Opens the graphs. Raises BackendError or BundleError."""
+    From any thread and any event loop: requests of all callers share the steps of one engine, whose answers do not depend on neighbours.
+    """
+
+    def __init__(
+        self, bundle: Path, manifest: Manifest, backend: Backend, options: SessionOptions, *, rows: int | None = None
+    ) -> None:
+        """Opens the graphs.
+
+        rows: requests that run at once; None: 16, or as many as the engines were built for.
+        Raises BackendError or BundleError, InputError for more rows than the engines take.
+        """
         self.bundle, self.manifest, self.backend = bundle, manifest, backend
         self.config = manifest.config
         self.inputs = manifest.inputs
@@ -78,13 +91,21 @@ class Model:
         self.tokenizer = Tokenizer.open(bundle, self.config, self.inputs.tags) if has_tokenizer else None
         self.engines = Engines.open(bundle, manifest, backend, options)
         try:
-            self.generator = Generator(self.engines, self.config, manifest.limits)
+            self.engine = Engine(self.engines, self.config, manifest.limits, rows=rows)
         except BaseException:
             self.engines.close()
             raise
 
     @overload
-    def generate(self, prompt: Batch, *, batch_size: int = ..., **settings: Unpack[Settings]) -> list[Generation]: ...
+    def generate(
+        self,
+        prompt: Batch,
+        *,
+        batch_size: int = ...,
+        caller: str = ...,
+        timeout: float | None = ...,
+        **settings: Unpack[Settings],
+    ) -> list[Generation]: ...
 
     @overload
     def generate(
@@ -93,6 +114,8 @@ class Model:
         *,
         images: Iterable[ImageSource | Video] = ...,
         videos: Iterable[VideoSource | Video] = ...,
+        caller: str = ...,
+        timeout: float | None = ...,
         **settings: Unpack[Settings],
     ) -> Generation: ...
 
@@ -103,23 +126,62 @@ class Model:
         images: Iterable[ImageSource | Video] = (),
         videos: Iterable[VideoSource | Video] = (),
         batch_size: int = 8,
+        caller: str = "",
+        timeout: float | None = None,
         **settings: Unpack[Settings],
     ) -> Generation | list[Generation]:
         """Generates the text that follows a prompt, or each of a list of them.
 
         prompt: text with an `<image>` for each of `images` and then `videos`, in order; token ids; or a Request that carries its own media
-        (there the two may be mixed: Request(prompt=..., media=[path, Video(source=...), array])). A list of texts or Requests is run
-        batch_size at a time; what comes out does not depend on which others are in the batch.
+        (there the two may be mixed: Request(prompt=..., media=[path, Video(source=...), array])). Of a list of texts or Requests batch_size
+        run at a time; what comes out does not depend on what else runs.
+        caller: whose turn it counts against where several share the engine.
+        timeout: seconds after which it is given up (DeadlineExceeded).
         settings: beams, max_new_tokens, length_penalty, num_return, temperature, top_k, top_p, seed, as GenerateOptions describes them.
         Raises InputError (PromptError, ImageError, CapacityError) before anything is run.
         """
-        options = options_from(settings, _OWN_NAMES)
-        if isinstance(prompt, list) and any(isinstance(item, str | Request) for item in prompt):
-            requests = [as_request(item) for item in prompt]
-            if len(_listed(images)) + len(_listed(videos)):
-                raise InputError("with a list of prompts, give each its media: Request(prompt=..., media=[...])")
-            return self._generate_batches(requests, options, batch_size)
-        return self._generate_batches([as_request(prompt, images, videos)], options, 1)[0]
+        options, requests, many = self._asked(prompt, images, videos, batch_size, settings)
+        tickets = self._submit(requests, options, batch_size, caller, timeout, wake=False)
+        outcomes = self.engine.complete(*tickets)
+        found = [self._generation(outcome, options, ticket.timings) for outcome, ticket in zip(outcomes, tickets, strict=True)]
+        return found if many else found[0]
+
+    @overload
+    async def agenerate(self, prompt: Batch, *, batch_size: int = ..., **settings: Unpack[Settings]) -> list[Generation]: ...
+
+    @overload
+    async def agenerate(
+        self,
+        prompt: Prompt,
+        *,
+        images: Iterable[ImageSource | Video] = ...,
+        videos: Iterable[VideoSource | Video] = ...,
+        caller: str = ...,
+        timeout: float | None = ...,
+        **settings: Unpack[Settings],
+    ) -> Generation: ...
+
+    async def agenerate(
+        self,
+        prompt: Prompt | Batch,
+        *,
+        images: Iterable[ImageSource | Video] = (),
+        videos: Iterable[VideoSource | Video] = (),
+        batch_size: int = 8,
+        caller: str = "",
+        timeout: float | None = None,
+        **settings: Unpack[Settings],
+    ) -> Generation | list[Generation]:
+        """As `generate`, without holding up the event loop. Cancelling the task gives its requests up and frees their rows."""
+        options, requests, many = self._asked(prompt, images, videos, batch_size, settings)
+        tickets = await asyncio.to_thread(self._submit, requests, options, batch_size, caller, timeout, wake=True)
+        try:
+            found = [self._generation(await ticket, options, ticket.timings) for ticket in tickets]
+        except BaseException:
+            for ticket in tickets:
+                ticket.cancel()
+            raise
+        return found if many else found[0]
 
     def stream(
         self,
@@ -127,25 +189,28 @@ class Model:
         *,
         images: Iterable[ImageSource | Video] = (),
         videos: Iterable[VideoSource | Video] = (),
+        caller: str = "",
+        timeout: float | None = None,
         **settings: Unpack[Settings],
     ) -> Stream:
         """As `generate` for one prompt, text given out piece by piece as it becomes certain; `result` is the whole at the end.
 
         With one branch that is each token. With beams it is what all live beams and finished candidates agree on, the remainder coming
-        when the best is known, so that nothing given out is ever taken back. Errors are raised here, not at the first piece.
+        when the best is known, so that nothing given out is ever taken back. Steps do not wait for the reader. Errors of the request are
+        raised here, not at the first piece.
         """
-        options = options_from(settings, _OWN_NAMES[:2])
+        options = options_from(settings, _OWN_NAMES[:-1])
         if self.tokenizer is None:
             raise InputError(
                 "the bundle has no tokenizer, so there is no text to stream. Use generate, which returns token ids."
             )
-        timings = Timings()
-        request = as_request(prompt, images, videos)
-        prepared, limits = self._prepare([request], options, timings)
-        search = options.search(self.config, limits[0], request.seed)
-        steps = self.generator.run(prepared, [search], timings)
-        text = TextStream(self.tokenizer, strip=True)
-        return Stream(steps, search, text, lambda: self._generation(search, options, timings))
+        (ticket,) = self._submit([as_request(prompt, images, videos)], options, 1, caller, timeout, wake=True, events=True)
+        return Stream(
+            ticket,
+            TextStream(self.tokenizer, strip=True),
+            lambda outcome, timings: self._generation(outcome, options, timings),
+            one_text=options.width == 1 or not options.samples,
+        )
 
     def caption(self, image: MediumSource, *, shots: Shots = (), **settings: Unpack[Settings]) -> Generation:
         """Describes an image (or Video) in the form that this model was trained with.
@@ -171,6 +236,8 @@ class Model:
         images: Iterable[ImageSource | Video] = (),
         videos: Iterable[VideoSource | Video] = (),
         end: bool = True,
+        caller: str = "",
+        timeout: float | None = None,
     ) -> list[Score]:
         """Log-likelihood of each candidate after the prompt, in the order given; `max(..., key=lambda s: s.logprob)` is the model's choice.
 
@@ -182,10 +249,13 @@ class Model:
         if isinstance(candidates, str) or not isinstance(candidates, Sequence) or not candidates:
             raise InputError("no candidates were given. Give a list of at least one answer.")
         request = as_request(prompt, images, videos)
-        timings = Timings()
-        prepared = prepare(request, self.config, self.tokenizer, fit=self.inputs.fit, forms=self.inputs.prompts)
+        started = time.perf_counter()
+        prepared = self.prepare(request)
         ids = [self._candidate_ids(request, candidate, end) for candidate in candidates]
-        results = score(self.generator, prepared, ids, timings)
+        timings = Timings(prepare=time.perf_counter() - started)
+        (results,) = self.engine.complete(
+            self.engine.submit_score(prepared, ids, timings=timings, caller=caller, deadline=_deadline(timeout), wake=False)
+        )
         return [
             Score(
                 candidate=candidate if isinstance(candidate, str) else self._decode(candidate),
@@ -195,8 +265,17 @@ class Model:
             for candidate, logprobs in zip(candidates, results, strict=True)
         ]
 
+    def prepare(self, request: Request, known: dict[bytes, Medium] | None = None) -> Prepared:
+        """The checked form of a request that `engine.submit` takes: token ids, phi, decoded media.
+
+        known: media of other requests by digest, which are held in memory once; this request's are added.
+        Raises InputError (PromptError, ImageError).
+        """
+        return prepare(request, self.config, self.tokenizer, known, fit=self.inputs.fit, forms=self.inputs.prompts)
+
     def close(self) -> None:
-        """Frees graphs, weights, media and cache."""
+        """Frees graphs, weights, media and cache. What is under way fails (EngineClosed)."""
+        self.engine.close()
         self.engines.close()
 
     def __repr__(self) -> str:
@@ -209,53 +288,70 @@ class Model:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _prepare(
-        self, requests: Sequence[Request], options: GenerateOptions, timings: Timings
-    ) -> tuple[list[Prepared], list[int]]:
+    def _asked(
+        self,
+        prompt: Prompt | Batch,
+        images: Iterable[ImageSource | Video],
+        videos: Iterable[VideoSource | Video],
+        batch_size: int,
+        settings: Settings,
+    ) -> tuple[GenerateOptions, list[Request], bool]:
+        """Options, requests, and whether a list of them was given."""
+        options = options_from(settings, _OWN_NAMES)
+        if not (isinstance(prompt, list) and any(isinstance(item, str | Request) for item in prompt)):
+            return options, [as_request(prompt, images, videos)], False
+        requests = [as_request(item) for item in prompt]
+        if len(_listed(images)) + len(_listed(videos)):
+            raise InputError("with a list of prompts, give each its media: Request(prompt=..., media=[...])")
+        if batch_size < 1:
+            raise InputError(f"batch_size is {batch_size}, expected at least 1")
+        return options, requests, True
+
+    def _submit(
+        self,
+        requests: Sequence[Request],
+        options: GenerateOptions,
+        batch_size: int,
+        caller: str,
+        timeout: float | None,
+        *,
+        wake: bool,
+        events: bool = False,
+    ) -> list[Ticket[Outcome]]:
+        """Hands requests to the engine once all of them are known to be possible."""
         started = time.perf_counter()
         options.check(self.config)
         known: dict[bytes, Medium] = {}
-        fit, forms = self.inputs.fit, self.inputs.prompts
         for request in requests:
             options.check_seed(request.seed)
-        prepared = [prepare(request, self.config, self.tokenizer, known, fit=fit, forms=forms) for request in requests]
-        end = self.config.language_model.position_limit
-        limits = [options.new_tokens(len(request.token_ids), self.manifest.limits, end) for request in prepared]
-        self.generator.check(prepared, options.width)
-        timings.prepare = time.perf_counter() - started
-        return prepared, limits
+        prepared = [self.prepare(request, known) for request in requests]
+        for ready in prepared:
+            self.engine.new_tokens(ready, options)
+        each = (time.perf_counter() - started) / len(prepared)
+        group = Group(batch_size) if len(prepared) > batch_size else None
+        tickets: list[Ticket[Outcome]] = []
+        try:
+            for request, ready in zip(requests, prepared, strict=True):
+                ticket = self.engine.submit(
+                    ready,
+                    options if request.seed is None else replace(options, seed=request.seed),
+                    caller=caller,
+                    deadline=_deadline(timeout),
+                    events=events,
+                    wake=wake,
+                    group=group,
+                    timings=Timings(prepare=each),
+                )
+                tickets.append(ticket)
+        except BaseException:
+            for ticket in tickets:
+                ticket.cancel()
+            raise
+        return tickets
 
-    def _generate_batches(self, requests: Sequence[Request], options: GenerateOptions, batch_size: int) -> list[Generation]:
-        if batch_size < 1:
-            raise InputError(f"batch_size is {batch_size}, expected at least 1")
-        preparation = Timings()
-        prepared, limits = self._prepare(requests, options, preparation)
-        results: list[Generation] = []
-        while len(results) < len(prepared):
-            start = len(results)
-            stop = start + self._batch_of(prepared[start:], batch_size)
-            searches = [options.search(self.config, limits[n], requests[n].seed) for n in range(start, stop)]
-            timings = Timings(prepare=preparation.prepare * (stop - start) / len(prepared))
-            following = prepared[stop : stop + self._batch_of(prepared[stop:], batch_size)]
-            upcoming = self.generator.prefetch(following)
-            for _ in self.generator.run(prepared[start:stop], searches, timings):
-                next(upcoming, None)
-            results += [self._generation(search, options, timings) for search in searches]
-        return results
-
-    def _batch_of(self, prepared: Sequence[Prepared], batch_size: int) -> int:
-        """How many of the first requests are run together: up to batch_size, as far as engine and bank hold them."""
-        batch_size = min(batch_size, self.generator.decoder.largest.get("B", batch_size))
-        media: set[bytes] = set()
-        for count, request in enumerate(prepared[:batch_size]):
-            media |= {medium.digest for medium in request.media}
-            if count and len(media) > self.manifest.limits.bank_rows:
-                return count
-        return min(batch_size, len(prepared))
-
-    def _generation(self, search: Search, options: GenerateOptions, timings: Timings) -> Generation:
+    def _generation(self, outcome: Outcome, options: GenerateOptions, timings: Timings) -> Generation:
         """What a finished search found."""
-        best, *others = (self._text(hypothesis) for hypothesis in search.results()[: options.num_return])
+        best, *others = (self._text(hypothesis) for hypothesis in outcome.hypotheses[: options.num_return])
         return Generation(
             text=best.text,
             token_ids=best.token_ids,
@@ -308,23 +404,32 @@ class Stream(Iterator[str]):
     Used in a `with` block it lets go of the model however the block ends. Close it, or drop it, to stop early.
     """
 
-    def __init__(self, steps: Steps, search: Search, text: TextStream, finish: Callable[[], Generation]) -> None:
+    def __init__(
+        self,
+        ticket: Ticket[Outcome],
+        text: TextStream,
+        finish: Callable[[Outcome, Timings], Generation],
+        *,
+        one_text: bool,
+    ) -> None:
+        """one_text: whether the tokens that become certain are those of the result; of several samples the best is not known before."""
         self.result: Generation | None = None
-        self._steps, self._search, self._text, self._finish = steps, search, text, finish
+        self._ticket, self._text, self._finish, self._one_text = ticket, text, finish, one_text
         self._given = 0
         self._open = True
 
     def __next__(self) -> str:
         while self._open:
             try:
-                next(self._steps)
-                tokens = self._search.agreed()
-                piece = self._text.push(tokens[self._given :])
-                self._given = len(tokens)
-            except StopIteration:
-                self._open = False
-                self.result = self._finish()
-                piece = self._text.push(self.result.token_ids[self._given :]) + self._text.finish()
+                event = self._ticket.next_event()
+                if event is not None:
+                    tokens = event.token_ids if self._one_text else ()
+                    piece = self._text.push(tokens)
+                    self._given += len(tokens)
+                else:
+                    self._open = False
+                    self.result = self._finish(self._ticket.result(), self._ticket.timings)
+                    piece = self._text.push(self.result.token_ids[self._given :]) + self._text.finish()
             except BaseException:
                 self.close()
                 raise
@@ -345,7 +450,15 @@ class Stream(Iterator[str]):
     def close(self) -> None:
         """Stops generating and lets go of media and cache."""
         self._open = False
-        self._steps.close()
+        self._ticket.cancel()
+
+    def __del__(self) -> None:
+        if getattr(self, "_open", False):
+            self.close()
+
+
+def _deadline(timeout: float | None) -> float | None:
+    return None if timeout is None else now() + timeout
 
 
 def as_request(

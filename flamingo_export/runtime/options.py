@@ -160,7 +160,7 @@ class GenerateOptions:
         if self.max_new_tokens is not None:
             return self.max_new_tokens
         fits = DEFAULT_NEW_TOKENS if position_limit is None else min(DEFAULT_NEW_TOKENS, position_limit - prompt)
-        while slots_for(prompt=prompt, width=self.width, new_tokens=fits, chunk=limits.chunk) > limits.max_length:
+        while slots_for(prompt=prompt, width=self.width, new_tokens=fits) > limits.max_length:
             fits -= 1
         return fits
 

@@ -62,8 +62,8 @@ class Search(Protocol):
     def advance(self, scores: Scores) -> Step | None:
         """Takes candidates, or float32 logits, which it overwrites, of one branch at first and of W later. None: the request is finished."""
 
-    def agreed(self) -> Sequence[int]:
-        """Tokens that the best hypothesis is certain to begin with."""
+    def certain(self) -> list[tuple[Sequence[int], Sequence[float]]]:
+        """What each text is certain to begin with: tokens and their log-probabilities. Beams have one text, the best; samples one each."""
 
     def results(self) -> list[Hypothesis]:
         """Finished hypotheses, best first."""
@@ -97,6 +97,7 @@ class BeamSearch:
         self._logprobs = np.zeros((beams, rule.max_new_tokens))
         self._length = 0
         self._kept: list[Hypothesis] = []
+        self._finished = False
 
     @property
     def num_candidates(self) -> int:
@@ -116,7 +117,7 @@ class BeamSearch:
             self._keep(int(rows[rank]), int(tokens[rank]), float(logprobs[rank]), float(totals[rank]))
         live = np.flatnonzero(~ends)[:width]
         if len(live) == 0:
-            self._scores[:] = NO_SCORE
+            self._finished = True
             return None
         parents = rows[live]
         self._tokens, self._logprobs = self._tokens[parents], self._logprobs[parents]
@@ -124,12 +125,20 @@ class BeamSearch:
         self._logprobs[:, self._length - 1] = logprobs[live]
         self._scores = totals[live]
         if not self._can_improve():
+            self._finished = True
             return None
         return Step(parents=parents, tokens=tokens[live])
 
-    def agreed(self) -> Sequence[int]:
+    def certain(self) -> list[tuple[Sequence[int], Sequence[float]]]:
         """The common beginning of all live beams and of the kept hypotheses: the best one is, or grows from, one of these."""
-        candidates = [tuple(row[: self._length]) for row in self._tokens.tolist()] if self._scores[0] > NO_SCORE else []
+        if self._finished:
+            return [(self._kept[0].token_ids, self._kept[0].token_logprobs)]
+        tokens = self._agreed()
+        logprobs = self._kept[0].token_logprobs if self._kept else self._logprobs[0].tolist()
+        return [(tokens, logprobs[: len(tokens)])]
+
+    def _agreed(self) -> Sequence[int]:
+        candidates = [tuple(row[: self._length]) for row in self._tokens.tolist()]
         candidates += [hypothesis.token_ids for hypothesis in self._kept]
         first = min(candidates, key=len)
         for index, token in enumerate(first):
@@ -204,9 +213,9 @@ class Sampling:
             return None
         return Step(parents=rows, tokens=chosen)
 
-    def agreed(self) -> Sequence[int]:
-        """All tokens of a single branch; with several, nothing until they are finished, since the best is not known."""
-        return self._tokens[0] if self.width == 1 else ()
+    def certain(self) -> list[tuple[Sequence[int], Sequence[float]]]:
+        """All tokens of each branch."""
+        return list(zip(self._tokens, self._logprobs, strict=True))
 
     def results(self) -> list[Hypothesis]:
         found = [

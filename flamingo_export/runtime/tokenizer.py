@@ -108,8 +108,10 @@ class Tokenizer:
 
     def check_quoted(self, text: str) -> None:
         """Raises PromptError if a special token stands in what a user wrote: it would end the text or shift every later image."""
+        normalizer = self._tokenizer.normalizer
+        normalized = text if normalizer is None else normalizer.normalize_str(text)  # ＜/s＞ may become </s>
         for special in self.special_texts:
-            if special in text:
+            if special in text or special in normalized:
                 raise PromptError(f"{text!r} contains {special}, which the model reads as a token of its own; give plain text")
 
     def check_tags(self, text: str) -> None:

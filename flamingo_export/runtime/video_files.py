@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from flamingo_export.errors import ImageError
+from flamingo_export.errors import ImageError, pip_install
 from flamingo_export.runtime.images import MAX_PIXELS, RESAMPLING, Pixels
 from flamingo_export.runtime.videos import chosen_times, shown_at
 
@@ -234,7 +234,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
         import av
     except ImportError as error:
         raise ImageError(
-            f"{path} is not an image that can be read, and video files need PyAV ({error}). Install it: pip install 'flamingo-export[video]'"
+            f"{path} is not an image that can be read, and video files need PyAV ({error}). Install it: {pip_install('video')}"
         ) from None
     # An absolute path cannot be taken for another protocol, whatever the file is called.
     absolute = "file:" + os.path.abspath(path)

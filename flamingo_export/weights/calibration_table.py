@@ -34,7 +34,7 @@ METHODS: tuple[Method, ...] = get_args(Method)
 _SHOWN_NAMES = 8
 _LARGEST = float(np.finfo(np.float32).max)
 """Magnitude that the fp32 reference can have; a scale beyond it is infinite where it is stored."""
-_AGAIN = "Calibrate again: flamingo-export calibrate --checkpoint ... --out calibration.json"
+CALIBRATE_AGAIN = "Calibrate again: flamingo-export calibrate --checkpoint ... --out calibration.json"
 
 
 class Statistics(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -79,7 +79,7 @@ class CalibrationTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         1.0 where only zeros were seen: zero is exact under any scale. Raises CalibrationError for a tensor that the table lacks.
         """
         if name not in self.tensors:
-            raise CalibrationError(f"the calibration table of {self.model} has no tensor {name!r}. {_AGAIN}")
+            raise CalibrationError(f"the calibration table of {self.model} has no tensor {name!r}. {CALIBRATE_AGAIN}")
         value: float = getattr(self.tensors[name], method or self.method)
         return value or 1.0
 
@@ -98,7 +98,7 @@ def check_fits(table: CalibrationTable, config: ModelConfig, weights_sha256: str
     if table.weights_sha256 != weights_sha256:
         raise CalibrationError(
             f"the calibration table is of other weights ({table.model}, {table.weights_sha256[:12]}) than these "
-            f"({config.name}, {(weights_sha256 or 'unknown')[:12]}). {_AGAIN}"
+            f"({config.name}, {(weights_sha256 or 'unknown')[:12]}). {CALIBRATE_AGAIN}"
         )
     expected = calibrated_tensors(config)
     missing = [name for name in expected if name not in table.tensors]
@@ -109,11 +109,18 @@ def check_fits(table: CalibrationTable, config: ModelConfig, weights_sha256: str
             for what, names in (("it lacks", missing), ("it has unknown", unknown))
             if names
         ]
-        raise CalibrationError(f"the calibration table does not fit {config.name}: {'; '.join(faults)}. {_AGAIN}")
+        raise CalibrationError(f"the calibration table does not fit {config.name}: {'; '.join(faults)}. {CALIBRATE_AGAIN}")
     for name, channels in expected.items():
-        found = len(table.tensors[name].channels())
-        if found not in ((channels,) if table.tensors[name].amax else (0,)):
-            raise CalibrationError(f"the calibration table has {found} channels of {name}, expected {channels}. {_AGAIN}")
+        found, zero = len(table.tensors[name].channels()), not table.tensors[name].amax
+        if zero and found:
+            raise CalibrationError(
+                f"the calibration table has {found} channels of {name}, of which it says that only zeros were seen; expected no channels "
+                f"beside a range of 0. {CALIBRATE_AGAIN}"
+            )
+        if not zero and found != channels:
+            raise CalibrationError(
+                f"the calibration table has {found} channels of {name}, expected {channels}. {CALIBRATE_AGAIN}"
+            )
 
 
 def calibration_record(table: CalibrationTable, origin: Literal["given", "shipped"]) -> CalibrationRecord:
@@ -143,9 +150,9 @@ def read_table(path: Path) -> CalibrationTable:
             )
         table = msgspec.json.decode(data, type=CalibrationTable)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise CalibrationError(f"{path} is no calibration table: {error}. {_AGAIN}") from error
+        raise CalibrationError(f"{path} is no calibration table: {error}. {CALIBRATE_AGAIN}") from error
     if faults := _faults(table):
-        raise CalibrationError(f"calibration table {path}: {'; '.join(faults[:_SHOWN_NAMES])}. {_AGAIN}")
+        raise CalibrationError(f"calibration table {path}: {'; '.join(faults[:_SHOWN_NAMES])}. {CALIBRATE_AGAIN}")
     return table
 
 
@@ -176,6 +183,9 @@ def _faults(table: CalibrationTable) -> list[str]:
         if any(values.values()) and not all(0 < value <= _LARGEST for value in values.values()):
             shown = ", ".join(f"{method} {value}" for method, value in values.items())
             faults.append(f"{name} has {shown}; expected positive numbers within fp32's range, or zeros throughout")
+        if not all(value <= statistics.amax for value in values.values()):
+            shown = ", ".join(f"{method} {value}" for method, value in values.items())
+            faults.append(f"{name} has {shown}; expected none above amax, the largest number that was seen")
         try:
             channels = statistics.channels()
         except ValueError as error:

@@ -108,18 +108,18 @@ def engines(backend: str, *, quantised: bool = False) -> tuple[tuple[str, ...], 
     # Ranges are found with PyTorch; without it they are taken for the format's own, which parity knows.
     ranges = () if importlib.util.find_spec("torch") else ("--uncalibrated",)
     settings: dict[str, tuple[str, ...]] = {
-        "fp32": ("--precision", "fp32"),
-        "fp16": ("--precision", "fp16"),
-        "fp16-3": ("--precision", "fp16", "--parts", "3"),
+        "fp32": ("--storage", "fp32"),
+        "fp16": ("--storage", "fp16"),
+        "fp16-3": ("--storage", "fp16", "--parts", "3"),
     }
     if quantised:
         settings = {
-            "fp8": ("--precision", "fp16", "--fp8", *ranges),
-            "fp8-bf16": ("--precision", "bf16", "--fp8", *ranges),
-            "int4": ("--precision", "fp16", "--int4"),
+            "fp8": ("--storage", "fp16", "--fp8", *ranges),
+            "fp8-bf16": ("--storage", "bf16", "--fp8", *ranges),
+            "int4": ("--storage", "fp16", "--int4"),
         }
         if backend == "tensorrt":
-            settings["fp8-media"] = ("--precision", "fp16", "--policy", "POLICY", *ranges)
+            settings["fp8-media"] = ("--storage", "fp16", "--policy", "POLICY", *ranges)
     commands: list[tuple[str, ...]] = [("doctor", "--json")]
     for name, chosen in settings.items():
         bundle = f"BUNDLE.{name}"
@@ -141,7 +141,7 @@ def fp8_against_fp16(backend: str) -> tuple[tuple[str, ...], ...]:
     commands: list[tuple[str, ...]] = []
     for name, chosen in (("fp16", ()), ("fp8", ("--fp8", "--uncalibrated"))):
         bundle = f"BUNDLE.3b-{name}"
-        size = ("--size", "3b", "--precision", "fp16", "--max-length", "2048", "--max-batch", "1")
+        size = ("--size", "3b", "--storage", "fp16", "--max-length", "2048", "--max-batch", "1")
         commands += [
             ("build", *size, *chosen, "--backend", backend, "--parity", "skip", "--out", bundle),
             ("inspect", bundle, "--engine", "decoder", "--json"),
@@ -219,7 +219,7 @@ def _onnxruntime(
     with tempfile.TemporaryDirectory() as folder:
         for size, (lengths, batches) in sizes.items():
             bundle = f"{folder}/{size}.bundle"
-            made = _cli(context, ["build", "--size", size, "--precision", "fp16", "--parity", "skip", "--out", bundle])
+            made = _cli(context, ["build", "--size", size, "--storage", "fp16", "--parity", "skip", "--out", bundle])
             if made.returncode:
                 raise Failed(f"build --size {size}: exit {made.returncode}: {made.stderr[-500:]}", results)
             words = [bundle, "--provider", provider, "--steps", str(steps)]

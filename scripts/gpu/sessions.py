@@ -118,12 +118,12 @@ class Rig:
         bank = [torch.from_numpy(self.held[name]) for name in ("media_k.0", "media_v.0")]
         kernel_cases.compare(kernel_cases.Inputs(given[0], *bank, *given[1:], None, None), torch.from_numpy(y))
         batch = len(feeds["q"])
-        first = self.cache.rows(batch).read()[:, :, 0]
+        first = self.cache.rows(0, batch).read()[:, :, 0]
         assert np.array_equal(first, feeds["q"][:, 0].astype(np.float32)), "the cache does not hold what was copied into it"
 
     def step(self, batch: int, positions: int, media: int = 1) -> None:
         """One call with fresh inputs, checked."""
-        self.session.bind("past_k.0", self.cache.rows(batch))
+        self.session.bind("past_k.0", self.cache.rows(0, batch))
         feeds = self.feeds(batch, positions, media)
         self.check(feeds, self.session.run(feeds)["y"].astype(np.float16))
 
@@ -186,16 +186,28 @@ def rows(rig: Rig) -> int:
         small.write(row, values[row])
     grown = rig.session.allocate("past_k.0", (BATCH, HEADS, CAPACITY, rig.head_size))
     grown.copy_from(small)
-    assert np.array_equal(grown.rows(2).read(), values.astype(np.float32)), "rows were lost while a buffer grew"
+    assert np.array_equal(grown.rows(0, 2).read(), values.astype(np.float32)), "rows were lost while a buffer grew"
     assert not grown.read()[2:].any(), "fresh rows are not zero"
-    grown.rows(1).write(0, values[1])
-    assert np.array_equal(grown.read()[0], values[1].astype(np.float32)), "rows do not share memory"
-    return 3
+    grown.rows(2, 2).write(1, values[1])
+    assert np.array_equal(grown.read()[3], values[1].astype(np.float32)), "rows do not share memory"
+    grown.rows(2, 1).copy_from(grown.rows(0, 1))
+    assert np.array_equal(grown.read()[2], values[0].astype(np.float32)), "a row was not copied to another"
+    before = rig.cache.read()
+    rig.session.bind("past_k.0", rig.cache.rows(1, 2))
+    feeds = rig.feeds(2, 3)
+    rig.session.run(feeds)
+    after = rig.cache.read()
+    assert np.array_equal(after[1:3, :, 0], feeds["q"][:, 0].astype(np.float32)), (
+        "a call did not write the rows that it was given"
+    )
+    after[1:3, :, 0] = before[1:3, :, 0]
+    assert np.array_equal(after, before), "a call wrote other rows than it was given"
+    return 6
 
 
 def dlpack(rig: Rig) -> int:
     """Results go to PyTorch and PyTorch's tensors come in, without a copy and in the order of the streams."""
-    rig.session.bind("past_k.0", rig.cache.rows(2))
+    rig.session.bind("past_k.0", rig.cache.rows(0, 2))
     for _ in range(3):
         feeds = rig.feeds(2, 3)
         given: dict[str, Any] = dict(feeds)
@@ -234,7 +246,7 @@ def overlap(rig: Rig, size: int) -> dict[str, float]:
 
     def steps() -> None:
         for _ in range(20):
-            rig.session.bind("past_k.0", rig.cache.rows(2))
+            rig.session.bind("past_k.0", rig.cache.rows(0, 2))
             rig.session.run(rig.feeds(2, 3))
 
     def both() -> None:

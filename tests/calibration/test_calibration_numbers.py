@@ -58,6 +58,7 @@ def test_percentile_is_the_order_statistic_but_for_the_bin(config, calibrated, s
         assert exact * (1 - FP32_DRIFT) <= found <= exact * (1 + 2 * BIN), name
 
 
+@pytest.mark.slow
 def test_mse_is_the_least_error_there_is(config, calibrated, seen_whole):
     table, seen = calibrated(config), seen_whole(config)
     for name, values in seen.items():

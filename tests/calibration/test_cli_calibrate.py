@@ -62,6 +62,7 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "calib.jsonl"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_on_a_file(cli, checkpoint, data, tmp_path):
     out = tmp_path / "calibration.json"
     done = cli("--checkpoint", checkpoint, "--data", data, "--out", out, "--method", "mse")
@@ -104,6 +105,7 @@ def test_the_shipped_set_as_json(cli, tmp_path):
     assert set(table.tensors) == set(calibrated_tensors(NANO))
 
 
+@pytest.mark.slow
 def test_nano_pages(cli, tmp_path):
     done = cli("--size", "nano", "--data", "nano", "--out", tmp_path / "x.json")
     assert done.code == 0, done.err

@@ -81,6 +81,7 @@ def in_child(work: Callable[[], Any], number: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_the_same_bytes_come_out(make, monkeypatch):
     monkeypatch.setattr(run, "SYNC_SECONDS", 0.0)
     expected = make("whole")

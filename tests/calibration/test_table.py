@@ -140,3 +140,20 @@ def test_other_files_are_refused(tmp_path, content):
 
 def test_statistics_without_channels():
     assert len(Statistics(amax=1.0, percentile=1.0, mse=1.0, entropy=1.0).channels()) == 0
+
+
+@pytest.mark.parametrize("method", ["percentile", "mse", "entropy"])
+def test_a_threshold_above_the_largest_number_is_refused(table, tmp_path, method):
+    wrong = changed(table, NAME, **{method: table.tensors[NAME].amax * 1.5})
+    with pytest.raises(CalibrationError, match=rf"{NAME} has .*; expected none above amax"):
+        write_table(tmp_path / "calibration.json", wrong)
+
+
+def test_channels_beside_a_range_of_zero_are_told_as_that(table, relative):
+    """Two equal numbers on both sides say nothing: "has 512 channels, expected 512"."""
+    wrong = changed(table, NAME, amax=0.0, percentile=0.0, mse=0.0, entropy=0.0)
+    count = calibrated_tensors(relative)[NAME]
+    with pytest.raises(
+        CalibrationError, match=rf"{count} channels of {NAME}, of which it says that only zeros.*expected no channels"
+    ):
+        check_fits(wrong, relative, table.weights_sha256)

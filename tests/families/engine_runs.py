@@ -13,7 +13,7 @@ from flamingo_export.backends.base import SessionOptions
 from flamingo_export.backends.registry import get_backend
 from flamingo_export.bundle.verify import open_bundle
 from flamingo_export.runtime.candidates import run_decoder
-from flamingo_export.runtime.generator import Generator, Timings
+from flamingo_export.runtime.engine import Engine
 from flamingo_export.runtime.media import Medium
 from flamingo_export.runtime.media_encoder import MediaEncoder
 from flamingo_export.runtime.options import GenerateOptions
@@ -63,16 +63,15 @@ class EngineRuns:
     def generate(self, tokens: list[int], images: torch.Tensor, *, beams: int, new_tokens: int) -> list[Hypothesis]:
         """The runtime's own loop, best hypothesis first."""
         media = self.media(images)
-        ids, limits = np.array(tokens), self.manifest.limits
+        ids = np.array(tokens)
         phi = phi_from_tokens(ids[None], self.config.tokens.image, self.config.tokens.reset)[0]
         digests = iter(media)
         keys = tuple(next(digests).digest if token == self.config.tokens.image else token for token in tokens)
+        prepared = Prepared(token_ids=ids, phi=phi, media=tuple(media), keys=keys)
+        engine = Engine(self.engines, self.config, self.manifest.limits)
         options = GenerateOptions(beams=beams, max_new_tokens=new_tokens)
-        search = options.search(self.config, new_tokens)
-        generator = Generator(self.engines, self.config, limits)
-        for _ in generator.run([Prepared(token_ids=ids, phi=phi, media=tuple(media), keys=keys)], [search], Timings()):
-            pass
-        return search.results()
+        (outcome,) = engine.complete(engine.submit(prepared, options, wake=False))
+        return outcome.hypotheses
 
     @staticmethod
     def media(images: torch.Tensor) -> list[Medium]:

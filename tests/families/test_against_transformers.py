@@ -31,6 +31,8 @@ from flamingo_export.validate.expected.transformers.modules import TransformersP
 from flamingo_export.validate.expected.transformers.whole import record_whole
 from flamingo_reference.checkpoints.files.safetensors_file import open_header
 
+pytestmark = pytest.mark.slow
+
 
 def write(folder: Path, *, seed: int = 3, dtype: torch.dtype = torch.float32, **kind: bool) -> Any:
     """A folder as on the hub, in shards with an index; returns the model that it holds."""
@@ -224,7 +226,13 @@ def test_transformers_is_missing(copy: Path, hub: tuple[Path, Path], monkeypatch
     import importlib.metadata
 
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ParityError, match=r"has no IdeficsForVisionText2Text.*pip install 'flamingo-export\[transformers\]'"):
+    with pytest.raises(ParityError, match=r"has no IdeficsForVisionText2Text.*pip install '\.\[transformers\]'"):
+        check_bundle(copy, checkpoint=hub[0], against="transformers")
+
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "4.57.6")
+    with pytest.raises(
+        ParityError, match=r"transformers 4\.57\.6 is too old to compare with: 5\.5 or later is needed.*pip install"
+    ):
         check_bundle(copy, checkpoint=hub[0], against="transformers")
 
     def absent(name: str) -> str:

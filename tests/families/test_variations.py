@@ -17,10 +17,9 @@ from flamingo_export.bundle.manifest import ShapeLimits, read_manifest
 from flamingo_export.errors import CapacityError
 from flamingo_export.graphs import build_graph
 from flamingo_export.precision import Precision, StorageType
-from flamingo_export.runtime.generator import Generator, Timings
+from flamingo_export.runtime.engine import Engine
 from flamingo_export.runtime.options import GenerateOptions
 from flamingo_export.runtime.request import Prepared
-from flamingo_export.runtime.score import score
 from flamingo_export.specs import SUBGRAPHS, subgraph_specs
 from flamingo_export.validate.expected.cases import phi_cases
 from flamingo_export.validate.report.parity_report import read_report
@@ -184,7 +183,8 @@ def test_candidates_with_a_reset_are_scored_as_the_reference_scores_them(resetti
         phi = phi_from_tokens(ids[None], IMAGE, reset)[0]
         keys = tuple(media[0].digest if token == IMAGE else token for token in PROMPT)
         prepared = Prepared(token_ids=ids, phi=phi, media=media, keys=keys)
-        found = score(Generator(runs.engines, runs.config, runs.manifest.limits), prepared, candidates, Timings())
+        engine = Engine(runs.engines, runs.config, runs.manifest.limits)
+        (found,) = engine.complete(engine.submit_score(prepared, candidates, wake=False))
     for mine, theirs in zip(found, wanted, strict=True):
         assert mine == pytest.approx(theirs, abs=1e-4)
 

@@ -15,7 +15,7 @@ import pytest
 import trt_wheels
 from fake_cuda import FakeCuda
 
-from flamingo_export.backends.tensorrt.datacenter_names import RTX_ONLY, RUNTIME_CONFIG, missing, names
+from flamingo_export.backends.tensorrt.datacenter_names import RTX_ONLY, RUNTIME_CONFIG, SINCE_11, missing, names
 from flamingo_export.backends.tensorrt.dtypes import ELEMENTS
 from flamingo_export.backends.tensorrt.loading import stream_reader
 
@@ -25,10 +25,10 @@ pytestmark = pytest.mark.tensorrt
 
 MODULE_NAMES = {"trt", "_trt"}
 STUBS = {
-    "libnvinfer.so.11": ("createInferBuilder_INTERNAL", "createInferRefitter_INTERNAL", "createInferRuntime_INTERNAL",
+    "libnvinfer.so": ("createInferBuilder_INTERNAL", "createInferRefitter_INTERNAL", "createInferRuntime_INTERNAL",
                          "getBuilderPluginRegistry", "getPluginRegistry"),
-    "libnvinfer_plugin.so.11": ("initLibNvInferPlugins",),
-    "libnvonnxparser.so.11": ("createNvOnnxParser_INTERNAL", "createNvOnnxParserRefitter_INTERNAL", "getNvOnnxParserVersion"),
+    "libnvinfer_plugin.so": ("initLibNvInferPlugins",),
+    "libnvonnxparser.so": ("createNvOnnxParser_INTERNAL", "createNvOnnxParserRefitter_INTERNAL", "getNvOnnxParserVersion"),
 }  # fmt: skip
 CHILD = """
 import sys
@@ -51,10 +51,7 @@ for kind in (trt.Builder, trt.Runtime):
 
 def names_in_source() -> set[str]:
     """`trt.A.B` of the TensorRT backend and of lowering, as A.B; `self.trt.A` too."""
-    files = [
-        *(ROOT / "flamingo_export" / "backends" / "tensorrt").glob("*.py"),
-        *(ROOT / "flamingo_export" / "lowering").glob("*.py"),
-    ]
+    files = (ROOT / "flamingo_export" / "backends" / "tensorrt").rglob("*.py")
     return {name for file in files for name in chains(ast.parse(file.read_text()))}
 
 
@@ -81,11 +78,11 @@ def test_chains_of_names_are_found() -> None:
 
 @pytest.fixture(scope="module")
 def stubs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Libraries that resolve the bindings' symbols; what they are asked for they do not give."""
+    """Libraries that resolve the symbols of both generations' bindings; what they are asked for they do not give."""
     if shutil.which("cc") is None:
         pytest.skip("no C compiler is installed")
     folder = tmp_path_factory.mktemp("stubs")
-    for library, functions in STUBS.items():
+    for library, functions in ((f"{name}.{major}", functions) for major in (10, 11) for name, functions in STUBS.items()):
         source = folder / f"{library}.c"
         source.write_text("".join(f"void* {name}(void) {{ return 0; }}\n" for name in functions))
         done = run("cc", "-shared", "-fPIC", f"-Wl,-soname,{library}", "-o", folder / library, source)
@@ -93,18 +90,24 @@ def stubs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def missing_in_datacenter(stubs: Path, wanted: set[str]) -> list[str]:
-    paths = os.pathsep.join([str(ROOT), str(trt_wheels.folder("datacenter-bindings"))])
+GENERATIONS = {"datacenter-bindings": "11.", "datacenter-bindings-10.16": "10.16.", "datacenter-bindings-10.15": "10.15."}
+
+
+def missing_in_datacenter(stubs: Path, wanted: set[str], bindings: str = "datacenter-bindings") -> list[str]:
+    paths = os.pathsep.join([str(ROOT), str(trt_wheels.folder(bindings))])
     environment = {**os.environ, "PYTHONPATH": paths, "LD_LIBRARY_PATH": str(stubs)}
     done = run(sys.executable, "-c", CHILD, *sorted(wanted), env=environment)
     assert done.returncode == 0, done.stderr
     version, *lacking = done.stdout.split()
-    assert version.startswith("11.")
+    assert version.startswith(GENERATIONS[bindings])
     return lacking
 
 
-def test_the_datacenter_bindings_have_every_name(stubs: Path) -> None:
-    assert missing_in_datacenter(stubs, (names_in_source() - RTX_ONLY) | set(names())) == []
+@pytest.mark.parametrize("bindings", GENERATIONS)
+def test_the_datacenter_bindings_have_every_name(stubs: Path, bindings: str) -> None:
+    """Of each generation that is supported; what 11 alone has is asked for before it is used."""
+    wanted = (names_in_source() - RTX_ONLY) | set(names()) | SINCE_11
+    assert missing_in_datacenter(stubs, wanted, bindings) == ([] if bindings == "datacenter-bindings" else sorted(SINCE_11))
 
 
 def test_a_library_that_does_not_start_is_told_as_such(stubs: Path) -> None:

@@ -91,6 +91,15 @@ def test_torch_has_one_exact_version():
     assert {line for lines in EXTRAS.values() for line in lines if line.startswith("torch")} == {made[1]}
 
 
+def test_lowest_versions_that_the_code_names_are_those_of_the_extras():
+    from flamingo_export.backends import onnxruntime_library
+    from flamingo_export.validate.expected.transformers import streamed
+
+    assert EXTRAS["cpu"] == [f"onnxruntime>={onnxruntime_library.lowest()}"]
+    assert EXTRAS["gpu"] == [f"onnxruntime-gpu>={onnxruntime_library.lowest()}"]
+    assert f"transformers>={streamed.LOWEST}" in EXTRAS["transformers"]
+
+
 def test_onnx_runtime_comes_by_extra():
     base = {Requirement(line).name for line in PYPROJECT["project"]["dependencies"]}
     assert not [name for name in base if name.startswith("onnxruntime")]

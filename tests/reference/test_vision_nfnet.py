@@ -95,6 +95,7 @@ def test_grid_is_what_the_config_says(image_size: int) -> None:
     assert found.shape == (1, config.num_patches, 24)
 
 
+@pytest.mark.slow
 def test_f6_grid() -> None:
     """320 pixels give 10 x 10 positions, 288 give 81, 480 give 225; on the meta device."""
     with torch.device("meta"):

@@ -11,7 +11,7 @@ import msgspec
 import onnx_ir as ir
 
 from flamingo_export.backends.base import Availability, SessionOptions
-from flamingo_export.backends.tensorrt import library, plugin
+from flamingo_export.backends.tensorrt import lengths, library, plugin
 from flamingo_export.backends.tensorrt.builder import Task, build
 from flamingo_export.backends.tensorrt.cuda import INSTALL, CudaRuntime
 from flamingo_export.backends.tensorrt.engine_contract import (
@@ -138,7 +138,9 @@ class TensorRTBackend:
         data = save_lowered(lowered, path)
         uses = profiles(spec, limits)
         file = f"engines/{self.name}-{prepared.target}/{graph.name}.engine"
-        request = hashlib.sha256(data + msgspec.json.encode([file, trt.__version__, uses, prepared.plugin_sha256])).hexdigest()
+        request = hashlib.sha256(
+            data + msgspec.json.encode([file, trt.__version__, uses, prepared.plugin_sha256, lengths.supported(trt)])
+        ).hexdigest()
         earlier = finished(file, request)
         if earlier is not None:
             return earlier

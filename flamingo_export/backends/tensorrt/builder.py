@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 
 from flamingo_export.backends.tensorrt.estimate import estimate
+from flamingo_export.backends.tensorrt.lengths import set_lengths
 from flamingo_export.backends.tensorrt.log import Heard, listening, started
 from flamingo_export.backends.tensorrt.lowering.lint import Expected
 from flamingo_export.backends.tensorrt.lowering.shapes import CAPACITY, Profile, shape_of
@@ -65,6 +66,7 @@ def check(trt: ModuleType, task: Task) -> None:
         builder = started(trt, trt.Builder, logger, heard)
         network = _network(trt, builder)
         parser = parse(trt, network, logger, task.graph, heard)
+        set_lengths(trt, network, task.spec)
         check_network(trt, network, task.spec, task.expected, heard, bundle=task.graph.parent)
         del network, parser, builder
 
@@ -96,6 +98,7 @@ def _build(trt: ModuleType, task: Task, heard: Heard, phases: Phases, cancelled:
                 "other code of this process has given TensorRT its own logger, so its warnings cannot be checked. "
                 "Build in a process of its own: flamingo-export build"
             )
+        lengths = set_lengths(trt, network, task.spec)
         check_network(trt, network, task.spec, task.expected, heard, bundle=task.graph.parent)
         layers = layer_counts(network)
         config = _config(trt, builder, task)
@@ -112,7 +115,7 @@ def _build(trt: ModuleType, task: Task, heard: Heard, phases: Phases, cancelled:
         check_warnings(trt, task.spec, heard)
         _save_timing_cache(config, task.timing_cache)
         del cache, held, config, network, parser, builder
-    summary = summarise(heard.facts, task.expected, layers, task.profiles)
+    summary = summarise(heard.facts, task.expected, layers, task.profiles, lengths)
     return Built(size=writer.size, sha256=writer.digest.hexdigest(), summary=summary)
 
 

@@ -30,7 +30,13 @@ MEMBERS: dict[str, tuple[str, ...]] = {
     "IHostMemory": ("nbytes",),
     "ILayer": ("get_input", "get_output", "name", "num_inputs", "num_outputs", "type"),
     "ILogger": ("log",),
-    "INetworkDefinition": ("get_input", "get_layer", "get_output", "num_inputs", "num_layers", "num_outputs"),
+    "IAttention": ("get_input",),
+    "IAttentionOutputLayer": ("attention",),
+    "INetworkDefinition": (
+        "add_cast", "add_elementwise", "add_shape", "add_slice", "get_input", "get_layer", "get_output", "num_inputs", "num_layers",
+        "num_outputs",
+    ),
+    "LayerType": ("CAST", "ELEMENTWISE", "IDENTITY", "SHUFFLE"),
     "IOptimizationProfile": ("set_shape",),
     "IPluginCreatorV3One": ("name", "plugin_namespace", "plugin_version"),
     "IPluginRegistry": ("all_creators", "load_library"),
@@ -60,6 +66,8 @@ RTX_ONLY = frozenset(
         "IRuntimeConfig.set_runtime_cache",
     }
 )
+SINCE_11 = frozenset({"IAttention.key_value_lengths"})
+"""Used where they are, not missed in 10.x."""
 RUNTIME_CONFIG = ("ICudaEngine.create_runtime_config", "IRuntimeConfig.set_execution_context_allocation_strategy")
 """Used with TensorRT for RTX alone; that the datacenter bindings have them too is of no interest."""
 

@@ -95,7 +95,7 @@ def rebuild_command(bundle: Path, manifest: Manifest, backend: str, target: str)
     # TensorRT itself builds for the GPU it runs on, and takes no target.
     where = f" --target {target}" if backend == "tensorrt-rtx" else ""
     return (
-        f"flamingo-export build {model} --precision {manifest.precision.storage}{_policy_options(bundle, manifest)} "
+        f"flamingo-export build {model} --storage {manifest.precision.storage}{_policy_options(bundle, manifest)} "
         f"--max-length {limits.max_length} --max-batch {limits.batch}{cut} --backend {backend}{where} "
         f"--out {shlex.quote(str(bundle))} --overwrite"
     )

@@ -53,5 +53,5 @@ def check_memory(config: ModelConfig, graph: GraphRecord, sizes: Mapping[str, in
     raise BuildError(
         f"building the engine of {graph.name} takes about {needed.memory / GIB:.1f} GiB of memory ({BUILD_RATIO} times its "
         f"{needed.weight_bytes / GIB:.1f} GiB of weights), {available / GIB:.1f} GiB are available. {advice}Free some, build on a machine "
-        "with more (TensorRT for RTX needs no GPU for it: copy the bundle back), or store weights in fewer bits (--precision)."
+        "with more (TensorRT for RTX needs no GPU for it: copy the bundle back), or store weights in fewer bits (--storage)."
     )

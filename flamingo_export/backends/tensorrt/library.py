@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import re
 import sys
 from importlib.util import find_spec
 from types import ModuleType
@@ -28,6 +29,8 @@ class Library(msgspec.Struct, frozen=True, kw_only=True):
     modules: tuple[str, ...]
     install: str
     ahead_of_time: bool
+    oldest: tuple[int, int]
+    """Major and minor version of the oldest one that has all operators of the graphs."""
     native_functions: frozenset[str] = frozenset()
 
 
@@ -37,6 +40,7 @@ RTX = Library(
     modules=("tensorrt_rtx", "tensorrt_rtx_bindings"),
     install="pip install tensorrt_rtx_cu13_bindings tensorrt_rtx_cu13_libs",
     ahead_of_time=True,
+    oldest=(1, 7),
 )
 DATACENTER = Library(
     backend="tensorrt",
@@ -44,6 +48,7 @@ DATACENTER = Library(
     modules=("tensorrt",),
     install="On the GPU host: pip install tensorrt-cu13, or NVIDIA's container, tar or Debian packages of TensorRT 11",
     ahead_of_time=False,
+    oldest=(10, 15),
     native_functions=frozenset({"PhiCrossAttention"}),
 )
 LIBRARIES = {library.backend: library for library in (RTX, DATACENTER)}
@@ -67,8 +72,20 @@ def load(library: Library) -> ModuleType:
             raise BackendError(f"{library.title} is installed but does not load ({error}). {library.install}.") from error
         if not hasattr(module, "Builder"):
             raise BackendError(f"{name} is installed without TensorRT's builder. {library.install}.")
+        _check_version(library, module)
         return module
     raise BackendError(f"{library.title} is not installed. {library.install}.")
+
+
+def _check_version(library: Library, module: ModuleType) -> None:
+    """Raises BackendError for a version whose parser lacks operators that every decoder has."""
+    found = tuple(int(part) for part in re.findall(r"\d+", str(module.__version__))[:2])
+    if found < library.oldest:
+        wanted = ".".join(map(str, library.oldest))
+        raise BackendError(
+            f"{library.title} {module.__version__} is too old: its parser has no TensorScatter and Attention as the graphs use them. "
+            f"Install {wanted} or later. {library.install}."
+        )
 
 
 def installed(library: Library) -> bool:

@@ -17,12 +17,12 @@ _MEANINGS = (
     (
         r"out ?of ?memory|bad_alloc|cuMemAlloc|cudaErrorMemoryAllocation|failed to allocate",
         "memory ran out while building. Close other programs or build on a machine with more; --max-length, --max-batch and 16-bit "
-        "weights (--precision) make engines smaller",
+        "weights (--storage) make engines smaller",
     ),
     (
         r"could not find any implementation|no implementation",
         "TensorRT found no kernel for a part of the graph. It says the same when memory is short while it tries them: see what was "
-        "available, free some and build again; if there was enough, the GPU lacks kernels for this type: try --precision fp16",
+        "available, free some and build again; if there was enough, the GPU lacks kernels for this type: try --storage fp16",
     ),
     (
         r"plugin not found|getPluginCreator|no plugin",

@@ -164,8 +164,10 @@ class DeviceTensor:
 class DeviceBuffer:
     """A tensor that outlives calls: media bank, cache. Written by its own lane or another, read by its own."""
 
-    def __init__(self, memory: Memory, shape: tuple[int, ...], element: Element) -> None:
-        self._memory, self._shape, self.element = memory, tuple(shape), element
+    def __init__(self, memory: Memory, shape: tuple[int, ...], element: Element, *, offset: int = 0) -> None:
+        """offset: bytes of the memory before it."""
+        self._memory, self._shape, self.element, self._offset = memory, tuple(shape), element, offset
+        self._rows: dict[tuple[int, int], DeviceBuffer] = {}
         self._written_by: Lane | None = None
         self._views: dict[tuple[int, ...], DeviceBuffer] = {}
 
@@ -183,7 +185,7 @@ class DeviceBuffer:
 
     @property
     def address(self) -> int:
-        return self._memory.address
+        return self._memory.address + self._offset
 
     @property
     def nbytes(self) -> int:
@@ -235,9 +237,17 @@ class DeviceBuffer:
         lane.cuda.copy(self.address, other.address, other.nbytes, "on device", lane.stream)
         lane.cuda.synchronize(lane.stream)  # the other may go now
 
-    def rows(self, count: int) -> DeviceBuffer:
-        """The first `count` rows, sharing memory; the same object each time, so that binding it again is free."""
-        return self.view((count, *self._shape[1:]))
+    def rows(self, first: int, count: int) -> DeviceBuffer:
+        """Rows from `first` on, sharing memory; the same object each time, so that binding it again is free."""
+        if first == 0:
+            return self.view((count, *self._shape[1:]))
+        if not 0 <= first <= first + count <= self._shape[0]:
+            raise InputError(f"rows {first} to {first + count - 1} of a buffer of shape {self._shape}")
+        if (first, count) not in self._rows:
+            row = math.prod(self._shape[1:]) * self.element.size
+            shape = (count, *self._shape[1:])
+            self._rows[first, count] = DeviceBuffer(self._memory, shape, self.element, offset=self._offset + first * row)
+        return self._rows[first, count]
 
     def view(self, shape: tuple[int, ...]) -> DeviceBuffer:
         """Its beginning in another shape, sharing memory; the same object each time. Raises InputError for a larger one."""
@@ -246,5 +256,5 @@ class DeviceBuffer:
         if math.prod(shape) > math.prod(self._shape):
             raise InputError(f"a buffer of shape {self._shape} has no room for the shape {shape}")
         if shape not in self._views:
-            self._views[shape] = DeviceBuffer(self._memory, shape, self.element)
+            self._views[shape] = DeviceBuffer(self._memory, shape, self.element, offset=self._offset)
         return self._views[shape]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from flamingo_export.backends.tensorrt.lengths import count_lengths, supported
 from flamingo_export.backends.tensorrt.log import Heard, meaning
 from flamingo_export.backends.tensorrt.lowering.lint import Expected
 from flamingo_export.errors import BuildError
@@ -89,6 +90,9 @@ def _counts(trt: ModuleType, network: Any, expected: Expected) -> Iterator[str]:
         yield f"{counts['KV_CACHE_UPDATE']} cache updates in place, expected {expected.cache_updates}"
     if counts["ATTENTION_OUTPUT"] != expected.attentions:
         yield f"{counts['ATTENTION_OUTPUT']} attention layers, expected {expected.attentions}"
+    wanted = expected.attentions_over_caches if supported(trt) else 0
+    if (found := count_lengths(trt, network)) != wanted:
+        yield f"{found} attentions with the lengths in use, expected {wanted}"
 
 
 def layer_counts(network: Any) -> Counter[str]:

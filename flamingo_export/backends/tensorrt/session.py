@@ -28,6 +28,7 @@ from flamingo_export.backends.tensorrt.launch import Call, Result, plan
 from flamingo_export.backends.tensorrt.loading import Loaded, failure, first_error
 from flamingo_export.backends.tensorrt.log import Heard, listening
 from flamingo_export.backends.tensorrt.memory import DeviceBuffer, DeviceTensor, Memory, Pinned
+from flamingo_export.backends.tensorrt.slots import check_mask, check_writes
 from flamingo_export.errors import BackendError, InputError
 from flamingo_export.specs import SubgraphSpec, TensorSpec
 
@@ -35,6 +36,8 @@ MAX_GRAPHS = 16
 """CUDA graphs kept at once, the one launched longest ago going first: rows leave a batch one by one, each time with other shapes."""
 CAPTURED = "decode"
 """The profile whose calls are captured: they are short, many, and alike."""
+CHECK_MASKS = False
+"""Whether each call's mask is compared with the slots in use; tests turn it on."""
 _log = logging.getLogger(__name__)
 
 
@@ -108,6 +111,7 @@ class TensorRTSession:
         """Results on the host. Raises InputError for feeds that break the contract or the profiles, BackendError if running fails."""
         taken = self._taken(feeds)
         call = self._call(taken, outputs)
+        self._check_slots(feeds)
         self._fill(call, taken)
         self._ask(call, taken, {result.name: self._result(result)[1].address for result in call.outputs}, lasting=True)
         if call.empty:
@@ -126,6 +130,7 @@ class TensorRTSession:
         """Results on the device, for what its lane does from now on; returns before they are worked out. Raises as `run` does."""
         taken = self._taken(feeds)
         call = self._call(taken, ())
+        self._check_slots(feeds)
         self._fill(call, taken)
         tensors = {result.name: DeviceTensor.empty(self._lane, result.shape, result.element) for result in call.outputs}
         self._ask(call, taken, {name: tensor.address for name, tensor in tensors.items()}, lasting=not tensors)
@@ -192,6 +197,13 @@ class TensorRTSession:
                 self._calls.clear()
             known = self._calls[key] = plan(self._contract, feeds, self._bound, wanted)
         return known
+
+    def _check_slots(self, feeds: Mapping[str, Tensor]) -> None:
+        """Engines ignore writes past their capacity in silence. Raises InputError."""
+        if self._alias_of:
+            check_writes(self.spec.name, feeds, self._contract.capacity)
+            if CHECK_MASKS:
+                check_mask(self.spec.name, feeds)
 
     # Memory.
 

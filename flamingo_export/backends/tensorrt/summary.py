@@ -22,8 +22,11 @@ _WIDENS = re.compile(
 _ATTENTION = re.compile(r"mha", re.IGNORECASE)
 
 
-def summarise(facts: Iterable[str], expected: Expected, layers: Counter[str], profiles: tuple[Profile, ...]) -> EngineSummary:
-    """facts: messages of the build. layers: of the network by type. The memory of profile i is the i-th that the builder names."""
+def summarise(
+    facts: Iterable[str], expected: Expected, layers: Counter[str], profiles: tuple[Profile, ...], lengths: int = 0
+) -> EngineSummary:
+    """facts: messages of the build. layers: of the network by type. lengths: attentions that are told the slots in use. The memory of profile i
+    is the i-th that the builder names."""
     text = "\n".join(facts)
     kinds: Counter[str] = Counter()
     types: Counter[str] = Counter()
@@ -40,6 +43,7 @@ def summarise(facts: Iterable[str], expected: Expected, layers: Counter[str], pr
         kernels=dict(kinds.most_common()),
         attentions=expected.attentions,
         fused_attentions=attention // len(profiles),
+        attentions_with_lengths=lengths,
         quantised_products=expected.quantised,
         widened_products=min(expected.quantised, -(-widening // len(profiles))),
         plugin_layers=expected.plugin_layers,

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from flamingo_export.errors import EvaluationError
+from flamingo_export.errors import EvaluationError, pip_install
 from flamingo_export.evaluation.metrics.base import Mean, Outcome
 from flamingo_export.evaluation.task import Item
 
-_INSTALL = "Install it: pip install 'flamingo-export[eval]'"
+_INSTALL = f"Install it: {pip_install('eval')}"
 
 
 class Cider:

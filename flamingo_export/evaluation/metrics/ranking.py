@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from flamingo_export.errors import EvaluationError
+from flamingo_export.errors import EvaluationError, pip_install
 from flamingo_export.evaluation.metrics.base import Floats, Indices, Mean, Outcome
 from flamingo_export.evaluation.task import Item
 
@@ -187,4 +187,4 @@ def _need_sklearn(what: str) -> None:
     try:
         import sklearn.metrics  # noqa: F401
     except ImportError as error:
-        raise EvaluationError(f"{what} needs scikit-learn ({error}). Install it: pip install 'flamingo-export[eval]'") from None
+        raise EvaluationError(f"{what} needs scikit-learn ({error}). Install it: {pip_install('eval')}") from None

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from flamingo_export.errors import EvaluationError
+from flamingo_export.errors import EvaluationError, pip_install
 from flamingo_export.evaluation.metrics.base import Mean, Outcome
 from flamingo_export.evaluation.task import Item
 
@@ -82,7 +82,7 @@ def _wordnet() -> Any:
     try:
         from nltk.corpus import wordnet
     except ImportError as error:
-        raise EvaluationError(f"WUPS needs nltk ({error}). Install it: pip install 'flamingo-export[eval]'") from None
+        raise EvaluationError(f"WUPS needs nltk ({error}). Install it: {pip_install('eval')}") from None
     try:
         wordnet.ensure_loaded()
     except LookupError:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flamingo_export.errors import EvaluationError
+from flamingo_export.errors import EvaluationError, pip_install
 from flamingo_export.evaluation.task import ZERO_SHOT_TEXTS, Form, Item, MetricName, Mode, Split, Task
 from flamingo_export.runtime.media import MediumSource
 from flamingo_export.runtime.videos import Video
@@ -213,7 +213,7 @@ def _task(name: str, title: str, form: Form, metric: MetricName, made: Callable[
             queries, examples = made()
         except ImportError as error:
             raise EvaluationError(
-                f"nano's digits are scikit-learn's scans ({error}). Install it: pip install 'flamingo-export[eval]'"
+                f"nano's digits are scikit-learn's scans ({error}). Install it: {pip_install('eval')}"
             ) from None
         return examples if split == "train" else queries
 

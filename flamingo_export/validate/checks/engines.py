@@ -76,7 +76,7 @@ def run_stage(
         if last:
             feeds["logit_positions"] = np.tile(np.arange(width, dtype=np.int64), (batch, 1))
         for name, cache in caches.items():
-            session.bind(name, cache.rows(batch))
+            session.bind(name, cache.rows(0, batch))
         results = session.run(feeds, outputs=("logits" if last else "hidden_out",))
         values = results["logits" if last else "hidden_out"]
         for b, s in np.argwhere(call.origin[:, :, 0] >= 0).tolist():

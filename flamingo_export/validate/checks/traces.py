@@ -13,7 +13,7 @@ from flamingo_export.backends.base import Backend, SessionOptions
 from flamingo_export.bundle.manifest import Manifest
 from flamingo_export.errors import named_line
 from flamingo_export.progress import Progress
-from flamingo_export.runtime.generator import Generator, Timings
+from flamingo_export.runtime.engine import Engine
 from flamingo_export.runtime.media import medium_of
 from flamingo_export.runtime.options import GenerateOptions
 from flamingo_export.runtime.request import Prepared
@@ -58,8 +58,8 @@ def check_traces(
         for golden in goldens.traces:
             text = None
             try:
-                # A fresh generator each: no trace may lean on what an earlier one left in bank and cache.
-                found = _generate(Generator(engines, manifest.config, manifest.limits), manifest, golden)
+                # A fresh engine each: no trace may lean on what an earlier one left in bank and cache.
+                found = _generate(Engine(engines, manifest.config, manifest.limits, rows=1), manifest, golden)
                 outcome, row = _judge(golden, found)
                 note = row.note
                 tokens = found[0].token_ids
@@ -80,7 +80,7 @@ def trace_name(golden: GoldenTrace) -> str:
     return f"{golden.case}, {'greedy' if golden.num_beams == 1 else f'beam {golden.num_beams}'}"
 
 
-def _generate(generator: Generator, manifest: Manifest, golden: GoldenTrace) -> list[Hypothesis]:
+def _generate(engine: Engine, manifest: Manifest, golden: GoldenTrace) -> list[Hypothesis]:
     media = tuple(medium_of((from_png(frame) for frame in frames), manifest.config) for frames in golden.media)
     ids = np.asarray(golden.prompt_tokens, np.int64)
     image = manifest.config.tokens.image
@@ -90,13 +90,8 @@ def _generate(generator: Generator, manifest: Manifest, golden: GoldenTrace) -> 
         token_ids=ids, phi=phi_from_tokens(ids[None], image, manifest.config.tokens.reset)[0], media=media, keys=keys
     )
     options = GenerateOptions(beams=golden.num_beams, max_new_tokens=golden.new_tokens)
-    options.check(manifest.config)
-    search = options.search(
-        manifest.config, options.new_tokens(len(ids), manifest.limits, manifest.config.language_model.position_limit)
-    )
-    for _ in generator.run([prepared], [search], Timings()):
-        pass
-    return search.results()
+    (outcome,) = engine.complete(engine.submit(prepared, options, wake=False))
+    return outcome.hypotheses
 
 
 def _judge(golden: GoldenTrace, found: Sequence[Hypothesis]) -> tuple[str, Row]:

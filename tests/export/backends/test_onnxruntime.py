@@ -87,13 +87,28 @@ def test_leading_rows_share_memory_with_the_whole(decoder: OnnxRuntimeSession) -
     buffers = bind_all(decoder, batch=3, capacity=8)
     for name, buffer in buffers.items():
         if name.startswith("past"):
-            assert buffer.rows(2) is buffer.rows(2)
-            assert buffer.rows(3) is buffer
-            decoder.bind(name, buffer.rows(2))
+            assert buffer.rows(0, 2) is buffer.rows(0, 2)
+            assert buffer.rows(0, 3) is buffer
+            decoder.bind(name, buffer.rows(0, 2))
     decoder.run(feeds(batch=2, size=3, capacity=8))
     cache = buffers["past_k.0"].read()
     assert (cache[:2, :, :3] != 0).all()
     assert (cache[2] == 0).all()
+
+
+def test_rows_from_the_middle_are_written_and_no_others(decoder: OnnxRuntimeSession) -> None:
+    buffers = bind_all(decoder, batch=4, capacity=8)
+    expected = decoder.run(feeds(batch=4, size=3, capacity=8))["logits"]
+    for name, buffer in buffers.items():
+        if name.startswith("past"):
+            buffer.array[:] = 0
+            decoder.bind(name, buffer.rows(1, 2))
+            assert buffer.rows(1, 2).rows(1, 1).array.base is not None
+    found = decoder.run({name: value[1:3] for name, value in feeds(batch=4, size=3, capacity=8).items()})["logits"]
+    np.testing.assert_allclose(found, expected[1:3], atol=1e-5)
+    cache = buffers["past_k.0"].read()
+    assert (cache[1:3, :, :3] != 0).all()
+    assert (cache[[0, 3]] == 0).all()
 
 
 def test_copying_into_a_larger_buffer_keeps_results(decoder: OnnxRuntimeSession) -> None:

@@ -94,7 +94,7 @@ def test_fed_caches_are_not_written_to(backend: ReferenceBackend, tiny_bundle: P
 def test_buffers_share_rows_and_copy_into_the_corner(backend: ReferenceBackend, tiny_bundle: Path, manifest: Manifest) -> None:
     session = backend.open(tiny_bundle, manifest, manifest.graph("decoder"), OPTIONS)
     large = session.allocate("past_k.0", (2, 4, 6, 10))
-    large.rows(1).write(0, np.ones((4, 6, 10)))
+    large.rows(0, 1).write(0, np.ones((4, 6, 10)))
     assert large.read()[0].all()
     assert not large.read()[1].any()
     wider = session.allocate("past_k.0", (3, 4, 8, 10))

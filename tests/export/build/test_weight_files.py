@@ -97,7 +97,7 @@ def test_overflow_of_fp16_is_named_and_bf16_takes_it(tiny_model: Flamingo, tmp_p
     state["cross_attention.0.out_proj.weight"][0, 0] = 4e5  # folded: times tanh(gate)
     state["language_model.layers.1.ffw_up.weight"][0, 0] = 65519.0  # still rounds to the largest finite one
     save_native(tmp_path / "wide", tiny_model.config, ((name, tensor.numpy()) for name, tensor in state.items()))
-    with pytest.raises(CheckpointError, match=r"beyond the range of fp16.*--precision bf16") as caught:
+    with pytest.raises(CheckpointError, match=r"beyond the range of fp16.*--storage bf16") as caught:
         api.build(tmp_path / "wide", out=tmp_path / "b.bundle", storage="fp16", parity="skip")
     assert "decoder/layer.0/ffw_up (up to 6.55e+04)" in str(caught.value)
     assert "decoder/layer.0/cross_attention/out_proj" in str(caught.value)

@@ -87,7 +87,7 @@ def test_version(cli):
         ["inspect", "--size", "10b"],
         ["build"],
         ["build", "--size", "nano", "--checkpoint", "ckpt"],
-        ["build", "--size", "nano", "--precision", "fp7"],
+        ["build", "--size", "nano", "--storage", "fp7"],
         ["generate"],
         ["generate", "a.bundle", "--no-such-option"],
         ["generate", "a.bundle", "--beams", "0"],
@@ -184,3 +184,24 @@ def test_the_installed_command_and_a_closed_pipe():
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "{"
     assert done.stderr == ""
+
+
+def test_an_unexpected_error_names_packages_of_versions_that_are_not_admitted(cli, monkeypatch, tmp_path):
+    """typer 0.15 with click 8.5 fails on its own help with a TypeError, for one."""
+    from flamingo_export.cli import probes
+
+    def broken(*_: object) -> None:
+        raise TypeError("make_metavar() takes 1 positional argument but 2 were given")
+
+    (tmp_path / "manifest.json").touch()
+    monkeypatch.setattr(probes, "requires", lambda name: ["typer>=0.24"])
+    monkeypatch.setattr(inspect_module, "_inspect_bundle", broken)
+    assert "2 were given. This is a bug; --debug shows where." in cli("inspect", tmp_path).err
+    versions = {"typer": "0.15.0"}
+    monkeypatch.setattr(probes, "version", lambda name: versions.get(name) or version(name))
+    told = cli("inspect", tmp_path)
+    assert told.code == 1
+    assert (
+        "2 were given. Python packages are of a version that is not admitted: typer 0.15.0. pip install 'typer>=0.24'"
+        in told.err
+    )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +21,7 @@ from flamingo_reference.config import PRESETS
 
 def test_default_name_and_what_is_said(cli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    outcome = cli("build", "--size", "nano", "--seed", 5, "--parity", "skip", "--precision", "fp16", "--max-length", 256)
+    outcome = cli("build", "--size", "nano", "--seed", 5, "--parity", "skip", "--storage", "fp16", "--max-length", 256)
     assert outcome.code == 0, outcome.err
     assert "flamingo-nano.bundle" in outcome.out
     assert "random weights, seed 5" in outcome.out
@@ -70,11 +72,12 @@ def test_inspecting_a_bundle(cli, bundle):
 def test_names_of_the_last_release_keep_working(cli, tmp_path):
     out = tmp_path / "x.bundle"
     line = ["build", "--size", "nano", "--parity", "skip", "--out", out]
-    for seed, more in ((5, []), (6, ["--force"])):
+    for seed, more in ((5, []), (6, ["--force", "--precision=fp16"])):
         outcome = cli(*line, "--seed", seed, *more)
         assert outcome.code == 0, outcome.err
         assert ("--force is called --overwrite now" in outcome.err) == bool(more)
-    assert read_manifest(out).source.seed == 6
+        assert ("--precision is called --storage now" in outcome.err) == bool(more)
+    assert (read_manifest(out).source.seed, read_manifest(out).precision.storage) == (6, "fp16")
 
 
 def test_an_empty_folder_is_a_fine_place(cli, tmp_path):
@@ -144,3 +147,36 @@ def test_the_parity_command_names_the_checkpoint(place, named):
     )
     found = parity_hint(BuildResult(path=Path("b.bundle"), manifest=manifest, notes=()))
     assert found == f"where PyTorch is installed: flamingo-export parity b.bundle {named}"
+
+
+@pytest.mark.parametrize(("number", "code", "word"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")])
+def test_a_signal_leaves_a_build_that_the_same_command_resumes(tmp_path, number, code, word):
+    """The signal comes when the first group of weights is finished."""
+    line = ["build", "--size", "nano", "--seed", "5", "--parity", "skip", "--out", "x.bundle"]
+    script = f"""
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the shell said
+from flamingo_export.cli import main
+from flamingo_export.pipeline import work_folder
+add = work_folder.Journal.add
+def interrupted(*arguments):
+    add(*arguments)
+    os.kill(os.getpid(), signal.{number})
+if sys.argv[1] == "kill":
+    work_folder.Journal.add = interrupted
+sys.exit(main({line!r}))
+"""
+
+    def run(what):
+        return subprocess.run([sys.executable, "-c", script, what], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+
+    killed = run("kill")
+    assert (killed.returncode, killed.stdout) == (code, "")
+    assert killed.stderr.endswith(f"flamingo-export: {word}\n")
+    assert "the same command goes on from there" in killed.stderr
+    assert "Traceback" not in killed.stderr
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == [".x.bundle.building", ".x.bundle.building.json"]
+    resumed = run("on")
+    assert resumed.returncode == 0, resumed.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["x.bundle"]

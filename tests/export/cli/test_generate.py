@@ -110,7 +110,7 @@ def test_media_go_to_their_tags_as_typed(cli, bundle, pictures, model):
 
 
 def test_frames_of_a_video(cli, bundle, pictures, model):
-    line = ["generate", bundle, "--video", pictures / "clip.gif", "--frames", 2, "--max-new-tokens", 3]
+    line = ["generate", bundle, "--video", pictures / "clip.gif", "--num-frames", 2, "--max-new-tokens", 3]
     expected = model.generate(
         "<BOS><image>Output:", videos=[Video(source=pictures / "clip.gif", num_frames=2)], max_new_tokens=3
     )
@@ -190,7 +190,8 @@ def test_candidates_are_ranked(cli, bundle, pictures, model):
         (["--top-k", "7", "--beams", "3"], "3 beams and sampling"),
         (["--temperature", "0", "--top-k", "7"], "--top-k is 7, and --temperature 0 takes the likeliest token"),
         (["--temperature", "0", "--beams", "3"], "--temperature 0 is greedy, and --beams is 3"),
-        (["--frames", "4"], "there is no --video"),
+        (["--num-frames", "4"], "there is no --video"),
+        (["--text-only"], "--text-only needs --shots"),
     ],
 )
 def test_settings_that_cannot_be_are_usage_errors(cli, bundle, pictures, options, words):

@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 # sys.modules[name] = None is what Python itself takes for "cannot be imported"; importlib.util.find_spec then finds nothing either.
 SCRIPT = """
 import json, sys
@@ -30,6 +32,7 @@ print(json.dumps([codes, read_manifest(Path(bundle)).parity.state]))
 """
 
 
+@pytest.mark.slow
 def test_everything_but_parity_with_the_reference(pictures, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(pictures / "a.png"), str(tmp_path / "x.bundle")],

@@ -46,6 +46,7 @@ def every_node(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
         yield from function.node
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", list(PRESETS))
 def test_graphs_of_every_size_are_small_and_load_no_weight(size: str, tmp_path: Path) -> None:
     config = PRESETS[size]

@@ -30,6 +30,8 @@ from flamingo_export.weights import INPUT_SCALE, SCALE, WeightIndex
 from flamingo_export.weights.calibration_table import CALIBRATION_FILE, read_table, write_table
 from flamingo_reference.config import PRESETS as SIZES
 
+pytestmark = pytest.mark.slow
+
 IMAGE = Path(__file__).parents[3] / "examples" / "a.png"
 
 

@@ -56,6 +56,7 @@ def lint(model: ir.Model, native: frozenset[str] = PLUGIN) -> int:
     return check_graph(model, spec, compute="bf16", capacity=CAPACITY, native_functions=native).plugin_layers
 
 
+@pytest.mark.slow
 def test_parity_passes_and_keys_are_felt_to_be_rounded(built: pipeline.BuildResult) -> None:
     assert built.parity is not None
     assert built.parity.verdict == "passed", built.parity.summary
@@ -93,6 +94,7 @@ def test_scales_are_those_of_the_table_by_name(built: pipeline.BuildResult) -> N
         assert (stored.shape, float(stored)) == ((), range_scale(table.threshold(name)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [2.0, 1 / 64])
 def test_a_wrong_scale_fails_parity(built: pipeline.BuildResult, tmp_path: Path, factor: float) -> None:
     report = check_bundle(edited(built.path, tmp_path / "w.bundle", "media_kv/layer.1/v.input_scale", factor))
@@ -103,6 +105,7 @@ def test_a_wrong_scale_fails_parity(built: pipeline.BuildResult, tmp_path: Path,
     assert any(subgraph.startswith("decoder") for subgraph, _ in failed)
 
 
+@pytest.mark.slow
 def test_a_wrong_table_fails_the_build_though_reference_and_engine_agree(built: pipeline.BuildResult, tmp_path: Path) -> None:
     table = read_table(built.path / CALIBRATION_FILE)
     name = "media_kv/layer.2/k"

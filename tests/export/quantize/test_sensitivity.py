@@ -30,6 +30,8 @@ from flamingo_export.sources.choice import nano_checkpoint
 from flamingo_reference.config import NANO
 from flamingo_reference.model import Flamingo
 
+pytestmark = pytest.mark.slow
+
 MATRIX = "decoder/layer.2/ffw_up"
 FP32_NOISE = 2e-3
 """Of an error of some percent: differences of fp32 numbers that agree in their first four digits."""

@@ -76,7 +76,7 @@ def test_a_b_a_takes_two_rows(load_tiny: LoadTiny, oracle: Oracle) -> None:
     request = Request(prompt=[1, IMAGE, 10, IMAGE, 11, IMAGE, 12], media=[a, b, a.copy()])
     model = load_tiny()
     found = model.generate(request, beams=1, max_new_tokens=4)
-    assert len(model.generator.bank.resident) == 2
+    assert len(model.engine.loop.bank.resident) == 2
     assert found.timings.media_encoded == 2
     assert list(found.token_ids) == oracle.greedy(request.prompt, [[a], [b], [a]], 4)
 
@@ -102,7 +102,7 @@ def spied_logits(model: Model) -> list[np.ndarray]:
         seen.append(result["logits"].copy())
         return result
 
-    model.generator.decoder.run = spy  # type: ignore[method-assign]
+    model.engines.decoder.run = spy  # type: ignore[method-assign]
     return seen
 
 
@@ -127,21 +127,127 @@ def test_a_result_does_not_depend_on_its_batch(load_tiny: LoadTiny, tiny_config:
             assert [text.token_ids for text in one.alternatives] == [text.token_ids for text in other.alternatives]
 
 
+def run_together(model: Model, requests: list[Request], limits: list[int]) -> list[tuple[int, ...]]:
+    """Greedy tokens of requests that begin at once, each with its own number of new tokens."""
+    tickets = [
+        model.engine.submit(model.prepare(request), GenerateOptions(beams=1, max_new_tokens=limit), wake=False)
+        for request, limit in zip(requests, limits, strict=True)
+    ]
+    return [outcome.hypotheses[0].token_ids for outcome in model.engine.complete(*tickets)]
+
+
 def test_requests_that_end_early_leave_the_batch(load_tiny: LoadTiny, tiny_config: ModelConfig) -> None:
-    """Rows that are finished neither disturb the others nor are computed once they stand behind the last active one."""
-    model = load_tiny()
+    """What is finished neither disturbs the others nor is computed any more."""
     requests = [random_request(tiny_config, 30 + index, 6 + index, 1) for index in range(3)]
     expected = [load_tiny().generate(request, beams=1, max_new_tokens=8).token_ids for request in requests]
     for order in ([8, 1, 3], [1, 2, 8], [2, 8, 1]):
         model = load_tiny()
         seen = spied_logits(model)
-        prepared, _ = model._prepare(requests, GenerateOptions(beams=1), _timings())
-        searches = [GenerateOptions(beams=1).search(tiny_config, limit) for limit in order]
-        for _ in model.generator.run(prepared, searches, _timings()):
-            pass
-        for tokens, search, limit in zip(expected, searches, order, strict=True):
-            assert search.results()[0].token_ids == tokens[:limit]
-        assert seen[-1].shape[0] == order.index(8) + 1
+        found = run_together(model, requests, order)
+        assert found == [tokens[:limit] for tokens, limit in zip(expected, order, strict=True)]
+        assert seen[-1].shape[0] == 1
+
+
+def test_rows_of_unlike_width_decode_together(load_tiny: LoadTiny, tiny_config: ModelConfig) -> None:
+    """Greedy, beams and samples at once, in rows whose neighbours end, with holes between them: each as alone."""
+    settings = [
+        {"beams": 1},
+        {"beams": 3},
+        {"temperature": 1.2, "seed": 4, "num_return": 2},
+        {"beams": 2},
+        {"beams": 4},
+        {"beams": 1},
+        {"temperature": 1.0, "seed": 9, "top_k": 5},
+    ]
+    requests = [random_request(tiny_config, 300 + index, 5 + 3 * index, index % 3) for index in range(len(settings))]
+    limits = [9, 2, 7, 8, 3, 6, 9]
+    options = [
+        GenerateOptions(max_new_tokens=limit, **each)  # type: ignore[arg-type]
+        for limit, each in zip(limits, settings, strict=True)
+    ]
+    model = load_tiny(bank_rows=16)
+    tickets = [
+        model.engine.submit(model.prepare(request), each, wake=False) for request, each in zip(requests, options, strict=True)
+    ]
+    together = [outcome.hypotheses for outcome in model.engine.complete(*tickets)]
+    for request, each, found in zip(requests, options, together, strict=True):
+        alone = load_tiny().engine
+        (expected,) = alone.complete(alone.submit(model.prepare(request), each, wake=False))
+        assert [text.token_ids for text in found] == [text.token_ids for text in expected.hypotheses]
+        for one, other in zip(found, expected.hypotheses, strict=True):
+            np.testing.assert_allclose(one.token_logprobs, other.token_logprobs, atol=TOLERANCE)
+
+
+def test_a_prompt_that_fills_the_cache_beside_others(
+    load_tiny: LoadTiny, tiny_config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last slots are nobody's scratch: padding of a neighbour's call must not be written into the row's prompt."""
+    monkeypatch.setattr("flamingo_export.runtime.cache.BUCKET", 4)
+    full = random_request(tiny_config, 310, 95, 2)  # one slot of 96 is left
+    others = [random_request(tiny_config, 311 + index, 6, 0) for index in range(2)]
+    expected = [load_tiny().generate(request, beams=3, max_new_tokens=4).token_ids for request in others]
+    alone = load_tiny().generate(full, beams=1, max_new_tokens=1)
+    model = load_tiny()
+    wide = GenerateOptions(beams=3, max_new_tokens=4)
+    tickets = [model.engine.submit(model.prepare(others[0]), wide, wake=False)]
+    tickets.append(model.engine.submit(model.prepare(full), GenerateOptions(beams=1, max_new_tokens=1), wake=False))
+    tickets.append(model.engine.submit(model.prepare(others[1]), wide, wake=False))
+    found = [outcome.hypotheses[0].token_ids for outcome in model.engine.complete(*tickets)]
+    assert found == [expected[0], alone.token_ids, expected[1]]
+
+
+def test_a_cached_prompt_beside_a_fresh_one(
+    load_tiny: LoadTiny, tiny_config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What pads one row while another computes its prompt stays within the cache, and out of what the row holds."""
+    monkeypatch.setattr("flamingo_export.runtime.cache.BUCKET", 4)
+    long, fresh = random_request(tiny_config, 1, 60, 0), random_request(tiny_config, 2, 50, 0)
+    alone = [
+        load_tiny(chunk=16, max_length=127 + i).generate(one, beams=1, max_new_tokens=2).token_ids
+        for i, one in enumerate((long, fresh))
+    ]
+    model = load_tiny(chunk=16, max_length=129)
+    model.generate(long, beams=1, max_new_tokens=1)
+    both = model.generate([Request(prompt=long.prompt, media=[]), fresh], beams=1, max_new_tokens=2)
+    assert [one.token_ids for one in both] == alone
+    again = model.generate(long, beams=1, max_new_tokens=2)
+    assert again.token_ids == alone[0]
+    assert again.timings.reused_tokens == 59
+
+
+def test_a_lone_prompt_may_fill_the_cache(load_tiny: LoadTiny, tiny_config: ModelConfig) -> None:
+    for length in (80, 81, 95):
+        request = random_request(tiny_config, length, length, 1)
+        roomy = load_tiny(max_length=200 + length).generate(request, beams=1, max_new_tokens=1)
+        assert load_tiny().generate(request, beams=1, max_new_tokens=1).token_ids == roomy.token_ids
+        assert load_tiny().generate(request, beams=1).timings.prompt_tokens == length
+    with pytest.raises(CapacityError, match=r"needs 97 cache slots, the bundle allows 96\. Use fewer shots"):
+        load_tiny().generate(random_request(tiny_config, 96, 96, 0), beams=1, max_new_tokens=1)
+
+
+def test_a_request_that_fails_fails_alone(load_tiny: LoadTiny, tiny_config: ModelConfig) -> None:
+    """In its prompt it takes nobody along; in a step those that share the call. The engine goes on."""
+    model = load_tiny()
+    requests = [random_request(tiny_config, 320 + index, 10, 1) for index in range(2)]
+    expected = [load_tiny().generate(request, beams=1, max_new_tokens=6).token_ids for request in requests]
+    run, bad = model.engines.decoder.run, set[int]()
+    model.engines.decoder.run = lambda feeds: _raise() if bad & set(feeds["token_ids"].reshape(-1).tolist()) else run(feeds)  # type: ignore[method-assign]
+    bad.add(int(requests[1].prompt[4]) if int(requests[1].prompt[4]) != IMAGE else int(requests[1].prompt[5]))
+    if not bad & {*requests[0].prompt, *expected[0]}:
+        good, failing = (
+            model.engine.submit(model.prepare(request), GenerateOptions(beams=1, max_new_tokens=6)) for request in requests
+        )
+        assert good.result(30).hypotheses[0].token_ids == expected[0]
+        with pytest.raises(RuntimeError, match="out of order"):
+            failing.result(30)
+    bad.clear()
+    assert model.generate(requests[1], beams=1, max_new_tokens=6).token_ids == expected[1]
+    stats = model.engine.stats()
+    assert (stats.running, stats.waiting, stats.bank_rows_in_use) == (0, 0, 0)
+
+
+def _raise() -> None:
+    raise RuntimeError("out of order")
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 16, 64])
@@ -185,7 +291,7 @@ def test_reuse_goes_to_the_row_that_holds_the_prompt(load_tiny: LoadTiny, tiny_c
     requests = [random_request(tiny_config, 70 + index, 8 + index, 1) for index in range(3)]
     model.generate(requests, beams=2, max_new_tokens=3)
     found = model.generate(requests[::-1], beams=2, max_new_tokens=3)
-    assert found[0].timings.reused_tokens == sum(len(request.prompt) - 1 for request in requests)
+    assert [one.timings.reused_tokens for one in found] == [len(request.prompt) - 1 for request in requests[::-1]]
     for request, generation in zip(requests[::-1], found, strict=True):
         check_texts(generation, oracle.beams(request.prompt, frames_of(request), 2, 3)[:1])
 
@@ -195,7 +301,7 @@ def test_the_cache_grows_while_decoding(load_tiny: LoadTiny, tiny_config: ModelC
     model = load_tiny()
     request = random_request(tiny_config, 80, 10, 2)
     found = model.generate(request, beams=3, max_new_tokens=5, num_return=3)
-    assert model.generator.cache.capacity >= 10 + 3 * (max(len(found.token_ids), 2) - 1)
+    assert model.engine.loop.cache.capacity >= 10 + 3 * (max(len(found.token_ids), 2) - 1)
     check_texts(found, oracle.beams(request.prompt, frames_of(request), 3, 5))
 
 
@@ -227,8 +333,9 @@ def test_media_shown_by_many_requests_are_held_once(load_tiny: LoadTiny) -> None
     image = pictures(87, 1)[0]
     model = load_tiny()
     requests = [Request(prompt=[1, IMAGE, 10 + index], media=[image.copy()]) for index in range(3)]
-    prepared, _ = model._prepare(requests, GenerateOptions(), _timings())
-    assert len({id(request.media[0]) for request in prepared}) == 1
+    tickets = model._submit(requests, GenerateOptions(), 3, "", None, wake=False)
+    assert len({id(job.request.media[0]) for job in model.engine.loop.inbox}) == 1
+    model.engine.complete(*tickets)
 
 
 def test_exactly_full_and_one_more(load_tiny: LoadTiny, tiny_config: ModelConfig, oracle: Oracle) -> None:
@@ -236,23 +343,23 @@ def test_exactly_full_and_one_more(load_tiny: LoadTiny, tiny_config: ModelConfig
     request = random_request(tiny_config, 81, 96 - 3 * 6, 2)
     found = model.generate(request, beams=3, max_new_tokens=6, num_return=3)
     check_texts(found, oracle.beams(request.prompt, frames_of(request), 3, 6))
-    held = dict(model.generator.bank.resident)
+    held = dict(model.engine.loop.bank.resident)
     with pytest.raises(
         CapacityError, match=r"prompt of 78 tokens .* needs 99 cache slots, the bundle allows 96. Generate at most 6"
     ):
         model.generate(Request(prompt=request.prompt, media=pictures(99, 2)), beams=3, max_new_tokens=7)
-    assert dict(model.generator.bank.resident) == held  # nothing was encoded
+    assert dict(model.engine.loop.bank.resident) == held  # nothing was encoded
     shorter = random_request(tiny_config, 82, 80, 0)
     assert model.generate(shorter, beams=3).timings.prompt_tokens == 80  # as many tokens as fit
     with pytest.raises(CapacityError, match="Use fewer shots"):
-        model.generate(random_request(tiny_config, 83, 81, 0), beams=3)
+        model.generate(random_request(tiny_config, 83, 94, 0), beams=3)
 
 
 def test_one_request_of_a_list_that_does_not_fit_stops_all_before_work(load_tiny: LoadTiny, tiny_config: ModelConfig) -> None:
     model = load_tiny()
     with pytest.raises(CapacityError):
         model.generate([random_request(tiny_config, 84, 9, 1), random_request(tiny_config, 85, 95, 0)], beams=3)
-    assert not model.generator.bank.resident
+    assert not model.engine.loop.bank.resident
 
 
 def test_a_list_with_more_media_than_the_bank_is_run_in_parts(load_tiny: LoadTiny, tiny_config: ModelConfig) -> None:
@@ -300,10 +407,10 @@ def test_an_interrupted_generation_leaves_the_model_usable(
 
 def test_phi_beyond_the_media_is_refused_before_the_graph_runs(load_tiny: LoadTiny, tiny_config: ModelConfig) -> None:
     model = load_tiny()
-    (prepared,), _ = model._prepare([random_request(tiny_config, 111, 8, 1)], GenerateOptions(), _timings())
+    prepared = model.prepare(random_request(tiny_config, 111, 8, 1))
     prepared.phi[-1] = 2
     with pytest.raises(InputError, match="phi goes from 0 to 2, but the request has 1 media"):
-        list(model.generator.run([prepared], [GenerateOptions().search(tiny_config, 4)], _timings()))
+        model.engine.complete(model.engine.submit(prepared, GenerateOptions(), wake=False))
 
 
 @pytest.mark.parametrize(
@@ -333,14 +440,8 @@ def test_settings_that_cannot_be(load_tiny: LoadTiny, settings: dict, message: s
         load_tiny().generate([1, 10], **settings)
 
 
-def _timings():  # type: ignore[no-untyped-def]
-    from flamingo_export.runtime.generator import Timings
-
-    return Timings()
-
-
 def test_a_closed_model_says_so(load_tiny: LoadTiny) -> None:
     model = load_tiny()
     model.close()
-    with pytest.raises(BackendError, match="the session is closed"):
+    with pytest.raises(BackendError, match="the model is closed"):
         model.generate([1, 10], max_new_tokens=1)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
-import itertools
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import msgspec
 import numpy as np
@@ -21,10 +21,14 @@ import flamingo_export
 from flamingo_export.bundle.manifest import read_manifest, write_manifest
 from flamingo_export.bundle.tokenizer import placeholder_tokenizer
 from flamingo_export.bundle.verify import file_record
-from flamingo_export.errors import BusyError, ImageError, InputError, PromptError
+from flamingo_export.errors import DeadlineExceeded, EngineClosed, ImageError, InputError, PromptError, QueueFull
+from flamingo_export.runtime.engine import Engine
+from flamingo_export.runtime.loop import Outcome
 from flamingo_export.runtime.model import Model
+from flamingo_export.runtime.options import GenerateOptions
 from flamingo_export.runtime.prompts import caption_prompt, qa_prompt
 from flamingo_export.runtime.request import Request
+from flamingo_export.runtime.ticket import Tokens
 from flamingo_export.runtime.videos import Video
 from flamingo_export.sources import RandomSource
 from flamingo_reference.config import ModelConfig
@@ -89,22 +93,46 @@ def test_a_stream_gives_the_same_text_in_pieces(text_model: Model, settings: dic
     assert len(pieces) > 1 or len(whole.text) == 1
 
 
-def test_an_open_stream_holds_the_model_and_closing_frees_it(text_model: Model) -> None:
+def test_a_stream_left_open_holds_up_nobody(text_model: Model) -> None:
+    alone = text_model.generate("Hello", max_new_tokens=20, beams=1)
     stream = text_model.stream("Hello", max_new_tokens=20, beams=1)
+    first = next(stream)
+    other = text_model.generate("Goodbye", max_new_tokens=3)
+    assert other.token_ids == text_model.generate("Goodbye", max_new_tokens=3).token_ids
+    assert (first + "".join(stream)).strip() == alone.text
+
+
+def rows_in_use(model: Model) -> int:
+    """After what was given up has left, which takes a step at most."""
+    deadline = time.monotonic() + 10
+    while (stats := model.engine.stats()).rows_in_use and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert stats.bank_rows_in_use == stats.rows_in_use
+    return stats.rows_in_use
+
+
+def slow_steps(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call of the decoder takes 10 ms longer, so that what is given up is not finished before."""
+    run = model.engines.decoder.run
+
+    def slow(*args: object, **rest: object) -> object:
+        time.sleep(0.01)
+        return run(*args, **rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(model.engines.decoder, "run", slow)
+
+
+def test_closing_or_dropping_a_stream_frees_its_row(text_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow_steps(text_model, monkeypatch)
+    cancelled = text_model.engine.stats().cancelled
+    stream = text_model.stream("Hello", max_new_tokens=60, beams=1)
     next(stream)
-    with pytest.raises(BusyError, match="another generation is still running") as busy:
-        text_model.generate("Hello", max_new_tokens=2)
-    assert not isinstance(busy.value, InputError)  # nothing is wrong with the request
-    next(stream)  # undisturbed
     stream.close()
     assert list(stream) == []
-    assert text_model.generate("Hello", max_new_tokens=2).token_ids
-
-
-def test_a_stream_that_is_dropped_frees_the_model(text_model: Model) -> None:
-    for _ in text_model.stream("Hello", max_new_tokens=20, beams=1):
+    for _ in text_model.stream("Hello", max_new_tokens=60, beams=1):
         break
-    assert text_model.generate("Hello", max_new_tokens=2).token_ids
+    assert rows_in_use(text_model) == 0
+    assert text_model.engine.stats().cancelled == cancelled + 2
 
 
 def test_a_stream_in_a_with_block_frees_the_model_however_it_ends(text_model: Model) -> None:
@@ -127,13 +155,6 @@ def test_an_error_on_the_way_frees_the_model(text_model: Model, monkeypatch: pyt
             next(stream)
     assert list(stream) == []
     text_model.generate("Hello", max_new_tokens=2)
-
-
-def test_another_thread_is_told_that_the_model_is_busy(text_model: Model) -> None:
-    with text_model.stream("Hello", max_new_tokens=20, beams=1) as stream, ThreadPoolExecutor(1) as pool:
-        next(stream)
-        with pytest.raises(BusyError):
-            pool.submit(text_model.generate, "Hello", max_new_tokens=2).result()
 
 
 def test_blanks_at_a_prompts_end_change_nothing(text_model: Model) -> None:
@@ -200,16 +221,123 @@ def test_what_a_model_says_of_itself(text_model: Model) -> None:
     assert repr(text_model.tokenizer) == "Tokenizer(262 tokens, tags <BOS> <EOC> <image>)"
 
 
-def test_the_readers_time_is_no_part_of_a_step(text_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = itertools.count()  # each look at it takes a second
-    monkeypatch.setattr("flamingo_export.runtime.generator.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+def test_a_slow_reader_holds_up_no_step(text_model: Model) -> None:
+    """Its request is finished while nobody reads, and the time of steps is not the reader's."""
     stream = text_model.stream("Hello there", max_new_tokens=6, beams=1)
-    for _ in stream:
-        for _ in range(1000):
-            next(clock)
+    next(stream)
+    assert rows_in_use(text_model) == 0
+    time.sleep(0.3)
+    list(stream)
     assert stream.result is not None
     assert stream.result.timings.steps
-    assert max(stream.result.timings.steps) < 10
+    assert sum(stream.result.timings.steps) < 0.3
+
+
+def test_many_threads_share_a_model(text_model: Model) -> None:
+    """Each gets the answer that it gets alone, whatever the others ask; a fifth of them give up on the way."""
+    images = pictures(7, 4)
+    asked = [
+        {"prompt": f"<image>{'x' * (7 * index)}Output:", "images": [images[index % 4]], **settings}
+        for index, settings in enumerate(
+            [{"beams": 1}, {"beams": 3}, {"temperature": 1.0, "seed": 3, "num_return": 2}, {"beams": 2, "max_new_tokens": 3}]
+            * 3
+        )
+    ]
+    alone = [text_model.generate(**{"max_new_tokens": 12, **one}) for one in asked]  # type: ignore[arg-type]
+
+    def work(number: int) -> None:
+        index = number % len(asked)
+        one = {"max_new_tokens": 12, **asked[index]}
+        if number % 5 == 4:
+            stream = text_model.stream(**one)  # type: ignore[arg-type]
+            next(stream)
+            return
+        found = text_model.generate(**one)  # type: ignore[arg-type]
+        texts = [[text.token_ids for text in (each, *each.alternatives)] for each in (found, alone[index])]
+        assert texts[0] == texts[1]
+        np.testing.assert_allclose(found.token_logprobs, alone[index].token_logprobs, atol=1e-3)
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(work, range(60)))
+    assert rows_in_use(text_model) == 0
+
+
+def test_asyncio(text_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = [text_model.generate(prompt, max_new_tokens=8).token_ids for prompt in ("Hello", "Goodbye")]
+
+    async def together() -> list[tuple[int, ...]]:
+        found = await asyncio.gather(*(text_model.agenerate(prompt, max_new_tokens=8) for prompt in ("Hello", "Goodbye")))
+        found += await text_model.agenerate(["Hello", "Goodbye"], max_new_tokens=8, batch_size=1)
+        return [one.token_ids for one in found]
+
+    assert asyncio.run(together()) == expected * 2
+    slow_steps(text_model, monkeypatch)
+    cancelled = text_model.engine.stats().cancelled
+
+    async def given_up() -> None:
+        task = asyncio.create_task(text_model.agenerate("Hello", beams=1, max_new_tokens=60))
+        while not (text_model.engine.stats().running or task.done()):
+            await asyncio.sleep(0.005)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(given_up())
+    assert rows_in_use(text_model) == 0
+    assert text_model.engine.stats().cancelled == cancelled + 1
+
+
+def test_events_of_a_ticket(text_model: Model) -> None:
+    """Tokens as they become certain, from a thread and from a coroutine, are those of the result."""
+    prepared = text_model.prepare(Request(prompt="Hello there"))
+    for settings in ({"beams": 1}, {"beams": 3}, {"temperature": 1.0, "seed": 5, "num_return": 3}):
+        options = GenerateOptions(max_new_tokens=9, **settings)  # type: ignore[arg-type]
+
+        async def read(options: GenerateOptions = options) -> tuple[list[Tokens], Outcome]:
+            ticket = text_model.engine.submit(prepared, options, events=True)
+            return [event async for event in ticket], await ticket
+
+        ticket = text_model.engine.submit(prepared, options, events=True)
+        for events, outcome in ((list(ticket), ticket.result()), asyncio.run(read())):
+            texts: dict[int, tuple[list[int], list[float]]] = {}
+            for event in events:
+                ids, logprobs = texts.setdefault(event.index, ([], []))
+                ids += event.token_ids
+                logprobs += event.token_logprobs
+            found = {(tuple(ids), tuple(logprobs)) for ids, logprobs in texts.values()}
+            wanted = outcome.hypotheses if "temperature" in settings else outcome.hypotheses[:1]
+            assert found == {(text.token_ids, text.token_logprobs) for text in wanted}
+
+
+def test_deadlines_and_a_full_queue(text_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow_steps(text_model, monkeypatch)
+    with pytest.raises(DeadlineExceeded, match="not finished by its deadline"):
+        text_model.generate("Hello", beams=1, max_new_tokens=60, timeout=0.05)
+    with flamingo_export.load(text_model.bundle, threads=1) as model:
+        slow_steps(model, monkeypatch)
+        check_a_full_queue(model, Engine(model.engines, model.config, model.manifest.limits, rows=1, queue=2))
+
+
+def check_a_full_queue(text_model: Model, engine: Engine) -> None:
+    prepared, options = text_model.prepare(Request(prompt="Hello")), GenerateOptions(beams=1, max_new_tokens=30)
+    tickets = [engine.submit(prepared, options) for _ in range(3)]
+    while not (engine.stats().running or tickets[0].done):
+        time.sleep(0.001)
+    with pytest.raises(QueueFull, match="2 requests wait already, and no more than 2 are kept"):
+        engine.submit(prepared, options)
+    assert engine.stats().refused == 1
+    with pytest.raises(TimeoutError):
+        tickets[-1].result(timeout=0.01)
+    tickets[1].cancel()
+    with pytest.raises(CancelledError):
+        tickets[1].result()
+    first, last = (ticket.result().hypotheses[0].token_ids for ticket in (tickets[0], tickets[2]))
+    assert first == last
+    engine.submit(prepared, options)
+    engine.close()
+    assert engine.stats().failed == 1
+    with pytest.raises(EngineClosed, match="the model is closed"):
+        engine.submit(prepared, options)
 
 
 def test_candidates_as_text(text_model: Model) -> None:

@@ -125,13 +125,13 @@ def test_the_contract_is_that_of_the_whole_decoder(tiny: Model) -> None:
 
 def test_feeds_that_do_not_fit_are_refused_before_a_part_is_run(tiny: Model) -> None:
     tiny.generate(random_request(tiny.config, 3, 8, 1), beams=1, max_new_tokens=2)
-    decoder, capacity = tiny.engines.decoder, tiny.generator.cache.capacity
+    decoder, capacity = tiny.engines.decoder, tiny.engine.loop.cache.capacity
     ones = np.zeros((1, 1), np.int64)
     feeds = {
         "token_ids": ones, "positions": ones, "media_rows": ones, "phi": ones, "write_index": ones[0], "logit_positions": ones,
         "mask": np.ones((1, 1, 1, capacity), np.bool_), "key_positions": np.arange(capacity)[None],
     }  # fmt: skip
-    before = tiny.generator.cache._buffers["past_k.0"].read()
+    before = tiny.engine.loop.cache._buffers["past_k.0"].read()
     for wrong, words in (
         ({"past_k.2": np.zeros((1, 4, capacity, 10), np.float32)}, r"decoder: past_k\.2 is updated in place: bind a buffer"),
         ({"token_ids": ones.astype(np.int32)}, "decoder: token_ids is int32, expected int64"),
@@ -142,13 +142,20 @@ def test_feeds_that_do_not_fit_are_refused_before_a_part_is_run(tiny: Model) -> 
             decoder.run({**feeds, **wrong})
     with pytest.raises(InputError, match="decoder: token_ids is missing"):
         decoder.run({name: value for name, value in feeds.items() if name != "token_ids"})
-    np.testing.assert_array_equal(tiny.generator.cache._buffers["past_k.0"].read(), before)
+    np.testing.assert_array_equal(tiny.engine.loop.cache._buffers["past_k.0"].read(), before)
     for call in (decoder.allocate, decoder.bind):
         with pytest.raises(InputError, match=r"decoder: past_k\.9 is not an input"):
             call("past_k.9", (1,))  # type: ignore[operator]
     logits = decoder.run(feeds)["logits"]
     np.testing.assert_array_equal(decoder.compute(feeds)["logits"], logits)
     assert decoder.run(feeds, outputs=("logits",)).keys() == {"logits"}
+    # Feeds that were right are looked at again once another buffer is bound.
+    narrow = decoder.allocate("past_k.0", (1, *tiny.engine.loop.cache._buffers["past_k.0"].shape[1:2], capacity - 1, 10))
+    decoder.bind("past_k.0", narrow)
+    with pytest.raises(InputError, match=r"decoder: past_k\.0 has shape"):
+        decoder.run(feeds)
+    decoder.bind("past_k.0", tiny.engine.loop.cache._buffers["past_k.0"])
+    decoder.run(feeds)
     decoder.close()
     with pytest.raises(BackendError, match="session is closed"):
         decoder.run(feeds)

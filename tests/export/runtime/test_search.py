@@ -88,6 +88,20 @@ def test_beam_search_is_that_of_transformers(tiny_llama, beams: int, length_pena
         np.testing.assert_allclose([h.score for h in found], expected.sequences_scores.numpy(), rtol=1e-4, atol=1e-4)
 
 
+def test_a_live_beam_that_could_only_draw_level_ends_the_search() -> None:
+    """As in transformers: to go on, the best live beam must be better than the worst kept one."""
+    search = BeamSearch(StopRule(eoc=EOC, banned=IMAGE, max_new_tokens=9), beams=2)
+    first, second = np.full((1, VOCAB), -50, np.float32), np.full((2, VOCAB), -50, np.float32)
+    first[0, [EOC, 5, 6]] = 0
+    step = search.advance(first)
+    assert step is not None
+    assert step.tokens.tolist() == [5, 6]
+    second[0, [EOC, 7]] = 0  # the beam ends and goes on with the same probability
+    second[1, 8:18] = 0
+    assert search.advance(second) is None
+    assert [text.token_ids for text in search.results()] == [(EOC,), (5, EOC)]
+
+
 def test_greedy_takes_the_likeliest_token_until_eoc(tiny_llama) -> None:  # type: ignore[no-untyped-def]
     import torch
 
@@ -187,7 +201,7 @@ def test_what_was_agreed_is_never_taken_back(seed: int, beams: int, bonus: float
     branches, agreed = [[1, 4]], []
     while (step := search.advance(np.stack([model(branch) for branch in branches]))) is not None:
         branches = [[*branches[parent], int(token)] for parent, token in zip(step.parents, step.tokens, strict=True)]
-        agreed.append(tuple(search.agreed()))
+        agreed.append(tuple(search.certain()[0][0]))
     best = search.results()[0].token_ids
     for tokens in agreed:
         assert best[: len(tokens)] == tokens

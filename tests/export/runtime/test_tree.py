@@ -12,47 +12,22 @@ STEPS = st.lists(st.lists(st.integers(0, 7), min_size=4, max_size=4), min_size=1
 
 
 @settings(max_examples=150, deadline=None)
-@given(
-    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=3),
-    width=st.integers(1, 4),
-    draws=STEPS,
-    growth=st.integers(0, 5),
-    retired=st.integers(0, 12),
-)
+@given(length=st.integers(1, 9), hidden=st.sets(st.integers(0, 8)), width=st.integers(1, 4), draws=STEPS, gap=st.integers(0, 3))
 def test_each_branch_sees_its_prompt_and_ancestors_only(
-    lengths: list[int], width: int, draws: list[list[int]], growth: int, retired: int
+    length: int, hidden: set[int], width: int, draws: list[list[int]], gap: int
 ) -> None:
-    batch = len(lengths)
-    tree = BeamTree(lengths, width, capacity=max(lengths) + width)
-    # The plain way: each branch is the list of (slot, position) that it sees.
-    branches = [[[(slot, slot) for slot in range(length)] for _ in range(width)] for length in lengths]
-    active = list(range(batch))
+    visible = np.zeros(64, np.bool_)
+    visible[[slot for slot in range(length) if slot not in hidden]] = True
+    tree = BeamTree(visible, length, width)
+    # The plain way: each branch is the list of slots that it sees.
+    branches = [[int(slot) for slot in np.flatnonzero(visible)] for _ in range(width)]
+    used = length
     for number, draw in enumerate(draws):
-        if number == retired and len(active) > 1:
-            active = active[1:]
-        if tree.slots_needed(batch) > tree.capacity:
-            tree.grow(tree.slots_needed(batch) + growth)
-        write_index = tree.used.copy()
-        for row in range(batch):
-            if row not in active:
-                tree.retire(row)
-                continue
-            parents = np.array([value % width for value in draw[:width]])
-            tree.step(row, parents)
-            position = lengths[row] + int(tree.steps[row])
-            assert tree.positions(batch)[row] == position
-            branches[row] = [
-                [*branches[row][parent], (int(write_index[row]) + branch, position)] for branch, parent in enumerate(parents)
-            ]
-        for row in range(batch):
-            for branch in range(width):
-                seen = np.flatnonzero(tree.mask[row, 0, branch]).tolist()
-                if row in active:
-                    assert [(slot, int(tree.key_positions[row, slot])) for slot in seen] == branches[row][branch]
-                else:
-                    assert seen == [int(write_index[row]) + branch]
-        assert (tree.used + width <= tree.capacity).all()
-        assert (tree.positions(batch) < tree.capacity).all()  # the graph reads distances below the capacity only
-        for row in active:
-            tree.commit(row)
-            assert tree.used[row] == write_index[row] + width
+        used += gap  # others may have written between
+        parents = np.array([value % width for value in draw[:width]])
+        tree.step(parents, used)
+        assert tree.position == length + number
+        branches = [[*branches[parent], used + branch] for branch, parent in enumerate(parents)]
+        assert [np.flatnonzero(row).tolist() for row in tree.mask] == branches
+        used += width
+        tree.commit()

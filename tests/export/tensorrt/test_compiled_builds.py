@@ -75,6 +75,16 @@ def compile_with(monkeypatch, tmp_path):
     return run
 
 
+def test_python_builds_engines_as_the_command_line_does(compile_with, monkeypatch, tmp_path):
+    expected = compile_with(FakeBuilds())
+    monkeypatch.setattr(backend_module, "build", FakeBuilds())
+    source = source_for_size("nano", seed=3)
+    found = flamingo_export.build(source, out=tmp_path / "m.bundle", parity="skip", backend="tensorrt-rtx", target="sm89")
+    assert found.manifest.engines == expected.manifest.engines
+    with pytest.raises(BuildError, match="target is 'sm89', but only engines have one"):
+        flamingo_export.build(source, out=tmp_path / "o.bundle", parity="skip", target="sm89")
+
+
 def test_an_engine_finished_before_a_kill_is_not_built_again(compile_with, tmp_path):
     first = FakeBuilds(stop_at=2)
     with pytest.raises(KeyboardInterrupt):
@@ -217,18 +227,18 @@ def test_the_plan_counts_the_engines(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({}, "--size nano --seed 3 --precision fp32 --max-length 2048 --max-batch 8"),
-        ({"source": SourceRecord(kind="checkpoint", sha256="1")}, "--checkpoint FOLDER --precision fp32"),
-        ({"precision": Precision(storage="fp16", policy=preset("int4"))}, "--precision fp16 --int4 --max-length"),
+        ({}, "--size nano --seed 3 --storage fp32 --max-length 2048 --max-batch 8"),
+        ({"source": SourceRecord(kind="checkpoint", sha256="1")}, "--checkpoint FOLDER --storage fp32"),
+        ({"precision": Precision(storage="fp16", policy=preset("int4"))}, "--storage fp16 --int4 --max-length"),
         (
             {"precision": Precision(storage="fp16", policy=preset("fp8")), "calibration": CalibrationRecord(origin="none")},
-            "--precision fp16 --fp8 --uncalibrated --max-length",
+            "--storage fp16 --fp8 --uncalibrated --max-length",
         ),
         (
             {"precision": Precision(storage="bf16", policy=preset("fp8")), "calibration": CalibrationRecord(origin="given")},
-            "--precision bf16 --fp8 --calibration 'a b/calibration.json' --max-length",
+            "--storage bf16 --fp8 --calibration 'a b/calibration.json' --max-length",
         ),
-        ({"precision": Precision(storage="fp16", policy=Policy(name="int4"))}, "--precision fp16 --policy FILE --max-length"),
+        ({"precision": Precision(storage="fp16", policy=Policy(name="int4"))}, "--storage fp16 --policy FILE --max-length"),
     ],
 )
 def test_the_command_that_rebuilds_makes_the_same_bundle(compile_with, changes, words):
@@ -241,7 +251,7 @@ def test_the_command_that_rebuilds_makes_the_same_bundle(compile_with, changes, 
 
 def test_the_command_that_rebuilds_nano_names_the_trained_one(tmp_path):
     result = flamingo_export.build(source_for_size("nano"), out=tmp_path / "n.bundle", parity="skip")
-    assert "build --size nano --precision" in rebuild_command(result.path, result.manifest, "tensorrt-rtx", "sm89")
+    assert "build --size nano --storage" in rebuild_command(result.path, result.manifest, "tensorrt-rtx", "sm89")
 
 
 def test_inspect_prints_the_engine(compile_with, capsys):

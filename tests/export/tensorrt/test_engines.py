@@ -47,6 +47,7 @@ def test_every_subgraph_of_nano(rtx, nano_bundles, name, storage):
     gated = len(manifest.config.gated_layers)
     attentions = {"decoder": lm.num_layers + gated, "resampler": manifest.config.resampler.num_layers}.get(name, 0)
     assert summary.attentions == attentions
+    assert summary.attentions_with_lengths == (lm.num_layers if name == "decoder" else 0)
     assert summary.fused_attentions == (0 if storage == "fp32" else attentions)  # TensorRT has no fused one in fp32
     assert [profile.name for profile in summary.profiles] == {
         "decoder": ["prefill", "decode"],
@@ -76,6 +77,7 @@ def test_every_part_of_nano(rtx, tmp_path):
     assert (
         sum(summary.attentions for summary in summaries) == sum(summary.fused_attentions for summary in summaries) == attentions
     )
+    assert sum(summary.attentions_with_lengths for summary in summaries) == lm.num_layers
     sizes = WeightIndex.read(bundle).sizes()
     for summary, (graph, _) in zip(summaries, manifest.decoder_graphs(), strict=True):
         assert summary.weight_bytes == graph_bytes(manifest.config, sizes, graph)

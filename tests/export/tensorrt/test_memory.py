@@ -176,9 +176,15 @@ def test_buffers_hold_what_is_written(cuda, lane, element):
     buffer.write(2, tensor[0])
     assert np.array_equal(buffer.read(), rows)
     assert np.array_equal(tensor.read()[0], rows[2])
-    assert np.array_equal(buffer.rows(2).read(), rows[:2])
-    assert buffer.rows(2) is buffer.rows(2)
-    assert buffer.rows(2).address == buffer.address
+    assert np.array_equal(buffer.rows(0, 2).read(), rows[:2])
+    assert buffer.rows(0, 2) is buffer.rows(0, 2)
+    assert buffer.rows(0, 2).address == buffer.address
+    middle = buffer.rows(1, 2)
+    assert middle is buffer.rows(1, 2)
+    assert np.array_equal(middle.read(), rows[1:])
+    assert np.array_equal(middle.rows(1, 1).read(), rows[2:])
+    with pytest.raises(InputError, match="rows 2 to 3 of a buffer"):
+        buffer.rows(2, 2)
     grown = DeviceBuffer.zeroed(lane, (5, 2, 4), element)
     grown.copy_from(buffer)
     assert np.array_equal(grown.read()[:3], rows)

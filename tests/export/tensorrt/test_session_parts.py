@@ -8,16 +8,15 @@ from contextlib import ExitStack
 
 import numpy as np
 import pytest
+from engine_steps import decode, submitted, until_prefilled
 from fake_gpu import LIMITS, add_engines
 
 import flamingo_export
 from flamingo_export.backends.tensorrt.session import MAX_GRAPHS
 from flamingo_export.errors import InputError
 from flamingo_export.precision import Precision
-from flamingo_export.runtime.generator import Timings
 from flamingo_export.runtime.model import Model
-from flamingo_export.runtime.options import GenerateOptions
-from flamingo_export.runtime.request import Request, prepare
+from flamingo_export.runtime.request import Request
 from flamingo_export.sources import LiveSource
 
 Load = Callable[..., tuple[Model, Model]]
@@ -107,23 +106,15 @@ def test_parts_in_16_bits(both: Load):
         np.testing.assert_allclose(one.token_logprobs, other.token_logprobs, atol=2e-2)
 
 
-def steps_of(model: Model, asked: Request, width: int):
-    options = GenerateOptions(beams=width, max_new_tokens=12)
-    prepared = [prepare(asked, model.config, model.tokenizer)]
-    return model.generator.run(prepared, [options.search(model.config, 12)], Timings())
-
-
 def test_a_step_is_a_graph_a_part_one_wait_and_no_hidden_state_on_the_host(both: Load, gpu):
     engines, _ = both(3)
     lm, capacity = engines.config.language_model, engines.manifest.limits.max_length
     for width in (1, 3):
-        stream = steps_of(engines, request(80 + width, 30, 2), width)
-        for _ in range(3):  # run, captured, launched
-            next(stream)
+        loop = submitted(engines, request(80 + width, 30, 2), width)
+        decode(loop, 3)  # run, captured, launched
         before, calls, enqueued = gpu.cuda.crossed.copy(), gpu.cuda.calls.copy(), gpu.trt.enqueued
         steps = 4
-        for _ in range(steps):
-            next(stream)
+        decode(loop, steps)
         moved, called = gpu.cuda.crossed - before, gpu.cuda.calls - calls
         common = width * (8 + capacity) + 8 + 8 * capacity  # positions and mask, write index, key positions
         media = width * 8 + 8  # phi, rows: the second of three layers has no gated block
@@ -132,15 +123,14 @@ def test_a_step_is_a_graph_a_part_one_wait_and_no_hidden_state_on_the_host(both:
         assert moved["on device"] == 0
         assert moved["to host"] / steps < 4 * width * lm.width
         assert (called["launch"], called["synchronize"], gpu.trt.enqueued) == (3 * steps, steps, enqueued)
-        stream.close()
+        loop.abandon(None)
 
 
 def test_prefill_in_chunks_moves_no_hidden_state_and_no_logits(both: Load, gpu):
     engines, _ = both(2)
     asked = request(90, 40, 0)  # chunks of 16, 16 and 8
     before = gpu.cuda.crossed.copy()
-    with engines.generator.filled([prepare(asked, engines.config, engines.tokenizer)], 48, Timings(), 2):
-        pass
+    until_prefilled(submitted(engines, asked, 2))
     moved = gpu.cuda.crossed - before
     assert moved["to host"] == (LIMITS["beams"] + 1) * (4 + 8) + 4
     assert moved["on device"] == 0
@@ -222,7 +212,7 @@ def test_an_output_that_is_bound(both: Load):
     ones = np.zeros((1, 2), np.int64)
     feeds = {
         "token_ids": ones, "positions": ones, "media_rows": ones[:, :1], "phi": ones, "write_index": ones[0, :1],
-        "mask": np.ones((1, 1, 2, capacity), np.bool_), "key_positions": np.arange(capacity)[None],
+        "mask": (np.arange(capacity) < 2) & np.ones((1, 1, 2, 1), np.bool_), "key_positions": np.arange(capacity)[None],
     }  # fmt: skip
     with pytest.raises(InputError, match=r"hidden_out is bound to a buffer of shape \(1, 1, \d+\)"):
         first.compute(feeds)

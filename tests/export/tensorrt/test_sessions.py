@@ -9,13 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from engine_steps import decode, submitted, until_prefilled
 from fake_gpu import LIMITS, add_engines
 
 import flamingo_export
 from flamingo_export.errors import BackendError, InputError
 from flamingo_export.precision import Precision
+from flamingo_export.runtime.jobs import Group
+from flamingo_export.runtime.loop import Outcome
 from flamingo_export.runtime.model import Model
+from flamingo_export.runtime.options import GenerateOptions
 from flamingo_export.runtime.request import Request
+from flamingo_export.runtime.ticket import Ticket
 from flamingo_export.runtime.videos import Video
 from flamingo_export.sources import LiveSource
 
@@ -163,16 +168,12 @@ def test_a_step_is_one_graph_and_moves_few_bytes(both: Load, gpu):
     lm, capacity = engines.config.language_model, engines.manifest.limits.max_length
     for width in (1, 3):
         asked = request(80 + width, 30, 2)
-        stream = engines.generator.run(
-            *prepared(engines, asked, width),
-        )
-        for _ in range(3):  # run, captured, launched
-            next(stream)
+        loop = submitted(engines, asked, width)
+        decode(loop, 3)  # run, captured, launched
         graphs, launches = gpu.cuda.graphs, gpu.cuda.calls["launch"]
         before, enqueued, contexts = gpu.cuda.crossed.copy(), gpu.trt.enqueued, gpu.trt.contexts
         steps = 4
-        for _ in range(steps):
-            next(stream)
+        decode(loop, steps)
         moved = gpu.cuda.crossed - before
         candidates = LIMITS["beams"] + 1
         fed = (
@@ -184,24 +185,16 @@ def test_a_step_is_one_graph_and_moves_few_bytes(both: Load, gpu):
         assert moved["to host"] / steps < 4 * lm.vocab_size * width
         assert (gpu.cuda.graphs, gpu.trt.enqueued, gpu.trt.contexts) == (graphs, enqueued, contexts)
         assert gpu.cuda.calls["launch"] == launches + steps
-        stream.close()
-
-
-def prepared(model: Model, asked: Request, width: int):
-    from flamingo_export.runtime.generator import Timings
-    from flamingo_export.runtime.options import GenerateOptions
-    from flamingo_export.runtime.request import prepare
-
-    options = GenerateOptions(beams=width, max_new_tokens=12)
-    return [prepare(asked, model.config, model.tokenizer)], [options.search(model.config, 12)], Timings()
+        loop.abandon(None)
 
 
 def test_media_pass_from_encoder_to_bank_on_the_device(both: Load, gpu):
     engines, _ = both()
     before = gpu.cuda.crossed.copy()
     one = request(90, 5, 1)
-    with engines.generator.filled(*prepared(engines, one, 1)[:1], 16, prepared(engines, one, 1)[2]):
-        pass
+    options = GenerateOptions(temperature=1.0, max_new_tokens=12)  # which wants the logits of the whole vocabulary
+    engines.engine.submit(engines.prepare(one), options, wake=False)
+    until_prefilled(engines.engine.loop)
     moved = gpu.cuda.crossed - before
     block, side = engines.config.cross_attention, engines.config.vision.image_size
     kept = 2 * len(engines.config.gated_layers) * block.num_heads * engines.config.resampler.num_latents * block.head_size * 4
@@ -250,24 +243,28 @@ def test_media_of_the_next_batch_are_encoded_meanwhile(both: Load, gpu):
 
 def test_prefetching_neither_waits_nor_disturbs_the_stream_of_steps(both: Load, gpu):
     engines, _ = both()
-    first, second = (prepared(engines, request(seed, 12, 2), 1) for seed in (130, 131))
-    steps = engines.generator.run(*first)
-    for _ in range(3):
-        next(steps)
-    waited, pinned = gpu.cuda.calls["synchronize"], dict(engines.generator.bank._pins)
-    upcoming = engines.generator.prefetch(second[0])
+    group, options = Group(1), GenerateOptions(beams=1, max_new_tokens=12)
+    loop = engines.engine.loop
+
+    def submit(seed: int) -> Ticket[Outcome]:
+        return engines.engine.submit(engines.prepare(request(seed, 12, 2)), options, wake=False, group=group)
+
+    first = submit(130)
+    decode(loop, 3)
+    second = submit(131)
+    loop._take_in()
     encoding = engines.engines.vision_encoder._lane.stream
-    next(upcoming)
+    waited, pinned = gpu.cuda.calls["synchronize"], dict(loop.bank._pins)
+    loop._prefetch()
     assert gpu.cuda.calls["synchronize"] == waited
     asked = len(gpu.cuda._streams[encoding].queue)
     assert asked
-    next(steps)
+    loop.step(loop._plan()[0])
     assert len(gpu.cuda._streams[encoding].queue) == asked  # the step did not wait for it
-    assert engines.generator.bank._pins == pinned
-    steps.close()
-    upcoming.close()
-    with engines.generator.filled(second[0], 16, second[2]):
-        assert second[2].media_encoded < 2
+    assert loop.bank._pins == pinned
+    loop._leave(loop._jobs[first], None)
+    engines.engine.complete(second)
+    assert second.timings.media_encoded < 2
 
 
 def test_tensors_on_the_device_are_fed_as_they_are(both: Load, gpu):
@@ -305,7 +302,7 @@ def test_feeds_that_do_not_fit_are_named(both: Load):
     ones = np.zeros((1, 1), np.int64)
     feeds = {
         "token_ids": ones, "positions": ones, "media_rows": ones, "phi": ones, "write_index": ones[0], "logit_positions": ones,
-        "mask": np.ones((1, 1, 1, 96), np.bool_), "key_positions": np.arange(96)[None],
+        "mask": (np.arange(96) < 1)[None, None, None], "key_positions": np.arange(96)[None],
     }  # fmt: skip
     decoder.run(feeds)
     cache = np.zeros((1, 4, 96, 10), np.float32)

@@ -197,8 +197,8 @@ def test_a_runtime_that_ignores_parents(copy: Path, compare: Compare, monkeypatc
     """The numbers of all cases are right; only the beam traces can tell."""
     right = BeamTree.step
 
-    def wrong(self: BeamTree, row: int, parents: Array) -> None:
-        right(self, row, np.arange(self.width))
+    def wrong(self: BeamTree, parents: Array, first: int) -> None:
+        right(self, np.arange(self.width), first)
 
     monkeypatch.setattr(BeamTree, "step", wrong)
     report = compare(copy)

@@ -63,6 +63,7 @@ def test_questions_about_held_out_images_are_answered(model, tokenizer):
     assert rate(said, [answer for _, (_, answer) in asked]).percent >= MIN_ANSWERS
 
 
+@pytest.mark.slow
 def test_shots_tell_the_format(model, tokenizer):
     table = few_shot_rates(model, tokenizer, count=4, shots=(0, 4))["all"]
     assert table["4"].percent >= table["0"].percent + 20

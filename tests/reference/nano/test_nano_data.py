@@ -35,6 +35,7 @@ def test_frames_are_rgb_of_the_models_size():
             assert frame.dtype == np.uint8
 
 
+@pytest.mark.slow
 def test_splits_share_no_scene_no_scan_and_no_motion():
     train = {scene_key(data.scene(seed, split="train")) for seed in range(1500)}
     test = {scene_key(data.scene(seed, split="test")) for seed in range(1500)}

@@ -43,6 +43,7 @@ def pool():
     return Pool(scenes=30, digits=10, videos=10)
 
 
+@pytest.mark.slow
 def test_contrastive_steps_lower_the_loss(tokenizer):
     lines: list[str] = []
     contrastive.train_vision(NANO, tokenizer, steps=21, batch=30, seed=0, log=lines.append)
@@ -132,6 +133,7 @@ def test_half_of_the_held_out_scenes_have_several_objects():
     assert sum(count > 1 for count in counts) == 20
 
 
+@pytest.mark.slow
 def test_evaluation_makes_all_tables(tokenizer, monkeypatch):
     torch.manual_seed(4)
     monkeypatch.setattr("flamingo_reference.nano.evaluate.few_shot_rates", lambda *_, **__: {"all": {"0": Rate(1, 4)}})

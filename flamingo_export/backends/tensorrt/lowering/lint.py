@@ -39,6 +39,8 @@ class Expected(msgspec.Struct, frozen=True, kw_only=True):
     plugin_layers: int
     cache_updates: int
     attentions: int
+    attentions_over_caches: int = 0
+    """Those whose keys come from a cache: they are given the lengths in use where TensorRT takes them."""
     quantised: int = 0
     """Products of a quantised matrix."""
     weights: Mapping[str, ir.ExternalTensor]
@@ -75,6 +77,7 @@ def check_graph(
         plugin_layers=sum(node.domain == FUNCTION_DOMAIN and node.op_type in native_functions for node in model.graph),
         cache_updates=calls[("", "TensorScatter", "")],
         attentions=attentions,
+        attentions_over_caches=sum(_is_over_a_cache(node) for node in model.graph),
         quantised=sum(_is_quantised_product(node) for node in model.graph),
         weights={name: value for name, value in used.items() if name and isinstance(value, ir.ExternalTensor)},
         kernels={
@@ -83,6 +86,14 @@ def check_graph(
             if node.op_type == "Conv" and _initializer(node, 1)
         },
     )
+
+
+def _is_over_a_cache(node: ir.Node) -> bool:
+    """Whether an attention's keys are what a TensorScatter gives."""
+    if node.op_type != "Attention" or node.inputs[1] is None:
+        return False
+    made = node.inputs[1].producer()
+    return made is not None and made.op_type == "TensorScatter"
 
 
 def _is_quantised_product(node: ir.Node) -> bool:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from packaging.version import Version
 from torch.overrides import TorchFunctionMode
 
 from flamingo_export.backends.memory import release
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 INSTALL = pip_install("transformers")
+LOWEST = "5.5"
+"""The lowest version that the comparison was tried with; pyproject.toml asks for the same."""
 _TIED = {
     "lm_head.weight": "model.embed_tokens.weight",
     "lm_head.additional_fc.weight": "model.embed_tokens.additional_embedding.weight",
@@ -29,16 +32,18 @@ _TIED = {
 
 
 def idefics_classes() -> tuple[Any, Any]:
-    """transformers' IdeficsConfig and IdeficsForVisionText2Text. Raises ParityError if it is missing or of a version without them."""
+    """transformers' IdeficsConfig and IdeficsForVisionText2Text. Raises ParityError if it is missing, too old, or without them."""
+    try:
+        found = importlib.metadata.version("transformers")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ParityError(f"transformers is not installed, so there is nothing of it to compare with: {INSTALL}") from error
+    if Version(found) < Version(LOWEST):
+        raise ParityError(f"transformers {found} is too old to compare with: {LOWEST} or later is needed: {INSTALL}")
     try:
         from transformers import IdeficsConfig, IdeficsForVisionText2Text
     except ImportError as error:
-        try:
-            version = importlib.metadata.version("transformers")
-        except importlib.metadata.PackageNotFoundError:
-            raise ParityError(f"transformers is not installed, so there is nothing of it to compare with: {INSTALL}") from error
         raise ParityError(
-            f"transformers {version} has no IdeficsForVisionText2Text (or cannot load it: {error}). Install one that has: {INSTALL}"
+            f"transformers {found} has no IdeficsForVisionText2Text (or cannot load it: {error}). Install one that has: {INSTALL}"
         ) from error
     return IdeficsConfig, IdeficsForVisionText2Text
 

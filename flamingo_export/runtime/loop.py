@@ -1,0 +1,310 @@
+"""The generation core: media, prompts and decoding steps of all requests, one action at a time. One loop for all backends.
+
+`tick` does what the scheduler says: admits a request, encodes some of its media (`encode`), computes a chunk of its prompt (`prefill`), or
+decodes all rows once (`step`); after a prompt and after a step each request's search chooses its tokens (`choose`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from flamingo_export.bundle.manifest import ShapeLimits
+from flamingo_export.errors import DeadlineExceeded
+from flamingo_export.runtime.cache import Cache
+from flamingo_export.runtime.calls import Call, decode_feeds, plan_calls
+from flamingo_export.runtime.candidates import Scores, run_decoder
+from flamingo_export.runtime.jobs import Generating, Job, Scoring
+from flamingo_export.runtime.media_bank import MediaBank
+from flamingo_export.runtime.media_encoder import Encoding, MediaEncoder
+from flamingo_export.runtime.prefill import check_phi, chunk_feeds, looking_at
+from flamingo_export.runtime.scheduler import Kind, Schedule, next_action, overdue
+from flamingo_export.runtime.search import Hypothesis
+from flamingo_export.runtime.subgraphs import Engines
+from flamingo_export.runtime.ticket import Ticket, Tokens
+from flamingo_export.runtime.tree import Ints
+from flamingo_reference.config import ModelConfig
+
+NONE: Ints = np.zeros(0, np.int64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a generating request ends with: its texts, best first."""
+
+    hypotheses: list[Hypothesis]
+
+
+class Loop:
+    """Owns the cache's rows and the media bank, which outlive a request: the next one about the same images finds them there.
+
+    Not for several threads at once, but for `inbox` and `revoked`, which any thread may append to.
+    """
+
+    def __init__(self, engines: Engines, config: ModelConfig, limits: ShapeLimits, rows: int, now: Callable[[], float]) -> None:
+        self.config, self.limits = config, limits
+        self.decoder = engines.decoder
+        self.encoder = MediaEncoder(engines.vision_encoder, engines.resampler, engines.media_kv, config)
+        self.bank = MediaBank(engines.decoder, limits.bank_rows)
+        self.cache = Cache(engines.decoder, limits, rows)
+        self.schedule: Schedule[Job] = Schedule(rows=rows, bank_rows=limits.bank_rows)
+        self.inbox: deque[Job] = deque()
+        self.revoked: deque[Ticket[Any]] = deque()
+        self.counts: Counter[str] = Counter()
+        """What has happened since the start, by the names of `EngineStats`."""
+        self._now = now
+        self._jobs: dict[Ticket[Any], Job] = {}
+        self._calls: list[Call] = []
+        self._planned: list[Job] = []
+
+    @property
+    def size(self) -> int:
+        """Requests that wait or run."""
+        return len(self._jobs) + len(self.inbox)
+
+    def tick(self) -> bool:
+        """One action. False if there was nothing to do."""
+        self._take_in()
+        kind, entry = next_action(self.schedule, self._now())
+        if kind is Kind.DECODE:
+            self._decode()
+        elif kind is Kind.IDLE:
+            return False
+        elif kind is Kind.EXPIRE:
+            for late in overdue(self.schedule.entries(), self._now()):
+                self._leave(late, DeadlineExceeded("the request was not finished by its deadline"))
+            self.schedule.expired()
+        else:
+            assert entry is not None
+            try:
+                self._admit(entry) if kind is Kind.ADMIT else self._work(entry)
+            except Exception as error:
+                self._leave(entry, error)
+        return True
+
+    def drop(self, error: Callable[[], BaseException]) -> None:
+        """Everything that waits or runs fails."""
+        self._take_in()
+        for job in list(self._jobs.values()):
+            self._leave(job, error())
+
+    def abandon(self, error: BaseException | None) -> None:
+        """After an interruption at any point: what was taken in is failed or cancelled (None), and nothing is in use any more."""
+        for ticket in self._jobs:
+            ticket.give_up() if error is None else ticket.fail(error)
+        self._jobs.clear()
+        self._planned = []
+        self.schedule = Schedule(rows=len(self.cache.rows), bank_rows=self.bank.capacity)
+        self.bank.unpin_all()
+        for row in self.cache.rows:
+            self.cache.release(row)
+
+    # Requests come and go.
+
+    def _take_in(self) -> None:
+        while self.inbox:
+            job = self.inbox.popleft()
+            self._jobs[job.ticket] = job
+            if job.group is not None and job.group.active >= job.group.limit:
+                job.group.backlog.append(job)
+            else:
+                self._arrive(job)
+        while self.revoked:
+            ticket = self.revoked.popleft()
+            if ticket in self._jobs:
+                self._leave(self._jobs[ticket], None)
+
+    def _arrive(self, job: Job) -> None:
+        if job.group is not None:
+            job.group.active += 1
+        self.schedule.arrive(job)
+
+    def _admit(self, job: Job) -> None:
+        """The request gets a row of the cache, and its media rows of the bank."""
+        job.timings.queued += job.elapsed()
+        self.schedule.admit(job)
+        media = job.request.media
+        missing = self.bank.pin(media)
+        job.row, job.done = self.cache.take(job.request.keys)
+        job.admitted = True
+        job.timings.media_encoded += len(missing)
+        job.timings.media_reused += len(job.media) - len(missing)
+        job.timings.prompt_tokens += len(job.request.token_ids)
+        job.timings.reused_tokens += job.done
+        self.counts.update(media_encoded=len(missing), media_reused=len(job.media) - len(missing), reused_tokens=job.done)
+        check_phi(job.request.phi, len(media))
+
+    def _leave(self, job: Job, error: BaseException | None, *, finished: bool = False) -> None:
+        """A request ends: with an error, cancelled (None), or finished. What it used is free."""
+        if self._jobs.pop(job.ticket, None) is None:
+            return
+        self.counts["finished" if finished else "cancelled" if error is None else "failed"] += 1
+        if job.admitted:
+            self.bank.unpin(job.request.media)
+            self.cache.release(job.row)
+        self.schedule.leave(job)
+        group = job.group
+        if group is not None:
+            if job in group.backlog:
+                group.backlog.remove(job)
+            else:
+                group.active -= 1
+                if group.backlog:
+                    self._arrive(group.backlog.pop(0))
+        if not finished:
+            job.ticket.give_up() if error is None else job.ticket.fail(error)
+
+    # Work on one request.
+
+    def _work(self, job: Job) -> None:
+        if job.media_rows is None:
+            self.encode(job)
+            self.schedule.work_done(job, decodes=False)
+            return
+        if job.done < len(job.request.token_ids):
+            scores = self.prefill(job)
+            if scores is None:
+                self.schedule.work_done(job, decodes=False)
+                return
+            if isinstance(job, Generating):
+                job.start()
+                self.schedule.work_done(job, decodes=True)
+                self.choose(job, scores)
+                return
+            assert isinstance(job, Scoring)
+            job.start(scores)
+        else:
+            assert isinstance(job, Scoring)
+            self.score(job)
+        self.schedule.work_done(job, decodes=False)
+        if job.finished:
+            self._leave(job, None, finished=True)
+            job.ticket.finish(job.results)
+
+    def encode(self, job: Job) -> None:
+        """One call of the vision encoder for the request, short where others wait for their next tokens."""
+        if job.encoding is None:
+            job.encoding = Encoding(self.encoder, self.bank.missing({m.digest: m for m in job.request.media}.values()))
+        if job.encoding.remaining:
+            alone = self.encoder.asynchronous or not self.schedule.decoding
+            for medium, values in job.encoding.step(self.encoder.frames if alone else 1):
+                self.bank.store(medium, values)
+        if not job.encoding.remaining:
+            job.media_rows = self.bank.rows_of(job.request.media)
+            job.timings.media += job.elapsed()
+
+    def prefill(self, job: Job) -> Scores | None:
+        """The next chunk of a prompt; after the last one the candidates [1, n] or logits [1, V] of what follows, else None."""
+        request, row, start = job.request, job.row, job.done
+        assert job.media_rows is not None
+        stop = min(start + self.limits.chunk, len(request.token_ids))
+        count = looking_at(request.phi[start:stop], job.media_rows, self.decoder.largest.get("M"))
+        stop, ends = start + count, start + count == len(request.token_ids)
+        self.cache.reserve(row.index + 1, stop)
+        self.cache.bind(row.index, 1)
+        visible = np.zeros(self.cache.capacity, np.bool_)
+        visible[:start] = True
+        feeds = chunk_feeds(
+            request.token_ids[start:stop],
+            request.phi[start:stop],
+            job.media_rows,
+            position=start,
+            slot=row.used,
+            visible=visible,
+            key_positions=row.key_positions[: self.cache.capacity],
+            # Logits cost a product with the whole vocabulary, so none are asked for until a prompt ends.
+            logits=np.array([count - 1], np.int64) if ends else NONE,
+        )
+        scores = run_decoder(self.decoder, feeds, job.num_candidates)
+        self.counts["prompt_tokens"] += count
+        job.done = row.used = stop
+        row.held = request.keys[:stop]
+        return scores[0] if ends else None
+
+    def score(self, job: Scoring) -> None:
+        """The next pass over a request's candidate answers."""
+        self.cache.reserve(job.row.index + 1, job.done + job.slots)
+        self.cache.bind(job.row.index, 1)
+        job.take(run_decoder(self.decoder, job.feeds(self.cache.capacity), None)[0])
+
+    # Steps of all that decode.
+
+    def _decode(self) -> None:
+        for call in self._plan():
+            try:
+                self._prefetch()
+                scores = self.step(call)
+            except Exception as error:
+                for job in call.jobs:
+                    self._leave(job, error)
+                continue
+            for job in call.jobs:
+                place = job.row.index - call.first
+                try:
+                    self.choose(job, scores[place] if call.width == job.width else scores[place, : job.width])
+                except Exception as error:
+                    self._leave(job, error)
+        self.schedule.decoded()
+
+    def step(self, call: Call) -> Scores:
+        """One step of the rows of a call: candidates [B, W, n] or logits [B, W, V]."""
+        rows = self.cache.rows
+        self.cache.reserve(call.first + call.count, call.slots_needed(rows))
+        self.cache.bind(call.first, call.count)
+        feeds = decode_feeds(call, rows, self.cache.capacity, self.config.tokens.pad)
+        wanted = [job.num_candidates for job in call.jobs]
+        known = [count for count in wanted if count is not None]
+        scores = run_decoder(self.decoder, feeds, max(known) if len(known) == len(wanted) else None)
+        for job in call.jobs:
+            job.commit()
+        self.counts["steps"] += 1
+        return scores
+
+    def choose(self, job: Generating, scores: Scores) -> None:
+        """The request's search chooses its next tokens, or ends it."""
+        step = job.search.advance(scores)
+        timings, elapsed = job.timings, job.elapsed()
+        if job.chosen:
+            timings.steps.append(elapsed)
+        else:
+            timings.prefill += elapsed
+        job.chosen += 1
+        self.counts["generated_tokens"] += 1
+        if job.events and (news := job.news()):
+            job.ticket.push(*(Tokens(index=i, token_ids=tuple(ids), token_logprobs=tuple(p)) for i, ids, p in news))
+        if step is not None:
+            job.follow(step)
+            return
+        self._leave(job, None, finished=True)
+        job.ticket.finish(Outcome(hypotheses=job.search.results()))
+
+    def _plan(self) -> list[Call]:
+        jobs = self.schedule.decoding
+        most = self.limits.max_length
+        if self._planned != jobs or any(call.count > 1 and call.slots_needed(self.cache.rows) > most for call in self._calls):
+            self._planned = list(jobs)
+            self._calls = plan_calls([job for job in jobs if isinstance(job, Generating)], self.cache.rows, most)
+        return self._calls
+
+    def _prefetch(self) -> None:
+        """Where encoding overlaps with steps: media of a request that waits are encoded early, a call at a time, as far as rows are free."""
+        if not self.encoder.asynchronous or self.schedule.working:
+            return
+        job = self._next_waiting()
+        if job is None:
+            return
+        media = list({medium.digest: medium for medium in job.request.media}.values())
+        missing = self.bank.missing(media)[: self.bank.room_beside(media)]
+        if missing:
+            for medium, values in Encoding(self.encoder, missing).step(self.encoder.frames):
+                self.bank.store(medium, values)
+
+    def _next_waiting(self) -> Job | None:
+        if self.schedule.ring:
+            return self.schedule.queues[self.schedule.ring[0]][0]
+        groups = (job.group for job in self.schedule.decoding if job.group is not None)
+        return next((group.backlog[0] for group in groups if group.backlog), None)
