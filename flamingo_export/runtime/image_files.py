@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import IO, Protocol, TypeGuard
 
@@ -158,8 +159,8 @@ def opened_by_pillow(file: IO[bytes]) -> Image.Image:
 def _quiet_libtiff() -> None:
     """libtiff, which Pillow decodes compressed TIFFs with, prints what it finds wrong on the process's stderr. Its own switch for that is
     found through Pillow's extension; where it is built in otherwise, it goes on printing."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
+    with suppress(ImportError, OSError, AttributeError):
+        ctypes.CDLL(str(import_module("PIL._imaging").__file__)).TIFFSetErrorHandler(None)
 
 
 def is_image(file: IO[bytes]) -> bool:
