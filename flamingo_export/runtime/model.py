@@ -77,11 +77,19 @@ class Model:
     """
 
     def __init__(
-        self, bundle: Path, manifest: Manifest, backend: Backend, options: SessionOptions, *, rows: int | None = None
+        self,
+        bundle: Path,
+        manifest: Manifest,
+        backend: Backend,
+        options: SessionOptions,
+        *,
+        rows: int | None = None,
+        queue: int | None = None,
     ) -> None:
         """Opens the graphs.
 
         rows: requests that run at once; None: 16, or as many as the engines were built for.
+        queue: requests that may wait beside them; None: any number.
         Raises BackendError or BundleError, InputError for more rows than the engines take.
         """
         self.bundle, self.manifest, self.backend = bundle, manifest, backend
@@ -91,7 +99,7 @@ class Model:
         self.tokenizer = Tokenizer.open(bundle, self.config, self.inputs.tags) if has_tokenizer else None
         self.engines = Engines.open(bundle, manifest, backend, options)
         try:
-            self.engine = Engine(self.engines, self.config, manifest.limits, rows=rows)
+            self.engine = Engine(self.engines, self.config, manifest.limits, rows=rows, queue=queue)
         except BaseException:
             self.engines.close()
             raise
@@ -143,7 +151,7 @@ class Model:
         options, requests, many = self._asked(prompt, images, videos, batch_size, settings)
         tickets = self._submit(requests, options, batch_size, caller, timeout, wake=False)
         outcomes = self.engine.complete(*tickets)
-        found = [self._generation(outcome, options, ticket.timings) for outcome, ticket in zip(outcomes, tickets, strict=True)]
+        found = [self.generation(outcome, options, ticket.timings) for outcome, ticket in zip(outcomes, tickets, strict=True)]
         return found if many else found[0]
 
     @overload
@@ -176,7 +184,7 @@ class Model:
         options, requests, many = self._asked(prompt, images, videos, batch_size, settings)
         tickets = await asyncio.to_thread(self._submit, requests, options, batch_size, caller, timeout, wake=True)
         try:
-            found = [self._generation(await ticket, options, ticket.timings) for ticket in tickets]
+            found = [self.generation(await ticket, options, ticket.timings) for ticket in tickets]
         except BaseException:
             for ticket in tickets:
                 ticket.cancel()
@@ -208,7 +216,7 @@ class Model:
         return Stream(
             ticket,
             TextStream(self.tokenizer, strip=True),
-            lambda outcome, timings: self._generation(outcome, options, timings),
+            lambda outcome, timings: self.generation(outcome, options, timings),
             one_text=options.width == 1 or not options.samples,
         )
 
@@ -272,7 +280,7 @@ class Model:
         request = as_request(prompt, images, videos)
         started = time.perf_counter()
         prepared = self.prepare(request)
-        ids = [self._candidate_ids(request, candidate, end) for candidate in candidates]
+        ids = [self.candidate_ids(request, candidate, end) for candidate in candidates]
         timings = Timings(prepare=time.perf_counter() - started)
         (results,) = self.engine.complete(
             self.engine.submit_score(prepared, ids, timings=timings, caller=caller, deadline=_deadline(timeout), wake=False)
@@ -370,7 +378,7 @@ class Model:
             raise
         return tickets
 
-    def _generation(self, outcome: Outcome, options: GenerateOptions, timings: Timings) -> Generation:
+    def generation(self, outcome: Outcome, options: GenerateOptions, timings: Timings) -> Generation:
         """What a finished search found."""
         best, *others = (self._text(hypothesis) for hypothesis in outcome.hypotheses[: options.num_return])
         return Generation(
@@ -395,7 +403,8 @@ class Model:
     def _decode(self, token_ids: Sequence[int]) -> str:
         return "" if self.tokenizer is None else self.tokenizer.decode(token_ids)
 
-    def _candidate_ids(self, request: Request, candidate: str | Sequence[int], end: bool) -> list[int]:
+    def candidate_ids(self, request: Request, candidate: str | Sequence[int], end: bool) -> list[int]:
+        """Token ids of a candidate answer after the request's prompt; end: with `<EOC>`. Raises InputError."""
         if not isinstance(candidate, str):
             ids = [int(token) for token in candidate]
         elif self.tokenizer is None:

@@ -93,6 +93,11 @@ def prepare(
     known = {} if known is None else known
     loaded = (load_medium(source, config, fit) for source in request.media)
     media = tuple(known.setdefault(medium.digest, medium) for medium in loaded)
+    return prepared_from_ids(ids, media, config)
+
+
+def prepared_from_ids(ids: Ints, media: tuple[Medium, ...], config: ModelConfig) -> Prepared:
+    """A request from its token ids, int64 [P], and as many media as there are `<image>` tokens among them, in order."""
     phi = phi_from_tokens(ids[None], config.tokens.image, config.tokens.reset)[0]
     digests = iter(media)
     keys = tuple(next(digests).digest if token == config.tokens.image else token for token in ids.tolist())

@@ -93,6 +93,11 @@ class Tokenizer:
         text: str = self._tokenizer.decode(self._whole_characters(ids), skip_special_tokens=True)
         return text
 
+    def token_text(self, token_id: int) -> str:
+        """One token as text, a tag as it is written. A token that is part of a character has the replacement sign in its place."""
+        text: str = self._tokenizer.decode([int(token_id)], skip_special_tokens=False)
+        return text
+
     def check_quoted(self, text: str) -> None:
         """Raises PromptError if a special token stands in what a user wrote: it would end the text or shift every later image."""
         normalizer = self._tokenizer.normalizer
