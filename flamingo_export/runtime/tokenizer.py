@@ -65,9 +65,21 @@ class Tokenizer:
             raise PromptError("the prompt is empty. Give at least one word or tag, for example '<image>Output:'.")
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             raise PromptError(f"the text holds half of a surrogate pair, which is no character: {text[:80]!a}")
-        ids: list[int] = self._tokenizer.encode(with_tags_around(text, self._tags), add_special_tokens=False).ids
+        ids = self._encoded(with_tags_around(text, self._tags))
         wanted = add_bos and self._tags.bos is not None and ids[:1] != [self.ids.bos]
         return [self.ids.bos, *ids] if wanted else ids
+
+    def _encoded(self, text: str) -> list[int]:
+        try:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        except BaseException as error:
+            # The library raises plain Exception where a text has no tokens, and its panics (of a damaged table of characters) are none.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise PromptError(
+                f"the bundle's tokenizer cannot encode {text[:80]!r} ({error}). Build it with a whole one."
+            ) from error
+        return ids
 
     def encode_continuation(self, prompt: str, continuation: str) -> list[int]:
         """Ids of `continuation` where it follows `prompt`. A space begins it, as words begin in running text, unless it has a blank or the
