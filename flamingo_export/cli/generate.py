@@ -189,9 +189,9 @@ def _with_similar(model: Model, index: Path, count: int, medium: MediumSource, q
 
 def _streamed(model: Model, request: Request, settings: Settings) -> Generation:
     """Prints the best text as it becomes certain and returns the whole."""
-    stream = model.stream(request, **settings)
-    for piece in stream:
-        print(piece, end="", flush=True)
+    with model.stream(request, **settings) as stream:
+        for piece in stream:
+            print(piece, end="", flush=True)
     print()
     if stream.result is None:
         raise RuntimeError("the stream ended without a result")

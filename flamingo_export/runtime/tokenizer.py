@@ -82,18 +82,17 @@ class Tokenizer:
         return ids
 
     def encode_continuation(self, prompt: str, continuation: str) -> list[int]:
-        """Ids of `continuation` where it follows `prompt`, without the blanks at the prompt's end: those begin the continuation, as words
-        begin in running text. A space is put there unless one of the two has a blank.
+        """Ids of `continuation` where it follows `prompt`. A space begins it, as words begin in running text, unless it has a blank or the
+        prompt ends a line; the blanks at the prompt's end are what this space stands for, so they change nothing.
 
         Encoded together, so that words split as they do in running text; apart where they melt into one token.
         Raises PromptError if nothing is left to score.
         """
         if not continuation.strip():
             raise PromptError("a candidate answer is empty")
-        kept = without_last_blanks(prompt)
-        if not continuation[0].isspace():
-            continuation = (prompt[len(kept) :] or ("" if kept[-1:].isspace() else " ")) + continuation
-        prompt = kept
+        prompt = without_last_blanks(prompt)
+        if not (continuation[0].isspace() or prompt[-1:].isspace()):
+            continuation = " " + continuation
         before = self.encode(prompt)
         together = self.encode(prompt + continuation)
         if len(together) > len(before) and together[: len(before)] == before:
