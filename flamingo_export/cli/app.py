@@ -24,6 +24,7 @@ from flamingo_export.cli import (
     score,
     search,
     sensitivity,
+    serve,
 )
 from flamingo_export.cli.interrupts import EXIT_INTERRUPTED, Interrupts
 from flamingo_export.cli.options import MediaCommand
@@ -59,6 +60,7 @@ app.command("generate", short_help="Describe images and videos, or answer a ques
     generate.generate
 )
 app.command("score", short_help="Rank candidate answers by their log-likelihood.", cls=MediaCommand)(score.score)
+app.command("serve", short_help="Serve bundles over HTTP: OpenAI's API, a web page, metrics.")(serve.serve)
 app.command("eval", short_help="Score a bundle on a benchmark, few-shot, beside another.")(eval.eval_)
 app.command("index", short_help="Encode examples once, to retrieve similar ones.")(index.index)
 app.command("search", short_help="Find the pictures of an index that look most like one.")(search.search)
@@ -97,7 +99,8 @@ def run(argv: Sequence[str] | None, interrupts: Interrupts) -> int:
     try:
         app(args=arguments, prog_name="flamingo-export")
     except SystemExit as stop:
-        if stop.code == EXIT_INTERRUPTED:  # what typer makes of a KeyboardInterrupt
+        # What typer makes of a KeyboardInterrupt; versions differ in the code.
+        if stop.code == EXIT_INTERRUPTED or (stop.code and interrupts.received is not None):
             return _interrupted(interrupts, debug)
         return stop.code if isinstance(stop.code, int) else EXIT_FAILURE
     except KeyboardInterrupt:

@@ -12,7 +12,7 @@ from engine_runs import assert_as_exact, opened
 from openflamingo_models import IMAGE, KINDS, SIDE, TOKENS, Theirs, files_of, ours
 
 import flamingo_export
-from flamingo_reference.checkpoints.conversions import source_shapes
+from flamingo_reference.checkpoints.converted import source_shapes
 from flamingo_reference.checkpoints.families import openflamingo
 from flamingo_reference.config import ConfigError
 from flamingo_reference.model import Flamingo

@@ -59,11 +59,6 @@ def with_bias(ours: str, theirs: str, shape: Shape) -> dict[str, Recipe]:
     }
 
 
-def source_shapes(recipes: Mapping[str, Recipe]) -> dict[str, Shape]:
-    """Name and shape of every tensor that recipes read."""
-    return {name: shape for recipe in recipes.values() for name, shape in recipe.sources.items()}
-
-
 _SHOWN = 80  # characters of a value that a message repeats
 _MOST = 1 << 63
 

@@ -25,6 +25,11 @@ class Recipe(Protocol):
     def make(self) -> Callable[[Sequence[AnyArray]], AnyArray]: ...
 
 
+def source_shapes(recipes: Mapping[str, Recipe]) -> dict[str, Shape]:
+    """Name and shape of every tensor that recipes read."""
+    return {name: shape for recipe in recipes.values() for name, shape in recipe.sources.items()}
+
+
 class PartFiles(msgspec.Struct, frozen=True, kw_only=True):
     """The files of a part: path as given, config.json as it says (untrusted), tensors; absent: those of them known by name alone."""
 

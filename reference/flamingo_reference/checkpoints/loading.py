@@ -19,10 +19,11 @@ from flamingo_reference.checkpoints.converted import (
     Recipe,
     TwinReader,
     UntiedReader,
+    source_shapes,
 )
 from flamingo_reference.checkpoints.families.known import FAMILIES, Family, Part
 from flamingo_reference.checkpoints.families.recognition import Recognised, recognise
-from flamingo_reference.checkpoints.files.tensors import CheckpointError, Shape, TensorReader
+from flamingo_reference.checkpoints.files.tensors import CheckpointError, TensorReader
 from flamingo_reference.checkpoints.files.tokenizer_file import NAMES as TOKENIZERS
 from flamingo_reference.checkpoints.files.tokenizer_file import added_ids, open_tokenizer
 from flamingo_reference.checkpoints.generation import GENERATION_CONFIG, Generation, read_generation
@@ -282,10 +283,7 @@ def _accounted(
     name = adopted.config.name
     if adopted.recipes is None:
         return joined, account(adopted.expected, joined, where=where, model=name, ignored=adopted.ignored, absent=absent)
-    sources: dict[str, Shape] = {}
-    for recipe in adopted.recipes.values():
-        sources |= recipe.sources
-    ignored = account(sources, joined, where=where, model=name, ignored=adopted.ignored, absent=absent)
+    ignored = account(source_shapes(adopted.recipes), joined, where=where, model=name, ignored=adopted.ignored, absent=absent)
     unmade = sorted(set(adopted.expected) ^ set(adopted.recipes))
     if unmade:
         raise AssertionError(f"tensors without a recipe, or the other way round: {', '.join(unmade)}")

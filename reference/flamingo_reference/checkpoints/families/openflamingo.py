@@ -26,9 +26,9 @@ from flamingo_reference.checkpoints.conversions import (
     renamed,
     reshaped,
     rows,
-    source_shapes,
     with_bias,
 )
+from flamingo_reference.checkpoints.converted import source_shapes
 from flamingo_reference.checkpoints.families import clip, language_models
 from flamingo_reference.checkpoints.families.language_models import Family, family_of
 from flamingo_reference.config import (

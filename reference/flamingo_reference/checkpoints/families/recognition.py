@@ -49,7 +49,7 @@ def recognise(path: Path, families: Sequence[Family] = FAMILIES, *, may_be_absen
         raise CheckpointError(f"{path} is {said.title} by its {CONFIG}, but its tensors cannot be read: {error}") from error
     names = reader.names()
     shown = next((family for family in families if not _lacking(family, names)), None)
-    # The first mark tells most. What else is missing is named with all the rest when tensors are accounted for.
+    # The first mark tells most.
     shown = shown or next((family for family in families if family.marks[0] not in _lacking(family, names)), None)
     # One mark that is there is enough: what else is missing is named with all the rest when tensors are accounted for.
     if said is not None and len(_lacking(said, names)) == len(said.marks):
