@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flamingo_export.cli.options import AsJson, BackendName, Device, Fallback, Threads
+from flamingo_export.cli.options import AsJson, BackendName, Device, Fallback, Fps, Frames, Threads
 
 if TYPE_CHECKING:
     from flamingo_export.evaluation.compare import Comparison
@@ -56,6 +56,8 @@ def eval_(
         int | None,
         typer.Option("--max-new-tokens", min=1, help="Tokens of an answer. Default: the task's.", show_default=False),
     ] = None,
+    frames: Frames = None,
+    fps: Fps = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Prompts that run together.")] = 8,
     against: Annotated[
         Path | None,
@@ -124,6 +126,8 @@ def eval_(
         seed=seed,
         beams=beams,
         max_new_tokens=max_new_tokens,
+        fps=fps,
+        num_frames=frames,
     )
     chosen = task_of(task)
     settings.check(chosen)
