@@ -280,6 +280,7 @@ def _summary(bundle: Path, manifest: Manifest) -> str:
         "weights": f"stored as {precision.name}, computed in {precision.compute}; from {came}",
         **_quantised_lines(manifest),
         "limits": f"{limits.max_length} cache slots, prefill by {limits.chunk}, {limits.bank_rows} media kept encoded",
+        "tokens": f"a text ends after {_ids(manifest.config.tokens.stops)}; never generated: {_ids(manifest.config.tokens.never)}",
         "decoder": f"in {len(parts)} parts, language model layers {', '.join(parts)}" if len(parts) > 1 else "in one piece",
         "parity": stands,
         "made with": ", ".join(f"{name} {version}" for name, version in manifest.tools.items()) or "not recorded",
@@ -287,6 +288,16 @@ def _summary(bundle: Path, manifest: Manifest) -> str:
     }
     return "\n".join(
         [*(f"{name:<10} {text}" for name, text in lines.items()), *(f"note       {note}" for note in manifest.notes)]
+    )
+
+
+_SHOWN_IDS = 12  # of tokens that a line names
+
+
+def _ids(tokens: tuple[int, ...]) -> str:
+    """The first ones of some token ids."""
+    return ", ".join(map(str, tokens[:_SHOWN_IDS])) + (
+        f" and {len(tokens) - _SHOWN_IDS} more" if len(tokens) > _SHOWN_IDS else ""
     )
 
 
