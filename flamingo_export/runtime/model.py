@@ -275,7 +275,7 @@ class Model:
             without it "a" is likelier than "a square" whatever the image shows.
         Raises InputError before anything is run.
         """
-        if not candidates or isinstance(candidates, str):
+        if isinstance(candidates, str) or not isinstance(candidates, Sequence) or not candidates:
             raise InputError("no candidates were given. Give a list of at least one answer.")
         request = as_request(prompt, images, videos)
         started = time.perf_counter()
@@ -406,6 +406,12 @@ class Model:
     def candidate_ids(self, request: Request, candidate: str | Sequence[int], end: bool) -> list[int]:
         """Token ids of a candidate answer after the request's prompt; end: with `<EOC>`. Raises InputError."""
         if not isinstance(candidate, str):
+            if (
+                isinstance(candidate, bytes)
+                or not isinstance(candidate, Sequence | np.ndarray)
+                or not all(isinstance(token, int | np.integer) for token in candidate)
+            ):
+                raise InputError(f"candidate {candidate!r} is neither a text nor a list of token ids")
             ids = [int(token) for token in candidate]
         elif self.tokenizer is None:
             raise InputError("the bundle has no tokenizer, so text cannot be encoded. Give candidates as token ids.")
@@ -499,8 +505,8 @@ def as_request(
         return prompt
     if isinstance(prompt, str):
         return Request(prompt=prompt, media=media)
-    if isinstance(prompt, Sequence | np.ndarray):
-        return Request(prompt=np.asarray(prompt).tolist(), media=media)
+    if isinstance(prompt, Sequence | np.ndarray) and not isinstance(prompt, bytes | bytearray | memoryview):
+        return Request(prompt=prompt.tolist() if isinstance(prompt, np.ndarray) else list(prompt), media=media)
     raise PromptError(f"a prompt is given as {type(prompt).__name__}; give a text, a list of token ids or a Request")
 
 
