@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from flamingo_export.errors import QueueFull as QueueFull
     from flamingo_export.errors import RequestRefused as RequestRefused
     from flamingo_export.errors import UnsupportedModel as UnsupportedModel
+    from flamingo_export.evaluation.run import evaluate as evaluate
     from flamingo_export.pipeline.run import BuildResult as BuildResult
     from flamingo_export.runtime.model import Generation as Generation
     from flamingo_export.runtime.model import Model as Model
@@ -81,6 +82,7 @@ _HOME = {
     "QueueFull": "errors",
     "RequestRefused": "errors",
     "UnsupportedModel": "errors",
+    "evaluate": "evaluation.run",
     "BuildResult": "pipeline.run",
     "Generation": "runtime.model",
     "Model": "runtime.model",

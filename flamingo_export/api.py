@@ -120,7 +120,14 @@ def refit(
 
 
 def load(
-    bundle: Path | str, *, backend: str = "auto", device: str = "cpu", threads: int = 0, fallback: str | None = None
+    bundle: Path | str,
+    *,
+    backend: str = "auto",
+    device: str = "cpu",
+    threads: int = 0,
+    fallback: str | None = None,
+    rows: int | None = None,
+    queue: int | None = None,
 ) -> Model:
     """Opens a bundle to generate text with: `load("nano.bundle").generate("<image>Output:", images=["a.png"])`.
 
@@ -129,6 +136,8 @@ def load(
     device: `cpu` or `cuda`, for ONNX Runtime.
     threads: 0 takes the physical cores.
     fallback: a backend to go on with where the other one cannot run the bundle, which is logged as a warning.
+    rows: requests that run at once; None takes 16, or as many as the engines were built for.
+    queue: requests that may wait beside them; None is any number.
 
     Raises BundleError (incomplete, damaged, of a newer schema), BackendError (unknown or not installed, device missing, an engine that
     does not fit this machine).
@@ -145,7 +154,7 @@ def load(
     try:
         chosen = get_backend(backend, manifest)
         _check_memory(path, manifest, chosen, options)
-        return _opened(path, manifest, chosen, options)
+        return _opened(path, manifest, chosen, options, rows, queue)
     except BackendError as error:
         if fallback is None:
             raise
@@ -155,10 +164,12 @@ def load(
         except BackendError as short:
             raise BackendError(f"{error} --fallback {fallback}: {short}") from error
         _log.warning("going on with %s: %s", other.name, error)
-        return _opened(path, manifest, other, options)
+        return _opened(path, manifest, other, options, rows, queue)
 
 
-def _opened(path: Path, manifest: Manifest, backend: Backend, options: SessionOptions) -> Model:
+def _opened(
+    path: Path, manifest: Manifest, backend: Backend, options: SessionOptions, rows: int | None, queue: int | None
+) -> Model:
     from flamingo_export.runtime.model import Model
 
     policy = manifest.precision.policy
@@ -167,7 +178,7 @@ def _opened(path: Path, manifest: Manifest, backend: Backend, options: SessionOp
             "%s has no products of FP8: it computes them in fp32, at fp32's speed and memory, which is for parity alone. "
             "For speed on a CPU build with --int4 or --int8.", backend.name
         )  # fmt: skip
-    return Model(path, manifest, backend, options)
+    return Model(path, manifest, backend, options, rows=rows, queue=queue)
 
 
 def _check_memory(path: Path, manifest: Manifest, backend: Backend, options: SessionOptions) -> None:

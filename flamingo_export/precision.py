@@ -1,7 +1,7 @@
 """Precision of a bundle: how weights are stored, which products are quantised, and what the portable graphs compute in.
 
 Precision       storage type of all weights, and the policy that quantises some of them
-Policy          rules in order, the last that matches a weight wins; presets lie in `policies/`, users write their own
+Policy          rules in order, the last that matches a weight wins; presets lie in `quantize/presets/`, users write their own
 Quantisation    what a rule says of one matrix: its element type and the rows that share a scale
 """
 
@@ -23,6 +23,8 @@ PolicyFormat = Literal["storage", "fp32", "fp8", "int8", "int4"]
 
 BYTES_PER_WEIGHT: dict[StorageType, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
 BITS: Mapping[ElementType, int] = MappingProxyType({"fp32": 32, "fp16": 16, "bf16": 16, "fp8": 8, "int8": 8, "int4": 4})
+E4M3_LARGEST = 448.0
+"""The largest number of FP8 in the format E4M3, which has no infinity."""
 SMALLEST_BLOCK = 16
 """The smallest block that ONNX Runtime's block-quantised product and TensorRT both take."""
 

@@ -1,4 +1,4 @@
-"""The contract of each subgraph: names, element kinds and shapes of its inputs and outputs, written once.
+"""The contract of each subgraph: names, element kinds and shapes of its inputs and outputs.
 
 Graph builders declare these (and weights that may be replaced, which are no part of it: `GraphBuilder.replaceable`), the reference's subgraphs
 take exactly these, sessions bind exactly these.
@@ -20,15 +20,30 @@ scale beside the weights.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from types import MappingProxyType
+from typing import Any, Literal
 
+import ml_dtypes
 import msgspec
+import numpy as np
 
 from flamingo_reference.config import ModelConfig
 
 ElementKind = Literal["float", "fp32", "int64", "bool", "fp8"]
 MediaKind = Literal["float", "fp8"]
 """What the media bank holds: numbers of the compute type, or E4M3 codes."""
+KIND_DTYPES: Mapping[ElementKind, np.dtype[Any]] = MappingProxyType(
+    {
+        "float": np.dtype(np.float32),
+        "fp32": np.dtype(np.float32),
+        "int64": np.dtype(np.int64),
+        "bool": np.dtype(np.bool_),
+        "fp8": np.dtype(ml_dtypes.float8_e4m3fn),
+    }
+)
+"""Types of the portable graphs, whose compute type is fp32."""
+FUNCTION_DOMAIN = "flamingo"
+"""Of the model-local functions that a backend may replace, and of the plugins that do."""
 Dim = int | str
 """A fixed size, or the one-letter name of a size that varies from call to call."""
 

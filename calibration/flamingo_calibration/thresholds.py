@@ -13,12 +13,13 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from flamingo_export.precision import E4M3_LARGEST
+
 Array = npt.NDArray[np.float64]
 Rounding = Callable[[Array, Array], Array]
 """(magnitudes, thresholds) -> what is left of the magnitudes; broadcasts."""
 
 PERCENTILE = 99.99
-E4M3_MAX = 448.0
 _PER_OCTAVE, _OCTAVES = 32, 8
 _MOST_CLIPPED = 0.1
 """Share of the numbers beyond which `entropy` looks no further: such a threshold is no candidate, and trying them all takes time."""
@@ -26,8 +27,8 @@ _MOST_CLIPPED = 0.1
 
 def e4m3(magnitudes: Array, thresholds: Array) -> Array:
     """Magnitudes clipped to a threshold and rounded to E4M3, the threshold being its largest number."""
-    scales = np.asarray(thresholds) / E4M3_MAX
-    kept = np.minimum(magnitudes / scales, E4M3_MAX).astype(ml_dtypes.float8_e4m3fn)
+    scales = np.asarray(thresholds) / E4M3_LARGEST
+    kept = np.minimum(magnitudes / scales, E4M3_LARGEST).astype(ml_dtypes.float8_e4m3fn)
     rounded: Array = kept.astype(np.float64) * scales
     return rounded
 

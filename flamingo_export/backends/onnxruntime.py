@@ -24,15 +24,8 @@ from flamingo_export.bundle.manifest import EngineRecord, GraphRecord, Manifest
 from flamingo_export.errors import BackendError, BundleError, InputError, first_line, pip_install
 from flamingo_export.machine import physical_cores
 from flamingo_export.precision import Policy
-from flamingo_export.specs import SubgraphSpec, decoder_spec, subgraph_specs
+from flamingo_export.specs import KIND_DTYPES, SubgraphSpec, decoder_spec, subgraph_specs
 
-_KINDS: dict[str, np.dtype[Any]] = {
-    "float": np.dtype(np.float32),
-    "fp32": np.dtype(np.float32),
-    "int64": np.dtype(np.int64),
-    "bool": np.dtype(np.bool_),
-    "fp8": np.dtype(ml_dtypes.float8_e4m3fn),
-}
 # Types that numpy has no name for, as TensorProto numbers them: onnx is not needed to run a bundle.
 _ONNX_TYPES = {np.dtype(ml_dtypes.bfloat16): 16, np.dtype(ml_dtypes.float8_e4m3fn): 17}
 _INSTALL_CUDA = f"Uninstall onnxruntime, then install the build for GPUs, with CUDA 13 and its driver: {pip_install('gpu')}"
@@ -198,7 +191,7 @@ class OnnxRuntimeSession(HostSession):
         self._binding = session.io_binding()
         self._spec = spec
         self._alias_of = {source: output for output, source in spec.aliases.items()}
-        self._kinds = {tensor.name: _KINDS[tensor.kind] for tensor in spec.inputs}
+        self._kinds = {tensor.name: KIND_DTYPES[tensor.kind] for tensor in spec.inputs}
         self._outputs = {tensor.name for tensor in spec.outputs if tensor.name not in spec.aliases}
         self._bound: dict[str, HostBuffer] = {}
         self._feeds: dict[str, Array] = {}
@@ -210,8 +203,14 @@ class OnnxRuntimeSession(HostSession):
         return self._spec
 
     def allocate(self, name: str, shape: tuple[int, ...]) -> HostBuffer:
-        """A zeroed buffer for input `name`; pages that are never touched take no memory."""
-        return HostBuffer(np.zeros(shape, self._kinds[name]))
+        """A zeroed buffer for input `name`; pages that are never touched take no memory. Raises BackendError if there is no room for it."""
+        try:
+            return HostBuffer(np.zeros(shape, self._kinds[name]))
+        except (MemoryError, ValueError) as error:  # ValueError: more than can be addressed
+            raise BackendError(
+                f"{self._spec.name}: {name} of {'x'.join(map(str, shape))} does not fit in memory ({first_line(error)}). "
+                "Free memory, or build with smaller limits (build --max-length)."
+            ) from error
 
     def bind(self, name: str, buffer: Buffer) -> None:
         """Input `name`, and the output that aliases it, or output `name`, are this buffer from now on. Raises InputError for an unknown one."""
@@ -300,7 +299,7 @@ class OnnxRuntimeSession(HostSession):
         for tensor in self._spec.outputs:
             if tensor.name not in self._bound and self._spec.aliases.get(tensor.name) not in self._bound:
                 shape = tuple(sizes[dim] if isinstance(dim, str) else dim for dim in tensor.shape)
-                outputs.append((tensor.name, shape, _KINDS[tensor.kind]))
+                outputs.append((tensor.name, shape, KIND_DTYPES[tensor.kind]))
         if len(self._checked) > 256:  # prompts of ever new lengths must not fill memory
             self._checked.clear()
         self._checked[key] = outputs
@@ -316,8 +315,9 @@ def _ort_value(array: Array) -> Any:
 
 
 def _is_ort_error(error: Exception) -> bool:
-    # Errors of loading have classes of their own, those of running with bound inputs and outputs arrive as RuntimeError.
-    return isinstance(error, RuntimeError) or type(error).__module__.startswith("onnxruntime.")
+    # Errors of loading have classes of their own, those of running with bound inputs and outputs arrive as RuntimeError. A message
+    # that quotes a damaged file's bytes is no text, and arrives as what Python makes of that.
+    return isinstance(error, RuntimeError | UnicodeDecodeError) or type(error).__module__.startswith("onnxruntime.")
 
 
 def _is_memory(error: Exception) -> bool:

@@ -20,7 +20,7 @@ from flamingo_export.backends.base import Tensor as HostOrDevice
 from flamingo_export.bundle.manifest import EngineRecord, GraphRecord, Manifest
 from flamingo_export.errors import BackendError, CheckpointError, InputError, pip_install
 from flamingo_export.sources.origin import find_origin
-from flamingo_export.specs import SubgraphSpec, decoder_spec, subgraph_specs
+from flamingo_export.specs import KIND_DTYPES, SubgraphSpec, decoder_spec, subgraph_specs
 from flamingo_reference.config import RelativePositions
 
 if TYPE_CHECKING:
@@ -30,12 +30,6 @@ if TYPE_CHECKING:
     from flamingo_reference.model.subgraphs import Subgraph
 
 _INSTALL = f"Install it: {pip_install('torch')}"
-_KINDS: dict[str, np.dtype[Any]] = {
-    "float": np.dtype(np.float32),
-    "fp32": np.dtype(np.float32),
-    "int64": np.dtype(np.int64),
-    "bool": np.dtype(np.bool_),
-}
 
 
 class ReferenceBackend:
@@ -145,7 +139,7 @@ class ReferenceSession(HostSession):
         """A zeroed buffer for input `name`."""
         import torch
 
-        return TorchBuffer(torch.from_numpy(np.zeros(shape, _KINDS[self._spec.input(name).kind])))
+        return TorchBuffer(torch.from_numpy(np.zeros(shape, KIND_DTYPES[self._spec.input(name).kind])))
 
     def bind(self, name: str, buffer: Buffer) -> None:
         """Input `name`, and the output that aliases it, or output `name`, are this buffer from now on. Raises InputError for an unknown one."""
@@ -169,7 +163,9 @@ class ReferenceSession(HostSession):
         for tensor in self._spec.inputs:
             if tensor.name in feeds:
                 # Copied: what is fed belongs to the caller, and the decoder writes into its caches.
-                tensors[tensor.name] = torch.from_numpy(np.array(on_host(tensor.name, feeds[tensor.name]), _KINDS[tensor.kind]))
+                tensors[tensor.name] = torch.from_numpy(
+                    np.array(on_host(tensor.name, feeds[tensor.name]), KIND_DTYPES[tensor.kind])
+                )
             else:
                 tensors[tensor.name] = self._bound[tensor.name].tensor
         try:

@@ -10,7 +10,22 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from flamingo_export.cli import bench, build, calibrate, doctor, generate, inspect, parity, refit, score, sensitivity
+from flamingo_export.cli import (
+    bench,
+    build,
+    calibrate,
+    doctor,
+    eval,
+    generate,
+    index,
+    inspect,
+    parity,
+    refit,
+    score,
+    search,
+    sensitivity,
+    serve,
+)
 from flamingo_export.cli.interrupts import EXIT_INTERRUPTED, Interrupts
 from flamingo_export.cli.options import MediaCommand
 from flamingo_export.cli.verb import Verb
@@ -45,6 +60,10 @@ app.command("generate", short_help="Describe images and videos, or answer a ques
     generate.generate
 )
 app.command("score", short_help="Rank candidate answers by their log-likelihood.", cls=MediaCommand)(score.score)
+app.command("serve", short_help="Serve bundles over HTTP: OpenAI's API, a web page, metrics.")(serve.serve)
+app.command("eval", short_help="Score a bundle on a benchmark, few-shot, beside another.")(eval.eval_)
+app.command("index", short_help="Encode examples once, to retrieve similar ones.")(index.index)
+app.command("search", short_help="Find the pictures of an index that look most like one.")(search.search)
 app.command("parity", short_help="Check a bundle's engines against the PyTorch reference or recorded values.")(parity.parity)
 app.command("inspect", short_help="Show what a bundle, a checkpoint or a size is made of.")(inspect.inspect)
 app.command("doctor", short_help="Show what this machine can run, and what to install for the rest.")(doctor.doctor)
@@ -80,7 +99,8 @@ def run(argv: Sequence[str] | None, interrupts: Interrupts) -> int:
     try:
         app(args=arguments, prog_name="flamingo-export")
     except SystemExit as stop:
-        if stop.code == EXIT_INTERRUPTED:  # what typer makes of a KeyboardInterrupt
+        # What typer makes of a KeyboardInterrupt; versions differ in the code.
+        if stop.code == EXIT_INTERRUPTED or (stop.code and interrupts.received is not None):
             return _interrupted(interrupts, debug)
         return stop.code if isinstance(stop.code, int) else EXIT_FAILURE
     except KeyboardInterrupt:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from flamingo_export.precision import StorageType
 
 _CHUNK = 256  # positions of one prefill call, fewer where the cache is short
-"""Positions of a prefill call where --max-length is given; smaller caches take half of their length."""
+"""Positions of a prefill call where --max-length is given; smaller caches take an eighth of their length."""
 
 
 class Storage(StrEnum):

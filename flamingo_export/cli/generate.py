@@ -23,6 +23,7 @@ from flamingo_export.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from flamingo_export.runtime.media import MediumSource
     from flamingo_export.runtime.model import Generation, Model
     from flamingo_export.runtime.options import Settings
     from flamingo_export.runtime.request import Request
@@ -43,6 +44,13 @@ def generate(
     ] = None,
     shots: Shots = None,
     text_only: TextOnly = False,
+    shots_from: Annotated[
+        Path | None,
+        typer.Option(
+            "--shots-from", metavar="INDEX", help="Examples most like this image, from an index (`index`).", show_default=False
+        ),
+    ] = None,
+    num_shots: Annotated[int, typer.Option("--num-shots", min=1, help="How many --shots-from.")] = 4,
     frames: Frames = None,
     fps: Fps = None,
     clip: Clip = None,
@@ -92,6 +100,11 @@ def generate(
             "--stream prints text as it comes, --json the whole at the end: choose one", param_hint="--stream"
         )
     media = media_as_typed(ctx, images, videos, frames, fps, clip)
+    for option, given in {"--shots": shots is not None, "--prompt": prompt is not None, "--text-only": text_only}.items():
+        if shots_from is not None and given:
+            raise typer.BadParameter(
+                f"examples come from the index, so it does not go with {option}", param_hint="--shots-from"
+            )
     request = formatted(bundle, media=media, prompt=prompt, question=question, shots=shots, text_only=text_only)
     settings: Settings = {
         "beams": beams,
@@ -108,15 +121,29 @@ def generate(
     except InputError as error:
         raise typer.BadParameter(str(error)) from None
     with opened(bundle, backend, device, threads, fallback) as model:
+        if shots_from is not None:
+            request = _with_similar(model, shots_from, num_shots, media[0], question)
         result = _streamed(model, request, settings) if stream else model.generate(request, **settings)
         _print(result, request, eoc=model.inputs.tags.eoc, streamed=stream, as_json=as_json)
 
 
+def _with_similar(model: Model, index: Path, count: int, medium: MediumSource, question: str | None) -> Request:
+    """The request with the examples of an index that are most like the medium."""
+    from flamingo_export.evaluation.bundles import BundleModel
+    from flamingo_export.evaluation.index.examples import retrieved_shots
+    from flamingo_export.runtime.prompts import caption_prompt, qa_prompt
+
+    shots = retrieved_shots(BundleModel(model), index, medium, count)
+    if question is None:
+        return caption_prompt(shots, medium, model.inputs)
+    return qa_prompt(shots, question, medium, model.inputs)
+
+
 def _streamed(model: Model, request: Request, settings: Settings) -> Generation:
     """Prints the best text as it becomes certain and returns the whole."""
-    stream = model.stream(request, **settings)
-    for piece in stream:
-        print(piece, end="", flush=True)
+    with model.stream(request, **settings) as stream:
+        for piece in stream:
+            print(piece, end="", flush=True)
     print()
     if stream.result is None:
         raise RuntimeError("the stream ended without a result")

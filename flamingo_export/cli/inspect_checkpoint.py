@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from flamingo_export.precision import StorageType
     from flamingo_export.sources.choice import CheckpointFolder
     from flamingo_reference.checkpoints.families.recognition import Recognised
+    from flamingo_reference.checkpoints.generation import Generation
+    from flamingo_reference.checkpoints.loading import Checkpoint
 
 
 class WouldBuild(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,6 +34,7 @@ class WouldBuild(msgspec.Struct, frozen=True, kw_only=True):
 
 class Survey(msgspec.Struct, frozen=True, kw_only=True):
     """What was found. types: number of tensors by element type. ignored: tensors by the reason for which they are left out.
+    generation: what generation_config.json adds to the model's own tokens, and what else it says. notes: what a user should know.
     build: what would be; None where that cannot be told. fault: why it cannot be built, in full; None where it can."""
 
     path: str
@@ -46,6 +49,8 @@ class Survey(msgspec.Struct, frozen=True, kw_only=True):
     tokenizer: str | None
     build: WouldBuild | None
     fault: str | None
+    generation: Generation | None = None
+    notes: tuple[str, ...] = ()
 
 
 def looks_like_checkpoint(path: Path) -> bool:
@@ -85,16 +90,16 @@ def survey(source: CheckpointFolder) -> Survey:
     except UnreadableCheckpoint as error:
         raise CheckpointError(str(error)) from error
     ignored: dict[str, list[str]] = {}
-    build, fault = None, None
+    build, fault, opened = None, None, None
     try:
-        build, left_out, absent = _would_build(source)
-        for name, reason in left_out.items():
+        build, opened, absent = _would_build(source)
+        for name, reason in opened.ignored.items():
             ignored.setdefault(reason, []).append(name)
         if absent:
             fault = missing_files(absent)
     except CheckpointError as error:
         fault = str(error)
-    return _survey(recognised, ignored, tokenizer, build, fault)
+    return _survey(recognised, ignored, tokenizer, build, fault, opened)
 
 
 def _survey(
@@ -103,6 +108,7 @@ def _survey(
     tokenizer: Path | None,
     build: WouldBuild | None,
     fault: str | None,
+    opened: Checkpoint | None,
 ) -> Survey:
     reader = recognised.reader
     names = reader.names()
@@ -119,11 +125,13 @@ def _survey(
         tokenizer=str(tokenizer) if tokenizer is not None else None,
         build=build,
         fault=fault,
+        generation=opened.generation if opened is not None else None,
+        notes=opened.notes if opened is not None else (),
     )
 
 
-def _would_build(source: CheckpointFolder) -> tuple[WouldBuild, dict[str, str], tuple[Path, ...]]:
-    """With the tensors that are left out, each with the reason, and the files that are missing."""
+def _would_build(source: CheckpointFolder) -> tuple[WouldBuild, Checkpoint, tuple[Path, ...]]:
+    """With the checkpoint, and the files that are missing."""
     from flamingo_export import estimates
     from flamingo_export.bundle.tokenizer import checked_tokenizer
     from flamingo_export.cli.components import components
@@ -148,7 +156,7 @@ def _would_build(source: CheckpointFolder) -> tuple[WouldBuild, dict[str, str], 
         image_size=plan.config.vision.image_size,
         tags=opened.inputs.tags.all,
     )
-    return build, dict(opened.checkpoint.ignored), plan.absent
+    return build, opened.checkpoint, plan.absent
 
 
 def _print(found: Survey) -> None:
@@ -168,6 +176,8 @@ def _print(found: Survey) -> None:
     for reason, names in found.ignored.items():
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         lines.append((f"left out {len(names)}", f"{shown}: {reason}"))
+    lines += _generation_lines(found.generation)
+    lines += [("note", note) for note in found.notes]
     for label, text in lines:
         console.print(f"{label:<13} {text}", markup=False, soft_wrap=True)
     if found.fault is not None:
@@ -184,3 +194,17 @@ def _print(found: Survey) -> None:
         f"bundle of {human_bytes(build.weight_bytes)} in {build.storage}; needs {human_bytes(build.disk_bytes)} of disk, about "
         f"{human_bytes(build.build_bytes)} of memory to build and {human_bytes(build.run_bytes)} to run on a CPU"
     )
+
+
+def _generation_lines(generation: Generation | None) -> list[tuple[str, str]]:
+    """What generation_config.json says: what is applied, and what is not."""
+    lines: list[tuple[str, str]] = []
+    if generation is None:
+        return lines
+    for label, tokens in (("also ends", generation.ends), ("also banned", generation.banned)):
+        if tokens:
+            lines.append((label, f"tokens {', '.join(map(str, tokens))} (generation_config.json)"))
+    if generation.not_applied:
+        said = ", ".join(f"{name} {value!r:.60}" for name, value in generation.not_applied.items())
+        lines.append(("not applied", f"{said} (generation_config.json): name them with each request where you want them"))
+    return lines

@@ -11,20 +11,14 @@ import numpy as np
 import onnx_ir as ir
 
 from flamingo_export.precision import ElementType
-from flamingo_export.specs import SubgraphSpec, TensorSpec
+from flamingo_export.specs import FUNCTION_DOMAIN, KIND_DTYPES, SubgraphSpec, TensorSpec
 from flamingo_export.weights import INPUT_SCALE, SCALE, Placed, WeightIndex
 from flamingo_reference.config import FeedForward, Norm
 
 OPSET = 24
 IR_VERSION = 10
-FUNCTION_DOMAIN = "flamingo"
 
-_KINDS = {
-    "float": ir.DataType.FLOAT,
-    "int64": ir.DataType.INT64,
-    "bool": ir.DataType.BOOL,
-    "fp8": ir.DataType.FLOAT8E4M3FN,
-}
+_KINDS = {kind: ir.DataType.from_numpy(dtype) for kind, dtype in KIND_DTYPES.items()}
 _STORAGE: Mapping[ElementType, ir.DataType] = {
     "fp32": ir.DataType.FLOAT,
     "fp16": ir.DataType.FLOAT16,
@@ -184,16 +178,8 @@ class GraphBuilder:
             )
         return self.op("QuantizeLinear", x, scale, self._initializers["fp8/zero"], name=name)  # type: ignore[no-any-return]
 
-    def layer_norm(self, x: ir.Value, weight: str, *, name: str, eps: float = 1e-5) -> ir.Value:
-        """LayerNorm over the last axis, with scale and bias."""
-        return self.norm(x, weight, name=name, eps=eps)
-
-    def rms_norm(self, x: ir.Value, weight: str, *, name: str, eps: float) -> ir.Value:
-        """RMSNorm over the last axis."""
-        return self.norm(x, weight, name=name, eps=eps, kind="rms_norm")
-
     def norm(
-        self, x: ir.Value, weight: str, *, name: str, eps: float, kind: Norm = "layer_norm", bias: bool = True
+        self, x: ir.Value, weight: str, *, name: str, eps: float = 1e-5, kind: Norm = "layer_norm", bias: bool = True
     ) -> ir.Value:
         """A norm over the last axis. bias: of a LayerNorm; RMSNorm has none."""
         operator = "RMSNormalization" if kind == "rms_norm" else "LayerNormalization"

@@ -64,7 +64,7 @@ def _gated_block(
     q = build.linear(norm(hidden, "norm"), f"{weights}/q_proj", name="q_proj")
     q = build.reshape(q, [0, 0, block.num_heads, block.head_size], name="q")
     if block.qk_norm:
-        q = build.rms_norm(q, f"{weights}/q_norm", name="q_norm", eps=block.norm_eps)
+        q = build.norm(q, f"{weights}/q_norm", name="q_norm", eps=block.norm_eps, kind="rms_norm")
     bank = (inputs[f"media_k.{i}"], inputs[f"media_v.{i}"])
     scales = [build.stored(media_scale(i, kind)) for kind in "kv" if build.holds(media_scale(i, kind))]
     seen = phi_cross_attention.call(build, q, *bank, inputs["media_rows"], inputs["phi"], *scales)

@@ -22,7 +22,7 @@ def media_kv(config: ModelConfig, index: WeightIndex) -> ir.Model:
                 projected = build.linear(inputs["latents"], f"media_kv/layer.{i}/{kind}_proj", name=f"{kind}_proj")
                 value = build.heads(projected, block.num_heads, block.head_size, name=kind)
                 if kind == "k" and block.qk_norm:
-                    value = build.rms_norm(value, f"media_kv/layer.{i}/k_norm", name="k_norm", eps=block.norm_eps)
+                    value = build.norm(value, f"media_kv/layer.{i}/k_norm", name="k_norm", eps=block.norm_eps, kind="rms_norm")
                 if build.holds(scale := media_scale(i, kind)):
                     value = build.to_fp8(value, build.stored(scale), name=f"{kind}/quantise")
                 outputs[f"media_{kind}.{i}"] = value

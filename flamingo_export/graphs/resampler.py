@@ -33,24 +33,24 @@ def resampler(config: ModelConfig, index: WeightIndex) -> ir.Model:
     for layer in range(sizes.num_layers):
         with build.scope(f"layer.{layer}"):
             latents = _layer(build, f"resampler/layer.{layer}", latents, media, config)
-    latents = build.layer_norm(latents, "resampler/norm", name="norm")
+    latents = build.norm(latents, "resampler/norm", name="norm")
     return build.model(spec, inputs, {"latents": latents})
 
 
 def _layer(build: GraphBuilder, weights: str, latents: ir.Value, media: ir.Value, config: ModelConfig) -> ir.Value:
     heads, head_size = config.resampler.num_heads, config.resampler.head_size
-    normed = build.layer_norm(latents, f"{weights}/latent_norm", name="latent_norm")
-    keys = build.op("Concat", build.layer_norm(media, f"{weights}/media_norm", name="media_norm"), normed, name="keys", axis=1)
+    normed = build.norm(latents, f"{weights}/latent_norm", name="latent_norm")
+    keys = build.op("Concat", build.norm(media, f"{weights}/media_norm", name="media_norm"), normed, name="keys", axis=1)
     q = build.heads(build.linear(normed, f"{weights}/q_proj", name="q_proj"), heads, head_size, name="q")
     k, v = build.op(
         "Split", build.linear(keys, f"{weights}/kv_proj", name="kv_proj"), name="kv", outputs=2, axis=-1, num_outputs=2
     )
     k, v = build.heads(k, heads, head_size, name="k"), build.heads(v, heads, head_size, name="v")
     if config.resampler.qk_norm:
-        q, k = (build.layer_norm(x, f"{weights}/{name}_norm", name=f"{name}_norm") for name, x in (("q", q), ("k", k)))
+        q, k = (build.norm(x, f"{weights}/{name}_norm", name=f"{name}_norm") for name, x in (("q", q), ("k", k)))
     seen = build.op("Attention", q, k, v, name="attention", scale=float(head_size**-0.5))
     seen = build.linear(build.merge_heads(seen, heads * head_size), f"{weights}/out_proj", name="out_proj")
     latents = build.op("Add", latents, seen, name="residual")
-    normed = build.layer_norm(latents, f"{weights}/ffw_norm", name="ffw_norm")
+    normed = build.norm(latents, f"{weights}/ffw_norm", name="ffw_norm")
     hidden = build.feed_forward(normed, weights, config.resampler.activation)
     return build.op("Add", latents, hidden, name="ffw_residual")  # type: ignore[no-any-return]

@@ -29,7 +29,7 @@ def vision_encoder(config: ModelConfig, vision: ViTConfig, index: WeightIndex) -
     x = build.op("Transpose", build.reshape(x, [0, vision.width, -1], name="flatten"), name="patches", perm=[0, 2, 1])
     x = build.op("Pad", x, build.constant([0, 1, 0, 0, 0, 0]), build.constant(0.0, dtype=np.float32), name="class_token")
     x = build.op("Add", x, build.weight("vision_encoder/position_embedding"), name="add_positions")
-    x = build.layer_norm(x, "vision_encoder/pre_norm", name="pre_norm", eps=vision.norm_eps)
+    x = build.norm(x, "vision_encoder/pre_norm", name="pre_norm", eps=vision.norm_eps)
     for layer in range(vision.num_layers):
         with build.scope(f"layer.{layer}"):
             x = _layer(build, f"vision_encoder/layer.{layer}", x, vision)
@@ -37,17 +37,17 @@ def vision_encoder(config: ModelConfig, vision: ViTConfig, index: WeightIndex) -
         ends = build.constant([1]), build.constant([vision.grid_size + 1]), build.constant([1])
         x = build.op("Slice", x, *ends, name="without_class_token")
     if vision.final_norm:
-        x = build.layer_norm(x, "vision_encoder/final_norm", name="final_norm", eps=vision.norm_eps)
+        x = build.norm(x, "vision_encoder/final_norm", name="final_norm", eps=vision.norm_eps)
     return build.model(spec, inputs, {"features": x})
 
 
 def _layer(build: GraphBuilder, weights: str, x: ir.Value, vision: ViTConfig) -> ir.Value:
     heads, head_size = vision.num_heads, vision.head_size
-    normed = build.layer_norm(x, f"{weights}/attention_norm", name="attention_norm", eps=vision.norm_eps)
+    normed = build.norm(x, f"{weights}/attention_norm", name="attention_norm", eps=vision.norm_eps)
     qkv = build.heads(build.linear(normed, f"{weights}/qkv_proj", name="qkv_proj", bias=True), 3 * heads, head_size, name="qkv")
     q, k, v = build.op("Split", qkv, name="split_qkv", outputs=3, axis=1, num_outputs=3)
     seen = build.merge_heads(build.op("Attention", q, k, v, name="attention", scale=float(head_size**-0.5)), vision.width)
     x = build.op("Add", x, build.linear(seen, f"{weights}/out_proj", name="out_proj", bias=True), name="residual")
-    normed = build.layer_norm(x, f"{weights}/ffw_norm", name="ffw_norm", eps=vision.norm_eps)
+    normed = build.norm(x, f"{weights}/ffw_norm", name="ffw_norm", eps=vision.norm_eps)
     down = build.feed_forward(normed, weights, vision.activation, bias=True)
     return build.op("Add", x, down, name="ffw_residual")  # type: ignore[no-any-return]

@@ -153,7 +153,7 @@ def _prepare(request: BuildRequest, progress: Progress) -> _Job:
     compiler = (backend, backend.prepare()) if backend is not None else None
     calibration = checked_policy(request, config, precision, compiler[1].target if compiler is not None else None)
     donor = fitting(request.graphs_of, source, progress=progress) if request.graphs_of is not None else None
-    notes = []
+    notes = list(source.notes)
     drawn = isinstance(source, RandomSource)
     if drawn:
         notes.append("the weights are seeded random numbers, not those of a trained model: its answers mean nothing")

@@ -21,6 +21,7 @@ from flamingo_export.errors import UnsupportedModel, first_line, pip_install
 from flamingo_export.graphs import save_graph
 from flamingo_export.specs import SubgraphSpec, subgraph_specs
 from flamingo_export.weights import WEIGHTS_FOLDER
+from flamingo_reference.checkpoints.files.safetensors_file import open_header
 from flamingo_reference.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -86,12 +87,11 @@ def write_traced(module: nn.Module, config: ModelConfig, work: Path, file: str) 
     path = work / WEIGHTS_FILE
     path.parent.mkdir(exist_ok=True)
     save_file(tensors, path)
-    for name, place in _places(path).items():
-        start, length = place
+    for name, entry in open_header(path).items():
         initializers[name].const_value = ir.ExternalTensor(
             WEIGHTS_FILE,
-            start,
-            length,
+            entry.start,
+            entry.size,
             ir.DataType.from_numpy(tensors[name].dtype),
             shape=ir.Shape(tensors[name].shape),
             name=name,
@@ -100,20 +100,6 @@ def write_traced(module: nn.Module, config: ModelConfig, work: Path, file: str) 
     save_graph(model, work / file)
     data = path.read_bytes()
     return FileRecord(path=WEIGHTS_FILE, size=len(data), sha256=hashlib.sha256(data).hexdigest())
-
-
-def _places(path: Path) -> dict[str, tuple[int, int]]:
-    """First byte and length of each tensor of a safetensors file, whatever its type."""
-    import json
-
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header: dict[str, Any] = json.loads(file.read(length))
-    return {
-        name: (8 + length + entry["data_offsets"][0], entry["data_offsets"][1] - entry["data_offsets"][0])
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
 
 
 def _check_contract(module: nn.Module, pixels: Any, spec: SubgraphSpec) -> None:

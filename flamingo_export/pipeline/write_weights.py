@@ -24,9 +24,9 @@ from flamingo_export.bundle.manifest import FileRecord
 from flamingo_export.errors import CheckpointError
 from flamingo_export.files import replacing
 from flamingo_export.pipeline.work_folder import Finished, Journal
-from flamingo_export.precision import Precision, Quantisation
+from flamingo_export.precision import E4M3_LARGEST, Precision, Quantisation
 from flamingo_export.progress import Progress
-from flamingo_export.quantize.matrices import FP8_LARGEST, quantised, range_scale
+from flamingo_export.quantize.matrices import quantised, range_scale
 from flamingo_export.sources.base import Array, WeightSource, tensor_digest
 from flamingo_export.weights import STORAGE_DTYPES, Weight, group_file, groups, layout, stored_bytes
 
@@ -228,7 +228,7 @@ def _make(source: WeightSource, weight: Weight, precision: Precision, calibratio
 
 def _scale_of(name: str, calibration: CalibrationTable | None) -> Array:
     """Scale [] of an activation in E4M3: without a table, of the format's own range."""
-    threshold = calibration.threshold(name) if calibration is not None else FP8_LARGEST
+    threshold = calibration.threshold(name) if calibration is not None else E4M3_LARGEST
     return np.array(range_scale(threshold), np.float32)
 
 

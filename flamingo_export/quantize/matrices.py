@@ -20,12 +20,11 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from flamingo_export.precision import Quantisation
+from flamingo_export.precision import E4M3_LARGEST, Quantisation
 
 Array = npt.NDArray[Any]
 
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
-FP8_LARGEST = 448.0
 SMALLEST_SCALE = 2.0**-20
 # What a scale is tried at, of that which keeps the block's largest number: outliers of a block may be clipped for the others' sake.
 SEARCHED = {8: (1.0,), 4: (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)}
@@ -67,7 +66,7 @@ def range_scale(threshold: float) -> float:
     """Scale of an E4M3 tensor whose numbers up to `threshold` in magnitude are to be kept: a power of two."""
     if threshold <= 0:
         return 1.0
-    return 2.0 ** math.ceil(math.log2(max(threshold / FP8_LARGEST, SMALLEST_SCALE)))
+    return 2.0 ** math.ceil(math.log2(max(threshold / E4M3_LARGEST, SMALLEST_SCALE)))
 
 
 def packed(codes: Array) -> Array:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import os
 import re
 import stat
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import IO, Protocol, TypeGuard
 
@@ -146,7 +149,18 @@ def _held(data: bytes, name: str) -> IO[bytes]:
 def opened_by_pillow(file: IO[bytes]) -> Image.Image:
     """The image of an encoded file, nothing of it decoded. Raises Pillow's errors."""
     Image.init()  # a format is known by name only once its plugin is loaded
-    return Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
+    image = Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
+    if image.format == "TIFF":
+        _quiet_libtiff()
+    return image
+
+
+@cache
+def _quiet_libtiff() -> None:
+    """libtiff, which Pillow decodes compressed TIFFs with, prints what it finds wrong on the process's stderr. Its own switch for that is
+    found through Pillow's extension; where it is built in otherwise, it goes on printing."""
+    with suppress(ImportError, OSError, AttributeError):
+        ctypes.CDLL(str(import_module("PIL._imaging").__file__)).TIFFSetErrorHandler(None)
 
 
 def is_image(file: IO[bytes]) -> bool:

@@ -155,7 +155,7 @@ class Model:
         options, requests, many = self._asked(prompt, images, videos, batch_size, settings)
         tickets = self._submit(requests, options, batch_size, caller, timeout, wake=False)
         outcomes = self.engine.complete(*tickets)
-        found = [self._generation(outcome, options, ticket.timings) for outcome, ticket in zip(outcomes, tickets, strict=True)]
+        found = [self.generation(outcome, options, ticket.timings) for outcome, ticket in zip(outcomes, tickets, strict=True)]
         return found if many else found[0]
 
     @overload
@@ -188,7 +188,7 @@ class Model:
         options, requests, many = self._asked(prompt, images, videos, batch_size, settings)
         tickets = await asyncio.to_thread(self._submit, requests, options, batch_size, caller, timeout, wake=True)
         try:
-            found = [self._generation(await ticket, options, ticket.timings) for ticket in tickets]
+            found = [self.generation(await ticket, options, ticket.timings) for ticket in tickets]
         except BaseException:
             for ticket in tickets:
                 ticket.cancel()
@@ -220,26 +220,47 @@ class Model:
         return Stream(
             ticket,
             TextStream(self.tokenizer, strip=True),
-            lambda outcome, timings: self._generation(outcome, options, timings),
+            lambda outcome, timings: self.generation(outcome, options, timings),
             one_text=options.width == 1 or not options.samples,
             stops=options.stops,
         )
 
-    def caption(self, image: MediumSource, *, shots: Shots = (), **settings: Unpack[Settings]) -> Generation:
+    def caption(
+        self,
+        image: MediumSource,
+        *,
+        shots: Shots = (),
+        caller: str = "",
+        timeout: float | None = None,
+        **settings: Unpack[Settings],
+    ) -> Generation:
         """Describes an image (or Video) in the form that this model was trained with.
 
         shots: examples with captions to show first, or the path of a shots file.
-        settings: as `generate` takes them. Raises InputError before anything is run.
+        caller, timeout, settings: as `generate` takes them.
+        Raises InputError before anything is run.
         """
-        return self.generate(caption_prompt(as_shots(shots), image, self.inputs), **settings)
+        request = caption_prompt(as_shots(shots), image, self.inputs)
+        return self.generate(request, caller=caller, timeout=timeout, **settings)
 
-    def ask(self, image: MediumSource, question: str, *, shots: Shots = (), **settings: Unpack[Settings]) -> Generation:
+    def ask(
+        self,
+        image: MediumSource,
+        question: str,
+        *,
+        shots: Shots = (),
+        caller: str = "",
+        timeout: float | None = None,
+        **settings: Unpack[Settings],
+    ) -> Generation:
         """Answers a question about an image (or Video) in the form that this model was trained with.
 
         shots: examples with questions and answers to show first, or the path of a shots file.
-        settings: as `generate` takes them. Raises InputError before anything is run.
+        caller, timeout, settings: as `generate` takes them.
+        Raises InputError before anything is run.
         """
-        return self.generate(qa_prompt(as_shots(shots), question, image, self.inputs), **settings)
+        request = qa_prompt(as_shots(shots), question, image, self.inputs)
+        return self.generate(request, caller=caller, timeout=timeout, **settings)
 
     def score(
         self,
@@ -259,12 +280,12 @@ class Model:
             without it "a" is likelier than "a square" whatever the image shows.
         Raises InputError before anything is run.
         """
-        if not candidates or isinstance(candidates, str):
+        if isinstance(candidates, str) or not isinstance(candidates, Sequence) or not candidates:
             raise InputError("no candidates were given. Give a list of at least one answer.")
         request = as_request(prompt, images, videos)
         started = time.perf_counter()
         prepared = self.prepare(request)
-        ids = [self._candidate_ids(request, candidate, end) for candidate in candidates]
+        ids = [self.candidate_ids(request, candidate, end) for candidate in candidates]
         timings = Timings(prepare=time.perf_counter() - started)
         (results,) = self.engine.complete(
             self.engine.submit_score(prepared, ids, timings=timings, caller=caller, deadline=_deadline(timeout), wake=False)
@@ -362,7 +383,7 @@ class Model:
             raise
         return tickets
 
-    def _generation(self, outcome: Outcome, options: GenerateOptions, timings: Timings) -> Generation:
+    def generation(self, outcome: Outcome, options: GenerateOptions, timings: Timings) -> Generation:
         """What a finished search found."""
         best, *others = (self._text(hypothesis, options.stops) for hypothesis in outcome.hypotheses[: options.num_return])
         return Generation(
@@ -389,8 +410,15 @@ class Model:
     def _decode(self, token_ids: Sequence[int]) -> str:
         return "" if self.tokenizer is None else self.tokenizer.decode(token_ids)
 
-    def _candidate_ids(self, request: Request, candidate: str | Sequence[int], end: bool) -> list[int]:
+    def candidate_ids(self, request: Request, candidate: str | Sequence[int], end: bool) -> list[int]:
+        """Token ids of a candidate answer after the request's prompt; end: with `<EOC>`. Raises InputError."""
         if not isinstance(candidate, str):
+            if (
+                isinstance(candidate, bytes)
+                or not isinstance(candidate, Sequence | np.ndarray)
+                or not all(isinstance(token, int | np.integer) for token in candidate)
+            ):
+                raise InputError(f"candidate {candidate!r} is neither a text nor a list of token ids")
             ids = [int(token) for token in candidate]
         elif self.tokenizer is None:
             raise InputError("the bundle has no tokenizer, so text cannot be encoded. Give candidates as token ids.")
@@ -490,8 +518,8 @@ def as_request(
         return prompt
     if isinstance(prompt, str):
         return Request(prompt=prompt, media=media)
-    if isinstance(prompt, Sequence | np.ndarray):
-        return Request(prompt=np.asarray(prompt).tolist(), media=media)
+    if isinstance(prompt, Sequence | np.ndarray) and not isinstance(prompt, bytes | bytearray | memoryview):
+        return Request(prompt=prompt.tolist() if isinstance(prompt, np.ndarray) else list(prompt), media=media)
     raise PromptError(f"a prompt is given as {type(prompt).__name__}; give a text, a list of token ids or a Request")
 
 

@@ -202,7 +202,8 @@ class GenerateOptions:
             "beams", "max_new_tokens", "num_return", "top_k", "seed", "no_repeat_ngram", "min_new_tokens", "top_logprobs"
         ):  # fmt: skip
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
+            left_out = value is None and name != "num_return"
+            if not left_out and (isinstance(value, bool) or not isinstance(value, Integral)):
                 faults.append(f"{name} is {value!r}, expected a whole number")
         for name in ("temperature", "top_p", "min_p", "length_penalty", "repetition_penalty"):
             value = getattr(self, name)

@@ -243,6 +243,8 @@ class BeamSearch:
         return bool(self._scores[0] / self._length**self._length_penalty > self._kept[-1].score)
 
 
+GREATEST_TEMPERATURE = 1e30
+"""Above it nothing changes any more, all tokens being as likely, until a number of 32 bits overflows."""
 LEAST_TEMPERATURE = 1e-6
 
 
@@ -262,7 +264,7 @@ class Sampling:
     ) -> None:
         self._rule = rule
         # Below the least temperature a draw is the likeliest token, and dividing by it would leave the range of fp32.
-        self._temperature = max(temperature, LEAST_TEMPERATURE) if temperature else 0.0
+        self._temperature = min(max(temperature, LEAST_TEMPERATURE), GREATEST_TEMPERATURE) if temperature else 0.0
         self._top_k, self._top_p, self._min_p = top_k, top_p, min_p
         self.width = branches
         # A generator a branch: what a branch draws does not depend on how long its neighbours go on.

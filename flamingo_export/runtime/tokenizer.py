@@ -65,23 +65,34 @@ class Tokenizer:
             raise PromptError("the prompt is empty. Give at least one word or tag, for example '<image>Output:'.")
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             raise PromptError(f"the text holds half of a surrogate pair, which is no character: {text[:80]!a}")
-        ids: list[int] = self._tokenizer.encode(with_tags_around(text, self._tags), add_special_tokens=False).ids
+        ids = self._encoded(with_tags_around(text, self._tags))
         wanted = add_bos and self._tags.bos is not None and ids[:1] != [self.ids.bos]
         return [self.ids.bos, *ids] if wanted else ids
 
+    def _encoded(self, text: str) -> list[int]:
+        try:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        except BaseException as error:
+            # The library raises plain Exception where a text has no tokens, and its panics (of a damaged table of characters) are none.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise PromptError(
+                f"the bundle's tokenizer cannot encode {text[:80]!r} ({error}). Build it with a whole one."
+            ) from error
+        return ids
+
     def encode_continuation(self, prompt: str, continuation: str) -> list[int]:
-        """Ids of `continuation` where it follows `prompt`, without the blanks at the prompt's end: those begin the continuation, as words
-        begin in running text. A space is put there unless one of the two has a blank.
+        """Ids of `continuation` where it follows `prompt`. A space begins it, as words begin in running text, unless it has a blank or the
+        prompt ends a line; the blanks at the prompt's end are what this space stands for, so they change nothing.
 
         Encoded together, so that words split as they do in running text; apart where they melt into one token.
         Raises PromptError if nothing is left to score.
         """
         if not continuation.strip():
             raise PromptError("a candidate answer is empty")
-        kept = without_last_blanks(prompt)
-        if not continuation[0].isspace():
-            continuation = (prompt[len(kept) :] or ("" if kept[-1:].isspace() else " ")) + continuation
-        prompt = kept
+        prompt = without_last_blanks(prompt)
+        if not (continuation[0].isspace() or prompt[-1:].isspace()):
+            continuation = " " + continuation
         before = self.encode(prompt)
         together = self.encode(prompt + continuation)
         if len(together) > len(before) and together[: len(before)] == before:
@@ -94,10 +105,17 @@ class Tokenizer:
         text: str = self._tokenizer.decode(self._whole_characters(ids), skip_special_tokens=True)
         return text
 
+    def token_text(self, token_id: int) -> str:
+        """One token as text, a tag as it is written. A token that is part of a character has the replacement sign in its place."""
+        text: str = self._tokenizer.decode([int(token_id)], skip_special_tokens=False)
+        return text
+
     def check_quoted(self, text: str) -> None:
         """Raises PromptError if a special token stands in what a user wrote: it would end the text or shift every later image."""
+        normalizer = self._tokenizer.normalizer
+        normalized = text if normalizer is None else normalizer.normalize_str(text)  # ＜/s＞ may become </s>
         for special in self.special_texts:
-            if special in text:
+            if special in text or special in normalized:
                 raise PromptError(f"{text!r} contains {special}, which the model reads as a token of its own; give plain text")
 
     def check_tags(self, text: str) -> None:

@@ -43,6 +43,10 @@ class WeightSource(Protocol):
     def golden(self) -> Path | None:
         """Folder of golden values recorded for these weights."""
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user of the model should know."""
+
     def names(self) -> list[str]: ...
 
     def shape(self, name: str) -> tuple[int, ...]: ...

@@ -32,6 +32,7 @@ class CheckpointSource:
         except UnreadableCheckpoint as error:
             raise CheckpointError(str(error)) from error
         self.config, self.inputs = self.checkpoint.config, self.checkpoint.inputs
+        self.notes = self.checkpoint.notes
         self.tokenizer, self.golden = self.checkpoint.tokenizer, self.checkpoint.golden
         marks = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in self.checkpoint.files]
         content = msgspec.json.encode([marks, [str(path) for path in files.adapters], self.config])

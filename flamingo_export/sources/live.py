@@ -32,6 +32,7 @@ class LiveSource:
     """A `flamingo_reference.model.Flamingo` in memory, exactly as the builder knows it."""
 
     golden = None
+    notes: tuple[str, ...] = ()
     digested = False  # once is enough: see identity
 
     def __init__(self, model: Flamingo, tokenizer: Path | None = None, inputs: InputFormat = PAPER) -> None:

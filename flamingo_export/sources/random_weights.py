@@ -31,6 +31,7 @@ class RandomSource:
 
     tokenizer = None
     golden = None
+    notes: tuple[str, ...] = ()
     inputs = PAPER
     digested = False
 

@@ -156,13 +156,15 @@ class AlibiPositions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """A penalty that grows with the distance, at another rate for each head (Press et al. 2022)."""
 
     max_bias: float = 8.0
+    rounded: bool = True
+    """Whether slopes are those of the next power of two heads (MPT), or of as many heads as there are (MosaicGPT, before it was MPT)."""
 
     def slopes(self, num_heads: int) -> list[float]:
-        """Each head's penalty for a distance of one: a falling power of two.
+        """Each head's penalty for a distance of one: 2 ** (-max_bias * (head + 1) / heads).
 
-        A number of heads that is no power of two takes every second slope of the next one, the finer ones first, as MPT was trained.
+        MPT takes heads as the next power of two, and of its slopes every second one, the finer ones first.
         """
-        whole = 2 ** math.ceil(math.log2(num_heads))
+        whole = 2 ** math.ceil(math.log2(num_heads)) if self.rounded else num_heads
         slopes = [2.0 ** (-self.max_bias * (head + 1) / whole) for head in range(whole)]
         return slopes if whole == num_heads else [*slopes[1::2], *slopes[::2]][:num_heads]
 

@@ -64,6 +64,17 @@ OPENFLAMINGO = InputFormat(
 """OpenFlamingo (arXiv 2308.01390): open_clip's transforms for evaluation, which its training used too (open_flamingo/src/factory.py), those
 of torchvision; the prompts of its evaluation (open_flamingo/eval/models/open_flamingo.py). Its tokenizers put nothing before a text, but
 LLaMA's, see `with_bos`."""
+OTTER = InputFormat(
+    fit="crop",
+    tags=Tags(bos=None, eoc="<|endofchunk|>", added=("<|endofchunk|>", "<image>", "<answer>", "<PAD>")),
+    prompts=PromptForms(
+        caption_example="{image}User: What does the image describe? GPT:<answer>{answer}<|endofchunk|>",
+        caption="{image}User: What does the image describe? GPT:<answer>",
+        question_example="{image}User: {question} GPT:<answer>{answer}<|endofchunk|>",
+        question="{image}User: {question} GPT:<answer>",
+    ),
+)
+"""Otter (Li et al. 2023, arXiv 2305.03726): CLIP's transforms, the prompts of its evaluation. `<answer>` parts the answer from the question."""
 IDEFICS = InputFormat(
     fit="stretch",
     tags=Tags(bos="<s>", eoc="</s>", around_image="<fake_token_around_image>"),

@@ -40,6 +40,11 @@ def write_openflamingo(folder: Path, theirs: Theirs, *, layout: str = "openai") 
     write_tokenizer(lm, ["<unk>", *(bos or ["w1"]), *(f"w{index}" for index in range(2, 61))], bos)
     clip = {name: torch.from_numpy(np.array(array)).float() for name, array in theirs.vision(layout).items()}
     if layout == "openai":
+        # Sizes that OpenAI's own file holds as tensors.
+        clip |= {
+            name: torch.tensor(size)
+            for name, size in {"input_resolution": 28, "context_length": 77, "vocab_size": 49408}.items()
+        }
         torch.save(clip, folder / "ViT-L-14.pt")
         return CheckpointFolder(path=folder / "checkpoint.pt", language_model=lm, vision_encoder=folder / "ViT-L-14.pt")
     (folder / "clip").mkdir()

@@ -22,7 +22,7 @@ from idefics_models import (
     their_model,
 )
 
-from flamingo_reference.checkpoints.conversions import source_shapes
+from flamingo_reference.checkpoints.converted import source_shapes
 from flamingo_reference.checkpoints.families import idefics
 from flamingo_reference.config import ConfigError, ModelConfig
 from flamingo_reference.names import expected_tensors, parameter_counts

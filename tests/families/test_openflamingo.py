@@ -12,7 +12,7 @@ from engine_runs import assert_as_exact, opened
 from openflamingo_models import IMAGE, KINDS, SIDE, TOKENS, Theirs, files_of, ours
 
 import flamingo_export
-from flamingo_reference.checkpoints.conversions import source_shapes
+from flamingo_reference.checkpoints.converted import source_shapes
 from flamingo_reference.checkpoints.families import openflamingo
 from flamingo_reference.config import ConfigError
 from flamingo_reference.model import Flamingo
@@ -69,18 +69,16 @@ def test_every_tensor_is_used_or_ignored_with_a_reason(every: int) -> None:
     read = source_shapes(recipes)
     held = {**files.checkpoint, **files.language_model, **files.vision}
     assert len(held) == len(files.checkpoint) + len(files.language_model) + len(files.vision)
-    left = {name for name in held if not any(re.fullmatch(pattern, name) for pattern, _ in openflamingo.ignored(files))}
+    left = {name for name in held if not any(re.fullmatch(pattern, name) for pattern, _ in openflamingo.ignored(config, files))}
     assert read == {name: held[name] for name in left}
     assert "gpt_neox.embed_in.weight" not in left  # gives way to the trained one
 
 
-@pytest.mark.parametrize("saved", ["module", "lists", "decoder_layer"])
+@pytest.mark.parametrize("saved", ["lists", "decoder_layer"])
 def test_names_as_they_were_saved(saved: str) -> None:
     theirs = Theirs("mpt")
     tensors = {"checkpoint": theirs.checkpoint(), "language_model": theirs.language_model(), "vision": theirs.vision("openai")}
-    if saved == "module":
-        tensors["checkpoint"] = {f"module.{name}": tensor for name, tensor in tensors["checkpoint"].items()}
-    elif saved == "lists":
+    if saved == "lists":
         tensors["checkpoint"] = {
             re.sub(r"transformer\.blocks\.(\d+)\.gated_cross_attn_layer", r"gated_cross_attn_layers.\1", name): tensor
             for name, tensor in tensors["checkpoint"].items()

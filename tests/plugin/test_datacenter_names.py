@@ -15,9 +15,9 @@ import pytest
 import trt_wheels
 from fake_cuda import FakeCuda
 
-from flamingo_export.backends.tensorrt.datacenter_names import RTX_ONLY, RUNTIME_CONFIG, SINCE_11, missing, names
 from flamingo_export.backends.tensorrt.dtypes import ELEMENTS
 from flamingo_export.backends.tensorrt.loading import stream_reader
+from tests.plugin.datacenter_names import RTX_ONLY, RUNTIME_CONFIG, SINCE_11, missing, names
 
 from .conftest import ROOT, run
 
@@ -33,7 +33,7 @@ STUBS = {
 CHILD = """
 import sys
 import tensorrt_bindings as trt
-from flamingo_export.backends.tensorrt.datacenter_names import missing
+from tests.plugin.datacenter_names import missing
 print(trt.__version__, *missing(trt, sys.argv[1:]))
 """
 NOTHING = """

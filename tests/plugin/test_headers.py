@@ -59,6 +59,14 @@ def test_the_environment_goes_before_system_paths(tmp_path: Path) -> None:
     assert found(output) == (str(variable / "include"), "10.3")
 
 
+def test_a_relative_folder_is_where_the_command_was_given(tmp_path: Path) -> None:
+    """Not below the sources, nor below the build folder."""
+    variable = headers(tmp_path / "variable", "11.1")
+    code, output = find(tmp_path, environment={"TENSORRT_ROOT": "variable", "PWD": str(tmp_path)})
+    assert code == 0, output
+    assert found(output) == (str(variable / "include"), "11.1")
+
+
 def test_system_paths_go_before_the_vendors_package(tmp_path: Path) -> None:
     system = headers(tmp_path / "system", "11.1")
     code, output = find(tmp_path, f"-DCMAKE_PREFIX_PATH={system}", f"-DTensorRT_DIR={vendor(tmp_path)}")

@@ -7,6 +7,9 @@ set(FLAMINGO_TENSORRT_VERSION "")
 set(root "${TENSORRT_ROOT}")
 if(NOT root)
     set(root "$ENV{TENSORRT_ROOT}")
+    if(root)
+        get_filename_component(root "${root}" ABSOLUTE BASE_DIR "$ENV{PWD}")  # where the command was given, not where the sources are
+    endif()
 endif()
 if(root)
     # A root that is named and wrong is an error of the user's, not a reason to look elsewhere.

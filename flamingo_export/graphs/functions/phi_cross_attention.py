@@ -23,7 +23,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from flamingo_export.graphs.builder import FUNCTION_DOMAIN, GraphBuilder
+from flamingo_export.graphs.builder import GraphBuilder
+from flamingo_export.specs import FUNCTION_DOMAIN
 
 NAME = "PhiCrossAttention"
 PLUGIN_VERSION = "1"

@@ -16,7 +16,7 @@ from flamingo_export.progress import Progress
 from flamingo_export.runtime.engine import Engine
 from flamingo_export.runtime.media import medium_of
 from flamingo_export.runtime.options import GenerateOptions
-from flamingo_export.runtime.request import Prepared
+from flamingo_export.runtime.request import prepared_from_ids
 from flamingo_export.runtime.search import Hypothesis
 from flamingo_export.runtime.subgraphs import Engines
 from flamingo_export.runtime.tokenizer import TOKENIZER_FILE, Tokenizer
@@ -25,7 +25,6 @@ from flamingo_export.validate.expected.golden import Goldens, GoldenText, Golden
 from flamingo_export.validate.expected.trace_prompts import from_png
 from flamingo_export.validate.report.parity_report import Row, TokenStep, Trace
 from flamingo_export.validate.tolerances import tie_margin, trace_limit
-from flamingo_reference.phi import phi_from_tokens
 
 TENSOR = "log-probabilities of the tokens"
 
@@ -82,13 +81,7 @@ def trace_name(golden: GoldenTrace) -> str:
 
 def _generate(engine: Engine, manifest: Manifest, golden: GoldenTrace) -> list[Hypothesis]:
     media = tuple(medium_of((from_png(frame) for frame in frames), manifest.config) for frames in golden.media)
-    ids = np.asarray(golden.prompt_tokens, np.int64)
-    image = manifest.config.tokens.image
-    digests = iter(media)
-    keys = tuple(next(digests).digest if token == image else token for token in golden.prompt_tokens)
-    prepared = Prepared(
-        token_ids=ids, phi=phi_from_tokens(ids[None], image, manifest.config.tokens.reset)[0], media=media, keys=keys
-    )
+    prepared = prepared_from_ids(np.asarray(golden.prompt_tokens, np.int64), media, manifest.config)
     options = GenerateOptions(beams=golden.num_beams, max_new_tokens=golden.new_tokens)
     (outcome,) = engine.complete(engine.submit(prepared, options, wake=False))
     return outcome.hypotheses

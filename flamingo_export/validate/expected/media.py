@@ -8,8 +8,8 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
-from flamingo_export.precision import Precision
-from flamingo_export.quantize.matrices import FP8, FP8_LARGEST, range_scale
+from flamingo_export.precision import E4M3_LARGEST, Precision
+from flamingo_export.quantize.matrices import FP8, range_scale
 from flamingo_export.validate.checks.compare import AnyArray
 from flamingo_export.validate.expected import inputs
 from flamingo_export.weights.calibration_table import CalibrationTable
@@ -36,7 +36,7 @@ class MediaFormat:
 
     def codes(self, name: str, values: AnyArray) -> AnyArray:
         """Numbers of media_k.i or media_v.i as E4M3 codes, what is beyond their range as the largest."""
-        codes: AnyArray = np.clip(values / self._scale(name), -FP8_LARGEST, FP8_LARGEST).astype(FP8)
+        codes: AnyArray = np.clip(values / self._scale(name), -E4M3_LARGEST, E4M3_LARGEST).astype(FP8)
         return codes
 
     def numbers(self, name: str, held: AnyArray) -> AnyArray:
@@ -51,13 +51,13 @@ class MediaFormat:
         return self.numbers(name, self.codes(name, values)) if self._fp8 else values
 
     def _fitting(self, i: int, kind: str) -> np.float32:
-        largest = FP8_LARGEST * self._scale(f"media_{kind}.{i}") if self._fp8 else _DRAWN_PEAK
+        largest = E4M3_LARGEST * self._scale(f"media_{kind}.{i}") if self._fp8 else _DRAWN_PEAK
         return np.float32(min(1.0, largest / _DRAWN_PEAK))
 
     def _scale(self, name: str) -> float:
         stem, _, i = name.partition(".")
         key = f"media_kv/layer.{i}/{stem.removeprefix('media_')}"
-        return range_scale(self._calibration.threshold(key) if self._calibration is not None else FP8_LARGEST)
+        return range_scale(self._calibration.threshold(key) if self._calibration is not None else E4M3_LARGEST)
 
 
 FLOATS = MediaFormat(Precision(storage="fp32"))

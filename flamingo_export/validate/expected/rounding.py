@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flamingo_export.precision import Precision, Quantisation, StorageType
-from flamingo_export.quantize.matrices import FP8_LARGEST, dequantised, quantised, range_scale
+from flamingo_export.precision import E4M3_LARGEST, Precision, Quantisation, StorageType
+from flamingo_export.quantize.matrices import dequantised, quantised, range_scale
 from flamingo_export.validate.checks.stored_codes import codes_digest
 from flamingo_export.weights import Weight, bundle_weights
 from flamingo_export.weights.calibration_table import CalibrationTable
@@ -132,7 +132,7 @@ class AsStored:
         return lambda x: through_fp8(x, scale)
 
     def _scale(self, name: str) -> float:
-        return range_scale(self._calibration.threshold(name) if self._calibration is not None else FP8_LARGEST)
+        return range_scale(self._calibration.threshold(name) if self._calibration is not None else E4M3_LARGEST)
 
 
 def _round_operands(layer: Any, scales: list[float | None]) -> None:
@@ -186,7 +186,7 @@ def through_fp8(x: Tensor, scale: float) -> Tensor:
     """x rounded to E4M3 times scale, what is beyond its range to its largest number."""
     import torch
 
-    return (x / scale).clamp(-FP8_LARGEST, FP8_LARGEST).to(torch.float8_e4m3fn).to(x.dtype) * scale
+    return (x / scale).clamp(-E4M3_LARGEST, E4M3_LARGEST).to(torch.float8_e4m3fn).to(x.dtype) * scale
 
 
 def in_blocks(x: Tensor, block: int) -> Tensor:

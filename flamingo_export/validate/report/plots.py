@@ -126,6 +126,38 @@ def bars_plot(bars: Sequence[tuple[str, float, bool]], label: str, salt: str) ->
         return _svg(figure)
 
 
+Series = tuple[str, str, Sequence[tuple[float, float, float]]]
+"""Name, colour, and (value, low, high) at each place."""
+
+
+def curves_plot(places: Sequence[str], series: Sequence[Series], *, across: str, up: str, salt: str) -> str:
+    """Curves over evenly spaced places with their intervals as bands. across, up: labels of the axes."""
+    with _matplotlib() as (figure_of, _):
+        figure, axes = figure_of(9.6, 3.4, salt)
+        numbers = list(range(len(places)))
+        for name, colour, points in series:
+            axes.fill_between(
+                numbers, [low for _, low, _ in points], [high for *_, high in points], color=colour, alpha=0.15, linewidth=0
+            )
+            axes.errorbar(
+                numbers,
+                [value for value, *_ in points],
+                yerr=[[value - low for value, low, _ in points], [high - value for value, _, high in points]],
+                color=colour,
+                linewidth=1.6,
+                marker="o",
+                markersize=5,
+                capsize=3,
+                label=name,
+            )
+        axes.set_xticks(numbers, places)
+        axes.set_xlabel(across)
+        axes.set_ylabel(up)
+        axes.grid(color=GRID, linewidth=0.8)
+        axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=4, frameon=False)
+        return _svg(figure)
+
+
 def _label(row: Row) -> str:
     subgraph = row.subgraph if row.case.startswith(row.subgraph) else ""
     case = row.case.removeprefix(f"{row.subgraph}, ")

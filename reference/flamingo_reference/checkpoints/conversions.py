@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from flamingo_reference.checkpoints.converted import Recipe as Made
 from flamingo_reference.config import ConfigError
 
 Shape = tuple[int, ...]
@@ -45,17 +46,17 @@ def joined(sources: Mapping[str, Shape]) -> Recipe:
     return Recipe(sources, _joined)
 
 
+def padded(name: str, shape: Shape, total: int) -> Recipe:
+    """A matrix with rows of zeros behind its own, `total` rows in all."""
+    return Recipe({name: shape}, functools.partial(_padded, total=total))
+
+
 def with_bias(ours: str, theirs: str, shape: Shape) -> dict[str, Recipe]:
     """Weight and bias of a linear layer or norm, under our name and theirs; shape: that of the weight."""
     return {
         f"{ours}.weight": as_is(f"{theirs}.weight", shape),
         f"{ours}.bias": as_is(f"{theirs}.bias", shape[:1]),
     }
-
-
-def source_shapes(recipes: Mapping[str, Recipe]) -> dict[str, Shape]:
-    """Name and shape of every tensor that recipes read."""
-    return {name: shape for recipe in recipes.values() for name, shape in recipe.sources.items()}
 
 
 _SHOWN = 80  # characters of a value that a message repeats
@@ -105,6 +106,19 @@ def _reshaped(sources: Sequence[AnyArray], *, shape: Shape) -> AnyArray:
 
 def _rows(sources: Sequence[AnyArray], *, start: int, stop: int) -> AnyArray:
     return sources[0][start:stop]
+
+
+def _padded(sources: Sequence[AnyArray], *, total: int) -> AnyArray:
+    (matrix,) = sources
+    return np.concatenate([matrix, np.zeros((total - len(matrix), *matrix.shape[1:]), matrix.dtype)])
+
+
+def renamed(recipes: Mapping[str, Made], rename: Callable[[str], str]) -> dict[str, Recipe]:
+    """The same recipes, of tensors by other names."""
+    return {
+        ours: Recipe({rename(name): shape for name, shape in recipe.sources.items()}, recipe.make)
+        for ours, recipe in recipes.items()
+    }
 
 
 def _joined(sources: Sequence[AnyArray]) -> AnyArray:

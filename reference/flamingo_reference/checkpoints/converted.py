@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from flamingo_reference.checkpoints.accounting import Ignored
-from flamingo_reference.checkpoints.files.tensors import AnyArray, Shape, TensorReader
+from flamingo_reference.checkpoints.files.tensors import AnyArray, CheckpointError, Shape, TensorReader
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.input_format import PAPER, InputFormat
 
@@ -23,6 +23,11 @@ class Recipe(Protocol):
 
     @property
     def make(self) -> Callable[[Sequence[AnyArray]], AnyArray]: ...
+
+
+def source_shapes(recipes: Mapping[str, Recipe]) -> dict[str, Shape]:
+    """Name and shape of every tensor that recipes read."""
+    return {name: shape for recipe in recipes.values() for name, shape in recipe.sources.items()}
 
 
 class PartFiles(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,6 +55,8 @@ class Adopted(msgspec.Struct, frozen=True, kw_only=True):
     expected: name and shape of each of our tensors. recipes: for each of them, from which tensors of the joined parts it is made; None where
     names are ours already. ignored: tensors of the files that the model does not need. inputs: how it takes images and text. misfit: what is
     wrong with the tokenizer, to be said once config.json and tensors are known to agree; empty where nothing is.
+    twins: second names of tensors in use, each with the name in use: their numbers must be equal. tied: where the output is the embedding,
+    the names that a matrix of its own would have in the files, each with the embedding's. notes: what a user of the model should know.
     """
 
     config: ModelConfig
@@ -58,6 +65,9 @@ class Adopted(msgspec.Struct, frozen=True, kw_only=True):
     ignored: tuple[Ignored, ...] = ()
     inputs: InputFormat = PAPER
     misfit: str = ""
+    twins: Mapping[str, str] = msgspec.field(default_factory=dict)
+    tied: Mapping[str, str] = msgspec.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 class AdoptedReader:
@@ -83,6 +93,66 @@ class AdoptedReader:
         """A tensor, made of its sources."""
         recipe = self._recipes[name]
         return recipe.make([self._reader.read(source) for source in recipe.sources])
+
+
+class TwinReader:
+    """Tensors of which some lie in the files under two names. Reading one under the name in use compares it with the others."""
+
+    def __init__(self, reader: TensorReader, twins: Mapping[str, str]) -> None:
+        """twins: second name -> name in use; those whose bytes are the same need not be told."""
+        self._reader = reader
+        self._twins: dict[str, list[str]] = {}
+        for other, kept in twins.items():
+            self._twins.setdefault(kept, []).append(other)
+
+    def names(self) -> list[str]:
+        """All tensor names."""
+        return self._reader.names()
+
+    def shape(self, name: str) -> Shape:
+        """Shape of a tensor."""
+        return self._reader.shape(name)
+
+    def dtype(self, name: str) -> np.dtype[Any]:
+        """Element type of a tensor."""
+        return self._reader.dtype(name)
+
+    def read(self, name: str) -> AnyArray:
+        """A tensor. Raises CheckpointError if it has other numbers under its second name: nobody knows which of them was meant."""
+        array = self._reader.read(name)
+        for other in self._twins.get(name, ()):
+            second = self._reader.read(other)
+            if array.shape != second.shape or not np.array_equal(array, second, equal_nan=True):
+                raise CheckpointError(
+                    f"{name} and {other} are two names of one tensor, and hold different numbers. Remove the one that was not trained."
+                )
+        return array
+
+
+class UntiedReader:
+    """Tensors, and the embedding's once more under the names that an output of its own would have."""
+
+    def __init__(self, reader: TensorReader, heads: Mapping[str, str]) -> None:
+        """heads: name of the output's tensor -> the embedding's. Those that the reader has are read as they are."""
+        held = set(reader.names())
+        self._reader = reader
+        self._heads = {head: embedding for head, embedding in heads.items() if head not in held}
+
+    def names(self) -> list[str]:
+        """All tensor names."""
+        return [*self._reader.names(), *self._heads]
+
+    def shape(self, name: str) -> Shape:
+        """Shape of a tensor."""
+        return self._reader.shape(self._heads.get(name, name))
+
+    def dtype(self, name: str) -> np.dtype[Any]:
+        """Element type of a tensor."""
+        return self._reader.dtype(self._heads.get(name, name))
+
+    def read(self, name: str) -> AnyArray:
+        """A tensor."""
+        return self._reader.read(self._heads.get(name, name))
 
 
 class JoinedReader:

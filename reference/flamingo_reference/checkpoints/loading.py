@@ -9,15 +9,28 @@ from typing import Any
 import msgspec
 
 from flamingo_reference.checkpoints.accounting import account
-from flamingo_reference.checkpoints.converted import Adopted, AdoptedReader, JoinedReader, PartFiles, Parts, Recipe
+from flamingo_reference.checkpoints.conversions import renamed
+from flamingo_reference.checkpoints.converted import (
+    Adopted,
+    AdoptedReader,
+    JoinedReader,
+    PartFiles,
+    Parts,
+    Recipe,
+    TwinReader,
+    UntiedReader,
+    source_shapes,
+)
 from flamingo_reference.checkpoints.families.known import FAMILIES, Family, Part
 from flamingo_reference.checkpoints.families.recognition import Recognised, recognise
-from flamingo_reference.checkpoints.files.tensors import CheckpointError, Shape, TensorReader
+from flamingo_reference.checkpoints.files.tensors import CheckpointError, TensorReader
 from flamingo_reference.checkpoints.files.tokenizer_file import NAMES as TOKENIZERS
 from flamingo_reference.checkpoints.files.tokenizer_file import added_ids, open_tokenizer
+from flamingo_reference.checkpoints.generation import GENERATION_CONFIG, Generation, read_generation
 from flamingo_reference.checkpoints.lora import LoraReader
 from flamingo_reference.config import ConfigError, ModelConfig
 from flamingo_reference.input_format import InputFormat
+from flamingo_reference.names import expected_tensors
 
 OPTIONS: Mapping[Part, str] = {"language_model": "--lm", "vision_encoder": "--vision"}
 
@@ -39,7 +52,8 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     reader: our tensors. ignored: tensors of the files that are not needed, each with the reason. files: all files that the numbers are read
     from. tokenizer: a tokenizer.json or tokenizer.model, golden: a folder of golden values, None where there is none.
     settings: config.json as published. published: the files' own tensors, adapters merged in; recipes: how ours are made of them, None where
-    names are ours already. absent: files that an index names and that are not there.
+    names are ours already. absent: files that an index names and that are not there. generation: what generation_config.json says; notes:
+    what a user of the model should know.
     """
 
     family: Family
@@ -55,6 +69,8 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     published: TensorReader
     recipes: Mapping[str, Recipe] | None
     absent: tuple[Path, ...] = ()
+    generation: Generation = Generation()
+    notes: tuple[str, ...] = ()
 
 
 def load(files: CheckpointFiles, families: Sequence[Family] = FAMILIES, *, may_be_absent: bool = False) -> Checkpoint:
@@ -96,15 +112,18 @@ def load(files: CheckpointFiles, families: Sequence[Family] = FAMILIES, *, may_b
         raise CheckpointError(f"{files.path}: {error}") from error
     where = ", ".join(str(found.path) for found in recognised.values())
     absent = {name: path for found in recognised.values() for name, path in found.reader.absent.items()}
-    published, used = _adapted(_joined(recognised, where), files.adapters, model.family)
+    base = TwinReader(_joined(recognised, where), _unlike(adopted.twins, recognised))
+    adopted, published, adapters = _adapted(adopted, base, files.adapters, model.family)
     reader, ignored = _accounted(adopted, published, where, absent)
     if adopted.misfit:
         raise CheckpointError(adopted.misfit)
+    config, generation = _with_generation(files.path, adopted.config)
+    used = [path for adapter in adapters for path in adapter.files]
     golden = files.path / "golden"
     return Checkpoint(
         family=model.family,
         evidence=model.evidence,
-        config=adopted.config,
+        config=config,
         reader=reader,
         inputs=adopted.inputs,
         ignored=ignored,
@@ -115,6 +134,8 @@ def load(files: CheckpointFiles, families: Sequence[Family] = FAMILIES, *, may_b
         published=published,
         recipes=adopted.recipes,
         absent=tuple(sorted(set(absent.values()))),
+        generation=generation,
+        notes=(*adopted.notes, *(note for adapter in adapters for note in adapter.notes)),
     )
 
 
@@ -166,14 +187,79 @@ def _part(path: Path, part: Part, families: Sequence[Family], may_be_absent: boo
     return found
 
 
-def _adapted(base: TensorReader, adapters: Sequence[Path], family: Family) -> tuple[TensorReader, list[Path]]:
-    """The tensors of all parts with each adapter merged in, and the adapters' files."""
-    files: list[Path] = []
-    for adapter in adapters:
-        merged = LoraReader(base, adapter, family.plain_name)
-        files += merged.files
-        base = merged
-    return base, files
+def _unlike(twins: Mapping[str, str], parts: Mapping[Part, Recognised]) -> dict[str, str]:
+    """Second names whose numbers must be compared: not those that stand for the same bytes of a file, nor those of files that are absent."""
+    readers = [found.reader for found in parts.values()]
+    absent = {name for reader in readers for name in reader.absent}
+    return {
+        other: kept
+        for other, kept in twins.items()
+        if not ({other, kept} & absent or any(reader.same_place(other, kept) for reader in readers))
+    }
+
+
+def _adapted(
+    adopted: Adopted, base: TensorReader, folders: Sequence[Path], family: Family
+) -> tuple[Adopted, TensorReader, list[LoraReader]]:
+    """The tensors of all parts with each adapter merged in, and the adapters.
+
+    An output that is the embedding becomes a matrix of its own where an adapter changes one of the two: in training the other stayed as it
+    was. Raises CheckpointError if an adapter cannot be merged.
+    """
+    heads = {head: embedding for head, embedding in adopted.tied.items() if embedding in base.names()}
+    whole = {*heads, *heads.values(), *_vocabulary(adopted)}
+    adapters: list[LoraReader] = []
+
+    def merged(start: TensorReader) -> TensorReader:
+        adapters.clear()
+        for folder in folders:
+            adapters.append(LoraReader(start, folder, family.plain_name, vocabulary=whole, second_names=adopted.twins))
+            start = adapters[-1]
+        return start
+
+    untied = merged(UntiedReader(base, heads))
+    changed = {name for adapter in adapters for name in adapter.changed}
+    if not changed & {*heads, *heads.values()}:
+        return adopted, merged(base), adapters
+    both = [str(folder) for folder, adapter in zip(folders, adapters, strict=True) if adapter.keeps_tied]
+    if both:
+        raise CheckpointError(
+            f"{', '.join(both)}: ensure_weight_tying is set, so embedding and output were trained as one. Merge it with PEFT "
+            "(merge_and_unload) and build from the result."
+        )
+    lm = msgspec.structs.replace(adopted.config.language_model, tied_head=False)
+    config = msgspec.structs.replace(adopted.config, language_model=lm)
+    recipes = adopted.recipes
+    if recipes is not None:
+        of_head = {embedding: head for head, embedding in heads.items()}
+        embedding = {"language_model.head.weight": recipes["language_model.embedding.weight"]}
+        recipes = {**recipes, **renamed(embedding, lambda name: of_head.get(name, name))}
+    note = "an adapter changes one of embedding and output, which were one matrix: each is a matrix of its own now, as it was in training"
+    adopted = msgspec.structs.replace(
+        adopted, config=config, expected=expected_tensors(config), recipes=recipes, notes=(*adopted.notes, note)
+    )
+    return adopted, untied, adapters
+
+
+def _vocabulary(adopted: Adopted) -> set[str]:
+    """Published names of embedding and output, of which PEFT saves whole copies."""
+    ours = ("language_model.embedding.weight", "language_model.head.weight")
+    if adopted.recipes is None:
+        return set(ours)
+    return {source for name in ours if name in adopted.recipes for source in adopted.recipes[name].sources}
+
+
+def _with_generation(path: Path, config: ModelConfig) -> tuple[ModelConfig, Generation]:
+    """The config with the tokens that generation_config.json ends texts with and bans."""
+    tokens = config.tokens
+    found = read_generation(path, tokens, config.language_model.vocab_size)
+    tokens = msgspec.structs.replace(tokens, ends=(*tokens.ends, *found.ends), banned=(*tokens.banned, *found.banned))
+    config = msgspec.structs.replace(config, tokens=tokens)
+    try:
+        config.validate()
+    except ConfigError as error:
+        raise CheckpointError(f"{path / GENERATION_CONFIG}: {error}") from error
+    return config, found
 
 
 def _joined(parts: Mapping[Part, Recognised], where: str) -> TensorReader:
@@ -197,10 +283,7 @@ def _accounted(
     name = adopted.config.name
     if adopted.recipes is None:
         return joined, account(adopted.expected, joined, where=where, model=name, ignored=adopted.ignored, absent=absent)
-    sources: dict[str, Shape] = {}
-    for recipe in adopted.recipes.values():
-        sources |= recipe.sources
-    ignored = account(sources, joined, where=where, model=name, ignored=adopted.ignored, absent=absent)
+    ignored = account(source_shapes(adopted.recipes), joined, where=where, model=name, ignored=adopted.ignored, absent=absent)
     unmade = sorted(set(adopted.expected) ^ set(adopted.recipes))
     if unmade:
         raise AssertionError(f"tensors without a recipe, or the other way round: {', '.join(unmade)}")

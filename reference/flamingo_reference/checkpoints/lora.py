@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ _PARTS = {
     ".lora_embedding_A": ("down", True),
     ".lora_embedding_B": ("up", True),
 }
+# What PEFT wraps a module in while it trains: its own tensors within an embedding with LoRA, a copy that is trained whole.
+_WRAPPED = re.compile(r"\.(?:base_layer|modules_to_save(?:\.default)?)\.")
 # Settings that change what is computed in a way that is no W + scale * B A; the values that leave it alone.
 _REFUSED: Mapping[str, tuple[Any, ...]] = {
     "use_dora": (False, None),
@@ -39,10 +41,15 @@ _REFUSED: Mapping[str, tuple[Any, ...]] = {
     "trainable_token_indices": (None, [], {}),
     "target_parameters": (None, []),
     "use_qalora": (False, None),
+    "use_bdlora": (None, False),
     "alora_invocation_tokens": (None, []),
     "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
     "megatron_config": (None,),
 }
+_KEPT_BASE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+"""Values of init_lora_weights with which training begins at the base's own weights."""
 
 
 class _Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,6 +60,7 @@ class _Settings(msgspec.Struct, frozen=True, kw_only=True):
     lora_alpha: float
     use_rslora: bool = False
     fan_in_fan_out: bool = False
+    ensure_weight_tying: bool | None = False
     rank_pattern: dict[str, int] | None = None
     alpha_pattern: dict[str, float] | None = None
     modules_to_save: list[str] | None = None
@@ -68,19 +76,36 @@ class _Update(msgspec.Struct, frozen=True):
 
 
 class LoraReader:
-    """A checkpoint's tensors with an adapter merged in. What the adapter changes is computed in fp32 and given as fp32."""
+    """A checkpoint's tensors with an adapter merged in. What the adapter updates is computed in fp32 and given as fp32."""
 
-    def __init__(self, base: TensorReader, adapter: Path, plain_name: Callable[[str], str] = str) -> None:
-        """adapter: folder with adapter_config.json and adapter_model.safetensors. plain_name: what a tensor is called without what depends on
-        the model that it was trained or saved in: the adapter's names and the base's are compared by it.
+    def __init__(
+        self,
+        base: TensorReader,
+        adapter: Path,
+        plain_name: Callable[[str], str] = str,
+        *,
+        vocabulary: Collection[str] = (),
+        second_names: Collection[str] = (),
+    ) -> None:
+        """
+        adapter: folder with adapter_config.json and adapter_model.safetensors.
+        plain_name: what a tensor is called without what depends on the model that it was trained or saved in. The adapter's names and the
+        base's are compared by it.
+        vocabulary: the base's names of embedding and output, of which PEFT saves whole copies beside the updates.
+        second_names: the base's names that are not in use; the adapter's never stand for them.
 
         Raises CheckpointError naming settings that cannot be merged, and all tensors of the adapter that have no counterpart in the base, lack
         their other half or are misshapen.
         """
         self._base, self._config = base, adapter / CONFIG
         settings = _settings(self._config)
-        self._adapter: FileReader = open_tensors(adapter, WEIGHTS)
-        self._updates, self._replaced = _plan(settings, self._adapter, base, adapter, plain_name)
+        self._adapter: FileReader = open_tensors(adapter, WEIGHTS).plainly_named()
+        plan = _Plan(settings, self._adapter, base, plain_name, vocabulary, second_names)
+        self._updates, self._replaced = plan.merged(adapter)
+        self.notes = tuple(f"{self._config}: {note}" for note in plan.unmatched())
+        """What a user should know of the adapter."""
+        self.keeps_tied = bool(settings.ensure_weight_tying)
+        """Whether an embedding and an output that are one matrix were trained as one."""
 
     @property
     def files(self) -> list[Path]:
@@ -90,7 +115,7 @@ class LoraReader:
     @property
     def changed(self) -> list[str]:
         """Names of the tensors that the adapter changes."""
-        return [*self._updates, *self._replaced]
+        return list(dict.fromkeys([*self._updates, *self._replaced]))
 
     def names(self) -> list[str]:
         """All tensor names: the base's."""
@@ -108,9 +133,7 @@ class LoraReader:
 
     def read(self, name: str) -> AnyArray:
         """A tensor, merged where the adapter changes it."""
-        if name in self._replaced:
-            return self._adapter.read(self._replaced[name])
-        weight = self._base.read(name)
+        weight = self._adapter.read(self._replaced[name]) if name in self._replaced else self._base.read(name)
         update = self._updates.get(name)
         if update is None:
             return weight
@@ -130,6 +153,13 @@ def _settings(path: Path) -> _Settings:
             f"{path}: {'; '.join(faults)}: this is no low-rank update of weights alone. Merge it with PEFT (merge_and_unload) and build from "
             "the result."
         )
+    start = raw.get("init_lora_weights")
+    if isinstance(start, list | dict) or start not in _KEPT_BASE:
+        raise CheckpointError(
+            f"{path}: init_lora_weights is {start!r:.80}. Such an adapter changed the base's weights before it was trained, so its update "
+            "belongs to weights that the base's files do not hold. Convert it with PEFT (save_pretrained with "
+            "path_initial_model_for_weight_conversion), which writes init_lora_weights true, or merge it with PEFT and build from the result."
+        )
     try:
         settings = msgspec.convert(raw, _Settings)
     except msgspec.ValidationError as error:
@@ -144,98 +174,136 @@ def _settings(path: Path) -> _Settings:
     return settings
 
 
-def _plan(
-    settings: _Settings, adapter: FileReader, base: TensorReader, folder: Path, plain_name: Callable[[str], str]
-) -> tuple[dict[str, _Update], dict[str, str]]:
-    """Updates by the base's tensor, and the adapter's tensors that replace one of the base whole."""
-    shapes = {name: base.shape(name) for name in base.names()}
-    nearest = NearestName(shapes)
-    by_plain_name: dict[str, list[str]] = {}
-    for name in shapes:
-        by_plain_name.setdefault(plain_name(name), []).append(name)
+class _Plan:
+    """What an adapter's tensors do to those of the base."""
 
-    def of_base(name: str) -> str:
+    def __init__(
+        self,
+        settings: _Settings,
+        adapter: FileReader,
+        base: TensorReader,
+        plain_name: Callable[[str], str],
+        vocabulary: Collection[str],
+        second_names: Collection[str],
+    ) -> None:
+        self._settings, self._adapter, self._vocabulary = settings, adapter, vocabulary
+        self._shapes = {name: base.shape(name) for name in base.names() if name not in second_names}
+        self._nearest = NearestName(self._shapes)
+        self._plain_name = plain_name
+        self._by_plain_name: dict[str, list[str]] = {}
+        for name in self._shapes:
+            self._by_plain_name.setdefault(plain_name(name), []).append(name)
+        self._matched: set[str] = set()
+
+    def merged(self, folder: Path) -> tuple[dict[str, _Update], dict[str, str]]:
+        """Updates by the base's tensor, and the adapter's tensors that replace one of the base whole. Raises CheckpointError."""
+        halves: dict[str, dict[str, str]] = {}
+        modules: dict[str, str] = {}
+        replaced: dict[str, str] = {}
+        faults: list[str] = []
+        for name in self._adapter.names():
+            own = name.removeprefix(_PREFIX)
+            if self._adapter.dtype(name) not in FLOATS:
+                faults.append(f"{name} has element type {self._adapter.dtype(name)}, expected a float")
+            suffix = next((suffix for suffix in _PARTS if own.endswith(suffix)), None)
+            if suffix is None:
+                fault = self._replace(name, own, replaced)
+            else:
+                module = own.removesuffix(suffix)
+                target = self._of_base(f"{module}.weight")
+                halves.setdefault(target, {})[_PARTS[suffix][0]] = name
+                modules[target] = module
+                fault = self._missing(name, target)
+            faults += [fault] if fault else []
+        updates: dict[str, _Update] = {}
+        for target, parts in halves.items():
+            if target in self._shapes:
+                update = self._update(target, modules[target], parts)
+                if isinstance(update, str):
+                    faults.append(update)
+                else:
+                    updates[target] = update
+        if not self._adapter.names():
+            faults.append("it holds no tensors")
+        if faults:
+            raise CheckpointError(
+                f"{folder} does not fit the checkpoint: {'; '.join(faults)}. Give the base it was trained on."
+            )
+        return updates, replaced
+
+    def unmatched(self) -> list[str]:
+        """Patterns that match no module that the adapter changes: PEFT passes over them, and so did training."""
+        settings = self._settings
+        patterns = {"rank_pattern": settings.rank_pattern, "alpha_pattern": settings.alpha_pattern}
+        return [
+            f"{kind} {pattern!r} matches no module that the adapter changes"
+            for kind, named in patterns.items()
+            for pattern in named or {}
+            if f"{kind}.{pattern}" not in self._matched
+        ]
+
+    def _of_base(self, name: str) -> str:
         """The base's name of a tensor. Of several that are plainly called so, the first part's is in use: it was trained further."""
-        return by_plain_name.get(plain_name(name), [name])[0]
+        return self._by_plain_name.get(self._plain_name(name), [name])[0]
 
-    halves: dict[str, dict[str, str]] = {}
-    embeddings: set[str] = set()
-    replaced: dict[str, str] = {}
-    faults: list[str] = []
-    for name in adapter.names():
-        module = name.removeprefix(_PREFIX)
-        if adapter.dtype(name) not in FLOATS:
-            faults.append(f"{name} has element type {adapter.dtype(name)}, expected a float")
-        suffix = next((suffix for suffix in _PARTS if module.endswith(suffix)), None)
-        if suffix is not None:
-            target = of_base(f"{module.removesuffix(suffix)}.weight")
-            half, embedding = _PARTS[suffix]
-            halves.setdefault(target, {})[half] = name
-            embeddings |= {target} if embedding else set()
-        elif _saved_whole(module, settings) and shapes.get(of_base(module)) == adapter.shape(name):
-            replaced[of_base(module)] = name
-            continue
-        else:
-            if _saved_whole(module, settings):
-                found = f"has shape {shapes[of_base(module)]}" if of_base(module) in shapes else "does not have it"
-                faults.append(f"{name} {adapter.shape(name)} replaces {module}, and the base {found}")
-            else:
-                faults.append(f"{name} is no half of an update (lora_A, lora_B) and not in modules_to_save")
-            continue
-        if target not in shapes:
-            near = nearest.find(target)
-            faults.append(f"{name} changes {target}, which the base does not have" + (f" (nearest: {near})" if near else ""))
-    updates: dict[str, _Update] = {}
-    for target, parts in halves.items():
-        if target in shapes:
-            update = _update(target, parts, settings, adapter, shapes[target], embedding=target in embeddings)
-            if isinstance(update, str):
-                faults.append(update)
-            else:
-                updates[target] = update
-    if not adapter.names():
-        faults.append("it holds no tensors")
-    if faults:
-        raise CheckpointError(f"{folder} does not fit the checkpoint: {'; '.join(faults)}. Give the base it was trained on.")
-    return updates, replaced
+    def _missing(self, name: str, target: str) -> str | None:
+        if target in self._shapes:
+            return None
+        near = self._nearest.find(target)
+        return f"{name} changes {target}, which the base does not have" + (f" (nearest: {near})" if near else "")
 
+    def _replace(self, name: str, own: str, replaced: dict[str, str]) -> str | None:
+        """Takes a tensor that is no half of an update in place of the base's. Returns what is wrong with it."""
+        plain = _WRAPPED.sub(".", own)
+        target = self._of_base(plain)
+        whole = plain != own or target in self._vocabulary or _saved_whole(plain, self._settings)
+        if not whole:
+            return f"{name} is no half of an update (lora_A, lora_B) and not in modules_to_save"
+        shape = self._adapter.shape(name)
+        if self._shapes.get(target) != shape:
+            found = f"has shape {self._shapes[target]}" if target in self._shapes else "does not have it"
+            return f"{name} {shape} replaces {plain}, and the base {found}"
+        if target in replaced:
+            return f"{name} and {replaced[target]} both replace {target}"
+        replaced[target] = name
+        return None
 
-def _update(
-    target: str, parts: Mapping[str, str], settings: _Settings, adapter: FileReader, shape: Shape, *, embedding: bool
-) -> _Update | str:
-    """The update of a tensor, or what is wrong with it."""
-    if len(parts) < 2:
-        (found,) = parts.values()
-        return f"{found} has no other half"
-    module = target.removesuffix(".weight")
-    rank = int(_by_pattern(settings.rank_pattern, module, settings.r))
-    transposed = settings.fan_in_fan_out or embedding
-    rows, columns = (shape[::-1] if transposed else shape) if len(shape) == 2 else (0, 0)
-    up, down = adapter.shape(parts["up"]), adapter.shape(parts["down"])
-    if (up, down) != ((rows, rank), (rank, columns)):
-        wanted = f"{(rows, rank)} and {(rank, columns)}" if len(shape) == 2 else "an update of a matrix"
-        return f"{parts['up']} {up} and {parts['down']} {down} for {target} {shape}, expected {wanted}"
-    alpha = _by_pattern(settings.alpha_pattern, module, settings.lora_alpha)
-    scale = alpha / math.sqrt(rank) if settings.use_rslora else alpha / rank
-    return _Update(parts["down"], parts["up"], scale, transposed)
+    def _update(self, target: str, module: str, parts: Mapping[str, str]) -> _Update | str:
+        """The update of a tensor, or what is wrong with it. module: as it is called in the model that was trained."""
+        if len(parts) < 2:
+            (found,) = parts.values()
+            return f"{found} has no other half"
+        settings, shape = self._settings, self._shapes[target]
+        rank = int(self._by_pattern("rank_pattern", settings.rank_pattern, module, settings.r))
+        transposed = settings.fan_in_fan_out or parts["up"].endswith(".lora_embedding_B")
+        rows, columns = (shape[::-1] if transposed else shape) if len(shape) == 2 else (0, 0)
+        up, down = self._adapter.shape(parts["up"]), self._adapter.shape(parts["down"])
+        if (up, down) != ((rows, rank), (rank, columns)):
+            wanted = f"{(rows, rank)} and {(rank, columns)}" if len(shape) == 2 else "an update of a matrix"
+            return f"{parts['up']} {up} and {parts['down']} {down} for {target} {shape}, expected {wanted}"
+        alpha = self._by_pattern("alpha_pattern", settings.alpha_pattern, module, settings.lora_alpha)
+        scale = alpha / math.sqrt(rank) if settings.use_rslora else alpha / rank
+        return _Update(parts["down"], parts["up"], scale, transposed)
 
+    def _by_pattern(self, kind: str, patterns: Mapping[str, float] | None, module: str, default: float) -> float:
+        """The value of the first pattern that matches the module's name or the end of it after a dot, as PEFT reads them.
 
-def _by_pattern(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
-    """The value of the first pattern that matches the module's name or the end of it after a dot, as PEFT reads them.
-
-    Patterns are regular expressions in PEFT; here they are taken by their text where it is plain, so that an adapter cannot bring an expression
-    that takes forever.
-    """
-    for pattern, value in (patterns or {}).items():
-        plain = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
-        if re.search(r"[^\w.]", plain):
-            raise CheckpointError(f"{CONFIG}: the pattern {pattern!r} is a regular expression; expected names of modules.")
-        if module == plain or (module.endswith(f".{plain}") and not pattern.startswith("^")):
-            return value
-    return default
+        Patterns are regular expressions in PEFT. Here they are taken by their text where it is plain, so that an adapter cannot bring an
+        expression that takes forever.
+        """
+        for pattern, value in (patterns or {}).items():
+            plain = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
+            if re.search(r"[^\w.]", plain):
+                raise CheckpointError(f"{CONFIG}: the pattern {pattern!r} is a regular expression; expected names of modules.")
+            if module == plain or (module.endswith(f".{plain}") and not pattern.startswith("^")):
+                self._matched.add(f"{kind}.{pattern}")
+                return value
+        return default
 
 
 def _saved_whole(name: str, settings: _Settings) -> bool:
-    """Whether a tensor belongs to one of modules_to_save, which PEFT trains whole and saves beside the updates."""
-    module = name.rsplit(".", 1)[0]
-    return any(module == saved or module.endswith(f".{saved}") for saved in settings.modules_to_save or ())
+    """Whether a tensor belongs to one of modules_to_save, or to a module within one: PEFT trains these whole and saves them beside the
+    updates. It takes a module whose name ends with what is listed."""
+    parts = name.split(".")
+    modules = (".".join(parts[:count]) for count in range(1, len(parts)))
+    return any(module.endswith(saved) for module in modules for saved in settings.modules_to_save or ())

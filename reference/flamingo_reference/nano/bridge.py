@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from flamingo_reference.model import Flamingo
 from flamingo_reference.nano import pages
-from flamingo_reference.nano.contrastive import to_pixels
+from flamingo_reference.nano.batches import collate, to_pixels
 from flamingo_reference.nano.pool import Pool, random_style
 from flamingo_reference.time_weights import time_weights
 
@@ -44,23 +44,6 @@ def pair(rng: np.random.Generator, pool: Pool, kind: str) -> list[pages.Piece]:
         return [pages.shot(pool.items[index], index, rng, style="question")]
     prompt = "Output:" if rng.random() < 0.7 else ""
     return [pages.Piece(index, prompt, " " + pool.items[index].caption)]
-
-
-def collate(documents: Sequence[pages.Encoded]) -> tuple[Tensor, Tensor, Tensor, Tensor, list[int]]:
-    """token_ids [B, S], phi [B, S], loss [B, S], media_rows [B, M] and the distinct media, in bank order."""
-    length, most = max(len(doc.token_ids) for doc in documents), max(1, *(len(doc.media) for doc in documents))
-    tokens = torch.zeros(len(documents), length, dtype=torch.long)
-    phi, loss = torch.zeros_like(tokens), torch.zeros(len(documents), length, dtype=torch.bool)
-    rows = torch.zeros(len(documents), most, dtype=torch.long)
-    bank: dict[int, int] = {}
-    for row, document in enumerate(documents):
-        size = len(document.token_ids)
-        tokens[row, :size] = torch.from_numpy(document.token_ids)
-        phi[row, :size] = torch.from_numpy(document.phi)
-        loss[row, :size] = torch.from_numpy(document.loss)
-        for place, medium in enumerate(document.media):
-            rows[row, place] = bank.setdefault(medium, len(bank))
-    return tokens, phi, loss, rows, list(bank)
 
 
 class Features:

@@ -22,18 +22,13 @@ from flamingo_reference.config import ModelConfig
 from flamingo_reference.model.resampler import PerceiverResampler
 from flamingo_reference.model.vision import make_vision_encoder
 from flamingo_reference.nano import data
+from flamingo_reference.nano.batches import to_pixels
 from flamingo_reference.time_weights import time_weights
 
 VARIANTS = 6  # scenes of a batch that share all but one attribute
 DIGITS, ROAMING = 0.13, 0.08  # shares of a batch; the rest are scenes
 CLIPS_EVERY = 6  # one step in six is on videos
 MAX_TEXT = 48
-
-
-def to_pixels(images: list[data.Pixels], config: ModelConfig) -> Tensor:
-    """uint8 images [I, I, 3] to normalised float32 [F, 3, I, I]."""
-    stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
-    return (stacked - torch.tensor(config.pixel_mean)[:, None, None]) / torch.tensor(config.pixel_std)[:, None, None]
 
 
 class TextEncoder(nn.Module):

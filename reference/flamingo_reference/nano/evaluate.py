@@ -20,8 +20,7 @@ from tokenizers import Tokenizer
 
 from flamingo_reference.model import Flamingo
 from flamingo_reference.nano import CHECKPOINT, pages
-from flamingo_reference.nano.bridge import collate
-from flamingo_reference.nano.contrastive import to_pixels
+from flamingo_reference.nano.batches import collate, to_pixels
 from flamingo_reference.nano.data import Item
 from flamingo_reference.nano.heldout import (
     COUNTS,

@@ -90,7 +90,7 @@ def test_no_distance_beyond_the_cache_is_read(bundle: Path) -> None:
     session.close()
 
 
-def test_a_layer_by_itself_has_its_own_table_and_takes_it_cut(bundle: Path) -> None:
+def test_a_layer_by_itself_has_its_own_table_and_takes_it_cut(bundle: Path, tmp_path: Path) -> None:
     """Parity within a memory limit runs layers one by one, cut out of the decoder's graph."""
     manifest, backend = read_manifest(bundle), get_backend("onnxruntime")
     table = "decoder/layer.1/self_attention/distances"
@@ -100,7 +100,7 @@ def test_a_layer_by_itself_has_its_own_table_and_takes_it_cut(bundle: Path) -> N
     assert [name for name in lowered.graph.initializers if name.endswith("/distances")] == [table]
     spoil_beyond(bundle, 1)
     for capacity, finite in ((128, True), (129, False)):
-        with layer_session(backend, bundle, manifest, 1, SessionOptions(threads=1)) as session:
+        with layer_session(backend, bundle, manifest, 1, tmp_path, SessionOptions(threads=1)) as session:
             bind_all(session, batch=1, capacity=capacity)
             given = feeds(batch=1, size=2, capacity=capacity, write_index=capacity - 2)
             given["hidden"] = np.ones((1, 2, manifest.config.language_model.width), np.float32)

@@ -8,9 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from flamingo_export.precision import Quantisation, dividing_block
+from flamingo_export.precision import E4M3_LARGEST, Quantisation, dividing_block
 from flamingo_export.quantize.matrices import (
-    FP8_LARGEST,
     SMALLEST_SCALE,
     code_shape,
     dequantised,
@@ -41,7 +40,7 @@ def nearest_e4m3(value: float) -> float:
         return 0.0
     exponent = max(math.floor(math.log2(abs(value))), -6)
     step = 2.0 ** (exponent - 3)
-    return math.copysign(min(round(abs(value) / step) * step, FP8_LARGEST), value)
+    return math.copysign(min(round(abs(value) / step) * step, E4M3_LARGEST), value)
 
 
 def test_fp8_is_the_nearest_number_of_the_format_under_a_power_of_two_of_each_output() -> None:
@@ -52,7 +51,7 @@ def test_fp8_is_the_nearest_number_of_the_format_under_a_power_of_two_of_each_ou
         peak = float(np.abs(given[:, column]).max())
         scale = float(scales[column])
         assert math.log2(scale).is_integer()
-        assert scale * FP8_LARGEST >= peak > scale * FP8_LARGEST / 2
+        assert scale * E4M3_LARGEST >= peak > scale * E4M3_LARGEST / 2
         for row in range(given.shape[0]):
             assert float(codes[row, column]) == nearest_e4m3(float(given[row, column]) / scale)
 
@@ -160,8 +159,8 @@ def test_ranges_become_powers_of_two_that_hold_them() -> None:
     for threshold in (5e-324, 1e-30, 1e-3, 1.0, 447.9, 448.0, 448.1, 1e6):
         scale = range_scale(threshold)
         assert math.log2(scale).is_integer()
-        assert scale * FP8_LARGEST >= threshold
-        assert scale == SMALLEST_SCALE or scale * FP8_LARGEST / 2 < threshold
+        assert scale * E4M3_LARGEST >= threshold
+        assert scale == SMALLEST_SCALE or scale * E4M3_LARGEST / 2 < threshold
     assert range_scale(0.0) == 1.0
 
 

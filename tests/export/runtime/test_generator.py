@@ -429,6 +429,7 @@ def test_phi_beyond_the_media_is_refused_before_the_graph_runs(load_tiny: LoadTi
         ({"length_penalty": -math.inf}, "length_penalty is -inf"),
         ({"seed": -1, "top_k": 2}, "seed is -1"),
         ({"seed": 1.5, "top_k": 2}, "seed is 1.5, expected a whole number"),
+        ({"num_return": None}, "num_return is None, expected a whole number"),
         ({"beams": True}, "beams is True, expected a whole number"),
         ({"beams": "3"}, "beams is '3', expected a whole number"),
         ({"temperature": "1"}, "temperature is '1', expected a number"),

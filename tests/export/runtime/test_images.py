@@ -374,6 +374,16 @@ def test_pillows_warnings_reach_nobody(recwarn: pytest.WarningsRecorder, capfd: 
         Image.open(io.BytesIO(broken)).load()
 
 
+def test_what_libtiff_finds_wrong_reaches_nobody(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """It prints on the process's stderr, past Python. Found by fuzzing."""
+    path = save(tmp_path / "a.tif", Image.fromarray(PHOTO), compression="tiff_adobe_deflate")
+    whole = bytearray(path.read_bytes())
+    whole[whole.index(zlib.compress(PHOTO.tobytes())[:2]) + 20] ^= 255
+    with pytest.raises(ImageError, match="the image given is damaged or truncated"):
+        load_image(bytes(whole))
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize(
     ("array", "message"),
     [

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 
 from flamingo_export.errors import BundleError, PromptError
@@ -67,7 +67,8 @@ def test_a_candidate_continues_its_prompt() -> None:
     assert red == BYTES.encode_continuation("Answer:", " red") == BYTES.encode(" red", add_bos=False)
     assert len(red) == 1
     assert BYTES.encode_continuation("Answer: ", "red") == BYTES.encode_continuation("Answer: ", " red") == red
-    assert BYTES.encode_continuation("Answer:\n", "red") == BYTES.encode("red", add_bos=False)
+    for end in ("\n", "\n "):
+        assert BYTES.encode_continuation(f"Answer:{end}", "red") == BYTES.encode("red", add_bos=False)
     assert BYTES.encode_continuation("Answer:", "red<EOC>") == [*red, 2]
     assert PIECES.decode(PIECES.encode_continuation("the", "red")) == "red"
     with pytest.raises(PromptError, match="empty"):
@@ -136,6 +137,27 @@ def test_a_stripped_stream_has_no_blanks_at_its_ends() -> None:
         stream = TextStream(BYTES, strip=True)
         pieces = [stream.push([token]) for token in BYTES.encode("x" + text, add_bos=False)[1:]]
         assert "".join(pieces) + stream.finish() == text.strip()
+
+
+def test_special_tokens_in_plain_text_are_found_as_the_tokenizer_reads_them() -> None:
+    fast = byte_level()
+    fast.normalizer = normalizers.NFKC()
+    fast.add_special_tokens([AddedToken("</s>", special=True, normalized=True)])
+    tokenizer = Tokenizer(fast, NANO)
+    for text in ("a </s> b", "<PAD>", "\uff1c/s\uff1e"):
+        assert set(tokenizer.encode(text, add_bos=False)) & tokenizer.special
+        with pytest.raises(PromptError, match="which the model reads as a token of its own"):
+            tokenizer.check_quoted(text)
+    for text in ("a < /s> b", "1 < 2 > 0", "<pad>", "é🦩"):
+        assert not set(tokenizer.encode(text, add_bos=False)) & tokenizer.special
+        tokenizer.check_quoted(text)
+
+
+def test_tags_of_another_family_are_found() -> None:
+    for tag in ("<|endofchunk|>", "<fake_token_around_image>", "<end_of_utterance>"):
+        with pytest.raises(PromptError, match=r"a tag of another family of models.*<BOS>, <EOC>, <image>"):
+            BYTES.check_tags(f"<image>Output: x{tag}")
+    BYTES.check_tags("<BOS><image>Output: <s>struck</s> out<EOC>")  # HTML is plain text where the tags are others
 
 
 def test_tokenizers_of_another_vocabulary() -> None:

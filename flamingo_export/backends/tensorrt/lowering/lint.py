@@ -16,18 +16,12 @@ import onnx
 import onnx_ir as ir
 
 from flamingo_export.backends.tensorrt.lowering.lower import KV_SCALES, PLUGIN_ATTRIBUTES
-from flamingo_export.backends.tensorrt.lowering.retype import DTYPES, FUNCTION_DOMAIN
+from flamingo_export.backends.tensorrt.lowering.retype import DTYPES
 from flamingo_export.backends.tensorrt.lowering.shapes import CAPACITY
 from flamingo_export.errors import BuildError
 from flamingo_export.precision import StorageType
-from flamingo_export.specs import SubgraphSpec, TensorSpec
+from flamingo_export.specs import FUNCTION_DOMAIN, KIND_DTYPES, SubgraphSpec, TensorSpec
 
-_KINDS = {
-    "fp32": ir.DataType.FLOAT,
-    "int64": ir.DataType.INT64,
-    "bool": ir.DataType.BOOL,
-    "fp8": ir.DataType.FLOAT8E4M3FN,
-}
 # Attention's inputs beyond q, k, v and mask, and attributes that TensorRT drops, reads otherwise or rejects.
 _ATTENTION_INPUTS = {4: "past_key", 5: "past_value", 6: "nonpad_kv_seqlen"}
 _ATTENTION_ATTRIBUTES = ("is_causal", "softcap", "softmax_precision", "qk_matmul_output_mode")
@@ -121,7 +115,7 @@ def _contract(graph: ir.Graph, spec: SubgraphSpec, compute: StorageType, capacit
 
 
 def _as_agreed(where: str, value: ir.Value, tensor: TensorSpec, compute: StorageType, capacity: int) -> Iterator[str]:
-    dtype = DTYPES[compute] if tensor.kind == "float" else _KINDS[tensor.kind]
+    dtype = DTYPES[compute] if tensor.kind == "float" else ir.DataType.from_numpy(KIND_DTYPES[tensor.kind])
     if value.dtype != dtype:
         yield f"{where} is {value.dtype}, expected {dtype}"
     shape = None if value.shape is None else tuple(getattr(dim, "value", dim) for dim in value.shape)

@@ -19,10 +19,11 @@ from pathlib import Path
 import onnx_ir as ir
 
 from flamingo_export.backends.tensorrt.lowering.relative_positions import simplify
-from flamingo_export.backends.tensorrt.lowering.retype import FUNCTION_DOMAIN, retype
+from flamingo_export.backends.tensorrt.lowering.retype import retype
 from flamingo_export.backends.tensorrt.lowering.shapes import CAPACITY
 from flamingo_export.files import write_atomically
 from flamingo_export.precision import StorageType
+from flamingo_export.specs import FUNCTION_DOMAIN
 
 PLUGIN_ATTRIBUTES = ("plugin_namespace", "plugin_version")
 KV_SCALES = "kv_scales"

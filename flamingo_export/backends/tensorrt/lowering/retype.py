@@ -17,9 +17,9 @@ import numpy as np
 import onnx_ir as ir
 
 from flamingo_export.precision import StorageType
+from flamingo_export.specs import FUNCTION_DOMAIN
 
 DTYPES: dict[StorageType, ir.DataType] = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
-FUNCTION_DOMAIN = "flamingo"
 NORMALISATIONS = frozenset({"LayerNormalization", "RMSNormalization"})
 
 

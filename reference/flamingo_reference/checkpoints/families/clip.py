@@ -1,6 +1,7 @@
 """CLIP's vision transformer, in the two layouts that are published.
 
-openai         ViT-L-14.pt and open_clip's files: visual.conv1, visual.transformer.resblocks.0.attn.in_proj_weight (q, k and v joined)
+openai         ViT-L-14.pt and open_clip's files: visual.conv1, visual.transformer.resblocks.0.attn.in_proj_weight (q, k and v joined).
+               open_clip's models differ in their activation and heads, which open_clip_config.json says and no tensor does
 transformers   vision_model.embeddings.patch_embedding, vision_model.encoder.layers.0.self_attn.q_proj; also inside of IDEFICS, and, as newer
                versions save the image encoder alone, without `vision_model.`
 """
@@ -11,14 +12,20 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
 from flamingo_reference.checkpoints.conversions import Recipe, Shape, as_is, choice, rows, setting, with_bias
 from flamingo_reference.config import Activation, ConfigError, ViTConfig
+from flamingo_reference.input_format import ImageFit
 
 # CLIP's preprocessing (Radford et al. 2021): mean and standard deviation of RGB in 0..1.
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 HEAD_SIZE = 64
 """Of every model that OpenAI published; the tensors do not tell."""
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+OPENAI_MARKS = ("input_resolution", "context_length", "vocab_size")
+"""Sizes that OpenAI's own files hold as tensors, and no other's."""
 IGNORED = (
     (r"(visual\.ln_post|(vision_model\.)?post_layernorm)\.(weight|bias)", "norm that the features do not go through"),
     (r"(visual\.proj|visual_projection\.weight)", "projection into the space shared with text"),
@@ -28,6 +35,100 @@ IGNORED = (
     (r"(vision_model\.)?embeddings\.position_ids", "the numbers 0, 1, ..., which need no tensor"),
 )
 """Tensors of CLIP's files that the model does not need: pattern of the whole name, and why."""
+
+
+class Encoder(msgspec.Struct, frozen=True, kw_only=True):
+    """An image encoder and how images are prepared for it: mean and standard deviation of RGB in 0..1, the fit of their shape."""
+
+    vision: ViTConfig
+    pixel_mean: tuple[float, float, float] = PIXEL_MEAN
+    pixel_std: tuple[float, float, float] = PIXEL_STD
+    fit: ImageFit = "crop"
+
+
+def encoder_of(
+    shapes: Mapping[str, Shape], settings: Mapping[str, Any], open_clip: Mapping[str, Any], *, where: str
+) -> Encoder:
+    """The encoder in a file or folder `where`.
+
+    shapes: of its tensors. settings: transformers' config.json, open_clip: open_clip_config.json, each empty where there is none.
+    Raises ConfigError if nothing says which activation the model was trained with: it is never guessed.
+    """
+    # A config.json without model_type beside open_clip's is another library's (timm).
+    if open_clip and settings.get("model_type") is None:
+        return _open_clip_encoder(shapes, open_clip)
+    if settings:
+        return Encoder(vision=config_from(settings))
+    openai = "visual.conv1.weight" in shapes
+    if openai and all(name in shapes for name in OPENAI_MARKS):
+        return Encoder(vision=config_from_shapes(shapes))
+    config_from_shapes(shapes)  # says first what no CLIP is
+    if openai:
+        raise ConfigError(
+            f"{where} is not OpenAI's own file (it lacks {', '.join(name for name in OPENAI_MARKS if name not in shapes)}), and models of "
+            f"these shapes were trained with GELU and with QuickGELU, which no tensor tells. Give the folder that holds its {OPEN_CLIP_CONFIG}, "
+            "or OpenAI's ViT-L-14.pt."
+        )
+    raise ConfigError(
+        f"{where} has no config.json, which says how its tensors are computed with. Give the folder that holds both."
+    )
+
+
+def _open_clip_encoder(shapes: Mapping[str, Shape], raw: Mapping[str, Any]) -> Encoder:
+    """What open_clip_config.json says, sizes being those of the tensors. Raises ConfigError for what has no counterpart here."""
+    where = OPEN_CLIP_CONFIG
+    model = setting(raw, "model_cfg", dict, where=where)
+    vision = setting(model, "vision_cfg", dict, where=f"{where}, model_cfg")
+    inner = f"{where}, vision_cfg"
+    for name, plain in _OPEN_CLIP_PLAIN.items():
+        choice(vision, name, dict.fromkeys(plain), plain[0], where=inner)
+    norm = setting(vision, "norm_kwargs", dict, {}, where=inner) if vision.get("norm_kwargs") is not None else {}
+    if vision.get("act_kwargs"):
+        raise ConfigError(f"{inner}: act_kwargs is {vision['act_kwargs']!r:.80}, which is not supported; expected none.")
+    head = setting(vision, "head_width", int, HEAD_SIZE, where=inner)
+    quick = setting(model, "quick_gelu", bool, False, where=f"{where}, model_cfg")
+    found = config_from_shapes(shapes, activation="quick_gelu" if quick else "gelu")
+    if head < 1 or found.width % head:
+        raise ConfigError(f"{inner}: head_width {head} does not divide the encoder's width {found.width}.")
+    for name, size in (("width", found.width), ("layers", found.num_layers), ("patch_size", found.patch_size)):
+        said = vision.get(name, size)
+        if said != size:
+            raise ConfigError(f"{inner}: {name} is {said!r:.80}, the tensors have {size}. Bring the files of one model.")
+    if vision.get("image_size", found.image_size) not in (found.image_size, [found.image_size] * 2):
+        raise ConfigError(
+            f"{inner}: image_size is {vision['image_size']!r:.80}, the tensors have {found.image_size}. Bring the files of one model."
+        )
+    found = msgspec.structs.replace(
+        found, num_heads=found.width // head, norm_eps=setting(norm, "eps", float, 1e-5, where=f"{inner}, norm_kwargs")
+    )
+    images = setting(raw, "preprocess_cfg", dict, {}, where=where) if raw.get("preprocess_cfg") is not None else {}
+    choice(images, "interpolation", {"bicubic": None}, "bicubic", where=f"{where}, preprocess_cfg")
+    fit = choice(images, "resize_mode", {"shortest": "crop", "squash": "stretch"}, "shortest", where=f"{where}, preprocess_cfg")
+    return Encoder(
+        vision=found, pixel_mean=_colour(images, "mean", PIXEL_MEAN), pixel_std=_colour(images, "std", PIXEL_STD), fit=fit
+    )
+
+
+# Settings of open_clip's vision_cfg that change what is computed, and the values under which it is CLIP's transformer.
+_OPEN_CLIP_PLAIN: Mapping[str, tuple[Any, ...]] = {
+    "timm_model_name": (None,),
+    "ls_init_value": (None,),
+    "attentional_pool": (False, None),
+    "no_ln_pre": (False,),
+    "pos_embed_type": ("learnable",),
+    "norm_type": (None, "LayerNorm"),
+}
+
+
+def _colour(raw: Mapping[str, Any], name: str, default: tuple[float, float, float]) -> tuple[float, float, float]:
+    value = raw.get(name)
+    if value is None:
+        return default
+    try:
+        red, green, blue = msgspec.convert(value, tuple[float, float, float], strict=False)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{OPEN_CLIP_CONFIG}, preprocess_cfg: {name} is {value!r:.80}, expected three numbers.") from error
+    return red, green, blue
 
 
 def config_from_shapes(
@@ -130,10 +231,10 @@ def openai_recipes(vision: ViTConfig) -> dict[str, Recipe]:
 
 
 def recipes_for(vision: ViTConfig, shapes: Mapping[str, Shape]) -> dict[str, Recipe]:
-    """`openai_recipes` or `recipes`, by the names that a file has."""
-    return openai_recipes(vision) if "visual.conv1.weight" in shapes else recipes(vision, _prefix(shapes))
+    """`openai_recipes` or `recipes`, by the names that a file has, which need not be all of them."""
+    return openai_recipes(vision) if any(name.startswith("visual.") for name in shapes) else recipes(vision, _prefix(shapes))
 
 
 def _prefix(shapes: Mapping[str, Shape]) -> str:
     """What stands before transformers' names in a file."""
-    return "" if "embeddings.class_embedding" in shapes else "vision_model."
+    return "" if any(name.startswith(("embeddings.", "pre_layrnorm.", "encoder.")) for name in shapes) else "vision_model."

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from flamingo_reference.checkpoints.accounting import Ignored
 from flamingo_reference.checkpoints.conversions import setting
 from flamingo_reference.checkpoints.converted import Adopted, PartFiles, Parts
 from flamingo_reference.checkpoints.families import clip, idefics, native, openflamingo
+from flamingo_reference.checkpoints.files.folder import OPEN_CLIP_NAMES
+from flamingo_reference.checkpoints.files.json_file import read_json
 from flamingo_reference.checkpoints.files.tensors import CheckpointError, Shape
 from flamingo_reference.config import TokenIds
-from flamingo_reference.input_format import IDEFICS, IDEFICS_INSTRUCT, OPENFLAMINGO, with_bos
+from flamingo_reference.input_format import IDEFICS, IDEFICS_INSTRUCT, OPENFLAMINGO, OTTER, InputFormat, with_bos
 from flamingo_reference.names import expected_tensors
 
 _LLAMA_BOS = "<s>"
@@ -21,7 +27,8 @@ _LLAMA_TAGS = (_LLAMA_BOS, "</s>")
 def adopt_native(parts: Parts) -> Adopted:
     """Our own format: names are ours already."""
     config = native.read_config(parts.model.path / "config.json")
-    return Adopted(config=config, expected=expected_tensors(config))
+    tied = {"language_model.head.weight": "language_model.embedding.weight"} if config.language_model.tied_head else {}
+    return _with_twins(Adopted(config=config, expected=expected_tensors(config), tied=tied), parts.model, {})
 
 
 def adopt_idefics(parts: Parts) -> Adopted:
@@ -42,59 +49,126 @@ def adopt_idefics(parts: Parts) -> Adopted:
         f"the tokenizer is of another model than {parts.model.path}: {', '.join(misplaced)}, and tokens that were added have ids {first} to "
         f"{last} by config.json. Bring the tokenizer that the model was trained with."
     )
-    return Adopted(
+    adopted = Adopted(
         config=config,
         expected=expected_tensors(config),
         recipes=idefics.recipes(config, additional_vocab=more),
         ignored=_rules(idefics.IGNORED),
         inputs=inputs,
         misfit=misfit if misplaced else "",
+        tied=idefics.TIED if config.language_model.tied_head else {},
     )
+    return _with_twins(adopted, parts.model, {})
 
 
 def adopt_openflamingo(parts: Parts) -> Adopted:
-    """OpenFlamingo v2, of its checkpoint.pt, language model and CLIP. Raises CheckpointError if there is no tokenizer: the ids of the tokens
+    """OpenFlamingo, of its checkpoint.pt, language model and CLIP. Raises CheckpointError if there is no tokenizer: the ids of the tokens
     that were added stand nowhere else."""
-    lm, vision, ids = parts.language_model, parts.vision_encoder, parts.token_ids
+    lm, vision = parts.language_model, parts.vision_encoder
     assert lm is not None
     assert vision is not None
-    eoc, image = ids.get(OPENFLAMINGO.tags.eoc), ids.get(OPENFLAMINGO.tags.image)
-    if eoc is None or image is None:
-        raise CheckpointError(
-            f"no tokenizer is beside {parts.model.path} or {lm.path}, and the ids of <image> and <|endofchunk|> follow from it. "
-            "Name the language model's: --tokenizer FILE"
-        )
-    lm_settings = _settings(lm)
-    bos = setting(lm_settings, "bos_token_id", int, eoc) if lm_settings.get("bos_token_id") is not None else eoc
-    pad = ids.get("<PAD>")
     files = openflamingo.Files(
-        checkpoint={name: parts.model.reader.shape(name) for name in parts.model.reader.names()},
+        checkpoint=_shapes(parts.model),
         language_model=_shapes(lm),
         vision=_shapes(vision),
         absent=frozenset(lm.absent),
-        language_model_config=lm_settings,
+        language_model_config=_settings(lm),
     )
+    encoder = clip.encoder_of(files.vision, vision.settings, _open_clip_config(vision.path), where=str(vision.path))
+    inputs = with_bos(OPENFLAMINGO, _LLAMA_BOS) if lm.family == "llama" else OPENFLAMINGO
+    return _openflamingo(parts, files, encoder, inputs, where=f"{parts.model.path} or {lm.path}")
+
+
+def adopt_otter(parts: Parts) -> Adopted:
+    """Otter, and OpenFlamingo as Otter's authors converted it: all parts in one folder. Raises CheckpointError as `adopt_openflamingo`."""
+    raw = _settings(parts.model)
+    text = setting(raw, "text_config", dict)
+    files = openflamingo.Files(
+        checkpoint=_shapes(parts.model),
+        language_model={},
+        vision={},
+        language_model_config=openflamingo.otter_text_config(text),
+    )
+    encoder = clip.Encoder(vision=clip.config_from(setting(raw, "vision_config", dict)))
+    llama = files.language_model_config["model_type"] == "llama"
+    inputs = OTTER if raw.get("model_type") == "otter" else OPENFLAMINGO
+    adopted = _openflamingo(
+        parts, files, encoder, with_bos(inputs, _LLAMA_BOS) if llama else inputs, where=str(parts.model.path)
+    )
+    every = setting(raw, "cross_attn_every_n_layers", int, 4)
+    if every != adopted.config.cross_attention.every:
+        raise CheckpointError(
+            f"{parts.model.path}: config.json says a gated block every {every} layers, the tensors have one every "
+            f"{adopted.config.cross_attention.every}. Bring the config.json and the tensors of one model."
+        )
+    return adopted
+
+
+def _openflamingo(
+    parts: Parts, files: openflamingo.Files, encoder: clip.Encoder, inputs: InputFormat, *, where: str
+) -> Adopted:
+    """The model of OpenFlamingo's files. where: the places at which a tokenizer was looked for."""
+    ids, lm_settings = parts.token_ids, files.language_model_config
+    eoc, image = ids.get(inputs.tags.eoc), ids.get(inputs.tags.image)
+    if eoc is None or image is None:
+        raise CheckpointError(
+            f"no tokenizer is beside {where}, and the ids of <image> and <|endofchunk|> follow from it. "
+            "Name the language model's: --tokenizer FILE"
+        )
+    bos = setting(lm_settings, "bos_token_id", int, eoc) if lm_settings.get("bos_token_id") is not None else eoc
+    pad = ids.get("<PAD>")
     config = openflamingo.config_from(
         files,
         tokens=TokenIds(pad=eoc if pad is None else pad, bos=bos, eoc=eoc, image=image),
-        # OpenAI's own file has no config.json: what its tensors do not tell is as in every model that it published.
-        vision=clip.config_from(vision.settings) if vision.settings else None,
+        vision=encoder.vision,
     )
+    config = msgspec.structs.replace(config, pixel_mean=encoder.pixel_mean, pixel_std=encoder.pixel_std)
     # Training gave its embedding as many rows as there were tokens then, unless it left it as it was published.
     rows, size = config.language_model.vocab_size, 1 + max(ids.values())
-    if rows not in (size, setting(lm_settings, "vocab_size", int)):
+    if rows not in (size, setting(lm_settings, "vocab_size", int, rows)):
         raise CheckpointError(
             f"the tokenizer has {size} tokens, those that training added included, and the embedding in {parts.model.path} has {rows} rows. "
             "Bring the tokenizer of the language model that it was trained with: --tokenizer FILE"
         )
     config.validate()
-    return Adopted(
+    unsaid = openflamingo.added_without_rows(config.language_model, files)
+    notes = [openflamingo.ATTENDS]
+    if unsaid:
+        notes.append(
+            f"tokens {unsaid.start} to {unsaid.stop - 1} were added in training and have no rows of the output in the files: they are never "
+            "generated, and a text ends where the language model ends its own"
+        )
+    if files.vision and files.trained_vision():
+        notes.append("the checkpoint holds a vision encoder that was trained further: it is used in place of the one given")
+    adopted = Adopted(
         config=config,
         expected=expected_tensors(config),
         recipes=openflamingo.recipes(config, files),
-        ignored=_rules(openflamingo.ignored(files)),
-        inputs=with_bos(OPENFLAMINGO, _LLAMA_BOS) if lm.family == "llama" else OPENFLAMINGO,
+        ignored=_rules(openflamingo.ignored(config, files)),
+        inputs=msgspec.structs.replace(inputs, fit=encoder.fit),
+        tied=openflamingo.tied(config, files),
+        notes=tuple(notes),
     )
+    return _with_twins(adopted, parts.model, files.twins())
+
+
+def _with_twins(adopted: Adopted, model: PartFiles, twins: Mapping[str, str]) -> Adopted:
+    """Adds second names: those given, and an output that is the embedding saved by a name of its own."""
+    held = set(model.reader.names())
+    heads = {head: embedding for head, embedding in adopted.tied.items() if head in held and embedding in held}
+    rules = _rules((re.escape(head), f"the output is the embedding: second name of {name}") for head, name in heads.items())
+    return msgspec.structs.replace(adopted, twins={**twins, **heads}, ignored=(*rules, *adopted.ignored))
+
+
+def _open_clip_config(path: Path) -> Mapping[str, Any]:
+    """open_clip_config.json of a folder, or of one of open_clip's files by its published name; nothing where there is none."""
+    if path.is_dir():
+        beside = path / clip.OPEN_CLIP_CONFIG
+    elif path.name in OPEN_CLIP_NAMES:
+        beside = path.with_name(clip.OPEN_CLIP_CONFIG)
+    else:
+        return {}
+    return read_json(beside) if beside.is_file() else {}
 
 
 def _settings(part: PartFiles) -> Mapping[str, Any]:

@@ -28,6 +28,11 @@ IGNORED = (
     (r".*\.rotary_emb\.inv_freq", "frequencies of the rotary positions, which follow from the config"),
 )
 """Tensors of the files that the model does not need: pattern of the whole name, and why."""
+TIED = {
+    "lm_head.weight": "model.embed_tokens.weight",
+    "lm_head.additional_fc.weight": "model.embed_tokens.additional_embedding.weight",
+}
+"""Where the output is the embedding: names of the output's tensors, and the embedding's."""
 
 
 def config_from(
@@ -61,6 +66,7 @@ def config_from(
     choice(raw, "hidden_act", {"silu": "swiglu"}, "silu")
     eps, head_size = setting(raw, "rms_norm_eps", float, 1e-6), width // heads
     end = _first_id(raw, "eos_token_id", 2)
+    raw = _nested(raw)
     vision = _vision(setting(raw, "vision_config", dict, {}))
     image, around = vocab + 1 if image is None else image, vocab if around_image is None else around_image
     return ModelConfig(
@@ -128,6 +134,31 @@ def _rotary_base(raw: Mapping[str, Any]) -> float:
     if raw.get("rope_scaling") is not None:
         raise ConfigError(f"config.json: rope_scaling is {raw['rope_scaling']!r:.80}, which is not supported; expected none.")
     return positive({**raw, **rope}, "rope_theta", 10000.0)
+
+
+# The settings that the form of config.json before transformers took the model in had side by side with the language model's.
+_FLAT_VISION = ("embed_dim", "image_size", "patch_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+_FLAT_PERCEIVER = (
+    "resampler_n_latents",
+    "resampler_depth",
+    "resampler_n_heads",
+    "resampler_head_dim",
+    "qk_layer_norms_perceiver",
+)
+
+
+def _nested(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The old flat config.json in today's form; today's as it is. Raises ConfigError if one of the old form lacks what no tensor tells."""
+    if "vision_config" in raw or not any(name.startswith("vision_") for name in raw):
+        return raw
+    lacking = [name for name in (*(f"vision_{name}" for name in _FLAT_VISION), *_FLAT_PERCEIVER) if name not in raw]
+    if lacking:
+        raise ConfigError(
+            f"config.json is of IDEFICS' old flat form (vision_... beside the language model's settings) and lacks {', '.join(lacking)}. "
+            "Fetch today's, which has a vision_config and a perceiver_config."
+        )
+    vision = {name.removeprefix("vision_"): value for name, value in raw.items() if name.startswith("vision_")}
+    return {**raw, "vision_config": vision, "perceiver_config": {name: raw[name] for name in _FLAT_PERCEIVER}}
 
 
 def _vision(raw: Mapping[str, Any]) -> ViTConfig:

@@ -8,9 +8,9 @@ from typing import Literal
 import msgspec
 
 from flamingo_reference.checkpoints.converted import Adopted, Parts
-from flamingo_reference.checkpoints.families.convert import adopt_idefics, adopt_native, adopt_openflamingo
+from flamingo_reference.checkpoints.families.convert import adopt_idefics, adopt_native, adopt_openflamingo, adopt_otter
 from flamingo_reference.checkpoints.families.openflamingo import plain_name
-from flamingo_reference.input_format import IDEFICS, OPENFLAMINGO, PAPER, InputFormat
+from flamingo_reference.input_format import IDEFICS, OPENFLAMINGO, OTTER, PAPER, InputFormat
 
 Part = Literal["model", "language_model", "vision_encoder"]
 
@@ -52,6 +52,24 @@ FAMILIES: tuple[Family, ...] = (
         inputs=IDEFICS,
         marks=(r"model\.gated_cross_attn_layers\.\d+\..+", r"model\.embed_tokens\.weight"),
         adopt=adopt_idefics,
+    ),
+    Family(
+        name="otter",
+        title="Otter",
+        model_types=("otter",),
+        inputs=OTTER,
+        marks=(r"lang_encoder\..*gated_cross_attn_layer\.feed_forward\..+", r"perceiver\.latents", r"vision_encoder\..+"),
+        adopt=adopt_otter,
+        plain_name=plain_name,
+    ),
+    Family(
+        name="openflamingo_folder",
+        title="OpenFlamingo as Otter's authors converted it",
+        model_types=("flamingo",),
+        inputs=OPENFLAMINGO,
+        marks=(r"lang_encoder\..*gated_cross_attn_layer\.feed_forward\..+", r"perceiver\.latents", r"vision_encoder\..+"),
+        adopt=adopt_otter,
+        plain_name=plain_name,
     ),
     Family(
         name="openflamingo",

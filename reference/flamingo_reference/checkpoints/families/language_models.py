@@ -164,8 +164,11 @@ def _of_each_head(sources: Sequence[AnyArray], *, part: int, num_heads: int) -> 
 # MPT
 
 
-def _mpt_config(raw: Mapping[str, Any]) -> LanguageModelConfig:
-    """MPT-7B keeps the settings of its attention in attn_config, MPT-1B beside the others, as attn_..."""
+def _mpt_config(raw: Mapping[str, Any], *, rounded_slopes: bool = True) -> LanguageModelConfig:
+    """MPT-7B keeps the settings of its attention in attn_config, MPT-1B (MosaicGPT) beside the others, as attn_...
+
+    rounded_slopes: see AlibiPositions.rounded. MosaicGPT has a slope for each of its heads, MPT those of the next power of two.
+    """
     given = raw.get("attn_config")
     if given is not None and not isinstance(given, Mapping):
         raise ConfigError(f"config.json: attn_config is {given!r:.80}, expected an object. Fetch the file again.")
@@ -191,7 +194,7 @@ def _mpt_config(raw: Mapping[str, Any]) -> LanguageModelConfig:
         vocab_size=_setting(raw, "vocab_size", int),
         max_positions=_setting(raw, "max_seq_len", int, 2048),
         norm_eps=_setting(raw, "layer_norm_epsilon", float, 1e-5),
-        positions=AlibiPositions(max_bias=_positive(attention, "alibi_bias_max", 8.0)),
+        positions=AlibiPositions(max_bias=_positive(attention, "alibi_bias_max", 8.0), rounded=rounded_slopes),
         norm="layer_norm",
         qk_norm=_setting(attention, "qk_ln", bool, False),
         feed_forward="gelu",
@@ -234,7 +237,14 @@ FAMILIES: Mapping[str, Family] = {
     "gpt_neox": Family(
         "gpt_neox.layers", "gpt_neox.embed_in", "embed_out", _neox_config, _neox_layer, _named("gpt_neox.final_layer_norm")
     ),
-    "mosaic_gpt": Family("transformer.blocks", "transformer.wte", "lm_head", _mpt_config, _MPT_1B, _named("transformer.ln_f")),
+    "mosaic_gpt": Family(
+        "transformer.blocks",
+        "transformer.wte",
+        "lm_head",
+        functools.partial(_mpt_config, rounded_slopes=False),
+        _MPT_1B,
+        _named("transformer.ln_f"),
+    ),
     "mpt": Family("transformer.blocks", "transformer.wte", "lm_head", _mpt_config, _MPT_7B, _named("transformer.norm_f")),
 }
 """model_type of a config.json -> how its files are read."""

@@ -1,49 +1,79 @@
-"""OpenFlamingo v2 (Awadalla et al. 2023, arXiv 2308.01390): its checkpoint.pt, beside a language model and a CLIP image encoder.
+"""OpenFlamingo v1 and v2 (Awadalla et al. 2023, arXiv 2308.01390): its checkpoint.pt, beside a language model and a CLIP image encoder.
+Otter (Li et al. 2023, arXiv 2305.03726) is the same model, all of it in one folder.
 
-    checkpoint       perceiver, gated blocks, and those of the language model's tensors that were trained (its embeddings)
+    checkpoint       perceiver, gated blocks, and those tensors of the language model and CLIP that were trained (embeddings, mostly)
     language_model   the rest of the language model, as published
-    vision           CLIP, as published; its ln_post is left out, as it was in training
+    vision           the rest of CLIP, as published; its ln_post is left out, as it was in training
 
-No two of the files have a tensor of the same name. Names in checkpoint.pt vary with how it was saved: `module.` in front, the
-gated blocks in a list of their own, the language model's layers below `decoder_layer`; `Files` finds them all.
+No two of the files have a tensor of the same name. Names in checkpoint.pt vary with how it was saved; `Files` finds them all (PLAIN).
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
 from flamingo_reference.checkpoints.accounting import NearestName
-from flamingo_reference.checkpoints.conversions import Recipe, Shape, as_is, reshaped, rows, with_bias
+from flamingo_reference.checkpoints.conversions import (
+    Recipe,
+    Shape,
+    as_is,
+    padded,
+    renamed,
+    reshaped,
+    rows,
+    with_bias,
+)
+from flamingo_reference.checkpoints.converted import source_shapes
 from flamingo_reference.checkpoints.families import clip, language_models
 from flamingo_reference.checkpoints.families.language_models import Family, family_of
-from flamingo_reference.config import ConfigError, CrossAttentionConfig, ModelConfig, ResamplerConfig, TokenIds, ViTConfig
+from flamingo_reference.config import (
+    ConfigError,
+    CrossAttentionConfig,
+    LanguageModelConfig,
+    ModelConfig,
+    ResamplerConfig,
+    TokenIds,
+    ViTConfig,
+)
 
 HEAD_SIZE = 64
 """Of perceiver and gated blocks in every published model; the tensors do not tell."""
-IGNORED = (
-    *clip.IGNORED,
-    *language_models.IGNORED,
-    (r"(module\.)?vision_encoder\..*", "a copy of CLIP, which is read from its own file"),
-    (r"(module\.)?lang_encoder\.old_decoder_blocks\..*", "second names of the language model's layers"),
-)
+IGNORED = (*clip.IGNORED, *language_models.IGNORED)
 """Tensors of the files that the model never needs: pattern of the whole name, and why."""
+PLAIN = (
+    (r"\.decoder_layer\.", r"."),
+    (r"^lang_encoder\.old_decoder_blocks\.(\d+)\.", r"lang_encoder.LAYERS.\1."),
+    (r"^lang_encoder\.gated_cross_attn_layers\.(\d+)\.", r"lang_encoder.LAYERS.\1.gated_cross_attn_layer."),
+    (r"\.gated_cross_attn_layer\.feed_forward\.", r".gated_cross_attn_layer.ff."),
+    (r"^(perceiver\.layers\.\d+)\.(norm_media|norm_latents|to_q|to_kv|to_out)\.", r"\1.0.\2."),
+    (r"^(perceiver\.layers\.\d+)\.feed_forward\.", r"\1.1."),
+)
+"""What names become in the plainest way of saving, by regular expressions, one after the other: layers below `decoder_layer` (v1 and v2),
+second names of layers and gated blocks (v1), Otter's lists of feed-forwards. LAYERS stands for the language model's list of layers."""
+ATTENDS = (
+    "each token attends to the image last shown before it. Models trained by OpenFlamingo 0.0.x without use_media_placement_augmentation "
+    "attend to the next image, which their files do not tell"
+)
+"""What a user of a model of this family should know."""
+_VISION = "vision_encoder."
 
 
 def plain_name(name: str) -> str:
-    """A tensor's name without what depends on how the model was put together: `module.`, the `lang_encoder.` that OpenFlamingo puts the
-    language model in, the `decoder_layer` that it puts each of its layers in; gated blocks as in a list of their own."""
-    plain = name.removeprefix("module.").removeprefix("lang_encoder.").replace(".decoder_layer.", ".")
-    return re.sub(r"^.*\.(\d+)\.gated_cross_attn_layer\.", r"gated_cross_attn_layers.\1.", plain)
+    """A tensor's name without what depends on how the model was put together: the `lang_encoder.` that OpenFlamingo puts the language model
+    in, the `decoder_layer` that it puts each of its layers in; gated blocks as in a list of their own."""
+    for pattern, plain in PLAIN[:1] + PLAIN[3:]:
+        name = re.sub(pattern, plain, name)
+    return re.sub(r"^.*\.(\d+)\.gated_cross_attn_layer\.", r"gated_cross_attn_layers.\1.", name.removeprefix("lang_encoder."))
 
 
 class Files(msgspec.Struct, frozen=True, kw_only=True):
     """Shapes of the tensors in each of the three files, and the language model's config.json. absent: names of the language model's tensors
-    whose files are not there."""
+    whose files are not there. Where one file holds all (Otter), the others have no tensors."""
 
     checkpoint: Mapping[str, Shape]
     language_model: Mapping[str, Shape]
@@ -61,14 +91,28 @@ class Files(msgspec.Struct, frozen=True, kw_only=True):
 
         That is perceiver., lang_encoder.LAYERS.i.gated_cross_attn_layer. and lang_encoder.NAME for tensors of the language model.
         """
-        layers, found = self.family.layers, dict[str, str]()
+        return {plain: names[0] for plain, names in self._by_plain_name().items()}
+
+    def twins(self) -> dict[str, str]:
+        """Second names of checkpoint.pt's tensors, each with the name in use (`trained`)."""
+        return {other: names[0] for names in self._by_plain_name().values() for other in names[1:]}
+
+    def _by_plain_name(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
         for name in self.checkpoint:
-            plain = name.removeprefix("module.").replace(".decoder_layer.", ".")
-            plain = re.sub(
-                r"^lang_encoder\.gated_cross_attn_layers\.(\d+)\.", rf"lang_encoder.{layers}.\1.gated_cross_attn_layer.", plain
-            )
-            found.setdefault(plain, name)
+            plain = name
+            for pattern, replacement in PLAIN:
+                plain = re.sub(pattern, replacement.replace("LAYERS", self.family.layers), plain)
+            found.setdefault(plain, []).append(name)
         return found
+
+    def trained_vision(self) -> dict[str, str]:
+        """CLIP's tensors in checkpoint.pt by the names that they would have in CLIP's own file: OpenFlamingo keeps open_clip's `visual`,
+        Otter transformers' CLIPVisionModel."""
+        inner = {name.removeprefix(_VISION): name for name in self.checkpoint if name.startswith(_VISION)}
+        if any(name.startswith(("visual.", "vision_model.", "embeddings.", "encoder.")) for name in inner):
+            return inner
+        return {f"visual.{name}": actual for name, actual in inner.items()}
 
 
 def config_from(
@@ -82,8 +126,8 @@ def config_from(
     """The model that the files make together.
 
     tokens: from the tokenizer. vocab_size: its size, tokens added included; None takes that of the embedding in checkpoint.pt, or else the
-    language model's. vision: None reads it off the file's shapes, which do not tell heads other than CLIP's 64. Raises ConfigError naming
-    what does not fit.
+    language model's. vision: None reads it off the file's shapes, which do not tell heads other than CLIP's 64. Tokens for which no file
+    has a row of the output can never be generated (`added_without_rows`). Raises ConfigError naming what does not fit.
     """
     family, trained = files.family, files.trained()
     shapes = {plain: files.checkpoint[actual] for plain, actual in trained.items()}
@@ -92,6 +136,9 @@ def config_from(
     trained_embedding = f"lang_encoder.{family.embedding}.weight"
     embedding = _shape(shapes, trained_embedding) if trained_embedding in shapes else (lm.vocab_size, lm.width)
     lm = msgspec.structs.replace(lm, vocab_size=embedding[0] if vocab_size is None else vocab_size)
+    unsaid = added_without_rows(lm, files)
+    if unsaid:
+        tokens = _without(tokens, unsaid, files.language_model_config)
     every, offset, first = _gated_layers(shapes, family, lm.num_layers)
     latents = _shape(shapes, "perceiver.latents")
     inner, media = (_shape(shapes, f"{first}.attn.to_q.weight")[0], _shape(shapes, f"{first}.attn.to_kv.weight")[1])
@@ -140,29 +187,90 @@ def config_from(
     )
 
 
+def added_without_rows(lm: LanguageModelConfig, files: Files) -> range:
+    """Ids of the tokens that training added and whose rows of the output were never saved.
+
+    OpenFlamingo froze the output of a language model whose output is not its embedding (LLaMA), and saved what it trained: the embedding.
+    """
+    head = f"{files.family.head}.weight"
+    if lm.tied_head or f"lang_encoder.{head}" in files.trained():
+        return range(0)
+    if f"lang_encoder.{files.family.embedding}.weight" not in files.trained():
+        return range(0)
+    rows_there = files.language_model.get(head, (files.family.config(files.language_model_config).vocab_size,))[0]
+    return range(rows_there, lm.vocab_size)
+
+
+def _without(tokens: TokenIds, unsaid: range, raw: Mapping[str, Any]) -> TokenIds:
+    """Bans the tokens, and lets a text end where the language model's own texts do, since `<|endofchunk|>` cannot end it."""
+    end = raw.get("eos_token_id")
+    own = [end] if type(end) is int and end >= 0 and end not in (*unsaid, *tokens.stops, tokens.image) else []
+    banned = (*tokens.banned, *(token for token in unsaid if token not in tokens.never))
+    return msgspec.structs.replace(tokens, banned=banned, ends=(*tokens.ends, *own))
+
+
 def recipes(config: ModelConfig, files: Files) -> dict[str, Recipe]:
     """Every tensor of ours, from those of the three files. Raises ConfigError if no file holds the rows of all tokens."""
     assert isinstance(config.vision, ViTConfig)
     trained = files.trained()
     return {
-        **clip.recipes_for(config.vision, files.vision),
-        **_renamed(_perceiver(config) | _gated(config, files.family), lambda name: trained.get(name, name)),
+        **_vision(config.vision, files),
+        **renamed(_perceiver(config) | _gated(config, files.family), lambda name: trained.get(name, name)),
         **_language_model(config, files, trained),
     }
 
 
-def ignored(files: Files) -> tuple[tuple[str, str], ...]:
-    """IGNORED, and those of the language model's tensors that checkpoint.pt holds as they were trained."""
+def ignored(config: ModelConfig, files: Files) -> tuple[tuple[str, str], ...]:
+    """IGNORED, second names, and those of the published tensors that checkpoint.pt holds as they were trained."""
+    assert isinstance(config.vision, ViTConfig)
     trained = files.trained()
     given_way = [name for name in (*files.language_model, *files.absent) if f"lang_encoder.{name}" in trained]
-    return *IGNORED, *((re.escape(name), "trained further: checkpoint.pt has it") for name in given_way)
+    if config.language_model.tied_head and f"lang_encoder.{files.family.embedding}.weight" in trained:
+        given_way.append(f"{files.family.head}.weight")
+    published = source_shapes(clip.recipes_for(config.vision, files.vision) if files.vision else {})
+    given_way += published.keys() - source_shapes(_vision(config.vision, files)).keys()
+    unneeded = [
+        (re.escape(actual), reason)
+        for name, actual in files.trained_vision().items()
+        for pattern, reason in clip.IGNORED
+        if re.fullmatch(pattern, name)
+    ]
+    return (
+        *IGNORED,
+        *unneeded,
+        *((re.escape(other), f"second name of {kept}") for other, kept in files.twins().items()),
+        *((re.escape(name), "trained further: checkpoint.pt has it") for name in given_way),
+    )
 
 
-def _renamed(recipes: Mapping[str, Recipe], rename: Callable[[str], str]) -> dict[str, Recipe]:
-    return {
-        ours: Recipe({rename(name): shape for name, shape in recipe.sources.items()}, recipe.make)
-        for ours, recipe in recipes.items()
-    }
+def _vision(vision: ViTConfig, files: Files) -> dict[str, Recipe]:
+    """CLIP from its own file, but for what checkpoint.pt holds of it: that was trained further."""
+    published = clip.recipes_for(vision, files.vision) if files.vision else {}
+    trained = files.trained_vision()
+    if not trained:
+        return published
+    found = clip.recipes_for(vision, {name: files.checkpoint[actual] for name, actual in trained.items()})
+    there = {ours: recipe for ours, recipe in found.items() if not published or all(name in trained for name in recipe.sources)}
+    return published | renamed(there, lambda name: trained.get(name, name))
+
+
+def tied(config: ModelConfig, files: Files) -> dict[str, str]:
+    """Where the output is the embedding: the name that a matrix of its own would have beside the embedding in use, and the embedding's."""
+    if not config.language_model.tied_head:
+        return {}
+    family, trained = files.family, files.trained()
+    head, embedding = f"{family.head}.weight", f"{family.embedding}.weight"
+    if f"lang_encoder.{embedding}" not in trained:
+        return {head: embedding}
+    return {trained.get(f"lang_encoder.{head}", f"lang_encoder.{head}"): trained[f"lang_encoder.{embedding}"]}
+
+
+def otter_text_config(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """text_config of Otter's config.json, whose model_type is left out or that of an own class in some: `architectures` tells then."""
+    named = raw.get("architectures")
+    found = {"MPTForCausalLM": "mpt", "MosaicGPT": "mosaic_gpt", "LlamaForCausalLM": "llama"}
+    by_class = [found[name] for name in named if isinstance(name, str) and name in found] if isinstance(named, list) else []
+    return {**raw, "model_type": by_class[0]} if by_class else raw
 
 
 def _shape(shapes: Mapping[str, Shape], name: str) -> Shape:
@@ -260,7 +368,7 @@ def _language_model(config: ModelConfig, files: Files, trained: Mapping[str, str
         """The trained tensor where there is one, else the published."""
         return trained.get(f"lang_encoder.{name}", name)
 
-    found = _renamed(language_models.recipes(lm, family), place)
+    found = renamed(language_models.recipes(lm, family), place)
     shapes = {**files.language_model, **files.checkpoint}
     vocabulary = {"embedding": family.embedding} if lm.tied_head else {"embedding": family.embedding, "head": family.head}
     for ours, theirs in vocabulary.items():
@@ -268,6 +376,9 @@ def _language_model(config: ModelConfig, files: Files, trained: Mapping[str, str
         shape = shapes.get(source, (lm.vocab_size, lm.width))
         if len(shape) != 2:
             raise ConfigError(f"{source} has shape {shape}, expected {(lm.vocab_size, lm.width)}.")
+        if shape[0] < lm.vocab_size and ours == "head" and len(added_without_rows(lm, files)):
+            found["head.weight"] = padded(source, (shape[0], lm.width), lm.vocab_size)
+            continue
         if shape[0] < lm.vocab_size:
             raise ConfigError(
                 f"{source} has {shape[0]} rows for {lm.vocab_size} tokens; no file holds the rows of the tokens that were added. "

@@ -9,8 +9,9 @@ from typing import Any
 
 import msgspec
 
+from flamingo_reference.checkpoints.families.clip import OPEN_CLIP_CONFIG
 from flamingo_reference.checkpoints.families.known import FAMILIES, Family
-from flamingo_reference.checkpoints.files.folder import NAMES, open_tensors
+from flamingo_reference.checkpoints.files.folder import NAMES, OPEN_CLIP_NAMES, open_tensors
 from flamingo_reference.checkpoints.files.json_file import read_json
 from flamingo_reference.checkpoints.files.tensors import CheckpointError, FileReader
 
@@ -40,14 +41,15 @@ def recognise(path: Path, families: Sequence[Family] = FAMILIES, *, may_be_absen
     settings = _settings(path, families)
     said, evidence = _said(path, settings, families)
     try:
-        reader = open_tensors(path, may_be_absent=may_be_absent)
+        names_first = OPEN_CLIP_NAMES if _is_open_clips(path, settings) else ()
+        reader = open_tensors(path, dict.fromkeys((*names_first, *NAMES)), may_be_absent=may_be_absent).plainly_named()
     except CheckpointError as error:
         if said is None:
             raise
         raise CheckpointError(f"{path} is {said.title} by its {CONFIG}, but its tensors cannot be read: {error}") from error
     names = reader.names()
     shown = next((family for family in families if not _lacking(family, names)), None)
-    # The first mark tells most. What else is missing is named with all the rest when tensors are accounted for.
+    # The first mark tells most.
     shown = shown or next((family for family in families if family.marks[0] not in _lacking(family, names)), None)
     # One mark that is there is enough: what else is missing is named with all the rest when tensors are accounted for.
     if said is not None and len(_lacking(said, names)) == len(said.marks):
@@ -73,6 +75,11 @@ def _settings(path: Path, families: Sequence[Family]) -> dict[str, Any]:
     if not any(path.iterdir()):
         raise CheckpointError(f"{path} is empty. " + _looked_for(families))
     return {}
+
+
+def _is_open_clips(path: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether a folder is open_clip's, in which a model.safetensors beside open_clip's file would be of another library (timm)."""
+    return path.is_dir() and (path / OPEN_CLIP_CONFIG).is_file() and settings.get("model_type") is None
 
 
 def _said(path: Path, settings: Mapping[str, Any], families: Sequence[Family]) -> tuple[Family | None, str]:

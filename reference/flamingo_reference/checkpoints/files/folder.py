@@ -7,11 +7,20 @@ from pathlib import Path
 
 from flamingo_reference.checkpoints.files.json_file import decode_once
 from flamingo_reference.checkpoints.files.safetensors_file import open_header
+from flamingo_reference.checkpoints.files.stand_in import refuse_stand_in
 from flamingo_reference.checkpoints.files.tensors import CheckpointError, FileReader, TensorEntry
 from flamingo_reference.checkpoints.files.torch_file import open_torch_file
 
 INDEX_SUFFIX = ".index.json"
-NAMES = ("model.safetensors", "adapter_model.safetensors", "pytorch_model.bin", "adapter_model.bin", "checkpoint.pt")
+OPEN_CLIP_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+NAMES = (
+    "model.safetensors",
+    "adapter_model.safetensors",
+    "pytorch_model.bin",
+    "adapter_model.bin",
+    "checkpoint.pt",
+    *OPEN_CLIP_NAMES,
+)
 """Files looked for in a folder, safetensors first; each may be shards with an index, whose name is the file's and `.index.json`."""
 _ARCHIVE = b"PK\x03\x04"
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin")
@@ -30,6 +39,7 @@ def open_file(path: Path) -> dict[str, TensorEntry]:
             archive = file.read(len(_ARCHIVE)) == _ARCHIVE
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}. Fetch it again.") from error
+    refuse_stand_in(path)
     return open_torch_file(path) if archive or path.suffix in _TORCH_SUFFIXES else open_header(path)
 
 
@@ -122,6 +132,7 @@ def _open_all(
 
 def _read_index(path: Path) -> tuple[dict[str, str], list[str]]:
     """Tensor name -> file name, and the tensors that it lists twice."""
+    refuse_stand_in(path)
     try:
         if path.stat().st_size > _MAX_INDEX:
             raise CheckpointError(f"{path} has {path.stat().st_size} bytes, expected at most {_MAX_INDEX}.")

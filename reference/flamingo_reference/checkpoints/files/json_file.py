@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from flamingo_reference.checkpoints.files.stand_in import refuse_stand_in
 from flamingo_reference.checkpoints.files.tensors import CheckpointError
 
 MAX_BYTES = 10_000_000
@@ -13,6 +14,7 @@ MAX_BYTES = 10_000_000
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises CheckpointError if it cannot be read, is larger than MAX_BYTES or holds something else."""
+    refuse_stand_in(path)
     try:
         size = path.stat().st_size
         if size > MAX_BYTES:

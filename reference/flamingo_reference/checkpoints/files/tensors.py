@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +18,15 @@ Shape = tuple[int, ...]
 AnyArray = npt.NDArray[Any]
 FLOATS = tuple(np.dtype(kind) for kind in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16))
 """Element types that weights may have. bfloat16 is that of ml_dtypes, which needs no torch."""
+
+
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_PARALLEL = re.compile(r"^(?:module\.)+")
+
+
+def plain_tensor_name(name: str) -> str:
+    """A tensor's name without what training wrappers put into it."""
+    return _PARALLEL.sub("", _WRAPPERS.sub("", name))
 
 
 class CheckpointError(ValueError):
@@ -52,6 +63,25 @@ class FileReader:
         """entries: tensor name -> its file and its place there. absent: tensors of which no more is known than the file they should be in,
         which is not there: they have names alone."""
         self._entries, self._absent = dict(entries), dict(absent or {})
+
+    def plainly_named(self) -> FileReader:
+        """The same tensors without what training wrappers put into names: `module.` in front (DistributedDataParallel, DeepSpeed),
+        `_orig_mod.` (torch.compile), `_fsdp_wrapped_module.`, `_checkpoint_wrapped_module.`. Raises CheckpointError if two tensors would
+        have one name."""
+        twice = sorted(name for name, count in Counter(plain_tensor_name(each) for each in self.names()).items() if count > 1)
+        if twice:
+            raise CheckpointError(
+                f"{', '.join(map(str, self.files[:3]))}: {', '.join(twice[:20])} is there with and without the names of training "
+                "wrappers (module., _orig_mod., _fsdp_wrapped_module.). Keep one of them."
+            )
+        return FileReader(
+            {plain_tensor_name(name): place for name, place in self._entries.items()},
+            {plain_tensor_name(name): path for name, path in self._absent.items()},
+        )
+
+    def same_place(self, one: str, other: str) -> bool:
+        """Whether two names stand for the same bytes of a file, so that their numbers are equal."""
+        return one in self._entries and self._entries.get(one) == self._entries.get(other)
 
     @property
     def absent(self) -> dict[str, Path]:

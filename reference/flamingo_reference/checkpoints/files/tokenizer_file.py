@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from flamingo_reference.checkpoints.files.json_file import read_json
 from flamingo_reference.checkpoints.files.sentencepiece_model import read_sentencepiece
+from flamingo_reference.checkpoints.files.stand_in import refuse_stand_in
 from flamingo_reference.checkpoints.files.tensors import CheckpointError
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def open_tokenizer(path: Path, added: Sequence[str] = ()) -> Tokenizer:
     """
     from tokenizers import AddedToken
 
+    refuse_stand_in(path)
     tokenizer = _with_added_file(path, read_sentencepiece(path)) if path.suffix == ".model" else _read_json_tokenizer(path)
     tokenizer.no_truncation()
     tokenizer.no_padding()

@@ -1,0 +1,92 @@
+"""Media as vectors: the vision encoder's features, averaged over positions and frames."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from flamingo_export.evaluation.protocol import Features
+from flamingo_export.runtime.media import MediumSource, load_medium
+
+if TYPE_CHECKING:
+    from flamingo_export.backends.base import Backend, Session
+    from flamingo_export.bundle.manifest import Manifest
+
+FRAMES_AT_ONCE = 8
+READERS = 2
+AHEAD = 16
+"""Media that are read before their turn, at most."""
+
+
+class Encoder:
+    """A bundle's vision encoder by itself."""
+
+    def __init__(self, bundle: Path, manifest: Manifest, backend: Backend, *, threads: int = 0) -> None:
+        """Opens the graph. Raises BackendError."""
+        from flamingo_export.backends.base import SessionOptions
+
+        self._config, self._fit = manifest.config, manifest.inputs.fit
+        self._session: Session = backend.open(
+            bundle, manifest, manifest.graph("vision_encoder"), SessionOptions(threads=threads)
+        )
+        self._at_once = min(FRAMES_AT_ONCE, self._session.largest.get("F", FRAMES_AT_ONCE))
+
+    def encode(self, media: Iterable[MediumSource]) -> Features:
+        """float32 [N, E]. Raises ImageError for media that cannot be read."""
+        found = list(self.stream(media))
+        return np.stack(found) if found else np.zeros((0, 0), np.float32)
+
+    def stream(self, media: Iterable[MediumSource]) -> Iterator[Features]:
+        """A vector [E] for each medium, in order; frames of several media are encoded together."""
+        waiting: list[Features] = []
+        lengths: list[int] = []
+        for pixels in self._loaded(media):
+            waiting.append(pixels)
+            lengths.append(len(pixels))
+            if sum(lengths) >= self._at_once:
+                yield from self._means(waiting, lengths)
+                waiting, lengths = [], []
+        if waiting:
+            yield from self._means(waiting, lengths)
+
+    def _loaded(self, media: Iterable[MediumSource]) -> Iterator[Features]:
+        """Pixels [T, 3, I, I] of each medium, in order, the next ones being read while the graph runs."""
+
+        def load(medium: MediumSource) -> Features:
+            return load_medium(medium, self._config, self._fit).pixels
+
+        with ThreadPoolExecutor(READERS) as readers:
+            ahead: deque[Future[Features]] = deque()
+            try:
+                for medium in media:
+                    ahead.append(readers.submit(load, medium))
+                    if len(ahead) > AHEAD:
+                        yield ahead.popleft().result()
+                while ahead:
+                    yield ahead.popleft().result()
+            finally:
+                for each in ahead:
+                    each.cancel()
+
+    def close(self) -> None:
+        """Frees the graph."""
+        self._session.close()
+
+    def _means(self, pixels: Sequence[Features], lengths: Sequence[int]) -> Iterator[Features]:
+        frames = np.concatenate(pixels)
+        means = np.concatenate(
+            [
+                self._session.run({"pixels": frames[start : start + self._at_once]})["features"].astype(np.float32).mean(axis=1)
+                for start in range(0, len(frames), self._at_once)
+            ]
+        )
+        start = 0
+        for length in lengths:
+            mean: Features = means[start : start + length].mean(axis=0)
+            yield mean
+            start += length

@@ -1,0 +1,397 @@
+"""`flamingo_export.evaluate`: a task put to a model, few-shot, as the paper does it; resumable; beside another model where one is named."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+
+from flamingo_export.errors import EvaluationError, FlamingoExportError
+from flamingo_export.evaluation.asking import Interview
+from flamingo_export.evaluation.bundles import BundleModel
+from flamingo_export.evaluation.media_files import missing_file
+from flamingo_export.evaluation.metrics.registry import metric_of
+from flamingo_export.evaluation.predictions import Prediction, PredictionFile, Unit, read_predictions
+from flamingo_export.evaluation.protocol import EvaluatedModel, HasFeatures
+from flamingo_export.evaluation.results import (
+    AGAINST_FILE,
+    PREDICTIONS_FILE,
+    RESULTS_FILE,
+    Results,
+    cells_of,
+    costs_of,
+    paper_of,
+    write_results,
+)
+from flamingo_export.evaluation.selection import Selector, Similarity
+from flamingo_export.evaluation.settings import Settings
+from flamingo_export.evaluation.task import ZERO_SHOT_TEXTS, Item, Split, Task
+from flamingo_export.evaluation.tasks import task_of
+from flamingo_export.files import exclusive
+from flamingo_export.progress import SILENT, Progress
+from flamingo_export.runtime.request import Request
+from flamingo_export.runtime.videos import Video
+
+if TYPE_CHECKING:
+    from flamingo_export.runtime.model import Model
+
+_SHOWN = 5
+EXAMPLES_INDEX = "examples.index"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What a run asks and shows: queries in the order in which they are asked, examples, and what was left out of both, counted."""
+
+    queries: tuple[Item, ...]
+    examples: tuple[Item, ...]
+    split: str
+    left_out: dict[str, int] = field(default_factory=dict)
+
+
+def evaluate(
+    model: EvaluatedModel | Model,
+    task: Task | str | Path,
+    *,
+    data: Path | str | None = None,
+    support: Path | str | None = None,
+    split: str | None = None,
+    settings: Settings | None = None,
+    against: EvaluatedModel | Model | Path | str | None = None,
+    index: Path | str | None = None,
+    out: Path | str | None = None,
+    overwrite: bool = False,
+    skip_missing: bool = False,
+    report: bool = True,
+    progress: Progress = SILENT,
+) -> Results:
+    """Scores of a model on a task, few-shot.
+
+    model: a loaded bundle, or anything that follows `evaluation.protocol.EvaluatedModel`.
+    task: a name of `evaluation.tasks.NAMES`, a TOML file, or a Task.
+    data: the folder with the task's published files; for a task of one's own the file of items.
+    support: another folder or file that examples come from. split: another one than the task's.
+    settings: shots, how they are chosen, the seed and so on.
+    against: another model, asked the same items with the same examples; or the folder of an earlier run of the same task and settings.
+    index: a folder that `index` wrote of the examples, for RICES; without one they are encoded first.
+    out: where predictions, results and the page are written; a run that was interrupted goes on there. None keeps nothing.
+    overwrite: what another run left in `out` is removed. skip_missing: items whose media are gone are left out and counted.
+    report: whether the page is written, which needs matplotlib.
+
+    Raises EvaluationError (data, settings, a metric that lacks its tool) and InputError (prompts that cannot fit) before anything is run.
+    """
+    chosen = task if isinstance(task, Task) else task_of(task)
+    settings = settings or Settings()
+    settings.check(chosen)
+    metric = metric_of(chosen.metric)
+    metric.require()
+    first = as_evaluated(model)
+    progress.stage("reading the data", 1)
+    found = read_data(chosen, settings, data, support, split, skip_missing=skip_missing)
+    progress.advance(1)
+    with _workplace(out, overwrite) as folder:
+        similarity, features = _similarity(first, found, settings, index, folder, progress)
+        selector = Selector(found.examples, settings.select, settings.seed, similarity) if settings.needs_examples() else None
+        if selector is not None:
+            selector.check(found.queries, max((*settings.shots, ZERO_SHOT_TEXTS if 0 in settings.shots else 0)))
+            progress.stage("examples", 1)
+            selector.prepare(found.queries)
+            progress.advance(1)
+        interview = Interview(chosen, settings, selector, {item.id: item for item in found.queries})
+        units = units_of(found.queries, settings)
+        identity = _identity(chosen, settings, found, features)
+        second = None if against is None or isinstance(against, str | Path) else as_evaluated(against)
+        for each in (first, *([second] if second is not None else [])):
+            _check_longest(each, interview, found.queries, settings, chosen)
+        said = _predictions(first, interview, units, folder / PREDICTIONS_FILE, identity, progress)
+        others, other_identity = None, None
+        if second is not None:
+            others = _predictions(second, interview, units, folder / AGAINST_FILE, identity, progress)
+            other_identity = dict(second.identity)
+        elif against is not None:
+            others, other_identity = _earlier(Path(str(against)), identity, units)
+        progress.stage("scores", 1)
+        cells, scored = cells_of(metric, settings, found.queries, said, others)
+        results = Results(
+            task=chosen.name,
+            title=chosen.title,
+            metric=metric.title,
+            unit=metric.unit,
+            mode=chosen.mode,
+            split=found.split,
+            paper_split=chosen.paper_split,
+            settings=settings,
+            model=dict(first.identity),
+            against=other_identity,
+            version=identity["version"],
+            data=identity["data"],
+            features=features,
+            left_out=found.left_out,
+            cells=tuple(cells),
+            paper=paper_of(chosen),
+            costs=costs_of(said),
+        )
+        write_results(folder, results, found.queries, scored)
+        if report and out is not None:
+            from flamingo_export.evaluation.page import write_page
+
+            write_page(folder, results, found, said, others, scored)
+        progress.advance(1)
+    return results
+
+
+def as_evaluated(model: EvaluatedModel | Model) -> EvaluatedModel:
+    """A loaded bundle behind the protocol; what follows it already stays as it is."""
+    from flamingo_export.runtime.model import Model
+
+    return BundleModel(model) if isinstance(model, Model) else model
+
+
+def read_data(
+    task: Task,
+    settings: Settings,
+    data: Path | str | None,
+    support: Path | str | None,
+    split: str | None,
+    *,
+    skip_missing: bool = False,
+) -> Data:
+    """Queries and examples. Raises EvaluationError naming what is missing."""
+    if data is None and task.needs_data:
+        raise EvaluationError(
+            f"task {task.name} reads its files from a folder: give --data. Expected there: {task.files}. From {task.source}"
+        )
+    place = Path(data) if data is not None else Path()
+    asked = task.read(place, split or task.split)
+    left_out = dict(asked.left_out)
+    shown = Split(items=())
+    if settings.needs_examples():
+        if support is None and not task.support:
+            raise EvaluationError(
+                f"task {task.name} names no examples. Give some (--support FILE), or ask without: --shots 0 --zero-shot nothing"
+            )
+        shown = task.read(Path(support) if support is not None else place, task.support or task.split)
+    _refuse_twins(asked.items)
+    queries = _sampled(asked.items, settings)
+    queries, gone = _there(queries, skip_missing)
+    examples, gone_examples = _there(shown.items, skip_missing)
+    for name, count in (("queries whose media are gone", gone), ("examples whose media are gone", gone_examples)):
+        if count:
+            left_out[name] = count
+    silent = sum(not item.answer.strip() for item in examples)
+    if silent:
+        left_out["examples without an answer that can be shown"] = silent
+    if not queries:
+        raise EvaluationError(f"task {task.name} has no items to ask")
+    queries, examples = ([_looked_at(item, settings) for item in items] for items in (queries, examples))
+    return Data(queries=tuple(queries), examples=tuple(examples), split=split or task.split, left_out=left_out)
+
+
+def _looked_at(item: Item, settings: Settings) -> Item:
+    """The item with its video, if it is one in a file, looked at as the settings say."""
+    video = item.medium
+    if (
+        (settings.fps is None and settings.num_frames is None)
+        or not isinstance(video, Video)
+        or not isinstance(video.source, str | Path)
+    ):
+        return item
+    fps = None if Path(video.source).is_dir() else settings.fps
+    return replace(item, medium=replace(video, fps=fps, num_frames=settings.num_frames))
+
+
+def units_of(queries: Sequence[Item], settings: Settings) -> list[Unit]:
+    """Items that run together, for each number of shots."""
+    ids = [item.id for item in queries]
+    size = settings.unit
+    return [
+        Unit(shots=shots, number=number, ids=tuple(ids[start : start + size]))
+        for shots in settings.shots
+        for number, start in enumerate(range(0, len(ids), size))
+    ]
+
+
+def _sampled(items: Sequence[Item], settings: Settings) -> list[Item]:
+    """The items in a random order of the seed's, the first `limit` of them."""
+    order = np.random.default_rng([settings.seed, 1]).permutation(len(items))
+    return [items[int(place)] for place in order[: settings.limit]]
+
+
+def _refuse_twins(items: Sequence[Item]) -> None:
+    seen: set[str] = set()
+    for item in items:
+        if item.id in seen:
+            raise EvaluationError(f"id {item.id} occurs twice among the items")
+        seen.add(item.id)
+
+
+def _there(items: Sequence[Item], skip: bool) -> tuple[list[Item], int]:
+    """The items whose media exist, and how many do not. Raises EvaluationError naming them unless they are to be skipped."""
+    known: dict[str, bool] = {}
+    kept, gone = [], []
+    for item in items:
+        medium = item.medium.source if isinstance(item.medium, Video) else item.medium
+        if isinstance(medium, str | Path):
+            name = str(medium)
+            if name not in known:
+                known[name] = missing_file(item) is None
+            if not known[name]:
+                gone.append(name)
+                continue
+        kept.append(item)
+    if gone and not skip:
+        names = "\n".join(f"  {name}" for name in gone[:_SHOWN])
+        more = f"\n  and {len(gone) - _SHOWN} more" if len(gone) > _SHOWN else ""
+        raise EvaluationError(
+            f"the media of {len(gone)} of {len(items)} items are not there:\n{names}{more}\nBring them, or leave these items out: --skip-missing"
+        )
+    return kept, len(gone)
+
+
+def _similarity(
+    model: EvaluatedModel, data: Data, settings: Settings, index: Path | str | None, folder: Path, progress: Progress
+) -> tuple[Similarity | None, str]:
+    """What RICES goes by, and what its features are."""
+    if settings.select != "rices" or not any(settings.shots):
+        return None, ""
+    if not isinstance(model, HasFeatures):
+        return None, ""
+    from flamingo_export.evaluation.index.similarity import IndexedSimilarity
+
+    found = IndexedSimilarity.of(model, data.examples, Path(index) if index is not None else folder / EXAMPLES_INDEX, progress)
+    return found, model.features_of
+
+
+def _check_longest(
+    model: EvaluatedModel, interview: Interview, queries: Sequence[Item], settings: Settings, task: Task
+) -> None:
+    """Raises InputError before any work if the longest prompts cannot fit. Prompts of all items are made, which also finds texts that cannot."""
+    shots = max(settings.shots)
+    requests: list[Request] = []
+    for item in queries:
+        requests += interview.asked(model, item, shots).requests
+    beams, new_tokens = (1, 1) if task.mode == "closed" else (settings.beams, settings.new_tokens(task))
+    model.check(requests, beams=beams, max_new_tokens=new_tokens)
+
+
+def _identity(task: Task, settings: Settings, data: Data, features: str) -> dict[str, Any]:
+    from importlib.metadata import version
+
+    return {
+        "task": task.name,
+        "metric": task.metric,
+        "split": data.split,
+        "settings": msgspec.to_builtins(settings),
+        "data": _digest(data.queries, data.examples),
+        "features": features,
+        "version": version("flamingo-export"),
+    }
+
+
+def _digest(*lists: Sequence[Item]) -> str:
+    """Of all that items say, and the names of what they show."""
+    digest = hashlib.sha256()
+    for items in lists:
+        for item in items:
+            medium = item.medium.source if isinstance(item.medium, Video) else item.medium
+            clip = item.medium.clip if isinstance(item.medium, Video) else None
+            name = Path(medium).name if isinstance(medium, str | Path) else type(medium).__name__
+            said = (
+                item.id,
+                name,
+                clip,
+                item.references,
+                item.answer,
+                item.question,
+                item.candidates,
+                item.relevance,
+                item.groups,
+            )
+            digest.update(repr(said).encode("utf-8", "surrogatepass"))
+        digest.update(b"\n")
+    return digest.hexdigest()
+
+
+def _predictions(
+    model: EvaluatedModel,
+    interview: Interview,
+    units: Sequence[Unit],
+    path: Path,
+    identity: Mapping[str, Any],
+    progress: Progress,
+) -> dict[int, list[Prediction]]:
+    """Predictions by shots, those that an interrupted run left and the rest."""
+    file = PredictionFile(path, units, {**identity, "model": dict(model.identity)})
+    shots = None
+    for unit in units[file.finished_units :]:
+        if unit.shots != shots:
+            shots = unit.shots
+            progress.stage(
+                f"{model.identity.get('name', 'model')}, {shots} shots",
+                sum(len(each.ids) for each in units if each.shots == shots),
+            )
+            progress.advance(sum(each.shots == shots for each in file.done))
+        file.append(interview.predictions(model, unit))
+        progress.advance(len(unit.ids))
+    return _by_shots(file.done)
+
+
+def _by_shots(predictions: Sequence[Prediction]) -> dict[int, list[Prediction]]:
+    found: dict[int, list[Prediction]] = {}
+    for each in predictions:
+        found.setdefault(each.shots, []).append(each)
+    return found
+
+
+def _earlier(
+    folder: Path, identity: Mapping[str, Any], units: Sequence[Unit]
+) -> tuple[dict[int, list[Prediction]], dict[str, str]]:
+    """The predictions of an earlier run. Raises EvaluationError if it was of another task, data or settings."""
+    found, predictions = read_predictions(folder / PREDICTIONS_FILE)
+    model = found.pop("model", {})
+    mine, theirs = ({key: value for key, value in each.items() if key != "version"} for each in (identity, found))
+    if differing := [
+        key for key in sorted({*mine, *theirs}) if msgspec.json.encode(mine.get(key)) != msgspec.json.encode(theirs.get(key))
+    ]:
+        raise EvaluationError(
+            f"{folder} is of another run: {', '.join(differing)} differ. Pairs are compared on the same items and examples."
+        )
+    wanted = [(unit.shots, name) for unit in units for name in unit.ids]
+    if [(each.shots, each.id) for each in predictions] != wanted:
+        raise EvaluationError(f"{folder} is of a run that has not ended; run its eval command again to finish it")
+    return _by_shots(predictions), {str(key): str(value) for key, value in model.items()}
+
+
+@contextmanager
+def _workplace(out: Path | str | None, overwrite: bool) -> Iterator[Path]:
+    """The folder of a run, locked; a temporary one where nothing is to be kept."""
+    if out is None:
+        with tempfile.TemporaryDirectory() as temporary:
+            yield Path(temporary)
+        return
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise EvaluationError(f"{folder} is a file; --out names a folder")
+    ours = {".lock", EXAMPLES_INDEX}
+    if folder.is_dir() and not (folder / PREDICTIONS_FILE).exists() and any(path.name not in ours for path in folder.iterdir()):
+        raise EvaluationError(f"{folder} holds something that is no evaluation. Give another --out.")
+
+    def busy(pid: str) -> FlamingoExportError:
+        return EvaluationError(f"another process ({pid}) is evaluating into {folder}")
+
+    def unwritable(error: OSError) -> FlamingoExportError:
+        return EvaluationError(f"{folder} cannot be written: {error.strerror}")
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with exclusive(folder / ".lock", busy=busy, unwritable=unwritable):
+        if overwrite:
+            for name in (PREDICTIONS_FILE, AGAINST_FILE, RESULTS_FILE):
+                (folder / name).unlink(missing_ok=True)
+        yield folder

@@ -1,0 +1,266 @@
+"""The server as an ASGI application: paths to routes, and what every request has in common."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import ExitStack, asynccontextmanager
+from importlib import resources
+from typing import Any, TypeVar
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+
+from flamingo_export.errors import FlamingoExportError
+from flamingo_export.runtime.timings import Timings
+from flamingo_export.serve import routes
+from flamingo_export.serve.access import Access
+from flamingo_export.serve.bodies import Chat, Completion, Scored, parse
+from flamingo_export.serve.errors import ApiError, refusal_of
+from flamingo_export.serve.media import MediaFetcher
+from flamingo_export.serve.metrics import Metrics
+from flamingo_export.serve.models import Models, Served
+from flamingo_export.serve.settings import ServeSettings
+from flamingo_export.serve.transport import ClientGone, read_body
+
+T = TypeVar("T")
+_PREPARING = 4
+"""Requests whose media are fetched and decoded at once; the others wait, and no more memory is taken."""
+_CLOSED_REQUEST = 499
+_log = logging.getLogger("flamingo_export.serve")
+
+
+class Server:
+    """What the requests of a process share."""
+
+    def __init__(self, models: Models, settings: ServeSettings, *, fetcher: MediaFetcher | None = None) -> None:
+        """fetcher: of media; one by the settings, unless a test brings its own."""
+        self.models, self.settings = models, settings
+        self.access = Access(settings.keys, settings.max_per_caller)
+        self.fetcher = fetcher or MediaFetcher(
+            settings.allow_media_from, most=settings.media_bytes, seconds=settings.media_seconds
+        )
+        self.metrics = Metrics(models)
+        self.draining = False
+        self.active = 0
+        """Requests under way."""
+        self._preparing = asyncio.Semaphore(_PREPARING)
+
+    async def prepared(self, served: Served, work: Callable[[], T]) -> T:
+        """Runs what fetches, decodes and submits in a worker thread. Raises ApiError 429 first if the engine's queue is full."""
+        stats = served.model.engine.stats()
+        if stats.running >= stats.rows and stats.waiting >= self.settings.max_queue:
+            raise ApiError(429, f"{stats.waiting} requests wait already.", code="queue_full", retry=True)
+        async with self._preparing:
+            return await asyncio.to_thread(work)
+
+    def observe(self, served: Served, timings: Timings) -> None:
+        """Counts a finished request's times."""
+        self.metrics.first_token.labels(served.name).observe(timings.first_token)
+        between = self.metrics.between_tokens.labels(served.name)
+        for step in timings.steps:
+            between.observe(step)
+
+    def fault(self, served: Served, request_id: str, error: BaseException) -> ApiError:
+        """What a client reads of a failure that is not its own. The log has the rest."""
+        served.failed()
+        _log.error("request failed", exc_info=error, extra={"request_id": request_id, "model": served.name})
+        return ApiError(500, f"The model failed on this request ({request_id}).", code="model_failure")
+
+
+def create_app(server: Server) -> Starlette:
+    """The application. Its lifespan closes the models."""
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(server.models.close)
+
+    app = Starlette(
+        routes=[
+            Route("/v1/chat/completions", _posted(server, Chat, routes.chat), methods=["POST"]),
+            Route("/v1/completions", _posted(server, Completion, routes.completions), methods=["POST"]),
+            Route("/v1/score", _posted(server, Scored, routes.score), methods=["POST"]),
+            Route("/v1/models", _read(server, _models), methods=["GET"]),
+            Route("/v1/models/{name:path}", _read(server, _model), methods=["GET"]),
+            Route("/metrics", _read(server, _metrics), methods=["GET"]),
+            Route("/health/live", _live, methods=["GET"]),
+            Route("/health/ready", _ready, methods=["GET"]),
+            Route("/openapi.json", _openapi, methods=["GET"]),
+            Route("/", _page, methods=["GET"]),
+        ],
+        exception_handlers={404: _not_found, 405: _not_found},
+        lifespan=lifespan,
+    )
+    app.state.server = server
+    return app
+
+
+def _posted(
+    server: Server, kind: type[Any], route: Callable[[routes.Call, Any], Awaitable[Any]]
+) -> Callable[[Request], Awaitable[Any]]:
+    async def endpoint(request: Request) -> Any:
+        started = time.perf_counter()
+        request_id = _request_id(request)
+        caller, status, model = "", 200, ""
+        closing = ExitStack()
+        path = request.url.path
+        closing.callback(lambda: server.metrics.duration.labels(path).observe(time.perf_counter() - started))
+        try:
+            if server.draining:
+                raise ApiError(503, "The server is stopping.", code="draining", retry=True)
+            caller = _caller(server, request)
+            closing.enter_context(server.access.turn(caller))
+            _count_active(server, closing)
+            body = await read_body(request, most=server.settings.max_body, seconds=server.settings.body_seconds)
+            parsed = parse(body, kind)
+            model = parsed.model
+            served = server.models.find(model)
+            closing.enter_context(served.used())
+            _log_prompt(server, request_id, body)
+            call = routes.Call(
+                server=server, served=served, caller=caller, request_id=request_id, receive=request.receive, closing=closing
+            )
+            answer = await route(call, parsed)
+            if not callable(answer):
+                closing.close()
+                answer = JSONResponse(answer, headers={"x-request-id": request_id})
+            return answer
+        except ApiError as error:
+            closing.close()
+            status = error.status
+            server.metrics.refusals.labels(error.code or str(status)).inc()
+            return _refused(error, request_id)
+        except FlamingoExportError as error:
+            closing.close()
+            refused = refusal_of(error) or ApiError(500, f"The request failed ({request_id}).", code="internal")
+            status = refused.status
+            return _refused(refused, request_id)
+        except ClientGone:
+            closing.close()
+            status = _CLOSED_REQUEST
+            return Response(status_code=_CLOSED_REQUEST)
+        except Exception as error:
+            closing.close()
+            status = 500
+            _log.error("request failed", exc_info=error, extra={"request_id": request_id})
+            return _refused(ApiError(500, f"The request failed ({request_id}).", code="internal"), request_id)
+        except BaseException:
+            closing.close()
+            raise
+        finally:
+            server.metrics.requests.labels(path, str(status)).inc()
+            _log.info(
+                "request",
+                extra={
+                    "request_id": request_id,
+                    "caller": caller,
+                    "path": path,
+                    "model": model,
+                    "status": status,
+                    "seconds": round(time.perf_counter() - started, 4),
+                },
+            )
+
+    return endpoint
+
+
+def _read(server: Server, answer: Callable[[Server, Request], Response]) -> Callable[[Request], Awaitable[Response]]:
+    async def endpoint(request: Request) -> Response:
+        try:
+            _caller(server, request)
+            return answer(server, request)
+        except ApiError as error:
+            return _refused(error, _request_id(request))
+
+    return endpoint
+
+
+def _models(server: Server, _: Request) -> Response:
+    return JSONResponse({"object": "list", "data": [_card(served) for served in server.models]})
+
+
+def _model(server: Server, request: Request) -> Response:
+    return JSONResponse(_card(server.models.find(request.path_params["name"])))
+
+
+def _card(served: Served) -> dict[str, Any]:
+    manifest = served.model.manifest
+    return {
+        "id": served.name,
+        "object": "model",
+        "created": served.created,
+        "owned_by": "flamingo-export",
+        "max_model_len": manifest.limits.max_length,
+        "max_media": manifest.limits.bank_rows,
+    }
+
+
+def _metrics(server: Server, _: Request) -> Response:
+    return Response(server.metrics.page(), media_type=server.metrics.content_type)
+
+
+async def _live(_: Request) -> Response:
+    return JSONResponse({"status": "live"})
+
+
+async def _ready(request: Request) -> Response:
+    server: Server = request.app.state.server
+    if server.draining or not server.models.ready:
+        return JSONResponse({"status": "draining" if server.draining else "broken"}, status_code=503)
+    return JSONResponse({"status": "ready"})
+
+
+async def _openapi(_: Request) -> Response:
+    from flamingo_export.serve.openapi import description
+
+    return JSONResponse(description())
+
+
+async def _page(_: Request) -> Response:
+    text = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; media-src blob:; connect-src 'self'; form-action 'none'; frame-ancestors 'none'; base-uri 'none'"  # noqa: E501
+    return HTMLResponse(
+        text, headers={"content-security-policy": policy, "x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
+    )
+
+
+async def _not_found(request: Request, error: Exception) -> Response:
+    status = getattr(error, "status_code", 404)
+    text = "There is no such path here." if status == 404 else f"{request.method} does not go with this path."
+    return _refused(ApiError(status, text, code="not_found" if status == 404 else "method_not_allowed"), _request_id(request))
+
+
+def _refused(error: ApiError, request_id: str) -> Response:
+    return JSONResponse(error.body(), status_code=error.status, headers={**error.headers, "x-request-id": request_id})
+
+
+def _caller(server: Server, request: Request) -> str:
+    address = request.client.host if request.client is not None else ""
+    return server.access.caller(request.headers.get("authorization"), address)
+
+
+def _count_active(server: Server, closing: ExitStack) -> None:
+    server.active += 1
+
+    def ended() -> None:
+        server.active -= 1
+
+    closing.callback(ended)
+
+
+def _request_id(request: Request) -> str:
+    """The client's own, where it is short and plain, else a new one."""
+    given = request.headers.get("x-request-id", "")
+    plain = 0 < len(given) <= 100 and all(letter.isalnum() or letter in "-_." for letter in given) and given.isascii()
+    return given if plain else uuid.uuid4().hex
+
+
+def _log_prompt(server: Server, request_id: str, body: bytes) -> None:
+    if server.settings.log_prompts:
+        _log.info("body", extra={"request_id": request_id, "body": body[:10_000].decode("utf-8", "replace")})

@@ -1,0 +1,114 @@
+"""The server as a process: sockets, signals, logs, and an end that loses no accepted request."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import signal
+import sys
+import time
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from flamingo_export.serve.app import Server, create_app
+
+_STANDARD = set(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName", "color_message"}
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as JSON: time, level, logger, message, what was given as `extra`, and a traceback where there is one."""
+        fields: dict[str, Any] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        fields |= {name: value for name, value in record.__dict__.items() if name not in _STANDARD}
+        if record.exc_info:
+            fields["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(fields, default=str)
+
+
+def set_up_logs() -> None:
+    """Everything that this package and uvicorn say goes to stderr, as JSON lines."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    for name in ("flamingo_export", "uvicorn.error"):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.propagate = False
+        logger.setLevel(logging.INFO)
+
+
+class _Draining(uvicorn.Server):
+    """Stops on SIGTERM and SIGINT once what was accepted has been answered; a second signal does not wait."""
+
+    def __init__(self, config: uvicorn.Config, server: Server) -> None:
+        super().__init__(config)
+        self._server = server
+        self._drain: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def serve(self, sockets: list[Any] | None = None) -> None:
+        """As uvicorn's."""
+        self._loop = asyncio.get_running_loop()
+        await super().serve(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Called by a signal."""
+        if self._server.draining:
+            self.should_exit = self.force_exit = True
+            return
+        self._server.draining = True
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._begin)
+
+    def _begin(self) -> None:
+        self._drain = asyncio.ensure_future(self._wait())
+
+    async def _wait(self) -> None:
+        end = time.monotonic() + self._server.settings.drain_seconds
+        while self._server.active and time.monotonic() < end:
+            await asyncio.sleep(0.02)
+        self.should_exit = True
+
+
+def serve(server: Server) -> int:
+    """Listens until it is told to stop; returns the exit code: 0 if every accepted request was answered."""
+    settings = server.settings
+    config = uvicorn.Config(
+        create_app(server),
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=5,
+        h11_max_incomplete_event_size=64 << 10,
+        loop="asyncio",
+        http="h11",
+        ws="none",
+    )
+    running = _Draining(config, server)
+
+    async def run() -> None:
+        def reload() -> None:
+            tasks.add(task := asyncio.ensure_future(server.models.reload()))
+            task.add_done_callback(tasks.discard)
+
+        tasks: set[asyncio.Task[None]] = set()
+        if hasattr(signal, "SIGHUP"):
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
+        await running.serve()
+
+    asyncio.run(run())
+    if not running.started:
+        return 1
+    return 1 if server.active else 0

@@ -1,0 +1,389 @@
+"""What each path does with a request: read, check, hand to the engine, answer."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from flamingo_export.errors import FlamingoExportError, InputError
+from flamingo_export.runtime.loop import Outcome
+from flamingo_export.runtime.model import Generation, Model, Text
+from flamingo_export.runtime.options import GenerateOptions
+from flamingo_export.runtime.request import Prepared, Request
+from flamingo_export.runtime.ticket import Ticket, now
+from flamingo_export.runtime.timings import Timings
+from flamingo_export.runtime.videos import Video
+from flamingo_export.serve.answers import DONE, Form, Pieces, event, extras, usage
+from flamingo_export.serve.bodies import Chat, Completion, Sampled, Scored
+from flamingo_export.serve.chat import ChatPrompt, MediumUrl, chat_prompt
+from flamingo_export.serve.errors import ApiError, refusal_of
+from flamingo_export.serve.models import Served
+from flamingo_export.serve.transport import EventStream, unless_gone
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from starlette.types import Receive
+
+    from flamingo_export.serve.app import Server
+
+_log = logging.getLogger("flamingo_export.serve")
+MAX_CHOICES = 128
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Call:
+    """A request on its way through a route."""
+
+    server: Server
+    served: Served
+    caller: str
+    request_id: str
+    receive: Receive
+    closing: ExitStack
+    """Closed by who answers: at once, or at the end of a stream."""
+
+    @property
+    def model(self) -> Model:
+        """The model it asks."""
+        return self.served.model
+
+    def deadline(self, timeout: float | None) -> float:
+        """On the engine's clock. Raises ApiError for a deadline in the past."""
+        if timeout is not None and not timeout > 0:
+            raise ApiError(400, f"timeout is {timeout:g} seconds, expected more than 0", param="timeout")
+        most = self.server.settings.timeout
+        return now() + min(most, timeout if timeout is not None else most)
+
+
+async def chat(call: Call, body: Chat) -> Any:
+    """POST /v1/chat/completions."""
+    if body.response_format is not None and body.response_format.type != "text":
+        raise ApiError(400, "response_format other than text is not offered.", param="response_format", code="unsupported")
+    if body.top_logprobs:
+        raise ApiError(400, "top_logprobs is not offered.", param="top_logprobs", code="unsupported")
+    prompt = chat_prompt(body.messages, body.shots, call.model.inputs)
+    _check_media(call, prompt.media)
+    most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    form = Form(kind="chat", model=call.served.name, tokenizer=_tokenizer(call.model), logprobs=bool(body.logprobs))
+    return await _generate(call, body, [prompt], options_of(body, most), form)
+
+
+async def completions(call: Call, body: Completion) -> Any:
+    """POST /v1/completions."""
+    if body.suffix:
+        raise ApiError(400, "suffix is not offered.", param="suffix", code="unsupported")
+    if body.best_of not in (None, body.n or 1):
+        raise ApiError(400, "best_of is not offered; ask for beams.", param="best_of", code="unsupported")
+    media = tuple(MediumUrl(url) for url in body.images)
+    _check_media(call, media)
+    prompts = _prompts(body.prompt)
+    if len(prompts) > 1 and media:
+        raise ApiError(400, "several prompts have no images; send one request for each", param="images")
+    if body.stream and (len(prompts) > 1 or body.echo):
+        raise ApiError(400, "a stream answers one prompt, without echo", param="stream")
+    form = Form(kind="completion", model=call.served.name, tokenizer=_tokenizer(call.model), logprobs=body.logprobs is not None)
+    if body.echo:
+        return await _echoed(call, body, [(prompt, media) for prompt in prompts], form)
+    asked = [Asked(prompt=prompt, media=media) for prompt in prompts]
+    return await _generate(call, body, asked, options_of(body, body.max_tokens), form)
+
+
+async def score(call: Call, body: Scored) -> Any:
+    """POST /v1/score."""
+    if not body.candidates:
+        raise ApiError(400, "candidates is empty", param="candidates")
+    if (body.prompt is None) == (body.messages is None):
+        raise ApiError(400, "give either prompt or messages", param="prompt")
+    if body.messages is not None:
+        if body.images:
+            raise ApiError(400, "images go into the messages", param="images")
+        prompt: Asked | ChatPrompt = chat_prompt(body.messages, body.shots, call.model.inputs)
+    else:
+        prompt = Asked(prompt=body.prompt or "", media=tuple(MediumUrl(url) for url in body.images))
+    media = prompt.media
+    _check_media(call, media)
+    deadline = call.deadline(body.timeout)
+
+    def submit() -> tuple[Ticket[list[list[float]]], int]:
+        request = _request(call, prompt)
+        model = call.model
+        prepared = model.prepare(request)
+        ids = [model.candidate_ids(request, candidate, body.end) for candidate in body.candidates]
+        return model.engine.submit_score(prepared, ids, caller=call.caller, deadline=deadline), len(prepared.token_ids)
+
+    with call.closing, _watched(call):
+        ticket, length = await call.server.prepared(call.served, submit)
+        try:
+            found = await unless_gone(call.receive, _result(ticket))
+        except BaseException:
+            ticket.cancel()
+            raise
+        call.served.succeeded()
+        scores = [
+            {"index": index, "candidate": candidate, "logprob": sum(values), "token_logprobs": values}
+            for index, (candidate, values) in enumerate(zip(body.candidates, found, strict=True))
+        ]
+        tokens = sum(map(len, found))
+        return {"object": "score", "model": call.served.name, "scores": scores, "usage": usage(length, 0, tokens)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A raw prompt, as text or token ids, and the media of its tags."""
+
+    prompt: str | list[int]
+    media: tuple[MediumUrl, ...] = ()
+
+
+def options_of(body: Sampled, max_tokens: int | None) -> GenerateOptions:
+    """The search that a body asks for.
+
+    Greedy unless beams, or something that draws, are asked for: temperature above 0, top_p below 1, top_k, or several texts. A seed where
+    nothing is drawn is what many clients send always, and has no effect. Raises ApiError or InputError.
+    """
+    if body.n is not None and not 1 <= body.n <= MAX_CHOICES:
+        raise ApiError(400, f"n is {body.n}, expected 1 to {MAX_CHOICES}", param="n")
+    if body.stop:
+        raise ApiError(400, "stop is not offered.", param="stop", code="unsupported")
+    n = body.n or 1
+    top_p = None if body.top_p == 1 else body.top_p
+    settings: dict[str, Any] = {"num_return": n, "max_new_tokens": max_tokens}
+    if body.beams is not None:
+        if body.temperature or top_p is not None or body.top_k is not None:
+            raise ApiError(400, "beams and sampling exclude each other", param="beams")
+        settings |= {"beams": body.beams, "length_penalty": body.length_penalty or 0.0}
+    elif body.temperature or top_p is not None or body.top_k is not None or (n > 1 and body.temperature is None):
+        temperature = 1.0 if body.temperature is None else body.temperature
+        settings |= {"temperature": temperature, "top_p": top_p, "top_k": body.top_k, "seed": body.seed}
+    elif n > 1:
+        raise ApiError(400, "temperature 0 finds one text; ask for beams, or for a temperature", param="n")
+    else:
+        settings |= {"beams": 1}
+    options = GenerateOptions(**settings)
+    options.check_values()
+    return options
+
+
+async def _generate(
+    call: Call, body: Sampled, prompts: Sequence[Asked | ChatPrompt], options: GenerateOptions, form: Form
+) -> Any:
+    deadline = call.deadline(body.timeout)
+    model = call.model
+    options.check(model.config)
+
+    def submit() -> list[tuple[Ticket[Outcome], Prepared]]:
+        found: list[tuple[Ticket[Outcome], Prepared]] = []
+        try:
+            for prompt in prompts:
+                started = time.perf_counter()
+                prepared = model.prepare(_request(call, prompt))
+                timings = Timings(prepare=time.perf_counter() - started)
+                ticket = model.engine.submit(
+                    prepared, options, caller=call.caller, deadline=deadline, events=body.stream, timings=timings
+                )
+                found.append((ticket, prepared))
+        except BaseException:
+            for ticket, _ in found:
+                ticket.cancel()
+            raise
+        return found
+
+    with ExitStack() as failed:
+        failed.push(call.closing)
+        with _watched(call):
+            submitted = await unless_gone(call.receive, call.server.prepared(call.served, submit))
+        if body.stream:
+            failed.pop_all()
+            (ticket, prepared), include = submitted[0], bool(body.stream_options and body.stream_options.include_usage)
+            call.closing.callback(ticket.cancel)
+            events = _stream(call, ticket, prepared, options, form, include)
+            return EventStream(events, call.closing, {"x-request-id": call.request_id})
+        with _watched(call):
+            try:
+                found = await unless_gone(
+                    call.receive, asyncio.gather(*(_finished(model, pair[0], options) for pair in submitted))
+                )
+            finally:
+                for ticket, _ in submitted:
+                    ticket.cancel()
+        choices: list[dict[str, Any]] = []
+        completion = prompt_tokens = reused = 0
+        for generation, (_, prepared) in zip(found, submitted, strict=True):
+            texts = (generation, *generation.alternatives)
+            choices += [form.choice(len(choices) + index, text) for index, text in enumerate(texts)]
+            completion += sum(len(text.token_ids) for text in texts)
+            prompt_tokens += len(prepared.token_ids)
+            reused += generation.timings.reused_tokens
+            call.server.observe(call.served, generation.timings)
+        call.served.succeeded()
+        extra = extras(found[0], _last_phi(submitted[0][1]))
+        return form.whole(choices, usage(prompt_tokens, reused, completion), extra)
+
+
+async def _stream(
+    call: Call, ticket: Ticket[Outcome], prepared: Prepared, options: GenerateOptions, form: Form, include_usage: bool
+) -> AsyncIterator[bytes]:
+    """Events until the end. A failure after the first one is an event too, since the status has been sent."""
+    pieces = [Pieces(form, index) for index in range(options.num_return)]
+    try:
+        for each in pieces:
+            for chunk in each.first():
+                yield event(chunk)
+        async for tokens in ticket:
+            for chunk in pieces[tokens.index].push(tokens):
+                yield event(chunk)
+        outcome = await ticket
+        found = call.model.generation(outcome, options, ticket.timings)
+    except FlamingoExportError as error:
+        refused = refusal_of(error) or call.server.fault(call.served, call.request_id, error)
+        yield event(refused.body())
+        yield DONE
+        return
+    except asyncio.CancelledError:
+        raise
+    except Exception as error:
+        yield event(call.server.fault(call.served, call.request_id, error).body())
+        yield DONE
+        return
+    call.served.succeeded()
+    call.server.observe(call.served, ticket.timings)
+    texts = _in_stream_order(pieces, found)
+    for each, text in zip(pieces, texts, strict=True):
+        for chunk in each.finish(text):
+            yield event(chunk)
+    if include_usage:
+        count = usage(len(prepared.token_ids), ticket.timings.reused_tokens, sum(len(text.token_ids) for text in texts))
+        yield event({**form.head(True), "choices": [], "usage": count, "flamingo": extras(found, _last_phi(prepared))})
+    yield DONE
+
+
+def _in_stream_order(pieces: Sequence[Pieces], found: Generation) -> list[Text]:
+    """The texts, which come best first, in the order in which the stream began them: samples have an index of their own."""
+    left: list[Text] = [found, *found.alternatives]
+    chosen: dict[int, Text] = {}
+    # Those that have given out the most tokens fit the fewest texts.
+    for index in sorted(range(len(pieces)), key=lambda index: -pieces[index].given):
+        text = next(text for text in left if pieces[index].is_of(text))
+        left.remove(text)
+        chosen[index] = text
+    return [chosen[index] for index in range(len(pieces))]
+
+
+async def _echoed(
+    call: Call, body: Completion, prompts: Sequence[tuple[str | list[int], tuple[MediumUrl, ...]]], form: Form
+) -> Any:
+    """A prompt with the log-probabilities of its own tokens, as evaluation harnesses ask for them."""
+    if body.max_tokens not in (0, None):
+        raise ApiError(400, "echo goes with max_tokens 0: the prompt's own log-probabilities", param="max_tokens")
+    deadline = call.deadline(body.timeout)
+    model = call.model
+
+    def submit() -> list[tuple[Ticket[list[list[float]]] | None, list[int], int]]:
+        found: list[tuple[Ticket[list[list[float]]] | None, list[int], int]] = []
+        try:
+            for prompt, media in prompts:
+                whole = model.prepare(_request(call, Asked(prompt=prompt, media=media)))
+                ids = whole.token_ids.tolist()
+                # What follows the last image is scored; before it a token is a condition.
+                images = [place for place, token in enumerate(ids) if token == model.config.tokens.image]
+                begin = max(1, images[-1] + 1 if images else 1)
+                ticket = None
+                if begin < len(ids):
+                    head = dataclasses.replace(
+                        whole, token_ids=whole.token_ids[:begin], phi=whole.phi[:begin], keys=whole.keys[:begin]
+                    )
+                    ticket = model.engine.submit_score(head, [ids[begin:]], caller=call.caller, deadline=deadline)
+                found.append((ticket, ids, begin))
+        except BaseException:
+            for ticket, _, _ in found:
+                if ticket is not None:
+                    ticket.cancel()
+            raise
+        return found
+
+    with call.closing, _watched(call):
+        submitted = await call.server.prepared(call.served, submit)
+        choices, count = [], 0
+        for index, (ticket, ids, begin) in enumerate(submitted):
+            values = (await unless_gone(call.receive, _result(ticket)))[0] if ticket is not None else []
+            logprobs: list[Any] = [None] * begin + list(values)
+            found = form.logprobs_of(ids, logprobs)
+            choices.append({"index": index, "text": form.text(ids), "logprobs": found, "finish_reason": "length"})
+            count += len(ids)
+        call.served.succeeded()
+        return form.whole(choices, usage(count, 0, 0), {})
+
+
+async def _finished(model: Model, ticket: Ticket[Outcome], options: GenerateOptions) -> Generation:
+    return model.generation(await ticket, options, ticket.timings)
+
+
+async def _result(ticket: Ticket[Any]) -> Any:
+    return await ticket
+
+
+@contextmanager
+def _watched(call: Call) -> Iterator[None]:
+    """Failures of ours as refusals; anything else is the server's fault, logged with the request's id and not shown."""
+    try:
+        yield
+    except InputError as error:
+        raise refusal_of(error) or ApiError(400, str(error)) from error
+    except FlamingoExportError as error:
+        raise refusal_of(error) or call.server.fault(call.served, call.request_id, error) from error
+
+
+def _request(call: Call, prompt: Asked | ChatPrompt) -> Request:
+    """What the model is asked, media fetched. Blocking."""
+    media = [_medium(call, medium) for medium in prompt.media]
+    if isinstance(prompt, ChatPrompt):
+        return Request(prompt=prompt.text, media=media, quoted=prompt.quoted, forms=call.model.inputs.prompts)
+    return Request(prompt=prompt.prompt, media=media)
+
+
+def _medium(call: Call, medium: MediumUrl) -> Any:
+    found = call.server.fetcher.get(medium.url)
+    return Video(source=found, num_frames=medium.frames) if medium.video else found
+
+
+def _check_media(call: Call, media: Sequence[MediumUrl]) -> None:
+    """What can be refused without fetching or decoding anything."""
+    most = min(call.server.settings.max_media, call.model.manifest.limits.bank_rows)
+    if len(media) > most:
+        raise ApiError(
+            400, f"{len(media)} images and videos were sent, at most {most} are taken", param="messages", code="too_many_media"
+        )
+    for medium in media:
+        call.server.fetcher.check(medium.url)
+
+
+def _prompts(given: str | list[int | str | list[int]]) -> list[str | list[int]]:
+    """One or several prompts, each as text or token ids."""
+    if isinstance(given, str):
+        return [given]
+    if not given:
+        raise ApiError(400, "prompt is empty", param="prompt")
+    ids = [item for item in given if isinstance(item, int)]
+    if len(ids) == len(given):
+        return [ids]
+    found = [item for item in given if not isinstance(item, int)]
+    if len(found) < len(given) or len({type(item) for item in found}) > 1:
+        raise ApiError(400, "prompt mixes texts and token ids", param="prompt")
+    return found
+
+
+def _last_phi(prepared: Prepared) -> int:
+    """The medium that generated tokens see, counted from 1; 0 for none."""
+    return int(prepared.phi[-1])
+
+
+def _tokenizer(model: Model) -> Any:
+    if model.tokenizer is None:
+        raise ApiError(400, "this model's bundle has no tokenizer, so it cannot be asked in text", code="no_tokenizer")
+    return model.tokenizer

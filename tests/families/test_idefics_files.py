@@ -1,0 +1,202 @@
+"""IDEFICS' files as they are found: the old flat config.json, a tied output under both names, generation_config.json."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from engine_runs import opened
+from idefics_models import (
+    FAKE,
+    IMAGE,
+    PROMPTS,
+    generated,
+    image_attention_mask,
+    pixels,
+    published,
+    their_config,
+    their_logits,
+    their_model,
+)
+from published_files import write_tokenizer
+from safetensors.numpy import load_file, save_file
+from test_published_idefics import SPECIAL, WORDS
+
+import flamingo_export
+from flamingo_export.bundle.manifest import read_manifest
+from flamingo_export.cli import main
+from flamingo_reference.checkpoints.files.tensors import CheckpointError
+from flamingo_reference.checkpoints.loading import CheckpointFiles, load
+
+
+def write(folder: Path, *, tied: bool = False) -> tuple[Path, Any]:
+    theirs = their_model(their_config(tied=tied), seed=5).float()
+    theirs.save_pretrained(folder)
+    write_tokenizer(folder, WORDS, SPECIAL)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    return folder, theirs
+
+
+# The form of config.json before transformers took the model in.
+
+
+def flat(folder: Path, **changes: Any) -> dict[str, Any]:
+    raw = published(their_config())
+    vision, perceiver = raw.pop("vision_config"), raw.pop("perceiver_config")
+    names = ("image_size", "patch_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    raw |= {f"vision_{name}": vision[name] for name in names} | {"vision_embed_dim": vision["embed_dim"]}
+    raw |= {name: value for name, value in perceiver.items() if name.startswith(("resampler_", "qk_"))}
+    raw |= {"vision_model_name": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"} | changes
+    (folder / "config.json").write_text(json.dumps({name: value for name, value in raw.items() if value != "left out"}))
+    return raw
+
+
+def test_the_old_flat_config(tmp_path: Path) -> None:
+    folder, theirs = write(tmp_path / "idefics")
+    wanted = load(CheckpointFiles(path=folder)).config
+    flat(folder)
+    assert load(CheckpointFiles(path=folder)).config == wanted
+    bundle = flamingo_export.build(folder, out=tmp_path / "b.bundle", parity="skip").path
+    tokens, images = PROMPTS["one image"], pixels(1, seed=1).float()
+    with opened(bundle) as runs:
+        found = runs.logits(tokens, images[0])
+    torch.testing.assert_close(torch.from_numpy(found), their_logits(theirs, tokens, images), rtol=0, atol=1e-3)
+
+
+def test_an_old_flat_config_that_lacks_what_no_tensor_tells(tmp_path: Path) -> None:
+    folder, _ = write(tmp_path / "idefics")
+    flat(folder, vision_num_attention_heads="left out", resampler_n_heads="left out")
+    with pytest.raises(
+        CheckpointError, match=r"old flat form .* lacks vision_num_attention_heads, resampler_n_heads\. Fetch today's"
+    ):
+        load(CheckpointFiles(path=folder))
+
+
+# A tied output.
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_a_tied_output_under_both_names(tmp_path: Path, second: bool) -> None:
+    folder, _ = write(tmp_path / "idefics", tied=True)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    assert "lm_head.weight" not in tensors
+    if second:
+        for head, embedding in (
+            ("lm_head.weight", "model.embed_tokens.weight"),
+            ("lm_head.additional_fc.weight", "model.embed_tokens.additional_embedding.weight"),
+        ):
+            tensors[head] = tensors[embedding].copy()
+        save_file(tensors, path)
+    found = load(CheckpointFiles(path=folder))
+    assert found.config.language_model.tied_head
+    embedding = np.concatenate(
+        [tensors["model.embed_tokens.weight"], tensors["model.embed_tokens.additional_embedding.weight"]]
+    )
+    np.testing.assert_array_equal(found.reader.read("language_model.embedding.weight"), embedding)
+    assert len([name for name in found.ignored if name.startswith("lm_head")]) == (2 if second else 0)
+
+
+# generation_config.json.
+
+
+def says(folder: Path, **settings: Any) -> None:
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+
+
+def test_ends_and_bans_of_generation_config_are_applied(tmp_path: Path) -> None:
+    """Beside transformers' search with several end tokens, the banned ones taken out of its logits."""
+    folder, theirs = write(tmp_path / "idefics")
+    tokens, images = PROMPTS["one image"], pixels(1, seed=1)
+    exact = copy.deepcopy(theirs).double()
+    free, _ = generated(exact, tokens, images, beams=1, new_tokens=6)
+    banned, end = free[0][0], None
+    inputs = {
+        "input_ids": torch.tensor([tokens]),
+        "pixel_values": images,
+        "image_attention_mask": image_attention_mask(tokens, 1),
+    }
+
+    def search(beams: int, ends: list[int]) -> list[list[int]]:
+        never = torch.tensor([IMAGE, FAKE, banned])
+        hook = exact.lm_head.register_forward_hook(lambda _, __, out: out.index_fill(-1, never, -torch.inf))
+        out = exact.generate(
+            **inputs, attention_mask=torch.ones(1, len(tokens), dtype=torch.int64), num_beams=beams, num_return_sequences=beams,
+            do_sample=False, length_penalty=0.0, early_stopping=False, max_new_tokens=6, eos_token_id=ends, pad_token_id=0,
+        )  # fmt: skip
+        hook.remove()
+        texts = [sequence[len(tokens) :].tolist() for sequence in out]
+        places = [next((place for place, token in enumerate(text) if token in ends), len(text)) for text in texts]
+        return [text[: place + 1] for text, place in zip(texts, places, strict=True)]
+
+    end = search(1, [2])[0][2]
+    says(
+        folder, eos_token_id=[2, end], bad_words_ids=[[banned], [IMAGE], [FAKE], [5, 6]], suppress_tokens=[banned], temperature=0.2,
+        num_beams=4, do_sample=True, pad_token_id=0, transformers_version="4.33", repetition_penalty=None,
+    )  # fmt: skip
+    found = load(CheckpointFiles(path=folder))
+    assert found.config.tokens.stops == (2, end)
+    assert found.config.tokens.never == (IMAGE, FAKE, banned)
+    not_applied = {"bad_words_ids": [[5, 6]], "temperature": 0.2, "num_beams": 4, "do_sample": True}
+    assert dict(found.generation.not_applied) == not_applied
+    bundle = flamingo_export.build(folder, out=tmp_path / "b.bundle", parity="skip").path
+    assert read_manifest(bundle).config.tokens == found.config.tokens
+    with opened(bundle) as runs:
+        for beams in (1, 3):
+            mine = [list(text.token_ids) for text in runs.generate(tokens, images[0].float(), beams=beams, new_tokens=6)]
+            assert mine == search(beams, [2, end])
+        assert mine[0] != free[0]
+
+
+def test_inspect_shows_what_generation_config_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, _ = write(tmp_path / "idefics")
+    says(folder, eos_token_id=[2, 9], suppress_tokens=[7], temperature=0.2, max_length=40)
+    assert main(["inspect", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    assert "also ends     tokens 9 (generation_config.json)" in shown
+    assert "also banned   tokens 7 (generation_config.json)" in shown
+    assert "not applied   temperature 0.2, max_length 40 (generation_config.json)" in shown
+    assert main(["inspect", str(folder), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)["generation"]
+    assert said == {"ends": [9], "banned": [7], "not_applied": {"temperature": 0.2, "max_length": 40}}
+
+
+@pytest.mark.parametrize("name", ["eos_token_id", "suppress_tokens"])
+@pytest.mark.parametrize("value", [[2, 62], [-1], ["2"], [True], [2.0], [[2]], "2", {"a": 1}])
+def test_ids_that_no_token_has(tmp_path: Path, name: str, value: Any) -> None:
+    folder, _ = write(tmp_path / "idefics")
+    says(folder, **{name: value})
+    with pytest.raises(
+        CheckpointError, match=rf"generation_config\.json: {name} holds .*, expected ids of the model's 62 tokens"
+    ):
+        load(CheckpointFiles(path=folder))
+
+
+@pytest.mark.parametrize("value", [5, [5], {"a": 1}, [[5], 6]])
+def test_bad_words_that_are_no_lists(tmp_path: Path, value: Any) -> None:
+    folder, _ = write(tmp_path / "idefics")
+    says(folder, bad_words_ids=value)
+    with pytest.raises(CheckpointError, match=r"bad_words_ids is .*, expected a list of lists of token ids"):
+        load(CheckpointFiles(path=folder))
+
+
+def test_a_ban_of_everything(tmp_path: Path) -> None:
+    folder, _ = write(tmp_path / "idefics")
+    says(folder, suppress_tokens=list(range(60)))
+    with pytest.raises(CheckpointError, match="leaves none of 62 tokens to generate"):
+        load(CheckpointFiles(path=folder))
+
+
+def test_nothing_of_generation_config_is_a_matter_of_course(tmp_path: Path) -> None:
+    """transformers writes one with every model: its end token is the family's own."""
+    folder, _ = write(tmp_path / "idefics")
+    plain = load(CheckpointFiles(path=folder))
+    says(folder, _from_model_config=True, bos_token_id=1, eos_token_id=2, pad_token_id=0, transformers_version="4.33.0")
+    found = load(CheckpointFiles(path=folder))
+    assert found.config == plain.config
+    assert not found.generation.not_applied

@@ -1,0 +1,120 @@
+"""`flamingo-export serve` as a process: what it prints, how it stops, how bundles are exchanged."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import flamingo_export
+from flamingo_export.cli.serve import chosen
+from flamingo_export.errors import InputError
+from flamingo_export.serve.models import named
+from flamingo_export.serve.settings import ModelChoice
+from flamingo_export.sources.choice import source_for_size
+
+from .conftest import image_part, user
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return int(found.getsockname()[1])
+
+
+def ask(port: int, method: str, path: str, body: Any = None) -> tuple[int, Any]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        connection.request(method, path, None if body is None else json.dumps(body), {"content-type": "application/json"})
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read())
+    finally:
+        connection.close()
+
+
+@pytest.fixture
+def process(nano_bundle: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A server of a copy of nano, ready."""
+    shutil.copytree(nano_bundle, tmp_path / "nano.bundle")
+    port = free_port()
+    line = [sys.executable, "-c", "import sys; from flamingo_export.cli import main; sys.exit(main())"]
+    line += ["serve", str(tmp_path / "nano.bundle"), "--port", str(port), "--threads", "1", "--rows", "4"]
+    started = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
+    try:
+        end = time.monotonic() + 120
+        while True:
+            assert started.poll() is None, started.stderr.read() if started.stderr else ""
+            assert time.monotonic() < end
+            try:
+                if ask(port, "GET", "/health/ready")[0] == 200:
+                    break
+            except OSError:
+                time.sleep(0.1)
+        yield started, port
+    finally:
+        started.kill()
+        started.wait()
+
+
+def test_sigterm_finishes_what_was_accepted(process: tuple[subprocess.Popen[str], int]) -> None:
+    started, port = process
+    body = {"model": "nano", "messages": user(image_part()), "temperature": 1.5, "n": 4, "max_tokens": 60, "seed": 1}
+    found: list[int] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(ask(port, "POST", "/v1/chat/completions", body)[0])) for _ in range(6)
+    ]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.1)
+    started.send_signal(signal.SIGTERM)
+    for thread in threads:
+        thread.join(60)
+    assert started.wait(60) == 0
+    # Accepted ones were answered; those that came later were told so, or found nobody listening any more.
+    assert set(found) <= {200, 503}
+    assert started.stderr
+    lines = [json.loads(line) for line in started.stderr.read().splitlines() if line.startswith("{")]
+    requests = [line for line in lines if line["message"] == "request"]
+    assert len([line for line in requests if line["status"] == 200]) == found.count(200)
+    assert all({"request_id", "caller", "seconds", "path"} <= set(line) for line in requests)
+
+
+def test_sighup_opens_an_exchanged_bundle(process: tuple[subprocess.Popen[str], int], tmp_path: Path) -> None:
+    started, port = process
+    body = {"model": "nano", "messages": user(image_part())}
+    before = ask(port, "POST", "/v1/chat/completions", body)[1]["choices"][0]["message"]["content"]
+    other = tmp_path / "other.bundle"
+    flamingo_export.build(source_for_size("nano", seed=3), out=other, parity="skip")
+    (tmp_path / "nano.bundle").rename(tmp_path / "old.bundle")
+    other.rename(tmp_path / "nano.bundle")
+    started.send_signal(signal.SIGHUP)
+    end = time.monotonic() + 60
+    while ask(port, "POST", "/v1/chat/completions", body)[1]["choices"][0]["message"]["content"] == before:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    # A bundle that cannot be opened leaves the one that runs where it is.
+    shutil.rmtree(tmp_path / "nano.bundle")
+    started.send_signal(signal.SIGHUP)
+    time.sleep(0.5)
+    assert ask(port, "POST", "/v1/chat/completions", body)[0] == 200
+
+
+def test_names() -> None:
+    choices = chosen([Path("a/nano.bundle"), Path("other")], ["x=b/nano.bundle"])
+    assert [choice.name for choice in choices] == ["nano", "other", "x"]
+    with pytest.raises(InputError, match="would both be called 'nano'"):
+        named([*choices, ModelChoice(name="nano", bundle=Path("c/nano.bundle"))])
+    with pytest.raises(InputError, match="no bundle was named"):
+        named([])

@@ -1,0 +1,362 @@
+"""The server through HTTP: its answers are those of the model, its refusals say what to do."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+import flamingo_export
+from flamingo_export.runtime.engine import Engine
+from flamingo_export.serve.app import Server
+from flamingo_export.serve.settings import ServeSettings
+
+from .conftest import ROOT, Client, data_url, image_part, running, user
+
+QUESTION = "What colour is the square?"
+EXAMPLES = ROOT / "examples"
+
+
+def test_a_caption(client: Client, nano: flamingo_export.Model) -> None:
+    wanted = nano.generate("<image>Output:", images=[EXAMPLES / "a.png"], beams=1)
+    found = client.chat(messages=user(image_part())).json
+    (choice,) = found["choices"]
+    assert choice["message"] == {"role": "assistant", "content": wanted.text, "refusal": None}
+    assert choice["finish_reason"] == "stop"
+    assert found["object"] == "chat.completion"
+    assert found["usage"]["completion_tokens"] == len(wanted.token_ids)
+    assert found["usage"]["total_tokens"] == found["usage"]["prompt_tokens"] + found["usage"]["completion_tokens"]
+
+
+def test_a_question_with_beams_and_log_probabilities(client: Client, nano: flamingo_export.Model) -> None:
+    prompt = f"<image>Question: {QUESTION} Answer:"
+    wanted = nano.generate(prompt, images=[EXAMPLES / "q.png"], beams=3, num_return=3)
+    found = client.chat(messages=user(image_part("q.png"), QUESTION), beams=3, n=3, logprobs=True).json
+    assert [choice["message"]["content"] for choice in found["choices"]] == [
+        wanted.text,
+        *(other.text for other in wanted.alternatives),
+    ]
+    values = [token["logprob"] for token in found["choices"][0]["logprobs"]["content"]]
+    assert values == pytest.approx(wanted.token_logprobs, abs=1e-4)
+    assert [other["text"] for other in found["flamingo"]["alternatives"]] == [other.text for other in wanted.alternatives]
+
+
+def test_shots_and_turns_are_the_same_prompt(client: Client, nano: flamingo_export.Model) -> None:
+    shot = {"image": data_url(EXAMPLES / "a.png"), "caption": "a purple square"}
+    by_shots = client.chat(messages=user(image_part("q.png")), shots=[shot])
+    turns = [*user(image_part()), {"role": "assistant", "content": "a purple square"}, *user(image_part("q.png"))]
+    by_turns = client.chat(messages=turns)
+    wanted = nano.generate(
+        "<image>Output: a purple square<EOC><image>Output:", images=[EXAMPLES / "a.png", EXAMPLES / "q.png"], beams=1
+    )
+    texts = [answer.json["choices"][0]["message"]["content"] for answer in (by_shots, by_turns)]
+    assert texts == [wanted.text] * 2
+    assert by_shots.json["flamingo"]["phi"] == 2
+
+
+def test_a_stream_is_the_whole_in_pieces(client: Client) -> None:
+    whole = client.chat(messages=user(image_part()), logprobs=True).json
+    stream = client.chat(messages=user(image_part()), logprobs=True, stream=True, stream_options={"include_usage": True})
+    assert stream.headers["content-type"].startswith("text/event-stream")
+    *events, done = stream.events
+    assert done == "[DONE]"
+    *chunks, last = events
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    assert deltas[0]["role"] == "assistant"
+    assert "".join(delta.get("content") or "" for delta in deltas) == whole["choices"][0]["message"]["content"]
+    tokens = [token for chunk in chunks for token in (chunk["choices"][0]["logprobs"] or {"content": []})["content"]]
+    assert [token["token"] for token in tokens] == [token["token"] for token in whole["choices"][0]["logprobs"]["content"]]
+    assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+    assert last["choices"] == []
+    assert last["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"]
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 1.5, "n": 6, "seed": 5}, {"beams": 3, "n": 2}])
+def test_several_texts_stream_as_they_come_whole(client: Client, settings: dict[str, float]) -> None:
+    whole = client.chat(messages=user(image_part()), **settings).json
+    events = client.chat(messages=user(image_part()), stream=True, **settings).events[:-1]
+    choices = [event["choices"][0] for event in events]
+    texts = [
+        "".join(choice["delta"].get("content") or "" for choice in choices if choice["index"] == index)
+        for index in range(len(whole["choices"]))
+    ]
+    # Whole they come best first; samples stream in the order in which they were drawn.
+    assert sorted(texts) == sorted(choice["message"]["content"] for choice in whole["choices"])
+    if "beams" in settings:
+        assert texts == [choice["message"]["content"] for choice in whole["choices"]]
+
+
+def test_a_seed_gives_the_same_draws(client: Client) -> None:
+    def draw(seed: int) -> list[str]:
+        found = client.chat(messages=user(image_part()), temperature=1.5, n=4, seed=seed).json
+        return [choice["message"]["content"] for choice in found["choices"]]
+
+    assert draw(1) == draw(1)
+    assert any(draw(1) != draw(seed) for seed in (2, 3, 4))
+
+
+def test_temperature_zero_is_greedy_whatever_the_seed(client: Client) -> None:
+    plain, zero = (
+        client.chat(messages=user(image_part()), **more).json for more in ({}, {"temperature": 0, "seed": 3, "top_p": 1})
+    )
+    assert plain["choices"] == zero["choices"]
+
+
+def test_completions_of_a_raw_prompt(client: Client, nano: flamingo_export.Model) -> None:
+    wanted = nano.generate("<image>Output:", images=[EXAMPLES / "a.png"], beams=1)
+    body = {"model": "nano", "prompt": "<image>Output:", "images": [data_url(EXAMPLES / "a.png")], "logprobs": 1}
+    found = client.post("/v1/completions", body).json
+    assert found["choices"][0]["text"].strip() == wanted.text
+    assert found["choices"][0]["logprobs"]["token_logprobs"] == pytest.approx(wanted.token_logprobs, abs=1e-4)
+
+
+def test_echo_scores_the_prompt(client: Client, nano: flamingo_export.Model) -> None:
+    """As an evaluation harness asks: the context's and the answer's tokens, no new ones."""
+    (wanted,) = nano.score("<image>Output:", [" a purple square"], images=[EXAMPLES / "a.png"], end=False)
+    body = {"model": "nano", "prompt": "<image>Output: a purple square", "images": [data_url(EXAMPLES / "a.png")]}
+    found = client.post("/v1/completions", {**body, "max_tokens": 0, "echo": True, "logprobs": 1}).json
+    values = found["choices"][0]["logprobs"]["token_logprobs"]
+    count = len(wanted.token_logprobs)
+    assert values[-count:] == pytest.approx(wanted.token_logprobs, abs=1e-4)
+    assert values[0] is None
+
+
+def test_scores(client: Client, nano: flamingo_export.Model) -> None:
+    colours = ["red", "green", "purple"]
+    wanted = nano.score(f"<image>Question: {QUESTION} Answer:", colours, images=[EXAMPLES / "q.png"])
+    found = client.post("/v1/score", {"model": "nano", "messages": user(image_part("q.png"), QUESTION), "candidates": colours})
+    assert [score["logprob"] for score in found.json["scores"]] == pytest.approx([score.logprob for score in wanted], abs=1e-4)
+
+
+def test_many_callers_get_what_one_gets(client: Client) -> None:
+    names = [f"images/scene_{number}.png" for number in range(1, 9)]
+    alone = {name: client.chat(messages=user(image_part(name))).json["choices"] for name in names}
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(lambda name: (name, client.chat(messages=user(image_part(name))).json["choices"]), names * 4))
+    for name, choices in found:
+        assert choices == alone[name]
+
+
+def test_models_and_health_and_metrics(client: Client) -> None:
+    assert [model["id"] for model in client.get("/v1/models").json["data"]] == ["nano"]
+    assert client.get("/v1/models/nano").json["object"] == "model"
+    assert client.get("/health/live").status == client.get("/health/ready").status == 200
+    client.chat(messages=user(image_part()))
+    text = client.get("/metrics").raw.decode()
+    lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert float(lines['flamingo_requests_total{route="/v1/chat/completions",status="200"}']) >= 1
+    assert float(lines['flamingo_time_to_first_token_seconds_count{model="nano"}']) >= 1
+    assert float(lines['flamingo_requests_running{model="nano"}']) == 0
+    assert float(lines['flamingo_cache_rows{model="nano"}']) >= 1
+    assert float(lines['flamingo_generated_tokens_total{model="nano"}']) >= 1
+
+
+def test_the_page_loads_nothing_from_elsewhere(client: Client) -> None:
+    page = client.get("/")
+    assert page.status == 200
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    text = page.raw.decode()
+    for outside in ("http://", "https://", "//cdn", "@import", "url("):
+        assert outside not in text
+
+
+def test_the_description_names_every_route(client: Client) -> None:
+    paths = client.get("/openapi.json").json["paths"]
+    assert {"/v1/chat/completions", "/v1/completions", "/v1/score", "/v1/models"} <= set(paths)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [
+        ({"model": "other", "messages": user("a")}, 404, "There are nano"),
+        ({"model": "nano", "messages": []}, 400, "messages is empty"),
+        ({"model": "nano", "messages": user("a <image> b")}, 400, "<image>"),
+        ({"model": "nano", "messages": user("a <EOC> b")}, 400, "<EOC>"),
+        ({"model": "nano", "messages": user({"type": "image_url", "image_url": {"url": "/etc/passwd"}})}, 400, "data: URLs"),
+        ({"model": "nano", "messages": user({"type": "image_url", "image_url": {"url": "data:,nonsense"}})}, 400, "image"),
+        ({"model": "nano", "messages": user(*[image_part()] * 65)}, 400, "images and videos"),
+        ({"model": "nano", "messages": user("a"), "n": 0}, 400, "n is 0"),
+        ({"model": "nano", "messages": user("a"), "temperature": -1}, 400, "temperature"),
+        ({"model": "nano", "messages": user("a"), "max_tokens": 100_000}, 400, "cache slots"),
+        ({"model": "nano", "messages": user("word " * 5000)}, 400, "cache slots"),
+        ({"model": "nano", "messages": user("a"), "beams": 2, "temperature": 1}, 400, "exclude"),
+        ({"model": "nano", "messages": user("a"), "timeout": -1}, 400, "timeout"),
+        ({"model": "nano", "messages": user("a"), "tools": [{}]}, 400, "tools"),
+        ({"model": "nano", "messages": user("a"), "response_format": {"type": "xml"}}, 400, "response_format"),
+        ({"model": 3, "messages": user("a")}, 422, "model"),
+    ],
+)
+def test_refusals(client: Client, body: dict[str, object], status: int, said: str) -> None:
+    found = client.post("/v1/chat/completions", body)
+    assert (found.status, set(found.error)) == (status, {"message", "type", "param", "code"})
+    assert said in found.error["message"]
+    assert "/work" not in found.error["message"]
+    assert found.headers["x-request-id"]
+
+
+def test_an_image_may_not_name_a_file(client: Client, tmp_path: Path) -> None:
+    for url in (str(EXAMPLES / "a.png"), f"file://{EXAMPLES / 'a.png'}"):
+        assert client.chat(messages=user({"type": "image_url", "image_url": url})).status == 400
+        assert client.post("/v1/completions", {"model": "nano", "prompt": "<image>Output:", "images": [url]}).status == 400
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"null", b"\xff\xfe", b"[" * 200_000])
+def test_bodies_that_are_no_json(client: Client, raw: bytes) -> None:
+    assert client.post("/v1/chat/completions", raw).status == 400
+
+
+def test_paths_and_methods_that_there_are_not(client: Client) -> None:
+    assert client.get("/v1/nothing").error["code"] == "not_found"
+    assert client.get("/v1/chat/completions").error["code"] == "method_not_allowed"
+
+
+def test_request_ids_come_back(client: Client) -> None:
+    found = client.call("POST", "/v1/chat/completions", {"model": "x", "messages": []}, **{"x-request-id": "abc-1"})
+    assert found.headers["x-request-id"] == "abc-1"
+    other = client.call("POST", "/v1/chat/completions", {"model": "x", "messages": []}, **{"x-request-id": "a b"})
+    assert other.headers["x-request-id"] != "a b"
+
+
+def test_keys(make_server: Callable[..., Server]) -> None:
+    server = make_server(ServeSettings(keys={"ann": "a" * 20}))
+    with running(server) as client:
+        assert client.chat(messages=user(image_part())).status == 401
+        assert client.get("/v1/models").status == client.get("/metrics").status == 401
+        assert client.get("/health/ready").status == client.get("/").status == 200
+        client.headers = {"authorization": "Bearer " + "a" * 20}
+        assert client.chat(messages=user(image_part())).status == 200
+    server.models.close()
+
+
+def test_a_body_that_is_too_large_is_refused_unread(make_server: Callable[..., Server]) -> None:
+    server = make_server(ServeSettings(max_body=1000))
+    with running(server) as client:
+        assert client.post("/v1/chat/completions", b"x" * 1001).status == 413
+        # Without a length, and without an end: the refusal does not wait for the rest.
+        with socket.create_connection(("127.0.0.1", client.port), timeout=10) as raw:
+            raw.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n")
+            raw.sendall(b"7d0\r\n" + b"x" * 2000 + b"\r\n")
+            assert b"413" in raw.recv(100)
+    server.models.close()
+
+
+def test_a_client_that_sends_nothing(make_server: Callable[..., Server]) -> None:
+    server = make_server(ServeSettings(body_seconds=0.2))
+    with running(server) as client:
+        with socket.create_connection(("127.0.0.1", client.port), timeout=10) as raw:
+            raw.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\n{")
+            assert b"400" in raw.recv(100)
+        assert server.active == 0
+    server.models.close()
+
+
+def test_a_caller_with_too_many_requests(make_server: Callable[..., Server]) -> None:
+    server = make_server(ServeSettings(max_per_caller=1))
+    with running(server) as client:
+        with socket.create_connection(("127.0.0.1", client.port), timeout=10) as raw:
+            raw.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\n{")
+            _until(lambda: server.active == 1)
+            found = client.chat(messages=user(image_part()))
+            assert (found.status, found.headers["retry-after"]) == (429, "1")
+        _until(lambda: server.active == 0)
+        assert client.chat(messages=user(image_part())).status == 200
+    server.models.close()
+
+
+@pytest.fixture
+def slow(client: Client, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """The engine, a step of which takes 50 ms."""
+    engine = client.server.models.find("nano").model.engine
+    tick = engine.loop.tick
+
+    def delayed() -> bool:
+        time.sleep(0.05)
+        return tick()
+
+    monkeypatch.setattr(engine.loop, "tick", delayed)
+    return engine
+
+
+def test_who_leaves_frees_its_row(client: Client, slow: Engine) -> None:
+    engine = slow
+    before = engine.stats().cancelled
+    for stream in (True, False):
+        connection = http.client.HTTPConnection("127.0.0.1", client.port, timeout=60)
+        body = {
+            "model": "nano",
+            "messages": user(image_part()),
+            "stream": stream,
+            "temperature": 2.0,
+            "n": 4,
+            "max_tokens": 400,
+        }
+        connection.request("POST", "/v1/chat/completions", json.dumps(body).encode(), {"content-type": "application/json"})
+        _until(lambda: engine.stats().running == 1)
+        assert connection.sock is not None
+        connection.sock.close()
+        connection.close()
+        _until(lambda: engine.stats().running == 0)
+    assert engine.stats().cancelled == before + 2
+    _until(lambda: client.server.active == 0)
+
+
+@pytest.mark.usefixtures("slow")
+def test_a_deadline(client: Client) -> None:
+    found = client.chat(messages=user(image_part()), timeout=0.1)
+    assert (found.status, found.error["code"]) == (503, "deadline_exceeded")
+    assert found.headers["retry-after"]
+
+
+def test_a_server_that_stops_refuses_and_finishes(make_server: Callable[..., Server]) -> None:
+    server = make_server()
+    with running(server) as client:
+        body = {"messages": user(image_part()), "temperature": 2.0, "n": 8, "max_tokens": 100, "seed": 1}
+        found: list[int] = []
+        thread = threading.Thread(target=lambda: found.append(client.chat(**body).status))
+        thread.start()
+        _until(lambda: server.active == 1)
+        server.draining = True
+        refused = client.chat(messages=user(image_part()))
+        assert (refused.status, refused.error["code"]) == (503, "draining")
+        assert client.get("/health/ready").status == 503
+        assert client.get("/health/live").status == 200
+        thread.join(60)
+        assert found == [200]
+    server.models.close()
+
+
+def test_a_backend_that_fails_fails_its_requests_and_turns_unready(
+    make_server: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = make_server()
+    engine = server.models.find("nano").model.engine
+    with running(server) as client:
+        with monkeypatch.context() as broken:
+            broken.setattr(engine, "submit", _explode)
+            for _ in range(3):
+                found = client.chat(messages=user(image_part()))
+                assert found.status == 500
+                assert "secret" not in found.error["message"]
+            assert client.get("/health/ready").status == 503
+        assert client.chat(messages=user(image_part())).status == 200
+        assert client.get("/health/ready").status == 200
+    server.models.close()
+
+
+def _explode(*_: object, **__: object) -> None:
+    raise flamingo_export.errors.BackendError("secret path of the server")
+
+
+def _until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to that"
+        time.sleep(0.005)
