@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from flamingo_reference.checkpoints.conversions import Recipe, Shape, as_is, choice, rows, setting, with_bias
+from flamingo_reference.checkpoints.families.preprocessor import Colour, Images, read_images, three_numbers
 from flamingo_reference.config import Activation, ConfigError, ViTConfig
 from flamingo_reference.input_format import ImageFit
 
@@ -41,15 +43,15 @@ class Encoder(msgspec.Struct, frozen=True, kw_only=True):
     """An image encoder and how images are prepared for it: mean and standard deviation of RGB in 0..1, the fit of their shape."""
 
     vision: ViTConfig
-    pixel_mean: tuple[float, float, float] = PIXEL_MEAN
-    pixel_std: tuple[float, float, float] = PIXEL_STD
+    pixel_mean: Colour = PIXEL_MEAN
+    pixel_std: Colour = PIXEL_STD
     fit: ImageFit = "crop"
 
 
 def encoder_of(
-    shapes: Mapping[str, Shape], settings: Mapping[str, Any], open_clip: Mapping[str, Any], *, where: str
+    shapes: Mapping[str, Shape], settings: Mapping[str, Any], open_clip: Mapping[str, Any], *, path: Path
 ) -> Encoder:
-    """The encoder in a file or folder `where`.
+    """The encoder in a file or folder.
 
     shapes: of its tensors. settings: transformers' config.json, open_clip: open_clip_config.json, each empty where there is none.
     Raises ConfigError if nothing says which activation the model was trained with: it is never guessed.
@@ -58,20 +60,27 @@ def encoder_of(
     if open_clip and settings.get("model_type") is None:
         return _open_clip_encoder(shapes, open_clip)
     if settings:
-        return Encoder(vision=config_from(settings))
+        return transformers_encoder(settings, path)
     openai = "visual.conv1.weight" in shapes
     if openai and all(name in shapes for name in OPENAI_MARKS):
         return Encoder(vision=config_from_shapes(shapes))
     config_from_shapes(shapes)  # says first what no CLIP is
     if openai:
         raise ConfigError(
-            f"{where} is not OpenAI's own file (it lacks {', '.join(name for name in OPENAI_MARKS if name not in shapes)}), and models of "
+            f"{path} is not OpenAI's own file (it lacks {', '.join(name for name in OPENAI_MARKS if name not in shapes)}), and models of "
             f"these shapes were trained with GELU and with QuickGELU, which no tensor tells. Give the folder that holds its {OPEN_CLIP_CONFIG}, "
             "or OpenAI's ViT-L-14.pt."
         )
     raise ConfigError(
-        f"{where} has no config.json, which says how its tensors are computed with. Give the folder that holds both."
+        f"{path} has no config.json, which says how its tensors are computed with. Give the folder that holds both."
     )
+
+
+def transformers_encoder(settings: Mapping[str, Any], folder: Path) -> Encoder:
+    """The encoder of transformers' config.json, with the preprocessor_config.json beside it. Raises ConfigError, CheckpointError."""
+    vision = config_from(settings)
+    images = read_images(folder, vision.image_size, Images(mean=PIXEL_MEAN, std=PIXEL_STD))
+    return Encoder(vision=vision, pixel_mean=images.mean, pixel_std=images.std)
 
 
 def _open_clip_encoder(shapes: Mapping[str, Shape], raw: Mapping[str, Any]) -> Encoder:
@@ -120,15 +129,10 @@ _OPEN_CLIP_PLAIN: Mapping[str, tuple[Any, ...]] = {
 }
 
 
-def _colour(raw: Mapping[str, Any], name: str, default: tuple[float, float, float]) -> tuple[float, float, float]:
-    value = raw.get(name)
-    if value is None:
+def _colour(raw: Mapping[str, Any], name: str, default: Colour) -> Colour:
+    if raw.get(name) is None:
         return default
-    try:
-        red, green, blue = msgspec.convert(value, tuple[float, float, float], strict=False)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"{OPEN_CLIP_CONFIG}, preprocess_cfg: {name} is {value!r:.80}, expected three numbers.") from error
-    return red, green, blue
+    return three_numbers(raw[name], f"{OPEN_CLIP_CONFIG}, preprocess_cfg: {name}")
 
 
 def config_from_shapes(

@@ -13,6 +13,7 @@ from flamingo_reference.checkpoints.accounting import Ignored
 from flamingo_reference.checkpoints.conversions import setting
 from flamingo_reference.checkpoints.converted import Adopted, PartFiles, Parts
 from flamingo_reference.checkpoints.families import clip, idefics, native, openflamingo
+from flamingo_reference.checkpoints.families.preprocessor import Images, read_images
 from flamingo_reference.checkpoints.files.folder import OPEN_CLIP_NAMES
 from flamingo_reference.checkpoints.files.json_file import read_json
 from flamingo_reference.checkpoints.files.tensors import CheckpointError, Shape
@@ -40,6 +41,8 @@ def adopt_idefics(parts: Parts) -> Adopted:
         settings, image=ids.get(inputs.tags.image), eoc=turn, around_image=ids.get(inputs.tags.around_image or "")
     )
     config.validate()
+    images = read_images(parts.model.path, config.vision.image_size, Images(mean=config.pixel_mean, std=config.pixel_std))
+    config = msgspec.structs.replace(config, pixel_mean=images.mean, pixel_std=images.std)
     more = setting(settings, "additional_vocab_size", int, 0)
     first, last = config.language_model.vocab_size - more, config.language_model.vocab_size - 1
     misplaced = [
@@ -74,7 +77,7 @@ def adopt_openflamingo(parts: Parts) -> Adopted:
         absent=frozenset(lm.absent),
         language_model_config=_settings(lm),
     )
-    encoder = clip.encoder_of(files.vision, vision.settings, _open_clip_config(vision.path), where=str(vision.path))
+    encoder = clip.encoder_of(files.vision, vision.settings, _open_clip_config(vision.path), path=vision.path)
     inputs = with_bos(OPENFLAMINGO, _LLAMA_BOS) if lm.family == "llama" else OPENFLAMINGO
     return _openflamingo(parts, files, encoder, inputs, where=f"{parts.model.path} or {lm.path}")
 
@@ -89,7 +92,7 @@ def adopt_otter(parts: Parts) -> Adopted:
         vision={},
         language_model_config=openflamingo.otter_text_config(text),
     )
-    encoder = clip.Encoder(vision=clip.config_from(setting(raw, "vision_config", dict)))
+    encoder = clip.transformers_encoder(setting(raw, "vision_config", dict), parts.model.path)
     llama = files.language_model_config["model_type"] == "llama"
     inputs = OTTER if raw.get("model_type") == "otter" else OPENFLAMINGO
     adopted = _openflamingo(

@@ -203,10 +203,12 @@ def added_without_rows(lm: LanguageModelConfig, files: Files) -> range:
 
 def _without(tokens: TokenIds, unsaid: range, raw: Mapping[str, Any]) -> TokenIds:
     """Bans the tokens, and lets a text end where the language model's own texts do, since `<|endofchunk|>` cannot end it."""
-    end = raw.get("eos_token_id")
-    own = [end] if type(end) is int and end >= 0 and end not in (*unsaid, *tokens.stops, tokens.image) else []
+    said = raw.get("eos_token_id")
+    ends = said if isinstance(said, list) else [said]
+    taken = {*tokens.stops, tokens.image}
+    own = [end for end in ends if type(end) is int and 0 <= end < unsaid.start and end not in taken]
     banned = (*tokens.banned, *(token for token in unsaid if token not in tokens.never))
-    return msgspec.structs.replace(tokens, banned=banned, ends=(*tokens.ends, *own))
+    return msgspec.structs.replace(tokens, banned=banned, ends=(*tokens.ends, *dict.fromkeys(own)))
 
 
 def recipes(config: ModelConfig, files: Files) -> dict[str, Recipe]:
