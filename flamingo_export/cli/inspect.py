@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -137,6 +138,10 @@ def _inspect_bundle(bundle: Path, as_json: bool) -> None:
         console.print(table(("graph", "backend", "target", "version", "file"), engines, title="engines"))
     files = [(file.path, human_bytes(file.size), file.sha256[:12]) for file in manifest.files]
     console.print(table(("file", "size", "SHA-256 begins"), files, title="files", right=(1,)))
+    if find_spec("polygraphy") is not None:
+        from flamingo_export.validate.polygraphy_check import commands
+
+        console.print("\nwith Polygraphy:", *commands(bundle, manifest), sep="\n  ", markup=False, soft_wrap=True)
 
 
 def _inspect_engines(bundle: Path, graph: str, as_json: bool) -> None:
