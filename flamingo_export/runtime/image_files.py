@@ -25,6 +25,8 @@ MAX_STREAM_BYTES = 512 * 2**20
 """A pipe or file object may have no end. This is more than the largest image that is decoded has without compression."""
 _CHUNK = 2**20
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", re.DOTALL)
+_URL_IN_A_FOLDER = re.compile(r".*?/(https?|ftp|s3|gs|hf|file):/+(.*)", re.DOTALL)
+"""What becomes of one that is joined to the folder of the file that names it."""
 
 
 class Readable(Protocol):
@@ -59,7 +61,7 @@ def as_url(source: str | os.PathLike[str]) -> str | None:
     text = os.fspath(source)
     if isinstance(text, str) and text.lower().startswith("data:"):
         return text if len(text) <= 40 else text[:40] + "..."
-    found = _URL.fullmatch(text) if isinstance(text, str) else None
+    found = (_URL.fullmatch(text) or _URL_IN_A_FOLDER.fullmatch(text)) if isinstance(text, str) else None
     if found is None or os.path.lexists(text):
         return None
     scheme, rest = found.groups()

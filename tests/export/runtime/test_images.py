@@ -242,6 +242,7 @@ def test_a_named_pipe_and_what_has_no_end(tmp_path: Path, monkeypatch: pytest.Mo
     [
         ("https://example.org/a.png?b=//c", "https://example.org/a.png?b=//c is a URL", "Download the file first"),
         (Path("https://example.org/a.png"), "https://example.org/a.png is a URL", "Download the file first"),
+        (Path("/data/tasks") / "https://example.org/a.png", "https://example.org/a.png is a URL", "Download the file first"),
         (Path("s3://bucket/a.png"), "s3://bucket/a.png is a URL", "Download the file first"),
         ("file:///home/a.png", "file:///home/a.png is a URL", "Give the path itself"),
         (Path("file:///home/a.png"), "file:///home/a.png is a URL", "Give the path itself"),

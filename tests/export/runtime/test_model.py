@@ -307,6 +307,16 @@ def test_events_of_a_ticket(text_model: Model) -> None:
             assert found == {(text.token_ids, text.token_logprobs) for text in wanted}
 
 
+def test_stop_texts_are_cut_from_text_and_stream(text_model: Model) -> None:
+    whole = text_model.generate("Hello", beams=1, max_new_tokens=16).text
+    stop = whole[3:5]
+    found = text_model.generate("Hello", beams=1, max_new_tokens=16, stop=stop, top_logprobs=2)
+    assert (found.text, found.finished) == (whole[: whole.find(stop)].rstrip(), True)
+    assert len(found.top_logprobs) == len(found.token_ids)
+    stream = text_model.stream("Hello", beams=1, max_new_tokens=16, stop=[stop, "never there"])
+    assert "".join(stream).rstrip() == found.text
+
+
 def test_deadlines_and_a_full_queue(text_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     slow_steps(text_model, monkeypatch)
     with pytest.raises(DeadlineExceeded, match="not finished by its deadline"):

@@ -38,25 +38,6 @@ def until_eoc(ids: list[int]) -> list[int]:
     return ids[: ids.index(EOC) + 1] if EOC in ids else ids
 
 
-@pytest.fixture(scope="module")
-def tiny_llama():  # type: ignore[no-untyped-def]
-    transformers = pytest.importorskip("transformers", reason="transformers is the oracle of beam search")
-    torch = pytest.importorskip("torch")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        bos_token_id=1,
-        eos_token_id=EOC,
-        pad_token_id=0,
-        initializer_range=0.6,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
-
-
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, -0.5])
 @pytest.mark.parametrize("beams", [2, 3, 5])
 def test_beam_search_is_that_of_transformers(tiny_llama, beams: int, length_penalty: float) -> None:  # type: ignore[no-untyped-def]
