@@ -105,9 +105,9 @@ class Seen:
 def test_slots_in_use_are_dense_with_holes_retired_rows_and_padded_prefill(
     gpu, tiny_bundle, tiny_config, tmp_path, monkeypatch
 ):
-    """Lengths are write_index + S. Branches leave holes that their siblings fill, rows that are done stay in a batch, and short prompts are padded
-    beside long ones: no position may ever see a slot from its row's length on, or the engine would give another result. By the runtime's own
-    calls, and by those of parity's cases, which pad and keep rows."""
+    """Lengths are write_index + S. Branches leave holes that their siblings fill, rows that are done stay in a batch, and short prompts are
+    padded beside long ones: no position may ever see a slot from its row's length on, or the engine would give another result. By the
+    runtime's own calls, and by those of parity's cases, which pad and keep rows."""
     from fake_gpu import LIMITS, add_engines
 
     from flamingo_export.validate.expected.cases import decoder_cases
