@@ -30,7 +30,7 @@ from flamingo_export.sources.choice import source_for_size
 from flamingo_export.specs import subgraph_specs
 from flamingo_export.validate import check_bundle
 from flamingo_export.weights import WeightIndex
-from flamingo_export.weights.calibration_table import CALIBRATION_FILE, read_table, write_table
+from flamingo_export.weights.calibration_table import CALIBRATION_FILE, METHODS, read_table, write_table
 from flamingo_reference.config import PRESETS as SIZES
 from tests.export.quantize.test_bundles import IMAGE, edited
 
@@ -110,7 +110,8 @@ def test_a_wrong_scale_fails_parity(built: pipeline.BuildResult, tmp_path: Path,
 def test_a_wrong_table_fails_the_build_though_reference_and_engine_agree(built: pipeline.BuildResult, tmp_path: Path) -> None:
     table = read_table(built.path / CALIBRATION_FILE)
     name = "media_kv/layer.2/k"
-    broken = msgspec.structs.replace(table.tensors[name], amax=table.tensors[name].amax / 64)
+    ranges = {method: getattr(table.tensors[name], method) / 64 for method in METHODS}
+    broken = msgspec.structs.replace(table.tensors[name], **ranges)
     write_table(tmp_path / "c.json", msgspec.structs.replace(table, tensors={**table.tensors, name: broken}))
     request = BuildRequest(
         source=source_for_size("nano"), out=tmp_path / "w.bundle", policy=POLICY, calibration=tmp_path / "c.json"
