@@ -5,20 +5,26 @@ The graph has a table's whole as the default of an input. Cut here once, wheneve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from flamingo_export.backends.base import Array
+from flamingo_export.errors import BundleError
 from flamingo_export.weights import DISTANCE_BLOCK, WeightIndex
 
 
 class CutTables:
     """Tables [H, D, blocks, DISTANCE_BLOCK] of a bundle, and their beginnings that are bound."""
 
-    def __init__(self, bundle: Path, names: Iterable[str]) -> None:
+    def __init__(self, bundle: Path, names: Sequence[str]) -> None:
+        """Raises BundleError if one of the tables is not among the bundle's weights."""
         index = WeightIndex.read(bundle)
+        if missing := [name for name in names if name not in index]:
+            raise BundleError(
+                f"{bundle}: its decoder reads {', '.join(missing)}, and its weights have no such tables. Build it again."
+            )
         self._whole = {name: index.read_tensor(bundle, name) for name in names}
         self._cut: dict[str, Array] = {}
         self._blocks = 0

@@ -214,8 +214,14 @@ class OnnxRuntimeSession(HostSession):
         return self._spec
 
     def allocate(self, name: str, shape: tuple[int, ...]) -> HostBuffer:
-        """A zeroed buffer for input `name`; pages that are never touched take no memory."""
-        return HostBuffer(np.zeros(shape, self._kinds[name]))
+        """A zeroed buffer for input `name`; pages that are never touched take no memory. Raises BackendError if there is no room for it."""
+        try:
+            return HostBuffer(np.zeros(shape, self._kinds[name]))
+        except (MemoryError, ValueError) as error:  # ValueError: more than can be addressed
+            raise BackendError(
+                f"{self._spec.name}: {name} of {'x'.join(map(str, shape))} does not fit in memory ({first_line(error)}). "
+                "Free memory, or build with smaller limits (build --max-length)."
+            ) from error
 
     def bind(self, name: str, buffer: Buffer) -> None:
         """Input `name`, and the output that aliases it, or output `name`, are this buffer from now on. Raises InputError for an unknown one."""
@@ -320,8 +326,9 @@ def _ort_value(array: Array) -> Any:
 
 
 def _is_ort_error(error: Exception) -> bool:
-    # Errors of loading have classes of their own, those of running with bound inputs and outputs arrive as RuntimeError.
-    return isinstance(error, RuntimeError) or type(error).__module__.startswith("onnxruntime.")
+    # Errors of loading have classes of their own, those of running with bound inputs and outputs arrive as RuntimeError. A message
+    # that quotes a damaged file's bytes is no text, and arrives as what Python makes of that.
+    return isinstance(error, RuntimeError | UnicodeDecodeError) or type(error).__module__.startswith("onnxruntime.")
 
 
 def _is_memory(error: Exception) -> bool:

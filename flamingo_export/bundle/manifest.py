@@ -10,7 +10,7 @@ import msgspec
 from flamingo_export.errors import BundleError
 from flamingo_export.files import write_atomically
 from flamingo_export.precision import Precision, StorageType
-from flamingo_reference.config import ModelConfig
+from flamingo_reference.config import ConfigError, ModelConfig
 from flamingo_reference.input_format import PAPER, InputFormat
 
 SCHEMA_VERSION = 1
@@ -208,7 +208,8 @@ class _Version(msgspec.Struct):
 def read_manifest(bundle: Path) -> Manifest:
     """The manifest of the bundle in folder `bundle`.
 
-    Raises BundleError if the folder is not a complete bundle, the manifest is malformed, or its schema is newer than this version.
+    Raises BundleError if the folder is not a complete bundle, the manifest is malformed, of a model that cannot be, or its schema is newer
+    than this version.
     """
     path = bundle / MANIFEST_NAME
     try:
@@ -227,9 +228,14 @@ def read_manifest(bundle: Path) -> Manifest:
             raise BundleError(
                 f"{path} has schema {version}; this flamingo-export reads up to {SCHEMA_VERSION}. Upgrade flamingo-export."
             )
-        return msgspec.json.decode(text, type=Manifest)
-    except msgspec.MsgspecError as error:
+        manifest = msgspec.json.decode(text, type=Manifest)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{path} is malformed ({error}). Build the bundle again.") from error
+    try:
+        manifest.config.validate()
+    except ConfigError as error:
+        raise BundleError(f"the manifest of {bundle} cannot be right: {error}. Build the bundle again.") from error
+    return manifest
 
 
 def write_manifest(bundle: Path, manifest: Manifest) -> None:

@@ -77,6 +77,18 @@ def generate(
         typer.Option("--top-p", min=0.0, max=1.0, help="Sample from the likeliest tokens of this mass.", show_default=False),
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed of sampling.", show_default=False)] = None,
+    requests: Annotated[
+        Path | None,
+        typer.Option(
+            "--requests", metavar="FILE", help="Answer many requests, JSON lines (docs/serving.md).", show_default=False
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", metavar="FILE", help="Where the answers to --requests go; resumes what is there.", show_default=False
+        ),
+    ] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print text as soon as it is certain.")] = False,
     backend: BackendName = "auto",
     fallback: Fallback = None,
@@ -89,6 +101,7 @@ def generate(
     \b
     flamingo-export generate nano.bundle --image a.png --beams 3 --stream
     flamingo-export generate nano.bundle --shots shots.jsonl --image q.png --question "What colour is the square?"
+    flamingo-export generate nano.bundle --requests in.jsonl --out out.jsonl
     """
     from flamingo_export.cli.options import formatted, media_as_typed, opened
     from flamingo_export.cli.verb import as_option
@@ -99,13 +112,23 @@ def generate(
         raise typer.BadParameter(
             "--stream prints text as it comes, --json the whole at the end: choose one", param_hint="--stream"
         )
+    if (requests is None) != (out is None):
+        raise typer.BadParameter("--requests and --out go together", param_hint="--requests")
     media = media_as_typed(ctx, images, videos, frames, fps, clip)
     for option, given in {"--shots": shots is not None, "--prompt": prompt is not None, "--text-only": text_only}.items():
         if shots_from is not None and given:
             raise typer.BadParameter(
                 f"examples come from the index, so it does not go with {option}", param_hint="--shots-from"
             )
-    request = formatted(bundle, media=media, prompt=prompt, question=question, shots=shots, text_only=text_only)
+    if requests is not None and (media or prompt or question or shots or shots_from or stream or as_json):
+        raise typer.BadParameter(
+            "each request says what it asks for itself; leave the other options out", param_hint="--requests"
+        )
+    request = (
+        None
+        if requests is not None
+        else formatted(bundle, media=media, prompt=prompt, question=question, shots=shots, text_only=text_only)
+    )
     settings: Settings = {
         "beams": beams,
         "max_new_tokens": max_new_tokens,
@@ -121,10 +144,35 @@ def generate(
     except InputError as error:
         raise typer.BadParameter(str(error)) from None
     with opened(bundle, backend, device, threads, fallback) as model:
+        if requests is not None and out is not None:
+            _run_file(model, requests, out, settings)
+            return
+        assert request is not None
         if shots_from is not None:
             request = _with_similar(model, shots_from, num_shots, media[0], question)
         result = _streamed(model, request, settings) if stream else model.generate(request, **settings)
         _print(result, request, eoc=model.inputs.tags.eoc, streamed=stream, as_json=as_json)
+
+
+def _run_file(model: Model, requests: Path, out: Path, settings: Settings) -> None:
+    """Answers a file of requests. Exits with 1 if one of them failed."""
+    import time
+
+    from flamingo_export.cli.output import remarks
+    from flamingo_export.cli.progress import reported
+    from flamingo_export.serve.from_file import run_file
+
+    started = time.perf_counter()
+    with reported() as progress:
+        tally = run_file(model, requests, out, settings, progress=progress)
+    seconds = time.perf_counter() - started
+    before = f", {tally.before} were there already" if tally.before else ""
+    failed = f", {tally.failed} failed" if tally.failed else ""
+    remarks().print(
+        f"{tally.done} requests in {seconds:.1f} s ({tally.done / seconds:.1f} a second){before}{failed}", markup=False
+    )
+    if tally.failed:
+        raise typer.Exit(1)
 
 
 def _with_similar(model: Model, index: Path, count: int, medium: MediumSource, question: str | None) -> Request:
@@ -141,9 +189,9 @@ def _with_similar(model: Model, index: Path, count: int, medium: MediumSource, q
 
 def _streamed(model: Model, request: Request, settings: Settings) -> Generation:
     """Prints the best text as it becomes certain and returns the whole."""
-    stream = model.stream(request, **settings)
-    for piece in stream:
-        print(piece, end="", flush=True)
+    with model.stream(request, **settings) as stream:
+        for piece in stream:
+            print(piece, end="", flush=True)
     print()
     if stream.result is None:
         raise RuntimeError("the stream ended without a result")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -137,6 +138,10 @@ def _inspect_bundle(bundle: Path, as_json: bool) -> None:
         console.print(table(("graph", "backend", "target", "version", "file"), engines, title="engines"))
     files = [(file.path, human_bytes(file.size), file.sha256[:12]) for file in manifest.files]
     console.print(table(("file", "size", "SHA-256 begins"), files, title="files", right=(1,)))
+    if find_spec("polygraphy") is not None:
+        from flamingo_export.validate.polygraphy_check import commands
+
+        console.print("\nwith Polygraphy:", *commands(bundle, manifest), sep="\n  ", markup=False, soft_wrap=True)
 
 
 def _inspect_engines(bundle: Path, graph: str, as_json: bool) -> None:
@@ -280,6 +285,7 @@ def _summary(bundle: Path, manifest: Manifest) -> str:
         "weights": f"stored as {precision.name}, computed in {precision.compute}; from {came}",
         **_quantised_lines(manifest),
         "limits": f"{limits.max_length} cache slots, prefill by {limits.chunk}, {limits.bank_rows} media kept encoded",
+        "tokens": f"a text ends after {_ids(manifest.config.tokens.stops)}; never generated: {_ids(manifest.config.tokens.never)}",
         "decoder": f"in {len(parts)} parts, language model layers {', '.join(parts)}" if len(parts) > 1 else "in one piece",
         "parity": stands,
         "made with": ", ".join(f"{name} {version}" for name, version in manifest.tools.items()) or "not recorded",
@@ -287,6 +293,16 @@ def _summary(bundle: Path, manifest: Manifest) -> str:
     }
     return "\n".join(
         [*(f"{name:<10} {text}" for name, text in lines.items()), *(f"note       {note}" for note in manifest.notes)]
+    )
+
+
+_SHOWN_IDS = 12  # of tokens that a line names
+
+
+def _ids(tokens: tuple[int, ...]) -> str:
+    """The first ones of some token ids."""
+    return ", ".join(map(str, tokens[:_SHOWN_IDS])) + (
+        f" and {len(tokens) - _SHOWN_IDS} more" if len(tokens) > _SHOWN_IDS else ""
     )
 
 

@@ -22,6 +22,12 @@ class AgainstWhat(StrEnum):
     golden = "golden"
 
 
+class SecondOpinion(StrEnum):
+    """Whose code checks golden values again."""
+
+    polygraphy = "polygraphy"
+
+
 def parity(
     bundle: Annotated[Path, typer.Argument(help="A bundle.", show_default=False)],
     backend: Annotated[str, typer.Option("--backend", help="Whose engines to check: auto or onnxruntime.")] = "auto",
@@ -46,6 +52,18 @@ def parity(
             show_default=False,
         ),
     ] = None,
+    with_: Annotated[
+        SecondOpinion | None,
+        typer.Option(
+            "--with",
+            help="polygraphy: golden values, checked again by NVIDIA Polygraphy's runner and comparator.",
+            show_default=False,
+        ),
+    ] = None,
+    export: Annotated[
+        Path | None,
+        typer.Option("--export", help="With --with: a folder for inputs and outputs in Polygraphy's JSON.", show_default=False),
+    ] = None,
     html: Annotated[
         Path | None, typer.Option("--html", help="Write the report as a self-contained page.", show_default=False)
     ] = None,
@@ -58,6 +76,7 @@ def parity(
     \b
     flamingo-export parity nano.bundle
     flamingo-export parity idefics.bundle --against transformers
+    flamingo-export parity nano.bundle --with polygraphy
     """
     from flamingo_export.cli.output import print_json
     from flamingo_export.cli.probes import package
@@ -65,6 +84,15 @@ def parity(
     from flamingo_export.errors import ParityError, pip_install
     from flamingo_export.validate import check_bundle
 
+    if export is not None and with_ is None:
+        raise typer.BadParameter("inputs and outputs are exported for Polygraphy: add --with polygraphy", param_hint="--export")
+    if with_ is not None:
+        if checkpoint is not None or against is not None or html is not None:
+            raise typer.BadParameter("Polygraphy checks the bundle's golden values, and nothing else", param_hint="--with")
+        from flamingo_export.cli.polygraphy import second_opinion
+
+        second_opinion(bundle, export, as_json=as_json)
+        return
     if checkpoint is None and (language_model or vision or loras or tokenizer):
         raise typer.BadParameter("parts go with a checkpoint: add --checkpoint", param_hint="--checkpoint")
     files = checkpoint_files(checkpoint, language_model, vision, loras, tokenizer) if checkpoint is not None else None

@@ -6,7 +6,7 @@ import hashlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -181,7 +181,8 @@ def read_data(
     _refuse_twins(asked.items)
     queries = _sampled(asked.items, settings)
     queries, gone = _there(queries, skip_missing)
-    examples, gone_examples = _there(shown.items, skip_missing)
+    # Texts alone are shown with 0 shots: their media need not be there.
+    examples, gone_examples = _there(shown.items, skip_missing) if any(settings.shots) else (list(shown.items), 0)
     for name, count in (("queries whose media are gone", gone), ("examples whose media are gone", gone_examples)):
         if count:
             left_out[name] = count
@@ -190,7 +191,21 @@ def read_data(
         left_out["examples without an answer that can be shown"] = silent
     if not queries:
         raise EvaluationError(f"task {task.name} has no items to ask")
+    queries, examples = ([_looked_at(item, settings) for item in items] for items in (queries, examples))
     return Data(queries=tuple(queries), examples=tuple(examples), split=split or task.split, left_out=left_out)
+
+
+def _looked_at(item: Item, settings: Settings) -> Item:
+    """The item with its video, if it is one in a file, looked at as the settings say."""
+    video = item.medium
+    if (
+        (settings.fps is None and settings.num_frames is None)
+        or not isinstance(video, Video)
+        or not isinstance(video.source, str | Path)
+    ):
+        return item
+    fps = None if Path(video.source).is_dir() else settings.fps
+    return replace(item, medium=replace(video, fps=fps, num_frames=settings.num_frames))
 
 
 def units_of(queries: Sequence[Item], settings: Settings) -> list[Unit]:

@@ -7,6 +7,7 @@ import msgspec
 from flamingo_export.errors import EvaluationError
 from flamingo_export.evaluation.selection import Select
 from flamingo_export.evaluation.task import Task
+from flamingo_export.runtime.videos import MAX_FPS, MAX_FRAMES
 
 MAX_SHOTS = 64
 MAX_ENSEMBLE = 24
@@ -29,6 +30,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     beams: int = 3
     max_new_tokens: int | None = None
     unit: int = 32
+    fps: float | None = None
+    num_frames: int | None = None
 
     def check(self, task: Task) -> None:
         """Raises EvaluationError naming each setting that cannot be."""
@@ -46,9 +49,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             ("beams", self.beams),
             ("max_new_tokens", self.max_new_tokens),
             ("unit", self.unit),
+            ("num_frames", self.num_frames),
         ):
             if value is not None and value < 1:
                 faults.append(f"{name} is {value}, expected at least 1")
+        if self.num_frames is not None and self.num_frames > MAX_FRAMES:
+            faults.append(f"num_frames is {self.num_frames}, expected at most {MAX_FRAMES}")
+        if self.fps is not None and not 0 < self.fps <= MAX_FPS:
+            faults.append(f"fps is {self.fps}, expected more than 0 and at most {MAX_FPS}")
         if self.seed < 0:
             faults.append(f"seed is {self.seed}, expected 0 or more")
         if faults:

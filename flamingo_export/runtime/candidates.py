@@ -112,10 +112,23 @@ def log_sum_exp(logits: Logits, top: Logits) -> Floats:
     return np.asarray(np.log(logits.sum(axis=1), dtype=np.float64) + top)
 
 
+def log_probabilities(logits: Logits, banned: int | Sequence[int]) -> Floats:
+    """Log-probabilities float64 [W, V] of the whole vocabulary without the banned tokens. Overwrites the logits. Raises BundleError."""
+    top = without(logits, banned)
+    exact = logits.astype(np.float64)
+    return np.asarray(exact - log_sum_exp(logits, top)[:, None])
+
+
+def whole(scores: Scores) -> Logits:
+    """Logits, which were asked for."""
+    assert not isinstance(scores, Candidates), "the whole vocabulary was asked for"
+    return scores
+
+
 _BLOCK = 64
 
 
-def top_tokens(logits: Logits, count: int) -> tuple[Ints, Ints]:
+def top_tokens(logits: Logits | Floats, count: int) -> tuple[Ints, Ints]:
     """Rows and tokens of the `count` largest logits of each row, largest first, the lower id first among equals: int64 [W * count] each.
 
     Exact. Blocks whose maximum is below the count-th largest block maximum cannot hold any of them, so most are skipped: several times
@@ -141,7 +154,7 @@ def top_tokens(logits: Logits, count: int) -> tuple[Ints, Ints]:
     return rows, found.reshape(-1)
 
 
-def _largest(values: Logits, count: int) -> Ints:
+def _largest(values: Logits | Floats, count: int) -> Ints:
     """Indices of the `count` largest, largest first, the lower index first among equals."""
     if count < len(values):
         threshold = np.partition(values, len(values) - count)[len(values) - count]

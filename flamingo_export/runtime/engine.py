@@ -36,6 +36,7 @@ from flamingo_export.runtime.options import GenerateOptions
 from flamingo_export.runtime.request import Prepared
 from flamingo_export.runtime.scheduler import NEVER
 from flamingo_export.runtime.search import Search
+from flamingo_export.runtime.steering import Decode
 from flamingo_export.runtime.subgraphs import Engines
 from flamingo_export.runtime.ticket import Ticket, now
 from flamingo_export.runtime.timings import Timings
@@ -92,12 +93,14 @@ class Engine:
         *,
         rows: int | None = None,
         queue: int | None = None,
+        decode: Decode | None = None,
         clock: Callable[[], float] = now,
     ) -> None:
         """Over opened subgraphs, which stay the caller's to close.
 
         rows: requests that run at once; None: 16, or as many as the engines were built for.
         queue: requests that may wait beside them; None: any number.
+        decode: token ids to text, in which stop texts are looked for.
         clock: of deadlines.
         Raises InputError for more rows than the engines take.
         """
@@ -108,7 +111,7 @@ class Engine:
                 f"{rows} rows were asked for, the engines take 1 to {most}. Build them with a larger limit (batch)."
             )
         self.rows = rows or min(DEFAULT_ROWS, most or DEFAULT_ROWS)
-        self._queue = queue
+        self._queue, self._decode = queue, decode
         self.loop = Loop(engines, config, limits, self.rows, clock)
         self._driving = threading.Lock()
         self._submitting = threading.Lock()
@@ -155,7 +158,7 @@ class Engine:
         """
         options.check(self.config)
         limit = self.new_tokens(request, options)
-        search = options.search(self.config, limit)
+        search = options.search(self.config, limit, prompt=request.token_ids.tolist(), decode=self._decode)
         return self.submit_search(
             request,
             search,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import os
 import re
 import stat
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import IO, Protocol, TypeGuard
 
@@ -22,6 +25,8 @@ MAX_STREAM_BYTES = 512 * 2**20
 """A pipe or file object may have no end. This is more than the largest image that is decoded has without compression."""
 _CHUNK = 2**20
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", re.DOTALL)
+_URL_IN_A_FOLDER = re.compile(r".*?/(https?|ftp|s3|gs|hf|file):/+(.*)", re.DOTALL)
+"""What becomes of one that is joined to the folder of the file that names it."""
 
 
 class Readable(Protocol):
@@ -56,7 +61,7 @@ def as_url(source: str | os.PathLike[str]) -> str | None:
     text = os.fspath(source)
     if isinstance(text, str) and text.lower().startswith("data:"):
         return text if len(text) <= 40 else text[:40] + "..."
-    found = _URL.fullmatch(text) if isinstance(text, str) else None
+    found = (_URL.fullmatch(text) or _URL_IN_A_FOLDER.fullmatch(text)) if isinstance(text, str) else None
     if found is None or os.path.lexists(text):
         return None
     scheme, rest = found.groups()
@@ -146,7 +151,18 @@ def _held(data: bytes, name: str) -> IO[bytes]:
 def opened_by_pillow(file: IO[bytes]) -> Image.Image:
     """The image of an encoded file, nothing of it decoded. Raises Pillow's errors."""
     Image.init()  # a format is known by name only once its plugin is loaded
-    return Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
+    image = Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
+    if image.format == "TIFF":
+        _quiet_libtiff()
+    return image
+
+
+@cache
+def _quiet_libtiff() -> None:
+    """libtiff, which Pillow decodes compressed TIFFs with, prints what it finds wrong on the process's stderr. Its own switch for that is
+    found through Pillow's extension; where it is built in otherwise, it goes on printing."""
+    with suppress(ImportError, OSError, AttributeError):
+        ctypes.CDLL(str(import_module("PIL._imaging").__file__)).TIFFSetErrorHandler(None)
 
 
 def is_image(file: IO[bytes]) -> bool:

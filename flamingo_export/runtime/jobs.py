@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flamingo_export.backends.base import Array
-from flamingo_export.runtime.candidates import Candidates, Logits, Scores, log_sum_exp, without
+from flamingo_export.runtime.candidates import Scores, log_sum_exp, whole, without
 from flamingo_export.runtime.media_encoder import Encoding
 from flamingo_export.runtime.request import Prepared
 from flamingo_export.runtime.scheduler import Entry
 from flamingo_export.runtime.search import Search, Step
+from flamingo_export.runtime.ticket import Ticket, Tokens
 from flamingo_export.runtime.tree import BeamTree, Ints
 from flamingo_reference.phi import phi_after
 
 if TYPE_CHECKING:
     from flamingo_export.runtime.cache import Row
-    from flamingo_export.runtime.ticket import Ticket
 
 clock = time.perf_counter
 
@@ -148,16 +148,17 @@ class Generating(Job):
         self.row.used += self.width
         self.tree.commit()
 
-    def news(self) -> list[tuple[int, Sequence[int], Sequence[float]]]:
-        """(text, tokens, their log-probabilities) that have become certain since this was asked last."""
+    def news(self) -> list[Tokens]:
+        """Tokens that have become certain since this was asked last."""
         found = []
-        for index, (tokens, logprobs) in enumerate(self.search.certain()):
+        for index, certain in enumerate(self.search.certain()):
             if index == len(self._given):
                 self._given.append(0)
             given = self._given[index]
-            if len(tokens) > given:
-                found.append((index, tokens[given:], logprobs[given:]))
-                self._given[index] = len(tokens)
+            if len(certain.token_ids) > given:
+                ids, logprobs, top = certain.token_ids[given:], certain.token_logprobs[given:], certain.top[given:]
+                found.append(Tokens(index=index, token_ids=tuple(ids), token_logprobs=tuple(logprobs), top=tuple(top)))
+                self._given[index] = len(certain.token_ids)
         return found
 
 
@@ -235,12 +236,6 @@ class Scoring(Job):
         found = iter(_logprobs(whole(scores), np.arange(len(wanted)), wanted, self._banned))
         for index in group:
             self.results[index] += [next(found) for _ in self._candidates[index][1:]]
-
-
-def whole(scores: Scores) -> Logits:
-    """Logits, which were asked for."""
-    assert not isinstance(scores, Candidates)
-    return scores
 
 
 def _logprobs(logits: Array, rows: Array, tokens: Array, banned: Sequence[int]) -> list[float]:

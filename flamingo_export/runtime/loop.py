@@ -25,7 +25,7 @@ from flamingo_export.runtime.prefill import check_phi, chunk_feeds, looking_at
 from flamingo_export.runtime.scheduler import Kind, Schedule, next_action, overdue
 from flamingo_export.runtime.search import Hypothesis
 from flamingo_export.runtime.subgraphs import Engines
-from flamingo_export.runtime.ticket import Ticket, Tokens
+from flamingo_export.runtime.ticket import Ticket
 from flamingo_export.runtime.tree import Ints
 from flamingo_reference.config import ModelConfig
 
@@ -275,7 +275,7 @@ class Loop:
         job.chosen += 1
         self.counts["generated_tokens"] += 1
         if job.events and (news := job.news()):
-            job.ticket.push(*(Tokens(index=i, token_ids=tuple(ids), token_logprobs=tuple(p)) for i, ids, p in news))
+            job.ticket.push(*news)
         if step is not None:
             job.follow(step)
             return

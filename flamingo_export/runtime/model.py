@@ -25,6 +25,7 @@ from flamingo_export.runtime.options import GenerateOptions, Settings, options_f
 from flamingo_export.runtime.prompts import Shots, as_shots, caption_prompt, qa_prompt
 from flamingo_export.runtime.request import Prepared, Request, prepare
 from flamingo_export.runtime.search import Hypothesis
+from flamingo_export.runtime.steering import HoldBack, cut_at
 from flamingo_export.runtime.subgraphs import Engines
 from flamingo_export.runtime.ticket import Ticket, now
 from flamingo_export.runtime.timings import Timings
@@ -46,7 +47,9 @@ class Text:
     token_logprobs: tuple[float, ...]
     score: float
     finished: bool
-    """Whether it ended by itself, with `<EOC>`, rather than at max_new_tokens."""
+    """Whether it ended by itself, with `<EOC>` or a stop text, rather than at max_new_tokens."""
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
+    """(token, log-probability) of the likeliest at each place, where they were asked for."""
 
     def __repr__(self) -> str:
         end = "finished" if self.finished else "cut at max_new_tokens"
@@ -99,7 +102,8 @@ class Model:
         self.tokenizer = Tokenizer.open(bundle, self.config, self.inputs.tags) if has_tokenizer else None
         self.engines = Engines.open(bundle, manifest, backend, options)
         try:
-            self.engine = Engine(self.engines, self.config, manifest.limits, rows=rows, queue=queue)
+            decode = None if self.tokenizer is None else self.tokenizer.decode
+            self.engine = Engine(self.engines, self.config, manifest.limits, rows=rows, queue=queue, decode=decode)
         except BaseException:
             self.engines.close()
             raise
@@ -218,6 +222,7 @@ class Model:
             TextStream(self.tokenizer, strip=True),
             lambda outcome, timings: self.generation(outcome, options, timings),
             one_text=options.width == 1 or not options.samples,
+            stops=options.stops,
         )
 
     def caption(
@@ -275,7 +280,7 @@ class Model:
             without it "a" is likelier than "a square" whatever the image shows.
         Raises InputError before anything is run.
         """
-        if not candidates or isinstance(candidates, str):
+        if isinstance(candidates, str) or not isinstance(candidates, Sequence) or not candidates:
             raise InputError("no candidates were given. Give a list of at least one answer.")
         request = as_request(prompt, images, videos)
         started = time.perf_counter()
@@ -380,24 +385,26 @@ class Model:
 
     def generation(self, outcome: Outcome, options: GenerateOptions, timings: Timings) -> Generation:
         """What a finished search found."""
-        best, *others = (self._text(hypothesis) for hypothesis in outcome.hypotheses[: options.num_return])
+        best, *others = (self._text(hypothesis, options.stops) for hypothesis in outcome.hypotheses[: options.num_return])
         return Generation(
             text=best.text,
             token_ids=best.token_ids,
             token_logprobs=best.token_logprobs,
             score=best.score,
             finished=best.finished,
+            top_logprobs=best.top_logprobs,
             alternatives=tuple(others),
             timings=timings,
         )
 
-    def _text(self, hypothesis: Hypothesis) -> Text:
+    def _text(self, hypothesis: Hypothesis, stops: Sequence[str]) -> Text:
         return Text(
-            text=self._decode(hypothesis.token_ids).strip(),
+            text=cut_at(self._decode(hypothesis.token_ids), stops).strip(),
             token_ids=hypothesis.token_ids,
             token_logprobs=hypothesis.token_logprobs,
             score=hypothesis.score,
-            finished=hypothesis.token_ids[-1] in self.config.tokens.stops,
+            finished=hypothesis.reason == "stop",
+            top_logprobs=hypothesis.top,
         )
 
     def _decode(self, token_ids: Sequence[int]) -> str:
@@ -406,6 +413,12 @@ class Model:
     def candidate_ids(self, request: Request, candidate: str | Sequence[int], end: bool) -> list[int]:
         """Token ids of a candidate answer after the request's prompt; end: with `<EOC>`. Raises InputError."""
         if not isinstance(candidate, str):
+            if (
+                isinstance(candidate, bytes)
+                or not isinstance(candidate, Sequence | np.ndarray)
+                or not all(isinstance(token, int | np.integer) for token in candidate)
+            ):
+                raise InputError(f"candidate {candidate!r} is neither a text nor a list of token ids")
             ids = [int(token) for token in candidate]
         elif self.tokenizer is None:
             raise InputError("the bundle has no tokenizer, so text cannot be encoded. Give candidates as token ids.")
@@ -435,10 +448,15 @@ class Stream(Iterator[str]):
         finish: Callable[[Outcome, Timings], Generation],
         *,
         one_text: bool,
+        stops: Sequence[str] = (),
     ) -> None:
-        """one_text: whether the tokens that become certain are those of the result; of several samples the best is not known before."""
+        """one_text: whether the tokens that become certain are those of the result; of several samples the best is not known before.
+
+        stops: texts before which the answer ends.
+        """
         self.result: Generation | None = None
         self._ticket, self._text, self._finish, self._one_text = ticket, text, finish, one_text
+        self._hold = HoldBack(stops)
         self._given = 0
         self._open = True
 
@@ -448,12 +466,13 @@ class Stream(Iterator[str]):
                 event = self._ticket.next_event()
                 if event is not None:
                     tokens = event.token_ids if self._one_text else ()
-                    piece = self._text.push(tokens)
+                    piece = self._hold.push(self._text.push(tokens))
                     self._given += len(tokens)
                 else:
                     self._open = False
                     self.result = self._finish(self._ticket.result(), self._ticket.timings)
-                    piece = self._text.push(self.result.token_ids[self._given :]) + self._text.finish()
+                    piece = self._hold.push(self._text.push(self.result.token_ids[self._given :]) + self._text.finish())
+                    piece += self._hold.finish()
             except BaseException:
                 self.close()
                 raise
@@ -499,8 +518,8 @@ def as_request(
         return prompt
     if isinstance(prompt, str):
         return Request(prompt=prompt, media=media)
-    if isinstance(prompt, Sequence | np.ndarray):
-        return Request(prompt=np.asarray(prompt).tolist(), media=media)
+    if isinstance(prompt, Sequence | np.ndarray) and not isinstance(prompt, bytes | bytearray | memoryview):
+        return Request(prompt=prompt.tolist() if isinstance(prompt, np.ndarray) else list(prompt), media=media)
     raise PromptError(f"a prompt is given as {type(prompt).__name__}; give a text, a list of token ids or a Request")
 
 

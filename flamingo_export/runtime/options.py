@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from typing import TypedDict
 
@@ -12,10 +12,14 @@ from flamingo_export.bundle.manifest import ShapeLimits
 from flamingo_export.errors import InputError
 from flamingo_export.runtime.cache import check_capacity, check_positions, slots_for
 from flamingo_export.runtime.search import BeamSearch, Sampling, Search, StopRule
+from flamingo_export.runtime.steering import Decode, Steering, StopTexts
 from flamingo_reference.config import ModelConfig
 
 DEFAULT_BEAMS = 3
 DEFAULT_NEW_TOKENS = 64
+MAX_TOP_LOGPROBS = 20
+MAX_STOPS = 16
+MAX_BIAS = 1e6
 MAX_LENGTH_PENALTY = 10.0
 """On either side: beyond it the powers of lengths leave the range of floating point numbers."""
 
@@ -31,6 +35,14 @@ class Settings(TypedDict, total=False):
     top_k: int | None
     top_p: float | None
     seed: int | None
+    min_p: float | None
+    stop: str | Sequence[str]
+    logit_bias: Mapping[int, float]
+    repetition_penalty: float
+    no_repeat_ngram: int
+    min_new_tokens: int
+    early_stopping: bool
+    top_logprobs: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +50,18 @@ class GenerateOptions:
     """Settings of a generation.
 
     beams: 3 (or num_return, where that is more) unless sampling; 1 is greedy, and so is temperature 0.
-    temperature, top_k, top_p: any of them samples instead of searching, from `seed` where it is given.
+    temperature, top_k, top_p, min_p: any of them samples instead of searching, from `seed` where it is given. min_p leaves out what is less
+        likely than so much of the likeliest.
     num_return: texts wanted, the best beams or as many samples.
     max_new_tokens: 64, or fewer where the cache is smaller.
     length_penalty: beams are ordered by sum(log p) / length ** length_penalty.
+    early_stopping: beams end as soon as there are enough finished texts, whatever the others may become.
+    stop: texts that end the answer, which is cut before them.
+    logit_bias: token id -> what is added to its logit.
+    repetition_penalty: of tokens that were in the prompt or the answer; above 1 makes them less likely.
+    no_repeat_ngram: no sequence of so many tokens comes twice; 0 allows it.
+    min_new_tokens: tokens before the answer may end.
+    top_logprobs: likeliest tokens to be reported at each place.
 
     A setting that would have no effect beside the others is refused: `seed` where nothing is drawn, `top_k` at temperature 0,
     `length_penalty` where there are no beams to order.
@@ -55,11 +75,26 @@ class GenerateOptions:
     top_k: int | None = None
     top_p: float | None = None
     seed: int | None = None
+    min_p: float | None = None
+    stop: str | Sequence[str] = ()
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    repetition_penalty: float = 1.0
+    no_repeat_ngram: int = 0
+    min_new_tokens: int = 0
+    early_stopping: bool = False
+    top_logprobs: int = 0
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop texts."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     @property
     def samples(self) -> bool:
         """Whether tokens are drawn."""
-        return not (self.temperature is None and self.top_k is None and self.top_p is None) and self.temperature != 0.0
+        return self.temperature != 0.0 and any(
+            value is not None for value in (self.temperature, self.top_k, self.top_p, self.min_p)
+        )
 
     @property
     def width(self) -> int:
@@ -73,6 +108,11 @@ class GenerateOptions:
     def check(self, config: ModelConfig) -> None:
         """Raises InputError naming each setting that cannot be."""
         self.check_values()
+        unknown = [token for token in self.logit_bias if not 0 <= token < config.language_model.vocab_size]
+        if unknown:
+            raise InputError(
+                f"logit_bias names token {unknown[0]}, the model knows 0 to {config.language_model.vocab_size - 1}"
+            )
         needed = (1 + len(config.tokens.stops)) * self.width
         if not self.samples and needed > config.language_model.vocab_size:
             raise InputError(
@@ -96,6 +136,9 @@ class GenerateOptions:
             ("num_return", self.num_return, 1),
             ("top_k", self.top_k, 1),
             ("seed", self.seed, 0),
+            ("no_repeat_ngram", self.no_repeat_ngram, 0),
+            ("min_new_tokens", self.min_new_tokens, 0),
+            ("top_logprobs", self.top_logprobs, 0),
         ):
             if value is not None and value < least:
                 faults.append(f"{{{name}}} is {value}, expected at least {least}")
@@ -103,6 +146,18 @@ class GenerateOptions:
             faults.append(f"{{temperature}} is {self.temperature}, expected 0 or more")
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
             faults.append(f"{{top_p}} is {self.top_p}, expected more than 0 and at most 1")
+        if self.min_p is not None and not 0.0 <= self.min_p <= 1.0:
+            faults.append(f"{{min_p}} is {self.min_p}, expected 0 to 1")
+        if not 0.0 < self.repetition_penalty < float("inf"):
+            faults.append(f"{{repetition_penalty}} is {self.repetition_penalty}, expected more than 0")
+        if self.top_logprobs > MAX_TOP_LOGPROBS:
+            faults.append(f"{{top_logprobs}} is {self.top_logprobs}, expected at most {MAX_TOP_LOGPROBS}")
+        if any(not -MAX_BIAS <= bias <= MAX_BIAS for bias in self.logit_bias.values()):
+            faults.append(f"{{logit_bias}} has a bias outside -{MAX_BIAS:.0f} to {MAX_BIAS:.0f}")
+        if not all(self.stops) or len(self.stops) > MAX_STOPS:
+            faults.append(f"{{stop}} is {self.stop!r}, expected at most {MAX_STOPS} texts, none of them empty")
+        if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
+            faults.append(f"{{min_new_tokens}} is {self.min_new_tokens}, {{max_new_tokens}} only {self.max_new_tokens}")
         if not -MAX_LENGTH_PENALTY <= self.length_penalty <= MAX_LENGTH_PENALTY:
             faults.append(
                 f"{{length_penalty}} is {self.length_penalty}, expected {-MAX_LENGTH_PENALTY} to {MAX_LENGTH_PENALTY}"
@@ -122,7 +177,11 @@ class GenerateOptions:
                 faults.append(
                     f"{{num_return}} is {self.num_return}, and {{temperature}} 0 is greedy, which finds one text; use {{beams}}"
                 )
-            for name, value in (("top_k", self.top_k), ("top_p", None if self.top_p == 1.0 else self.top_p)):
+            for name, value in (
+                ("top_k", self.top_k),
+                ("top_p", None if self.top_p == 1.0 else self.top_p),
+                ("min_p", self.min_p or None),
+            ):
                 if value is not None:
                     faults.append(f"{{{name}}} is {value}, and {{temperature}} 0 takes the likeliest token; leave one out")
         elif self.num_return > self.width:
@@ -131,21 +190,33 @@ class GenerateOptions:
             faults.append(
                 f"{{seed}} is {self.seed}, but nothing is drawn: add {{temperature}}, {{top_k}} or {{top_p}}, or leave it out"
             )
+        if self.early_stopping and (self.samples or self.width == 1):
+            faults.append("{early_stopping} was asked for, but there are no beams to stop; leave it out")
         if self.length_penalty != 0.0 and (self.samples or self.width == 1):
             faults.append(f"{{length_penalty}} is {self.length_penalty}, but there are no beams to order; leave it out")
         return faults
 
     def _types(self) -> list[str]:
         faults = []
-        for name in ("beams", "max_new_tokens", "num_return", "top_k", "seed"):
+        for name in (
+            "beams", "max_new_tokens", "num_return", "top_k", "seed", "no_repeat_ngram", "min_new_tokens", "top_logprobs"
+        ):  # fmt: skip
             value = getattr(self, name)
             left_out = value is None and name != "num_return"
             if not left_out and (isinstance(value, bool) or not isinstance(value, Integral)):
                 faults.append(f"{name} is {value!r}, expected a whole number")
-        for name in ("temperature", "top_p", "length_penalty"):
+        for name in ("temperature", "top_p", "min_p", "length_penalty", "repetition_penalty"):
             value = getattr(self, name)
-            if not isinstance(value, Real) and not (value is None and name != "length_penalty"):
+            if not isinstance(value, Real) and not (value is None and name not in ("length_penalty", "repetition_penalty")):
                 faults.append(f"{name} is {value!r}, expected a number")
+        if not isinstance(self.stop, str | Sequence) or not all(isinstance(text, str) for text in self.stop):
+            faults.append(f"stop is {self.stop!r}, expected a text or a list of texts")
+        if not isinstance(self.early_stopping, bool):
+            faults.append(f"early_stopping is {self.early_stopping!r}, expected True or False")
+        if not isinstance(self.logit_bias, Mapping) or not all(
+            isinstance(token, Integral) and isinstance(bias, Real) for token, bias in self.logit_bias.items()
+        ):
+            faults.append(f"logit_bias is {self.logit_bias!r}, expected numbers by token id")
         return faults
 
     def new_tokens(self, prompt: int, limits: ShapeLimits, position_limit: int | None = None) -> int:
@@ -168,10 +239,43 @@ class GenerateOptions:
         if seed is not None:
             replace(self, seed=seed).check_values()
 
-    def search(self, config: ModelConfig, max_new_tokens: int, seed: int | None = None) -> Search:
-        """A fresh search for one request. seed: the request's own, in place of the one for all."""
+    def search(
+        self,
+        config: ModelConfig,
+        max_new_tokens: int,
+        seed: int | None = None,
+        *,
+        prompt: Sequence[int] = (),
+        decode: Decode | None = None,
+    ) -> Search:
+        """A fresh search for one request.
+
+        seed: the request's own, in place of the one for all.
+        prompt: its token ids, which penalties count.
+        decode: new tokens to text, in which stop texts are looked for. Raises InputError if there are some and it is None.
+        """
+        tokens = config.tokens
+        if self.stops and decode is None:
+            raise InputError(
+                "the bundle has no tokenizer, so there is no text in which stop texts could be found. Leave out stop."
+            )
+        steering = Steering(
+            prompt=tuple(prompt),
+            ends=tokens.stops,
+            logit_bias=self.logit_bias,
+            repetition_penalty=self.repetition_penalty,
+            no_repeat_ngram=self.no_repeat_ngram,
+            min_new_tokens=self.min_new_tokens,
+        )
+        steers = self.logit_bias or self.repetition_penalty != 1.0 or self.no_repeat_ngram or self.min_new_tokens
         rule = StopRule(
-            eoc=config.tokens.eoc, ends=config.tokens.ends, banned=config.tokens.never, max_new_tokens=max_new_tokens
+            eoc=tokens.eoc,
+            ends=tokens.ends,
+            banned=tokens.never,
+            max_new_tokens=max_new_tokens,
+            stop=StopTexts(self.stops, decode) if self.stops and decode is not None else None,
+            steering=steering if steers else None,
+            top=self.top_logprobs,
         )
         if self.samples:
             temperature = 1.0 if self.temperature is None else self.temperature
@@ -181,11 +285,12 @@ class GenerateOptions:
                 temperature=temperature,
                 top_k=self.top_k,
                 top_p=self.top_p,
+                min_p=self.min_p,
                 seed=self.seed if seed is None else seed,
             )
         if self.width == 1:
             return Sampling(rule)
-        return BeamSearch(rule, beams=self.width, length_penalty=self.length_penalty)
+        return BeamSearch(rule, beams=self.width, length_penalty=self.length_penalty, early_stopping=self.early_stopping)
 
 
 def spelled(text: str, spelling: Callable[[str], str]) -> str:
@@ -223,6 +328,11 @@ OTHER_NAMES = {
     "max_tokens": "it is called {max_new_tokens} here",
     "max_completion_tokens": "it is called {max_new_tokens} here",
     "max_output_tokens": "it is called {max_new_tokens} here",
+    "stop_sequences": "it is called {stop} here",
+    "stop_strings": "it is called {stop} here",
+    "no_repeat_ngram_size": "it is called {no_repeat_ngram} here",
+    "min_length": "{min_new_tokens} counts the new tokens, without the prompt",
+    "logprobs": "it is called {top_logprobs} here",
     "max_length": "{max_new_tokens} counts the new tokens, without the prompt",
     "num_return_sequences": "it is called {num_return} here",
     "num_samples": "it is called {num_return} here",

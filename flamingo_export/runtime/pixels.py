@@ -117,11 +117,12 @@ def _opaque(shown: npt.NDArray[np.bool_]) -> Image.Image:
 
 def _eight_bit(image: Image.Image, name: str) -> Image.Image:
     """Gray values of 12 or 16 bits in 8."""
-    values = np.asarray(image).astype(np.int64)
+    values = np.asarray(image)
     tags: Any = getattr(image, "tag_v2", {})
     top = 0xFFF if tags.get(BITSPERSAMPLE) == (12,) else 0xFFFF
     if values.min() < 0 or values.max() > top:
         raise ImageError(f"{name} holds integers from {values.min()} to {values.max()}. Save it with 8 or 16 bits a channel.")
+    table = ((np.arange(top + 1) * 255 + top // 2) // top).astype(np.uint8)
     if tags.get(PHOTOMETRIC_INTERPRETATION) == 0:  # WhiteIsZero, which Pillow turns round in 8 bits and fewer
-        values = top - values
-    return Image.fromarray(((values * 255 + top // 2) // top).astype(np.uint8))
+        table = table[::-1]
+    return Image.fromarray(table[values])

@@ -105,9 +105,14 @@ def prepared_from_ids(ids: Ints, media: tuple[Medium, ...], config: ModelConfig)
 
 
 def _checked_ids(prompt: Sequence[int], config: ModelConfig) -> Ints:
-    ids = np.asarray(prompt)
+    if not isinstance(prompt, Sequence | np.ndarray) or isinstance(prompt, bytes | bytearray | memoryview):
+        raise PromptError(f"a prompt is given as {type(prompt).__name__}; give a text or a list of token ids")
     if len(prompt) == 0:
         raise PromptError("the prompt is empty. Give at least one token.")
+    try:
+        ids = np.asarray(prompt)
+    except ValueError as error:  # lists of several lengths
+        raise PromptError(f"the prompt is no list of token ids ({error})") from None
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise PromptError(f"token ids are {ids.dtype} of shape {ids.shape}, expected a list of integers")
     size = config.language_model.vocab_size

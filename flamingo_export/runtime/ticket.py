@@ -22,11 +22,13 @@ class Tokens:
 
     index: of the text they belong to; beams have one, which is the best, samples one each.
     token_ids, token_logprobs: what follows on that text's earlier events.
+    top: (token, log-probability) of the likeliest at each place, where they were asked for.
     """
 
     index: int
     token_ids: tuple[int, ...]
     token_logprobs: tuple[float, ...]
+    top: tuple[tuple[tuple[int, float], ...], ...] = ()
 
 
 class Ticket(Generic[R]):

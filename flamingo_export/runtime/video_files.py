@@ -248,6 +248,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
             held = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
             raise ImageError(f"{path} holds no video ({held} only)")
         stream = streams[0]
+        stream.thread_type = "AUTO"
         if stream.codec_context is None:
             raise ImageError(f"{path}: there is no decoder for its video")
         width, height = stream.codec_context.width, stream.codec_context.height

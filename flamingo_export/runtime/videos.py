@@ -62,8 +62,8 @@ def load_video(video: Video, *, default_frames: int) -> Iterator[Pixels]:
     Raises ImageError if there are none, one cannot be read, or more than MAX_FRAMES are asked for.
     """
     wanted = default_frames if video.num_frames is None else video.num_frames
-    if not 1 <= wanted <= MAX_FRAMES:
-        raise ImageError(f"{wanted} frames were asked for, expected 1 to {MAX_FRAMES}")
+    if not (isinstance(wanted, int | np.integer) and 1 <= wanted <= MAX_FRAMES):
+        raise ImageError(f"{_shown(wanted)} frames were asked for, expected 1 to {MAX_FRAMES}")
     _check_times(video)
     source = video.source
     if isinstance(source, str | os.PathLike) and os.path.isdir(source):
@@ -141,12 +141,25 @@ def shown_at(times: Sequence[float], wanted: Sequence[float]) -> list[int]:
 
 
 def _check_times(video: Video) -> None:
-    if video.fps is not None and not 0 < video.fps <= MAX_FPS:
-        raise ImageError(f"{video.fps:g} frames a second were asked for, expected more than 0 and at most {MAX_FPS}")
-    if video.clip is not None and not 0 <= video.clip[0] < video.clip[1] < math.inf:
+    fps, clip = video.fps, video.clip
+    if fps is not None and not (_is_number(fps) and 0 < fps <= MAX_FPS):
+        raise ImageError(f"{_shown(fps)} frames a second were asked for, expected more than 0 and at most {MAX_FPS}")
+    if clip is None:
+        return
+    if not (isinstance(clip, Sequence) and len(clip) == 2 and all(map(_is_number, clip))):
+        raise ImageError(f"a clip is {_shown(clip)}, expected two numbers of seconds, START and END")
+    if not 0 <= clip[0] < clip[1] < math.inf:
         raise ImageError(
-            f"a clip from {video.clip[0]:g} to {video.clip[1]:g} seconds was asked for, expected START-END with START before END"
+            f"a clip from {clip[0]:g} to {clip[1]:g} seconds was asked for, expected START-END with START before END"
         )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+
+
+def _shown(value: object) -> str:
+    return f"{value:g}" if isinstance(value, int | float) else repr(value)[:80]
 
 
 def _frames_of_file(source: EncodedSource, wanted: int, video: Video) -> Iterator[Pixels]:

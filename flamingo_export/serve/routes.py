@@ -23,6 +23,7 @@ from flamingo_export.serve.bodies import Chat, Completion, Sampled, Scored
 from flamingo_export.serve.chat import ChatPrompt, MediumUrl, chat_prompt
 from flamingo_export.serve.errors import ApiError, refusal_of
 from flamingo_export.serve.models import Served
+from flamingo_export.serve.options import options_of
 from flamingo_export.serve.transport import EventStream, unless_gone
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from flamingo_export.serve.app import Server
 
 _log = logging.getLogger("flamingo_export.serve")
-MAX_CHOICES = 128
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,35 +139,6 @@ class Asked:
 
     prompt: str | list[int]
     media: tuple[MediumUrl, ...] = ()
-
-
-def options_of(body: Sampled, max_tokens: int | None) -> GenerateOptions:
-    """The search that a body asks for.
-
-    Greedy unless beams, or something that draws, are asked for: temperature above 0, top_p below 1, top_k, or several texts. A seed where
-    nothing is drawn is what many clients send always, and has no effect. Raises ApiError or InputError.
-    """
-    if body.n is not None and not 1 <= body.n <= MAX_CHOICES:
-        raise ApiError(400, f"n is {body.n}, expected 1 to {MAX_CHOICES}", param="n")
-    if body.stop:
-        raise ApiError(400, "stop is not offered.", param="stop", code="unsupported")
-    n = body.n or 1
-    top_p = None if body.top_p == 1 else body.top_p
-    settings: dict[str, Any] = {"num_return": n, "max_new_tokens": max_tokens}
-    if body.beams is not None:
-        if body.temperature or top_p is not None or body.top_k is not None:
-            raise ApiError(400, "beams and sampling exclude each other", param="beams")
-        settings |= {"beams": body.beams, "length_penalty": body.length_penalty or 0.0}
-    elif body.temperature or top_p is not None or body.top_k is not None or (n > 1 and body.temperature is None):
-        temperature = 1.0 if body.temperature is None else body.temperature
-        settings |= {"temperature": temperature, "top_p": top_p, "top_k": body.top_k, "seed": body.seed}
-    elif n > 1:
-        raise ApiError(400, "temperature 0 finds one text; ask for beams, or for a temperature", param="n")
-    else:
-        settings |= {"beams": 1}
-    options = GenerateOptions(**settings)
-    options.check_values()
-    return options
 
 
 async def _generate(

@@ -11,11 +11,13 @@ import ml_dtypes
 import msgspec
 import numpy as np
 
+from flamingo_export.errors import BundleError
 from flamingo_export.precision import ElementType, Precision
 from flamingo_export.quantize.matrices import code_shape, scale_shape
 from flamingo_export.weights.components import bundle_weights
 from flamingo_export.weights.recipes import Array, Weight
 from flamingo_reference.checkpoints.files.safetensors_file import open_header
+from flamingo_reference.checkpoints.files.tensors import CheckpointError
 from flamingo_reference.config import ModelConfig
 
 STORAGE_DTYPES: Mapping[ElementType, Any] = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
@@ -147,12 +149,22 @@ class WeightIndex:
 
     @classmethod
     def read(cls, bundle: Path) -> WeightIndex:
-        """The index of a bundle folder, from its files' headers. Raises CheckpointError if one is cut short or malformed."""
+        """The index of a bundle folder, from its files' headers.
+
+        Raises BundleError if one is cut short or malformed, or holds elements that no bundle has.
+        """
         elements = {np.dtype(dtype): element for element, dtype in _ELEMENT_DTYPES.items()}
         placed = {}
         for path in sorted((bundle / WEIGHTS_FOLDER).glob("*.safetensors")):
-            for name, entry in open_header(path).items():
-                element = elements[entry.dtype]
+            try:
+                header = open_header(path)
+            except CheckpointError as error:
+                raise BundleError(f"{error} It belongs to the bundle {bundle}: build that again, or copy it again.") from error
+            for name, entry in header.items():
+                if (element := elements.get(entry.dtype)) is None:
+                    raise BundleError(
+                        f"{path}: {name} has elements of type {entry.dtype}, which no bundle has. Build it again."
+                    )
                 placed[name] = Placed(
                     file=f"{WEIGHTS_FOLDER}/{path.name}",
                     offset=entry.start,

@@ -175,4 +175,4 @@ def run(card: Card, attend: Attend, bundles: Mapping[str, Path], *, count: int =
 
 def _captured(backend: TorchBackend) -> bool:
     """Whether the decoder's steps became CUDA graphs. PyTorch may refuse; TensorRT's engines are captured by the same code."""
-    return any(step.graph is not None for session in backend.sessions for step in session._steps.values())
+    return any(session._steps for session in backend.sessions)

@@ -23,7 +23,7 @@ from flamingo_export.backends.tensorrt.dtypes import encode
 from flamingo_export.backends.tensorrt.engine_contract import Contract
 from flamingo_export.backends.tensorrt.lowering.shapes import Bounds, Profile
 from flamingo_export.backends.tensorrt.memory import DeviceBuffer, DeviceTensor, Lane
-from flamingo_export.backends.tensorrt.session import MAX_GRAPHS, TensorRTSession
+from flamingo_export.backends.tensorrt.session import CAPTURED_AT, MAX_GRAPHS, TensorRTSession
 from flamingo_export.specs import SubgraphSpec, TensorSpec
 from gpu import kernel_cases
 from gpu.library import arguments
@@ -112,24 +112,24 @@ class Rig:
             "phi": np.sort(self.random.integers(0, media + 1, (batch, positions)), axis=1),
         }
 
-    def check(self, feeds: dict[str, np.ndarray[Any, Any]], y: np.ndarray[Any, Any]) -> None:
+    def check(self, feeds: dict[str, np.ndarray[Any, Any]], y: np.ndarray[Any, Any], first: int = 0) -> None:
         """The result and the cache's first slot. Raises AssertionError."""
         given = [torch.from_numpy(np.ascontiguousarray(feeds[name])) for name in ("q", "media_rows", "phi")]
         bank = [torch.from_numpy(self.held[name]) for name in ("media_k.0", "media_v.0")]
         kernel_cases.compare(kernel_cases.Inputs(given[0], *bank, *given[1:], None, None), torch.from_numpy(y))
         batch = len(feeds["q"])
-        first = self.cache.rows(0, batch).read()[:, :, 0]
-        assert np.array_equal(first, feeds["q"][:, 0].astype(np.float32)), "the cache does not hold what was copied into it"
+        written = self.cache.rows(first, batch).read()[:, :, 0]
+        assert np.array_equal(written, feeds["q"][:, 0].astype(np.float32)), "the cache does not hold what was copied into it"
 
-    def step(self, batch: int, positions: int, media: int = 1) -> None:
-        """One call with fresh inputs, checked."""
-        self.session.bind("past_k.0", self.cache.rows(0, batch))
+    def step(self, batch: int, positions: int, media: int = 1, *, first: int = 0) -> None:
+        """One call of rows `first` on with fresh inputs, checked."""
+        self.session.bind("past_k.0", self.cache.rows(first, batch))
         feeds = self.feeds(batch, positions, media)
-        self.check(feeds, self.session.run(feeds)["y"].astype(np.float16))
+        self.check(feeds, self.session.run(feeds)["y"].astype(np.float16), first)
 
     def graphs(self) -> int:
         """Captured graphs that the session holds."""
-        return sum(step.graph is not None for step in self.session._steps.values())
+        return len(self.session._steps)
 
 
 def shapes(rig: Rig) -> int:
@@ -143,22 +143,38 @@ def shapes(rig: Rig) -> int:
 def capture(rig: Rig) -> int:
     """A step's shape that comes again is captured, and its graph gives the results of fresh inputs, of a changed bank too."""
     before = rig.graphs()
-    for _ in range(2):
+    for _ in range(CAPTURED_AT):
         rig.step(2, 3)
-    assert rig.graphs() == before + 1, f"{rig.graphs() - before} graphs after a shape came twice, expected 1"
+    assert rig.graphs() == before + 1, f"{rig.graphs() - before} graphs after a shape came {CAPTURED_AT} times, expected 1"
     enqueued = rig.engine.enqueued
     for row in range(ROWS):
         rig.step(2, 3)
         rig.write_bank(row)
     assert rig.engine.enqueued == enqueued, "a captured shape was enqueued again, not launched"
-    return 2 + ROWS
+    return CAPTURED_AT + ROWS
+
+
+def joins(rig: Rig) -> int:
+    """Rows that come and go between steps: a request is prefilled in a row of its own, the batch grows and shrinks, and the graph of the rows
+    that were there before is still launched."""
+    for _ in range(CAPTURED_AT):
+        rig.step(2, 3)
+    enqueued, graphs = rig.engine.enqueued, rig.graphs()
+    for _ in range(3):
+        rig.step(1, 20, 2, first=2)  # the prompt of the one that joins
+        rig.step(3, 3)
+        rig.step(2, 3)
+    fresh = rig.engine.enqueued - enqueued
+    assert fresh <= 3 + CAPTURED_AT + 1, f"{fresh} calls were enqueued, the two rows' steps among them"
+    assert rig.graphs() >= graphs, "a join dropped a graph"
+    return CAPTURED_AT + 9
 
 
 def many_graphs(rig: Rig) -> int:
     """More shapes than graphs are kept: the oldest go, and each shape goes on giving right results."""
     sizes = [(batch, positions) for batch in range(1, BATCH + 1) for positions in range(1, 7)]
     for batch, positions in sizes:
-        for _ in range(3):  # run, captured, launched
+        for _ in range(CAPTURED_AT + 1):  # run, captured, launched
             rig.step(batch, positions)
     assert len(rig.session._steps) <= MAX_GRAPHS < len(sizes), f"{len(rig.session._steps)} graphs are kept"
     assert rig.graphs() == MAX_GRAPHS, f"{rig.graphs()} graphs of {MAX_GRAPHS} shapes"
@@ -167,7 +183,7 @@ def many_graphs(rig: Rig) -> int:
         rig.step(batch, positions)
     assert rig.engine.enqueued == enqueued, "a graph that is kept was not launched"
     rig.step(*sizes[0])  # one that went
-    return 3 * len(sizes) + MAX_GRAPHS + 1
+    return (CAPTURED_AT + 1) * len(sizes) + MAX_GRAPHS + 1
 
 
 def other_lane(rig: Rig) -> int:
@@ -276,6 +292,7 @@ _BYTES: Any = _Bytes()
 CHECKS: dict[str, Callable[[Rig], int]] = {
     "shapes": shapes,
     "capture and replay": capture,
+    "joins": joins,
     "many graphs": many_graphs,
     "rows written by the other stream": other_lane,
     "row ranges": rows,

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import published
 import pytest
 
@@ -101,6 +102,25 @@ def test_the_model_cards_few_shot_table(nano: Path, tmp_path: Path) -> None:
     for style, cells in card(2).items():
         values = [shown.cell(0, style), bare.cell(0, style), *(shown.cell(shots, style) for shots in (1, 2, 4, 8, 16, 32))]
         assert [f"{value.value:.0f} %" for value in values] == cells, style
+
+
+def test_a_task_of_ones_own(nano: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The one that docs/evaluation.md names."""
+    tasks = Path(flamingo_export.__file__).parents[1] / "examples" / "tasks"
+    line = [
+        "eval",
+        str(nano),
+        "--task",
+        str(tasks / "shapes.toml"),
+        "--data",
+        str(tasks / "shapes.jsonl"),
+        "--shots",
+        "0,2",
+        "--json",
+    ]
+    assert main(line) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [cell["value"] for cell in found["cells"]] == [100, 100]
 
 
 @pytest.mark.slow
@@ -195,3 +215,21 @@ def test_usage(line: list[str], code: int, said: str, capsys: pytest.CaptureFixt
 def test_tasks_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", "--list", "--json"]) == 0
     assert {"vqav2", "nano-labels"} <= {task["name"] for task in json.loads(capsys.readouterr().out)}
+
+
+def test_prompts_beyond_bank_and_cache_are_refused_before_any_work(nano: Path) -> None:
+    from flamingo_export.errors import CapacityError
+    from flamingo_export.evaluation.bundles import BundleModel
+    from flamingo_export.runtime.prompts import Shot, caption_prompt
+
+    noise = [np.full((8, 8, 3), number, np.uint8) for number in range(80)]
+    with flamingo_export.load(nano) as model:
+        evaluated = BundleModel(model)
+        bank = model.manifest.limits.bank_rows
+        many = caption_prompt([Shot(answer="a", medium=picture) for picture in noise[:bank]], noise[79], model.inputs)
+        with pytest.raises(CapacityError, match=f"shows {bank + 1} images, the bundle's media bank holds {bank}"):
+            evaluated.check([many], beams=3, max_new_tokens=10)
+        long = caption_prompt([Shot(answer="red " * 3000, medium=noise[0])], noise[1], model.inputs)
+        with pytest.raises(CapacityError, match="the longest prompt has"):
+            evaluated.check([long], beams=3, max_new_tokens=10)
+        evaluated.check([caption_prompt([], noise[0], model.inputs)], beams=3, max_new_tokens=10)

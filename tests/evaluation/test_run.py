@@ -230,6 +230,14 @@ def test_media_that_are_gone(vqa: Path, tmp_path: Path) -> None:
     assert found.cell(0).items == 3
 
 
+def test_texts_are_shown_without_their_media(vqa: Path) -> None:
+    for path in (vqa / "train2014").iterdir():
+        path.unlink()
+    assert run(Echo(), vqa, settings=Settings(shots=(0,))).cell(0).value == 100
+    with pytest.raises(EvaluationError, match="the media of 4 of 4 items are not there"):
+        run(Echo(), vqa, settings=Settings(shots=(0, 1)))
+
+
 def test_what_cannot_be_is_said_before_any_work(vqa: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Echo(most_media=4)
     with pytest.raises(CapacityError, match="at most 4 media"):
@@ -253,3 +261,17 @@ def test_a_tag_in_a_question_is_named(vqa: Path) -> None:
     file.write_text(file.read_text().replace("thing 2", "<image> 2"))
     with pytest.raises(EvaluationError, match=r"item 1020 .* contains the tag <image>"):
         run(Echo(), vqa)
+
+
+def test_videos_are_looked_at_as_the_settings_say(tmp_path: Path) -> None:
+    from flamingo_export.evaluation.run import read_data
+    from flamingo_export.evaluation.tasks import task_of
+    from flamingo_export.runtime.videos import Video
+
+    data = published.write("star", tmp_path)
+    found = read_data(task_of("star"), Settings(shots=(2,), fps=3, num_frames=30), data, None, None)
+    for item in (*found.queries, *found.examples):
+        assert isinstance(item.medium, Video)
+        assert (item.medium.fps, item.medium.num_frames, item.medium.clip) == (3, 30, (1.3, 7.9))
+    with pytest.raises(EvaluationError, match=r"fps is 0\.0.*|num_frames is 31"):
+        Settings(fps=0.0, num_frames=31).check(task_of("star"))

@@ -200,3 +200,43 @@ def test_nothing_of_generation_config_is_a_matter_of_course(tmp_path: Path) -> N
     found = load(CheckpointFiles(path=folder))
     assert found.config == plain.config
     assert not found.generation.not_applied
+
+
+# preprocessor_config.json.
+
+
+def test_images_are_prepared_as_the_preprocessor_says(tmp_path: Path) -> None:
+    """Beside transformers' own processor of a model that was tuned with other means."""
+    from PIL import Image
+    from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
+
+    from flamingo_export.runtime.media import medium_of
+
+    folder, _ = write(tmp_path / "idefics")
+    theirs = IdeficsImageProcessorPil(image_size=30, image_mean=[0.5, 0.25, 0.75], image_std=[0.5, 0.5, 1.0])
+    theirs.save_pretrained(folder)
+    found = load(CheckpointFiles(path=folder))
+    assert (found.config.pixel_mean, found.config.pixel_std) == ((0.5, 0.25, 0.75), (0.5, 0.5, 1.0))
+    picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (30, 30, 3), dtype=np.uint8))
+    wanted = np.asarray(theirs([picture], return_tensors="np"))
+    np.testing.assert_allclose(medium_of([np.asarray(picture)], found.config).pixels, wanted.reshape(1, 3, 30, 30), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("said", "named"),
+    [
+        ({"image_size": 224}, "image_size is 224, the encoder takes images of 30"),
+        ({"crop_size": {"height": 30, "width": 31}}, "crop_size is {'height': 30, 'width': 31}, the encoder takes"),
+        ({"do_normalize": False}, "do_normalize is False, which is not supported"),
+        ({"resample": 2}, "resample is 2, which is not supported"),
+        ({"rescale_factor": 1.0}, "rescale_factor is 1.0, which is not supported"),
+        ({"image_mean": [0.5, 0.5]}, r"image_mean is \[0.5, 0.5\], expected three numbers"),
+        ({"image_mean": [0.5, 0.5, "x"]}, "image_mean is .*, expected three numbers"),
+        ({"image_std": [0.5, 0.5, 0]}, "pixel_std .* has an entry that is not positive"),
+    ],
+)
+def test_a_preprocessor_that_asks_for_something_else(tmp_path: Path, said: dict[str, Any], named: str) -> None:
+    folder, _ = write(tmp_path / "idefics")
+    (folder / "preprocessor_config.json").write_text(json.dumps(said))
+    with pytest.raises(CheckpointError, match=named):
+        load(CheckpointFiles(path=folder))

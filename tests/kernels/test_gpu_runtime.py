@@ -154,6 +154,15 @@ def test_the_checks_notice_a_graph_that_replays_old_feeds(monkeypatch):
         sessions.capture(made)
 
 
+def test_the_checks_notice_a_graph_of_other_rows(monkeypatch):
+    """As a runtime would that told graphs by shapes alone."""
+    made = rig()
+    monkeypatch.setattr(sessions.TensorRTSession, "_binding", lambda self: ())
+    sessions.capture(made)
+    with pytest.raises(AssertionError, match="rows that it was given"):
+        sessions.rows(made)
+
+
 @pytest.mark.slow
 def test_nano_on_a_card_passes(emulated, tmp_path):
     """Parity, every way to generate, and scores in each type: the stage's own code from end to end."""

@@ -5,8 +5,9 @@
     result (host, float32) <--widen-- pinned <--copy-- output (those asked for alone)
 
 Everything between the two pinned blocks is one sequence on the session's lane. In decoding the same sequence comes back at every step, so
-it is captured as a CUDA graph the second time, one for each set of shapes, and launched from then on. A graph belongs to the context that
-it was captured from, which must not be touched afterwards: each has one of its own.
+it is captured as a CUDA graph the third time, one for each set of shapes and of rows that are bound, and launched from then on. A graph belongs
+to the context that it was captured from, which must not be touched afterwards: each has one of its own, and shapes that come once or twice share
+one. Binding other rows, as requests that join and leave make it, drops no graph: the rows that come back find theirs.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ from flamingo_export.specs import SubgraphSpec, TensorSpec
 
 MAX_GRAPHS = 16
 """CUDA graphs kept at once, the one launched longest ago going first: rows leave a batch one by one, each time with other shapes."""
+CAPTURED_AT = 3
+"""The time that a step comes at which it is captured: shapes of a batch that shrinks or grows often come once or twice."""
+MAX_SEEN = 256
 CAPTURED = "decode"
 """The profile whose calls are captured: they are short, many, and alike."""
 CHECK_MASKS = False
@@ -43,10 +47,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class Step:
-    """A context that serves calls of one set of shapes, and their graph once they have come twice."""
+    """The graph of calls of one set of shapes and addresses, and the context that it was captured from."""
 
     context: Any
-    graph: int | None = None
+    graph: int
 
 
 class TensorRTSession:
@@ -68,6 +72,9 @@ class TensorRTSession:
         self._calls: dict[tuple[Any, ...], Call] = {}
         self._contexts: dict[int, Any] = {}
         self._steps: OrderedDict[tuple[Any, ...], Step] = OrderedDict()
+        self._seen: OrderedDict[tuple[Any, ...], int] = OrderedDict()
+        """How often a step was run that has no graph yet."""
+        self._binding_now: tuple[tuple[int, tuple[int, ...]], ...] | None = None
         self._capturing = True
         self._activations = self._lane.activations
         self._copied = self._cuda.event()
@@ -102,10 +109,14 @@ class TensorRTSession:
         before = self._bound.get(name)
         if before is buffer:
             return
-        if before is None or before.address != buffer.address:
-            self._forget_graphs()
         self._bound[name] = buffer
-        self._calls.clear()
+        self._binding_now = None
+
+    def _binding(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """Where everything that is bound lies, and in which shape: graphs and checked calls are good for what was bound then."""
+        if self._binding_now is None:
+            self._binding_now = tuple((buffer.address, buffer.shape) for buffer in self._bound.values())
+        return self._binding_now
 
     def run(self, feeds: Mapping[str, Tensor], outputs: Collection[str] | None = None) -> dict[str, Array]:
         """Results on the host. Raises InputError for feeds that break the contract or the profiles, BackendError if running fails."""
@@ -189,6 +200,7 @@ class TensorRTSession:
         key = (
             *((name, value.shape, value.dtype, isinstance(value, DeviceTensor)) for name, value in feeds.items()),
             None if wanted is None else tuple(wanted),
+            self._binding(),
         )
         known = self._calls.get(key)
         if known is None:
@@ -272,9 +284,7 @@ class TensorRTSession:
             if lasting and call.profile == self._captured_profile and len(call.fed) == len(feeds) and not call.empty:
                 self._step(call, feeds, outputs, heard)
             else:
-                context = self._context(call.profile)
-                self._set(context, call, self._addresses(feeds, outputs), heard)
-                self._perform(context, call, heard)
+                self._run(call, feeds, outputs, heard)
 
     def _context(self, profile: int) -> Any:
         if profile not in self._contexts:
@@ -308,23 +318,34 @@ class TensorRTSession:
                 cuda.copy(pinned.address, memory.address, result.nbytes, "to host", stream)
 
     def _step(self, call: Call, feeds: Mapping[str, Array | DeviceTensor], outputs: dict[str, int], heard: Heard) -> None:
-        """A call that comes again and again: run the first time, which TensorRT wants before a capture, captured the second, then launched."""
-        step = self._steps.get(call.key)
-        if step is None:
-            self._make_room()
-            step = Step(context=self._loaded.context(call.profile, captured=True))
-            self._set(step.context, call, self._addresses(feeds, outputs), heard)
-            self._perform(step.context, call, heard)
-            self._steps[call.key] = step
-            return
-        self._steps.move_to_end(call.key)
-        if step.graph is None and self._capturing:
-            step.graph = self._captured(step.context, call, heard)
-        if step.graph is None:
-            self._perform(step.context, call, heard)
-        else:
+        """A call that may come again and again: run twice as any other, then in a context of its own and captured, then launched."""
+        key = (call.key, self._binding())
+        step = self._steps.get(key)
+        if step is not None:
+            self._steps.move_to_end(key)
             self._cuda.launch(step.graph, self._lane.stream)
             self._cuda.record(self._copied, self._lane.stream)
+            return
+        count = self._seen.pop(key, 0) + 1
+        if count < CAPTURED_AT or not self._capturing:
+            self._seen[key] = count
+            if len(self._seen) > MAX_SEEN:
+                self._seen.popitem(last=False)
+            self._run(call, feeds, outputs, heard)
+            return
+        self._make_room()
+        context = self._loaded.context(call.profile, captured=True)
+        self._set(context, call, self._addresses(feeds, outputs), heard)
+        self._perform(context, call, heard)  # which TensorRT wants before a capture
+        graph = self._captured(context, call, heard)
+        if graph is not None:
+            self._steps[key] = Step(context=context, graph=graph)
+
+    def _run(self, call: Call, feeds: Mapping[str, Array | DeviceTensor], outputs: dict[str, int], heard: Heard) -> None:
+        """A call as it is, in the context that all calls of its profile share."""
+        context = self._context(call.profile)
+        self._set(context, call, self._addresses(feeds, outputs), heard)
+        self._perform(context, call, heard)
 
     def _captured(self, context: Any, call: Call, heard: Heard) -> int | None:
         """The call as a graph, or None where it cannot be one, which is said once."""
@@ -358,5 +379,4 @@ class TensorRTSession:
             self._drop(self._steps.popitem()[1])
 
     def _drop(self, step: Step) -> None:
-        if step.graph is not None:
-            self._cuda.destroy_graph(step.graph)
+        self._cuda.destroy_graph(step.graph)

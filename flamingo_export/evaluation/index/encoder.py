@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
     from flamingo_export.bundle.manifest import Manifest
 
 FRAMES_AT_ONCE = 8
+READERS = 2
+AHEAD = 16
+"""Media that are read before their turn, at most."""
 
 
 class Encoder:
@@ -40,8 +45,7 @@ class Encoder:
         """A vector [E] for each medium, in order; frames of several media are encoded together."""
         waiting: list[Features] = []
         lengths: list[int] = []
-        for medium in media:
-            pixels = load_medium(medium, self._config, self._fit).pixels
+        for pixels in self._loaded(media):
             waiting.append(pixels)
             lengths.append(len(pixels))
             if sum(lengths) >= self._at_once:
@@ -49,6 +53,25 @@ class Encoder:
                 waiting, lengths = [], []
         if waiting:
             yield from self._means(waiting, lengths)
+
+    def _loaded(self, media: Iterable[MediumSource]) -> Iterator[Features]:
+        """Pixels [T, 3, I, I] of each medium, in order, the next ones being read while the graph runs."""
+
+        def load(medium: MediumSource) -> Features:
+            return load_medium(medium, self._config, self._fit).pixels
+
+        with ThreadPoolExecutor(READERS) as readers:
+            ahead: deque[Future[Features]] = deque()
+            try:
+                for medium in media:
+                    ahead.append(readers.submit(load, medium))
+                    if len(ahead) > AHEAD:
+                        yield ahead.popleft().result()
+                while ahead:
+                    yield ahead.popleft().result()
+            finally:
+                for each in ahead:
+                    each.cancel()
 
     def close(self) -> None:
         """Frees the graph."""

@@ -207,6 +207,50 @@ def test_two_renames_where_folders_cannot_be_exchanged(
     assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == ["b.bundle"]
 
 
+def test_the_old_bundle_is_put_back_where_the_new_one_does_not_get_there(
+    spoken_config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Folders cannot be exchanged, the old one was set aside, and then the disk refuses the second rename."""
+    out = make(spoken_config, tmp_path / "b.bundle", seed=1).path
+    old = contents(out)
+    place = work_folder.WorkPlace(out)
+    rename = os.rename
+
+    def refused(source: Any, target: Any, **options: Any) -> None:
+        if Path(source) == place.work:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(target))
+        rename(source, target, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(work_folder, "_exchange", lambda one, other: False)
+        patched.setattr(os, "rename", refused)
+        with pytest.raises(BuildError, match="Input/output error"):
+            make(spoken_config, out, seed=2, overwrite=True)
+        assert contents(out) == old
+        assert not place.replaced.exists()
+    make(spoken_config, out, seed=2, overwrite=True)
+    assert verify.open_bundle(out).source.seed == 2
+
+
+@pytest.mark.parametrize("left", [0, 100], ids=["emptied", "cut short"])
+def test_a_finished_group_that_was_cut_short_is_written_again(
+    spoken_config: ModelConfig, undisturbed: Path, tmp_path: Path, left: int
+) -> None:
+    """What a power failure may leave of a file that the journal counts as finished."""
+    out = tmp_path / "b.bundle"
+
+    def killed() -> None:
+        after_groups(3, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        make(spoken_config, out)
+
+    with in_child(killed) as child:
+        assert wait(child) == -signal.SIGKILL
+    place = work_folder.WorkPlace(out)
+    whole = sorted(finished_files(place))
+    os.truncate(place.work / whole[0], left)
+    assert contents(make(spoken_config, out).path) == contents(undisturbed)
+
+
 def test_sigint_leaves_a_build_that_goes_on(spoken_config: ModelConfig, undisturbed: Path, tmp_path: Path) -> None:
     out = tmp_path / "b.bundle"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import resource
 from pathlib import Path
 
@@ -103,6 +104,29 @@ def test_overflow_of_fp16_is_named_and_bf16_takes_it(tiny_model: Flamingo, tmp_p
     assert "decoder/layer.0/cross_attention/out_proj" in str(caught.value)
     assert "layer.1" not in str(caught.value)
     api.build(tmp_path / "wide", out=tmp_path / "b.bundle", storage="bf16", parity="skip")
+
+
+def test_what_overflows_is_judged_after_folding(tiny_model: Flamingo, tmp_path: Path) -> None:
+    """Numbers that fold into the range are taken though the checkpoint's are beyond it, and those that fold out of it are refused though
+    the checkpoint's are within."""
+    state = {name: tensor.clone() for name, tensor in tiny_model.state_dict().items()}
+    state["cross_attention.0.attention_gate"].fill_(0.1)
+    state["cross_attention.0.out_proj.weight"][0, 0] = 4e5  # times tanh(0.1) = 39867
+    save_native(tmp_path / "into", tiny_model.config, ((name, tensor.numpy()) for name, tensor in state.items()))
+    into = api.build(tmp_path / "into", out=tmp_path / "into.bundle", storage="fp16", parity="skip")
+    found = written(into.path)["decoder/layer.0/cross_attention/out_proj"]
+    assert found.abs().max().item() == torch.tensor(4e5 * math.tanh(0.1), dtype=torch.float16).item()
+
+    state["cross_attention.0.out_proj.weight"][0, 0] = 1.0
+    kernel, gain = state["vision_encoder.stem.1.weight"], state["vision_encoder.stem.1.gain"]
+    kernel[0].zero_()
+    kernel[0, 0, 0, 0] = 1.0
+    gain[0] = 60_000.0  # times nearly GELU_GAIN = 1.7, as the kernel has its whole norm in one number
+    save_native(tmp_path / "out-of", tiny_model.config, ((name, tensor.numpy()) for name, tensor in state.items()))
+    with pytest.raises(CheckpointError, match=r"beyond the range of fp16.*--storage bf16") as caught:
+        api.build(tmp_path / "out-of", out=tmp_path / "out-of.bundle", storage="fp16", parity="skip")
+    assert "vision_encoder/stem/1/weight (up to 1.01e+05)" in str(caught.value)
+    assert "cross_attention" not in str(caught.value)
 
 
 def test_a_faulty_live_model_is_refused_too(tiny_model: Flamingo, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from flamingo_export.cli.output import results, table
 
 
 def test_a_title_is_not_wrapped_to_its_table(capsys):
-    title = "a title of many words, " * 8
+    title = ", ".join(["a title of many words"] * 8)
     results().print(table(("a", "b"), [("1", "2")], title=title))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == title

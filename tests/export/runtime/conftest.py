@@ -106,6 +106,26 @@ def load_tiny(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         yield load
 
 
+@pytest.fixture(scope="session")
+def tiny_llama():  # type: ignore[no-untyped-def]
+    """A language model of transformers: the oracle of searches."""
+    transformers = pytest.importorskip("transformers", reason="transformers is the oracle of beam search")
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=23,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        bos_token_id=1,
+        eos_token_id=EOC,
+        pad_token_id=0,
+        initializer_range=0.6,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
 def pictures(seed: int, count: int) -> list[np.ndarray]:
     """Random images of various sizes."""
     rng = np.random.default_rng(seed)

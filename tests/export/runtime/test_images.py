@@ -242,6 +242,7 @@ def test_a_named_pipe_and_what_has_no_end(tmp_path: Path, monkeypatch: pytest.Mo
     [
         ("https://example.org/a.png?b=//c", "https://example.org/a.png?b=//c is a URL", "Download the file first"),
         (Path("https://example.org/a.png"), "https://example.org/a.png is a URL", "Download the file first"),
+        (Path("/data/tasks") / "https://example.org/a.png", "https://example.org/a.png is a URL", "Download the file first"),
         (Path("s3://bucket/a.png"), "s3://bucket/a.png is a URL", "Download the file first"),
         ("file:///home/a.png", "file:///home/a.png is a URL", "Give the path itself"),
         (Path("file:///home/a.png"), "file:///home/a.png is a URL", "Give the path itself"),
@@ -370,8 +371,18 @@ def test_pillows_warnings_reach_nobody(recwarn: pytest.WarningsRecorder, capfd: 
             load_image(image)
     assert not recwarn.list
     assert capfd.readouterr() == ("", "")
-    with pytest.warns(UserWarning, match="larger than file"):  # Pillow does warn
+    with pytest.warns(UserWarning, match="larger than file|Truncated"):  # Pillow does warn
         Image.open(io.BytesIO(broken)).load()
+
+
+def test_what_libtiff_finds_wrong_reaches_nobody(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """It prints on the process's stderr, past Python. Found by fuzzing."""
+    path = save(tmp_path / "a.tif", Image.fromarray(PHOTO), compression="tiff_adobe_deflate")
+    whole = bytearray(path.read_bytes())
+    whole[whole.index(zlib.compress(PHOTO.tobytes())[:2]) + 20] ^= 255
+    with pytest.raises(ImageError, match="the image given is damaged or truncated"):
+        load_image(bytes(whole))
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(

@@ -162,14 +162,12 @@ def test_blanks_at_a_prompts_end_change_nothing(text_model: Model) -> None:
     prompt, answers = "<image>Question: colour? Answer:", ["red", " green", "blue"]
     plain = text_model.score(prompt, answers, images=[image])
     text = text_model.generate(prompt, images=[image], max_new_tokens=8)
-    for blank in (" ", "\t", "\u00a0"):
+    for blank in (" ", "   ", "\t", "\u00a0"):
         moved = text_model.score(prompt + blank, answers, images=[image])
         asked = text_model.generate(prompt + blank, images=[image], max_new_tokens=8)
         assert asked.token_ids == text.token_ids
-        # The blank begins each answer that has none of its own.
-        assert moved[1].token_logprobs == pytest.approx(plain[1].token_logprobs, abs=1e-5)
-        written = text_model.score(prompt, [f"{blank}red", f"{blank}blue"], images=[image])
-        assert [moved[0].logprob, moved[2].logprob] == pytest.approx([each.logprob for each in written], abs=1e-5)
+        for one, other in zip(moved, plain, strict=True):
+            assert one.token_logprobs == pytest.approx(other.token_logprobs, abs=1e-5)
     lines = text_model.score(prompt + "\n", ["red"], images=[image])  # the end of a line belongs to the prompt
     assert len(lines[0].token_logprobs) == len("red") + 1
 
@@ -307,6 +305,16 @@ def test_events_of_a_ticket(text_model: Model) -> None:
             found = {(tuple(ids), tuple(logprobs)) for ids, logprobs in texts.values()}
             wanted = outcome.hypotheses if "temperature" in settings else outcome.hypotheses[:1]
             assert found == {(text.token_ids, text.token_logprobs) for text in wanted}
+
+
+def test_stop_texts_are_cut_from_text_and_stream(text_model: Model) -> None:
+    whole = text_model.generate("Hello", beams=1, max_new_tokens=16).text
+    stop = whole[3:5]
+    found = text_model.generate("Hello", beams=1, max_new_tokens=16, stop=stop, top_logprobs=2)
+    assert (found.text, found.finished) == (whole[: whole.find(stop)].rstrip(), True)
+    assert len(found.top_logprobs) == len(found.token_ids)
+    stream = text_model.stream("Hello", beams=1, max_new_tokens=16, stop=[stop, "never there"])
+    assert "".join(stream).rstrip() == found.text
 
 
 def test_deadlines_and_a_full_queue(text_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

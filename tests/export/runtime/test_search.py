@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from flamingo_export.errors import BundleError
@@ -36,25 +36,6 @@ def drive(search: Search, model: LogitsOf, prompt: list[int]) -> list[Hypothesis
 
 def until_eoc(ids: list[int]) -> list[int]:
     return ids[: ids.index(EOC) + 1] if EOC in ids else ids
-
-
-@pytest.fixture(scope="module")
-def tiny_llama():  # type: ignore[no-untyped-def]
-    transformers = pytest.importorskip("transformers", reason="transformers is the oracle of beam search")
-    torch = pytest.importorskip("torch")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        bos_token_id=1,
-        eos_token_id=EOC,
-        pad_token_id=0,
-        initializer_range=0.6,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
 
 
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, -0.5])
@@ -136,8 +117,7 @@ def test_searches_are_those_of_the_reference(seed: int, beams: int, bonus: float
         beams=beams,
         length_penalty=penalty,
     )
-    if expected.closest < 1e-4:
-        return  # a tie within rounding: either is right
+    assume(expected.closest >= 1e-4)  # a tie within rounding: either is right
     rule = StopRule(eoc=EOC, banned=IMAGE, max_new_tokens=count)
     search = Sampling(rule) if beams == 1 else BeamSearch(rule, beams=beams, length_penalty=penalty)
     found = drive(search, model, [1, 4])

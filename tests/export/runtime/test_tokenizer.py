@@ -67,7 +67,8 @@ def test_a_candidate_continues_its_prompt() -> None:
     assert red == BYTES.encode_continuation("Answer:", " red") == BYTES.encode(" red", add_bos=False)
     assert len(red) == 1
     assert BYTES.encode_continuation("Answer: ", "red") == BYTES.encode_continuation("Answer: ", " red") == red
-    assert BYTES.encode_continuation("Answer:\n", "red") == BYTES.encode("red", add_bos=False)
+    for end in ("\n", "\n "):
+        assert BYTES.encode_continuation(f"Answer:{end}", "red") == BYTES.encode("red", add_bos=False)
     assert BYTES.encode_continuation("Answer:", "red<EOC>") == [*red, 2]
     assert PIECES.decode(PIECES.encode_continuation("the", "red")) == "red"
     with pytest.raises(PromptError, match="empty"):

@@ -163,6 +163,23 @@ def test_what_is_no_video(tmp_path: Path) -> None:
         list(load_video(Video(source=path), default_frames=8))
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_frames": [3]}, r"\[3\] frames were asked for, expected 1 to 30"),
+        ({"num_frames": 2.5}, "2.5 frames were asked for"),
+        ({"fps": "3"}, "'3' frames a second were asked for"),
+        ({"clip": 3}, "a clip is 3, expected two numbers of seconds"),
+        ({"clip": (1,)}, r"a clip is \(1,\), expected two numbers"),
+        ({"clip": (None, 2)}, "expected two numbers of seconds, START and END"),
+    ],
+)
+def test_settings_of_another_kind(settings: dict[str, object], message: str) -> None:
+    """Found by fuzzing."""
+    with pytest.raises(ImageError, match=message):
+        list(load_video(Video(source=[solid(0)], **settings), default_frames=8))  # type: ignore[arg-type]
+
+
 def test_one_image_is_no_video() -> None:
     with pytest.raises(ImageError, match=r"array of shape \(80, 100, 3\)"):
         list(load_video(Video(source=np.zeros((80, 100, 3), np.uint8)), default_frames=8))

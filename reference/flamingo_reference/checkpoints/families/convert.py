@@ -12,7 +12,8 @@ import msgspec
 from flamingo_reference.checkpoints.accounting import Ignored
 from flamingo_reference.checkpoints.conversions import setting
 from flamingo_reference.checkpoints.converted import Adopted, PartFiles, Parts
-from flamingo_reference.checkpoints.families import clip, idefics, native, openflamingo
+from flamingo_reference.checkpoints.families import clip, idefics, native, openflamingo, openflamingo_files
+from flamingo_reference.checkpoints.families.preprocessor import Images, read_images
 from flamingo_reference.checkpoints.files.folder import OPEN_CLIP_NAMES
 from flamingo_reference.checkpoints.files.json_file import read_json
 from flamingo_reference.checkpoints.files.tensors import CheckpointError, Shape
@@ -40,6 +41,8 @@ def adopt_idefics(parts: Parts) -> Adopted:
         settings, image=ids.get(inputs.tags.image), eoc=turn, around_image=ids.get(inputs.tags.around_image or "")
     )
     config.validate()
+    images = read_images(parts.model.path, config.vision.image_size, Images(mean=config.pixel_mean, std=config.pixel_std))
+    config = msgspec.structs.replace(config, pixel_mean=images.mean, pixel_std=images.std)
     more = setting(settings, "additional_vocab_size", int, 0)
     first, last = config.language_model.vocab_size - more, config.language_model.vocab_size - 1
     misplaced = [
@@ -67,14 +70,14 @@ def adopt_openflamingo(parts: Parts) -> Adopted:
     lm, vision = parts.language_model, parts.vision_encoder
     assert lm is not None
     assert vision is not None
-    files = openflamingo.Files(
+    files = openflamingo_files.Files(
         checkpoint=_shapes(parts.model),
         language_model=_shapes(lm),
         vision=_shapes(vision),
         absent=frozenset(lm.absent),
         language_model_config=_settings(lm),
     )
-    encoder = clip.encoder_of(files.vision, vision.settings, _open_clip_config(vision.path), where=str(vision.path))
+    encoder = clip.encoder_of(files.vision, vision.settings, _open_clip_config(vision.path), path=vision.path)
     inputs = with_bos(OPENFLAMINGO, _LLAMA_BOS) if lm.family == "llama" else OPENFLAMINGO
     return _openflamingo(parts, files, encoder, inputs, where=f"{parts.model.path} or {lm.path}")
 
@@ -83,13 +86,13 @@ def adopt_otter(parts: Parts) -> Adopted:
     """Otter, and OpenFlamingo as Otter's authors converted it: all parts in one folder. Raises CheckpointError as `adopt_openflamingo`."""
     raw = _settings(parts.model)
     text = setting(raw, "text_config", dict)
-    files = openflamingo.Files(
+    files = openflamingo_files.Files(
         checkpoint=_shapes(parts.model),
         language_model={},
         vision={},
-        language_model_config=openflamingo.otter_text_config(text),
+        language_model_config=openflamingo_files.otter_text_config(text),
     )
-    encoder = clip.Encoder(vision=clip.config_from(setting(raw, "vision_config", dict)))
+    encoder = clip.transformers_encoder(setting(raw, "vision_config", dict), parts.model.path)
     llama = files.language_model_config["model_type"] == "llama"
     inputs = OTTER if raw.get("model_type") == "otter" else OPENFLAMINGO
     adopted = _openflamingo(
@@ -105,7 +108,7 @@ def adopt_otter(parts: Parts) -> Adopted:
 
 
 def _openflamingo(
-    parts: Parts, files: openflamingo.Files, encoder: clip.Encoder, inputs: InputFormat, *, where: str
+    parts: Parts, files: openflamingo_files.Files, encoder: clip.Encoder, inputs: InputFormat, *, where: str
 ) -> Adopted:
     """The model of OpenFlamingo's files. where: the places at which a tokenizer was looked for."""
     ids, lm_settings = parts.token_ids, files.language_model_config

@@ -41,7 +41,7 @@ def read_sentencepiece(path: Path) -> Tokenizer:
         raise CheckpointError(f"{path} has {path.stat().st_size} bytes, expected at most {_MAX_BYTES}: it is no tokenizer.")
     try:
         pieces, trainer, normalizer = _parsed(path.read_bytes())
-    except (ValueError, IndexError, TypeError, struct.error) as error:
+    except (ValueError, IndexError, TypeError, KeyError, struct.error) as error:
         raise CheckpointError(f"{path} is no SentencePiece model ({error}). Fetch it again.") from error
     kind = trainer.get(3, 1)
     if kind != _BPE or trainer.get(24, 0):
@@ -53,7 +53,10 @@ def read_sentencepiece(path: Path) -> Tokenizer:
     vocabulary = {piece.text: index for index, piece in enumerate(pieces)}
     if len(vocabulary) < len(pieces):
         raise CheckpointError(f"{path} has pieces that stand for the same text. Fetch it again.")
-    return _tokenizer(pieces, vocabulary, normalizer)
+    try:
+        return _tokenizer(pieces, vocabulary, normalizer)
+    except Exception as error:  # the library raises plain Exception
+        raise CheckpointError(f"{path} makes no tokenizer ({error}). Fetch it again.") from error
 
 
 def _tokenizer(pieces: list[_Piece], vocabulary: Mapping[str, int], normalizer: Mapping[int, Any]) -> Tokenizer:
@@ -67,7 +70,7 @@ def _tokenizer(pieces: list[_Piece], vocabulary: Mapping[str, int], normalizer: 
     tokenizer = Tokenizer(model)
     steps: list[Any] = []
     if normalizer.get(2):
-        steps.append(normalizers.Precompiled(bytes(normalizer[2])))
+        steps.append(normalizers.Precompiled(_text(normalizer[2])))
     if normalizer.get(4, 1):  # runs of spaces become one
         steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
     prefixed = bool(normalizer.get(3, 1))
@@ -105,7 +108,7 @@ def _parsed(data: bytes) -> tuple[list[_Piece], dict[int, Any], dict[int, Any]]:
         if number == 1:
             entry = dict(_fields(value))
             (score,) = struct.unpack("<f", entry.get(2, b"\0\0\0\0"))
-            pieces.append(_Piece(bytes(entry[1]).decode(), score, int(entry.get(3, _NORMAL))))
+            pieces.append(_Piece(_text(entry.get(1)).decode(), score, int(entry.get(3, _NORMAL))))
         elif number == 2:
             trainer = dict(_fields(value))
         elif number == 3:
@@ -113,6 +116,12 @@ def _parsed(data: bytes) -> tuple[list[_Piece], dict[int, Any], dict[int, Any]]:
     if not pieces:
         raise ValueError("it has no pieces")
     return pieces, trainer, normalizer
+
+
+def _text(value: Any) -> bytes:
+    if not isinstance(value, bytes):  # a number would be taken for a length
+        raise ValueError(f"{type(value).__name__} in place of a text")
+    return value
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ _MAX_PICKLE = 100_000_000  # bytes, as a safetensors header
 _MAX_MODULES = 100_000
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _ADVICE = "Fetch the file again."
+_BROKEN = (zipfile.BadZipFile, UnicodeDecodeError, NotImplementedError, RuntimeError, EOFError, struct.error, zlib.error)
+"""What zipfile raises for an archive that is not whole: names that are no text, unknown compression, a password, data that end early."""
 
 
 class _Member(msgspec.Struct, frozen=True):
@@ -67,7 +70,7 @@ def open_torch_file(path: Path) -> dict[str, TensorEntry]:
             return _entries(path, archive)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}. {_ADVICE}") from error
-    except zipfile.BadZipFile as error:
+    except _BROKEN as error:
         raise CheckpointError(f"{path} is cut short or damaged ({error}). {_ADVICE}") from error
 
 

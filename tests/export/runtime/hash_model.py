@@ -1,0 +1,199 @@
+"""A stand-in for a model whose logits are integer hashes of exactly what each position sees: ids, positions, media, and what those had seen.
+
+It is exact, so an engine that shows a branch one slot too many, or a neighbour's medium, gives other numbers, and one that does not gives
+the same to the last bit. `Whole` computes the same of whole sequences: no cache, no bank, no batch.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from flamingo_export.runtime.subgraphs import Engines
+from flamingo_export.specs import SubgraphSpec, TensorSpec
+
+Uints = np.ndarray[Any, np.dtype[np.uint64]]
+VOCAB = 70
+_MASK = (1 << 64) - 1
+
+
+def mixed(*values: int) -> int:
+    """A hash of integers (the finaliser of SplitMix64, over a running sum)."""
+    found = 0x9E3779B97F4A7C15
+    for value in values:
+        found = ((found ^ (value & _MASK)) * 0xBF58476D1CE4E5B9) & _MASK
+        found ^= found >> 29
+    return found
+
+
+@functools.lru_cache(1 << 20)
+def contribution(position: int, value: int) -> int:
+    """What a seen slot adds to what a position knows."""
+    return mixed(position, value, 7)
+
+
+def logits_of(known: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Logits [V] of a position that knows this much. Two `<EOC>`s in seven: texts end early and late."""
+    numbers = np.arange(VOCAB, dtype=np.uint64)
+    bits = (np.uint64(known) ^ (numbers * np.uint64(0x94D049BB133111EB))) * np.uint64(0xBF58476D1CE4E5B9)
+    logits = ((bits >> np.uint64(40)) & np.uint64(1023)).astype(np.float32) / 128
+    if known % 7 < 2:
+        logits[2] += 6
+    return logits
+
+
+class Whole:
+    """Logits after a sequence, a token at a time."""
+
+    def __init__(self, image: int, reset: int | None) -> None:
+        self._image, self._reset = image, reset
+
+    def begin(self, ids: Sequence[int], media: Sequence[int]) -> tuple[int, int, int]:
+        """(position, what is known, medium seen) after a prompt; media: numbers of its images in order."""
+        state = (0, 0, 0)
+        left = iter(media)
+        for token in ids:
+            if token == self._image:
+                state = (state[0], state[1], next(left))
+            state = self.extend(state, token)
+        return state
+
+    def extend(self, state: tuple[int, int, int], token: int) -> tuple[int, int, int]:
+        """After one more token."""
+        position, known, medium = state
+        value = mixed(token, position, medium, known)
+        known = (known + contribution(position, value)) & _MASK
+        return position + 1, known, 0 if token == self._reset else medium
+
+
+class ArrayBuffer:
+    """A buffer in host memory."""
+
+    def __init__(self, array: np.ndarray[Any, Any]) -> None:
+        self.array = array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    def write(self, index: int, value: Any) -> None:
+        self.array[index] = value
+
+    def publish(self) -> None:
+        pass
+
+    def read(self) -> np.ndarray[Any, Any]:
+        return self.array.copy()
+
+    def copy_from(self, other: Any) -> None:
+        self.array[tuple(slice(size) for size in other.shape)] = other.array
+
+    def rows(self, first: int, count: int) -> ArrayBuffer:
+        assert 0 <= first < first + count <= len(self.array)
+        return ArrayBuffer(self.array[first : first + count])
+
+    def copy_row(self, source: int, target: int, slots: int) -> None:
+        self.array[target, :, :slots] = self.array[source, :, :slots]
+
+    def view(self, shape: tuple[int, ...]) -> ArrayBuffer:
+        raise AssertionError("no parts here")
+
+
+class HashSession:
+    """What the stand-ins have in common."""
+
+    asynchronous = False
+
+    def __init__(self, spec: SubgraphSpec, largest: Mapping[str, int]) -> None:
+        self.spec, self.largest = spec, largest
+        self.bound: dict[str, ArrayBuffer] = {}
+
+    def allocate(self, name: str, shape: tuple[int, ...]) -> ArrayBuffer:
+        return ArrayBuffer(np.full(shape, 0xDEAD, np.uint64))
+
+    def bind(self, name: str, buffer: ArrayBuffer) -> None:
+        self.bound[name] = buffer
+
+    def run(self, feeds: Mapping[str, Any], outputs: Collection[str] | None = None) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def compute(self, feeds: Mapping[str, Any]) -> Mapping[str, Any]:
+        return self.run(feeds)
+
+    def close(self) -> None:
+        pass
+
+
+class HashDecoder(HashSession):
+    """One layer: past_k.0 [B, 1, C, 1] holds the value of each slot, media_k.0 [N, 1, 1, 1] the number of each medium."""
+
+    def __init__(self, largest: Mapping[str, int]) -> None:
+        inputs = [("token_ids", "BS"), ("positions", "BS"), ("media_rows", "BM"), ("phi", "BS"), ("write_index", "B")]
+        inputs += [("key_positions", "BC"), ("logit_positions", "BK")]
+        spec = SubgraphSpec(
+            name="decoder",
+            inputs=(
+                *(TensorSpec(name, "int64", tuple(shape)) for name, shape in inputs),
+                TensorSpec("mask", "bool", ("B", 1, "S", "C")),
+                TensorSpec("media_k.0", "float", ("N", 1, 1, 1)),
+                TensorSpec("past_k.0", "float", ("B", 1, "C", 1)),
+            ),
+            outputs=(TensorSpec("logits", "float", ("B", "K", VOCAB)), TensorSpec("present_k.0", "float", ("B", 1, "C", 1))),
+            aliases={"present_k.0": "past_k.0"},
+        )
+        super().__init__(spec, largest)
+
+    def run(self, feeds: Mapping[str, Any], outputs: Collection[str] | None = None) -> dict[str, Any]:
+        cache, bank = self.bound["past_k.0"].array, self.bound["media_k.0"].array
+        batch, size = feeds["token_ids"].shape
+        capacity = feeds["mask"].shape[-1]
+        assert cache.shape[::2] == (batch, capacity)
+        assert feeds["media_rows"].shape[1] <= self.largest.get("M", 99)
+        assert (feeds["write_index"] >= 0).all()
+        assert (feeds["write_index"] + size <= capacity).all(), "written past the cache"
+        known = np.zeros((batch, size), np.uint64)
+        for row in range(batch):
+            for place in range(size):
+                mask, own = feeds["mask"][row, 0, place], int(feeds["write_index"][row]) + place
+                assert mask[own], "a position sees its own slot"
+                seen = 0
+                for slot in np.flatnonzero(mask).tolist():
+                    if slot != own:
+                        seen += contribution(int(feeds["key_positions"][row, slot]), int(cache[row, 0, slot, 0]))
+                phi = int(feeds["phi"][row, place])
+                medium = int(bank[feeds["media_rows"][row, phi - 1], 0, 0, 0]) if phi else 0
+                position = int(feeds["positions"][row, place])
+                value = mixed(int(feeds["token_ids"][row, place]), position, medium, seen & _MASK)
+                cache[row, 0, own, 0] = value
+                known[row, place] = (seen + contribution(int(feeds["key_positions"][row, own]), value)) & _MASK
+        wanted = feeds["logit_positions"]
+        logits = np.zeros((batch, wanted.shape[1], VOCAB), np.float32)
+        for row, places in enumerate(wanted.tolist()):
+            for index, place in enumerate(places):
+                logits[row, index] = logits_of(int(known[row, place]))
+        return {"logits": logits}
+
+
+class First(HashSession):
+    """Passes on what it is given: pixels are a medium's number all over."""
+
+    def __init__(self, given: str, result: str, largest: Mapping[str, int]) -> None:
+        super().__init__(SubgraphSpec(name=given, inputs=(), outputs=()), largest)
+        self._given, self._result = given, result
+
+    def run(self, feeds: Mapping[str, Any], outputs: Collection[str] | None = None) -> dict[str, Any]:
+        value = feeds[self._given]
+        return {self._result: value.reshape(len(value), -1).max(axis=1).reshape(-1, 1, 1, 1).astype(np.uint64)}
+
+
+def hash_engines(largest: Mapping[str, int]) -> Engines:
+    """The stand-ins of all four subgraphs; largest: bounds of the decoder."""
+    return Engines(
+        vision_encoder=First("pixels", "features", {}),  # type: ignore[arg-type]
+        resampler=First("features", "latents", {}),  # type: ignore[arg-type]
+        media_kv=First("latents", "media_k.0", {}),  # type: ignore[arg-type]
+        decoder=HashDecoder(largest),  # type: ignore[arg-type]
+    )

@@ -1,0 +1,85 @@
+"""Which rows decode together: every job once, little padding, and no scratch where something is held."""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flamingo_export.runtime.cache import Row
+from flamingo_export.runtime.calls import CALL_COST, MOST_PADDING, Call, decode_feeds, plan_calls
+
+MOST = 20
+ROWS = st.lists(
+    st.tuples(st.sampled_from(["free", "prefill", "decode", "decode"]), st.integers(0, MOST), st.integers(1, 5)),
+    min_size=1,
+    max_size=7,
+).filter(lambda rows: any(kind == "decode" for kind, _, _ in rows))
+
+
+def rows_and_jobs(drawn: list[tuple[str, int, int]]) -> tuple[list[Row], list[Any]]:
+    rows, jobs = [], []
+    for index, (kind, used, width) in enumerate(drawn):
+        row = Row(index, np.arange(MOST, dtype=np.int64), held=tuple(range(used)), used=used, busy=kind != "free")
+        rows.append(row)
+        if kind == "decode":
+            row.used = min(used, MOST - width)
+            jobs.append(SimpleNamespace(row=row, width=width))
+    return rows, jobs
+
+
+def allowed(part: list[Any], rows: list[Row]) -> bool:
+    width, covered = max(job.width for job in part), rows[part[0].row.index : part[-1].row.index + 1]
+    padding = len(covered) * width - sum(job.width for job in part)
+    return padding * MOST_PADDING <= len(covered) * width and all(row.used + width <= MOST for row in covered if row.busy)
+
+
+@settings(max_examples=200, deadline=None)
+@given(drawn=ROWS)
+def test_calls_are_the_cheapest_that_are_allowed(drawn: list[tuple[str, int, int]]) -> None:
+    rows, jobs = rows_and_jobs(drawn)
+    calls = plan_calls(jobs[::-1], rows, MOST)
+    assert [job for call in calls for job in call.jobs] == jobs
+    for call in calls:
+        assert allowed(list(call.jobs), rows)
+        assert (call.first, call.first + call.count - 1) == (call.jobs[0].row.index, call.jobs[-1].row.index)
+        assert call.width == max(job.width for job in call.jobs)
+        assert call.slots_needed(rows) <= MOST
+    # Every way to cut the jobs into neighbours.
+    costs = []
+    for cuts in itertools.product([False, True], repeat=len(jobs) - 1):
+        parts = [[jobs[0]]]
+        for job, cut in zip(jobs[1:], cuts, strict=True):
+            parts.append([job]) if cut else parts[-1].append(job)
+        if all(allowed(part, rows) for part in parts):
+            spans = [part[-1].row.index - part[0].row.index + 1 for part in parts]
+            costs.append(sum(CALL_COST + span * max(j.width for j in part) for span, part in zip(spans, parts, strict=True)))
+    assert sum(CALL_COST + call.count * call.width for call in calls) == min(costs)
+
+
+def test_padding_writes_behind_what_is_used_and_gives_up_what_it_must() -> None:
+    rows = [Row(index, np.arange(MOST, dtype=np.int64)) for index in range(4)]
+    rows[1].held = tuple(range(MOST - 1))  # free, holding a prompt that leaves one slot
+    rows[2].held, rows[2].used, rows[2].busy = (1, 2), 5, True  # in the middle of its prompt
+    jobs = []
+    for index in (0, 3):
+        rows[index].used, rows[index].busy = 4, True
+        tree = SimpleNamespace(mask=np.zeros((3, MOST), np.bool_), position=4)
+        jobs.append(
+            SimpleNamespace(
+                row=rows[index], width=3, tree=tree, tokens=np.full(3, 7), phi=np.ones(3, np.int64), media_row=2,
+                take_slots=lambda: None,
+            )
+        )  # fmt: skip
+    feeds = decode_feeds(Call(0, 4, 3, tuple(jobs)), rows, MOST, pad=0)
+    assert feeds["write_index"].tolist() == [4, MOST - 3, 5, 4]
+    assert len(rows[1].held) == MOST - 3
+    assert len(rows[2].held) == 2
+    for row, slot in ((1, MOST - 3), (2, 5)):
+        assert [np.flatnonzero(mask).tolist() for mask in feeds["mask"][row, 0]] == [[slot], [slot + 1], [slot + 2]]
+        assert (feeds["token_ids"][row] == 0).all()
+        assert (feeds["phi"][row] == 0).all()

@@ -1,0 +1,192 @@
+"""Neighbours do not show: whatever else runs, joins, leaves or fails, each request gets to the bit what whole sequences give alone."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Sequence
+from concurrent.futures import CancelledError
+
+import msgspec
+import numpy as np
+import pytest
+
+from flamingo_export.bundle.manifest import ShapeLimits
+from flamingo_export.errors import DeadlineExceeded
+from flamingo_export.runtime.engine import Engine
+from flamingo_export.runtime.loop import Outcome
+from flamingo_export.runtime.media import Medium
+from flamingo_export.runtime.options import GenerateOptions
+from flamingo_export.runtime.request import Prepared
+from flamingo_export.runtime.search import Hypothesis, Search
+from flamingo_export.runtime.ticket import Ticket
+from flamingo_reference.config import ModelConfig
+from flamingo_reference.phi import phi_from_tokens
+
+from .hash_model import Whole, hash_engines, logits_of
+
+IMAGE, RESET = 3, 9
+SCHEDULES = int(os.environ.get("FLAMINGO_SCHEDULES", "1000"))
+"""Random schedules in all; 10,000 were run before the engine was released."""
+PARTS = 10
+MEDIA = [
+    Medium(pixels=np.full((1 if number % 3 else 2, 1), number, np.float32), digest=bytes([number])) for number in range(1, 7)
+]
+
+
+@pytest.fixture(scope="module")
+def config(tiny_config: ModelConfig) -> ModelConfig:
+    """With a token after which no medium is seen."""
+    return msgspec.structs.replace(tiny_config, tokens=msgspec.structs.replace(tiny_config.tokens, reset=RESET))
+
+
+def prepared(ids: Sequence[int], media: Sequence[Medium]) -> Prepared:
+    tokens = np.asarray(ids, np.int64)
+    digests = iter(media)
+    keys = tuple(next(digests).digest if token == IMAGE else token for token in ids)
+    phi = phi_from_tokens(tokens[None], IMAGE, RESET)[0]
+    return Prepared(token_ids=tokens, phi=phi, media=tuple(media), keys=keys)
+
+
+def number_of(medium: Medium) -> int:
+    return int(medium.pixels.max())
+
+
+def alone(request: Prepared, search: Search) -> list[Hypothesis]:
+    """The search over whole sequences."""
+    whole = Whole(IMAGE, RESET)
+    states = [whole.begin(request.token_ids.tolist(), [number_of(medium) for medium in request.media])]
+    while (step := search.advance(np.stack([logits_of(known) for _, known, _ in states]))) is not None:
+        states = [whole.extend(states[parent], int(token)) for parent, token in zip(step.parents, step.tokens, strict=True)]
+    return search.results()
+
+
+def scores_alone(request: Prepared, candidates: Sequence[Sequence[int]]) -> list[list[float]]:
+    whole, found = Whole(IMAGE, RESET), []
+    for candidate in candidates:
+        state = whole.begin(request.token_ids.tolist(), [number_of(medium) for medium in request.media])
+        found.append([])
+        for token in candidate:
+            logits = logits_of(state[1]).astype(np.float64)
+            logits[IMAGE] = -np.inf
+            found[-1].append(float(logits[token] - np.log(np.exp(logits).sum())))
+            state = whole.extend(state, token)
+    return found
+
+
+class Schedule:
+    """A random one, from a seed."""
+
+    def __init__(self, seed: int, config: ModelConfig) -> None:
+        self.rng = rng = random.Random(seed)
+        self.config = config
+        self.limits = ShapeLimits(
+            max_length=rng.choice([24, 40, 64]), chunk=rng.choice([1, 4, 16]), bank_rows=rng.randint(2, 6)
+        )
+        largest = rng.choice([{}, {}, {"M": 1}, {"B": 8, "S": 16, "K": 16, "M": 2, "C": self.limits.max_length}])
+        self.engine = Engine(hash_engines(largest), config, self.limits, rows=rng.randint(1, 8), clock=lambda: self.now)
+        self.now = 0.0
+        self.usual = rng.choice([None, None, {"beams": 1}, {"beams": 3}])
+        """What most ask for, so that many rows of one width decode side by side."""
+        self.full = rng.choice([0.05, 0.3])
+        self.beginnings = [self.tokens(rng.randint(1, 12)) for _ in range(3)]
+        self.tickets: list[tuple[Ticket[Outcome], Prepared, GenerateOptions]] = []
+        self.scores: list[tuple[Ticket[list[list[float]]], Prepared, list[list[int]]]] = []
+        self.given_up: set[int] = set()
+
+    def tokens(self, count: int) -> list[int]:
+        """Words, images, and now and then the token after which no medium is seen."""
+        return [self.rng.choice([IMAGE, RESET, *range(10, 20)]) for _ in range(count)]
+
+    def request(self) -> Prepared:
+        rng = self.rng
+        room = self.limits.max_length - 1
+        ids = [1, *rng.choice(self.beginnings), *self.tokens(rng.choice([0, 1, 3, 8]))][:room]
+        if rng.random() < self.full:
+            ids = (ids + self.tokens(room))[: room - rng.choice([0, 0, 1, 4])]  # which fills the cache, or nearly
+        pool = rng.sample(MEDIA, min(len(MEDIA), self.limits.bank_rows))
+        first = rng.choice([0, 0, 1])  # often the same images at the same places
+        media = [(MEDIA if first else pool)[index % min(len(pool), 2)] for index, _ in enumerate(t for t in ids if t == IMAGE)]
+        return prepared(ids, media)
+
+    def options(self, request: Prepared) -> GenerateOptions:
+        rng = self.rng
+        settings = self.usual if self.usual and rng.random() < 0.8 else None
+        settings = settings or rng.choice(
+            [
+                {"beams": 1},
+                {"beams": 2},
+                {"beams": 3, "num_return": 2},
+                {"beams": 4},
+                {"temperature": 1.5, "seed": rng.randint(0, 9), "num_return": rng.randint(1, 4)},
+                {"top_k": 5, "seed": rng.randint(0, 9)},
+                {"top_p": 0.9, "seed": 4, "num_return": 2},
+            ]
+        )
+        width = GenerateOptions(**settings).width
+        room = (self.limits.max_length - len(request.token_ids)) // width
+        if room < 1:
+            settings, room = {"beams": 1}, 1
+        return GenerateOptions(max_new_tokens=min(room, rng.choice([1, 3, 9, 99])), **settings)
+
+    def submit(self) -> None:
+        rng, request = self.rng, self.request()
+        settings = {"caller": rng.choice("abc"), "wake": False}
+        if rng.random() < 0.2:
+            room = self.limits.max_length - len(request.token_ids)
+            candidates = [self.tokens(rng.randint(1, min(6, room + 1))) for _ in range(rng.randint(1, 5))]
+            self.scores.append((self.engine.submit_score(request, candidates, **settings), request, candidates))
+            return
+        options = self.options(request)
+        deadline = rng.choice([None] * 9 + [self.now + 5])
+        ticket = self.engine.submit(request, options, deadline=deadline, events=rng.random() < 0.3, **settings)
+        self.tickets.append((ticket, request, options))
+
+    def run(self) -> None:
+        rng, loop = self.rng, self.engine.loop
+        for _ in range(rng.randint(3, 14)):
+            self.submit()
+            for _ in range(rng.choice([0, 1, 5, 20])):
+                self.now += 1.0
+                loop.tick()
+            if rng.random() < 0.15 and self.tickets:
+                index = rng.randrange(len(self.tickets))
+                if not self.tickets[index][0].done:
+                    self.given_up.add(index)
+                    loop.revoked.append(self.tickets[index][0])
+        while loop.tick():
+            self.now += 1.0
+
+    def check(self) -> None:
+        for index, (ticket, request, options) in enumerate(self.tickets):
+            assert ticket.done
+            if index in self.given_up:
+                with pytest.raises(CancelledError):
+                    ticket.result()
+                continue
+            try:
+                found = ticket.result().hypotheses
+            except DeadlineExceeded:
+                continue
+            limit = self.engine.new_tokens(request, options)
+            assert found == alone(request, options.search(self.config, limit)), (index, options)
+        for scores, request, candidates in self.scores:
+            for mine, theirs in zip(scores.result(), scores_alone(request, candidates), strict=True):
+                np.testing.assert_allclose(mine, theirs, rtol=0, atol=2e-6)
+        stats = self.engine.stats()
+        assert (stats.waiting, stats.running, stats.rows_in_use, stats.bank_rows_in_use) == (0, 0, 0, 0)
+        assert stats.finished + stats.failed + stats.cancelled == len(self.tickets) + len(self.scores)
+        assert not any(row.busy for row in self.engine.loop.cache.rows)
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_random_schedules(part: int, config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flamingo_export.runtime.cache.BUCKET", 4)
+    for seed in range(part, SCHEDULES, PARTS):
+        schedule = Schedule(seed, config)
+        schedule.run()
+        try:
+            schedule.check()
+        except BaseException as error:
+            error.add_note(f"schedule {seed}")
+            raise

@@ -1,0 +1,183 @@
+"""Requests from a file: the answers are those of `generate`, a run that was cut off goes on, a line that fails fails alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import flamingo_export
+from flamingo_export.errors import InputError
+from flamingo_export.serve.from_file import run_file
+
+from .conftest import ROOT, image_part, user
+
+EXAMPLES = ROOT / "examples"
+SCENES = [f"images/scene_{number}.png" for number in range(1, 9)]
+
+
+def write(path: Path, lines: list[Any]) -> Path:
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def read(path: Path) -> dict[str, Any]:
+    found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    keyed = {record.get("custom_id", record["id"]): record for record in found}
+    assert len(keyed) == len(found), "a result twice"
+    return keyed
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with the example images, to which paths are relative."""
+    for name in ("images", "a.png", "q.png", "clip.gif"):
+        (tmp_path / name).symlink_to(EXAMPLES / name)
+    return tmp_path
+
+
+def test_answers_are_those_of_generate(nano: flamingo_export.Model, place: Path) -> None:
+    lines: list[Any] = [
+        {"id": "caption", "images": ["a.png"]},
+        {"id": "question", "question": "What colour is the square?", "images": ["q.png"], "beams": 2, "num_return": 2},
+        {"id": "prompt", "prompt": "<image>Output:", "images": ["a.png"], "max_new_tokens": 2},
+        {"id": "shots", "images": ["q.png"], "shots": [{"image": "a.png", "caption": "two green triangles"}]},
+        {"id": "video", "videos": ["clip.gif"]},
+        {"id": 7, "images": ["a.png"], "temperature": 1.5, "seed": 3},
+    ]
+    tally = run_file(nano, write(place / "in.jsonl", lines), place / "out.jsonl", {"beams": 3})
+    found = read(place / "out.jsonl")
+    assert (tally.done, tally.failed) == (6, 0)
+    shots = [flamingo_export.Shot(answer="two green triangles", medium=place / "a.png")]
+    wanted = {
+        "caption": nano.caption(place / "a.png", beams=3),
+        "question": nano.ask(place / "q.png", "What colour is the square?", beams=2, num_return=2),
+        "prompt": nano.generate("<image>Output:", images=[place / "a.png"], beams=3, max_new_tokens=2),
+        "shots": nano.caption(place / "q.png", shots=shots, beams=3),
+        "video": nano.generate("<image>Output:", videos=[place / "clip.gif"], beams=3),
+        7: nano.generate("<image>Output:", images=[place / "a.png"], temperature=1.5, seed=3),
+    }
+    for key, generation in wanted.items():
+        assert (found[key]["text"], tuple(found[key]["token_ids"])) == (generation.text, generation.token_ids), key
+        assert found[key]["token_logprobs"] == pytest.approx(generation.token_logprobs, abs=1e-4)
+        assert [other["text"] for other in found[key]["alternatives"]] == [other.text for other in generation.alternatives]
+    assert found["prompt"]["finish_reason"] == "length"
+    assert found["caption"]["finish_reason"] == "stop"
+
+
+def test_openais_batch_format(nano: flamingo_export.Model, place: Path) -> None:
+    body = {"model": "nano", "messages": user(image_part())}
+    lines = [
+        {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body},
+        {"custom_id": "b", "method": "POST", "url": "/v1/chat/completions", "body": {**body, "messages": []}},
+        {"custom_id": "c", "method": "POST", "url": "/v1/embeddings", "body": body},
+        {
+            "custom_id": "d",
+            "url": "/v1/chat/completions",
+            "body": {**body, "messages": user({"type": "image_url", "image_url": "/etc/passwd"})},
+        },
+    ]
+    tally = run_file(nano, write(place / "in.jsonl", lines), place / "out.jsonl", {})
+    found = read(place / "out.jsonl")
+    wanted = nano.caption(place / "a.png", beams=1)
+    assert found["a"]["response"]["status_code"] == 200
+    assert found["a"]["response"]["body"]["choices"][0]["message"]["content"] == wanted.text
+    assert tally.failed == 3
+    for key in "bcd":
+        assert found[key]["response"]["status_code"] == 400
+        assert found[key]["error"]["message"]
+
+
+def test_a_line_that_fails_fails_alone(nano: flamingo_export.Model, place: Path) -> None:
+    lines = [
+        {"id": "a", "images": ["a.png"]},
+        "{nonsense",
+        {"id": "b", "images": ["gone.png"]},
+        {"id": "c", "colour": "red"},
+        {"id": "d", "images": ["a.png"], "beams": 0},
+        {"id": "e", "prompt": "<image>", "question": "both"},
+        "[1]",
+        {"id": "f", "question": "<EOC>", "images": ["a.png"]},
+    ]
+    tally = run_file(nano, write(place / "in.jsonl", lines), place / "out.jsonl", {})
+    found = read(place / "out.jsonl")
+    assert (tally.done, tally.failed) == (8, 7)
+    assert "error" not in found["a"]
+    assert "gone.png" in found["b"]["error"]
+    assert "colour" in found["c"]["error"]
+    assert "beams" in found["d"]["error"]
+    assert "<EOC>" in found["f"]["error"]
+    assert "line 2" in found["line 2"]["error"]
+
+
+def test_it_goes_on_where_it_was(nano: flamingo_export.Model, place: Path) -> None:
+    file = write(place / "in.jsonl", [{"id": name, "images": [name]} for name in SCENES])
+    out = place / "out.jsonl"
+    run_file(nano, file, out, {"beams": 1})
+    whole = out.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    out.write_bytes(b"".join(lines[:3]) + lines[3][:20])  # a kill -9 in the middle of a line
+    tally = run_file(nano, file, out, {"beams": 1})
+    assert (tally.before, tally.done) == (3, 5)
+    assert out.read_bytes().startswith(b"".join(lines[:3]))
+    again = {key: record["token_ids"] for key, record in read(out).items()}
+    assert again == {record["id"]: record["token_ids"] for record in map(json.loads, lines)}
+    assert run_file(nano, file, out, {"beams": 1}).done == 0
+
+
+@pytest.mark.parametrize("change", ["requests", "settings"])
+def test_results_of_another_run_are_refused(nano: flamingo_export.Model, place: Path, change: str) -> None:
+    file = write(place / "in.jsonl", [{"id": "a", "images": ["a.png"]}])
+    out = place / "out.jsonl"
+    run_file(nano, file, out, {"beams": 1})
+    before = out.read_bytes()
+    if change == "requests":
+        write(file, [{"id": "a", "images": ["q.png"]}])
+    with pytest.raises(InputError, match=change):
+        run_file(nano, file, out, {"beams": 2 if change == "settings" else 1})
+    (place / "out.jsonl.run.json").unlink()
+    with pytest.raises(InputError, match="another run"):
+        run_file(nano, file, out, {"beams": 1})
+    assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"), [([], "has no requests"), ([{"id": "a"}, {"id": "a"}], "line 2: the id 'a' stands in line 1")]
+)
+def test_files_that_cannot_be_meant(nano: flamingo_export.Model, place: Path, lines: list[Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        run_file(nano, write(place / "in.jsonl", lines), place / "out.jsonl", {})
+    assert not (place / "out.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_killed_and_run_again(nano_bundle: Path, nano: flamingo_export.Model, place: Path) -> None:
+    """The command, killed twice without a warning, ends with each answer once."""
+    lines = [{"id": str(number), "images": [SCENES[number % 8]], "beams": 1 + number % 3} for number in range(300)]
+    file, out = write(place / "in.jsonl", lines), place / "out.jsonl"
+    line = [sys.executable, "-c", "import sys; from flamingo_export.cli import main; sys.exit(main())"]
+    line += ["generate", str(nano_bundle), "--requests", str(file), "--out", str(out), "--threads", "1"]
+    for wanted in (20, 60):
+        process = subprocess.Popen(line, stderr=subprocess.DEVNULL)
+        end = time.monotonic() + 120
+        while not out.exists() or out.read_bytes().count(b"\n") < wanted:
+            assert process.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "were there already" in done.stderr
+    found = read(out)
+    assert len(found) == 300
+    for number in (0, 10, 299):
+        wanted_text = nano.caption(place / SCENES[number % 8], beams=1 + number % 3).text
+        assert found[str(number)]["text"] == wanted_text
