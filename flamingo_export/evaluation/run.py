@@ -181,7 +181,8 @@ def read_data(
     _refuse_twins(asked.items)
     queries = _sampled(asked.items, settings)
     queries, gone = _there(queries, skip_missing)
-    examples, gone_examples = _there(shown.items, skip_missing)
+    # Texts alone are shown with 0 shots: their media need not be there.
+    examples, gone_examples = _there(shown.items, skip_missing) if any(settings.shots) else (list(shown.items), 0)
     for name, count in (("queries whose media are gone", gone), ("examples whose media are gone", gone_examples)):
         if count:
             left_out[name] = count

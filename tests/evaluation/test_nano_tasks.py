@@ -104,6 +104,25 @@ def test_the_model_cards_few_shot_table(nano: Path, tmp_path: Path) -> None:
         assert [f"{value.value:.0f} %" for value in values] == cells, style
 
 
+def test_a_task_of_ones_own(nano: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The one that docs/evaluation.md names."""
+    tasks = Path(flamingo_export.__file__).parents[1] / "examples" / "tasks"
+    line = [
+        "eval",
+        str(nano),
+        "--task",
+        str(tasks / "shapes.toml"),
+        "--data",
+        str(tasks / "shapes.jsonl"),
+        "--shots",
+        "0,2",
+        "--json",
+    ]
+    assert main(line) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [cell["value"] for cell in found["cells"]] == [100, 100]
+
+
 @pytest.mark.slow
 def test_killed_and_gone_on_with(nano: Path, tmp_path: Path) -> None:
     """kill -9 while units are written, several times; the tables are those of a run in one go."""

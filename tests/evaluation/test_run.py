@@ -230,6 +230,14 @@ def test_media_that_are_gone(vqa: Path, tmp_path: Path) -> None:
     assert found.cell(0).items == 3
 
 
+def test_texts_are_shown_without_their_media(vqa: Path) -> None:
+    for path in (vqa / "train2014").iterdir():
+        path.unlink()
+    assert run(Echo(), vqa, settings=Settings(shots=(0,))).cell(0).value == 100
+    with pytest.raises(EvaluationError, match="the media of 4 of 4 items are not there"):
+        run(Echo(), vqa, settings=Settings(shots=(0, 1)))
+
+
 def test_what_cannot_be_is_said_before_any_work(vqa: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Echo(most_media=4)
     with pytest.raises(CapacityError, match="at most 4 media"):
