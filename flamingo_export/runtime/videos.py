@@ -212,9 +212,9 @@ def _frame_files(folder: Path) -> list[Path]:
     if left_out := [path.name for path in entries if path not in kept]:
         more = f" and {len(left_out) - _NAMED} more" if len(left_out) > _NAMED else ""
         _log.warning(
-            "%s: %d files are used as frames; left out, as they are not images that can be read: %s%s",
+            "%s: %s used as frames; left out, as they are not images that can be read: %s%s",
             folder,
-            len(frames),
+            "1 file is" if len(frames) == 1 else f"{len(frames)} files are",
             ", ".join(left_out[:_NAMED]),
             more,
         )
