@@ -124,7 +124,7 @@ def test_a_task_of_ones_own(nano: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.slow
-def test_killed_and_gone_on_with(nano: Path, tmp_path: Path) -> None:
+def test_killed_and_resumed(nano: Path, tmp_path: Path) -> None:
     """kill -9 while units are written, several times; the tables are those of a run in one go."""
     rows = [{"id": number, "image": f"{number}.png", "answer": "a red square"} for number in range(96)]
     for number in range(96):
