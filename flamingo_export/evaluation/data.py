@@ -59,12 +59,12 @@ def read_data(
     for name, count in (("queries whose media are gone", gone), ("examples whose media are gone", gone_examples)):
         if count:
             left_out[name] = count
-    silent = sum(not item.answer.strip() for item in examples)
-    if silent:
-        left_out["examples without an answer that can be shown"] = silent
+    spoken = [item for item in examples if item.answer.strip()]
+    if len(spoken) < len(examples):
+        left_out["examples without an answer that can be shown"] = len(examples) - len(spoken)
     if not queries:
         raise EvaluationError(f"task {task.name} has no items to ask")
-    queries, examples = ([_looked_at(item, settings) for item in items] for items in (queries, examples))
+    queries, examples = ([_looked_at(item, settings) for item in items] for items in (queries, spoken))
     return Data(queries=tuple(queries), examples=tuple(examples), split=split or task.split, left_out=left_out)
 
 
