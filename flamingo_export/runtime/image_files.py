@@ -59,7 +59,7 @@ def name_of(source: EncodedSource) -> str:
 def as_url(source: str | os.PathLike[str]) -> str | None:
     """The URL that a path which does not exist was meant as, or None. `Path` drops one of its slashes, which is put back."""
     text = os.fspath(source)
-    if isinstance(text, str) and text.lower().startswith("data:"):
+    if isinstance(text, str) and text.lower().startswith("data:") and not os.path.lexists(text):
         return text if len(text) <= 40 else text[:40] + "..."
     found = (_URL.fullmatch(text) or _URL_IN_A_FOLDER.fullmatch(text)) if isinstance(text, str) else None
     if found is None or os.path.lexists(text):
