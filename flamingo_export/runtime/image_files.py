@@ -59,7 +59,7 @@ def name_of(source: EncodedSource) -> str:
 def as_url(source: str | os.PathLike[str]) -> str | None:
     """The URL that a path which does not exist was meant as, or None. `Path` drops one of its slashes, which is put back."""
     text = os.fspath(source)
-    if isinstance(text, str) and text.lower().startswith("data:"):
+    if isinstance(text, str) and text.lower().startswith("data:") and not os.path.lexists(text):
         return text if len(text) <= 40 else text[:40] + "..."
     found = (_URL.fullmatch(text) or _URL_IN_A_FOLDER.fullmatch(text)) if isinstance(text, str) else None
     if found is None or os.path.lexists(text):
@@ -73,7 +73,7 @@ def refuse_url(source: str | os.PathLike[str]) -> None:
     if url := as_url(source):
         kind, way = "a URL", "Download the file first and give its path."
         if url.startswith("data:"):
-            kind, way = "a data URL", "Decode it first: load_image and images=[...] take the bytes."
+            kind, way = "a data URL", "Decode it first; images=[...] and Video(source=...) take the bytes."
         elif url.lower().startswith("file:"):
             way = "Give the path itself."
         raise ImageError(f"{url} is {kind}, and URLs are not fetched. {way}")

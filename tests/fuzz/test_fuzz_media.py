@@ -84,7 +84,7 @@ def test_images(kind: str, capfd: pytest.CaptureFixture[str]) -> None:
         looked_at(change(STILL[kind], rng))
 
     fuzz(f"image {kind}", COUNTS.get(kind, 100), case)
-    assert capfd.readouterr() == ("", "")
+    assert kind == "avif" or capfd.readouterr() == ("", "")  # dav1d prints in older wheels of Pillow
 
 
 @pytest.mark.parametrize("kind", ANIMATED)
@@ -100,7 +100,7 @@ def test_animations(kind: str, capfd: pytest.CaptureFixture[str]) -> None:
         assert len({frame.shape for frame in frames}) == 1 or kind == "TIFF"
 
     fuzz(f"animation {kind}", COUNTS.get(kind, 150), case)
-    assert capfd.readouterr() == ("", "")
+    assert kind == "AVIF" or capfd.readouterr() == ("", "")
 
 
 def test_what_is_given_as_an_image() -> None:
