@@ -84,7 +84,7 @@ def eval_(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="FOLDER", help="Predictions, tables, page. Run again to go on.", show_default=False),
+        typer.Option("--out", metavar="FOLDER", help="Predictions, tables, page. Run again to resume.", show_default=False),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove what another run left there.")] = False,
     skip_missing: Annotated[

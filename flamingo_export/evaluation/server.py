@@ -43,7 +43,7 @@ class ServerModel:
         Raises EvaluationError if the server does not answer, is another one, or has several models and none is named.
         """
         if urlsplit(url).scheme not in ("http", "https"):
-            raise EvaluationError(f"{url!r} is no address of a server; expected one such as http://127.0.0.1:8000/v1")
+            raise EvaluationError(f"{url!r} is not the address of a server; expected one such as http://127.0.0.1:8000/v1")
         self._url, self._key, self._parallel = url.rstrip("/"), api_key, parallel
         cards = {card.get("id"): card for card in self._call("/models").get("data", [])}
         if model is None and len(cards) == 1:
@@ -62,7 +62,7 @@ class ServerModel:
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """The bundle's, as the server tells it."""
+        """The bundle's, as the server describes it."""
         return self._identity
 
     @property
@@ -82,7 +82,7 @@ class ServerModel:
         self._generated(max(requests, key=lambda request: len(str(request.prompt))), beams, max_new_tokens)
 
     def generate(self, requests: Sequence[Request], *, beams: int, max_new_tokens: int) -> list[Answer]:
-        """The best text for each request; token ids are not told by the API."""
+        """The best text for each request; the API does not return token ids."""
         return self._together(lambda request: self._generated(request, beams, max_new_tokens), requests)
 
     def score(self, requests: Sequence[Request], candidates: Sequence[Sequence[str]]) -> list[list[float]]:

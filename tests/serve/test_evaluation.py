@@ -84,7 +84,7 @@ def test_the_command(client: Client, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_servers_that_are_none(client: Client) -> None:
-    with pytest.raises(EvaluationError, match="no address of a server"):
+    with pytest.raises(EvaluationError, match="not the address of a server"):
         ServerModel("file:///etc/passwd")
     with pytest.raises(EvaluationError, match="does not answer"):
         ServerModel("http://127.0.0.1:9/v1")
