@@ -8,13 +8,14 @@
 # make docs         the documentation as a site, docs/_build/html/index.html; a broken link fails
 # make plugin       the TensorRT plugin; needs nvcc, CMake and TensorRT's headers (TENSORRT_ROOT=...)
 # make gpu-wheels   the package's smaller dependencies for a GPU machine without network, into build/gpu-wheels (docs/gpu.md)
+# make release      everything that a release needs, checked and built into dist/; publishes nothing
 # make clean        removes what the above made, .venv included
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast lint lock test-oldest test-newest wheel-check bench docs plugin gpu-wheels clean
+.PHONY: help demo test test-fast lint lock test-oldest test-newest wheel-check bench docs plugin gpu-wheels release clean
 
 # Paths are relative throughout, so the folder's own path may hold spaces. The venv's programs are called through its Python for the same reason.
 PY := .venv/bin/python
@@ -107,6 +108,13 @@ plugin:
 
 gpu-wheels: .venv/made
 	$(PY) scripts/gpu/wheels.py $(GPU_WHEELS_ARGS)
+
+release: .venv/installed-dev
+	@version=$$($(PY) -c "import tomllib; print(tomllib.load(open('pyproject.toml', 'rb'))['project']['version'])"); \
+	[ -z "$$(git status --porcelain)" ] || { echo "make: the work tree is not clean" >&2; exit 1; }; \
+	grep -Eq "^## \[?$$version\]?( |,)" CHANGELOG.md || { echo "make: CHANGELOG.md has no section for $$version" >&2; exit 1; }; \
+	$(MAKE) --no-print-directory test docs wheel-check && rm -rf dist && \
+	$(PY) -m hatchling build -d dist && ls -l dist && echo "git tag -a v$$version -m 'flamingo-export $$version'"
 
 bench: .venv/installed-dev
 	$(PY) benchmarks/decoder_cpu.py

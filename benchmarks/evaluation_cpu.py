@@ -3,6 +3,7 @@
     python benchmarks/evaluation_cpu.py index [--images 10000]     an index beside the vision encoder's own time
     python benchmarks/evaluation_cpu.py rows [--rows 1000000]      memory of exact search, 1376 wide, as in the paper's joint space
     python benchmarks/evaluation_cpu.py shared [--items 1000]      8 shared shots on a 110M decoder: decoder time beside item by item
+    python benchmarks/evaluation_cpu.py original [--items 48]      the same items asked of transformers' IDEFICS, of the size of idefics_cpu.py
     python benchmarks/evaluation_cpu.py video                      decoding a clip's frames beside encoding them
 
 index and video use the nano bundle, whose vision encoder is the smallest there is, so that what surrounds it counts most.
@@ -14,7 +15,7 @@ import argparse
 import resource
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,34 +86,31 @@ def rows(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 class Timed(BundleModel):
-    """Adds up what the decoder takes: prompts and steps."""
+    """Adds up the time of generation, nearly all of which is the decoder's: the vision encoder of this size does not count."""
 
     decoder = 0.0
 
     def generate(self, requests: Sequence[Request], *, beams: int, max_new_tokens: int) -> list[Answer]:
         """As the bundle does."""
-        found = self.model.generate(list(requests), batch_size=self._batch_size, beams=beams, max_new_tokens=max_new_tokens)
-        timings = {id(each.timings): each.timings for each in found}
-        self.decoder += sum(each.prefill + sum(each.steps) for each in timings.values())
-        return [
-            Answer(text=each.text, token_ids=each.token_ids, token_logprobs=each.token_logprobs, finished=each.finished)
-            for each in found
-        ]
+        started = time.perf_counter()
+        found = super().generate(requests, beams=beams, max_new_tokens=max_new_tokens)
+        self.decoder += time.perf_counter() - started
+        return found
 
 
-def shared(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Decoder and whole seconds an item: 8 shots that all items share, in batches, beside 8 of its own for each item, one by one."""
-    config = common.model_config("decoder-110m", layers=12, width=768, heads=12, every=4)
-    path = common.bundle(config, folder)
-    rng = np.random.default_rng(0)
-    pictures = rng.integers(0, 255, (arguments.items + 64, 32, 32, 3), dtype=np.uint8)
+def _pictures(count: int) -> Any:
+    return np.random.default_rng(0).integers(0, 255, (count, 32, 32, 3), dtype=np.uint8)
+
+
+def _task(pictures: Any, question: Callable[[int], str], answer: Callable[[int], str]) -> Task:
+    """Questions about pictures, the first 64 of which are the examples."""
     items = tuple(
-        Item(id=str(number), medium=picture, answer=f"shape {number % 7}", references=("x",), question=f"What is it, {number}?")
+        Item(id=str(number), medium=picture, answer=answer(number), references=("x",), question=question(number))
         for number, picture in enumerate(pictures)
     )
-    task = Task(
-        name="shared",
-        title="shared",
+    return Task(
+        name="made",
+        title="made",
         form="question",
         mode="open",
         metric="exact",
@@ -121,6 +119,13 @@ def shared(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         needs_data=False,
         max_new_tokens=5,
     )
+
+
+def shared(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Decoder and whole seconds an item: 8 shots that all items share, in batches, beside 8 of its own for each item, one by one."""
+    config = common.model_config("decoder-110m", layers=12, width=768, heads=12, every=4)
+    path = common.bundle(config, folder)
+    task = _task(_pictures(arguments.items + 64), lambda number: f"What is it, {number}?", lambda number: f"shape {number % 7}")
     found = {}
     for name, select, batch in (("shared", "shared", 8), ("alone", "random", 1)):
         with flamingo_export.load(path, threads=arguments.threads) as model:
@@ -136,6 +141,43 @@ def shared(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         **found,
         "decoder_ratio": ratio,
         "whole_ratio": found["alone"]["whole"] / found["shared"]["whole"],
+    }
+
+
+def original(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Items a second of a bundle and of transformers, 8 shared shots, 3 beams, and answers that differ (random weights have near ties)."""
+    import idefics_cpu
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    from flamingo_export.evaluation.transformers_idefics import TransformersIdefics
+
+    torch.set_num_threads(arguments.threads)
+    checkpoint = folder / "idefics"
+    idefics_cpu.idefics().save_pretrained(checkpoint)
+    special = ["<unk>", "<s>", "</s>", "<fake_token_around_image>", "<image>"]
+    words = [*special[:3], *(f"w{number}" for number in range(3, idefics_cpu.VOCABULARY)), *special[3:]]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(special)
+    tokenizer.save(str(checkpoint / "tokenizer.json"))
+    built = flamingo_export.build(checkpoint, out=folder / "i.bundle", storage="fp32", parity="skip")
+    task = _task(
+        _pictures(arguments.items + 64), lambda number: f"w{100 + number} w7 w9 w{number}", lambda number: f"w{number % 7 + 5}"
+    )
+    settings = Settings(shots=(8,), select="shared", beams=3)
+    with flamingo_export.load(built.path, threads=arguments.threads) as model:
+        results = {}
+        for name, evaluated in (("bundle", BundleModel(model)), ("transformers", TransformersIdefics(checkpoint))):
+            started = time.perf_counter()
+            flamingo_export.evaluate(evaluated, task, settings=settings, out=folder / name, report=False)
+            results[name] = time.perf_counter() - started
+        compared = flamingo_export.evaluate(BundleModel(model), task, settings=settings, against=folder / "transformers")
+    return {
+        "items": arguments.items,
+        "seconds": results,
+        "times_as_fast": results["transformers"] / results["bundle"],
+        "answers_changed": compared.cell(8).changed,
     }
 
 
@@ -175,7 +217,7 @@ def video(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("index", "rows", "shared", "video"))
+    parser.add_argument("what", choices=("index", "rows", "shared", "original", "video"))
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--items", type=int, default=1000)
@@ -184,7 +226,9 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/evaluation_WHAT.json")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = {"index": index, "rows": rows, "shared": shared, "video": video}[arguments.what](Path(folder), arguments)
+        found = {"index": index, "rows": rows, "shared": shared, "original": original, "video": video}[arguments.what](
+            Path(folder), arguments
+        )
     for name, value in found.items():
         print(f"{name}: {value}")
     if arguments.save:

@@ -173,7 +173,7 @@ def _opened(
     from flamingo_export.runtime.model import Model
 
     policy = manifest.precision.policy
-    if backend.name == "onnxruntime" and policy is not None and policy.needs_ranges:
+    if not backend.capabilities.fp8_products and policy is not None and policy.needs_ranges:
         _log.warning(
             "%s has no products of FP8: it computes them in fp32, at fp32's speed and memory, which is for parity alone. "
             "For speed on a CPU build with --int4 or --int8.", backend.name
@@ -189,7 +189,7 @@ def _check_memory(path: Path, manifest: Manifest, backend: Backend, options: Ses
     from flamingo_export.machine import available_memory
     from flamingo_export.weights import WeightIndex
 
-    if backend.name != "onnxruntime" or options.device != "cpu":
+    if not backend.capabilities.widens_weights or options.device != "cpu":
         return
     needed, available = opened_weights(WeightIndex.read(path)), available_memory()
     if needed > available:

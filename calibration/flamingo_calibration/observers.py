@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from flamingo_calibration.statistics import Collector
 from flamingo_export.weights import bundle_weights
 from flamingo_export.weights.calibration_table import Statistics, calibrated_tensors
-from flamingo_reference.config import ModelConfig, RelativePositions
+from flamingo_reference.config import ModelConfig
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -18,7 +18,6 @@ class Watch:
     """The collectors of one part, and what feeds them: the part is changed until `finish`."""
 
     def __init__(self, config: ModelConfig, prefix: str, module: nn.Module) -> None:
-        self._config, self._prefix = config, prefix
         self._channels = calibrated_tensors(config)
         self._collectors: dict[str, Collector] = {}
         self._undo: list[Callable[[], None]] = []
@@ -54,30 +53,20 @@ class Watch:
 
     def _watch_media(self, block: Any, name: str) -> None:
         """Keys and values [N, H, R, D] of media as the bank keeps them."""
-        media_kv = block.media_kv
-
-        def watched(latents_NRW: Tensor) -> tuple[Tensor, Tensor]:
-            k, v = media_kv(latents_NRW)
-            self.see(f"{name}/k", k)
-            self.see(f"{name}/v", v)
-            return k, v
-
-        block.media_kv = watched
-        self._undo.append(lambda: delattr(block, "media_kv"))
+        self._watch(block.media, f"{name}/k", f"{name}/v")
 
     def _watch_attention(self, layer: Any, name: str) -> None:
         """Queries, keys and values on their way into attention: after norms and rotation, queries with their bias for contents."""
-        attend = layer.attend
-        relative = isinstance(self._config.language_model.positions, RelativePositions)
+        self._watch(layer.operands, f"{name}/q", f"{name}/k", f"{name}/v")
 
-        def watched(q_BHSD: Tensor, k_BGCD: Tensor, v_BGCD: Tensor, *others: Any) -> Any:
-            self.see(f"{name}/q", q_BHSD + layer.content_bias[:, None, :] if relative else q_BHSD)
-            self.see(f"{name}/k", k_BGCD)
-            self.see(f"{name}/v", v_BGCD)
-            return attend(q_BHSD, k_BGCD, v_BGCD, *others)
+    def _watch(self, seam: nn.Module, *names: str) -> None:
+        """What passes a seam of the reference, under these names."""
 
-        layer.attend = watched
-        self._undo.append(lambda: delattr(layer, "attend"))
+        def seen(_: Any, __: Any, tensors: tuple[Tensor, ...]) -> None:
+            for name, tensor in zip(names, tensors, strict=True):
+                self.see(name, tensor)
+
+        self._undo.append(seam.register_forward_hook(seen).remove)
 
 
 def products(config: ModelConfig, prefix: str) -> dict[str, str]:

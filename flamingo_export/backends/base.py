@@ -125,11 +125,25 @@ class Session(Protocol):
         """Frees the session's memory; bound buffers stay valid."""
 
 
+class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
+    """What differs between backends for those who choose one.
+
+    fp8_products: multiplies in FP8; else products of FP8 bundles are computed in fp32. widens_weights: the bundle's weights lie in host memory
+    on the device `cpu`, those of 16 bits and FP8 widened to fp32.
+    """
+
+    fp8_products: bool = True
+    widens_weights: bool = False
+
+
 class Backend(Protocol):
     """A way to run a bundle's graphs."""
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def capabilities(self) -> Capabilities: ...
 
     @property
     def native_functions(self) -> frozenset[str]:

@@ -16,7 +16,17 @@ import ml_dtypes
 import numpy as np
 
 from flamingo_export.backends import onnxruntime_library
-from flamingo_export.backends.base import Array, Availability, Buffer, HostSession, SessionOptions, Tensor, check_feeds, on_host
+from flamingo_export.backends.base import (
+    Array,
+    Availability,
+    Buffer,
+    Capabilities,
+    HostSession,
+    SessionOptions,
+    Tensor,
+    check_feeds,
+    on_host,
+)
 from flamingo_export.backends.cut_tables import CutTables
 from flamingo_export.backends.external_data import loadable
 from flamingo_export.backends.memory import release
@@ -35,6 +45,7 @@ class OnnxRuntimeBackend:
     """Portable graphs on ONNX Runtime."""
 
     name = "onnxruntime"
+    capabilities = Capabilities(fp8_products=False, widens_weights=True)
     native_functions: frozenset[str] = frozenset()
 
     def availability(self) -> Availability:

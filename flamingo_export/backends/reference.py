@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flamingo_export.backends.base import Array, Availability, Buffer, HostSession, SessionOptions, check_feeds, on_host
+from flamingo_export.backends.base import (
+    Array,
+    Availability,
+    Buffer,
+    Capabilities,
+    HostSession,
+    SessionOptions,
+    check_feeds,
+    on_host,
+)
 from flamingo_export.backends.base import Tensor as HostOrDevice
 from flamingo_export.bundle.manifest import EngineRecord, GraphRecord, Manifest
 from flamingo_export.errors import BackendError, CheckpointError, InputError, pip_install
@@ -36,6 +45,7 @@ class ReferenceBackend:
     """`flamingo_reference.model.subgraphs` in fp32 on the CPU."""
 
     name = "reference"
+    capabilities = Capabilities(fp8_products=False)
     native_functions: frozenset[str] = frozenset()
 
     def __init__(self, source: WeightSource | None = None) -> None:

@@ -7,10 +7,10 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from flamingo_export.backends.base import Availability, Backend
+from flamingo_export.backends.compiler import Compiler
 from flamingo_export.errors import BackendError
 
 if TYPE_CHECKING:
-    from flamingo_export.backends.tensorrt.backend import TensorRTBackend
     from flamingo_export.bundle.manifest import Manifest
 
 _BACKENDS = MappingProxyType(
@@ -42,7 +42,7 @@ def get_backend(name: str, manifest: Manifest | None = None) -> Backend:
     return backend
 
 
-def get_compiler(name: str, *, target: str | None = None) -> TensorRTBackend:
+def get_compiler(name: str, *, target: str | None = None) -> Compiler:
     """The backend that compiles engines, whether or not it can run them here; target: `sm89`, None for this machine's GPU.
 
     Raises BackendError if there is none of that name. What its library lacks here, its `prepare` says.
@@ -53,6 +53,11 @@ def get_compiler(name: str, *, target: str | None = None) -> TensorRTBackend:
     from flamingo_export.backends.tensorrt.library import LIBRARIES
 
     return TensorRTBackend(LIBRARIES[name], target=target)
+
+
+def compiler_of(name: str, *, target: str | None = None) -> Compiler | None:
+    """`get_compiler`, or None for a backend that runs the graphs as they are."""
+    return get_compiler(name, target=target) if name in COMPILERS else None
 
 
 def availability() -> dict[str, Availability]:

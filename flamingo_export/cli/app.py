@@ -19,6 +19,7 @@ from flamingo_export.cli import (
     generate,
     index,
     inspect,
+    package,
     parity,
     refit,
     score,
@@ -61,6 +62,9 @@ app.command("generate", short_help="Describe images and videos, or answer a ques
 )
 app.command("score", short_help="Rank candidate answers by their log-likelihood.", cls=MediaCommand)(score.score)
 app.command("serve", short_help="Serve bundles over HTTP: OpenAI's API, a web page, metrics.")(serve.serve)
+app.command("package", short_help="Write a folder that runs a bundle in containers or on Kubernetes.", cls=Verb)(
+    package.package
+)
 app.command("eval", short_help="Score a bundle on a benchmark, few-shot, beside another.")(eval.eval_)
 app.command("index", short_help="Encode examples once, to retrieve similar ones.")(index.index)
 app.command("search", short_help="Find the pictures of an index that look most like one.")(search.search)

@@ -23,6 +23,20 @@ def eval_(
             help="A bundle, or an IDEFICS checkpoint for transformers; with --compare, folders of results.", show_default=False
         ),
     ] = None,
+    server: Annotated[
+        str | None,
+        typer.Option(
+            "--server",
+            metavar="URL",
+            help="A server of `serve` in place of a bundle: http://127.0.0.1:8000/v1.",
+            show_default=False,
+        ),
+    ] = None,
+    served: Annotated[str | None, typer.Option("--model", help="Which of the server's models.", show_default=False)] = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option("--api-key-file", metavar="FILE", help="The server's key, on its first line.", show_default=False),
+    ] = None,
     task: Annotated[
         str | None,
         typer.Option("--task", help="A task (--list names them), or a file of your own: mine.toml.", show_default=False),
@@ -70,7 +84,7 @@ def eval_(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="FOLDER", help="Predictions, tables, page. Run again to go on.", show_default=False),
+        typer.Option("--out", metavar="FOLDER", help="Predictions, tables, page. Run again to resume.", show_default=False),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove what another run left there.")] = False,
     skip_missing: Annotated[
@@ -107,7 +121,12 @@ def eval_(
         else:
             _print_comparison(found)
         return
-    if len(places) != 1:
+    if server is not None and places:
+        raise typer.BadParameter(f"--server has the model, so {places[0]} is one too many", param_hint="--server")
+    for option, given in {"--model": served, "--api-key-file": api_key_file}.items():
+        if given is not None and server is None:
+            raise typer.BadParameter("goes with a server: add --server", param_hint=option)
+    if len(places) != 1 and server is None:
         raise typer.BadParameter(
             f"one bundle is evaluated, {len(places)} were given; --against names a second one", param_hint="TARGETS"
         )
@@ -138,7 +157,7 @@ def eval_(
                 stack, path, backend=backend, device=device, threads=threads, fallback=fallback, batch_size=batch_size
             )
 
-        model = opened(places[0])
+        model = opened(places[0]) if server is None else _behind(server, served, api_key_file, batch_size)
         other = None if against is None else against if _is_run(against) else opened(against)
         with reported() as progress:
             results = evaluate(
@@ -184,6 +203,15 @@ def _model(
     from flamingo_export.evaluation.bundles import BundleModel
 
     return BundleModel(stack.enter_context(opened(path, backend, device, threads, fallback)), batch_size=batch_size)
+
+
+def _behind(url: str, name: str | None, key_file: Path | None, parallel: int) -> EvaluatedModel:
+    """A server's model."""
+    from flamingo_export.evaluation.reading import text_of
+    from flamingo_export.evaluation.server import ServerModel
+
+    key = text_of(key_file, "the server's key").split("\n")[0].strip() if key_file is not None else None
+    return ServerModel(url, model=name, api_key=key, parallel=parallel)
 
 
 def _is_run(path: Path) -> bool:

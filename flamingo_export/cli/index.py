@@ -27,7 +27,7 @@ def index(
         str | None, typer.Option("--split", help="Split of the task. Default: its examples.", show_default=False)
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FOLDER", help="The index. Run again to go on.", show_default=False)
+        Path | None, typer.Option("--out", metavar="FOLDER", help="The index. Run again to resume.", show_default=False)
     ] = None,
     dedup: Annotated[
         list[Path] | None,

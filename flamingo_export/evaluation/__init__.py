@@ -1,4 +1,4 @@
-"""Few-shot evaluation as the paper does it, of bundles and of any other model that follows `protocol.EvaluatedModel`.
+"""Few-shot evaluation as the paper does it, of bundles, servers and any other model that follows `protocol.EvaluatedModel`.
 
 task, tasks/      what a benchmark is; one small file each
 reading           published files, faults named by file and line

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from flamingo_export.bundle.identity import bundle_digest, precision_of
 from flamingo_export.errors import CapacityError
 from flamingo_export.evaluation.protocol import Answer, Features
 from flamingo_export.runtime.media import MediumSource
@@ -14,7 +14,6 @@ from flamingo_export.runtime.request import Request
 from flamingo_reference.input_format import InputFormat
 
 if TYPE_CHECKING:
-    from flamingo_export.bundle.manifest import Manifest
     from flamingo_export.evaluation.index.encoder import Encoder
     from flamingo_export.runtime.model import Model
 
@@ -94,17 +93,3 @@ class BundleModel:
         from flamingo_export.evaluation.index.encoder import Encoder
 
         return Encoder(self.model.bundle, self.model.manifest, self.model.backend)
-
-
-def bundle_digest(manifest: Manifest) -> str:
-    """One digest of all of a bundle's files."""
-    digest = hashlib.sha256()
-    for record in sorted(manifest.files, key=lambda record: record.path):
-        digest.update(f"{record.path}\0{record.sha256}\n".encode())
-    return digest.hexdigest()
-
-
-def precision_of(manifest: Manifest) -> str:
-    """The storage type, or the policy's name where matrices are quantised."""
-    policy = manifest.precision.policy
-    return policy.name if policy is not None else str(manifest.precision.storage)

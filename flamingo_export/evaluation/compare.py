@@ -39,8 +39,8 @@ def compare(folders: Sequence[Path]) -> Comparison:
         raise EvaluationError("two or more folders of evaluations are compared; give them: eval --compare a/ b/")
     found = [read_results(folder) for folder in folders]
     if len({(each.task, each.metric) for each in found}) > 1:
-        told = ", ".join(f"{folder}: {each.task} by {each.metric}" for folder, each in zip(folders, found, strict=True))
-        raise EvaluationError(f"the runs are of different tasks ({told}). Compare runs of one task.")
+        named = ", ".join(f"{folder}: {each.task} by {each.metric}" for folder, each in zip(folders, found, strict=True))
+        raise EvaluationError(f"the runs are of different tasks ({named}). Compare runs of one task.")
     scores = [read_scores(folder) for folder in folders]
     keys = list(dict.fromkeys((cell.shots, cell.group) for each in found for cell in each.cells))
     rows = []

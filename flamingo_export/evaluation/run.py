@@ -6,17 +6,15 @@ import hashlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-import numpy as np
 
 from flamingo_export.errors import EvaluationError, FlamingoExportError
 from flamingo_export.evaluation.asking import Interview
 from flamingo_export.evaluation.bundles import BundleModel
-from flamingo_export.evaluation.media_files import missing_file
+from flamingo_export.evaluation.data import Data, read_data
 from flamingo_export.evaluation.metrics.registry import metric_of
 from flamingo_export.evaluation.predictions import Prediction, PredictionFile, Unit, read_predictions
 from flamingo_export.evaluation.protocol import EvaluatedModel, HasFeatures
@@ -32,7 +30,7 @@ from flamingo_export.evaluation.results import (
 )
 from flamingo_export.evaluation.selection import Selector, Similarity
 from flamingo_export.evaluation.settings import Settings
-from flamingo_export.evaluation.task import ZERO_SHOT_TEXTS, Item, Split, Task
+from flamingo_export.evaluation.task import ZERO_SHOT_TEXTS, Item, Task
 from flamingo_export.evaluation.tasks import task_of
 from flamingo_export.files import exclusive
 from flamingo_export.progress import SILENT, Progress
@@ -42,18 +40,7 @@ from flamingo_export.runtime.videos import Video
 if TYPE_CHECKING:
     from flamingo_export.runtime.model import Model
 
-_SHOWN = 5
 EXAMPLES_INDEX = "examples.index"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Data:
-    """What a run asks and shows: queries in the order in which they are asked, examples, and what was left out of both, counted."""
-
-    queries: tuple[Item, ...]
-    examples: tuple[Item, ...]
-    split: str
-    left_out: dict[str, int] = field(default_factory=dict)
 
 
 def evaluate(
@@ -81,7 +68,7 @@ def evaluate(
     settings: shots, how they are chosen, the seed and so on.
     against: another model, asked the same items with the same examples; or the folder of an earlier run of the same task and settings.
     index: a folder that `index` wrote of the examples, for RICES; without one they are encoded first.
-    out: where predictions, results and the page are written; a run that was interrupted goes on there. None keeps nothing.
+    out: where predictions, results and the page are written; an interrupted run is resumed there. None keeps nothing.
     overwrite: what another run left in `out` is removed. skip_missing: items whose media are gone are left out and counted.
     report: whether the page is written, which needs matplotlib.
 
@@ -154,59 +141,6 @@ def as_evaluated(model: EvaluatedModel | Model) -> EvaluatedModel:
     return BundleModel(model) if isinstance(model, Model) else model
 
 
-def read_data(
-    task: Task,
-    settings: Settings,
-    data: Path | str | None,
-    support: Path | str | None,
-    split: str | None,
-    *,
-    skip_missing: bool = False,
-) -> Data:
-    """Queries and examples. Raises EvaluationError naming what is missing."""
-    if data is None and task.needs_data:
-        raise EvaluationError(
-            f"task {task.name} reads its files from a folder: give --data. Expected there: {task.files}. From {task.source}"
-        )
-    place = Path(data) if data is not None else Path()
-    asked = task.read(place, split or task.split)
-    left_out = dict(asked.left_out)
-    shown = Split(items=())
-    if settings.needs_examples():
-        if support is None and not task.support:
-            raise EvaluationError(
-                f"task {task.name} names no examples. Give some (--support FILE), or ask without: --shots 0 --zero-shot nothing"
-            )
-        shown = task.read(Path(support) if support is not None else place, task.support or task.split)
-    _refuse_twins(asked.items)
-    queries = _sampled(asked.items, settings)
-    queries, gone = _there(queries, skip_missing)
-    examples, gone_examples = _there(shown.items, skip_missing)
-    for name, count in (("queries whose media are gone", gone), ("examples whose media are gone", gone_examples)):
-        if count:
-            left_out[name] = count
-    silent = sum(not item.answer.strip() for item in examples)
-    if silent:
-        left_out["examples without an answer that can be shown"] = silent
-    if not queries:
-        raise EvaluationError(f"task {task.name} has no items to ask")
-    queries, examples = ([_looked_at(item, settings) for item in items] for items in (queries, examples))
-    return Data(queries=tuple(queries), examples=tuple(examples), split=split or task.split, left_out=left_out)
-
-
-def _looked_at(item: Item, settings: Settings) -> Item:
-    """The item with its video, if it is one in a file, looked at as the settings say."""
-    video = item.medium
-    if (
-        (settings.fps is None and settings.num_frames is None)
-        or not isinstance(video, Video)
-        or not isinstance(video.source, str | Path)
-    ):
-        return item
-    fps = None if Path(video.source).is_dir() else settings.fps
-    return replace(item, medium=replace(video, fps=fps, num_frames=settings.num_frames))
-
-
 def units_of(queries: Sequence[Item], settings: Settings) -> list[Unit]:
     """Items that run together, for each number of shots."""
     ids = [item.id for item in queries]
@@ -216,43 +150,6 @@ def units_of(queries: Sequence[Item], settings: Settings) -> list[Unit]:
         for shots in settings.shots
         for number, start in enumerate(range(0, len(ids), size))
     ]
-
-
-def _sampled(items: Sequence[Item], settings: Settings) -> list[Item]:
-    """The items in a random order of the seed's, the first `limit` of them."""
-    order = np.random.default_rng([settings.seed, 1]).permutation(len(items))
-    return [items[int(place)] for place in order[: settings.limit]]
-
-
-def _refuse_twins(items: Sequence[Item]) -> None:
-    seen: set[str] = set()
-    for item in items:
-        if item.id in seen:
-            raise EvaluationError(f"id {item.id} occurs twice among the items")
-        seen.add(item.id)
-
-
-def _there(items: Sequence[Item], skip: bool) -> tuple[list[Item], int]:
-    """The items whose media exist, and how many do not. Raises EvaluationError naming them unless they are to be skipped."""
-    known: dict[str, bool] = {}
-    kept, gone = [], []
-    for item in items:
-        medium = item.medium.source if isinstance(item.medium, Video) else item.medium
-        if isinstance(medium, str | Path):
-            name = str(medium)
-            if name not in known:
-                known[name] = missing_file(item) is None
-            if not known[name]:
-                gone.append(name)
-                continue
-        kept.append(item)
-    if gone and not skip:
-        names = "\n".join(f"  {name}" for name in gone[:_SHOWN])
-        more = f"\n  and {len(gone) - _SHOWN} more" if len(gone) > _SHOWN else ""
-        raise EvaluationError(
-            f"the media of {len(gone)} of {len(items)} items are not there:\n{names}{more}\nBring them, or leave these items out: --skip-missing"
-        )
-    return kept, len(gone)
 
 
 def _similarity(
@@ -381,7 +278,7 @@ def _workplace(out: Path | str | None, overwrite: bool) -> Iterator[Path]:
         raise EvaluationError(f"{folder} is a file; --out names a folder")
     ours = {".lock", EXAMPLES_INDEX}
     if folder.is_dir() and not (folder / PREDICTIONS_FILE).exists() and any(path.name not in ours for path in folder.iterdir()):
-        raise EvaluationError(f"{folder} holds something that is no evaluation. Give another --out.")
+        raise EvaluationError(f"{folder} holds files that do not belong to an evaluation. Give another --out.")
 
     def busy(pid: str) -> FlamingoExportError:
         return EvaluationError(f"another process ({pid}) is evaluating into {folder}")

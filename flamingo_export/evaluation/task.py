@@ -1,4 +1,4 @@
-"""What a task is, and what its items are: data alone, filled in by one small file a task (`tasks/`) or a user's own TOML."""
+"""What a task is, and what its items are: data, filled in by one small file per task (`tasks/`) or a user's own TOML."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MetricName = Literal["exact", "top1", "vqa_accuracy", "ivqa_accuracy", "cider", 
 class Item:
     """One thing to be answered, and the same thing as an example for others.
 
-    medium: an image or video, None for a text alone.
+    medium: an image or video, None for a text without one.
     references: every answer that counts, as published (repeated where annotators agree).
     answer: what the item says as an example; empty where it cannot be one.
     candidates: answers of a closed task. relevance: how right each of them is, 0 to 1 (one 1 where one is right).

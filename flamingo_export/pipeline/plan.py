@@ -12,14 +12,14 @@ from pathlib import Path
 import msgspec
 
 from flamingo_export import estimates
-from flamingo_export.backends.registry import COMPILERS
+from flamingo_export.backends.registry import compiler_of
 from flamingo_export.bundle.manifest import default_limits
 from flamingo_export.estimates import ENGINE_RATIO
 from flamingo_export.machine import available_memory
 from flamingo_export.pipeline.request import BuildRequest, resolve_precision
 from flamingo_export.pipeline.write_weights import LARGE, THREADS
 from flamingo_export.precision import Precision
-from flamingo_export.quantize.policies import check_backend, check_policy
+from flamingo_export.quantize.policies import check_policy
 from flamingo_export.sources import CheckpointSource, open_source
 from flamingo_export.sources.choice import CheckpointFolder
 from flamingo_export.weights import WeightIndex, bundle_weights, stored_bytes
@@ -130,7 +130,8 @@ def plan(request: BuildRequest) -> BuildPlan:
     precision = resolve_precision(config, request.storage, request.policy)
     if precision.policy is not None:
         check_policy(precision.policy, [weight.name for weight in bundle_weights(config, precision) if weight.product])
-        check_backend(precision.policy, request.backend, request.target)
+        if (compiler := compiler_of(request.backend)) is not None:
+            compiler.check_policy(precision.policy, request.target)
     sizes: dict[str, int] = {}
     for weight in bundle_weights(config, precision):
         component = weight.name.split("/", 1)[0]
@@ -190,11 +191,10 @@ def planned_graphs(request: BuildRequest, config: ModelConfig, precision: Precis
         PlannedGraph(name=record.name, layers=record.layers, weight_bytes=graph_bytes(config, sizes, record))
         for record in graph_records(config, sizes, request.parts)
     )
-    if request.backend not in COMPILERS:
+    compiler = compiler_of(request.backend)
+    if compiler is None:
         return graphs
-    from flamingo_export.backends.tensorrt.estimate import estimate
-
-    needed = [estimate(graph.weight_bytes) for graph in graphs]
+    needed = [compiler.estimate(graph.weight_bytes) for graph in graphs]
     return tuple(
         msgspec.structs.replace(graph, engine_memory=each.memory, engine_seconds=each.seconds)
         for graph, each in zip(graphs, needed, strict=True)
@@ -203,6 +203,6 @@ def planned_graphs(request: BuildRequest, config: ModelConfig, precision: Precis
 
 def engine_bytes(request: BuildRequest, config: ModelConfig, precision: Precision) -> int:
     """Of all engines: each has the weights that its graph reads, so what two parts of the decoder read counts twice."""
-    if request.backend not in COMPILERS:
+    if compiler_of(request.backend) is None:
         return 0
     return int(ENGINE_RATIO * sum(graph.weight_bytes for graph in planned_graphs(request, config, precision)))

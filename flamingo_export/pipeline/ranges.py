@@ -6,6 +6,7 @@ import importlib.util
 import shutil
 from typing import Literal
 
+from flamingo_export.backends.compiler import Compiler
 from flamingo_export.bundle.manifest import CalibrationRecord
 from flamingo_export.bundle.verify import file_record
 from flamingo_export.errors import BuildError, pip_install
@@ -13,7 +14,7 @@ from flamingo_export.pipeline.request import BuildRequest
 from flamingo_export.pipeline.work_folder import Finished, Journal, WorkPlace
 from flamingo_export.precision import Precision
 from flamingo_export.progress import Progress
-from flamingo_export.quantize.policies import check_backend, check_policy
+from flamingo_export.quantize.policies import check_policy
 from flamingo_export.sources import WeightSource
 from flamingo_export.weights import bundle_weights
 from flamingo_export.weights.calibration_table import (
@@ -27,9 +28,9 @@ from flamingo_reference.config import ModelConfig
 
 
 def checked_policy(
-    request: BuildRequest, config: ModelConfig, precision: Precision, target: str | None
+    request: BuildRequest, config: ModelConfig, precision: Precision, compiler: Compiler | None, target: str | None
 ) -> CalibrationTable | None:
-    """The calibration table that was given. target: the GPU of the engines.
+    """The calibration table that was given. compiler: of engines, None where there are none; target: the GPU that they are for.
 
     Raises BuildError for a policy that fits neither model nor backend, or needs a table and could not be given one; CalibrationError for
     a table that cannot be read.
@@ -42,7 +43,8 @@ def checked_policy(
             raise BuildError("--uncalibrated only applies to quantised builds; add --fp8, or leave it out")
         return None
     check_policy(policy, [weight.name for weight in bundle_weights(config, precision) if weight.product])
-    check_backend(policy, request.backend, target)
+    if compiler is not None:
+        compiler.check_policy(policy, target)
     if request.calibration is not None:
         return read_table(request.calibration)
     if policy.needs_ranges and not request.uncalibrated and importlib.util.find_spec("torch") is None:

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from flamingo_export.backends.registry import COMPILERS, get_compiler
-from flamingo_export.backends.tensorrt.lowering.shapes import check_limits
+from flamingo_export.backends.compiler import Compiler, Ready
+from flamingo_export.backends.registry import compiler_of
 from flamingo_export.bundle.manifest import (
     MANIFEST_NAME,
     EngineRecord,
@@ -58,7 +58,6 @@ from flamingo_reference.checkpoints.families import native
 from flamingo_reference.config import OwnVisionConfig
 
 if TYPE_CHECKING:
-    from flamingo_export.backends.tensorrt.backend import Prepared, TensorRTBackend
     from flamingo_export.validate.report.parity_report import ParityReport
 
 REPORTS_FOLDER = "reports"
@@ -88,7 +87,7 @@ class _Job(msgspec.Struct, frozen=True, kw_only=True):
     source: WeightSource
     precision: Precision
     place: WorkPlace
-    compiler: tuple[TensorRTBackend, Prepared] | None
+    compiler: tuple[Compiler, Ready] | None
     calibration: CalibrationTable | None
     """As it was given; None where none was, whether or not one will be made."""
     tokenizer: str | None
@@ -149,9 +148,9 @@ def _prepare(request: BuildRequest, progress: Progress) -> _Job:
         )
     check_parts(config, request.parts)
     precision = resolve_precision(config, request.storage, request.policy)
-    backend = get_compiler(request.backend, target=request.target) if request.backend in COMPILERS else None
+    backend = compiler_of(request.backend, target=request.target)
     compiler = (backend, backend.prepare()) if backend is not None else None
-    calibration = checked_policy(request, config, precision, compiler[1].target if compiler is not None else None)
+    calibration = checked_policy(request, config, precision, backend, compiler[1].target if compiler is not None else None)
     donor = fitting(request.graphs_of, source, progress=progress) if request.graphs_of is not None else None
     notes = list(source.notes)
     drawn = isinstance(source, RandomSource)
@@ -209,7 +208,7 @@ def _check_engines(job: _Job, journal: Journal) -> None:
     """Raises BuildError before any work if no engine can have the limits, or one that is not finished cannot be built in the memory there is."""
     if job.compiler is None:
         return
-    check_limits(job.request.limits or default_limits(job.source.config))
+    job.compiler[0].check_limits(job.request.limits or default_limits(job.source.config))
     config, sizes = job.source.config, WeightIndex.planned(job.source.config, job.precision).sizes()
     finished = {Path(file).stem for file in journal.groups if file.startswith(ENGINES_FOLDER)}
     for graph in graph_records(config, sizes, job.request.parts):

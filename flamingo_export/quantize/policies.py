@@ -23,8 +23,6 @@ from flamingo_export.precision import SMALLEST_BLOCK, Policy, Rule
 
 PRESETS = ("fp8", "int8", "int4")
 _LARGEST_BLOCK = 1024
-WITHOUT_FP8 = ("sm75", "sm80", "sm86", "sm87")
-"""Targets whose tensor cores have no FP8."""
 
 
 class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -115,22 +113,6 @@ def check_policy(policy: Policy, matrices: Sequence[str]) -> None:
             near = difflib.get_close_matches(rule.weights, matrices, n=2, cutoff=0.0)
             shown.append(f"{rule.weights!r} (there are {', '.join(near)})")
         raise BuildError(f"rules of policy {policy.name!r} match no matrix of this model: {'; '.join(shown)}")
-
-
-def check_backend(policy: Policy, backend: str, target: str | None) -> None:
-    """Raises BuildError if the backend cannot compute what the policy says, with the nearest that it can."""
-    if policy.media == "fp8" and backend == "tensorrt-rtx":
-        raise BuildError(
-            f"policy {policy.name!r} keeps media in FP8, which TensorRT reads in a plugin alone, and {backend} runs without one. The nearest "
-            'that it has: the same policy with media = "storage"; or --backend tensorrt, with the plugin.'
-        )
-    if backend == "onnxruntime" or target is None or not policy.needs_ranges:
-        return
-    if target in WITHOUT_FP8:
-        raise BuildError(
-            f"policy {policy.name!r} computes products in FP8, which {target} has no units for (from sm89 on there are). The nearest that it "
-            "has: --int8 or --int4 (weights alone), or --storage bf16."
-        )
 
 
 def _quoted(text: str) -> str:

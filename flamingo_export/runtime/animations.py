@@ -1,6 +1,6 @@
 """Animated images: how many frames there are, how long each is shown, and what is seen then.
 
-GIF and APNG are composed here (gif.py, apng.py), frame over frame on a white canvas, as browsers show them. What is seen is always
+GIF and APNG are composed here (gif.py, apng.py), frame over frame on a white canvas, as their formats say. What is seen is always
 over white, and "over" is associative, so an opaque canvas gives the same as one with alpha. WebP, AVIF and pages of a TIFF come
 whole from Pillow.
 """

@@ -1,4 +1,4 @@
-"""GIF: frames found block by block, decoded by Pillow, and composed as browsers do.
+"""GIF: frames found block by block, decoded by Pillow, and composed as the specification says.
 
 GIF89a specification. Where it leaves a choice, or files do not keep to it: what is not painted is transparent, so white; a first
 frame that is larger than the canvas enlarges it, what later ones have beyond it is cut off; transparency is that of the frame.

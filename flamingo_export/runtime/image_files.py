@@ -25,6 +25,8 @@ MAX_STREAM_BYTES = 512 * 2**20
 """A pipe or file object may have no end. This is more than the largest image that is decoded has without compression."""
 _CHUNK = 2**20
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", re.DOTALL)
+_URL_IN_A_FOLDER = re.compile(r".*?/(https?|ftp|s3|gs|hf|file):/+(.*)", re.DOTALL)
+"""What becomes of one that is joined to the folder of the file that names it."""
 
 
 class Readable(Protocol):
@@ -57,9 +59,9 @@ def name_of(source: EncodedSource) -> str:
 def as_url(source: str | os.PathLike[str]) -> str | None:
     """The URL that a path which does not exist was meant as, or None. `Path` drops one of its slashes, which is put back."""
     text = os.fspath(source)
-    if isinstance(text, str) and text.lower().startswith("data:"):
+    if isinstance(text, str) and text.lower().startswith("data:") and not os.path.lexists(text):
         return text if len(text) <= 40 else text[:40] + "..."
-    found = _URL.fullmatch(text) if isinstance(text, str) else None
+    found = (_URL.fullmatch(text) or _URL_IN_A_FOLDER.fullmatch(text)) if isinstance(text, str) else None
     if found is None or os.path.lexists(text):
         return None
     scheme, rest = found.groups()
@@ -71,7 +73,7 @@ def refuse_url(source: str | os.PathLike[str]) -> None:
     if url := as_url(source):
         kind, way = "a URL", "Download the file first and give its path."
         if url.startswith("data:"):
-            kind, way = "a data URL", "Decode it first: load_image and images=[...] take the bytes."
+            kind, way = "a data URL", "Decode it first; images=[...] and Video(source=...) take the bytes."
         elif url.lower().startswith("file:"):
             way = "Give the path itself."
         raise ImageError(f"{url} is {kind}, and URLs are not fetched. {way}")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from flamingo_export.errors import BundleError, PromptError
 from flamingo_reference.config import ModelConfig
@@ -15,6 +15,7 @@ from flamingo_reference.input_format import FAMILY_TAGS, PAPER, Tags
 TOKENIZER_FILE = Path("tokenizer") / "tokenizer.json"
 _REPLACEMENT = "\ufffd"
 _LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
+T = TypeVar("T")
 _MAX_HELD = 3  # tokens: a character has four bytes at most, and a token at least one
 
 
@@ -65,21 +66,10 @@ class Tokenizer:
             raise PromptError("the prompt is empty. Give at least one word or tag, for example '<image>Output:'.")
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             raise PromptError(f"the text holds half of a surrogate pair, which is no character: {text[:80]!a}")
-        ids = self._encoded(with_tags_around(text, self._tags))
+        marked = with_tags_around(text, self._tags)
+        ids: list[int] = _guarded(lambda: self._tokenizer.encode(marked, add_special_tokens=False).ids, text)
         wanted = add_bos and self._tags.bos is not None and ids[:1] != [self.ids.bos]
         return [self.ids.bos, *ids] if wanted else ids
-
-    def _encoded(self, text: str) -> list[int]:
-        try:
-            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        except BaseException as error:
-            # The library raises plain Exception where a text has no tokens, and its panics (of a damaged table of characters) are none.
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-                raise
-            raise PromptError(
-                f"the bundle's tokenizer cannot encode {text[:80]!r} ({error}). Build it with a whole one."
-            ) from error
-        return ids
 
     def encode_continuation(self, prompt: str, continuation: str) -> list[int]:
         """Ids of `continuation` where it follows `prompt`. A space begins it, as words begin in running text, unless it has a blank or the
@@ -113,7 +103,8 @@ class Tokenizer:
     def check_quoted(self, text: str) -> None:
         """Raises PromptError if a special token stands in what a user wrote: it would end the text or shift every later image."""
         normalizer = self._tokenizer.normalizer
-        normalized = text if normalizer is None else normalizer.normalize_str(text)  # ＜/s＞ may become </s>
+        # ＜/s＞ may become </s>
+        normalized = text if normalizer is None else _guarded(lambda: normalizer.normalize_str(text), text)
         for special in self.special_texts:
             if special in text or special in normalized:
                 raise PromptError(f"{text!r} contains {special}, which the model reads as a token of its own; give plain text")
@@ -140,6 +131,19 @@ class Tokenizer:
             else:
                 whole += run
         return whole
+
+
+def _guarded(call: Callable[[], T], text: str) -> T:
+    """What the library makes of a text. Raises PromptError where it cannot: it raises plain Exception where a text has no tokens, and its
+    panics (of a damaged table of characters) are not even that."""
+    try:
+        return call()
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise PromptError(
+            f"the bundle's tokenizer cannot encode {text[:80]!r} ({error}). Build it with a whole one."
+        ) from error
 
 
 def with_tags_around(text: str, tags: Tags) -> str:

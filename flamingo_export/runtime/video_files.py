@@ -137,7 +137,7 @@ def _decoded(path: Path, chosen: Sequence[int] | None, timing: _Timing | None) -
                         container.seek(timing.keys[at - 1], stream=stream, backward=True)
                 passed = False
                 for frame in container.decode(stream):
-                    # Where a file tells no times at all, frames are counted at the rate that it claims.
+                    # A file without times: frames are counted at the rate that it claims.
                     now = frame.pts if frame.pts is not None else counted
                     counted = now + (frame.duration or _step(stream))
                     position = max(position, now)

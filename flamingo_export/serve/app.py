@@ -11,11 +11,13 @@ from contextlib import ExitStack, asynccontextmanager
 from importlib import resources
 from typing import Any, TypeVar
 
+import msgspec
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from flamingo_export.bundle.identity import bundle_digest, precision_of
 from flamingo_export.errors import FlamingoExportError
 from flamingo_export.runtime.timings import Timings
 from flamingo_export.serve import routes
@@ -198,6 +200,14 @@ def _card(served: Served) -> dict[str, Any]:
         "owned_by": "flamingo-export",
         "max_model_len": manifest.limits.max_length,
         "max_media": manifest.limits.bank_rows,
+        # What evaluation marks its numbers with, and puts prompts together by.
+        "flamingo": {
+            "digest": bundle_digest(manifest),
+            "precision": precision_of(manifest),
+            "backend": served.model.backend.name,
+            "parity": manifest.parity.state,
+            "inputs": msgspec.to_builtins(manifest.inputs),
+        },
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -14,13 +14,13 @@ import torch
 from variations import GROUPED, VARIATIONS, drawn_model
 
 from flamingo_calibration import Sample, shipped_samples
-from flamingo_export.progress import Phase
 from flamingo_export.runtime.media import load_medium
 from flamingo_export.sources import LiveSource
 from flamingo_export.weights.calibration_table import CalibrationTable
 from flamingo_reference.config import ModelConfig, RelativePositions
 from flamingo_reference.model import Flamingo
 from flamingo_reference.phi import phi_from_tokens
+from tests.recorder import Recorder
 
 Array = npt.NDArray[np.float64]
 
@@ -150,28 +150,6 @@ def run_whole(model: Flamingo, sample: Sample, keep: Callable[[str, torch.Tensor
             hidden = layer(hidden)
         keep("decoder/head", model.language_model.norm(hidden))
         return model.language_model.logits(hidden)
-
-
-class Recorder:
-    """A Progress that keeps what it was told."""
-
-    def __init__(self) -> None:
-        self.stages: dict[str, int] = {}
-        self.done: dict[str, int] = {}
-        self.notes: list[str] = []
-        self._stage = ""
-
-    def stage(self, name: str, total: int, unit: str = "items") -> None:
-        self._stage, self.stages[name], self.done[name] = name, total, 0
-
-    def advance(self, amount: int) -> None:
-        self.done[self._stage] += amount
-
-    def within(self, phases: Sequence[Phase]) -> None:
-        pass
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 @pytest.fixture

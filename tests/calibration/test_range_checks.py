@@ -45,6 +45,7 @@ def scaled(table: CalibrationTable, name: str, factor: float) -> CalibrationTabl
     return msgspec.structs.replace(table, tensors={**table.tensors, name: new})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["fp8", "int4"])
 def test_the_right_table_of_every_kind_of_model_is_taken_and_many_wrong_ones_are_not(
     config: ModelConfig, table: CalibrationTable, policy: str, tmp_path: Path

@@ -1,4 +1,4 @@
-"""The index on the disk: plain files, exact search, gone on with after an interruption, refused where it is of something else."""
+"""The index on the disk: plain files, exact search, resumed after an interruption, refused where it belongs to something else."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_plain_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dies_after", [0, 5, 16, 40])
-def test_gone_on_with(tmp_path: Path, dies_after: int) -> None:
+def test_resumed(tmp_path: Path, dies_after: int) -> None:
     rows = vectors(50)
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path / "i", rows, Encoder(rows, dies_after))
@@ -108,7 +108,7 @@ def test_an_index_of_something_else(tmp_path: Path) -> None:
         index.check_bundle("c" * 64, "my.bundle")
     (tmp_path / "j").mkdir()
     (tmp_path / "j" / "a.txt").write_text("")
-    with pytest.raises(EvaluationError, match="it is no index"):
+    with pytest.raises(EvaluationError, match="it is not an index"):
         build(tmp_path / "j", rows)
     with pytest.raises(EvaluationError, match="Make one: flamingo-export index"):
         Index(tmp_path / "nothing")
@@ -128,7 +128,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
     shard.write_bytes(whole)
     record = msgspec.structs.replace(index.record, shards=("../outside.safetensors",))
     (tmp_path / "i" / "index.json").write_bytes(msgspec.json.encode(record))
-    with pytest.raises(EvaluationError, match="no file of the index"):
+    with pytest.raises(EvaluationError, match="not a file of the index"):
         nearest(Index(tmp_path / "i"), rows, 1)
     with pytest.raises(EvaluationError, match="6 wide"):
         nearest(index, vectors(1)[:, :3], 1)

@@ -104,8 +104,27 @@ def test_the_model_cards_few_shot_table(nano: Path, tmp_path: Path) -> None:
         assert [f"{value.value:.0f} %" for value in values] == cells, style
 
 
+def test_a_task_of_ones_own(nano: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The one that docs/evaluation.md names."""
+    tasks = Path(flamingo_export.__file__).parents[1] / "examples" / "tasks"
+    line = [
+        "eval",
+        str(nano),
+        "--task",
+        str(tasks / "shapes.toml"),
+        "--data",
+        str(tasks / "shapes.jsonl"),
+        "--shots",
+        "0,2",
+        "--json",
+    ]
+    assert main(line) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [cell["value"] for cell in found["cells"]] == [100, 100]
+
+
 @pytest.mark.slow
-def test_killed_and_gone_on_with(nano: Path, tmp_path: Path) -> None:
+def test_killed_and_resumed(nano: Path, tmp_path: Path) -> None:
     """kill -9 while units are written, several times; the tables are those of a run in one go."""
     rows = [{"id": number, "image": f"{number}.png", "answer": "a red square"} for number in range(96)]
     for number in range(96):
@@ -164,6 +183,28 @@ def test_rices_index_search_and_retrieved_shots(nano: Path, tmp_path: Path, caps
     assert main(["index", "--dedup", str(index), "--dedup", str(index), "--above", "0.9999", "--json"]) == 0
     pairs = json.loads(capsys.readouterr().out)
     assert [(pair["first"], pair["second"]) for pair in pairs] == [(str(number), str(number)) for number in range(1, 5)]
+
+
+def test_an_index_made_beforehand(nano: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An example without an answer is not indexed, and the run takes the same ones."""
+    data = published.write("vqav2", tmp_path)
+    file = data / "v2_mscoco_train2014_annotations.json"
+    value = json.loads(file.read_text())
+    for answer in value["annotations"][1]["answers"]:
+        answer["answer"] = " "
+    file.write_text(json.dumps(value))
+    index, task = tmp_path / "index", ["--task", "vqav2", "--data", str(data)]
+    assert main(["index", str(nano), *task, "--out", str(index)]) == 0
+    assert "3 examples" in capsys.readouterr().out
+    line = ["eval", str(nano), *task, "--shots", "2", "--select", "rices", "--max-new-tokens", "3", "--json"]
+    assert main([*line, "--index", str(index)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["features"] == "mean-pooled features of the vision encoder"
+    assert found["left_out"] == {"examples without an answer that can be shown": 1}
+    other = tmp_path / "other.bundle"
+    flamingo_export.build(source_for_size("nano", seed=1), out=other, parity="skip")
+    assert main(["eval", str(other), *line[2:], "--index", str(index)]) == 1
+    assert "is an index of something else (bundle differ)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["vqav2", "star", "hateful_memes", "imagenet", "rareact", "visdial"])

@@ -8,7 +8,7 @@ from typing import Any
 
 import published
 import pytest
-from models import Echo, Seeing
+from made_models import Echo, Seeing
 
 import flamingo_export
 from flamingo_export.errors import CapacityError, EvaluationError
@@ -100,7 +100,7 @@ class Mortal(Echo):
 TABLES = ("results.csv", "scores.csv")
 
 
-def test_an_interrupted_run_goes_on_and_ends_in_the_same_table(vqa: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_resumes_and_ends_in_the_same_table(vqa: Path, tmp_path: Path) -> None:
     run(Echo(), vqa, tmp_path / "whole")
     whole = {name: (tmp_path / "whole" / name).read_bytes() for name in TABLES}
     out = tmp_path / "out"
@@ -135,7 +135,7 @@ def test_cut_off_anywhere(vqa: Path, tmp_path: Path, kept: int) -> None:
     assert without_times((out / "predictions.jsonl").read_bytes()) == without_times(data)
 
 
-def test_results_of_another_run_are_not_gone_on_with(vqa: Path, tmp_path: Path) -> None:
+def test_results_of_another_run_are_not_resumed(vqa: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run(Echo(), vqa, out)
     with pytest.raises(EvaluationError, match=r"settings\.seed was 3, is 4"):
@@ -145,7 +145,7 @@ def test_results_of_another_run_are_not_gone_on_with(vqa: Path, tmp_path: Path) 
     assert run(Echo("other"), vqa, out, overwrite=True).model["name"] == "other"
     (tmp_path / "else").mkdir()
     (tmp_path / "else" / "thesis.tex").write_text("")
-    with pytest.raises(EvaluationError, match="holds something that is no evaluation"):
+    with pytest.raises(EvaluationError, match="holds files that do not belong to an evaluation"):
         run(Echo(), vqa, tmp_path / "else")
 
 
@@ -230,6 +230,14 @@ def test_media_that_are_gone(vqa: Path, tmp_path: Path) -> None:
     assert found.cell(0).items == 3
 
 
+def test_texts_are_shown_without_their_media(vqa: Path) -> None:
+    for path in (vqa / "train2014").iterdir():
+        path.unlink()
+    assert run(Echo(), vqa, settings=Settings(shots=(0,))).cell(0).value == 100
+    with pytest.raises(EvaluationError, match="the media of 4 of 4 items are not there"):
+        run(Echo(), vqa, settings=Settings(shots=(0, 1)))
+
+
 def test_what_cannot_be_is_said_before_any_work(vqa: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Echo(most_media=4)
     with pytest.raises(CapacityError, match="at most 4 media"):
@@ -256,7 +264,7 @@ def test_a_tag_in_a_question_is_named(vqa: Path) -> None:
 
 
 def test_videos_are_looked_at_as_the_settings_say(tmp_path: Path) -> None:
-    from flamingo_export.evaluation.run import read_data
+    from flamingo_export.evaluation.data import read_data
     from flamingo_export.evaluation.tasks import task_of
     from flamingo_export.runtime.videos import Video
 

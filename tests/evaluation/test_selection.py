@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from models import Seeing
+from made_models import Seeing
 
 from flamingo_export.errors import EvaluationError
 from flamingo_export.evaluation.index.similarity import IndexedSimilarity

@@ -23,7 +23,7 @@ from transformers import (
     MptForCausalLM,
 )
 
-from flamingo_reference.checkpoints.families import openflamingo
+from flamingo_reference.checkpoints.families import language_models, openflamingo, openflamingo_files
 from flamingo_reference.config import ModelConfig, TokenIds
 from flamingo_reference.model import Flamingo
 
@@ -278,7 +278,7 @@ class Theirs:
     def checkpoint(self) -> dict[str, Any]:
         """checkpoint.pt: the bridge, and the embedding, which was trained: VOCAB rows of it."""
         found = {name: tensor.numpy() for name, tensor in self.tensors.items()}
-        embedding = openflamingo.family_of(self.language_model_config()).embedding
+        embedding = language_models.family_of(self.language_model_config()).embedding
         found[f"lang_encoder.{embedding}.weight"] = self.lm.get_input_embeddings().weight.detach().double().numpy()[:VOCAB]
         return found
 
@@ -320,13 +320,13 @@ def as_openai(tensors: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def files_of(tensors: dict[str, dict[str, Any]], raw: dict[str, Any]) -> openflamingo.Files:
+def files_of(tensors: dict[str, dict[str, Any]], raw: dict[str, Any]) -> openflamingo_files.Files:
     """Shapes of the three files."""
     shapes = {file: {name: tuple(tensor.shape) for name, tensor in held.items()} for file, held in tensors.items()}
-    return openflamingo.Files(**shapes, language_model_config=raw)
+    return openflamingo_files.Files(**shapes, language_model_config=raw)
 
 
-def ours(theirs: Theirs, *, layout: str = "openai") -> tuple[Flamingo, openflamingo.Files]:
+def ours(theirs: Theirs, *, layout: str = "openai") -> tuple[Flamingo, openflamingo_files.Files]:
     """Our model with their weights, through the family's names; and the files."""
     tensors = {"checkpoint": theirs.checkpoint(), "language_model": theirs.language_model(), "vision": theirs.vision(layout)}
     files = files_of(tensors, theirs.language_model_config())

@@ -13,7 +13,7 @@ from openflamingo_models import IMAGE, KINDS, SIDE, TOKENS, Theirs, files_of, ou
 
 import flamingo_export
 from flamingo_reference.checkpoints.converted import source_shapes
-from flamingo_reference.checkpoints.families import openflamingo
+from flamingo_reference.checkpoints.families import openflamingo, openflamingo_files
 from flamingo_reference.config import ConfigError
 from flamingo_reference.model import Flamingo
 from flamingo_reference.names import expected_tensors
@@ -95,7 +95,7 @@ def test_names_as_they_were_saved(saved: str) -> None:
     assert all(("lang_encoder" in name) == (saved == "decoder_layer") for name in read if "Wqkv" in name)
 
 
-def broken(change: str) -> openflamingo.Files:
+def broken(change: str) -> openflamingo_files.Files:
     """Files that do not go together."""
     theirs = Theirs("gpt_neox, parallel")
     tensors = {"checkpoint": theirs.checkpoint(), "language_model": theirs.language_model(), "vision": theirs.vision("openai")}

@@ -43,7 +43,7 @@ def test_manifests(bundle: Path, tmp_path: Path, with_file: Copy) -> None:
     def case(rng: random.Random) -> None:
         asked(with_file(bundle, tmp_path / "b", MANIFEST_NAME, mutated_json_text(whole, rng)))
 
-    fuzz("manifest", 80, case)
+    fuzz("manifest", 150, case)
 
 
 def test_manifest_sections(bundle: Path, tmp_path: Path, with_file: Copy) -> None:
@@ -55,7 +55,7 @@ def test_manifest_sections(bundle: Path, tmp_path: Path, with_file: Copy) -> Non
         changed = whole | {section: mutated_json(whole[section], rng)}
         asked(with_file(bundle, tmp_path / "b", MANIFEST_NAME, json.dumps(changed).encode()))
 
-    fuzz("manifest section", 80, case)
+    fuzz("manifest section", 120, case)
 
 
 @pytest.mark.parametrize("fitting", [False, True], ids=["wrong digests", "digests that fit"])
@@ -75,7 +75,7 @@ def test_files(bundle: Path, tmp_path: Path, with_file: Copy, fitting: bool) -> 
             (changed / MANIFEST_NAME).write_bytes(with_digest(manifest, name, content))
         asked(changed)
 
-    fuzz(f"bundle files {fitting}", 60 if fitting else 20, case, answers=fitting)
+    fuzz(f"bundle files {fitting}", 90 if fitting else 20, case, answers=fitting)
 
 
 def test_inspect(bundle: Path, tmp_path: Path, with_file: Copy, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
 import msgspec
 import onnx_ir as ir
 
-from flamingo_export.backends.base import Availability, SessionOptions
+from flamingo_export.backends.base import Availability, Capabilities, SessionOptions
+from flamingo_export.backends.compiler import Estimate, Finished
 from flamingo_export.backends.tensorrt import lengths, library, plugin
 from flamingo_export.backends.tensorrt.builder import Task, build
 from flamingo_export.backends.tensorrt.cuda import INSTALL, CudaRuntime
@@ -22,31 +23,33 @@ from flamingo_export.backends.tensorrt.engine_contract import (
     rebuild_command,
     runtime_cache_file,
 )
-from flamingo_export.backends.tensorrt.estimate import Estimate, check_memory
+from flamingo_export.backends.tensorrt.estimate import check_memory, estimate
 from flamingo_export.backends.tensorrt.library import Library
 from flamingo_export.backends.tensorrt.loading import load_engine
 from flamingo_export.backends.tensorrt.lowering.candidates import add_candidates
 from flamingo_export.backends.tensorrt.lowering.lint import check_graph
 from flamingo_export.backends.tensorrt.lowering.lower import lower, save_lowered
-from flamingo_export.backends.tensorrt.lowering.shapes import profiles
+from flamingo_export.backends.tensorrt.lowering.shapes import check_limits, profiles
 from flamingo_export.backends.tensorrt.memory import Lane
+from flamingo_export.backends.tensorrt.policies import check_policy
 from flamingo_export.backends.tensorrt.session import TensorRTSession
-from flamingo_export.bundle.manifest import EngineRecord, GraphRecord, Manifest
+from flamingo_export.bundle.manifest import EngineRecord, GraphRecord, Manifest, ShapeLimits
 from flamingo_export.errors import BackendError
 from flamingo_export.estimates import GIB
 from flamingo_export.machine import available_memory
+from flamingo_export.precision import Policy
 from flamingo_export.progress import SILENT, Progress
 from flamingo_export.user_cache import user_cache
 from flamingo_export.weights import WeightIndex
 from flamingo_reference.config import ModelConfig
 
 _WORTH_TELLING = 45.0  # seconds
-Finished = Callable[[str, str], EngineRecord | None]
-"""(path of an engine in the bundle, digest of all that it depends on) -> the record of one that an interrupted build has finished."""
 
 
 class TensorRTBackend:
     """One library, given as a module or found when it is needed; `target` None is this machine's GPU."""
+
+    capabilities = Capabilities()
 
     def __init__(self, which: Library, *, target: str | None = None, module: ModuleType | None = None) -> None:
         self._library, self._target, self._module = which, target, module
@@ -99,6 +102,18 @@ class TensorRTBackend:
         target = library.resolve_target(self._library, trt, self._target)
         digest = plugin.load(trt) if self.native_functions else None
         return Prepared(trt=trt, target=target, plugin_sha256=digest)
+
+    def check_limits(self, limits: ShapeLimits) -> None:
+        """Raises BuildError if no engine can have these limits."""
+        check_limits(limits)
+
+    def check_policy(self, policy: Policy, target: str | None) -> None:
+        """Raises BuildError if engines for the target cannot compute what the policy says."""
+        check_policy(policy, self.name, self.native_functions, target)
+
+    def estimate(self, weight_bytes: int) -> Estimate:
+        """What compiling a graph that reads so many bytes of weights will take."""
+        return estimate(weight_bytes)
 
     def check_memory(self, config: ModelConfig, graph: GraphRecord, sizes: Mapping[str, int]) -> Estimate:
         """What compiling a graph will take. sizes: bytes of each of the bundle's weights. Raises BuildError if this machine has too little."""

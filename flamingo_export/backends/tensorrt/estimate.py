@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import msgspec
-
+from flamingo_export.backends.compiler import Estimate
 from flamingo_export.bundle.manifest import GraphRecord
 from flamingo_export.errors import BuildError
 from flamingo_export.estimates import BUILD_RATIO, GIB, engine_building, engine_weights
@@ -15,14 +14,6 @@ from flamingo_reference.config import ModelConfig
 # Seconds of one core for a gigabyte of weights, and for an engine however small.
 SECONDS_PER_GB = 20.0
 SECONDS_BASE = 5.0
-
-
-class Estimate(msgspec.Struct, frozen=True, kw_only=True):
-    """What a build will take, in bytes and seconds."""
-
-    weight_bytes: int
-    memory: int
-    seconds: float
 
 
 def estimate(weights: int) -> Estimate:

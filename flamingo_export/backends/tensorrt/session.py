@@ -28,6 +28,7 @@ from flamingo_export.backends.tensorrt.engine_contract import Contract
 from flamingo_export.backends.tensorrt.launch import Call, Result, plan
 from flamingo_export.backends.tensorrt.loading import Loaded, failure, first_error
 from flamingo_export.backends.tensorrt.log import Heard, listening
+from flamingo_export.backends.tensorrt.lowering.shapes import DECODE
 from flamingo_export.backends.tensorrt.memory import DeviceBuffer, DeviceTensor, Memory, Pinned
 from flamingo_export.backends.tensorrt.slots import check_mask, check_writes
 from flamingo_export.errors import BackendError, InputError
@@ -38,8 +39,6 @@ MAX_GRAPHS = 16
 CAPTURED_AT = 3
 """The time that a step comes at which it is captured: shapes of a batch that shrinks or grows often come once or twice."""
 MAX_SEEN = 256
-CAPTURED = "decode"
-"""The profile whose calls are captured: they are short, many, and alike."""
 CHECK_MASKS = False
 """Whether each call's mask is compared with the slots in use; tests turn it on."""
 _log = logging.getLogger(__name__)
@@ -76,6 +75,10 @@ class TensorRTSession:
         """How often a step was run that has no graph yet."""
         self._binding_now: tuple[tuple[int, tuple[int, ...]], ...] | None = None
         self._capturing = True
+        self._captured_profiles = frozenset(
+            index for index, profile in enumerate(contract.profiles) if profile.name.startswith(DECODE)
+        )
+        """Those of decoding steps: their calls are short, many, and alike."""
         self._activations = self._lane.activations
         self._copied = self._cuda.event()
         self._in_flight = False
@@ -163,10 +166,6 @@ class TensorRTSession:
 
     # What a call is.
 
-    @property
-    def _captured_profile(self) -> int:
-        return next((index for index, profile in enumerate(self._contract.profiles) if profile.name == CAPTURED), -1)
-
     def _check_open(self) -> None:
         if self._closed:
             raise BackendError(f"{self.spec.name}: the session is closed. Load the bundle again.")
@@ -233,12 +232,13 @@ class TensorRTSession:
         return self._feeds[name]
 
     def _result(self, result: Result) -> tuple[Pinned, Memory]:
-        """Those of an output: what the last profile, whose calls are captured, wants at most, or more where a call wants more."""
+        """Those of an output: what the profiles whose calls are captured want at most, or more where a call wants more."""
         held = self._results.get(result.name)
         if held is None or held[1].size < result.nbytes:
             self._forget_graphs()
             tensor = self._contract.spec.output(result.name)
-            size = max(result.nbytes, self._most(tensor, len(self._contract.profiles) - 1))
+            profiles = self._captured_profiles or {len(self._contract.profiles) - 1}
+            size = max(result.nbytes, *(self._most(tensor, index) for index in profiles))
             self._results.pop(result.name, None)
             held = self._results[result.name] = (Pinned(self._cuda, size), Memory(self._lane, size))
         return held
@@ -281,7 +281,7 @@ class TensorRTSession:
             self._forget_graphs()
             self._activations = self._lane.activations
         with listening(self._loaded.trt, heard := Heard()):
-            if lasting and call.profile == self._captured_profile and len(call.fed) == len(feeds) and not call.empty:
+            if lasting and call.profile in self._captured_profiles and len(call.fed) == len(feeds) and not call.empty:
                 self._step(call, feeds, outputs, heard)
             else:
                 self._run(call, feeds, outputs, heard)

@@ -4,7 +4,7 @@
     items.jsonl                 an item a line, in the order of the rows
     features-00000.safetensors  `features` float32 [rows, E], each row of length 1
 
-Shards are written one after the other, each whole or not at all, so an interrupted run goes on with the next one.
+Shards are written one after the other, each whole or not at all, so an interrupted run resumes with the next one.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Index:
         """Raises EvaluationError if the folder holds no finished index."""
         self.folder, self.record = folder, read_record(folder)
         if not self.record.complete:
-            raise EvaluationError(f"the index {folder} is not finished. Run the same index command again to go on with it.")
+            raise EvaluationError(f"the index {folder} is not finished. Run the same index command again to finish it.")
 
     def items(self) -> list[IndexedItem]:
         """Of all rows. Raises EvaluationError if they are not those that the index was made of."""
@@ -72,7 +72,9 @@ class Index:
         first = 0
         for name in self.record.shards:
             if Path(name).name != name:
-                raise EvaluationError(f"{name!r} in {self.folder / INDEX_FILE} is no file of the index. Make the index again.")
+                raise EvaluationError(
+                    f"{name!r} in {self.folder / INDEX_FILE} is not a file of the index. Make the index again."
+                )
             values = _read_shard(self.folder / name, self.record.width)
             yield first, values
             first += len(values)
@@ -100,7 +102,7 @@ def build_index(
     overwrite: bool = False,
     progress: Progress = SILENT,
 ) -> Index:
-    """Writes an index, or goes on with one that was interrupted.
+    """Writes an index, or resumes one that was interrupted.
 
     encode: vectors [E] of the items at these positions, in order. bundle: its digest. features: what they are.
     Raises EvaluationError if the folder holds another index (unless it is to be overwritten) or something else.
@@ -143,19 +145,19 @@ def read_record(folder: Path) -> IndexRecord:
         return msgspec.json.decode((folder / INDEX_FILE).read_bytes(), type=IndexRecord)
     except FileNotFoundError:
         raise EvaluationError(
-            f"{folder} is no index. Make one: flamingo-export index BUNDLE --data train.jsonl --out {folder}"
+            f"{folder} is not an index. Make one: flamingo-export index BUNDLE --data train.jsonl --out {folder}"
         ) from None
     except (msgspec.MsgspecError, OSError) as error:
         raise EvaluationError(f"{folder / INDEX_FILE} cannot be read as an index ({error}). Make it again.") from None
 
 
 def _resumed(folder: Path, wanted: IndexRecord, overwrite: bool) -> IndexRecord:
-    """The record to go on with."""
+    """The record to resume from."""
     if not (folder / INDEX_FILE).exists():
         if foreign := [
             path.name for path in folder.iterdir() if path.name not in (".lock", ITEMS_FILE) and not path.name.startswith(".")
         ]:
-            raise EvaluationError(f"{folder} holds {foreign[0]}, so it is no index. Give another --out.")
+            raise EvaluationError(f"{folder} holds {foreign[0]}, so it is not an index. Give another --out.")
         return wanted
     found = read_record(folder)
     fresh = msgspec.structs.replace(found, shards=(), width=0, complete=False)

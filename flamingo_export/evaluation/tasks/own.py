@@ -85,7 +85,8 @@ def read_task(path: Path) -> Task:
     support = path.parent / found.support if found.support else None
 
     def read(data: Path, split: str) -> Split:
-        return read_items(support if split == "support" and support is not None else data, found.form, closed, found.candidates)
+        place = support if split == "support" and support is not None else data
+        return read_items(place, found.form, closed, found.candidates, binary=found.metric == "roc_auc")
 
     return Task(
         name=path.stem,
@@ -104,13 +105,20 @@ def read_task(path: Path) -> Task:
     )
 
 
-def read_items(path: Path, form: str, closed: bool, candidates: tuple[str, ...]) -> Split:
-    """Items of a JSON Lines file. candidates: of lines that have none. Raises EvaluationError naming the line of each fault."""
+def read_items(path: Path, form: str, closed: bool, candidates: tuple[str, ...], *, binary: bool = False) -> Split:
+    """Items of a JSON Lines file. candidates: of lines that have none. binary: there are two of them, the second one is the positive.
+
+    Raises EvaluationError naming the line of each fault.
+    """
     faults = Faults()
     items, ids, lines = [], [], []
     for number, line in read_json_lines(path, _Line, "the fields that docs/evaluation.md lists"):
         try:
             items.append(_item(path, line, form, closed, candidates))
+            if binary and items[-1].label is None:
+                raise EvaluationError(
+                    f"ROC AUC takes two candidates, the second one the positive; there are {len(items[-1].candidates)}"
+                )
         except EvaluationError as error:
             faults.add(path, number, str(error))
             continue

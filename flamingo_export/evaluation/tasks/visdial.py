@@ -46,7 +46,7 @@ def read(data: Path, split: str) -> Split:
     dense_file = first_of(
         data,
         (f"visdial_1.0_{split}_dense_annotations.json", f"visdial_1.0_{split}_dense_sample.json"),
-        "VisDial's dense annotations, without which NDCG cannot be told",
+        "VisDial's dense annotations, without which NDCG cannot be computed",
     )
     found = read_json(file, _File, '{"data": {"questions", "answers", "dialogs": [{"image_id", "caption", "dialog"}]}}').data
     dense = read_json(dense_file, list[_Dense], '[{"image_id", "round_id", "gt_relevance"}]')

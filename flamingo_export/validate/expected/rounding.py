@@ -20,7 +20,7 @@ from flamingo_export.quantize.matrices import dequantised, quantised, range_scal
 from flamingo_export.validate.checks.stored_codes import codes_digest
 from flamingo_export.weights import Weight, bundle_weights
 from flamingo_export.weights.calibration_table import CalibrationTable
-from flamingo_reference.config import ModelConfig, RelativePositions
+from flamingo_reference.config import ModelConfig
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -137,27 +137,20 @@ class AsStored:
 
 def _round_operands(layer: Any, scales: list[float | None]) -> None:
     """Queries, keys and values as they enter attention, queries with their bias for contents, through E4M3 from now on; None is left."""
-    attend = layer.attend
-    bias = layer.content_bias[:, None, :] if isinstance(layer.config.positions, RelativePositions) else 0.0
 
-    def rounded(q_BHSD: Tensor, k_BGCD: Tensor, v_BGCD: Tensor, *others: Any) -> Any:
-        operands = zip((q_BHSD + bias, k_BGCD, v_BGCD), scales, strict=True)
-        q, k, v = (x if scale is None else through_fp8(x, scale) for x, scale in operands)
-        return attend(q - bias, k, v, *others)  # which adds the bias again
+    def rounded(_: Any, __: Any, operands: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(x if scale is None else through_fp8(x, scale) for x, scale in zip(operands, scales, strict=True))
 
-    layer.attend = rounded
+    layer.operands.register_forward_hook(rounded)
 
 
 def _round_media(block: Any, which: int, scale: float) -> None:
     """Keys (0) or values (1) of media through E4M3 from now on."""
-    encode = block.media_kv
 
-    def rounded(latents_NRW: Tensor) -> tuple[Tensor, ...]:
-        found = list(encode(latents_NRW))
-        found[which] = through_fp8(found[which], scale)
-        return tuple(found)
+    def rounded(_: Any, __: Any, found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(through_fp8(x, scale) if index == which else x for index, x in enumerate(found))
 
-    block.media_kv = rounded
+    block.media.register_forward_hook(rounded)
 
 
 def as_stored(weight: Tensor, gate: Tensor | None, storage: StorageType) -> Tensor:

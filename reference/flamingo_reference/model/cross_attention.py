@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flamingo_reference.config import ModelConfig
-from flamingo_reference.model.layers import RMSNorm, feed_forward, make_norm, make_swish
+from flamingo_reference.model.layers import RMSNorm, Seam, feed_forward, make_norm, make_swish
 
 
 def phi_cross_attention(q_BSHD: Tensor, k_NHRD: Tensor, v_NHRD: Tensor, media_rows_BM: Tensor, phi_BS: Tensor) -> Tensor:
@@ -54,6 +54,7 @@ class GatedCrossAttention(nn.Module):
         self.v_proj = nn.Linear(config.resampler.width, inner, bias=False)
         self.q_norm = RMSNorm(block.head_size, block.norm_eps) if block.qk_norm else None
         self.k_norm = RMSNorm(block.head_size, block.norm_eps) if block.qk_norm else None
+        self.media = Seam()
         self.out_proj = nn.Linear(inner, width, bias=False)
         gate = () if block.gate == "scalar" else (width,)
         self.attention_gate = nn.Parameter(torch.zeros(gate))
@@ -64,9 +65,11 @@ class GatedCrossAttention(nn.Module):
         self.ffw_gate = nn.Parameter(torch.zeros(gate))
 
     def media_kv(self, latents_NRW: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of media: latents [N, R, W of the resampler] -> two [N, H, R, D]."""
+        """Keys and values of media, which the seam `media` is given: latents [N, R, W of the resampler] -> two [N, H, R, D]."""
         heads = (self.config.num_heads, self.config.head_size)
-        return project_media(self.k_proj, latents_NRW, heads, self.k_norm), project_media(self.v_proj, latents_NRW, heads)
+        k_NHRD = project_media(self.k_proj, latents_NRW, heads, self.k_norm)
+        k_NHRD, v_NHRD = self.media(k_NHRD, project_media(self.v_proj, latents_NRW, heads))
+        return k_NHRD, v_NHRD
 
     def forward(self, hidden_BSW: Tensor, k_NHRD: Tensor, v_NHRD: Tensor, media_rows_BM: Tensor, phi_BS: Tensor) -> Tensor:
         q_BSHD = self.q_proj(self.norm(hidden_BSW)).unflatten(-1, (self.config.num_heads, self.config.head_size))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flamingo_reference.config import AlibiPositions, LanguageModelConfig, RelativePositions, RotaryPositions
-from flamingo_reference.model.layers import feed_forward, make_norm, make_swish
+from flamingo_reference.model.layers import Seam, feed_forward, make_norm, make_swish
 from flamingo_reference.model.positions import rotate, shift_by_distance, sinusoids
 
 
@@ -33,6 +33,7 @@ class LanguageModelLayer(nn.Module):
             self.relative_proj = nn.Linear(config.width, inner, bias=False)
             self.content_bias = nn.Parameter(torch.zeros(config.num_heads, config.head_size))
             self.position_bias = nn.Parameter(torch.zeros(config.num_heads, config.head_size))
+        self.operands = Seam()
         self.out_proj = nn.Linear(inner, config.width, bias=bias)
         self.ffw_norm = make_norm(config.norm, config.width, config.norm_eps, bias=config.norm_bias)
         self.ffw_swish = make_swish(config.feed_forward, config.width, config.ffw_width, bias=bias)
@@ -77,9 +78,13 @@ class LanguageModelLayer(nn.Module):
         return scores.to(like.dtype)
 
     def attend(self, q_BHSD: Tensor, k_BGCD: Tensor, v_BGCD: Tensor, position_BHSC: Tensor | None, mask_BqSC: Tensor) -> Tensor:
-        """Attention output [B, S, W]; rows that may see nothing are zero. position: what distances add to scores, before the scale."""
+        """Attention output [B, S, W]; rows that may see nothing are zero. position: what distances add to scores, before the scale.
+
+        The seam `operands` is given queries (with their bias for contents), keys and values as they are multiplied.
+        """
         if isinstance(self.config.positions, RelativePositions):
             q_BHSD = q_BHSD + self.content_bias[:, None, :]
+        q_BHSD, k_BGCD, v_BGCD = self.operands(q_BHSD, k_BGCD, v_BGCD)
         sharing = self.config.num_heads // self.config.kv_heads
         k_BHCD, v_BHCD = (x if sharing == 1 else x.repeat_interleave(sharing, dim=1) for x in (k_BGCD, v_BGCD))
         scores = q_BHSD @ k_BHCD.transpose(-1, -2)

@@ -41,7 +41,7 @@ def test_open(tmp_path: Path) -> None:
 def test_closed(tmp_path: Path) -> None:
     toml, data = write(
         tmp_path,
-        'metric = "roc_auc"\nform = "caption"\ncandidates = ["good", "bad"]\n',
+        'metric = "ndcg"\nform = "caption"\ncandidates = ["good", "bad"]\n',
         {"id": 1, "image": "a.png", "answer": "bad"},
         {"id": 2, "image": "a.png", "candidates": ["x", "y", "z"], "relevance": [0.5, 0, 1]},
     )
@@ -49,6 +49,9 @@ def test_closed(tmp_path: Path) -> None:
     assert items[0].relevance == (0, 1)
     assert items[0].label == 1
     assert items[1].answer == "z"
+    toml.write_text(toml.read_text().replace("ndcg", "roc_auc"))
+    with pytest.raises(EvaluationError, match="line 2: ROC AUC takes two candidates, the second one the positive; there are 3"):
+        task_of(toml).read(data, "data")
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ import pytest
 
 from flamingo_export.bundle import verify
 from flamingo_export.bundle.tokenizer import placeholder_tokenizer
-from flamingo_export.progress import Phase
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.model import Flamingo
+from tests.recorder import Recorder
 
 
 @pytest.fixture(scope="session")
@@ -43,28 +43,6 @@ def tokenizer_file(spoken_config: ModelConfig, tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify, "cache_folder", lambda: tmp_path / "cache")
-
-
-class Recorder:
-    """A Progress that keeps what it was told."""
-
-    def __init__(self) -> None:
-        self.stages: dict[str, int] = {}
-        self.done: dict[str, int] = {}
-        self.notes: list[str] = []
-        self._stage = ""
-
-    def stage(self, name: str, total: int, unit: str = "items") -> None:
-        self._stage, self.stages[name], self.done[name] = name, total, 0
-
-    def advance(self, amount: int) -> None:
-        self.done[self._stage] += amount
-
-    def within(self, phases: Sequence[Phase]) -> None:
-        pass
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 @pytest.fixture

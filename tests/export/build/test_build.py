@@ -28,8 +28,9 @@ from flamingo_export.validate.expected.golden import Goldens, save_goldens
 from flamingo_export.weights import WeightIndex
 from flamingo_reference.config import PRESETS, ModelConfig
 from flamingo_reference.model import Flamingo
+from tests.recorder import Recorder
 
-from .conftest import Recorder, contents
+from .conftest import contents
 
 
 def test_a_bundle_of_random_weights(spoken_config: ModelConfig, tmp_path: Path) -> None:

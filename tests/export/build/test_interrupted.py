@@ -23,8 +23,9 @@ from flamingo_export.pipeline import work_folder, write_weights
 from flamingo_export.quantize.policies import preset
 from flamingo_export.sources.choice import RandomWeights
 from flamingo_reference.config import ModelConfig
+from tests.recorder import Recorder
 
-from .conftest import Recorder, contents, in_child, wait
+from .conftest import contents, in_child, wait
 
 CALLS = ("write", "fsync", "replace", "rename", "unlink", "mkdir")
 """What a build changes the disk with: it is killed right before one of these."""

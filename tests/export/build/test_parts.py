@@ -19,8 +19,9 @@ from flamingo_export.pipeline.request import BuildRequest
 from flamingo_export.sources.choice import RandomWeights
 from flamingo_export.validate import check_bundle
 from flamingo_reference.config import ModelConfig
+from tests.recorder import Recorder
 
-from .conftest import Recorder, contents
+from .conftest import contents
 
 
 def make(config: ModelConfig, out: Path, **options: object) -> api.BuildResult:

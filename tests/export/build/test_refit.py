@@ -25,8 +25,9 @@ from flamingo_export.pipeline.request import refit_request
 from flamingo_export.sources.choice import CheckpointFolder, RandomWeights
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.model import Flamingo
+from tests.recorder import Recorder
 
-from .conftest import Recorder, contents, in_child, wait
+from .conftest import contents, in_child, wait
 
 
 @pytest.fixture

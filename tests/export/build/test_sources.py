@@ -163,6 +163,11 @@ def _own_method(model: Flamingo) -> None:
     layer.attend = lambda *args: 0
 
 
+def _hooked_seam(model: Flamingo) -> None:
+    layer: Any = model.language_model.layers[2]
+    layer.operands.register_forward_hook(lambda module, arguments, operands: tuple(x * 2 for x in operands))
+
+
 def _meta(model: Flamingo) -> None:
     model.language_model.norm.weight = nn.Parameter(torch.empty(32, device="meta"))
 
@@ -200,6 +205,7 @@ def _layer_dropped(model: Flamingo) -> None:
         (_parametrized, r"resampler\.layers\.0\.ffw_up is a ParametrizedLinear"),
         (_own_forward, r"cross_attention\.0 has its own forward"),
         (_own_method, r"language_model\.layers\.2 has its own attend"),
+        (_hooked_seam, r"language_model\.layers\.2\.operands has forward hooks"),
         (_meta, r"language_model\.norm\.weight is on the meta device"),
         (_extra, r"parameter resampler\.extra is not known"),
         (_missing, r"parameter language_model\.layers\.0\.q_proj\.weight is missing"),

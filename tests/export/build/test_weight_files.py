@@ -24,8 +24,9 @@ from flamingo_export.weights import bundle_weights
 from flamingo_reference.checkpoints.families.native import save_native
 from flamingo_reference.config import PRESETS, ModelConfig
 from flamingo_reference.model import Flamingo
+from tests.recorder import Recorder
 
-from .conftest import Recorder, contents, in_child, wait
+from .conftest import contents, in_child, wait
 
 TORCH_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -65,7 +65,7 @@ def test_what_it_lacks_is_said_with_the_command_that_builds_it_again(idefics, ca
     assert main(["inspect", str(idefics)]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "<PAD> is not recorded as never generated" in shown
-    assert "flamingo-export build --size nano --precision fp32 --max-length 2048" in shown
+    assert "flamingo-export build --size nano --storage fp32 --max-length 2048" in shown
     assert f"--backend onnxruntime --out {idefics} --overwrite" in shown
     assert main(["inspect", str(idefics), "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["lacks"]) == 1

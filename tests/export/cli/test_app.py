@@ -205,3 +205,22 @@ def test_an_unexpected_error_names_packages_of_versions_that_are_not_admitted(cl
         "2 were given. Python packages are of a version that is not admitted: typer 0.15.0. pip install 'typer>=0.24'"
         in told.err
     )
+
+
+@pytest.mark.parametrize(
+    ("verb", "words"),
+    [
+        ("build", 'Python callable that returns the vision encoder, for checkpoints whose config has "type": "own".'),
+        ("sensitivity", "A bundle; weights are read from the checkpoint it was built from."),
+        ("inspect", "or what building a checkpoint or size would produce."),
+    ],
+)
+def test_help_is_plain(cli, verb, words):
+    assert words in " ".join(cli(verb, "--help").out.split())
+
+
+@pytest.mark.parametrize("option", [["--calibration", "x.json"], ["--uncalibrated"]])
+def test_what_only_applies_to_quantised_builds(cli, tmp_path, option):
+    outcome = cli("build", "--size", "nano", "--parity", "skip", "--out", tmp_path / "x.bundle", *option)
+    assert outcome.code == 1
+    assert f"{option[0]} only applies to quantised builds" in outcome.err

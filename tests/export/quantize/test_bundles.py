@@ -27,7 +27,7 @@ from flamingo_export.quantize.policies import PRESETS, preset
 from flamingo_export.sources.choice import RandomWeights, nano_checkpoint, source_for_size
 from flamingo_export.validate import check_bundle
 from flamingo_export.weights import INPUT_SCALE, SCALE, WeightIndex
-from flamingo_export.weights.calibration_table import CALIBRATION_FILE, read_table, write_table
+from flamingo_export.weights.calibration_table import CALIBRATION_FILE, METHODS, read_table, write_table
 from flamingo_reference.config import PRESETS as SIZES
 
 pytestmark = pytest.mark.slow
@@ -149,7 +149,8 @@ def test_a_wrong_scale_of_an_activation_fails_parity(built: pipeline.BuildResult
 def test_a_wrong_table_fails_the_build_though_reference_and_engine_agree(built: pipeline.BuildResult, tmp_path: Path) -> None:
     table = read_table(built.path / CALIBRATION_FILE)
     name = "decoder/layer.3/ffw_up"
-    broken = msgspec.structs.replace(table.tensors[name], amax=table.tensors[name].amax / 64)
+    ranges = {method: getattr(table.tensors[name], method) / 64 for method in METHODS}
+    broken = msgspec.structs.replace(table.tensors[name], **ranges)
     write_table(tmp_path / "c.json", msgspec.structs.replace(table, tensors={**table.tensors, name: broken}))
     request = BuildRequest(
         source=source_for_size("nano"), out=tmp_path / "w.bundle", policy=preset("fp8"), calibration=tmp_path / "c.json"

@@ -14,6 +14,7 @@ import torch
 from flamingo_export import api
 from flamingo_export.backends.base import SessionOptions
 from flamingo_export.backends.onnxruntime import HostBuffer, OnnxRuntimeBackend
+from flamingo_export.backends.registry import get_compiler
 from flamingo_export.backends.tensorrt.dtypes import element_of, encode
 from flamingo_export.backends.tensorrt.lowering.lint import check_graph
 from flamingo_export.backends.tensorrt.lowering.lower import lower
@@ -24,12 +25,12 @@ from flamingo_export.pipeline import run as pipeline
 from flamingo_export.pipeline.request import BuildRequest
 from flamingo_export.precision import Policy, Precision
 from flamingo_export.quantize.matrices import FP8, range_scale
-from flamingo_export.quantize.policies import check_backend, read_policy
+from flamingo_export.quantize.policies import read_policy
 from flamingo_export.sources.choice import source_for_size
 from flamingo_export.specs import subgraph_specs
 from flamingo_export.validate import check_bundle
 from flamingo_export.weights import WeightIndex
-from flamingo_export.weights.calibration_table import CALIBRATION_FILE, read_table, write_table
+from flamingo_export.weights.calibration_table import CALIBRATION_FILE, METHODS, read_table, write_table
 from flamingo_reference.config import PRESETS as SIZES
 from tests.export.quantize.test_bundles import IMAGE, edited
 
@@ -109,7 +110,8 @@ def test_a_wrong_scale_fails_parity(built: pipeline.BuildResult, tmp_path: Path,
 def test_a_wrong_table_fails_the_build_though_reference_and_engine_agree(built: pipeline.BuildResult, tmp_path: Path) -> None:
     table = read_table(built.path / CALIBRATION_FILE)
     name = "media_kv/layer.2/k"
-    broken = msgspec.structs.replace(table.tensors[name], amax=table.tensors[name].amax / 64)
+    ranges = {method: getattr(table.tensors[name], method) / 64 for method in METHODS}
+    broken = msgspec.structs.replace(table.tensors[name], **ranges)
     write_table(tmp_path / "c.json", msgspec.structs.replace(table, tensors={**table.tensors, name: broken}))
     request = BuildRequest(
         source=source_for_size("nano"), out=tmp_path / "w.bundle", policy=POLICY, calibration=tmp_path / "c.json"
@@ -148,8 +150,8 @@ def test_a_call_without_its_scales_is_refused(built: pipeline.BuildResult) -> No
 def test_tensorrt_without_the_plugin_is_refused_with_the_nearest(built: pipeline.BuildResult) -> None:
     """Its network takes FP8 into DequantizeLinear alone, and not into one in a function that is called more than once."""
     with pytest.raises(BuildError, match=r'tensorrt-rtx runs without one.*media = "storage".*--backend tensorrt'):
-        check_backend(POLICY, "tensorrt-rtx", "sm89")
-    check_backend(POLICY, "tensorrt", None)
+        get_compiler("tensorrt-rtx").check_policy(POLICY, "sm89")
+    get_compiler("tensorrt").check_policy(POLICY, None)
     with pytest.raises(BuildError, match=r"reads media_k\.0, media_v\.0 in FP8, which TensorRT takes in a plugin alone"):
         lint(lowered(built.path, frozenset()), frozenset())
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from flamingo_export.backends.registry import get_compiler
 from flamingo_export.errors import BuildError
 from flamingo_export.precision import Policy, Precision
-from flamingo_export.quantize.policies import PRESETS, check_backend, check_policy, preset, read_policy
+from flamingo_export.quantize.policies import PRESETS, check_policy, preset, read_policy
 from flamingo_export.weights import INPUT_SCALE, SCALE, bundle_weights, pieces
 from flamingo_reference.config import PRESETS as SIZES
 
@@ -103,7 +104,8 @@ def test_a_rule_that_matches_nothing_is_named_with_what_there_is() -> None:
 
 
 def test_fp8_is_refused_where_the_target_has_none() -> None:
-    check_backend(preset("fp8"), "tensorrt-rtx", "sm89")
-    check_backend(preset("int4"), "tensorrt-rtx", "sm86")
+    compiler = get_compiler("tensorrt-rtx")
+    compiler.check_policy(preset("fp8"), "sm89")
+    compiler.check_policy(preset("int4"), "sm86")
     with pytest.raises(BuildError, match=r"sm86 has no units for.*--int8 or --int4"):
-        check_backend(preset("fp8"), "tensorrt-rtx", "sm86")
+        compiler.check_policy(preset("fp8"), "sm86")

@@ -97,6 +97,19 @@ def test_transparency_is_over_white(tmp_path: Path) -> None:
     assert load_image(save(tmp_path / "p.png", palette, transparency=1)).tolist() == expected
 
 
+@pytest.mark.parametrize("mode", ["LA", "La", "PA", "RGBA", "RGBa"])
+def test_alpha_of_each_kind_is_over_white(mode: str) -> None:
+    """Half of gray 100 over white, whether colours are stored multiplied by alpha or not."""
+    image = Image.new("RGBA", (1, 1), (100, 100, 100, 128))
+    if mode == "PA":
+        image = Image.new("L", (1, 1), 100).convert("P").convert("PA")
+        image.putalpha(128)
+    elif mode in ("LA", "La"):
+        image = Image.merge("LA", (Image.new("L", (1, 1), 100), Image.new("L", (1, 1), 128)))
+    image = image if image.mode == mode else image.convert(mode)
+    assert np.abs(load_image(image).astype(float) - (100 * 128 + 255 * 127) / 255).max() <= 1
+
+
 def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # shown turned a quarter to the right
@@ -242,6 +255,7 @@ def test_a_named_pipe_and_what_has_no_end(tmp_path: Path, monkeypatch: pytest.Mo
     [
         ("https://example.org/a.png?b=//c", "https://example.org/a.png?b=//c is a URL", "Download the file first"),
         (Path("https://example.org/a.png"), "https://example.org/a.png is a URL", "Download the file first"),
+        (Path("/data/tasks") / "https://example.org/a.png", "https://example.org/a.png is a URL", "Download the file first"),
         (Path("s3://bucket/a.png"), "s3://bucket/a.png is a URL", "Download the file first"),
         ("file:///home/a.png", "file:///home/a.png is a URL", "Give the path itself"),
         (Path("file:///home/a.png"), "file:///home/a.png is a URL", "Give the path itself"),

@@ -50,7 +50,7 @@ def test_every_subgraph_of_nano(rtx, nano_bundles, name, storage):
     assert summary.attentions_with_lengths == (lm.num_layers if name == "decoder" else 0)
     assert summary.fused_attentions == (0 if storage == "fp32" else attentions)  # TensorRT has no fused one in fp32
     assert [profile.name for profile in summary.profiles] == {
-        "decoder": ["prefill", "decode"],
+        "decoder": ["prefill", "decode.8", "decode.1"],
         "resampler": ["videos", "images"],
     }.get(name, ["encode"])
     assert all(profile.activation_bytes for profile in summary.profiles)
@@ -81,7 +81,7 @@ def test_every_part_of_nano(rtx, tmp_path):
     sizes = WeightIndex.read(bundle).sizes()
     for summary, (graph, _) in zip(summaries, manifest.decoder_graphs(), strict=True):
         assert summary.weight_bytes == graph_bytes(manifest.config, sizes, graph)
-        assert [profile.name for profile in summary.profiles] == ["prefill", "decode"]
+        assert [profile.name for profile in summary.profiles] == ["prefill", "decode.8", "decode.1"]
         assert ("K" in summary.profiles[0].bounds) == (graph.name == "decoder.2")
 
 

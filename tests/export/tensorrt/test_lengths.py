@@ -78,27 +78,21 @@ def test_an_engine_with_lengths_is_fused_and_as_large_as_without(rtx, nano_bundl
 # What the runtime asks for is within the slots in use.
 
 
-PAD = 0
-
-
 class Seen:
     """Feeds of every decoder call, checked as an engine with lengths needs them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls = 0
-        self.retired = self.padded = self.branches = self.holes = False
+        self.branches = self.holes = False
         check = slots.check_mask
 
         def checked(name: str, feeds: Mapping[str, Any]) -> None:
             self.calls += 1
-            mask, index, tokens = feeds["mask"][:, 0], feeds["write_index"], feeds["token_ids"]
+            mask, index = feeds["mask"][:, 0], feeds["write_index"]
             width = mask.shape[1]
-            if width > 4:
-                self.padded |= bool((tokens == PAD).any())
-            elif width > 1:
+            if 1 < width <= 4:
                 self.branches |= bool((mask[:, 0] != mask[:, 1]).any())
                 self.holes |= bool((~mask.any(axis=1)[0, : int(index[0])]).any())
-                self.retired |= bool((tokens == PAD).all(axis=1).any())
             own = index[:, None] + np.arange(width)
             assert np.take_along_axis(mask, own[:, :, None], axis=2).all(), "a position does not see its own slot"
             check(name, feeds)
@@ -108,10 +102,16 @@ class Seen:
         monkeypatch.setattr(session, "check_mask", checked)
 
 
-def test_slots_in_use_are_dense_with_holes_retired_rows_and_padded_prefill(gpu, tiny_bundle, tmp_path, monkeypatch):
-    """Lengths are write_index + S. Branches leave holes that their siblings fill, rows that are done stay in the batch, and short prompts are
-    padded beside long ones: no position may ever see a slot from its row's length on, or the engine would give another result."""
+def test_slots_in_use_are_dense_with_holes_retired_rows_and_padded_prefill(
+    gpu, tiny_bundle, tiny_config, tmp_path, monkeypatch
+):
+    """Lengths are write_index + S. Branches leave holes that their siblings fill, rows that are done stay in a batch, and short prompts are
+    padded beside long ones: no position may ever see a slot from its row's length on, or the engine would give another result. By the
+    runtime's own calls, and by those of parity's cases, which pad and keep rows."""
     from fake_gpu import LIMITS, add_engines
+
+    from flamingo_export.validate.expected.cases import decoder_cases
+    from flamingo_export.validate.expected.plan import plan_case
 
     seen = Seen(monkeypatch)
     rng = np.random.default_rng(0)
@@ -127,7 +127,15 @@ def test_slots_in_use_are_dense_with_holes_retired_rows_and_padded_prefill(gpu, 
         model.generate(request(10), temperature=1.0, seed=1, num_return=3, max_new_tokens=6)
         model.score(request(10), [[5, 6, 7], [8]])
     assert seen.calls > 30
-    assert (seen.padded, seen.branches, seen.holes, seen.retired) == (True,) * 4
+    assert (seen.branches, seen.holes) == (True, True)
+    padded = retired = False
+    for case in decoder_cases(tiny_config):
+        for call in plan_case(tiny_config, case).calls:
+            slots.check_mask(case.name, call.feeds)
+            pads = call.origin[:, :, 0] < 0
+            padded |= bool((pads.any(axis=1) & ~pads.all(axis=1)).any())
+            retired |= bool(pads.all(axis=1).any())
+    assert (padded, retired) == (True, True)
 
 
 def feeds(index: list[int], positions: int, capacity: int = 8) -> dict[str, np.ndarray]:

@@ -110,7 +110,7 @@ def test_a_file_that_is_no_engine(bundle):
 @pytest.mark.parametrize(
     ("graph", "changes", "words"),
     [
-        ("decoder", {"profiles": []}, "0 profiles, expected 2"),
+        ("decoder", {"profiles": []}, "0 profiles, expected 3"),
         ("decoder", {"aliases": {}}, r"present_k\.0 is not past_k\.0 updated in place"),
         ("media_kv", {"graph": "resampler.onnx"}, "input features is not in the contract"),
     ],
@@ -124,10 +124,10 @@ def test_an_engine_that_is_another_one(gpu, tiny_bundle, tmp_path, graph, change
 
 def test_other_limits_than_those_it_was_built_for(bundle):
     manifest = read_manifest(bundle)
-    write_manifest(bundle, msgspec.structs.replace(manifest, limits=msgspec.structs.replace(manifest.limits, batch=9)))
+    write_manifest(bundle, msgspec.structs.replace(manifest, limits=msgspec.structs.replace(manifest.limits, batch=7)))
     refused(
         bundle,
-        r"decoder\.engine is not the engine .*token_ids takes \(1, 1\) to \(8, 16\) in profile prefill, expected .*\(9, 16\)",
+        r"decoder\.engine is not the engine .*token_ids takes \(1, 1\) to \(8, 16\) in profile prefill, expected .*\(7, 16\)",
     )
 
 

@@ -25,8 +25,8 @@ from flamingo_export.validate.expected.golden import Goldens, load_goldens, save
 from flamingo_export.validate.report.parity_report import REPORT_JSON, read_report
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.model import Flamingo
-from tests.export.build.conftest import Recorder
 from tests.export.validate.conftest import list_goldens
+from tests.recorder import Recorder
 
 Compare = Callable[..., ParityReport]
 

@@ -13,6 +13,8 @@ from flamingo_export.errors import BuildError
 from flamingo_export.specs import SubgraphSpec, TensorSpec
 
 CAPACITY = "C"
+DECODE = "decode"
+"""Profiles of decoding steps begin with it: `decode.8` is for up to 8 rows."""
 
 
 class Bounds(msgspec.Struct, frozen=True):
@@ -38,12 +40,14 @@ def profiles(spec: SubgraphSpec, limits: ShapeLimits) -> tuple[Profile, ...]:
         batch, bank = Bounds(1, 1, limits.batch), Bounds(1, rows, rows)
         chunk, beams = limits.chunk, min(3, limits.beams)
         media = min(limits.chunk_media, chunk, rows)
+        # A step's kernels are chosen for one number of rows: those of one request serve 64 badly, and the reverse.
+        steps = {"S": Bounds(1, beams, limits.beams), "M": Bounds(1, 1, 1), "K": Bounds(1, beams, limits.beams)}
         uses = {
             # K begins at 1: TensorRT for RTX 1.7 compiles a profile from 0 on, but that it runs an empty product was never seen.
-            "prefill": {"S": Bounds(1, chunk, chunk), "M": Bounds(1, 1, media), "K": Bounds(1, 1, chunk)},
-            "decode": {"S": Bounds(1, beams, limits.beams), "M": Bounds(1, 1, 1), "K": Bounds(1, beams, limits.beams)},
+            "prefill": {"B": batch, "S": Bounds(1, chunk, chunk), "M": Bounds(1, 1, media), "K": Bounds(1, 1, chunk)},
+            **{f"{DECODE}.{rows}": {"B": Bounds(1, rows, rows), **steps} for rows in reversed(decode_batches(limits.batch))},
         }
-        uses = {name: {"B": batch, "N": bank, **bounds} for name, bounds in uses.items()}
+        uses = {name: {"N": bank, **bounds} for name, bounds in uses.items()}
     elif spec.name == "resampler":
         uses = {
             "videos": {
@@ -59,6 +63,11 @@ def profiles(spec: SubgraphSpec, limits: ShapeLimits) -> tuple[Profile, ...]:
     return tuple(
         Profile(name=name, bounds={symbol: bounds[symbol] for symbol in sorted(wanted)}) for name, bounds in uses.items()
     )
+
+
+def decode_batches(most: int) -> tuple[int, ...]:
+    """Rows of a step that kernels are chosen for: one, a small batch, the largest."""
+    return (*(rows for rows in (1, 8) if rows < most), most)
 
 
 def symbols(spec: SubgraphSpec) -> set[str]:

@@ -15,8 +15,9 @@ from typing import Any
 
 import msgspec
 
-from flamingo_reference.checkpoints.conversions import Recipe, Shape, as_is, choice, rows, setting, with_bias
+from flamingo_reference.checkpoints.conversions import Recipe, Shape, choice, setting
 from flamingo_reference.checkpoints.families.preprocessor import Colour, Images, read_images, three_numbers
+from flamingo_reference.checkpoints.name_table import Table, filled, table
 from flamingo_reference.config import Activation, ConfigError, ViTConfig
 from flamingo_reference.input_format import ImageFit
 
@@ -185,53 +186,62 @@ def config_from(raw: Mapping[str, Any]) -> ViTConfig:
     )
 
 
+TRANSFORMERS = table("""
+    class_embedding             embeddings.class_embedding              W        exact
+    patch_embedding             embeddings.patch_embedding              W,C
+    position_embedding          embeddings.position_embedding           P,W
+    pre_norm                    pre_layrnorm                            W        bias
+""")
+TRANSFORMERS_LAYER = table("""
+    attention_norm              layer_norm1                             W        bias
+    q_proj                      self_attn.q_proj                        W,W      bias
+    k_proj                      self_attn.k_proj                        W,W      bias
+    v_proj                      self_attn.v_proj                        W,W      bias
+    out_proj                    self_attn.out_proj                      W,W      bias
+    ffw_norm                    layer_norm2                             W        bias
+    ffw_up                      mlp.fc1                                 F,W      bias
+    ffw_down                    mlp.fc2                                 W,F      bias
+""")
+TRANSFORMERS_LAST = table("final_norm   post_layernorm   W   bias")
+OPENAI = table("""
+    class_embedding             class_embedding                         W        exact
+    patch_embedding.weight      conv1.weight                            W,C      exact
+    position_embedding.weight   positional_embedding                    P,W      exact
+    pre_norm                    ln_pre                                  W        bias
+""")
+OPENAI_LAYER = table("""
+    attention_norm              ln_1                                    W        bias
+    q_proj.weight               attn.in_proj_weight                     W,W      exact  part 1 of 3
+    k_proj.weight               attn.in_proj_weight                     W,W      exact  part 2 of 3
+    v_proj.weight               attn.in_proj_weight                     W,W      exact  part 3 of 3
+    q_proj.bias                 attn.in_proj_bias                       W        exact  part 1 of 3
+    k_proj.bias                 attn.in_proj_bias                       W        exact  part 2 of 3
+    v_proj.bias                 attn.in_proj_bias                       W        exact  part 3 of 3
+    out_proj                    attn.out_proj                           W,W      bias
+    ffw_norm                    ln_2                                    W        bias
+    ffw_up                      mlp.c_fc                                F,W      bias
+    ffw_down                    mlp.c_proj                              W,F      bias
+""")
+OPENAI_LAST = table("final_norm   ln_post   W   bias")
+
+
 def recipes(vision: ViTConfig, prefix: str) -> dict[str, Recipe]:
     """Our names, below `vision_encoder.`, from transformers' below `prefix`."""
-    width, inner = vision.width, vision.ffw_width
-    found = {
-        "class_embedding": as_is(f"{prefix}embeddings.class_embedding", (width,)),
-        "patch_embedding.weight": as_is(
-            f"{prefix}embeddings.patch_embedding.weight", (width, 3, vision.patch_size, vision.patch_size)
-        ),
-        "position_embedding.weight": as_is(f"{prefix}embeddings.position_embedding.weight", (vision.grid_size + 1, width)),
-        **with_bias("pre_norm", f"{prefix}pre_layrnorm", (width,)),  # sic
-    }
-    for i in range(vision.num_layers):
-        ours, theirs = f"layers.{i}", f"{prefix}encoder.layers.{i}"
-        found |= with_bias(f"{ours}.attention_norm", f"{theirs}.layer_norm1", (width,))
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            found |= with_bias(f"{ours}.{name}", f"{theirs}.self_attn.{name}", (width, width))
-        found |= with_bias(f"{ours}.ffw_norm", f"{theirs}.layer_norm2", (width,))
-        found |= with_bias(f"{ours}.ffw_up", f"{theirs}.mlp.fc1", (inner, width))
-        found |= with_bias(f"{ours}.ffw_down", f"{theirs}.mlp.fc2", (width, inner))
-    if vision.final_norm:
-        found |= with_bias("final_norm", f"{prefix}post_layernorm", (width,))
-    return {f"vision_encoder.{name}": recipe for name, recipe in found.items()}
+    return _filled(vision, prefix, TRANSFORMERS, "encoder.layers", TRANSFORMERS_LAYER, TRANSFORMERS_LAST)
 
 
 def openai_recipes(vision: ViTConfig) -> dict[str, Recipe]:
     """Our names, below `vision_encoder.`, from OpenAI's."""
-    width, inner = vision.width, vision.ffw_width
-    found = {
-        "class_embedding": as_is("visual.class_embedding", (width,)),
-        "patch_embedding.weight": as_is("visual.conv1.weight", (width, 3, vision.patch_size, vision.patch_size)),
-        "position_embedding.weight": as_is("visual.positional_embedding", (vision.grid_size + 1, width)),
-        **with_bias("pre_norm", "visual.ln_pre", (width,)),
-    }
+    return _filled(vision, "visual.", OPENAI, "transformer.resblocks", OPENAI_LAYER, OPENAI_LAST)
+
+
+def _filled(vision: ViTConfig, prefix: str, first: Table, layers: str, layer: Table, last: Table) -> dict[str, Recipe]:
+    ours, patch = "vision_encoder.", (3, vision.patch_size, vision.patch_size)
+    sizes: dict[str, int | Shape] = {"W": vision.width, "F": vision.ffw_width, "P": vision.grid_size + 1, "C": patch}
+    found = filled(first, ours, prefix, sizes)
     for i in range(vision.num_layers):
-        ours, theirs = f"layers.{i}", f"visual.transformer.resblocks.{i}"
-        found |= with_bias(f"{ours}.attention_norm", f"{theirs}.ln_1", (width,))
-        for place, name in enumerate(("q_proj", "k_proj", "v_proj")):
-            span = place * width, (place + 1) * width
-            found[f"{ours}.{name}.weight"] = rows(f"{theirs}.attn.in_proj_weight", (3 * width, width), *span)
-            found[f"{ours}.{name}.bias"] = rows(f"{theirs}.attn.in_proj_bias", (3 * width,), *span)
-        found |= with_bias(f"{ours}.out_proj", f"{theirs}.attn.out_proj", (width, width))
-        found |= with_bias(f"{ours}.ffw_norm", f"{theirs}.ln_2", (width,))
-        found |= with_bias(f"{ours}.ffw_up", f"{theirs}.mlp.c_fc", (inner, width))
-        found |= with_bias(f"{ours}.ffw_down", f"{theirs}.mlp.c_proj", (width, inner))
-    if vision.final_norm:
-        found |= with_bias("final_norm", "visual.ln_post", (width,))
-    return {f"vision_encoder.{name}": recipe for name, recipe in found.items()}
+        found |= filled(layer, f"{ours}layers.{i}.", f"{prefix}{layers}.{i}.", sizes)
+    return found | (filled(last, ours, prefix, sizes) if vision.final_norm else {})
 
 
 def recipes_for(vision: ViTConfig, shapes: Mapping[str, Shape]) -> dict[str, Recipe]:

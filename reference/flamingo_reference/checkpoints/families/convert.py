@@ -12,7 +12,7 @@ import msgspec
 from flamingo_reference.checkpoints.accounting import Ignored
 from flamingo_reference.checkpoints.conversions import setting
 from flamingo_reference.checkpoints.converted import Adopted, PartFiles, Parts
-from flamingo_reference.checkpoints.families import clip, idefics, native, openflamingo
+from flamingo_reference.checkpoints.families import clip, idefics, native, openflamingo, openflamingo_files
 from flamingo_reference.checkpoints.families.preprocessor import Images, read_images
 from flamingo_reference.checkpoints.files.folder import OPEN_CLIP_NAMES
 from flamingo_reference.checkpoints.files.json_file import read_json
@@ -70,7 +70,7 @@ def adopt_openflamingo(parts: Parts) -> Adopted:
     lm, vision = parts.language_model, parts.vision_encoder
     assert lm is not None
     assert vision is not None
-    files = openflamingo.Files(
+    files = openflamingo_files.Files(
         checkpoint=_shapes(parts.model),
         language_model=_shapes(lm),
         vision=_shapes(vision),
@@ -86,11 +86,11 @@ def adopt_otter(parts: Parts) -> Adopted:
     """Otter, and OpenFlamingo as Otter's authors converted it: all parts in one folder. Raises CheckpointError as `adopt_openflamingo`."""
     raw = _settings(parts.model)
     text = setting(raw, "text_config", dict)
-    files = openflamingo.Files(
+    files = openflamingo_files.Files(
         checkpoint=_shapes(parts.model),
         language_model={},
         vision={},
-        language_model_config=openflamingo.otter_text_config(text),
+        language_model_config=openflamingo_files.otter_text_config(text),
     )
     encoder = clip.transformers_encoder(setting(raw, "vision_config", dict), parts.model.path)
     llama = files.language_model_config["model_type"] == "llama"
@@ -108,7 +108,7 @@ def adopt_otter(parts: Parts) -> Adopted:
 
 
 def _openflamingo(
-    parts: Parts, files: openflamingo.Files, encoder: clip.Encoder, inputs: InputFormat, *, where: str
+    parts: Parts, files: openflamingo_files.Files, encoder: clip.Encoder, inputs: InputFormat, *, where: str
 ) -> Adopted:
     """The model of OpenFlamingo's files. where: the places at which a tokenizer was looked for."""
     ids, lm_settings = parts.token_ids, files.language_model_config

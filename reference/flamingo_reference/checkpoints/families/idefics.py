@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flamingo_reference.checkpoints.conversions import Recipe, as_is, choice, joined, positive, reshaped, setting, with_bias
+from flamingo_reference.checkpoints.conversions import Recipe, as_is, choice, joined, positive, reshaped, setting
 from flamingo_reference.checkpoints.families import clip
+from flamingo_reference.checkpoints.name_table import filled, table
 from flamingo_reference.config import (
     ConfigError,
     CrossAttentionConfig,
@@ -194,78 +195,102 @@ def _resampler(raw: Mapping[str, Any], vision: ViTConfig) -> ResamplerConfig:
     )
 
 
+RESAMPLER = table("""
+    latents      latents           R,W    exact
+    norm         layer_norm        W      bias
+""")
+RESAMPLER_LAYER = table("""
+    media_norm   0.context_layer_norm    W      bias
+    latent_norm  0.latents_layer_norm    W      bias
+    q_proj       0.q_proj                I,W
+    k_proj       0.k_proj                I,W
+    v_proj       0.v_proj                I,W
+    out_proj     0.output_proj           W,I
+    ffw_norm     1.ln                    W      bias
+    ffw_up       1.fc                    F,W
+    ffw_down     1.c_proj                W,F
+""")
+RESAMPLER_QK_NORM = table("""
+    q_norm       0.q_layer_norm          D      bias
+    k_norm       0.k_layer_norm          D      bias
+""")
+GATED = table("""
+    norm         input_layernorm             W
+    q_proj       cross_attn.q_proj           I,W
+    k_proj       cross_attn.k_proj           I,M
+    v_proj       cross_attn.v_proj           I,M
+    out_proj     cross_attn.o_proj           W,I
+    ffw_norm     post_attention_layernorm    W
+    ffw_swish    mlp.gate_proj               F,W
+    ffw_up       mlp.up_proj                 F,W
+    ffw_down     mlp.down_proj               W,F
+""")
+GATED_QK_NORM = table("""
+    q_norm       cross_attn.q_layer_norm     D
+    k_norm       cross_attn.k_layer_norm     D
+""")
+LAYER = table("""
+    attention_norm  input_layernorm             W
+    q_proj          self_attn.q_proj            I,W
+    k_proj          self_attn.k_proj            I,W
+    v_proj          self_attn.v_proj            I,W
+    out_proj        self_attn.o_proj            W,I
+    ffw_norm        post_attention_layernorm    W
+    ffw_swish       mlp.gate_proj               F,W
+    ffw_up          mlp.up_proj                 F,W
+    ffw_down        mlp.down_proj               W,F
+""")
+
+
 def _resampler_recipes(config: ModelConfig) -> dict[str, Recipe]:
-    resampler, prefix = config.resampler, "model.perceiver_resampler"
-    width, inner = resampler.width, resampler.num_heads * resampler.head_size
-    found = {"latents": as_is(f"{prefix}.latents", (resampler.num_latents, width))}
+    resampler, theirs = config.resampler, "model.perceiver_resampler."
+    sizes = {
+        "R": resampler.num_latents,
+        "W": resampler.width,
+        "I": resampler.num_heads * resampler.head_size,
+        "D": resampler.head_size,
+        "F": resampler.ffw_width,
+    }
+    found = filled(RESAMPLER, "resampler.", theirs, sizes)
+    lines = RESAMPLER_LAYER + (RESAMPLER_QK_NORM if resampler.qk_norm else ())
     for i in range(resampler.num_layers):
-        ours, attention, ffw = f"layers.{i}", f"{prefix}.blocks.{i}.0", f"{prefix}.blocks.{i}.1"
-        found |= with_bias(f"{ours}.media_norm", f"{attention}.context_layer_norm", (width,))
-        found |= with_bias(f"{ours}.latent_norm", f"{attention}.latents_layer_norm", (width,))
-        if resampler.qk_norm:
-            found |= with_bias(f"{ours}.q_norm", f"{attention}.q_layer_norm", (resampler.head_size,))
-            found |= with_bias(f"{ours}.k_norm", f"{attention}.k_layer_norm", (resampler.head_size,))
-        for name in ("q_proj", "k_proj", "v_proj"):
-            found[f"{ours}.{name}.weight"] = as_is(f"{attention}.{name}.weight", (inner, width))
-        found[f"{ours}.out_proj.weight"] = as_is(f"{attention}.output_proj.weight", (width, inner))
-        found |= with_bias(f"{ours}.ffw_norm", f"{ffw}.ln", (width,))
-        found[f"{ours}.ffw_up.weight"] = as_is(f"{ffw}.fc.weight", (resampler.ffw_width, width))
-        found[f"{ours}.ffw_down.weight"] = as_is(f"{ffw}.c_proj.weight", (width, resampler.ffw_width))
-    found |= with_bias("norm", f"{prefix}.layer_norm", (width,))
-    return {f"resampler.{name}": recipe for name, recipe in found.items()}
-
-
-def _gated_recipes(config: ModelConfig) -> dict[str, Recipe]:
-    block, width, media = config.cross_attention, config.language_model.width, config.resampler.width
-    inner = block.num_heads * block.head_size
-    gate, ours_gate = ((1,), ()) if block.gate == "scalar" else ((1, 1, width), (width,))
-    found: dict[str, Recipe] = {}
-    for i in range(len(config.gated_layers)):
-        ours, theirs = f"cross_attention.{i}", f"model.gated_cross_attn_layers.{i}"
-        found |= {
-            f"{ours}.norm.weight": as_is(f"{theirs}.input_layernorm.weight", (width,)),
-            f"{ours}.q_proj.weight": as_is(f"{theirs}.cross_attn.q_proj.weight", (inner, width)),
-            f"{ours}.k_proj.weight": as_is(f"{theirs}.cross_attn.k_proj.weight", (inner, media)),
-            f"{ours}.v_proj.weight": as_is(f"{theirs}.cross_attn.v_proj.weight", (inner, media)),
-            f"{ours}.out_proj.weight": as_is(f"{theirs}.cross_attn.o_proj.weight", (width, inner)),
-            f"{ours}.attention_gate": reshaped(f"{theirs}.alpha_cross_attn", gate, ours_gate),
-            f"{ours}.ffw_norm.weight": as_is(f"{theirs}.post_attention_layernorm.weight", (width,)),
-            **_swiglu(ours, theirs, width, block.ffw_width),
-            f"{ours}.ffw_gate": reshaped(f"{theirs}.alpha_dense", gate, ours_gate),
-        }
-        if block.qk_norm:
-            for kind in "qk":
-                source = f"{theirs}.cross_attn.{kind}_layer_norm.weight"
-                found[f"{ours}.{kind}_norm.weight"] = as_is(source, (block.head_size,))
+        found |= filled(lines, f"resampler.layers.{i}.", f"{theirs}blocks.{i}.", sizes)
     return found
 
 
-def _swiglu(ours: str, theirs: str, width: int, inner: int) -> dict[str, Recipe]:
-    return {
-        f"{ours}.ffw_swish.weight": as_is(f"{theirs}.mlp.gate_proj.weight", (inner, width)),
-        f"{ours}.ffw_up.weight": as_is(f"{theirs}.mlp.up_proj.weight", (inner, width)),
-        f"{ours}.ffw_down.weight": as_is(f"{theirs}.mlp.down_proj.weight", (width, inner)),
+def _gated_recipes(config: ModelConfig) -> dict[str, Recipe]:
+    block, width = config.cross_attention, config.language_model.width
+    sizes = {
+        "W": width,
+        "M": config.resampler.width,
+        "I": block.num_heads * block.head_size,
+        "D": block.head_size,
+        "F": block.ffw_width,
     }
+    gate, ours_gate = ((1,), ()) if block.gate == "scalar" else ((1, 1, width), (width,))
+    found: dict[str, Recipe] = {}
+    for i in range(len(config.gated_layers)):
+        ours, theirs = f"cross_attention.{i}.", f"model.gated_cross_attn_layers.{i}."
+        found |= filled(GATED + (GATED_QK_NORM if block.qk_norm else ()), ours, theirs, sizes)
+        found[f"{ours}attention_gate"] = reshaped(f"{theirs}alpha_cross_attn", gate, ours_gate)
+        found[f"{ours}ffw_gate"] = reshaped(f"{theirs}alpha_dense", gate, ours_gate)
+    return found
 
 
 def _language_model_recipes(config: ModelConfig, additional_vocab: int) -> dict[str, Recipe]:
     lm = config.language_model
-    inner, first = lm.num_heads * lm.head_size, (lm.vocab_size - additional_vocab, lm.width)
+    sizes = {"W": lm.width, "I": lm.num_heads * lm.head_size, "F": lm.ffw_width}
+    first = (lm.vocab_size - additional_vocab, lm.width)
 
     def both(weight: str, more: str) -> Recipe:
+        """Rows of the vocabulary, and of the tokens that were added to it."""
         return joined({weight: first, more: (additional_vocab, lm.width)}) if additional_vocab else as_is(weight, first)
 
     embedding, head = "model.embed_tokens", "lm_head"
-    found = {"embedding.weight": both(f"{embedding}.weight", f"{embedding}.additional_embedding.weight")}
+    found = {"language_model.embedding.weight": both(f"{embedding}.weight", f"{embedding}.additional_embedding.weight")}
     for i in range(lm.num_layers):
-        ours, theirs = f"layers.{i}", f"model.layers.{i}"
-        found[f"{ours}.attention_norm.weight"] = as_is(f"{theirs}.input_layernorm.weight", (lm.width,))
-        for name in ("q_proj", "k_proj", "v_proj"):
-            found[f"{ours}.{name}.weight"] = as_is(f"{theirs}.self_attn.{name}.weight", (inner, lm.width))
-        found[f"{ours}.out_proj.weight"] = as_is(f"{theirs}.self_attn.o_proj.weight", (lm.width, inner))
-        found[f"{ours}.ffw_norm.weight"] = as_is(f"{theirs}.post_attention_layernorm.weight", (lm.width,))
-        found |= _swiglu(ours, theirs, lm.width, lm.ffw_width)
-    found["norm.weight"] = as_is("model.norm.weight", (lm.width,))
+        found |= filled(LAYER, f"language_model.layers.{i}.", f"model.layers.{i}.", sizes)
+    found["language_model.norm.weight"] = as_is("model.norm.weight", (lm.width,))
     if not lm.tied_head:
-        found["head.weight"] = both(f"{head}.weight", f"{head}.additional_fc.weight")
-    return {f"language_model.{name}": recipe for name, recipe in found.items()}
+        found["language_model.head.weight"] = both(f"{head}.weight", f"{head}.additional_fc.weight")
+    return found

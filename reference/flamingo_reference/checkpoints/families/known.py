@@ -9,7 +9,7 @@ import msgspec
 
 from flamingo_reference.checkpoints.converted import Adopted, Parts
 from flamingo_reference.checkpoints.families.convert import adopt_idefics, adopt_native, adopt_openflamingo, adopt_otter
-from flamingo_reference.checkpoints.families.openflamingo import plain_name
+from flamingo_reference.checkpoints.families.openflamingo_files import plain_name
 from flamingo_reference.input_format import IDEFICS, OPENFLAMINGO, OTTER, PAPER, InputFormat
 
 Part = Literal["model", "language_model", "vision_encoder"]

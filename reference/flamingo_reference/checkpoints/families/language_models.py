@@ -11,7 +11,8 @@ from typing import Any
 
 import msgspec
 
-from flamingo_reference.checkpoints.conversions import AnyArray, Recipe, as_is, choice, positive, rows, setting, with_bias
+from flamingo_reference.checkpoints.conversions import AnyArray, Recipe, choice, positive, setting, with_bias
+from flamingo_reference.checkpoints.name_table import Table, filled, table
 from flamingo_reference.config import AlibiPositions, ConfigError, LanguageModelConfig, RotaryPositions
 
 _setting = functools.partial(setting, where="config.json of the language model")
@@ -26,16 +27,22 @@ IGNORED = (
 """Tensors of the files that the model does not need: pattern of the whole name, and why."""
 
 
-class Family(msgspec.Struct, frozen=True):
-    """How the files of one kind of language model are read. `{i}` in layers stands for the layer."""
+class Family(msgspec.Struct, frozen=True, kw_only=True):
+    """How the files of one kind of language model are read.
+
+    layers, embedding, head, norm: where its list of layers, embedding, output and last norm are. config: reads its config.json.
+    layer: names of a layer's tensors; qk_norm: those of its norms of queries and keys; more: what no table can say, by what stands before
+    our names and theirs.
+    """
 
     layers: str
     embedding: str
     head: str
+    norm: str
     config: Callable[[Mapping[str, Any]], LanguageModelConfig]
-    layer: Callable[[LanguageModelConfig, str], dict[str, Recipe]]
-    """Recipes of one layer, our names and theirs relative to it; the prefix of theirs is given."""
-    norm: Callable[[LanguageModelConfig], dict[str, Recipe]]
+    layer: Table
+    qk_norm: Table = ()
+    more: Callable[[LanguageModelConfig, str, str], dict[str, Recipe]] | None = None
 
 
 def family_of(raw: Mapping[str, Any]) -> Family:
@@ -46,11 +53,19 @@ def family_of(raw: Mapping[str, Any]) -> Family:
 
 def recipes(lm: LanguageModelConfig, family: Family) -> dict[str, Recipe]:
     """Our names, relative to `language_model.`, from theirs: all but embedding and head, whose rows depend on the tokens added."""
+    sizes = {
+        "W": lm.width,
+        "I": lm.num_heads * lm.head_size,
+        "K": lm.kv_heads * lm.head_size,
+        "F": lm.ffw_width,
+    }
     found: dict[str, Recipe] = {}
     for i in range(lm.num_layers):
-        layer = family.layer(lm, f"{family.layers}.{i}")
-        found |= {f"layers.{i}.{name}": recipe for name, recipe in layer.items()}
-    return found | family.norm(lm)
+        ours, theirs = f"layers.{i}.", f"{family.layers}.{i}."
+        found |= filled(family.layer + (family.qk_norm if lm.qk_norm else ()), ours, theirs, sizes)
+        found |= family.more(lm, ours, theirs) if family.more is not None else {}
+    norm = with_bias("norm", family.norm, (lm.width,))
+    return found | (norm if lm.norm_bias else {"norm.weight": norm["norm.weight"]})
 
 
 def _head_size(width: int, heads: int) -> int:
@@ -96,19 +111,17 @@ def _llama_config(raw: Mapping[str, Any]) -> LanguageModelConfig:
     )
 
 
-def _llama_layer(lm: LanguageModelConfig, theirs: str) -> dict[str, Recipe]:
-    inner, kv_inner = lm.num_heads * lm.head_size, lm.kv_heads * lm.head_size
-    return {
-        "attention_norm.weight": as_is(f"{theirs}.input_layernorm.weight", (lm.width,)),
-        "q_proj.weight": as_is(f"{theirs}.self_attn.q_proj.weight", (inner, lm.width)),
-        "k_proj.weight": as_is(f"{theirs}.self_attn.k_proj.weight", (kv_inner, lm.width)),
-        "v_proj.weight": as_is(f"{theirs}.self_attn.v_proj.weight", (kv_inner, lm.width)),
-        "out_proj.weight": as_is(f"{theirs}.self_attn.o_proj.weight", (lm.width, inner)),
-        "ffw_norm.weight": as_is(f"{theirs}.post_attention_layernorm.weight", (lm.width,)),
-        "ffw_swish.weight": as_is(f"{theirs}.mlp.gate_proj.weight", (lm.ffw_width, lm.width)),
-        "ffw_up.weight": as_is(f"{theirs}.mlp.up_proj.weight", (lm.ffw_width, lm.width)),
-        "ffw_down.weight": as_is(f"{theirs}.mlp.down_proj.weight", (lm.width, lm.ffw_width)),
-    }
+LLAMA_LAYER = table("""
+    attention_norm  input_layernorm             W
+    q_proj          self_attn.q_proj            I,W
+    k_proj          self_attn.k_proj            K,W
+    v_proj          self_attn.v_proj            K,W
+    out_proj        self_attn.o_proj            W,I
+    ffw_norm        post_attention_layernorm    W
+    ffw_swish       mlp.gate_proj               F,W
+    ffw_up          mlp.up_proj                 F,W
+    ffw_down        mlp.down_proj               W,F
+""")
 
 
 # GPT-NeoX
@@ -138,19 +151,22 @@ def _neox_config(raw: Mapping[str, Any]) -> LanguageModelConfig:
     )
 
 
-def _neox_layer(lm: LanguageModelConfig, theirs: str) -> dict[str, Recipe]:
-    width = lm.width
-    found = {
-        **with_bias("attention_norm", f"{theirs}.input_layernorm", (width,)),
-        **with_bias("ffw_norm", f"{theirs}.post_attention_layernorm", (width,)),
-        **with_bias("out_proj", f"{theirs}.attention.dense", (width, width)),
-        **with_bias("ffw_up", f"{theirs}.mlp.dense_h_to_4h", (lm.ffw_width, width)),
-        **with_bias("ffw_down", f"{theirs}.mlp.dense_4h_to_h", (width, lm.ffw_width)),
-    }
+NEOX_LAYER = table("""
+    attention_norm  input_layernorm             W      bias
+    out_proj        attention.dense             W,I    bias
+    ffw_norm        post_attention_layernorm    W      bias
+    ffw_up          mlp.dense_h_to_4h           F,W    bias
+    ffw_down        mlp.dense_4h_to_h           W,F    bias
+""")
+
+
+def _neox_queries_keys_values(lm: LanguageModelConfig, ours: str, theirs: str) -> dict[str, Recipe]:
+    source, width = f"{theirs}attention.query_key_value", lm.width
+    found: dict[str, Recipe] = {}
     for part, name in enumerate(("q_proj", "k_proj", "v_proj")):
         make = functools.partial(_of_each_head, part=part, num_heads=lm.num_heads)
-        found[f"{name}.weight"] = Recipe({f"{theirs}.attention.query_key_value.weight": (3 * width, width)}, make)
-        found[f"{name}.bias"] = Recipe({f"{theirs}.attention.query_key_value.bias": (3 * width,)}, make)
+        found[f"{ours}{name}.weight"] = Recipe({f"{source}.weight": (3 * width, width)}, make)
+        found[f"{ours}{name}.bias"] = Recipe({f"{source}.bias": (3 * width,)}, make)
     return found
 
 
@@ -201,50 +217,52 @@ def _mpt_config(raw: Mapping[str, Any], *, rounded_slopes: bool = True) -> Langu
     )
 
 
-def _mpt_layer(lm: LanguageModelConfig, theirs: str, *, norms: tuple[str, str], up: str, down: str) -> dict[str, Recipe]:
-    width = lm.width
-    found = {
-        "attention_norm.weight": as_is(f"{theirs}.{norms[0]}.weight", (width,)),
-        "out_proj.weight": as_is(f"{theirs}.attn.out_proj.weight", (width, width)),
-        "ffw_norm.weight": as_is(f"{theirs}.{norms[1]}.weight", (width,)),
-        "ffw_up.weight": as_is(f"{theirs}.{up}.weight", (lm.ffw_width, width)),
-        "ffw_down.weight": as_is(f"{theirs}.{down}.weight", (width, lm.ffw_width)),
-    }
-    for part, name in enumerate(("q_proj", "k_proj", "v_proj")):
-        source = f"{theirs}.attn.Wqkv.weight"
-        found[f"{name}.weight"] = rows(source, (3 * width, width), part * width, (part + 1) * width)
-    if lm.qk_norm:
-        found |= {f"{kind}_norm.weight": as_is(f"{theirs}.attn.{kind}_ln.weight", (width,)) for kind in "qk"}
-    return found
-
-
-def _norm(lm: LanguageModelConfig, *, name: str) -> dict[str, Recipe]:
-    if lm.norm_bias:
-        return with_bias("norm", name, (lm.width,))
-    return {"norm.weight": as_is(f"{name}.weight", (lm.width,))}
-
-
-_MPT_1B = functools.partial(_mpt_layer, norms=("ln_1", "ln_2"), up="mlp.mlp_up", down="mlp.mlp_down")
-_MPT_7B = functools.partial(_mpt_layer, norms=("norm_1", "norm_2"), up="ffn.up_proj", down="ffn.down_proj")
-
-
-def _named(name: str) -> Callable[[LanguageModelConfig], dict[str, Recipe]]:
-    return functools.partial(_norm, name=name)
+_MPT_ATTENTION = """
+    q_proj          attn.Wqkv        I,W    part 1 of 3
+    k_proj          attn.Wqkv        I,W    part 2 of 3
+    v_proj          attn.Wqkv        I,W    part 3 of 3
+    out_proj        attn.out_proj    W,I
+"""
+MPT_1B_LAYER = table(
+    _MPT_ATTENTION
+    + """
+    attention_norm  ln_1             W
+    ffw_norm        ln_2             W
+    ffw_up          mlp.mlp_up       F,W
+    ffw_down        mlp.mlp_down     W,F
+"""
+)
+MPT_7B_LAYER = table(
+    _MPT_ATTENTION
+    + """
+    attention_norm  norm_1           W
+    ffw_norm        norm_2           W
+    ffw_up          ffn.up_proj      F,W
+    ffw_down        ffn.down_proj    W,F
+"""
+)
+MPT_QK_NORM = table("""
+    q_norm          attn.q_ln        I
+    k_norm          attn.k_ln        I
+""")
 
 
 FAMILIES: Mapping[str, Family] = {
-    "llama": Family("model.layers", "model.embed_tokens", "lm_head", _llama_config, _llama_layer, _named("model.norm")),
+    "llama": Family(
+        layers="model.layers", embedding="model.embed_tokens", head="lm_head", norm="model.norm", config=_llama_config,
+        layer=LLAMA_LAYER,
+    ),
     "gpt_neox": Family(
-        "gpt_neox.layers", "gpt_neox.embed_in", "embed_out", _neox_config, _neox_layer, _named("gpt_neox.final_layer_norm")
+        layers="gpt_neox.layers", embedding="gpt_neox.embed_in", head="embed_out", norm="gpt_neox.final_layer_norm",
+        config=_neox_config, layer=NEOX_LAYER, more=_neox_queries_keys_values,
     ),
     "mosaic_gpt": Family(
-        "transformer.blocks",
-        "transformer.wte",
-        "lm_head",
-        functools.partial(_mpt_config, rounded_slopes=False),
-        _MPT_1B,
-        _named("transformer.ln_f"),
+        layers="transformer.blocks", embedding="transformer.wte", head="lm_head", norm="transformer.ln_f",
+        config=functools.partial(_mpt_config, rounded_slopes=False), layer=MPT_1B_LAYER, qk_norm=MPT_QK_NORM,
     ),
-    "mpt": Family("transformer.blocks", "transformer.wte", "lm_head", _mpt_config, _MPT_7B, _named("transformer.norm_f")),
-}
+    "mpt": Family(
+        layers="transformer.blocks", embedding="transformer.wte", head="lm_head", norm="transformer.norm_f", config=_mpt_config,
+        layer=MPT_7B_LAYER, qk_norm=MPT_QK_NORM,
+    ),
+}  # fmt: skip
 """model_type of a config.json -> how its files are read."""

@@ -26,11 +26,12 @@ from flamingo_reference.checkpoints.conversions import (
     renamed,
     reshaped,
     rows,
-    with_bias,
 )
 from flamingo_reference.checkpoints.converted import source_shapes
 from flamingo_reference.checkpoints.families import clip, language_models
-from flamingo_reference.checkpoints.families.language_models import Family, family_of
+from flamingo_reference.checkpoints.families.language_models import Family
+from flamingo_reference.checkpoints.families.openflamingo_files import Files
+from flamingo_reference.checkpoints.name_table import filled, table
 from flamingo_reference.config import (
     ConfigError,
     CrossAttentionConfig,
@@ -45,74 +46,11 @@ HEAD_SIZE = 64
 """Of perceiver and gated blocks in every published model; the tensors do not tell."""
 IGNORED = (*clip.IGNORED, *language_models.IGNORED)
 """Tensors of the files that the model never needs: pattern of the whole name, and why."""
-PLAIN = (
-    (r"\.decoder_layer\.", r"."),
-    (r"^lang_encoder\.old_decoder_blocks\.(\d+)\.", r"lang_encoder.LAYERS.\1."),
-    (r"^lang_encoder\.gated_cross_attn_layers\.(\d+)\.", r"lang_encoder.LAYERS.\1.gated_cross_attn_layer."),
-    (r"\.gated_cross_attn_layer\.feed_forward\.", r".gated_cross_attn_layer.ff."),
-    (r"^(perceiver\.layers\.\d+)\.(norm_media|norm_latents|to_q|to_kv|to_out)\.", r"\1.0.\2."),
-    (r"^(perceiver\.layers\.\d+)\.feed_forward\.", r"\1.1."),
-)
-"""What names become in the plainest way of saving, by regular expressions, one after the other: layers below `decoder_layer` (v1 and v2),
-second names of layers and gated blocks (v1), Otter's lists of feed-forwards. LAYERS stands for the language model's list of layers."""
 ATTENDS = (
     "each token attends to the image last shown before it. Models trained by OpenFlamingo 0.0.x without use_media_placement_augmentation "
     "attend to the next image, which their files do not tell"
 )
 """What a user of a model of this family should know."""
-_VISION = "vision_encoder."
-
-
-def plain_name(name: str) -> str:
-    """A tensor's name without what depends on how the model was put together: the `lang_encoder.` that OpenFlamingo puts the language model
-    in, the `decoder_layer` that it puts each of its layers in; gated blocks as in a list of their own."""
-    for pattern, plain in PLAIN[:1] + PLAIN[3:]:
-        name = re.sub(pattern, plain, name)
-    return re.sub(r"^.*\.(\d+)\.gated_cross_attn_layer\.", r"gated_cross_attn_layers.\1.", name.removeprefix("lang_encoder."))
-
-
-class Files(msgspec.Struct, frozen=True, kw_only=True):
-    """Shapes of the tensors in each of the three files, and the language model's config.json. absent: names of the language model's tensors
-    whose files are not there. Where one file holds all (Otter), the others have no tensors."""
-
-    checkpoint: Mapping[str, Shape]
-    language_model: Mapping[str, Shape]
-    vision: Mapping[str, Shape]
-    language_model_config: Mapping[str, Any]
-    absent: frozenset[str] = frozenset()
-
-    @property
-    def family(self) -> Family:
-        """How the language model is read."""
-        return family_of(self.language_model_config)
-
-    def trained(self) -> dict[str, str]:
-        """Names of checkpoint.pt by the name they would have in the plainest way of saving.
-
-        That is perceiver., lang_encoder.LAYERS.i.gated_cross_attn_layer. and lang_encoder.NAME for tensors of the language model.
-        """
-        return {plain: names[0] for plain, names in self._by_plain_name().items()}
-
-    def twins(self) -> dict[str, str]:
-        """Second names of checkpoint.pt's tensors, each with the name in use (`trained`)."""
-        return {other: names[0] for names in self._by_plain_name().values() for other in names[1:]}
-
-    def _by_plain_name(self) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = {}
-        for name in self.checkpoint:
-            plain = name
-            for pattern, replacement in PLAIN:
-                plain = re.sub(pattern, replacement.replace("LAYERS", self.family.layers), plain)
-            found.setdefault(plain, []).append(name)
-        return found
-
-    def trained_vision(self) -> dict[str, str]:
-        """CLIP's tensors in checkpoint.pt by the names that they would have in CLIP's own file: OpenFlamingo keeps open_clip's `visual`,
-        Otter transformers' CLIPVisionModel."""
-        inner = {name.removeprefix(_VISION): name for name in self.checkpoint if name.startswith(_VISION)}
-        if any(name.startswith(("visual.", "vision_model.", "embeddings.", "encoder.")) for name in inner):
-            return inner
-        return {f"visual.{name}": actual for name, actual in inner.items()}
 
 
 def config_from(
@@ -267,14 +205,6 @@ def tied(config: ModelConfig, files: Files) -> dict[str, str]:
     return {trained.get(f"lang_encoder.{head}", f"lang_encoder.{head}"): trained[f"lang_encoder.{embedding}"]}
 
 
-def otter_text_config(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """text_config of Otter's config.json, whose model_type is left out or that of an own class in some: `architectures` tells then."""
-    named = raw.get("architectures")
-    found = {"MPTForCausalLM": "mpt", "MosaicGPT": "mosaic_gpt", "LlamaForCausalLM": "llama"}
-    by_class = [found[name] for name in named if isinstance(name, str) and name in found] if isinstance(named, list) else []
-    return {**raw, "model_type": by_class[0]} if by_class else raw
-
-
 def _shape(shapes: Mapping[str, Shape], name: str) -> Shape:
     if name not in shapes:
         near = NearestName(shapes).find(name)
@@ -315,51 +245,64 @@ def _gated_layers(shapes: Mapping[str, Shape], family: Family, num_layers: int) 
     return every, found[0], f"lang_encoder.{family.layers}.{found[0]}.gated_cross_attn_layer"
 
 
-def _attention(ours: str, theirs: str, inner: int, width: int, media: int) -> dict[str, Recipe]:
-    """to_kv holds keys and then values."""
-    return {
-        f"{ours}q_proj.weight": as_is(f"{theirs}.to_q.weight", (inner, width)),
-        f"{ours}k_proj.weight": rows(f"{theirs}.to_kv.weight", (2 * inner, media), 0, inner),
-        f"{ours}v_proj.weight": rows(f"{theirs}.to_kv.weight", (2 * inner, media), inner, 2 * inner),
-        f"{ours}out_proj.weight": as_is(f"{theirs}.to_out.weight", (width, inner)),
-    }
-
-
-def _feed_forward(ours: str, theirs: str, width: int, inner: int) -> dict[str, Recipe]:
-    """A sequence of norm, matrix, GELU, matrix."""
-    return {
-        **with_bias(f"{ours}ffw_norm", f"{theirs}.0", (width,)),
-        f"{ours}ffw_up.weight": as_is(f"{theirs}.1.weight", (inner, width)),
-        f"{ours}ffw_down.weight": as_is(f"{theirs}.3.weight", (width, inner)),
-    }
+# to_kv holds keys and then values; a feed-forward is a sequence of norm, matrix, GELU, matrix.
+PERCEIVER = table("""
+    latents           latents          R,W    exact
+    norm              norm             W      bias
+""")
+PERCEIVER_FRAMES = table("time_embeddings   frame_embs   T,W   exact")
+PERCEIVER_LAYER = table("""
+    media_norm        0.norm_media     W      bias
+    latent_norm       0.norm_latents   W      bias
+    q_proj            0.to_q           I,W
+    k_proj            0.to_kv          I,W    part 1 of 2
+    v_proj            0.to_kv          I,W    part 2 of 2
+    out_proj          0.to_out         W,I
+    ffw_norm          1.0              W      bias
+    ffw_up            1.1              F,W
+    ffw_down          1.3              W,F
+""")
+GATED = table("""
+    norm              attn.norm        W      bias
+    q_proj            attn.to_q        I,W
+    k_proj            attn.to_kv       I,M    part 1 of 2
+    v_proj            attn.to_kv       I,M    part 2 of 2
+    out_proj          attn.to_out      W,I
+    ffw_norm          ff.0             W      bias
+    ffw_up            ff.1             F,W
+    ffw_down          ff.3             W,F
+""")
 
 
 def _perceiver(config: ModelConfig) -> dict[str, Recipe]:
-    resampler = config.resampler
-    width, inner = resampler.width, resampler.num_heads * resampler.head_size
-    found = {"latents": as_is("perceiver.latents", (resampler.num_latents, width))}
-    if resampler.num_time_embeddings:
-        found["time_embeddings"] = as_is("perceiver.frame_embs", (resampler.num_time_embeddings, width))
+    resampler, theirs = config.resampler, "perceiver."
+    sizes = {
+        "R": resampler.num_latents,
+        "T": resampler.num_time_embeddings,
+        "W": resampler.width,
+        "I": resampler.num_heads * resampler.head_size,
+        "F": resampler.ffw_width,
+    }
+    found = filled(PERCEIVER + (PERCEIVER_FRAMES if resampler.num_time_embeddings else ()), "resampler.", theirs, sizes)
     for i in range(resampler.num_layers):
-        ours, theirs = f"layers.{i}.", f"perceiver.layers.{i}"
-        found |= with_bias(f"{ours}media_norm", f"{theirs}.0.norm_media", (width,))
-        found |= with_bias(f"{ours}latent_norm", f"{theirs}.0.norm_latents", (width,))
-        found |= _attention(ours, f"{theirs}.0", inner, width, width)
-        found |= _feed_forward(ours, f"{theirs}.1", width, resampler.ffw_width)
-    found |= with_bias("norm", "perceiver.norm", (width,))
-    return {f"resampler.{name}": recipe for name, recipe in found.items()}
+        found |= filled(PERCEIVER_LAYER, f"resampler.layers.{i}.", f"{theirs}layers.{i}.", sizes)
+    return found
 
 
 def _gated(config: ModelConfig, family: Family) -> dict[str, Recipe]:
-    block, width, media = config.cross_attention, config.language_model.width, config.resampler.width
+    block = config.cross_attention
+    sizes = {
+        "W": config.language_model.width,
+        "M": config.resampler.width,
+        "I": block.num_heads * block.head_size,
+        "F": block.ffw_width,
+    }
     found: dict[str, Recipe] = {}
     for i, layer in enumerate(config.gated_layers):
-        ours, theirs = f"cross_attention.{i}.", f"lang_encoder.{family.layers}.{layer}.gated_cross_attn_layer"
-        found |= with_bias(f"{ours}norm", f"{theirs}.attn.norm", (width,))
-        found |= _attention(ours, f"{theirs}.attn", block.num_heads * block.head_size, width, media)
-        found |= _feed_forward(ours, f"{theirs}.ff", width, block.ffw_width)
-        found[f"{ours}attention_gate"] = reshaped(f"{theirs}.attn_gate", (1,), ())
-        found[f"{ours}ffw_gate"] = reshaped(f"{theirs}.ff_gate", (1,), ())
+        ours, theirs = f"cross_attention.{i}.", f"lang_encoder.{family.layers}.{layer}.gated_cross_attn_layer."
+        found |= filled(GATED, ours, theirs, sizes)
+        found[f"{ours}attention_gate"] = reshaped(f"{theirs}attn_gate", (1,), ())
+        found[f"{ours}ffw_gate"] = reshaped(f"{theirs}ff_gate", (1,), ())
     return found
 
 

@@ -1,0 +1,69 @@
+"""Writes the folder of a host from its templates."""
+
+from __future__ import annotations
+
+import re
+import stat
+from importlib import resources
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal, get_args
+
+from flamingo_export import estimates
+from flamingo_export.bundle.manifest import Manifest, read_manifest
+from flamingo_export.errors import BuildError
+from flamingo_export.files import write_atomically
+from flamingo_export.weights import WeightIndex
+
+Host = Literal["docker", "kubernetes"]
+HOSTS: tuple[str, ...] = get_args(Host)
+_FIELD = re.compile(r"@([a-z_]+)@")
+_GIB = 1 << 30
+
+
+def package(bundle: Path, host: str, out: Path) -> list[Path]:
+    """Writes what runs this bundle on a host to `out`, and returns the files.
+
+    bundle: read for its name, size and needs; it is not copied.
+    host: one of HOSTS.
+    out: a folder that is missing or empty.
+    Raises BundleError, BuildError for an unknown host or an `out` that holds something.
+    """
+    if host not in HOSTS:
+        raise BuildError(f"{host!r} is not a host that there is a folder for. Choose one of {', '.join(HOSTS)}.")
+    manifest = read_manifest(bundle)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BuildError(f"{out} exists and is not an empty folder. Name another one with --out.")
+    fields = _fields(bundle, manifest)
+    out.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, text in sorted(_templates(host)):
+        path = out / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, _FIELD.sub(lambda found: fields[found[1]], text).encode())
+        if name == "run":
+            path.chmod(path.stat().st_mode | stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH)
+        written.append(path)
+    return written
+
+
+def _templates(host: str) -> list[tuple[str, str]]:
+    folder = resources.files(__package__).joinpath("templates", host)
+    return [(entry.name, entry.read_text(encoding="utf-8")) for entry in folder.iterdir() if entry.is_file()]
+
+
+def _fields(bundle: Path, manifest: Manifest) -> dict[str, str]:
+    """What the templates ask for."""
+    size = sum(file.size for file in manifest.files)
+    memory = (
+        -(-estimates.running(manifest.config, WeightIndex.read(bundle)) // _GIB) + 2
+    )  # cache, media and the interpreter beside the weights
+    name = re.sub(r"[^a-z0-9]+", "-", bundle.resolve().name.removesuffix(".bundle").lower()).strip("-")[:50] or "model"
+    return {
+        "name": name if name[0].isalpha() else f"model-{name}",
+        "model": bundle.resolve().name.removesuffix(".bundle"),
+        "version": version("flamingo-export"),
+        "memory": f"{memory}Gi",
+        "memory_docker": f"{memory}g",
+        "storage": f"{-(-size // _GIB) + 1}Gi",
+    }

@@ -1,0 +1,62 @@
+"""Paths and modules in back-ticks, in README, CONTRIBUTING and docs/, are there."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# Decisions say what was so on their day.
+PAGES = [page for page in PAGES if page.parent.name != "decisions" and page.name != "cli.md"]
+FOLDERS = (
+    "flamingo_export",
+    "reference",
+    "calibration",
+    "trt_plugins",
+    "tests",
+    "benchmarks",
+    "scripts",
+    "examples",
+    "docs",
+    "requirements",
+)
+PACKAGES = ("flamingo_export", "flamingo_reference", "flamingo_calibration")
+MADE = re.compile(r"_build|build/gpu-wheels|NNNN|DEVICE|[*{}<>]| ")
+
+
+def ticked(page: Path) -> list[str]:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return re.findall(r"`([^`\n]+)`", text)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_paths(page: Path) -> None:
+    named = [name for name in ticked(page) if name.partition("/")[0] in FOLDERS and "/" in name and not MADE.search(name)]
+    missing = [
+        name for name in named if not (ROOT / name.partition("::")[0].rstrip("/")).exists() and not re.search(r":\d", name)
+    ]
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_modules(page: Path) -> None:
+    wrong = []
+    for name in ticked(page):
+        if not re.fullmatch(rf"(?:{'|'.join(PACKAGES)})(?:\.\w+)+", name):
+            continue
+        parts = name.split(".")
+        for length in range(len(parts), 0, -1):
+            try:
+                found = importlib.import_module(".".join(parts[:length]))
+            except ImportError:
+                continue
+            for attribute in parts[length:]:
+                found = getattr(found, attribute, None)
+            if found is None:
+                wrong.append(name)
+            break
+    assert wrong == []
