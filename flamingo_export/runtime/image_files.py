@@ -73,7 +73,7 @@ def refuse_url(source: str | os.PathLike[str]) -> None:
     if url := as_url(source):
         kind, way = "a URL", "Download the file first and give its path."
         if url.startswith("data:"):
-            kind, way = "a data URL", "Decode it first: load_image and images=[...] take the bytes."
+            kind, way = "a data URL", "Decode it first; images=[...] and Video(source=...) take the bytes."
         elif url.lower().startswith("file:"):
             way = "Give the path itself."
         raise ImageError(f"{url} is {kind}, and URLs are not fetched. {way}")

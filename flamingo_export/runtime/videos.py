@@ -12,11 +12,13 @@ import logging
 import math
 import os
 import re
+import shutil
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import IO, cast
 
 import numpy as np
@@ -37,7 +39,7 @@ _log = logging.getLogger(__name__)
 
 
 VideoSource = EncodedSource | Sequence[ImageSource]
-"""An animated file (a path, its bytes, a file object), a folder of frames, or the frames."""
+"""A video or animated file (a path, its bytes, a file object), a folder of frames, or the frames."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,13 +170,18 @@ def _frames_of_file(source: EncodedSource, wanted: int, video: Video) -> Iterato
         if is_image(file):
             yield from _frames_of_image(file, name, wanted, video)
             return
-    if not (isinstance(source, str | os.PathLike) and os.path.isfile(source)):
-        raise ImageError(
-            f"{name} is not an image that can be read (known: {', '.join(FORMATS)}). A video file is given by its path."
-        )
-    from flamingo_export.runtime.video_files import frames_of_video
+        from flamingo_export.runtime.video_files import frames_of_video
 
-    yield from frames_of_video(Path(source), wanted, video)
+        if isinstance(source, str | os.PathLike) and os.path.isfile(source):
+            yield from frames_of_video(Path(source), wanted, video)
+            return
+        with NamedTemporaryFile(prefix="flamingo-export-") as copy:  # it is read more than once, and by path
+            shutil.copyfileobj(file, copy)
+            copy.flush()
+            try:
+                yield from frames_of_video(Path(copy.name), wanted, video)
+            except ImageError as error:
+                raise ImageError(str(error).replace(copy.name, name)) from error
 
 
 def _frames_of_image(file: IO[bytes], name: str, wanted: int, video: Video) -> Iterator[Pixels]:
@@ -212,9 +219,9 @@ def _frame_files(folder: Path) -> list[Path]:
     if left_out := [path.name for path in entries if path not in kept]:
         more = f" and {len(left_out) - _NAMED} more" if len(left_out) > _NAMED else ""
         _log.warning(
-            "%s: %d files are used as frames; left out, as they are not images that can be read: %s%s",
+            "%s: %s used as frames; left out, as they are not images that can be read: %s%s",
             folder,
-            len(frames),
+            "1 file is" if len(frames) == 1 else f"{len(frames)} files are",
             ", ".join(left_out[:_NAMED]),
             more,
         )

@@ -241,6 +241,20 @@ def test_a_gif_frame_beyond_the_canvas_is_cut_off_and_a_first_one_enlarges_it() 
     close(large, composed((3, 3), [Frame(red), Frame(blue, left=1)]), 1e-9)
 
 
+@pytest.mark.parametrize("interlaced", [False, True])
+def test_gif_files_of_another_writer(interlaced: bool) -> None:
+    """Pillow's own, with real compression, a shared palette and every number of colours."""
+    rng = np.random.default_rng(4)
+    for colours in (2, 5, 100, 256):
+        values = rng.integers(0, colours, (40, 50), dtype=np.uint8)
+        image = Image.fromarray(values).convert("P")
+        palette = rng.integers(0, 256, (256, 3), dtype=np.uint8)
+        image.putpalette(palette.tobytes())
+        buffer = io.BytesIO()
+        image.save(buffer, "GIF", interlace=interlaced, optimize=False)
+        assert (load_image(buffer.getvalue()) == palette[values]).all()
+
+
 def test_what_a_gif_does_not_paint_is_white() -> None:
     """Viewers show it transparent, whatever the background colour says."""
     small = Frame(full(10, 20, 30, 255, size=(1, 1)), left=1, top=1, dispose=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import wave
 from fractions import Fraction
 from pathlib import Path
@@ -73,6 +74,19 @@ def test_containers(tmp_path: Path, name: str, codec: str) -> None:
     assert near(numbers(Video(source=path, fps=1)), [0, 25])
     assert near(numbers(Video(source=path, clip=(1.0, 1.5), fps=4)), [25, 31])
     assert near(numbers(Video(source=path, num_frames=1)), [24])
+
+
+def test_bytes_file_objects_and_pipes(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.mp4")
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(path.read_bytes(),))
+    writer.start()
+    with path.open("rb") as file:
+        for source in (path.read_bytes(), file, file, tmp_path / "pipe"):
+            assert near(numbers(Video(source=source, fps=1)), [0, 25])
+    writer.join()
+    with pytest.raises(ImageError, match="the image given is neither an image nor a video that can be read"):
+        numbers(Video(source=b"ftyp" * 100))
 
 
 def test_by_time_where_the_rate_varies(tmp_path: Path) -> None:
