@@ -17,7 +17,17 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from flamingo_export.backends.base import Array, Availability, Buffer, HostSession, SessionOptions, Tensor, check_feeds, on_host
+from flamingo_export.backends.base import (
+    Array,
+    Availability,
+    Buffer,
+    Capabilities,
+    HostSession,
+    SessionOptions,
+    Tensor,
+    check_feeds,
+    on_host,
+)
 from flamingo_export.bundle.manifest import EngineRecord, GraphRecord, Manifest
 from flamingo_export.bundle.verify import open_bundle
 from flamingo_export.errors import BackendError, InputError, ParityError, pip_install
@@ -172,6 +182,7 @@ class PolygraphyBackend:
     """Follows backends.base.Backend: sessions are Polygraphy's ONNX Runtime runners."""
 
     name = "polygraphy"
+    capabilities = Capabilities(fp8_products=False, widens_weights=True)
     native_functions: frozenset[str] = frozenset()
 
     def __init__(self) -> None:
