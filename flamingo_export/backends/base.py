@@ -79,6 +79,9 @@ class Buffer(Protocol):
     def rows(self, first: int, count: int) -> Buffer:
         """Rows first .. first + count - 1 of the first axis, sharing memory; the same object each time, so that binding it is free."""
 
+    def copy_slots(self, source: int, target: int, count: int) -> None:
+        """Copies the first `count` slots of a cache [B, H, C, D] from row `source` to row `target`. Runs that start from now on see it."""
+
     def view(self, shape: tuple[int, ...]) -> Buffer:
         """Its beginning as a tensor of another shape, not larger, sharing memory; the same object each time, so that binding it is free."""
 

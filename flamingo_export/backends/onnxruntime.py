@@ -184,6 +184,10 @@ class HostBuffer:
             self._rows[first, count] = HostBuffer(self.array[first : first + count])
         return self._rows[first, count]
 
+    def copy_slots(self, source: int, target: int, count: int) -> None:
+        """Copies the first `count` slots [:, :, count] of a row to another."""
+        self.array[target, :, :count] = self.array[source, :, :count]
+
     def view(self, shape: tuple[int, ...]) -> HostBuffer:
         """Its beginning in another shape, sharing memory; the same object each time."""
         if shape == self.array.shape:
