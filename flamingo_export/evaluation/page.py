@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -109,9 +110,14 @@ def render(
 
 
 def _template(text: str) -> Any:
-    from flamingo_export.validate.report.parity_page import _picture, page_template
+    from flamingo_export.validate.report.parity_page import page_template
 
-    return page_template(text, {"picture": _picture, "score": score_text, "signed": signed_text})
+    return page_template(text, {"picture": _address, "score": score_text, "signed": signed_text})
+
+
+def _address(png: bytes) -> str:
+    """A PNG file as the address of an `<img>`."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def score_text(value: float | None) -> str:

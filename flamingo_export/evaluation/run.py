@@ -84,7 +84,7 @@ def evaluate(
     found = read_data(chosen, settings, data, support, split, skip_missing=skip_missing)
     progress.advance(1)
     with _workplace(out, overwrite) as folder:
-        similarity, features = _similarity(first, found, settings, index, folder, progress)
+        similarity, features = _similarity(first, found, settings, index, folder, progress, overwrite=overwrite)
         selector = Selector(found.examples, settings.select, settings.seed, similarity) if settings.needs_examples() else None
         if selector is not None:
             selector.check(found.queries, max((*settings.shots, ZERO_SHOT_TEXTS if 0 in settings.shots else 0)))
@@ -153,17 +153,23 @@ def units_of(queries: Sequence[Item], settings: Settings) -> list[Unit]:
 
 
 def _similarity(
-    model: EvaluatedModel, data: Data, settings: Settings, index: Path | str | None, folder: Path, progress: Progress
+    model: EvaluatedModel,
+    data: Data,
+    settings: Settings,
+    index: Path | str | None,
+    folder: Path,
+    progress: Progress,
+    *,
+    overwrite: bool,
 ) -> tuple[Similarity | None, str]:
-    """What RICES goes by, and what its features are."""
-    if settings.select != "rices" or not any(settings.shots):
+    """What RICES goes by, and what its features are. overwrite: the run's own index, not one that was given, may be of something else."""
+    if settings.select != "rices" or not any(settings.shots) or not isinstance(model, HasFeatures):
         return None, ""
-    if not isinstance(model, HasFeatures):
-        return None, ""
-    from flamingo_export.evaluation.index.similarity import IndexedSimilarity
+    from flamingo_export.evaluation.index.similarity import IndexedSimilarity, index_of
 
-    found = IndexedSimilarity.of(model, data.examples, Path(index) if index is not None else folder / EXAMPLES_INDEX, progress)
-    return found, model.features_of
+    place = Path(index) if index is not None else folder / EXAMPLES_INDEX
+    made = index_of(model, data.examples, place, overwrite=overwrite and index is None, progress=progress)
+    return IndexedSimilarity(model, made), model.features_of
 
 
 def _check_longest(

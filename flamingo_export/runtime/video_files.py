@@ -11,7 +11,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,6 +58,10 @@ def frames_of_video(path: Path, wanted: int, video: Video) -> Iterator[Pixels]:
     timing = _timing(path)
     chosen = _chosen(timing, wanted, video)
     frames = _decoded(path, chosen, timing)[0]
+    if len(frames) < len(chosen) and timing.keys:
+        # Some containers jump past the keyframe that was asked for: from the beginning, then.
+        timing = replace(timing, keys=[])
+        frames = _decoded(path, chosen, timing)[0]
     if len(frames) < len(chosen):
         # What the packets promise does not decode: choose again among the frames that do.
         whole = _decoded(path, None, None)[1]
@@ -127,7 +131,7 @@ def _decoded(path: Path, chosen: Sequence[int] | None, timing: _Timing | None) -
     seen: list[int] = []
     left = list(chosen or ())
     with _opened(path) as (container, stream):
-        position = 0
+        position = timing.pts[0] if timing is not None else 0
         counted = 0
         try:
             while True:

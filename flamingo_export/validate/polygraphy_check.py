@@ -17,7 +17,17 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from flamingo_export.backends.base import Array, Availability, Buffer, HostSession, SessionOptions, Tensor, check_feeds, on_host
+from flamingo_export.backends.base import (
+    Array,
+    Availability,
+    Buffer,
+    Capabilities,
+    HostSession,
+    SessionOptions,
+    Tensor,
+    check_feeds,
+    on_host,
+)
 from flamingo_export.bundle.manifest import EngineRecord, GraphRecord, Manifest
 from flamingo_export.bundle.verify import open_bundle
 from flamingo_export.errors import BackendError, InputError, ParityError, pip_install
@@ -172,6 +182,7 @@ class PolygraphyBackend:
     """Follows backends.base.Backend: sessions are Polygraphy's ONNX Runtime runners."""
 
     name = "polygraphy"
+    capabilities = Capabilities(fp8_products=False, widens_weights=True)
     native_functions: frozenset[str] = frozenset()
 
     def __init__(self) -> None:
@@ -219,6 +230,9 @@ class _HostArray:
 
     def rows(self, first: int, count: int) -> _HostArray:
         return _HostArray(self.array[first : first + count])
+
+    def copy_slots(self, source: int, target: int, count: int) -> None:
+        self.array[target, :, :count] = self.array[source, :, :count]
 
     def view(self, shape: tuple[int, ...]) -> _HostArray:
         return _HostArray(self.array.reshape(-1)[: math.prod(shape)].reshape(shape))

@@ -198,8 +198,10 @@ class TorchBackend:
     def open(self, bundle: Path, manifest: Manifest, graph: GraphRecord, options: SessionOptions) -> TensorRTSession:
         """The graph as TensorRT would be given it, under TensorRT's session."""
         contract = contract_of(manifest, graph)
+        model = ir.load(bundle / graph.file)
+        ir.external_data.set_base_dir(model.graph, bundle)  # graphs of single layers lie elsewhere, their weights do not
         lowered = lower(
-            ir.load(bundle / graph.file),
+            model,
             compute=manifest.precision.storage,
             capacity=contract.capacity,
             native_functions=self.native_functions,

@@ -215,6 +215,11 @@ def test_similar_examples_come_last(vqa: Path, tmp_path: Path) -> None:
     for name in ("results.json", "results.csv", "scores.csv"):
         (tmp_path / "out" / name).unlink()
     assert run(Seeing(), vqa, tmp_path / "out", settings=Settings(shots=(4,), select="rices")).cell(4) == found.cell(4)
+    # Another model's features are of another index, which --overwrite replaces.
+    settings = Settings(shots=(4,), select="rices")
+    with pytest.raises(EvaluationError, match="bundle differ"):
+        run(Seeing("other"), vqa, tmp_path / "out", settings=settings)
+    assert run(Seeing("other"), vqa, tmp_path / "out", settings=settings, overwrite=True).model["name"] == "other"
 
 
 def test_media_that_are_gone(vqa: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from made_models import Seeing
 
 from flamingo_export.errors import EvaluationError
-from flamingo_export.evaluation.index.similarity import IndexedSimilarity
+from flamingo_export.evaluation.index.similarity import IndexedSimilarity, index_of
 from flamingo_export.evaluation.selection import Selector
 from flamingo_export.evaluation.task import Item
 from flamingo_export.progress import SILENT
@@ -69,7 +69,7 @@ def test_rices_is_brute_force(tmp_path, count: int) -> None:
     """The most similar last, the query's own picture left out whatever it is called."""
     model = Seeing()
     examples, queries = items(300), [*items(10, first=500), Item(id="own", medium=picture(7), references=("x",))]
-    similarity = IndexedSimilarity.of(model, examples, tmp_path / "index", SILENT)
+    similarity = IndexedSimilarity(model, index_of(model, examples, tmp_path / "index", progress=SILENT))
     selector = Selector(examples, "rices", 0, similarity)
     selector.prepare(queries[:6])
     vectors = model.features([item.medium for item in examples]).astype(np.float64)
@@ -85,7 +85,7 @@ def test_rices_is_brute_force(tmp_path, count: int) -> None:
 
 def test_rices_keeps_to_the_pool(tmp_path) -> None:
     examples = [*items(200, pool="a"), *items(200, first=200, pool="b")]
-    similarity = IndexedSimilarity.of(Seeing(), examples, tmp_path / "index", SILENT)
+    similarity = IndexedSimilarity(Seeing(), index_of(Seeing(), examples, tmp_path / "index", progress=SILENT))
     selector = Selector(examples, "rices", 0, similarity)
     (query,) = items(1, first=900, pool="b")
     assert min(selector.choose(query, 200)) == 200

@@ -331,6 +331,31 @@ def jsons(text: str) -> list[str]:
     return found
 
 
+def test_a_command_that_fails_does_not_end_the_others(monkeypatch):
+    """On a card the figures are wanted where parity fails; of a bundle that was not built there is nothing to want."""
+    ran: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        ran.append(words := command[3:])
+        fails = words[0] == "parity" or (words[0] == "build" and words[-1].endswith(".b"))
+        return subprocess.CompletedProcess(command, int(fails), "", "reason" if fails else "")
+
+    monkeypatch.setattr(engines.subprocess, "run", run)
+    stage = engines.run_cli(
+        *[
+            (verb, *more, f"BUNDLE{name}")
+            for name in (".a", ".b")
+            for verb, *more in (["build", "--out"], ["parity"], ["bench"])
+        ]
+    )
+    with pytest.raises(
+        Failed, match=r"2 of 4 commands failed, the first: flamingo-export parity BUNDLE\.a: exit 1: reason"
+    ) as caught:
+        stage(Context(seed=0, rounds=1, architecture=None))
+    assert [words[0] for words in ran] == ["build", "parity", "bench", "build"]
+    assert len(caught.value.result) == 4
+
+
 def test_stages_of_engines_build_the_plugin_that_they_want():
     """Also where they are asked for one by one."""
     wanting = [each for each in stages.STAGES if each.name.startswith("tensorrt") and "rtx" not in each.name]

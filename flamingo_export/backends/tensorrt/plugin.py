@@ -15,10 +15,11 @@ from types import ModuleType
 from typing import Any
 
 from flamingo_export.errors import BackendError, IncompatibleEngine
+from flamingo_export.specs import FUNCTION_DOMAIN
 
 LIBRARY = "libflamingo_plugins.so"
 VARIABLE = "FLAMINGO_PLUGIN"
-NAME, VERSION, NAMESPACE = "PhiCrossAttention", "1", "flamingo"
+NAME, VERSION, NAMESPACE = "PhiCrossAttention", "1", FUNCTION_DOMAIN
 
 _PACKAGE = Path(__file__).resolve().parents[2]
 HOW_TO_BUILD = (

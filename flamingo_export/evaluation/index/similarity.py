@@ -32,14 +32,6 @@ class IndexedSimilarity:
         self._vectors: dict[str, Features] = {}
         self._first: dict[str, list[tuple[int, float]]] = {}
 
-    @staticmethod
-    def of(model: Any, examples: Sequence[Item], folder: Path, progress: Progress) -> IndexedSimilarity:
-        """The index of these examples in `folder`, made or finished if need be.
-
-        model: one that has features and an identity. Raises EvaluationError if the folder holds an index of others, or examples have no media.
-        """
-        return IndexedSimilarity(model, index_of(model, examples, folder, progress=progress))
-
     def prepare(self, queries: Sequence[Item], among: Sequence[int]) -> None:
         """Encodes queries of one pool together and finds their first rows in one pass over the index."""
         for start in range(0, len(queries), _ENCODED_TOGETHER):

@@ -29,9 +29,10 @@ def write(
     aspect: Fraction | None = None,
     rotation: int = 0,
     gop: int = 12,
+    options: dict[str, str] | None = None,
 ) -> Path:
     """A video whose red channel tells the frame's number (times 5) and whose left half is green."""
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", options=options or {}) as container:
         stream = container.add_stream(codec, rate=RATE)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         stream.codec_context.gop_size = gop
@@ -93,6 +94,20 @@ def test_by_time_where_the_rate_varies(tmp_path: Path) -> None:
     path = write(tmp_path / "a.mkv", frames=len(times), pts=times, codec="mpeg4")
     # At 0.5 s the fifth frame is on show, at 1 and 1.5 s the sixth, which is shown once; the video ends at 2.02 s.
     assert near(numbers(Video(source=path, fps=2)), [0, 4, 5, 8])
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "options"),
+    [("a.ts", "libx264", {}), ("a.h264", "libx264", {}), ("a.flv", "flv", {}), ("live.mkv", "mpeg4", {"live": "1"})],
+)
+def test_without_durations_or_a_start_at_zero(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, codec: str, options: dict[str, str]
+) -> None:
+    path = write(tmp_path / name, codec=codec, options=options)
+    assert near(numbers(Video(source=path)), [0, 7, 14, 21, 28, 35, 42, 49])
+    assert near(numbers(Video(source=path, fps=5, num_frames=30)), list(range(0, 50, 5)))
+    assert near(numbers(Video(source=path, clip=(1.2, 2.0), num_frames=2)), [30, 49])
+    assert not caplog.records
 
 
 def test_more_than_fit_are_spread_evenly(tmp_path: Path) -> None:
