@@ -23,8 +23,8 @@ def commands(page: Path) -> list[str]:
     return [line for line in lines if line.startswith("flamingo-export ")]
 
 
-def test_the_readme_shows_every_verb():
-    shown = {shlex.split(line, comments=True)[1] for line in commands(ROOT / "README.md")}
+def test_the_page_of_commands_shows_every_verb():
+    shown = {shlex.split(line, comments=True)[1] for line in commands(ROOT / "docs" / "commands.md")}
     assert shown == set(get_command(app).commands)
 
 
@@ -53,7 +53,7 @@ def test_links_lead_somewhere(page):
 
 
 def test_the_file_tree_exists():
-    tree = re.search(r"## Files\n\n```\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    tree = re.search(r"## Files\n\n```\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), flags=re.DOTALL)
     assert tree
     folder = Path()
     for line in tree[1].splitlines():
@@ -72,3 +72,21 @@ def test_the_names_that_its_python_uses_are_public():
     compile(code[1], "README.md", "exec")
     for name in re.findall(r"flamingo_export\.(\w+)", code[1]):
         assert name in flamingo_export.__all__
+
+
+def test_the_readme_is_short():
+    """A screen and a half, and no cell of a table that is longer than two lines."""
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) < 100
+    cells = [cell.strip() for line in lines if line.startswith("|") for cell in line.strip("|").split("|")]
+    assert max(map(len, cells)) <= 120
+
+
+def test_every_page_is_in_the_site():
+    """A page that no list names fails the site, which is built after the tests."""
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    named = {
+        line.strip() for block in re.findall(r"```\{toctree\}\n(.*?)```", index, flags=re.DOTALL) for line in block.splitlines()
+    }
+    pages = {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"}
+    assert pages - named == set()
