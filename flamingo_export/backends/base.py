@@ -51,11 +51,23 @@ class Availability(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SessionOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """How a session is opened. `threads` 0 lets the backend choose; `device` is `cpu` or `cuda`; `lean` puts memory before speed."""
+    """How a session is opened. `threads` 0 lets the backend choose; `device` is `cpu`, `cuda` or `cuda:1`; `lean` puts memory before speed."""
 
     threads: int = 0
     device: str = "cpu"
     lean: bool = False
+
+    @property
+    def gpu(self) -> int | None:
+        """The number of the GPU that `device` names, None for the CPU. Raises BackendError for what is neither."""
+        from flamingo_export.errors import BackendError
+
+        kind, colon, number = self.device.partition(":")
+        if self.device == "cpu":
+            return None
+        if kind != "cuda" or (colon and not (number.isascii() and number.isdigit())):
+            raise BackendError(f"there is no device {self.device!r}. Choose cpu, cuda, or a GPU by its number: cuda:1.")
+        return int(number or 0)
 
 
 class Buffer(Protocol):
@@ -78,6 +90,9 @@ class Buffer(Protocol):
 
     def rows(self, first: int, count: int) -> Buffer:
         """Rows first .. first + count - 1 of the first axis, sharing memory; the same object each time, so that binding it is free."""
+
+    def copy_slots(self, source: int, target: int, count: int) -> None:
+        """Copies the first `count` slots of a cache [B, H, C, D] from row `source` to row `target`. Runs that start from now on see it."""
 
     def view(self, shape: tuple[int, ...]) -> Buffer:
         """Its beginning as a tensor of another shape, not larger, sharing memory; the same object each time, so that binding it is free."""

@@ -128,6 +128,10 @@ class TorchBuffer:
         """Rows from `first` on, sharing memory."""
         return TorchBuffer(self.tensor[first : first + count])
 
+    def copy_slots(self, source: int, target: int, count: int) -> None:
+        """Copies the first `count` slots [:, :, count] of a row to another."""
+        self.tensor[target, :, :count] = self.tensor[source, :, :count]
+
     def view(self, shape: tuple[int, ...]) -> TorchBuffer:
         """Its beginning in another shape, sharing memory."""
         return TorchBuffer(self.tensor.reshape(-1)[: math.prod(shape)].reshape(shape))

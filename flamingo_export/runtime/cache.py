@@ -15,6 +15,9 @@ from flamingo_export.runtime.tree import Ints
 BUCKET = 128
 """Capacity grows in steps of this many slots: attention reads the whole capacity, growing copies it once. A compiled decoder has one."""
 
+LEAST_COPY = 16
+"""Positions that a busy row must hold beyond a free one for them to be copied: fewer are computed as quickly."""
+
 Key = int | bytes
 """What decides a prompt position's keys and values, besides the positions before it: its token id, or its medium's digest at an `<image>`."""
 
@@ -87,6 +90,8 @@ class Cache:
         self.batch = 0
         """Rows that are allocated."""
         self.capacity = 0
+        self.lost = False
+        """Whether what rows held is gone since this was last set."""
 
     def bind(self, first: int, count: int) -> None:
         """From now on the decoder sees rows first .. first + count - 1, of those that `reserve` made."""
@@ -117,7 +122,7 @@ class Cache:
             self._reallocate(rows, capacity)
         except BaseException as error:
             # Some buffers are grown and some are not: none can be used, the next call begins anew.
-            self._buffers, self.batch, self.capacity = {}, 0, 0
+            self._buffers, self.batch, self.capacity, self.lost = {}, 0, 0, True
             for row in self.rows:
                 row.held = ()
             if isinstance(error, MemoryError):
@@ -142,11 +147,20 @@ class Cache:
     def take(self, prompt: Sequence[Key]) -> tuple[Row, int]:
         """A free row for a prompt, and how many of its positions the row holds already.
 
-        That is the row with the longest common beginning; of equals the first. The last position is never reused: its logits are wanted.
+        That is the row with the longest common beginning; of equals the first. Where a row in use has a longer one, that is copied to the free
+        row which has least to lose. The last position is never reused: its logits are wanted. Raises CapacityError.
         """
-        free = [row for row in self.rows if not row.busy]
-        row, shared = max(((row, _common(prompt, row.held)) for row in free), key=lambda found: found[1])
-        shared = min(shared, len(prompt) - 1)
+        most = len(prompt) - 1
+        free = [(row, min(_common(prompt, row.held), most)) for row in self.rows if not row.busy]
+        row, shared = max(free, key=lambda found: found[1])
+        used = [(other, min(_common(prompt, other.held), most)) for other in self.rows if other.busy]
+        giver, longer = max(used, key=lambda found: found[1], default=(row, shared))
+        if longer >= shared + LEAST_COPY:
+            row, shared = min((found[0] for found in free), key=lambda row: len(row.held)), longer
+            row.give_up(0)
+            self.reserve(row.index + 1, shared)
+            for buffer in self._buffers.values():
+                buffer.copy_slots(giver.index, row.index, shared)
         row.busy = True
         row.held, row.used = tuple(prompt[:shared]), shared
         return row, shared

@@ -23,7 +23,8 @@ import atexit
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -237,6 +238,13 @@ class Engine:
             for ticket in tickets:
                 ticket.cancel()
             raise
+
+    @contextmanager
+    def by_hand(self) -> Iterator[Loop]:
+        """The loop for the length of a `with` block in which nobody else runs it: for measurements and tests that look at single actions."""
+        with self._driving:
+            yield self.loop
+        self._ensure_driven()
 
     def stats(self) -> EngineStats:
         """A snapshot; its parts may be a step apart."""

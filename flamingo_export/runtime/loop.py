@@ -7,7 +7,7 @@ decodes all rows once (`step`); after a prompt and after a step each request's s
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,7 +83,7 @@ class Loop:
             try:
                 self._admit(entry) if kind is Kind.ADMIT else self._work(entry)
             except Exception as error:
-                self._leave(entry, error)
+                self._fail([entry], error)
         return True
 
     def drop(self, error: Callable[[], BaseException]) -> None:
@@ -157,6 +157,14 @@ class Loop:
                     self._arrive(group.backlog.pop(0))
         if not finished:
             job.ticket.give_up() if error is None else job.ticket.fail(error)
+
+    def _fail(self, jobs: Sequence[Job], error: BaseException) -> None:
+        """Requests fail; all that have rows do, if the cache was lost while it was to grow."""
+        if self.cache.lost:
+            self.cache.lost = False
+            jobs = [*jobs, *(job for job in self._jobs.values() if job.admitted)]
+        for job in jobs:
+            self._leave(job, error)
 
     # Work on one request.
 
@@ -239,8 +247,7 @@ class Loop:
                 self._prefetch()
                 scores = self.step(call)
             except Exception as error:
-                for job in call.jobs:
-                    self._leave(job, error)
+                self._fail(call.jobs, error)
                 continue
             for job in call.jobs:
                 place = job.row.index - call.first

@@ -423,12 +423,15 @@ class Model:
         elif self.tokenizer is None:
             raise InputError("the bundle has no tokenizer, so text cannot be encoded. Give candidates as token ids.")
         else:
-            eoc = self.inputs.tags.eoc
-            ended = candidate if not end or candidate.endswith(eoc) or not candidate.strip() else candidate + eoc
+            eoc, tokens = self.inputs.tags.eoc, self.config.tokens
+            said = tokens.eoc not in tokens.never
+            ended = candidate if not (end and said) or candidate.endswith(eoc) or not candidate.strip() else candidate + eoc
             if isinstance(request.prompt, str):
                 ids = self.tokenizer.encode_continuation(request.prompt, ended)
             else:
                 ids = self.tokenizer.encode(ended, add_bos=False)
+            if end and not said:  # the model never says it: a text ends with another token, where it has one
+                ids = [*ids, *(token for token in tokens.ends[:1] if token not in tokens.never)]
         size = self.config.language_model.vocab_size
         if not ids or min(ids) < 0 or max(ids) >= size:
             raise InputError(f"candidate {candidate!r} has no tokens, or some outside 0 to {size - 1}")

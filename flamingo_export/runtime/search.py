@@ -147,13 +147,15 @@ class BeamSearch:
         rule, width = self._rule, self.width
         rows, tokens, logprobs, totals, tops = self._best(scores)
         self._length += 1
-        ends = np.isin(tokens, rule.stops)
+        ends = tokens == rule.eoc
+        for stop in rule.ends:
+            ends |= tokens == stop
         if rule.stop is not None:
             for rank in np.flatnonzero(~ends):
                 ends[rank] = rule.stop([*self._tokens[rows[rank], : self._length - 1].tolist(), int(tokens[rank])])
-        by_itself = ends.copy()
+        by_itself = ends
         if self._length >= rule.max_new_tokens:
-            ends[:] = True
+            ends = np.ones_like(ends)
         for rank in np.flatnonzero(ends[:width]):
             if totals[rank] > NO_SCORE / 2:  # else it grew from a text that had ended, kept in place of a beam
                 self._keep(

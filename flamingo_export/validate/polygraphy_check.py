@@ -231,6 +231,9 @@ class _HostArray:
     def rows(self, first: int, count: int) -> _HostArray:
         return _HostArray(self.array[first : first + count])
 
+    def copy_slots(self, source: int, target: int, count: int) -> None:
+        self.array[target, :, :count] = self.array[source, :, :count]
+
     def view(self, shape: tuple[int, ...]) -> _HostArray:
         return _HostArray(self.array.reshape(-1)[: math.prod(shape)].reshape(shape))
 

@@ -226,6 +226,19 @@ def test_a_text_of_such_a_model_ends_where_the_language_model_ends_its_own(tmp_p
         assert runs.generate(PROMPT[:4], images()[:1], beams=1, new_tokens=6)[0].token_ids == (2,)
 
 
+def test_candidates_of_such_a_model_end_with_a_token_that_it_says(tmp_path: Path) -> None:
+    _, source = without_head_rows(tmp_path)
+    bundle = flamingo_export.build(source, out=tmp_path / "of.bundle", parity="skip").path
+    picture = np.full((40, 30, 3), 90, np.uint8)
+    with flamingo_export.load(bundle, threads=1) as model:
+        found = model.score("<image> w7", ["w8", "w9 w10"], images=[picture])
+        assert model.tokenizer is not None
+        ids = model.tokenizer.encode("<image> w7")
+        wanted = model.score(ids, [[8, 2], [9, 10, 2]], images=[picture])
+    assert np.isfinite([each.logprob for each in found]).all()
+    np.testing.assert_allclose([each.logprob for each in found], [each.logprob for each in wanted], rtol=1e-5)
+
+
 def test_rows_that_are_missing_elsewhere_are_an_error(tmp_path: Path) -> None:
     """An embedding that was not saved either: nobody knows what the added tokens mean."""
     _, source = without_head_rows(tmp_path)

@@ -249,6 +249,16 @@ class DeviceBuffer:
             self._rows[first, count] = DeviceBuffer(self._memory, shape, self.element, offset=self._offset + first * row)
         return self._rows[first, count]
 
+    def copy_slots(self, source: int, target: int, count: int) -> None:
+        """Copies the first `count` slots of row `source` to row `target`, on the device, in the order of its lane; the host does not wait."""
+        _, heads, capacity, size = self._shape
+        head = capacity * size * self.element.size
+        self.publish()
+        lane = self._memory.lane
+        for index in range(heads):
+            there, here = (self.address + (row * heads + index) * head for row in (target, source))
+            lane.cuda.copy(there, here, count * size * self.element.size, "on device", lane.stream)
+
     def view(self, shape: tuple[int, ...]) -> DeviceBuffer:
         """Its beginning in another shape, sharing memory; the same object each time. Raises InputError for a larger one."""
         if shape == self._shape:

@@ -95,7 +95,7 @@ class ArrayBuffer:
         assert 0 <= first < first + count <= len(self.array)
         return ArrayBuffer(self.array[first : first + count])
 
-    def copy_row(self, source: int, target: int, slots: int) -> None:
+    def copy_slots(self, source: int, target: int, slots: int) -> None:
         self.array[target, :, :slots] = self.array[source, :, :slots]
 
     def view(self, shape: tuple[int, ...]) -> ArrayBuffer:

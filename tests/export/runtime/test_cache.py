@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from flamingo_export.bundle.manifest import ShapeLimits
 from flamingo_export.errors import CapacityError
-from flamingo_export.runtime.cache import BUCKET, Cache, Row, check_capacity
+from flamingo_export.runtime.cache import BUCKET, LEAST_COPY, Cache, Row, check_capacity
 
 from .conftest import LoadTiny
 
@@ -66,6 +66,27 @@ def test_the_longest_beginning_wins_its_row() -> None:
     cache.release(cache.rows[1])
     assert cache.take([8])[0].index == 1
     assert cache.take([8])[0].index == 2
+
+
+def test_a_beginning_in_a_busy_row_is_copied(load_tiny: LoadTiny) -> None:
+    cache = load_tiny(max_length=300).engine.loop.cache
+    prompt = list(range(40))
+    first, _ = cache.take(prompt)
+    cache.reserve(1, 40)
+    for buffer in cache._buffers.values():
+        buffer.write(0, np.random.default_rng(1).normal(size=buffer.shape[1:]).astype(np.float32))
+    first.held, first.used = tuple(prompt), 40
+    second, shared = cache.take([*prompt[:30], 99, 98])
+    assert (second.index, shared, second.used, second.held) == (1, 30, 30, tuple(prompt[:30]))
+    for buffer in cache._buffers.values():
+        values = buffer.read()
+        np.testing.assert_array_equal(values[1, :, :30], values[0, :, :30])
+        assert not values[1, :, 30:].any()
+    # Few positions are computed rather than copied, and a free row that holds as many is taken as it is.
+    assert cache.take([*prompt[: LEAST_COPY - 1], 97])[1] == 0
+    cache.release(second)
+    third, shared = cache.take([*prompt[:35], 96])
+    assert (third.index, shared) == (1, 30)
 
 
 def test_a_digest_is_not_a_token() -> None:

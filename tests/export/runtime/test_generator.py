@@ -324,9 +324,39 @@ def test_a_cache_that_could_not_grow_is_made_anew(
     monkeypatch.setattr(model.engines.decoder, "allocate", failing)
     with pytest.raises(CapacityError, match="no memory for a cache of 1 x "):
         model.generate(request, beams=3, max_new_tokens=5)
+    assert not model.engine.loop.cache.lost
     found = model.generate(request, beams=1, max_new_tokens=4)
     assert found.timings.reused_tokens == 0
     assert list(found.token_ids) == oracle.greedy(request.prompt, frames_of(request), 4)
+
+
+def test_a_cache_that_is_lost_while_it_grows_fails_all_that_were_in_it(
+    load_tiny: LoadTiny, tiny_config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They cannot go on with empty slots."""
+    monkeypatch.setattr("flamingo_export.runtime.cache.BUCKET", 4)
+    model = load_tiny()
+    short, long = random_request(tiny_config, 88, 6, 0), random_request(tiny_config, 89, 60, 0)
+    tickets = [
+        model.engine.submit(model.prepare(request), GenerateOptions(beams=1, max_new_tokens=9), wake=False)
+        for request in (short, long)
+    ]
+    loop = model.engine.loop
+    while not loop.schedule.decoding:
+        loop.tick()
+    allocate = model.engines.decoder.allocate
+    monkeypatch.setattr(model.engines.decoder, "allocate", lambda name, shape: _raise_memory())
+    while loop.tick():
+        pass
+    for ticket in tickets:
+        with pytest.raises(CapacityError, match="no memory for a cache"):
+            ticket.result()
+    monkeypatch.setattr(model.engines.decoder, "allocate", allocate)
+    assert model.generate(long, beams=1, max_new_tokens=2).timings.reused_tokens == 0
+
+
+def _raise_memory() -> None:
+    raise MemoryError
 
 
 def test_media_shown_by_many_requests_are_held_once(load_tiny: LoadTiny) -> None:

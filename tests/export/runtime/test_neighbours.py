@@ -182,6 +182,7 @@ class Schedule:
 @pytest.mark.parametrize("part", range(PARTS))
 def test_random_schedules(part: int, config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flamingo_export.runtime.cache.BUCKET", 4)
+    monkeypatch.setattr("flamingo_export.runtime.cache.LEAST_COPY", 2)
     for seed in range(part, SCHEDULES, PARTS):
         schedule = Schedule(seed, config)
         schedule.run()

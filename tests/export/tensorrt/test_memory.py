@@ -183,6 +183,12 @@ def test_buffers_hold_what_is_written(cuda, lane, element):
     assert middle is buffer.rows(1, 2)
     assert np.array_equal(middle.read(), rows[1:])
     assert np.array_equal(middle.rows(1, 1).read(), rows[2:])
+    cache = DeviceBuffer.zeroed(lane, (2, 3, 5, 4), element)
+    values = np.arange(60, dtype=np.float32).reshape(3, 5, 4)
+    cache.write(0, values)
+    cache.rows(0, 2).copy_slots(0, 1, 2)
+    assert np.array_equal(cache.read()[1, :, :2], values[:, :2])
+    assert not cache.read()[1, :, 2:].any()
     with pytest.raises(InputError, match="rows 2 to 3 of a buffer"):
         buffer.rows(2, 2)
     grown = DeviceBuffer.zeroed(lane, (5, 2, 4), element)
