@@ -133,7 +133,7 @@ def load(
 
     backend: a name of `backends.registry.BACKEND_NAMES`, or `auto`: TensorRT where an engine in the bundle fits this machine,
         else ONNX Runtime. PyTorch is not needed.
-    device: `cpu` or `cuda`, for ONNX Runtime.
+    device: `cpu`, `cuda` or one GPU of several, `cuda:1`. Engines run on GPU 0 unless another is named.
     threads: 0 takes the physical cores.
     fallback: a backend to go on with where the other one cannot run the bundle, which is logged as a warning.
     rows: requests that run at once; None takes 16, or as many as the engines were built for.

@@ -57,6 +57,9 @@ class FakeCuda:
 
     # Memory.
 
+    def use(self) -> None:
+        self._call("use", allowed_in_capture=True)
+
     def free_memory(self) -> tuple[int, int]:
         return self.memory - self.used, self.memory
 

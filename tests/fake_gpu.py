@@ -42,9 +42,9 @@ def install(monkeypatch: pytest.MonkeyPatch, home: Path) -> FakeGpu:
     monkeypatch.setattr(session_module, "CHECK_MASKS", True)
     monkeypatch.setattr(library, "installed", lambda which: which is library.RTX)
     monkeypatch.setattr(library, "load", lambda which: found.trt)
-    monkeypatch.setattr(library, "device", lambda: library.Device(target=TARGET))
+    monkeypatch.setattr(library, "device", lambda index=0: library.Device(target=TARGET))
     monkeypatch.setattr(library, "cuda_python", lambda: True)
-    monkeypatch.setattr(backend_module, "CudaRuntime", lambda: found.cuda)
+    monkeypatch.setattr(backend_module, "CudaRuntime", lambda device=0: found.cuda)
     monkeypatch.setenv("XDG_CACHE_HOME", str(home / ".cache"))
     return found
 

@@ -51,11 +51,23 @@ class Availability(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SessionOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """How a session is opened. `threads` 0 lets the backend choose; `device` is `cpu` or `cuda`; `lean` puts memory before speed."""
+    """How a session is opened. `threads` 0 lets the backend choose; `device` is `cpu`, `cuda` or `cuda:1`; `lean` puts memory before speed."""
 
     threads: int = 0
     device: str = "cpu"
     lean: bool = False
+
+    @property
+    def gpu(self) -> int | None:
+        """The number of the GPU that `device` names, None for the CPU. Raises BackendError for what is neither."""
+        from flamingo_export.errors import BackendError
+
+        kind, colon, number = self.device.partition(":")
+        if self.device == "cpu":
+            return None
+        if kind != "cuda" or (colon and not (number.isascii() and number.isdigit())):
+            raise BackendError(f"there is no device {self.device!r}. Choose cpu, cuda, or a GPU by its number: cuda:1.")
+        return int(number or 0)
 
 
 class Buffer(Protocol):

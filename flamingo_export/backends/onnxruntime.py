@@ -80,7 +80,7 @@ class OnnxRuntimeBackend:
             else decoder_spec(config, range(*graph.layers), name=graph.name, media=manifest.precision.media)
         )
         path = bundle / graph.file
-        settings, providers = session_options(options, manifest.precision.policy), _providers(options.device)
+        settings, providers = session_options(options, manifest.precision.policy), _providers(options)
         source, folder = loadable(bundle, path)
         if folder is not None:
             settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
@@ -134,16 +134,14 @@ def session_options(wanted: SessionOptions, policy: Policy | None) -> Any:
     return options
 
 
-def _providers(device: str) -> list[Any]:
+def _providers(options: SessionOptions) -> list[Any]:
     import onnxruntime
 
-    if device == "cpu":
+    if (gpu := options.gpu) is None:
         return ["CPUExecutionProvider"]
-    if device != "cuda":
-        raise BackendError(f"onnxruntime has no device {device!r}. Choose cpu or cuda.")
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         raise BackendError(f"this onnxruntime {onnxruntime.__version__} has no CUDA provider. {_INSTALL_CUDA}.")
-    return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    return [("CUDAExecutionProvider", {"device_id": str(gpu)}), "CPUExecutionProvider"]
 
 
 class HostBuffer:

@@ -87,7 +87,10 @@ Clip = Annotated[
     str | None,
     typer.Option("--clip", metavar="START-END", help="Seconds of a video to look at: 2.5-10.", show_default=False),
 ]
-Device = Annotated[str, typer.Option("--device", help="cpu or cuda.", autocompletion=among("cpu", "cuda"))]
+Device = Annotated[
+    str,
+    typer.Option("--device", help="cpu, cuda, or a GPU by number: cuda:1.", autocompletion=among("cpu", "cuda", "cuda:1")),
+]
 SampleData = Annotated[
     str | None,
     typer.Option(

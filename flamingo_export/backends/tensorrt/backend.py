@@ -53,7 +53,7 @@ class TensorRTBackend:
 
     def __init__(self, which: Library, *, target: str | None = None, module: ModuleType | None = None) -> None:
         self._library, self._target, self._module = which, target, module
-        self._lanes: tuple[Lane, Lane] | None = None
+        self._lanes: dict[int, tuple[Lane, Lane]] = {}
         """Where the decoder runs and where media are encoded meanwhile, once an engine was opened."""
 
     @property
@@ -198,7 +198,10 @@ class TensorRTBackend:
         Raises BackendError (library, driver, GPU or plugin missing, out of memory), IncompatibleEngine (none for this GPU, of another
         version, altered, or another than the bundle needs), each with what to do.
         """
-        state, here = self.availability(), library.device()
+        index = options.gpu or 0
+        state, here = self.availability(), library.device(index)
+        if state.usable and here is None:
+            raise BackendError(f"there is no GPU number {index} here. They are counted from 0: --device cuda:0")
         if not state.usable or here is None:
             advice = state.remedy or "Use --backend onnxruntime: the bundle has it too."
             raise BackendError(f"the engine of {graph.name} cannot be opened: {state.detail}. {advice}")
@@ -207,15 +210,15 @@ class TensorRTBackend:
         path = check_record(bundle, manifest, record, trt.__version__)
         if record.plugin_sha256 is not None:
             plugin.load(trt, expected=record.plugin_sha256)
-        if self._lanes is None:
+        if index not in self._lanes:
             # CUDA is asked before TensorRT, whose runtime ends the process where there is no driver.
-            cuda = CudaRuntime()
-            self._lanes = Lane(cuda, first=True), Lane(cuda, first=False)
+            cuda = CudaRuntime(index)
+            self._lanes[index] = Lane(cuda, first=True), Lane(cuda, first=False)
         contract = contract_of(manifest, graph, record)
         decoding = bool(contract.spec.aliases)
         loaded = load_engine(
             trt,
-            self._lanes[0] if decoding else self._lanes[1],
+            self._lanes[index][0 if decoding else 1],
             path,
             record,
             contract,

@@ -5,6 +5,7 @@ Handles (streams, events, graphs) and addresses are plain ints, so that whatever
 
 from __future__ import annotations
 
+import threading
 from typing import Any, Literal, Protocol
 
 from flamingo_export.backends.tensorrt import dlpack
@@ -27,6 +28,10 @@ _ADVICE = {
 }
 
 
+_current = threading.local()
+"""`device`: what a thread's device was last set to here."""
+
+
 class CudaError(BackendError):
     """A CUDA call that failed; `name` is what CUDA calls the error."""
 
@@ -45,6 +50,9 @@ class Cuda(Protocol):
     @property
     def dlpack_device(self) -> tuple[int, int]:
         """How DLPack names the device that its memory is on: kind and index."""
+
+    def use(self) -> None:
+        """Makes its device the calling thread's, for what TensorRT is asked next."""
 
     def free_memory(self) -> tuple[int, int]:
         """(free, total) bytes of the device."""
@@ -114,14 +122,30 @@ class CudaRuntime:
         except ImportError as error:
             raise BackendError(f"running engines needs cuda-python's bindings ({error}). {INSTALL}") from error
         self._cuda: Any = runtime
-        (count,) = self._call("cudaGetDeviceCount")
-        if count <= device:
-            raise CudaError("cudaErrorInvalidDevice", f"there are {count} CUDA devices, number {device} was asked for")
-        self._call("cudaSetDevice", device)
         self.dlpack_device = (dlpack.CUDA, device)
+        (count,) = self._asked("cudaGetDeviceCount")
+        if count <= device:
+            there = "is 1 CUDA device" if count == 1 else f"are {count} CUDA devices"
+            raise CudaError(
+                "cudaErrorInvalidDevice",
+                f"there {there}, cuda:{device} was asked for. They are counted from 0: --device cuda:0",
+            )
+        self.use()
         _, self._greatest = self._call("cudaDeviceGetStreamPriorityRange")
 
+    def use(self) -> None:
+        """Makes its device the calling thread's, as libraries want it that are called next. Each thread has a device of its own, 0 at first."""
+        device = self.dlpack_device[1]
+        self._asked("cudaSetDevice", device)
+        _current.device = device
+
     def _call(self, function: str, *arguments: Any) -> tuple[Any, ...]:
+        """The results of a call on its device, whichever thread calls. Raises as `_asked` does."""
+        if getattr(_current, "device", None) != self.dlpack_device[1]:
+            self.use()
+        return self._asked(function, *arguments)
+
+    def _asked(self, function: str, *arguments: Any) -> tuple[Any, ...]:
         """The results of a call, without its return code. Raises CudaError for any code but success."""
         code, *results = getattr(self._cuda, function)(*arguments)
         if code == self._cuda.cudaError_t.cudaSuccess:

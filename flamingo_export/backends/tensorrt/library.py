@@ -55,7 +55,7 @@ LIBRARIES = {library.backend: library for library in (RTX, DATACENTER)}
 
 
 class Device(msgspec.Struct, frozen=True, kw_only=True):
-    """The GPU that CUDA calls number 0."""
+    """A GPU of this machine."""
 
     target: str
     """`sm89` for compute capability 8.9."""
@@ -110,14 +110,14 @@ def _there(name: str) -> bool:
     return name in sys.modules or (spec is not None and spec.origin is not None)
 
 
-def device() -> Device | None:
-    """This machine's GPU, asked through the driver's own library; None where there is no driver or no GPU."""
+def device(index: int = 0) -> Device | None:
+    """The GPU of that number, asked through the driver's own library; None where there is no driver or no such GPU."""
     try:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:
         return None
     ordinal, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-    if driver.cuInit(0) != 0 or driver.cuDeviceGet(ctypes.byref(ordinal), 0) != 0:
+    if driver.cuInit(0) != 0 or driver.cuDeviceGet(ctypes.byref(ordinal), index) != 0:
         return None
     # 75 and 76: CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR (cuda.h)
     driver.cuDeviceGetAttribute(ctypes.byref(major), 75, ordinal)

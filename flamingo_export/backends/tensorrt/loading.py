@@ -89,6 +89,7 @@ def load_engine(
     Raises IncompatibleEngine (not an engine of this version or GPU, or another one than the contract), DeviceMemoryError.
     """
     _check_memory(lane, path, record)
+    lane.cuda.use()
     heard = Heard()
     with listening(trt, heard) as logger:
         runtime = started(trt, trt.Runtime, logger, heard)

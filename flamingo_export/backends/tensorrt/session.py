@@ -277,6 +277,7 @@ class TensorRTSession:
 
     def _ask(self, call: Call, feeds: Mapping[str, Array | DeviceTensor], outputs: dict[str, int], *, lasting: bool) -> None:
         """Asks a call of the lane. lasting: the outputs' addresses are the same at the next call of these shapes, so it may be captured."""
+        self._cuda.use()  # steps may run on another thread than the one that opened the engine
         if self._activations is not self._lane.activations:
             self._forget_graphs()
             self._activations = self._lane.activations

@@ -55,7 +55,7 @@ def test_headers_are_found_through_tensorrt_root(monkeypatch, tmp_path):
 
 
 def test_what_can_be_built_follows_from_what_is_there(monkeypatch):
-    monkeypatch.setattr("flamingo_export.backends.tensorrt.library.device", lambda: None)
+    monkeypatch.setattr("flamingo_export.backends.tensorrt.library.device", lambda index=0: None)
 
     def findings(*names):
         every = (probes.RTX, probes.DATACENTER, probes.PLUGIN)

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 @pytest.fixture
 def no_gpu(monkeypatch):
-    monkeypatch.setattr(library, "device", lambda: None)
+    monkeypatch.setattr(library, "device", lambda index=0: None)
 
 
 def test_neither_runs_engines_without_a_driver(no_gpu, monkeypatch):
@@ -63,7 +63,7 @@ def test_targets(no_gpu, monkeypatch):
         library.resolve_target(library.RTX, trt, "sm90")
     with pytest.raises(BackendError, match="no GPU here to build for, and no --target"):
         library.resolve_target(library.RTX, trt, None)
-    monkeypatch.setattr(library, "device", lambda: library.Device(target="sm80"))
+    monkeypatch.setattr(library, "device", lambda index=0: library.Device(target="sm80"))
     assert library.resolve_target(library.RTX, trt, None) == "sm80"
     assert library.resolve_target(library.DATACENTER, trt, None) == "sm80"
     with pytest.raises(BackendError, match="GPU of this machine, sm80, not for sm89"):

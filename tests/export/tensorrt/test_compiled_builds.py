@@ -273,7 +273,7 @@ def test_inspect_prints_the_engine(compile_with, capsys):
 @pytest.mark.parametrize("target", ["SM86", None])
 def test_fp8_is_refused_for_the_gpu_that_engines_are_built_for(compile_with, monkeypatch, target):
     """However the target is written, and this machine's where none is named."""
-    monkeypatch.setattr(library, "device", lambda: library.Device(target="sm86"))
+    monkeypatch.setattr(library, "device", lambda index=0: library.Device(target="sm86"))
     builds = FakeBuilds()
     with pytest.raises(BuildError, match="in FP8, which sm86 has no units for"):
         compile_with(builds, target=target, policy=preset("fp8"))

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import inspect
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
 import trt_wheels
 
+from flamingo_export.backends.base import SessionOptions
 from flamingo_export.backends.tensorrt import cuda as cuda_module
 from flamingo_export.backends.tensorrt.cuda import Cuda, CudaError, CudaRuntime, DeviceMemoryError
 from flamingo_export.errors import BackendError
 
 CALLS = {
-    "free_memory": (), "malloc": (64,), "free": (1,), "malloc_async": (64, 5), "free_async": (1, 5), "malloc_host": (64,),
+    "use": (), "free_memory": (), "malloc": (64,), "free": (1,), "malloc_async": (64, 5), "free_async": (1, 5), "malloc_host": (64,),
     "free_host": (1,), "copy": (1, 2, 3, "to device", 5), "fill": (1, 0, 3, 5), "destroy_stream": (5,), "synchronize": (5,),
     "event": (), "destroy_event": (6,), "record": (6, 5), "wait": (5, 6), "wait_on_host": (6,), "begin_capture": (5,),
     "end_capture": (5,), "launch": (7, 5), "destroy_graph": (7,),
@@ -57,7 +59,7 @@ def spied(runtime) -> tuple[CudaRuntime, Spy]:
         pytest.skip("there is a GPU, which would take the made-up addresses for real ones")
     made = CudaRuntime.__new__(CudaRuntime)
     spy = Spy(runtime)
-    made._cuda, made._greatest = spy, -5
+    made._cuda, made._greatest, made.dlpack_device = spy, -5, (2, 0)
     return made, spy
 
 
@@ -114,6 +116,41 @@ def test_a_graph_that_cannot_be_made_is_not_left(spied):
 def test_another_device_than_there_are(runtime, monkeypatch):
     spy = Spy(runtime)
     monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(runtime=spy))
-    with pytest.raises(CudaError, match="there are 1 CUDA devices, number 3"):
+    with pytest.raises(CudaError, match="there is 1 CUDA device, cuda:3 was asked for"):
         CudaRuntime(3)
     assert CudaRuntime()._greatest == 1
+
+
+def test_each_thread_and_each_runtime_has_its_own_device(spied):
+    """A thread's device is 0 until it is set; steps run on another thread than the one that opened the engine, and two GPUs share threads."""
+    first, spy = spied
+    second = CudaRuntime.__new__(CudaRuntime)
+    second._cuda, second._greatest, second.dlpack_device = spy, -5, (2, 1)
+
+    def calls(*runtimes: CudaRuntime) -> list[str]:
+        spy.called.clear()
+        found: list[list[str]] = []
+
+        def work() -> None:
+            for runtime in runtimes:
+                runtime.malloc(64)
+            found.append(list(spy.called))
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        return found[0]
+
+    assert calls(first, first) == ["cudaSetDevice", "cudaMalloc", "cudaMalloc"]
+    assert calls(second, first, first) == ["cudaSetDevice", "cudaMalloc"] * 2 + ["cudaMalloc"]
+
+
+@pytest.mark.parametrize(("device", "gpu"), [("cpu", None), ("cuda", 0), ("cuda:0", 0), ("cuda:11", 11)])
+def test_devices_by_name(device, gpu):
+    assert SessionOptions(device=device).gpu == gpu
+
+
+@pytest.mark.parametrize("device", ["tpu", "cuda:", "cuda:x", "cuda:-1", "cuda:1:2", "CUDA", "cuda:\u0661"])
+def test_devices_that_are_none(device):
+    with pytest.raises(BackendError, match="there is no device"):
+        _ = SessionOptions(device=device).gpu

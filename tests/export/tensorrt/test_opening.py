@@ -18,6 +18,7 @@ from flamingo_export.backends.tensorrt.cuda import DeviceMemoryError
 from flamingo_export.bundle.manifest import read_manifest, write_manifest
 from flamingo_export.bundle.verify import file_record
 from flamingo_export.errors import BackendError, BundleError, CapacityError, IncompatibleEngine
+from flamingo_export.runtime.request import Request
 
 REBUILD = r"flamingo-export build .*--backend tensorrt-rtx --target sm89 --out .*x\.bundle --overwrite"
 
@@ -48,7 +49,7 @@ def test_auto_takes_engines_that_fit(bundle, tiny_bundle, monkeypatch):
     assert availability()["tensorrt-rtx"].detail == "TensorRT for RTX on a GPU of sm89"
     assert get_backend("auto").name == "onnxruntime"
     with monkeypatch.context() as patched:
-        patched.setattr(library, "device", lambda: library.Device(target="sm120"))
+        patched.setattr(library, "device", lambda index=0: library.Device(target="sm120"))
         with flamingo_export.load(bundle) as model:
             assert model.backend.name == "onnxruntime"
 
@@ -61,7 +62,7 @@ def test_auto_takes_engines_that_fit(bundle, tiny_bundle, monkeypatch):
 
 
 def test_no_engine_for_this_gpu(bundle, monkeypatch):
-    monkeypatch.setattr(library, "device", lambda: library.Device(target="sm120"))
+    monkeypatch.setattr(library, "device", lambda index=0: library.Device(target="sm120"))
     words = r"no tensorrt-rtx engine of vision_encoder .*\(sm120\), it has for sm89\. Build it: flamingo-export build .*--target sm120"
     refused(bundle, words)
 
@@ -144,7 +145,7 @@ def test_another_plugin(bundle, monkeypatch):
 def test_no_driver_no_cuda_python(bundle, monkeypatch):
     monkeypatch.setattr(library, "cuda_python", lambda: False)
     refused(bundle, "cuda-python is not.*pip install 'cuda-bindings", BackendError)
-    monkeypatch.setattr(library, "device", lambda: None)
+    monkeypatch.setattr(library, "device", lambda index=0: None)
     refused(bundle, "there is no NVIDIA driver or GPU", BackendError)
     assert flamingo_export.load(bundle).backend.name == "onnxruntime"
 
@@ -269,9 +270,22 @@ def test_doctor_tells_it(gpu):
 def test_cuda_before_tensorrt(bundle, gpu, monkeypatch):
     """TensorRT's runtime ends the process where there is no driver: it must not be reached."""
 
-    def none():
+    def none(device=0):
         raise BackendError("no driver")
 
     monkeypatch.setattr(backend_module, "CudaRuntime", none)
     gpu.trt.Runtime = None
     refused(bundle, "no driver", BackendError)
+
+
+def test_the_gpu_that_is_named_is_the_one_that_is_opened(bundle, gpu, monkeypatch):
+    """Its own streams and memory; a GPU that is not there is named."""
+
+    asked = []
+    monkeypatch.setattr(library, "device", lambda index=0: library.Device(target="sm89") if index < 2 else None)
+    monkeypatch.setattr(backend_module, "CudaRuntime", lambda device=0: asked.append(device) or gpu.cuda)
+    with flamingo_export.load(bundle, backend="tensorrt-rtx", device="cuda:1") as model:
+        model.generate(Request(prompt=[1, 5, 6]), beams=1, max_new_tokens=2)
+    assert asked == [1]
+    with pytest.raises(BackendError, match=r"there is no GPU number 2 here\. They are counted from 0"):
+        flamingo_export.load(bundle, backend="tensorrt-rtx", device="cuda:2")
