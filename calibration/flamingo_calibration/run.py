@@ -16,7 +16,7 @@ import msgspec
 from flamingo_calibration.data import BadSample, Checked, Sample, check_samples
 from flamingo_calibration.layer_runner import Step, Walk
 from flamingo_calibration.observers import Watch, products
-from flamingo_calibration.streams import Stream, Work, exclusive, put
+from flamingo_calibration.streams import Stream, Work, append, exclusive
 from flamingo_export.backends.memory import release
 from flamingo_export.errors import CalibrationError, pip_install
 from flamingo_export.files import sync
@@ -145,7 +145,7 @@ class _Calibration:
         synced = time.monotonic()
         with stream.writing(kept) as file:
             for index in range(kept, len(step.shapes)):
-                put(file, step.run(module, index).numpy())
+                append(file, step.run(module, index).numpy())
                 if within and time.monotonic() - synced >= SYNC_SECONDS:
                     sync(file)
                     journal.items = index + 1

@@ -69,7 +69,7 @@ class Stream:
 
     @contextmanager
     def writing(self, kept: int = 0) -> Iterator[IO[bytes]]:
-        """A file that takes the place of this stream's once all of it is on the disk; `put` appends to it.
+        """A file that takes the place of this stream's once all of it is on the disk; `append` appends to it.
 
         kept: arrays of an interrupted writing that it begins with.
         """
@@ -81,7 +81,7 @@ class Stream:
         self._unfinished.replace(self.path)
 
 
-def put(file: IO[bytes], array: Array) -> None:
+def append(file: IO[bytes], array: Array) -> None:
     """Appends the next array of a stream."""
     file.write(np.ascontiguousarray(array, "<f4").tobytes())
 

@@ -106,7 +106,7 @@ def build(request: BuildRequest, *, progress: Progress = SILENT) -> BuildResult:
     job = _prepare(request, progress)
     place = job.place
     with work_folder.exclusive(place), disk_errors(place.work, BuildError):
-        work_folder.mend(place)
+        work_folder.recover(place)
         work_folder.check_output(place, overwrite=request.overwrite)
         journal = Journal(place, _identity(job), resume=request.resume)
         if journal.groups:

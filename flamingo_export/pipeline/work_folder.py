@@ -139,7 +139,7 @@ def exclusive(place: WorkPlace) -> Iterator[None]:
         yield
 
 
-def mend(place: WorkPlace) -> None:
+def recover(place: WorkPlace) -> None:
     """Finishes what a build that was killed while publishing has left to do."""
     if place.replaced.exists():
         if os.path.lexists(place.out):

@@ -23,7 +23,7 @@ import numpy as np
 from flamingo_calibration.data import BadSample, Checked, Sample, check_samples
 from flamingo_calibration.layer_runner import Step, Walk
 from flamingo_calibration.run import calibrate
-from flamingo_calibration.streams import Array, Stream, Work, put
+from flamingo_calibration.streams import Array, Stream, Work, append
 from flamingo_export.backends.memory import release
 from flamingo_export.errors import BuildError, CalibrationError, pip_install
 from flamingo_export.precision import Policy, Precision, QuantisedType
@@ -201,7 +201,7 @@ class _Measuring:
         stream = self.work.stream(step.output, step.shapes)
         with stream.writing() as file:
             for index in range(len(step.shapes)):
-                put(file, step.run(module, index).numpy())
+                append(file, step.run(module, index).numpy())
                 self.progress.advance(1)
         return stream.read
 

@@ -97,7 +97,10 @@ def test_a_video_moves_as_its_caption_says(direction, axis, sign):
 def test_examples_are_what_the_command_writes(tmp_path):
     write_examples(tmp_path)
     written = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file())
-    assert written == sorted(path.relative_to(EXAMPLES) for path in EXAMPLES.rglob("*") if path.is_file())
+    shipped = sorted(path.relative_to(EXAMPLES) for path in EXAMPLES.rglob("*") if path.is_file())
+    # Scripts, and the task of its own that docs/evaluation.md shows, are written by hand.
+    by_hand = [path for path in shipped if path.suffix in (".py", ".pyc") or path.parts[0] == "tasks"]
+    assert written == [path for path in shipped if path not in by_hand]
     for path in written:
         if path.suffix == ".jsonl":
             assert (tmp_path / path).read_text() == (EXAMPLES / path).read_text()
