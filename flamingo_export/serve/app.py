@@ -53,13 +53,22 @@ class Server:
         """Requests under way."""
         self._preparing = asyncio.Semaphore(_PREPARING)
 
-    async def prepared(self, served: Served, work: Callable[[], T]) -> T:
-        """Runs what fetches, decodes and submits in a worker thread. Raises ApiError 429 first if the engine's queue is full."""
+    async def prepared(self, served: Served, work: Callable[[], T], cancel: Callable[[T], None]) -> T:
+        """Runs what fetches, decodes and submits in a worker thread. Raises ApiError 429 first if the engine's queue is full.
+
+        cancel: of what was submitted after the caller had gone. A thread cannot be stopped, so it keeps its turn until it has ended.
+        """
         stats = served.model.engine.stats()
         if stats.running >= stats.rows and stats.waiting >= self.settings.max_queue:
             raise ApiError(429, f"{stats.waiting} requests wait already.", code="queue_full", retry=True)
-        async with self._preparing:
-            return await asyncio.to_thread(work)
+        await self._preparing.acquire()
+        working = asyncio.ensure_future(asyncio.to_thread(work))
+        working.add_done_callback(lambda _: self._preparing.release())
+        try:
+            return await asyncio.shield(working)
+        except asyncio.CancelledError:
+            working.add_done_callback(lambda done: _undone(done, cancel))
+            raise
 
     def observe(self, served: Served, timings: Timings) -> None:
         """Counts a finished request's times."""
@@ -73,6 +82,12 @@ class Server:
         served.failed()
         _log.error("request failed", exc_info=error, extra={"request_id": request_id, "model": served.name})
         return ApiError(500, f"The model failed on this request ({request_id}).", code="model_failure")
+
+
+def _undone(done: asyncio.Future[T], cancel: Callable[[T], None]) -> None:
+    """Gives up what work brought that nobody waits for any more."""
+    if not done.cancelled() and done.exception() is None:
+        cancel(done.result())
 
 
 def create_app(server: Server) -> Starlette:
@@ -131,7 +146,7 @@ def _posted(
             answer = await route(call, parsed)
             if not callable(answer):
                 closing.close()
-                answer = JSONResponse(answer, headers={"x-request-id": request_id})
+                answer = _json(answer, {"x-request-id": request_id})
             return answer
         except ApiError as error:
             closing.close()
@@ -244,6 +259,11 @@ async def _not_found(request: Request, error: Exception) -> Response:
     status = getattr(error, "status_code", 404)
     text = "There is no such path here." if status == 404 else f"{request.method} does not go with this path."
     return _refused(ApiError(status, text, code="not_found" if status == 404 else "method_not_allowed"), _request_id(request))
+
+
+def _json(body: dict[str, Any], headers: dict[str, str]) -> Response:
+    """An answer. JSON has no infinity: minus infinity, the log-probability of a token that is never generated, is null."""
+    return Response(msgspec.json.encode(body), media_type="application/json", headers=headers)
 
 
 def _refused(error: ApiError, request_id: str) -> Response:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -33,14 +34,14 @@ from flamingo_export.runtime.model import Generation, Model, Text
 from flamingo_export.runtime.options import GenerateOptions, Settings
 from flamingo_export.runtime.prompts import Shot, caption_prompt, qa_prompt
 from flamingo_export.runtime.request import Request
-from flamingo_export.runtime.ticket import Ticket
+from flamingo_export.runtime.ticket import Ticket, now
 from flamingo_export.runtime.videos import Video
 from flamingo_export.serve.answers import Form, extras, usage
 from flamingo_export.serve.bodies import Chat, parse
 from flamingo_export.serve.chat import chat_prompt
 from flamingo_export.serve.errors import ApiError, refusal_of
 from flamingo_export.serve.media import decode_data_url
-from flamingo_export.serve.options import options_of
+from flamingo_export.serve.options import check_offered, options_of, seconds_of
 
 _MAX_MEDIUM = 64 << 20
 _AHEAD = 4
@@ -91,6 +92,7 @@ class Tally:
 
     done: int = 0
     failed: int = 0
+    """Lines without an answer, those of earlier runs too."""
     before: int = 0
     """Results that were there already."""
 
@@ -117,7 +119,7 @@ def run_file(model: Model, requests: Path, out: Path, settings: Settings, *, pro
     identity = _identity(model, requests, settings)
     done = _resumed(out, identity)
     left = [each for each in asked if each.key not in done]
-    tally = Tally(before=len(asked) - len(left))
+    tally = Tally(before=len(asked) - len(left), failed=sum(done.values()))
     progress.stage("requests", len(asked))
     progress.advance(tally.before)
     with out.open("ab") as file, ThreadPoolExecutor(model.engine.rows + _AHEAD) as pool:
@@ -152,7 +154,7 @@ def _run(
                 result = future.result()
                 file.write(json.dumps(result, ensure_ascii=False).encode() + b"\n")
                 tally.done += 1
-                tally.failed += "error" in result and result["error"] is not None
+                tally.failed += _failed(result)
                 progress.advance(1)
             file.flush()
     except BaseException:
@@ -161,6 +163,10 @@ def _run(
         for ticket in list(tickets):
             ticket.cancel()
         raise
+
+
+def _failed(result: dict[str, Any]) -> bool:
+    return result.get("error") is not None
 
 
 def _answer(model: Model, folder: Path, asked: _Asked, settings: Settings, tickets: set[Ticket[Any]]) -> dict[str, Any]:
@@ -179,8 +185,10 @@ def _answer(model: Model, folder: Path, asked: _Asked, settings: Settings, ticke
     return {"id": asked.line.id, **_text(found), "alternatives": [_text(other) for other in found.alternatives]}
 
 
-def _generated(model: Model, request: Request, options: GenerateOptions, tickets: set[Ticket[Any]]) -> Generation:
-    ticket = model.engine.submit(model.prepare(request), options)
+def _generated(
+    model: Model, request: Request, options: GenerateOptions, tickets: set[Ticket[Any]], deadline: float | None = None
+) -> Generation:
+    ticket = model.engine.submit(model.prepare(request), options, deadline=deadline)
     tickets.add(ticket)
     try:
         return model.generation(ticket.result(), options, ticket.timings)
@@ -246,6 +254,8 @@ def _batched(model: Model, line: Batched, tickets: set[Ticket[Any]]) -> dict[str
     except FlamingoExportError as error:
         refused = refusal_of(error) or ApiError(500, str(error), code="model_failure")
         status, body = refused.status, refused.body()
+    except Exception as error:
+        status, body = 500, ApiError(500, f"{type(error).__name__}: {error}", code="internal").body()
     result["response"] = {"status_code": status, "request_id": result["id"], "body": body}
     if status != 200:
         result["error"] = body["error"]
@@ -258,6 +268,8 @@ def _chat(model: Model, line: Batched, tickets: set[Ticket[Any]]) -> dict[str, A
     body = parse(msgspec.json.encode(line.body), Chat)
     if body.stream:
         raise ApiError(400, "a file has no streams", param="stream")
+    check_offered(body)
+    seconds = seconds_of(body.timeout, math.inf)
     if model.tokenizer is None:
         raise ApiError(400, "this model's bundle has no tokenizer, so it cannot be asked in text", code="no_tokenizer")
     prompt = chat_prompt(body.messages, body.shots, model.inputs)
@@ -269,7 +281,7 @@ def _chat(model: Model, line: Batched, tickets: set[Ticket[Any]]) -> dict[str, A
         media.append(Video(source=data, num_frames=medium.frames) if medium.video else data)
     request = Request(prompt=prompt.text, media=media, quoted=prompt.quoted, forms=model.inputs.prompts)
     options = options_of(body, body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens)
-    found = _generated(model, request, options, tickets)
+    found = _generated(model, request, options, tickets, None if seconds == math.inf else now() + seconds)
     form = Form(kind="chat", model=body.model, tokenizer=model.tokenizer, logprobs=bool(body.logprobs))
     texts = (found, *found.alternatives)
     count = usage(found.timings.prompt_tokens, found.timings.reused_tokens, sum(len(text.token_ids) for text in texts))
@@ -321,13 +333,16 @@ def _identity(model: Model, requests: Path, settings: Settings) -> dict[str, Any
     }
 
 
-def _resumed(out: Path, identity: dict[str, Any]) -> set[str]:
-    """Keys of the results that `out` holds, a line that was cut taken off. Raises InputError for results of another run."""
+def _resumed(out: Path, identity: dict[str, Any]) -> dict[str, bool]:
+    """Keys of the results that `out` holds, and whether each failed. A line that was cut is taken off.
+
+    Raises InputError for results of another run.
+    """
     beside = out.with_name(out.name + ".run.json")
     if not out.exists():
         write_atomically(beside, json.dumps(identity, indent=2).encode() + b"\n")
         out.touch()
-        return set()
+        return {}
     try:
         known = json.loads(beside.read_bytes())
     except (OSError, ValueError):
@@ -343,9 +358,9 @@ def _resumed(out: Path, identity: dict[str, Any]) -> set[str]:
         with out.open("r+b") as file:
             file.truncate(whole)
             os.fsync(file.fileno())
-    keys = set()
+    keys = {}
     for raw in data[:whole].splitlines():
         record = json.loads(raw)
         name = record.get("custom_id", record.get("id"))
-        keys.add(name if isinstance(name, str) else json.dumps(name))
+        keys[name if isinstance(name, str) else json.dumps(name)] = _failed(record)
     return keys

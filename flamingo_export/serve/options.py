@@ -5,10 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 from flamingo_export.runtime.options import GenerateOptions
-from flamingo_export.serve.bodies import Sampled
+from flamingo_export.serve.bodies import Chat, Sampled
 from flamingo_export.serve.errors import ApiError
 
 MAX_CHOICES = 128
+
+
+def check_offered(body: Chat) -> None:
+    """Raises ApiError for what a chat asks for and no model here can give."""
+    if body.response_format is not None and body.response_format.type != "text":
+        raise ApiError(400, "response_format other than text is not offered.", param="response_format", code="unsupported")
+    if body.top_logprobs:
+        raise ApiError(400, "top_logprobs is not offered.", param="top_logprobs", code="unsupported")
+
+
+def seconds_of(timeout: float | None, default: float) -> float:
+    """Seconds that a request gives itself. Raises ApiError for none or less."""
+    if timeout is not None and not timeout > 0:
+        raise ApiError(400, f"timeout is {timeout:g} seconds, expected more than 0", param="timeout")
+    return default if timeout is None else timeout
 
 
 def options_of(body: Sampled, max_tokens: int | None) -> GenerateOptions:

@@ -23,7 +23,7 @@ from flamingo_export.serve.bodies import Chat, Completion, Sampled, Scored
 from flamingo_export.serve.chat import ChatPrompt, MediumUrl, chat_prompt
 from flamingo_export.serve.errors import ApiError, refusal_of
 from flamingo_export.serve.models import Served
-from flamingo_export.serve.options import options_of
+from flamingo_export.serve.options import check_offered, options_of, seconds_of
 from flamingo_export.serve.transport import EventStream, unless_gone
 
 if TYPE_CHECKING:
@@ -55,18 +55,13 @@ class Call:
 
     def deadline(self, timeout: float | None) -> float:
         """On the engine's clock. Raises ApiError for a deadline in the past."""
-        if timeout is not None and not timeout > 0:
-            raise ApiError(400, f"timeout is {timeout:g} seconds, expected more than 0", param="timeout")
         most = self.server.settings.timeout
-        return now() + min(most, timeout if timeout is not None else most)
+        return now() + min(most, seconds_of(timeout, most))
 
 
 async def chat(call: Call, body: Chat) -> Any:
     """POST /v1/chat/completions."""
-    if body.response_format is not None and body.response_format.type != "text":
-        raise ApiError(400, "response_format other than text is not offered.", param="response_format", code="unsupported")
-    if body.top_logprobs:
-        raise ApiError(400, "top_logprobs is not offered.", param="top_logprobs", code="unsupported")
+    check_offered(body)
     prompt = chat_prompt(body.messages, body.shots, call.model.inputs)
     _check_media(call, prompt.media)
     most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
@@ -118,7 +113,8 @@ async def score(call: Call, body: Scored) -> Any:
         return model.engine.submit_score(prepared, ids, caller=call.caller, deadline=deadline), len(prepared.token_ids)
 
     with call.closing, _watched(call):
-        ticket, length = await call.server.prepared(call.served, submit)
+        preparing = call.server.prepared(call.served, submit, lambda submitted: submitted[0].cancel())
+        ticket, length = await unless_gone(call.receive, preparing)
         try:
             found = await unless_gone(call.receive, _result(ticket))
         except BaseException:
@@ -160,15 +156,15 @@ async def _generate(
                 )
                 found.append((ticket, prepared))
         except BaseException:
-            for ticket, _ in found:
-                ticket.cancel()
+            _cancel([ticket for ticket, _ in found])
             raise
         return found
 
     with ExitStack() as failed:
         failed.push(call.closing)
         with _watched(call):
-            submitted = await unless_gone(call.receive, call.server.prepared(call.served, submit))
+            preparing = call.server.prepared(call.served, submit, lambda pairs: _cancel([ticket for ticket, _ in pairs]))
+            submitted = await unless_gone(call.receive, preparing)
         if body.stream:
             failed.pop_all()
             (ticket, prepared), include = submitted[0], bool(body.stream_options and body.stream_options.include_usage)
@@ -181,8 +177,7 @@ async def _generate(
                     call.receive, asyncio.gather(*(_finished(model, pair[0], options) for pair in submitted))
                 )
             finally:
-                for ticket, _ in submitted:
-                    ticket.cancel()
+                _cancel([ticket for ticket, _ in submitted])
         choices: list[dict[str, Any]] = []
         completion = prompt_tokens = reused = 0
         for generation, (_, prepared) in zip(found, submitted, strict=True):
@@ -261,9 +256,9 @@ async def _echoed(
             for prompt, media in prompts:
                 whole = model.prepare(_request(call, Asked(prompt=prompt, media=media)))
                 ids = whole.token_ids.tolist()
-                # What follows the last image is scored; before it a token is a condition.
-                images = [place for place, token in enumerate(ids) if token == model.config.tokens.image]
-                begin = max(1, images[-1] + 1 if images else 1)
+                # What follows the last image, and the tags around it, is scored; before it a token is a condition.
+                tags = [place for place, token in enumerate(ids) if token in model.config.tokens.never]
+                begin = tags[-1] + 1 if tags else 1
                 ticket = None
                 if begin < len(ids):
                     head = dataclasses.replace(
@@ -272,23 +267,32 @@ async def _echoed(
                     ticket = model.engine.submit_score(head, [ids[begin:]], caller=call.caller, deadline=deadline)
                 found.append((ticket, ids, begin))
         except BaseException:
-            for ticket, _, _ in found:
-                if ticket is not None:
-                    ticket.cancel()
+            _cancel([ticket for ticket, _, _ in found])
             raise
         return found
 
     with call.closing, _watched(call):
-        submitted = await call.server.prepared(call.served, submit)
+        preparing = call.server.prepared(call.served, submit, lambda all_of: _cancel([ticket for ticket, _, _ in all_of]))
+        submitted = await unless_gone(call.receive, preparing)
         choices, count = [], 0
-        for index, (ticket, ids, begin) in enumerate(submitted):
-            values = (await unless_gone(call.receive, _result(ticket)))[0] if ticket is not None else []
-            logprobs: list[Any] = [None] * begin + list(values)
-            found = form.logprobs_of(ids, logprobs)
-            choices.append({"index": index, "text": form.text(ids), "logprobs": found, "finish_reason": "length"})
-            count += len(ids)
+        try:
+            for index, (ticket, ids, begin) in enumerate(submitted):
+                values = (await unless_gone(call.receive, _result(ticket)))[0] if ticket is not None else []
+                logprobs: list[Any] = [None] * begin + list(values)
+                found = form.logprobs_of(ids, logprobs)
+                choices.append({"index": index, "text": form.text(ids), "logprobs": found, "finish_reason": "length"})
+                count += len(ids)
+        finally:
+            _cancel([ticket for ticket, _, _ in submitted])
         call.served.succeeded()
         return form.whole(choices, usage(count, 0, 0), {})
+
+
+def _cancel(tickets: Sequence[Ticket[Any] | None]) -> None:
+    """Gives up those that have not ended."""
+    for ticket in tickets:
+        if ticket is not None:
+            ticket.cancel()
 
 
 async def _finished(model: Model, ticket: Ticket[Outcome], options: GenerateOptions) -> Generation:

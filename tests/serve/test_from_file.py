@@ -95,6 +95,53 @@ def test_openais_batch_format(nano: flamingo_export.Model, place: Path) -> None:
         assert found[key]["error"]["message"]
 
 
+def test_a_batch_refuses_what_the_server_refuses(nano: flamingo_export.Model, place: Path) -> None:
+    body = {"model": "nano", "messages": user(image_part())}
+    asked = {"response_format": {"type": "json_object"}, "top_logprobs": 3, "timeout": -1.0, "stop": "x"}
+    lines = [{"custom_id": name, "url": "/v1/chat/completions", "body": {**body, name: value}} for name, value in asked.items()]
+    lines.append({"custom_id": "late", "url": "/v1/chat/completions", "body": {**body, "timeout": 1e-9}})
+    assert run_file(nano, write(place / "in.jsonl", lines), place / "out.jsonl", {}).failed == 5
+    found = read(place / "out.jsonl")
+    for name in asked:
+        assert found[name]["response"]["status_code"] == 400
+        assert found[name]["error"]["param"] == name
+    assert found["late"]["response"]["status_code"] == 503
+
+
+def test_a_fault_in_a_batched_line_stays_with_it(
+    nano: flamingo_export.Model, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("of a library")
+
+    monkeypatch.setattr(nano.engine, "submit", broken)
+    body = {"model": "nano", "messages": user(image_part())}
+    lines: list[Any] = [{"custom_id": "a", "url": "/v1/chat/completions", "body": body}, {"id": "b", "images": ["a.png"]}]
+    assert run_file(nano, write(place / "in.jsonl", lines), place / "out.jsonl", {}).failed == 2
+    found = read(place / "out.jsonl")
+    assert found["a"]["response"]["status_code"] == 500
+    assert "of a library" in found["b"]["error"]
+
+
+def test_lines_that_failed_before_still_count(nano: flamingo_export.Model, place: Path) -> None:
+    """The command run again must not end with 0 while answers are missing."""
+    body = {"model": "nano", "messages": []}
+    lines: list[Any] = [
+        {"id": "a", "images": ["a.png"]},
+        {"id": "b", "images": ["gone.png"]},
+        {"custom_id": "c", "url": "/v1/chat/completions", "body": body},
+    ]
+    file, out = write(place / "in.jsonl", lines), place / "out.jsonl"
+    assert run_file(nano, file, out, {"beams": 1}).failed == 2
+    again = run_file(nano, file, out, {"beams": 1})
+    assert (again.before, again.done, again.failed) == (3, 0, 2)
+    kept = [line for line in out.read_text().splitlines(keepends=True) if '"gone.png' not in line and '"b"' not in line]
+    out.write_text("".join(kept))
+    (place / "gone.png").symlink_to(EXAMPLES / "a.png")
+    again = run_file(nano, file, out, {"beams": 1})
+    assert (again.before, again.done, again.failed) == (2, 1, 1)
+
+
 def test_a_line_that_fails_fails_alone(nano: flamingo_export.Model, place: Path) -> None:
     lines = [
         {"id": "a", "images": ["a.png"]},

@@ -8,13 +8,16 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 
 import flamingo_export
 from flamingo_export.runtime.engine import Engine
+from flamingo_export.runtime.ticket import Ticket
 from flamingo_export.serve.app import Server
 from flamingo_export.serve.settings import ServeSettings
 
@@ -134,6 +137,31 @@ def test_scores(client: Client, nano: flamingo_export.Model) -> None:
     wanted = nano.score(f"<image>Question: {QUESTION} Answer:", colours, images=[EXAMPLES / "q.png"])
     found = client.post("/v1/score", {"model": "nano", "messages": user(image_part("q.png"), QUESTION), "candidates": colours})
     assert [score["logprob"] for score in found.json["scores"]] == pytest.approx([score.logprob for score in wanted], abs=1e-4)
+
+
+def test_a_candidate_that_is_never_generated_has_no_number(client: Client) -> None:
+    """Its log-probability is minus infinity, which JSON cannot say."""
+    body = {"model": "nano", "messages": user(image_part("q.png"), QUESTION)}
+    (alone,) = client.post("/v1/score", {**body, "candidates": ["red"]}).json["scores"]
+    found = client.post("/v1/score", {**body, "candidates": ["red", "<image>"]})
+    assert found.status == 200
+    assert found.json["scores"][0]["logprob"] == pytest.approx(alone["logprob"], abs=1e-4)
+    assert found.json["scores"][1]["logprob"] is None
+    assert None in found.json["scores"][1]["token_logprobs"]
+
+
+def test_echo_takes_tags_around_an_image_as_a_condition(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """IDEFICS writes <fake_token_around_image> after an image; it is never generated, so it has no log-probability to sum."""
+    model = client.server.models.find("nano").model
+    assert model.tokenizer is not None
+    (around,) = model.tokenizer.encode("Output", add_bos=False)
+    tokens = msgspec.structs.replace(model.config.tokens, banned=(around,))
+    monkeypatch.setattr(model, "config", msgspec.structs.replace(model.config, tokens=tokens))
+    body = {"model": "nano", "prompt": "<image>Output: a", "images": [data_url(EXAMPLES / "a.png")]}
+    found = client.post("/v1/completions", {**body, "max_tokens": 0, "echo": True, "logprobs": 1}).json
+    logprobs = found["choices"][0]["logprobs"]
+    assert logprobs["tokens"] == ["<BOS>", "<image>", "Output", ":", " a"]
+    assert [value is None for value in logprobs["token_logprobs"]] == [True, True, True, False, False]
 
 
 def test_many_callers_get_what_one_gets(client: Client) -> None:
@@ -306,6 +334,58 @@ def test_who_leaves_frees_its_row(client: Client, slow: Engine) -> None:
         _until(lambda: engine.stats().running == 0)
     assert engine.stats().cancelled == before + 2
     _until(lambda: client.server.active == 0)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"max_tokens": 400, "temperature": 2.0}),
+        ("/v1/completions", {"echo": True}),
+        ("/v1/score", {"candidates": ["red"]}),
+    ],
+)
+def test_who_leaves_while_images_are_decoded_takes_no_row(
+    client: Client, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
+) -> None:
+    model = client.server.models.find("nano").model
+    entered, leave = threading.Event(), threading.Event()
+    tickets: list[Ticket[Any]] = []
+    prepare, submit, score = model.prepare, model.engine.submit, model.engine.submit_score
+
+    def waiting(*args: Any, **kwargs: Any) -> Any:
+        entered.set()
+        assert leave.wait(30)
+        return prepare(*args, **kwargs)
+
+    def noted(submitting: Callable[..., Ticket[Any]]) -> Callable[..., Ticket[Any]]:
+        def call(*args: Any, **kwargs: Any) -> Ticket[Any]:
+            tickets.append(submitting(*args, **kwargs))
+            return tickets[-1]
+
+        return call
+
+    tick = model.engine.loop.tick
+
+    def held() -> bool:
+        time.sleep(0.05)
+        return tick()
+
+    monkeypatch.setattr(model.engine.loop, "tick", held)
+    monkeypatch.setattr(model, "prepare", waiting)
+    monkeypatch.setattr(model.engine, "submit", noted(submit))
+    monkeypatch.setattr(model.engine, "submit_score", noted(score))
+    sent = {"model": "nano", "prompt": "<image>Output: a", "images": [data_url(EXAMPLES / "a.png")], **body}
+    connection = http.client.HTTPConnection("127.0.0.1", client.port, timeout=60)
+    connection.request("POST", path, json.dumps(sent).encode(), {"content-type": "application/json"})
+    assert entered.wait(30)
+    assert connection.sock is not None
+    connection.sock.close()
+    connection.close()
+    _until(lambda: client.server.active == 0)
+    leave.set()
+    _until(lambda: len(tickets) == 1 and tickets[0].done)
+    with pytest.raises(CancelledError):
+        tickets[0].result()
 
 
 @pytest.mark.usefixtures("slow")
