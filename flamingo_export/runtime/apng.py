@@ -149,10 +149,8 @@ def _control(data: bytes, index: Index, name: str) -> _Frame:
         )
     if dispose >= len(_DISPOSE) or blend > 1:
         raise _damaged(name, f"frame {len(index.frames)} is disposed of by rule {dispose} and blended by rule {blend}")
-    how = _DISPOSE[dispose]
-    if not index.frames and how == "restore":
-        how = "clear"
-    return _Frame(box=box, duration=1000 * number / (scale or 100), dispose=how, replaces=blend == 0)
+    # A first frame that is to be restored is to be cleared, says the specification; before it the canvas is empty, which is the same.
+    return _Frame(box=box, duration=1000 * number / (scale or 100), dispose=_DISPOSE[dispose], replaces=blend == 0)
 
 
 def _chunks(file: IO[bytes]) -> Iterator[tuple[bytes, int, int]]:

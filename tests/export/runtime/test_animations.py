@@ -241,6 +241,19 @@ def test_a_gif_frame_beyond_the_canvas_is_cut_off_and_a_first_one_enlarges_it() 
     close(large, composed((3, 3), [Frame(red), Frame(blue, left=1)]), 1e-9)
 
 
+def test_what_some_gif_writers_do() -> None:
+    """Disposal 4 where 3, restoring, is meant; zero bytes between blocks; a screen of no size. Browsers and Pillow take them so."""
+    frames = [Frame(full(9, 9, 9, 255)), Frame(full(5, 5, 5, 255), dispose=2), Frame(full(7, 7, 7, 255, size=(1, 1)))]
+    right, data = composed((3, 3), frames), gif((3, 3), frames)
+    restoring = b"!\xf9\4" + bytes([3 << 2 | 1])
+    assert data.count(restoring) == 1
+    close(seen(data.replace(restoring, b"!\xf9\4" + bytes([4 << 2 | 1]))), right, 1e-9)
+    close(seen(data.replace(b"!\xf9", b"\0\0!\xf9")), right, 1e-9)
+    close(seen(data[:6] + bytes(4) + data[10:]), right, 1e-9)
+    with pytest.raises(ImageError, match="there is no block of a GIF after 1 frames"):
+        seen(data.replace(restoring, b"x" + restoring))
+
+
 @pytest.mark.parametrize("interlaced", [False, True])
 def test_gif_files_of_another_writer(interlaced: bool) -> None:
     """Pillow's own, with real compression, a shared palette and every number of colours."""
@@ -359,6 +372,17 @@ def test_frames_are_taken_by_time_where_they_are_shown_for_different_times(suffi
     assert [round(float(frame.mean()) / 20) for frame in seen(data, 30)] == list(range(8))  # all, each once
     even = gray_clip(suffix, [100] * 8)
     assert [round(float(frame.mean()) / 20) for frame in seen(even, 4)] == [0, 2, 5, 7]
+
+
+def test_delays_of_an_apng_in_parts_of_a_second() -> None:
+    """Numerator and denominator; a denominator of 0 is 100."""
+    chunks = apng_chunks((3, 3), [Frame(full(40 * index, 0, 0, 255)) for index in range(4)])
+    parts = iter([(30, 0), (1, 2), (1, 10), (1, 10)])  # 300, 500, 100 and 100 ms
+    for place, (kind, data) in enumerate(chunks):
+        if kind == b"fcTL":
+            chunks[place] = (kind, data[:20] + struct.pack(">HH", *next(parts)) + data[24:])
+    # From 150 to 950 ms: 150, 550, 950.
+    assert [int(frame[0, 0, 0]) // 40 for frame in seen(joined(chunks), 3)] == [0, 1, 3]
 
 
 def test_the_same_clip_in_each_format_gives_the_same_frames() -> None:

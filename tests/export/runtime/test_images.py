@@ -306,6 +306,7 @@ def key(*values: int) -> bytes:
         (png(2, 1, 16, 0, [struct.pack(">2H", 1000, 1001)], key(1000)), [255, 4]),
         (png(2, 1, 16, 0, [struct.pack(">2H", 1000, 60000)], key(4)), [4, 233]),
         (png(2, 1, 8, 2, [bytes([10, 20, 30, 10, 20, 31])], key(10, 20, 30)), [[255, 255, 255], [10, 20, 31]]),
+        (png(1, 1, 8, 2, [bytes([10, 20, 30])], key(0x10A, 20, 30)), [255]),  # only the lower bits count
         (
             # Equal but for the lowest byte of one colour.
             png(2, 1, 16, 2, [struct.pack(">6H", 0x1000, 0x2000, 0x3001, 0x1000, 0x2000, 0x3002)], key(0x1000, 0x2000, 0x3001)),
