@@ -55,6 +55,7 @@ def test_tasks_need_no_data_and_name_their_examples() -> None:
         assert all(name in ids for item in queries for names in item.listed.values() for name in names)
 
 
+@pytest.mark.slow
 def test_a_few_formats_as_the_card_has_them(nano: Path, tmp_path: Path) -> None:
     """Each format: nothing without examples, all right with two."""
     base = (nano, "--task", "nano-formats", "--limit", 24, "--beams", 1, "--out")
@@ -207,6 +208,7 @@ def test_an_index_made_beforehand(nano: Path, tmp_path: Path, capsys: pytest.Cap
     assert "is an index of something else (bundle differ)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vqav2", "star", "hateful_memes", "imagenet", "rareact", "visdial"])
 def test_published_layouts_end_to_end(nano: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     data = published.write(name, tmp_path)

@@ -40,6 +40,7 @@ EXPECTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS, ids=[script.stem for script in SCRIPTS])
 def test_the_command_in_its_first_lines(place: Path, script: Path) -> None:
     command = re.search(r"^python (.+)$", script.read_text(encoding="utf-8"), flags=re.MULTILINE)

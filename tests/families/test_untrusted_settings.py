@@ -1,4 +1,4 @@
-"""Settings files that came with a checkpoint, changed at random: it loads, or an error of ours says what is wrong. Nothing else."""
+"""Settings files that came with a checkpoint, changed or left out at random: it loads, or an error of ours says what is wrong. Nothing else."""
 
 from __future__ import annotations
 
@@ -85,7 +85,9 @@ KINDS = ["generation", "preprocessor", "adapter", "the old IDEFICS", "otter", "o
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_a_setting_of_another_kind(places: dict[str, tuple[CheckpointFiles, Path]], kind: str, data: st.DataObject) -> None:
+def test_a_setting_of_another_kind_or_none(
+    places: dict[str, tuple[CheckpointFiles, Path]], kind: str, data: st.DataObject
+) -> None:
     files, path = places[kind]
     text = path.read_text()
     raw = json.loads(text)
@@ -96,7 +98,10 @@ def test_a_setting_of_another_kind(places: dict[str, tuple[CheckpointFiles, Path
         try:
             for key in outer:
                 holder = holder[key]
-            holder[last] = data.draw(ODD)
+            if data.draw(st.integers(0, 3)) == 0:
+                del holder[last]
+            else:
+                holder[last] = data.draw(ODD)
         except (TypeError, KeyError, IndexError):  # within what the first change put there
             continue
     said = ""
@@ -107,7 +112,7 @@ def test_a_setting_of_another_kind(places: dict[str, tuple[CheckpointFiles, Path
         said = str(error)
     finally:
         path.write_text(text)
-    assert len(said) < 20_000
+    assert len(said) < 200_000  # every tensor that is missing is named
 
 
 @pytest.mark.parametrize("kind", KINDS)

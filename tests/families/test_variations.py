@@ -115,6 +115,7 @@ def test_the_cached_decoder_is_the_whole_model(config: ModelConfig) -> None:
     torch.testing.assert_close(torch.cat(found, dim=1), wanted, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", ["fp32", "fp16"])
 @each
 def test_built_engines_are_the_reference(config: ModelConfig, storage: StorageType, tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ def examples(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("verdict", "code"), [("passed", 0), ("failed", 1)])
 def test_transcript_page_and_verdict(demo, examples, tmp_path, monkeypatch, capsys, verdict, code):
     row = Row(level="phi", case="c", subgraph="decoder", tensor="logits", error=1.0, limit=1e-6, passed=verdict == "passed")

@@ -67,6 +67,7 @@ def test_parity_passes_and_keys_are_felt_to_be_rounded(built: pipeline.BuildResu
     assert all(0.02 < error < 0.5 for error in errors.values())
 
 
+@pytest.mark.slow
 def test_it_captions_a_picture(built: pipeline.BuildResult) -> None:
     with api.load(built.path, backend="onnxruntime", threads=1) as model:
         said = model.generate("<image>Output:", images=[IMAGE], beams=3)

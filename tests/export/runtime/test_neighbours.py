@@ -179,6 +179,7 @@ class Schedule:
         assert not any(row.busy for row in self.engine.loop.cache.rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", range(PARTS))
 def test_random_schedules(part: int, config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flamingo_export.runtime.cache.BUCKET", 4)

@@ -58,6 +58,7 @@ def told(generations: Sequence[Generation]) -> list[object]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize(
     "settings",

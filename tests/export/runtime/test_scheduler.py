@@ -210,6 +210,7 @@ class Simulation:
         assert all(arrived == sorted(arrived) for arrived in order.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_random_arrivals(seed: int) -> None:
     """100,000 in all: no starvation, no deadlock, bounds kept at every moment."""

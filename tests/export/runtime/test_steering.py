@@ -101,6 +101,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beams", [1, 2, 4])
 @pytest.mark.parametrize("name", CASES)
 def test_the_same_texts_as_transformers(llama: Any, config: ModelConfig, name: str, beams: int) -> None:

@@ -57,6 +57,7 @@ def same(found, expected, tolerance: float = 1e-4) -> None:
     assert [other.token_ids for other in found.alternatives] == [other.token_ids for other in expected.alternatives]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [2, 3])
 @pytest.mark.parametrize(
     "settings",

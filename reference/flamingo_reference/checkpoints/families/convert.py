@@ -93,7 +93,7 @@ def adopt_otter(parts: Parts) -> Adopted:
         language_model_config=openflamingo_files.otter_text_config(text),
     )
     encoder = clip.transformers_encoder(setting(raw, "vision_config", dict), parts.model.path)
-    llama = files.language_model_config["model_type"] == "llama"
+    llama = files.language_model_config.get("model_type") == "llama"
     inputs = OTTER if raw.get("model_type") == "otter" else OPENFLAMINGO
     adopted = _openflamingo(
         parts, files, encoder, with_bos(inputs, _LLAMA_BOS) if llama else inputs, where=str(parts.model.path)
