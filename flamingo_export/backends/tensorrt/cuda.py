@@ -132,6 +132,8 @@ class CudaRuntime:
             )
         self.use()
         _, self._greatest = self._call("cudaDeviceGetStreamPriorityRange")
+        attribute = runtime.cudaDeviceAttr.cudaDevAttrMemoryPoolsSupported
+        (self._pools,) = self._call("cudaDeviceGetAttribute", attribute, device)
 
     def use(self) -> None:
         """Makes its device the calling thread's, as libraries want it that are called next. Each thread has a device of its own, 0 at first."""
@@ -180,10 +182,15 @@ class CudaRuntime:
         self._call("cudaFree", address)
 
     def malloc_async(self, size: int, stream: int) -> int:
+        if not self._pools:  # as on some virtual GPUs
+            return self.malloc(size)
         (address,) = self._call("cudaMallocAsync", size, stream)
         return int(address)
 
     def free_async(self, address: int, stream: int) -> None:
+        if not self._pools:
+            self.free(address)  # which waits for what still uses it
+            return
         self._call("cudaFreeAsync", address, stream)
 
     def malloc_host(self, size: int) -> int:

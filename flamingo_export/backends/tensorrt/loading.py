@@ -43,7 +43,12 @@ class Loaded:
             context = self.engine.create_execution_context(how)
             if context is None:
                 raise failure(lane, f"TensorRT {trt.__version__} made no context", heard)
-            if not context.set_optimization_profile_async(profile, lane.stream):
+            try:
+                taken = context.set_optimization_profile_async(profile, lane.stream)
+            except RuntimeError as error:  # what the bindings make of a refusal
+                heard.errors.append(str(error))
+                taken = False
+            if not taken:
                 raise failure(lane, f"TensorRT {trt.__version__} did not take profile {profile}", heard)
         return context
 

@@ -12,6 +12,7 @@ one. Binding other rows, as requests that join and leave make it, drops no graph
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 from collections import OrderedDict
@@ -351,6 +352,9 @@ class TensorRTSession:
     def _captured(self, context: Any, call: Call, heard: Heard) -> int | None:
         """The call as a graph, or None where it cannot be one, which is said once."""
         cuda, stream = self._cuda, self._lane.stream
+        # What the garbage collector frees within a capture would end it: freeing device memory waits, which a capture may not.
+        collecting = gc.isenabled()
+        gc.disable()
         try:
             cuda.begin_capture(stream)
             try:
@@ -364,6 +368,9 @@ class TensorRTSession:
             self._capturing = False
             _log.warning("%s: steps are not captured as CUDA graphs and take longer: %s", self.spec.name, error)
             return None
+        finally:
+            if collecting:
+                gc.enable()
 
     def _make_room(self) -> None:
         if len(self._steps) >= MAX_GRAPHS:

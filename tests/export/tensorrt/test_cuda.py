@@ -59,7 +59,7 @@ def spied(runtime) -> tuple[CudaRuntime, Spy]:
         pytest.skip("there is a GPU, which would take the made-up addresses for real ones")
     made = CudaRuntime.__new__(CudaRuntime)
     spy = Spy(runtime)
-    made._cuda, made._greatest, made.dlpack_device = spy, -5, (2, 0)
+    made._cuda, made._greatest, made.dlpack_device, made._pools = spy, -5, (2, 0), 1
     return made, spy
 
 
@@ -143,6 +143,18 @@ def test_each_thread_and_each_runtime_has_its_own_device(spied):
 
     assert calls(first, first) == ["cudaSetDevice", "cudaMalloc", "cudaMalloc"]
     assert calls(second, first, first) == ["cudaSetDevice", "cudaMalloc"] * 2 + ["cudaMalloc"]
+
+
+def test_without_memory_pools_memory_is_taken_and_given_back_at_once(spied):
+    """Some virtual GPUs have none."""
+    made, spy = spied
+    made._pools = 0
+    made.free_async(made.malloc_async(64, 5), 5)
+    assert [name for name in spy.called if name != "cudaSetDevice"] == ["cudaMalloc", "cudaFree"]
+    made._pools = 1
+    spy.called.clear()
+    made.free_async(made.malloc_async(64, 5), 5)
+    assert spy.called == ["cudaMallocAsync", "cudaFreeAsync"]
 
 
 @pytest.mark.parametrize(("device", "gpu"), [("cpu", None), ("cuda", 0), ("cuda:0", 0), ("cuda:11", 11)])

@@ -289,3 +289,17 @@ def test_the_gpu_that_is_named_is_the_one_that_is_opened(bundle, gpu, monkeypatc
     assert asked == [1]
     with pytest.raises(BackendError, match=r"there is no GPU number 2 here\. They are counted from 0"):
         flamingo_export.load(bundle, backend="tensorrt-rtx", device="cuda:2")
+
+
+def test_a_profile_that_is_refused_is_an_error_of_ours(bundle, monkeypatch):
+    """The bindings raise RuntimeError, and never return False."""
+
+    def refuses(self, profile, stream):
+        raise RuntimeError("profile index out of range")
+
+    monkeypatch.setattr(Context, "set_optimization_profile_async", refuses)
+    with (
+        flamingo_export.load(bundle, backend="tensorrt-rtx") as model,
+        pytest.raises(BackendError, match=r"did not take profile \d: profile index out of range"),
+    ):
+        model.generate(Request(prompt=[1, 5, 6]), beams=1, max_new_tokens=2)

@@ -323,3 +323,14 @@ def test_feeds_that_do_not_fit_are_named(both: Load):
     vision.close()
     with pytest.raises(BackendError, match="the session is closed"):
         vision.run({"pixels": np.zeros((2, 3, 24, 24), np.float32)})
+
+
+def test_the_garbage_collector_does_not_run_within_a_capture(both: Load, gpu, monkeypatch):
+    """It would free device memory there, which ends a capture."""
+    engines, _ = both()
+    seen = []
+    begin = gpu.cuda.begin_capture
+    monkeypatch.setattr(gpu.cuda, "begin_capture", lambda stream: (seen.append(gc.isenabled()), begin(stream)))
+    engines.generate(request(150, 5, 1), beams=1, max_new_tokens=8)
+    assert seen == [False] * len(seen) != []
+    assert gc.isenabled()
