@@ -61,6 +61,7 @@ class EngineStats:
     """What the engine is doing, and has done since it was made.
 
     waiting, running: requests. rows, bank_rows: how many there are, `..._in_use` of them by running requests.
+    failed_in_a_row: actions that failed since a step succeeded; a backend that is broken raises it with each request.
     The rest are counts since the start. steps: decoder calls that decode. generated_tokens: steps of each request, however many branches.
     """
 
@@ -71,6 +72,7 @@ class EngineStats:
     bank_rows: int
     bank_rows_in_use: int
     bank_rows_filled: int
+    failed_in_a_row: int
     finished: int
     failed: int
     cancelled: int
@@ -258,6 +260,7 @@ class Engine:
             bank_rows=loop.bank.capacity,
             bank_rows_in_use=loop.bank.pinned,
             bank_rows_filled=len(loop.bank.resident),
+            failed_in_a_row=loop.failed_in_a_row,
             refused=self._refused,
             **{name: counts[name] for name in _COUNTS},
         )

@@ -243,7 +243,7 @@ def test_a_request_that_fails_fails_alone(load_tiny: LoadTiny, tiny_config: Mode
     bad.clear()
     assert model.generate(requests[1], beams=1, max_new_tokens=6).token_ids == expected[1]
     stats = model.engine.stats()
-    assert (stats.running, stats.waiting, stats.bank_rows_in_use) == (0, 0, 0)
+    assert (stats.running, stats.waiting, stats.bank_rows_in_use, stats.failed_in_a_row) == (0, 0, 0, 0)
 
 
 def _raise() -> None:
