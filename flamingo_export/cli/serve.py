@@ -75,8 +75,8 @@ def serve(
 
         from flamingo_export.serve.app import Server
         from flamingo_export.serve.models import Models, named
+        from flamingo_export.serve.process import bound, set_up_logs
         from flamingo_export.serve.process import serve as run
-        from flamingo_export.serve.process import set_up_logs
     except ImportError as error:
         raise BackendError(f"serving needs {error.name}: pip install '.[serve]' (docs/serving.md)") from error
     from flamingo_export.serve.access import read_keys
@@ -104,12 +104,13 @@ def serve(
             choice.bundle, backend=backend, device=device, threads=threads, fallback=fallback, rows=rows, queue=max_queue
         )
 
+    sockets = bound(host, port)
     models = Models(choices, load)
     for served in models:
         remarks().print(f"{served.name}: {served.model.backend.name}, {served.model.engine.rows} rows")
-    remarks().print(f"http://{host}:{port}")
+    remarks().print(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
     set_up_logs()
-    code = run(Server(models, settings))
+    code = run(Server(models, settings), sockets)
     if code:
         raise typer.Exit(code)
 

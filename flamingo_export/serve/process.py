@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import signal
+import socket
 import sys
 import time
 from types import FrameType
@@ -13,6 +14,7 @@ from typing import Any
 
 import uvicorn
 
+from flamingo_export.errors import InputError
 from flamingo_export.serve.app import Server, create_app
 
 _STANDARD = set(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName", "color_message"}
@@ -79,8 +81,37 @@ class _Draining(uvicorn.Server):
         self.should_exit = True
 
 
-def serve(server: Server) -> int:
-    """Listens until it is told to stop; returns the exit code: 0 if every accepted request was answered."""
+def bound(host: str, port: int) -> list[socket.socket]:
+    """Sockets at every address of a host, bound but not listening: nobody else gets the port while models are opened.
+
+    Raises InputError for a host that is not known or not this machine's, and a port that is taken or not allowed.
+    """
+    sockets: list[socket.socket] = []
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, address in dict.fromkeys((each[0], each[4]) for each in found):
+            sockets.append(each := socket.socket(family, socket.SOCK_STREAM))
+            if sys.platform != "win32":
+                each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                each.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            each.bind(address)
+    except (OSError, UnicodeError) as error:
+        for each in sockets:
+            each.close()
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"{host}, port {port}, cannot be listened on: {reason}. Name another with --host or --port."
+        ) from error
+    return sockets
+
+
+def serve(server: Server, sockets: list[socket.socket] | None = None) -> int:
+    """Listens until it is told to stop; returns the exit code: 0 if every accepted request was answered.
+
+    sockets: bound ones; by default new ones for the settings' host and port.
+    """
+    sockets = sockets or bound(server.settings.host, server.settings.port)
     settings = server.settings
     config = uvicorn.Config(
         create_app(server),
@@ -106,7 +137,7 @@ def serve(server: Server) -> int:
         tasks: set[asyncio.Task[None]] = set()
         if hasattr(signal, "SIGHUP"):
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
-        await running.serve()
+        await running.serve(sockets)
 
     asyncio.run(run())
     if not running.started:

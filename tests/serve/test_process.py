@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 import flamingo_export
+from flamingo_export.cli import main
 from flamingo_export.cli.serve import chosen
 from flamingo_export.errors import InputError
 from flamingo_export.serve.models import named
@@ -42,6 +43,17 @@ def ask(port: int, method: str, path: str, body: Any = None) -> tuple[int, Any]:
         return answer.status, json.loads(answer.read())
     finally:
         connection.close()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "no-such-host.invalid", "203.0.113.1", "a" * 80])
+def test_an_address_that_cannot_be_listened_on(nano_bundle: Path, capfd: pytest.CaptureFixture[str], host: str) -> None:
+    """Said before a bundle is opened, and with an exit code of ours."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", str(nano_bundle), "--host", host, "--port", str(port)]) == 1
+    said = " ".join(capfd.readouterr().err.split())
+    assert f"{host}, port {port}, cannot be listened on" in said
+    assert "onnxruntime" not in said
 
 
 @pytest.fixture
