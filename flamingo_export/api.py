@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from flamingo_export.sources.choice import Source
     from flamingo_reference.model import Flamingo
 
+DEFAULT_ROWS = 16
 _log = logging.getLogger(__name__)
 
 
@@ -136,7 +137,7 @@ def load(
     device: `cpu`, `cuda` or one GPU of several, `cuda:1`. Engines run on GPU 0 unless another is named.
     threads: 0 takes the physical cores.
     fallback: a backend to go on with where the other one cannot run the bundle, which is logged as a warning.
-    rows: requests that run at once; None takes 16, or as many as the engines were built for.
+    rows: requests that run at once; None takes 16, or as many as the engines were built for or as fit in memory.
     queue: requests that may wait beside them; None is any number.
 
     Raises BundleError (incomplete, damaged, of a newer schema), BackendError (unknown or not installed, device missing, an engine that
@@ -153,18 +154,18 @@ def load(
     options = SessionOptions(threads=threads, device=device)
     try:
         chosen = get_backend(backend, manifest)
-        _check_memory(path, manifest, chosen, options)
-        return _opened(path, manifest, chosen, options, rows, queue)
+        fitting = _fitting_rows(path, manifest, chosen, options, rows)
+        return _opened(path, manifest, chosen, options, fitting, queue)
     except BackendError as error:
         if fallback is None:
             raise
         other = get_backend(fallback, manifest)
         try:
-            _check_memory(path, manifest, other, options)
+            fitting = _fitting_rows(path, manifest, other, options, rows)
         except BackendError as short:
             raise BackendError(f"{error} --fallback {fallback}: {short}") from error
         _log.warning("going on with %s: %s", other.name, error)
-        return _opened(path, manifest, other, options, rows, queue)
+        return _opened(path, manifest, other, options, fitting, queue)
 
 
 def _opened(
@@ -181,16 +182,19 @@ def _opened(
     return Model(path, manifest, backend, options, rows=rows, queue=queue)
 
 
-def _check_memory(path: Path, manifest: Manifest, backend: Backend, options: SessionOptions) -> None:
-    """Raises BackendError if the weights alone, as ONNX Runtime holds them on a CPU, do not fit in the memory there is: a process that takes
-    more is killed without a word."""
+def _fitting_rows(path: Path, manifest: Manifest, backend: Backend, options: SessionOptions, rows: int | None) -> int | None:
+    """Rows of the cache: those asked for, else as many full ones as fit beside the weights, at most 16; None leaves it to the engine.
+
+    Raises BackendError if the weights, as ONNX Runtime holds them on a CPU, or the rows asked for do not fit in the memory there is: a
+    process that takes more is killed without a word.
+    """
     from flamingo_export.errors import BackendError
-    from flamingo_export.estimates import opened_weights
+    from flamingo_export.estimates import cache_bytes, opened_weights
     from flamingo_export.machine import available_memory
     from flamingo_export.weights import WeightIndex
 
     if not backend.capabilities.widens_weights or options.device != "cpu":
-        return
+        return rows
     needed, available = opened_weights(WeightIndex.read(path)), available_memory()
     if needed > available:
         blocks = manifest.precision.policy is not None and not manifest.precision.policy.needs_ranges
@@ -199,6 +203,14 @@ def _check_memory(path: Path, manifest: Manifest, backend: Backend, options: Ses
             f"the weights of {path.name} take {needed / 2**30:.1f} GiB of memory on a CPU, where 16 bits and FP8 are widened to fp32; "
             f"{available / 2**30:.1f} GiB are available. {advice}, or run it on a GPU."
         )
+    each = cache_bytes(manifest.config, positions=manifest.limits.max_length, width=4)
+    fitting = (available - needed) // each
+    if rows is not None and rows > max(1, fitting):
+        raise BackendError(
+            f"{rows} rows of {manifest.limits.max_length} cache slots take {rows * each / 2**30:.1f} GiB beside the weights of {path.name}; "
+            f"there is room for {max(1, fitting)}. Ask for fewer (--rows), or build with a smaller --max-length."
+        )
+    return rows if rows is not None else max(1, min(DEFAULT_ROWS, fitting))
 
 
 def _source(model: Path | str | Flamingo | Source, tokenizer: Path | None) -> Source:

@@ -6,12 +6,13 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from flamingo_export.errors import FlamingoExportError
+from flamingo_export.errors import EvaluationError, FlamingoExportError, pip_install
 from flamingo_export.evaluation.metrics.base import Scored
 from flamingo_export.evaluation.predictions import Prediction
 from flamingo_export.evaluation.results import ALL, Cell, Results
@@ -44,6 +45,14 @@ class Shown(msgspec.Struct, frozen=True, kw_only=True):
     examples: tuple[tuple[bytes | None, str], ...]
     more_examples: int
     other: str = ""
+
+
+def require_plots() -> None:
+    """Raises EvaluationError where matplotlib is missing, without which there is no curve."""
+    if find_spec("matplotlib") is None:
+        raise EvaluationError(
+            f"the page's curve needs matplotlib. Install it: {pip_install('report')}; or leave the page out (report=False)"
+        )
 
 
 def write_page(

@@ -16,6 +16,7 @@ from flamingo_export.evaluation.asking import Interview
 from flamingo_export.evaluation.bundles import BundleModel
 from flamingo_export.evaluation.data import Data, read_data
 from flamingo_export.evaluation.metrics.registry import metric_of
+from flamingo_export.evaluation.page import require_plots, write_page
 from flamingo_export.evaluation.predictions import Prediction, PredictionFile, Unit, read_predictions
 from flamingo_export.evaluation.protocol import EvaluatedModel, HasFeatures
 from flamingo_export.evaluation.results import (
@@ -79,6 +80,8 @@ def evaluate(
     settings.check(chosen)
     metric = metric_of(chosen.metric)
     metric.require()
+    if report and out is not None:
+        require_plots()
     first = as_evaluated(model)
     progress.stage("reading the data", 1)
     found = read_data(chosen, settings, data, support, split, skip_missing=skip_missing)
@@ -94,16 +97,17 @@ def evaluate(
         interview = Interview(chosen, settings, selector, {item.id: item for item in found.queries})
         units = units_of(found.queries, settings)
         identity = _identity(chosen, settings, found, features)
-        second = None if against is None or isinstance(against, str | Path) else as_evaluated(against)
+        second, others, other_identity = None, None, None
+        if isinstance(against, str | Path):
+            others, other_identity = _earlier(Path(against), identity, units)
+        elif against is not None:
+            second = as_evaluated(against)
         for each in (first, *([second] if second is not None else [])):
             _check_longest(each, interview, found.queries, settings, chosen)
         said = _predictions(first, interview, units, folder / PREDICTIONS_FILE, identity, progress)
-        others, other_identity = None, None
         if second is not None:
             others = _predictions(second, interview, units, folder / AGAINST_FILE, identity, progress)
             other_identity = dict(second.identity)
-        elif against is not None:
-            others, other_identity = _earlier(Path(str(against)), identity, units)
         progress.stage("scores", 1)
         cells, scored = cells_of(metric, settings, found.queries, said, others)
         results = Results(
@@ -127,8 +131,6 @@ def evaluate(
         )
         write_results(folder, results, found.queries, scored)
         if report and out is not None:
-            from flamingo_export.evaluation.page import write_page
-
             write_page(folder, results, found, said, others, scored)
         progress.advance(1)
     return results

@@ -144,6 +144,10 @@ class Cache:
             self._decoder.bind(name, fresh)
         self.batch, self.capacity = batch, capacity
 
+    def known(self, prompt: Sequence[Key]) -> int:
+        """Positions of a prompt that some row holds."""
+        return max(min(_common(prompt, row.held), len(prompt) - 1) for row in self.rows)
+
     def take(self, prompt: Sequence[Key]) -> tuple[Row, int]:
         """A free row for a prompt, and how many of its positions the row holds already.
 

@@ -35,11 +35,20 @@ class Call:
         return max(row.used for row in rows[self.first : self.first + self.count] if row.busy) + self.width
 
 
-def plan_calls(jobs: Sequence[Generating], rows: Sequence[Row], most: int) -> list[Call]:
-    """The calls that decode all jobs once, as cheap as can be. most: slots that a row may have."""
+def plan_calls(jobs: Sequence[Generating], rows: Sequence[Row], most: int, *, buckets: bool = False) -> list[Call]:
+    """The calls that decode all jobs once, as cheap as can be.
+
+    most: slots that a row may have.
+    buckets: for a decoder whose calls cost about the same whatever they cover, and more where their shape is new: one call from the first row
+        on, over a power of two of them, wherever padding has slots to write to.
+    """
+    jobs = sorted(jobs, key=lambda job: job.row.index)
+    if buckets:
+        count, width = _bucket(jobs[-1].row.index + 1, len(rows)), max(job.width for job in jobs)
+        if all(row.used + width <= most for row in rows[:count] if row.busy):
+            return [Call(0, count, width, tuple(jobs))]
     if len(jobs) == 1:
         return [Call(jobs[0].row.index, 1, jobs[0].width, (jobs[0],))]
-    jobs = sorted(jobs, key=lambda job: job.row.index)
     best: list[tuple[float, int]] = [(0, 0)]
     """(cost, where the last call begins) of the first n jobs."""
     for stop in range(1, len(jobs) + 1):
@@ -59,6 +68,10 @@ def plan_calls(jobs: Sequence[Generating], rows: Sequence[Row], most: int) -> li
         found.append(Call(first, part[-1].row.index - first + 1, max(job.width for job in part), tuple(part)))
         stop = start
     return found[::-1]
+
+
+def _bucket(count: int, most: int) -> int:
+    return min(most, 1 << (count - 1).bit_length())
 
 
 def _cost(jobs: Sequence[Generating], rows: Sequence[Row], most: int) -> float | None:

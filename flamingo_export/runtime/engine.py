@@ -61,6 +61,7 @@ class EngineStats:
     """What the engine is doing, and has done since it was made.
 
     waiting, running: requests. rows, bank_rows: how many there are, `..._in_use` of them by running requests.
+    failed_in_a_row: actions that failed since a step succeeded; a backend that is broken raises it with each request.
     The rest are counts since the start. steps: decoder calls that decode. generated_tokens: steps of each request, however many branches.
     """
 
@@ -71,6 +72,7 @@ class EngineStats:
     bank_rows: int
     bank_rows_in_use: int
     bank_rows_filled: int
+    failed_in_a_row: int
     finished: int
     failed: int
     cancelled: int
@@ -258,13 +260,15 @@ class Engine:
             bank_rows=loop.bank.capacity,
             bank_rows_in_use=loop.bank.pinned,
             bank_rows_filled=len(loop.bank.resident),
+            failed_in_a_row=loop.failed_in_a_row,
             refused=self._refused,
             **{name: counts[name] for name in _COUNTS},
         )
 
     def close(self) -> None:
         """Gives up what runs and waits (EngineClosed), and ends the engine's thread."""
-        self._closed = True
+        with self._submitting:
+            self._closed = True
         with self._wake:
             self._wake.notify_all()
         with self._driving:
@@ -281,10 +285,10 @@ class Engine:
         wake: bool = True,
         group: Group | None = None,
     ) -> Ticket[R]:
-        if self._closed:
-            raise _closed()
         made = job(caller=caller, deadline=NEVER if deadline is None else deadline, events=events, group=group)
         with self._submitting:
+            if self._closed:
+                raise _closed()
             if self._queue is not None and self.loop.size >= self.rows + self._queue:
                 self._refused += 1
                 waiting = self.loop.size - self.loop.schedule.running

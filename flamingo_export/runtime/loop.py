@@ -56,6 +56,8 @@ class Loop:
         self.revoked: deque[Ticket[Any]] = deque()
         self.counts: Counter[str] = Counter()
         """What has happened since the start, by the names of `EngineStats`."""
+        self.failed_in_a_row = 0
+        """Actions that failed since a step succeeded."""
         self._now = now
         self._jobs: dict[Ticket[Any], Job] = {}
         self._calls: list[Call] = []
@@ -107,9 +109,12 @@ class Loop:
 
     def _take_in(self) -> None:
         while self.inbox:
-            job = self.inbox.popleft()
+            job = self.inbox[0]
             self._jobs[job.ticket] = job
-            if job.group is not None and job.group.active >= job.group.limit:
+            self.inbox.popleft()  # not before it is known, so that an interrupt loses nobody's request
+            if job.ticket.done:  # given up by such an interrupt
+                del self._jobs[job.ticket]
+            elif job.group is not None and job.group.active >= job.group.limit:
                 job.group.backlog.append(job)
             else:
                 self._arrive(job)
@@ -121,6 +126,8 @@ class Loop:
     def _arrive(self, job: Job) -> None:
         if job.group is not None:
             job.group.active += 1
+        if self.schedule.running >= self.schedule.rows:  # it waits for its turn: what is in the cache is not computed again
+            job.cost = max(1, job.cost - self.cache.known(job.request.keys))
         self.schedule.arrive(job)
 
     def _admit(self, job: Job) -> None:
@@ -163,6 +170,7 @@ class Loop:
         if self.cache.lost:
             self.cache.lost = False
             jobs = [*jobs, *(job for job in self._jobs.values() if job.admitted)]
+        self.failed_in_a_row += 1
         for job in jobs:
             self._leave(job, error)
 
@@ -269,6 +277,7 @@ class Loop:
         for job in call.jobs:
             job.commit()
         self.counts["steps"] += 1
+        self.failed_in_a_row = 0
         return scores
 
     def choose(self, job: Generating, scores: Scores) -> None:
@@ -294,7 +303,8 @@ class Loop:
         most = self.limits.max_length
         if self._planned != jobs or any(call.count > 1 and call.slots_needed(self.cache.rows) > most for call in self._calls):
             self._planned = list(jobs)
-            self._calls = plan_calls([job for job in jobs if isinstance(job, Generating)], self.cache.rows, most)
+            generating = [job for job in jobs if isinstance(job, Generating)]
+            self._calls = plan_calls(generating, self.cache.rows, most, buckets="B" in self.decoder.largest)
         return self._calls
 
     def _prefetch(self) -> None:

@@ -161,8 +161,10 @@ def test_pairs(vqa: Path, tmp_path: Path) -> None:
     run(worse, vqa, tmp_path / "earlier")
     again = run(Echo(), vqa, tmp_path / "again", against=tmp_path / "earlier")
     assert again.cell(2) == cell
+    fresh = Echo()
     with pytest.raises(EvaluationError, match="settings differ"):
-        run(Echo(), vqa, against=tmp_path / "earlier", settings=Settings(shots=(0, 2), unit=2, seed=8))
+        run(fresh, vqa, against=tmp_path / "earlier", settings=Settings(shots=(0, 2), unit=2, seed=8))
+    assert fresh.asked == []
 
 
 def test_runs_side_by_side(vqa: Path, tmp_path: Path) -> None:
@@ -255,6 +257,9 @@ def test_what_cannot_be_is_said_before_any_work(vqa: Path, tmp_path: Path, monke
         run(model, None)  # type: ignore[arg-type]
     with pytest.raises(EvaluationError, match="this model gives none"):
         run(model, vqa, settings=Settings(shots=(2,), select="rices"))
+    monkeypatch.setattr("flamingo_export.evaluation.page.find_spec", lambda _: None)
+    with pytest.raises(EvaluationError, match="the page's curve needs matplotlib"):
+        flamingo_export.evaluate(model, "vqav2", data=vqa, settings=SETTINGS, out=tmp_path / "out")
     monkeypatch.setattr("shutil.which", lambda _: None)
     with pytest.raises(EvaluationError, match=r"Java|pycocoevalcap"):
         run(model, published.write("coco", tmp_path), task="coco")

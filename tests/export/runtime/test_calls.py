@@ -61,6 +61,20 @@ def test_calls_are_the_cheapest_that_are_allowed(drawn: list[tuple[str, int, int
     assert sum(CALL_COST + call.count * call.width for call in calls) == min(costs)
 
 
+@settings(max_examples=100, deadline=None)
+@given(drawn=ROWS)
+def test_buckets_are_one_call_from_the_first_row_on_where_padding_has_room(drawn: list[tuple[str, int, int]]) -> None:
+    rows, jobs = rows_and_jobs(drawn)
+    calls = plan_calls(jobs, rows, MOST, buckets=True)
+    assert [job for call in calls for job in call.jobs] == jobs
+    count, width = min(len(rows), 1 << (jobs[-1].row.index).bit_length()), max(job.width for job in jobs)
+    if all(row.used + width <= MOST for row in rows[:count] if row.busy):
+        assert [(call.first, call.count, call.width) for call in calls] == [(0, count, width)]
+    else:
+        assert calls == plan_calls(jobs, rows, MOST)
+    assert all(call.slots_needed(rows) <= MOST for call in calls)
+
+
 def test_padding_writes_behind_what_is_used_and_gives_up_what_it_must() -> None:
     rows = [Row(index, np.arange(MOST, dtype=np.int64)) for index in range(4)]
     rows[1].held = tuple(range(MOST - 1))  # free, holding a prompt that leaves one slot

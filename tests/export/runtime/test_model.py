@@ -21,7 +21,8 @@ import flamingo_export
 from flamingo_export.bundle.manifest import read_manifest, write_manifest
 from flamingo_export.bundle.tokenizer import placeholder_tokenizer
 from flamingo_export.bundle.verify import file_record
-from flamingo_export.errors import DeadlineExceeded, EngineClosed, ImageError, InputError, PromptError, QueueFull
+from flamingo_export.errors import BackendError, DeadlineExceeded, EngineClosed, ImageError, InputError, PromptError, QueueFull
+from flamingo_export.estimates import opened_weights
 from flamingo_export.runtime.engine import Engine
 from flamingo_export.runtime.loop import Outcome
 from flamingo_export.runtime.model import Model
@@ -31,6 +32,7 @@ from flamingo_export.runtime.request import Request
 from flamingo_export.runtime.ticket import Tokens
 from flamingo_export.runtime.videos import Video
 from flamingo_export.sources import RandomSource
+from flamingo_export.weights import WeightIndex
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.input_format import IDEFICS
 
@@ -315,6 +317,28 @@ def test_stop_texts_are_cut_from_text_and_stream(text_model: Model) -> None:
     assert len(found.top_logprobs) == len(found.token_ids)
     stream = text_model.stream("Hello", beams=1, max_new_tokens=16, stop=[stop, "never there"])
     assert "".join(stream).rstrip() == found.text
+
+
+def test_as_many_rows_as_fit_in_memory(text_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, slots = text_model.config.language_model, text_model.manifest.limits.max_length
+    row = 2 * 4 * lm.num_layers * lm.kv_heads * lm.head_size * slots
+    weights = opened_weights(WeightIndex.read(text_model.bundle))
+    for room, rows in ((1000 * row, 16), (5 * row + 1, 5), (row - 1, 1)):
+        monkeypatch.setattr("flamingo_export.machine.available_memory", lambda room=room: weights + room)
+        with flamingo_export.load(text_model.bundle, threads=1) as model:
+            assert model.engine.rows == rows
+    with pytest.raises(BackendError, match=r"3 rows of 256 cache slots take .* there is room for 1\. Ask for fewer \(--rows\)"):
+        flamingo_export.load(text_model.bundle, threads=1, rows=3)
+
+
+def test_samples_are_a_function_of_seed_and_branch(text_model: Model) -> None:
+    """More samples are further ones: the first two stay what they are."""
+    texts = []
+    for count in (2, 4):
+        options = GenerateOptions(temperature=1.3, seed=11, num_return=count, max_new_tokens=8)
+        ticket = text_model.engine.submit(text_model.prepare(Request(prompt="Hello")), options)
+        texts.append({text.branch: text.token_ids for text in ticket.result().hypotheses})
+    assert {branch: texts[1][branch] for branch in (0, 1)} == texts[0]
 
 
 def test_deadlines_and_a_full_queue(text_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
