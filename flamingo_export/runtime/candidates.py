@@ -22,6 +22,8 @@ from flamingo_export.specs import LOG_SUM_EXP, TOP_IDS, TOP_VALUES
 Logits = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
+Top = tuple[tuple[int, float], ...]
+"""The likeliest tokens at a place, best first, with their log-probabilities."""
 _NOT_FINITE = "the model's logits are not finite numbers. Check its weights: flamingo-export parity"
 
 
@@ -60,18 +62,6 @@ def run_decoder(decoder: Session, feeds: Mapping[str, Tensor], wanted: int | Non
         return decoder.run(feeds, outputs=("logits",))["logits"]
     found = decoder.run(feeds, outputs=(TOP_VALUES, TOP_IDS, LOG_SUM_EXP))
     return Candidates(ids=found[TOP_IDS], values=found[TOP_VALUES], log_sum_exp=found[LOG_SUM_EXP].astype(np.float64))
-
-
-def stacked(parts: Sequence[Scores]) -> Scores:
-    """The scores of rows, one after the other, as those of a batch."""
-    found = [part for part in parts if isinstance(part, Candidates)]
-    if not found:
-        return np.stack([part for part in parts if not isinstance(part, Candidates)])
-    return Candidates(
-        ids=np.stack([part.ids for part in found]),
-        values=np.stack([part.values for part in found]),
-        log_sum_exp=np.stack([part.log_sum_exp for part in found]),
-    )
 
 
 def candidates_of(scores: Scores, banned: int | Sequence[int], count: int) -> Candidates:
@@ -162,3 +152,21 @@ def _largest(values: Logits | Floats, count: int) -> Ints:
     else:
         candidates = np.arange(len(values))
     return candidates[np.argsort(-values[candidates], kind="stable")[:count]]
+
+
+def tops_of(found: Candidates, count: int) -> list[Top]:
+    """The `count` likeliest tokens of each row, of candidates that are at least as many."""
+    if not count:
+        return []
+    logprobs = found.values[:, :count].astype(np.float64) - found.log_sum_exp[:, None]
+    return [tuple(zip(*each, strict=True)) for each in zip(found.ids[:, :count].tolist(), logprobs.tolist(), strict=True)]
+
+
+def tops_among(logprobs: Floats, count: int) -> list[Top]:
+    """The `count` likeliest tokens of each row of log-probabilities [W, V]."""
+    if not count:
+        return []
+    rows, tokens = top_tokens(logprobs, count)
+    pairs = list(zip(tokens.tolist(), logprobs[rows, tokens].tolist(), strict=True))
+    each = len(pairs) // len(logprobs)
+    return [tuple(pairs[at : at + each]) for at in range(0, len(pairs), each)]

@@ -267,7 +267,8 @@ class Engine:
 
     def close(self) -> None:
         """Gives up what runs and waits (EngineClosed), and ends the engine's thread."""
-        self._closed = True
+        with self._submitting:
+            self._closed = True
         with self._wake:
             self._wake.notify_all()
         with self._driving:
@@ -284,10 +285,10 @@ class Engine:
         wake: bool = True,
         group: Group | None = None,
     ) -> Ticket[R]:
-        if self._closed:
-            raise _closed()
         made = job(caller=caller, deadline=NEVER if deadline is None else deadline, events=events, group=group)
         with self._submitting:
+            if self._closed:
+                raise _closed()
             if self._queue is not None and self.loop.size >= self.rows + self._queue:
                 self._refused += 1
                 waiting = self.loop.size - self.loop.schedule.running

@@ -109,9 +109,12 @@ class Loop:
 
     def _take_in(self) -> None:
         while self.inbox:
-            job = self.inbox.popleft()
+            job = self.inbox[0]
             self._jobs[job.ticket] = job
-            if job.group is not None and job.group.active >= job.group.limit:
+            self.inbox.popleft()  # not before it is known, so that an interrupt loses nobody's request
+            if job.ticket.done:  # given up by such an interrupt
+                del self._jobs[job.ticket]
+            elif job.group is not None and job.group.active >= job.group.limit:
                 job.group.backlog.append(job)
             else:
                 self._arrive(job)

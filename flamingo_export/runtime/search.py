@@ -18,25 +18,23 @@ import numpy as np
 import numpy.typing as npt
 
 from flamingo_export.runtime.candidates import (
-    Candidates,
     Floats,
     Ints,
     Logits,
     Scores,
+    Top,
     candidates_of,
     log_probabilities,
     log_sum_exp,
     top_tokens,
+    tops_among,
+    tops_of,
     whole,
     without,
 )
 from flamingo_export.runtime.steering import Steering
 
 NO_SCORE = -1.0e9  # transformers' "not there yet"
-
-
-Top = tuple[tuple[int, float], ...]
-"""The likeliest tokens at a place, best first, with their log-probabilities."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -386,21 +384,3 @@ def _draw(weights: npt.NDArray[np.floating], generator: np.random.Generator) -> 
     """An index with probability in proportion to its weight; one of weight zero is never drawn."""
     cumulative = np.cumsum(weights, dtype=np.float64)
     return int(np.searchsorted(cumulative, generator.random() * cumulative[-1], side="right"))
-
-
-def tops_of(found: Candidates, count: int) -> list[Top]:
-    """The `count` likeliest tokens of each row, of candidates that are at least as many."""
-    if not count:
-        return []
-    logprobs = found.values[:, :count].astype(np.float64) - found.log_sum_exp[:, None]
-    return [tuple(zip(*each, strict=True)) for each in zip(found.ids[:, :count].tolist(), logprobs.tolist(), strict=True)]
-
-
-def tops_among(logprobs: Floats, count: int) -> list[Top]:
-    """The `count` likeliest tokens of each row of log-probabilities [W, V]."""
-    if not count:
-        return []
-    rows, tokens = top_tokens(logprobs, count)
-    pairs = list(zip(tokens.tolist(), logprobs[rows, tokens].tolist(), strict=True))
-    each = len(pairs) // len(logprobs)
-    return [tuple(pairs[at : at + each]) for at in range(0, len(pairs), each)]

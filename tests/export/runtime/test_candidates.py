@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from flamingo_export.backends.tensorrt.lowering.candidates import add_candidates, with_candidates
 from flamingo_export.errors import BundleError
-from flamingo_export.runtime.candidates import Candidates, candidates_of, stacked
+from flamingo_export.runtime.candidates import Candidates, candidates_of
 from flamingo_export.runtime.search import BeamSearch, Sampling, StopRule
 from flamingo_export.specs import LOG_SUM_EXP, TOP_IDS, TOP_VALUES, SubgraphSpec, TensorSpec
 
@@ -115,15 +115,6 @@ def test_numbers_that_are_not_finite_are_refused():
         bad = Candidates(ids=np.array([[4]]), values=np.array(values, np.float32), log_sum_exp=np.array(total))
         with pytest.raises(BundleError, match="not finite"):
             candidates_of(bad, IMAGE, 1)
-
-
-def test_scores_of_rows_are_put_together():
-    one = candidates_of(np.arange(20, dtype=np.float32)[None], IMAGE, 2)
-    joined = stacked([one[0], one[0]])
-    assert isinstance(joined, Candidates)
-    assert joined.ids.tolist() == [[19, 18], [19, 18]]
-    assert len(joined) == 2
-    assert np.array_equal(stacked([np.ones(3), np.zeros(3)]), [[1, 1, 1], [0, 0, 0]])
 
 
 @pytest.mark.parametrize("banned", [(IMAGE,), (IMAGE, 50, 89)])

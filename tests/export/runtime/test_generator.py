@@ -435,6 +435,26 @@ def test_an_interrupted_generation_leaves_the_model_usable(
     assert list(found.token_ids) == oracle.greedy(request.prompt, frames_of(request), 3)
 
 
+def test_an_interrupt_loses_no_request_of_others(load_tiny: LoadTiny, tiny_config: ModelConfig) -> None:
+    """One that has arrived meanwhile, and was not looked at yet, is carried out by the engine's thread."""
+    model = load_tiny()
+    request, other = (random_request(tiny_config, seed, 20, 1) for seed in (112, 113))
+    expected = load_tiny().generate(other, beams=1, max_new_tokens=4).token_ids
+    run, tickets = model.engines.decoder.run, []
+
+    def interrupted(feeds):  # type: ignore[no-untyped-def]
+        model.engines.decoder.run = run  # type: ignore[method-assign]
+        tickets.append(model.engine.submit(model.prepare(other), GenerateOptions(beams=1, max_new_tokens=4), wake=False))
+        raise KeyboardInterrupt
+
+    model.engines.decoder.run = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(request, beams=1)
+    model.engine.complete(*tickets)
+    assert tickets[0].result(30).hypotheses[0].token_ids == expected
+    assert model.engine.stats().rows_in_use == 0
+
+
 def test_phi_beyond_the_media_is_refused_before_the_graph_runs(load_tiny: LoadTiny, tiny_config: ModelConfig) -> None:
     model = load_tiny()
     prepared = model.prepare(random_request(tiny_config, 111, 8, 1))
