@@ -132,7 +132,8 @@ def test_a_block_in_its_real_size(rtx, tmp_path, name, layer):
     )
     record = TensorRTBackend(RTX, target=TARGET, module=rtx).build(bundle, manifest, manifest.graphs[0])
     summary = record.summary
-    assert (summary.cache_updates, summary.attentions) == (2, 2)
+    assert (summary.cache_updates, summary.attentions, summary.fused_attentions) == (2, 2, 2)
+    assert summary.attentions_with_lengths == 1
     assert weights <= summary.weight_bytes <= 1.01 * weights
     assert weights <= record.size <= 1.1 * weights + 30e6
     assert msgspec.json.decode(msgspec.json.encode(record), type=type(record)) == record
