@@ -23,7 +23,7 @@ from types import ModuleType
 
 import pytest
 
-from flamingo_export.user_cache import user_cache
+from flamingo_export.machine import user_cache
 
 WHEELS = {
     "rtx": ("tensorrt_rtx_cu13_bindings==1.7.1.116", "tensorrt_rtx_cu13_libs==1.7.1.116"),

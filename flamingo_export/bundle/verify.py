@@ -12,8 +12,8 @@ import msgspec
 from flamingo_export.bundle.manifest import MANIFEST_NAME, FileRecord, Manifest, read_manifest
 from flamingo_export.errors import BundleError
 from flamingo_export.files import write_atomically
+from flamingo_export.machine import user_cache
 from flamingo_export.progress import SILENT, Progress
-from flamingo_export.user_cache import user_cache
 
 _CHUNK = 1 << 22
 _CACHE_SCHEMA = 1

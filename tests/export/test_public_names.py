@@ -102,3 +102,9 @@ def test_a_users_program_is_checked(tmp_path: Path) -> None:
     assert len(errors) == len(wanted), done.stdout
     for error, words in zip(errors, wanted, strict=True):
         assert words in error
+
+
+def test_few_modules_stand_loose_at_the_top() -> None:
+    """What everything stands on, and what a user imports; the rest has a room."""
+    loose = {module.name for module in pkgutil.iter_modules(flamingo_export.__path__) if not module.ispkg} - {"__main__"}
+    assert len(loose) <= 8, loose

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import flamingo_export
+from flamingo_export.machine import user_cache
 from flamingo_export.sources.choice import source_for_size
-from flamingo_export.user_cache import user_cache
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "a.png"
@@ -100,7 +100,7 @@ def test_a_user_without_home_or_passwd_entry(bundle):
     # The real id decides which home there is; the effective one stays, so that the interpreter's own files can be read wherever they lie.
     script = (
         f"import os, sys; os.setresuid({NOBODY}, 0, 0)\n"
-        "from flamingo_export.user_cache import user_cache\n"
+        "from flamingo_export.machine import user_cache\n"
         "assert user_cache('verified') is None\n"
         "import flamingo_export\n"
         "model = flamingo_export.load(sys.argv[1])\n"

@@ -36,10 +36,9 @@ from flamingo_export.backends.tensorrt.session import TensorRTSession
 from flamingo_export.bundle.manifest import EngineRecord, GraphRecord, Manifest, ShapeLimits
 from flamingo_export.errors import BackendError
 from flamingo_export.estimates import GIB
-from flamingo_export.machine import available_memory
+from flamingo_export.machine import available_memory, user_cache
 from flamingo_export.precision import Policy
 from flamingo_export.progress import SILENT, Progress
-from flamingo_export.user_cache import user_cache
 from flamingo_export.weights import WeightIndex
 from flamingo_reference.config import ModelConfig
 

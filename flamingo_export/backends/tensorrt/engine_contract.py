@@ -17,13 +17,13 @@ from flamingo_export.backends.tensorrt.lowering.shapes import CAPACITY, Profile,
 from flamingo_export.bundle.manifest import EngineRecord, FileRecord, GraphRecord, Manifest
 from flamingo_export.bundle.verify import is_intact
 from flamingo_export.errors import CheckpointError, IncompatibleEngine
+from flamingo_export.machine import user_cache
 from flamingo_export.precision import StorageType
 from flamingo_export.quantize.policies import PRESETS, preset
 from flamingo_export.sources import CheckpointSource
 from flamingo_export.sources.choice import nano_checkpoint
 from flamingo_export.sources.origin import source_digest
 from flamingo_export.specs import SubgraphSpec, TensorSpec, decoder_spec, subgraph_specs
-from flamingo_export.user_cache import user_cache
 from flamingo_export.weights.calibration_table import CALIBRATION_FILE
 
 
