@@ -50,8 +50,9 @@ class Problem:
 def sdpa_by_image(problem: Problem) -> Call:
     """Runs of equal length only: positions of an image are the queries of one batch entry."""
     batch, positions, heads, size = problem.q.shape
-    runs = int(problem.phi[0].unique().numel())
-    if positions % runs or bool((problem.phi != problem.phi[0]).any()):
+    counts = problem.phi[0].unique_consecutive(return_counts=True)[1]
+    runs = len(counts)
+    if bool((counts != counts[0]).any()) or bool((problem.phi != problem.phi[0]).any()):
         raise NotAtHand("SDPA image by image wants runs of one length")
     medium = problem.phi[:, :: positions // runs] - 1
     rows = problem.media_rows.gather(1, medium).reshape(-1)  # [B * runs]
