@@ -184,7 +184,7 @@ def test_engines_take_codes_and_no_floats() -> None:
 def test_plan_and_inspect_count_a_byte_a_number(built: pipeline.BuildResult, tmp_path: Path) -> None:
     from flamingo_export.cli.inspect import _summary
 
-    assert "keys and values kept in FP8, a byte a number" in _summary(built.manifest)
+    assert "keys and values kept in FP8, a byte a number" in _summary(built.path, built.manifest)
     plain = msgspec.structs.replace(POLICY, media="storage")
     requests = [
         BuildRequest(source=source_for_size("nano"), out=tmp_path / "n.bundle", policy=each) for each in (POLICY, plain)
