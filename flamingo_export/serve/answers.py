@@ -71,8 +71,12 @@ class Form:
         text = self.tokenizer.decode(token_ids)
         return text.strip() if self.trimmed else text
 
-    def logprobs_of(self, token_ids: Sequence[int], logprobs: Sequence[float]) -> dict[str, Any] | None:
-        """Log-probabilities in the form of the route."""
+    def length(self, token_ids: Sequence[int]) -> int:
+        """Characters that tokens add to the text; special ones add none."""
+        return sum(len(self.tokenizer.token_text(token)) for token in token_ids if self.tokenizer.decode([token]))
+
+    def logprobs_of(self, token_ids: Sequence[int], logprobs: Sequence[float], offset: int = 0) -> dict[str, Any] | None:
+        """Log-probabilities in the form of the route. offset: characters before the first of these tokens."""
         if not self.logprobs:
             return None
         texts = [self.tokenizer.token_text(token) for token in token_ids]
@@ -82,10 +86,10 @@ class Form:
                 for text, value in zip(texts, logprobs, strict=True)
             ]
             return {"content": content, "refusal": None}
-        offsets, offset = [], 0
-        for text in texts:
+        offsets = []
+        for token in token_ids:
             offsets.append(offset)
-            offset += len(text)
+            offset += self.length([token])
         return {"tokens": texts, "token_logprobs": list(logprobs), "top_logprobs": None, "text_offset": offsets}
 
     def choice(self, index: int, found: Text) -> dict[str, Any]:
@@ -124,6 +128,7 @@ class Pieces:
         self._form, self._index = form, index
         self._text = TextStream(form.tokenizer, strip=form.trimmed)
         self._given: list[int] = []
+        self._offset = 0
 
     def first(self) -> list[dict[str, Any]]:
         """What a text begins with."""
@@ -152,7 +157,9 @@ class Pieces:
 
     def _chunks(self, token_ids: Sequence[int], logprobs: Sequence[float], text: str) -> list[dict[str, Any]]:
         self._given += token_ids
-        values = self._form.logprobs_of(token_ids, logprobs) if token_ids else None
+        values = self._form.logprobs_of(token_ids, logprobs, self._offset) if token_ids else None
+        if values:
+            self._offset += self._form.length(token_ids)
         return [self._form.piece(self._index, text, values)] if text or values else []
 
 

@@ -121,6 +121,19 @@ def test_completions_of_a_raw_prompt(client: Client, nano: flamingo_export.Model
     assert found["choices"][0]["logprobs"]["token_logprobs"] == pytest.approx(wanted.token_logprobs, abs=1e-4)
 
 
+def test_offsets_are_places_in_the_text(client: Client) -> None:
+    """In a stream too, and where the prompt has tags, which the text leaves out."""
+    body = {"model": "nano", "prompt": "<image>Output:", "images": [data_url(EXAMPLES / "a.png")], "logprobs": 1}
+    (choice,) = client.post("/v1/completions", body).json["choices"]
+    (echoed,) = client.post("/v1/completions", {**body, "echo": True}).json["choices"]
+    for text, found in ((choice["text"], choice["logprobs"]), (echoed["text"], echoed["logprobs"])):
+        for token, offset in zip(found["tokens"], found["text_offset"], strict=True):
+            assert token in ("<BOS>", "<image>", "<EOC>") or text[offset:].startswith(token)
+    events = client.post("/v1/completions", {**body, "stream": True}).events[:-1]
+    pieces = [event["choices"][0]["logprobs"] for event in events]
+    assert [offset for piece in pieces if piece for offset in piece["text_offset"]] == choice["logprobs"]["text_offset"]
+
+
 def test_echo_scores_the_prompt(client: Client, nano: flamingo_export.Model) -> None:
     """As an evaluation harness asks: the context's and the answer's tokens, no new ones."""
     (wanted,) = nano.score("<image>Output:", [" a purple square"], images=[EXAMPLES / "a.png"], end=False)
