@@ -16,6 +16,7 @@ CACHE = Path(__file__).resolve().parents[1] / ".test-cache"
 """In place of the user's cache folder, for this process and those it starts: notes of bundles, fonts, TensorRT's wheels."""
 
 os.environ["XDG_CACHE_HOME"] = str(CACHE)
+os.environ["CHROME_CONFIG_HOME"] = str(CACHE)  # where Chromium, which draws pages in tests, keeps its crash reports' settings
 # Some tests import ONNX Runtime before flamingo_export, which would see to this.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
@@ -17,6 +18,9 @@ from flamingo_export.progress import SILENT, Progress
 
 _CHUNK = 1 << 22
 _CACHE_SCHEMA = 1
+_MOST = 2**20
+_MOST_OF = {"image_size": 4096, "num_layers": 4096}
+"""Far beyond any model: numbers of a configuration and limits."""
 _READ_FOLDERS = ("weights", "tokenizer", "golden")
 
 
@@ -81,16 +85,37 @@ def check_manifest(bundle: Path, manifest: Manifest) -> None:
         faults.append(f"schema_version is {manifest.schema_version}, expected at least 1")
     limits = manifest.limits
     for name, value in msgspec.structs.asdict(limits).items():
-        if value < 1:
-            faults.append(f"limits.{name} is {value}, expected at least 1")
+        if not 1 <= value <= _MOST:
+            faults.append(f"limits.{name} is {value}, expected 1 to {_MOST}")
     if limits.chunk > limits.max_length:
         faults.append(f"limits.chunk is {limits.chunk}, more than max_length {limits.max_length}")
+    layers = manifest.config.language_model.num_layers
+    faults += [
+        f"graph {graph.name} has the layers {list(graph.layers)}, expected some of the {layers}"
+        for graph in manifest.graphs
+        if graph.layers is not None and not 0 <= graph.layers[0] < graph.layers[1] <= layers
+    ]
+    faults += _beyond(msgspec.to_builtins(manifest.config), "config")
     try:
         manifest.config.validate()
     except ValueError as error:
         faults.append(str(error))
     if faults:
         raise BundleError(f"the manifest of {bundle} cannot be right: {'; '.join(faults)}. Build the bundle again.")
+
+
+def _beyond(value: object, name: str) -> Iterator[str]:
+    """Numbers of a configuration that no model has: memory would be asked for by them before anything else is noticed."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _beyond(inner, f"{name}.{key}")
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _beyond(inner, name)
+    elif isinstance(value, int):
+        most = _MOST_OF.get(name.rsplit(".", 1)[-1], _MOST)
+        if value > most:
+            yield f"{name} is {value}, expected at most {most}"
 
 
 def _unlisted(bundle: Path, listed: set[str]) -> list[str]:

@@ -41,6 +41,10 @@ EncodedSource = str | os.PathLike[str] | bytes | bytearray | memoryview | Readab
 """A path, the bytes of a file, or a file object."""
 
 
+UNNAMED = "the image given"
+"""What messages call an image that has no name: bytes, an object in memory, a request's."""
+
+
 def is_encoded(source: object) -> TypeGuard[EncodedSource]:
     """Whether `source` is of a kind that open_source takes."""
     return isinstance(source, str | os.PathLike | bytes | bytearray | memoryview) or hasattr(source, "read")
@@ -53,7 +57,7 @@ def name_of(source: EncodedSource) -> str:
     name = getattr(source, "name", None)
     if name == "<stdin>":
         return "standard input"
-    return name if isinstance(name, str) and name else "the image given"
+    return name if isinstance(name, str) and name else UNNAMED
 
 
 def as_url(source: str | os.PathLike[str]) -> str | None:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from flamingo_export.errors import ImageError
 from flamingo_export.runtime.animations import open_animation
-from flamingo_export.runtime.image_files import FORMATS, EncodedSource, is_encoded, name_of, open_source, translated
+from flamingo_export.runtime.image_files import FORMATS, UNNAMED, EncodedSource, is_encoded, name_of, open_source, translated
 from flamingo_export.runtime.pixels import MAX_PIXELS, Pixels, check_size, to_rgb
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.input_format import ImageFit
@@ -36,7 +36,7 @@ def load_image(source: ImageSource) -> Pixels:
     if isinstance(source, np.ndarray):
         return _from_array(source)
     if isinstance(source, Image.Image):
-        name = "the image given"
+        name = UNNAMED
         with translated(name):
             frames = getattr(source, "n_frames", 1) - bool(getattr(source, "default_image", False))
             if source.format != "MPO":
@@ -56,7 +56,8 @@ def load_image(source: ImageSource) -> Pixels:
 
 def _refuse_animation(frames: int, name: str) -> None:
     if frames > 1:
-        raise ImageError(f"{name} has {frames} frames. Pass it as a video: --video {name} (or save the one frame you mean).")
+        way = "Pass it as a video" if name == UNNAMED else f"Pass it as a video: --video {name}"
+        raise ImageError(f"{name} has {frames} frames. {way} (or save the one frame you mean).")
 
 
 def preprocess(pixels: Pixels, config: ModelConfig, fit: ImageFit = "pad") -> npt.NDArray[np.float32]:

@@ -19,7 +19,7 @@ import traceback
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from flamingo_export.errors import FlamingoExportError
@@ -70,6 +70,24 @@ def fuzz(
 
     answers, refusals: whether some of the cases must end so; where none does, mutations are too strong or too weak to find anything.
     """
+    with memory_limited():
+        _fuzz(name, count, case, answers, refusals)
+
+
+@contextlib.contextmanager
+def memory_limited() -> Iterator[None]:
+    """Makes a case that asks for all memory an error of Python's, not the end of the process or of its neighbours."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    with open("/proc/self/statm") as file:
+        now = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + 4 * CASE_BYTES, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _fuzz(name: str, count: int, case: Callable[[random.Random], object], answers: bool, refusals: bool) -> None:
     ended = {"answer": 0, "refusal": 0, "error that says nothing": 0}
     finds: dict[str, str] = {}
     for number in range(rounds(count)):

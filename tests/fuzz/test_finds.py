@@ -8,7 +8,6 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import models, normalizers
@@ -74,12 +73,32 @@ def test_a_graph_whose_error_is_no_text(bundle: Path, tmp_path: Path, with_file:
         flamingo_export.load(altered(bundle, tmp_path / "b", with_file, name, content))
 
 
-def test_a_bank_that_no_memory_holds(bundle: Path, tmp_path: Path, with_file: Copy) -> None:
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("limits", "bank_rows"), 2**31 - 1, "limits.bank_rows is 2147483647, expected 1 to"),
+        (("limits", "max_length"), 2**53, "limits.max_length is 9007199254740992, expected 1 to"),
+        (("config", "vision", "image_size"), 2**31, "config.vision.image_size is 2147483648, expected at most 4096"),
+        (("config", "vision", "feature_width"), 10**9, "config.vision.feature_width is 1000000000, expected at most"),
+        (("graphs", 0, "layers"), [0, 10**9], r"has the layers \[0, 1000000000\], expected some of the 3"),
+    ],
+)
+def test_numbers_that_would_take_all_memory(
+    bundle: Path, tmp_path: Path, with_file: Copy, place: tuple[Any, ...], value: Any, message: str
+) -> None:
     raw = json.loads((bundle / MANIFEST_NAME).read_bytes())
-    raw["limits"]["bank_rows"] = 2**31 - 1
+    holder = raw
+    for key in place[:-1]:
+        holder = holder[key]
+    holder[place[-1]] = value
     changed = with_file(bundle, tmp_path / "b", MANIFEST_NAME, json.dumps(raw).encode())
-    with pytest.raises(BackendError, match="does not fit in memory"), flamingo_export.load(changed) as model:
-        model.generate("<image>Output:", images=[np.zeros((4, 4, 3), np.uint8)], max_new_tokens=1)
+    with pytest.raises(BundleError, match=message):
+        flamingo_export.load(changed)
+
+
+def test_a_buffer_that_no_memory_holds(bundle: Path) -> None:
+    with flamingo_export.load(bundle) as model, pytest.raises(BackendError, match="does not fit in memory"):
+        model.engines.decoder.allocate(model.engines.decoder.spec.inputs[0].name, (2**45,))
 
 
 def test_inspect_of_a_model_that_cannot_be(

@@ -123,6 +123,8 @@ def test_animated_files_are_refused_with_the_way_out(tmp_path: Path) -> None:
         path = save(tmp_path / name, frames[0], save_all=True, append_images=frames[1:])
         with pytest.raises(ImageError, match=r"clip\.\w+ has 3 frames. Pass it as a video: --video"):
             load_image(path)
+        with pytest.raises(ImageError, match=r"the image given has 3 frames. Pass it as a video \(or save"):
+            load_image(path.read_bytes())
     still = save(tmp_path / "still.gif", frames[1])
     assert (load_image(still) == 100).all()
 
