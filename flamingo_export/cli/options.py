@@ -283,13 +283,13 @@ def chosen_samples(data: str | None, source: WeightSource, tokenizer: Tokenizer 
 def opened(bundle: Path, backend: str, device: str, threads: int, fallback: str | None = None) -> Iterator[Model]:
     """The bundle's model, with a spinner while it loads."""
     from flamingo_export import api
-    from flamingo_export.cli.output import log_to_stderr, waiting
+    from flamingo_export.cli.output import logged_to_stderr, waiting
 
-    log_to_stderr()
-    with waiting(f"loading {bundle}"):
-        model = api.load(bundle, backend=backend, device=device, threads=threads, fallback=fallback)
-    with model:
-        yield model
+    with logged_to_stderr():
+        with waiting(f"loading {bundle}"):
+            model = api.load(bundle, backend=backend, device=device, threads=threads, fallback=fallback)
+        with model:
+            yield model
 
 
 def formatted(

@@ -33,16 +33,20 @@ def remarks() -> Console:
     return Console(file=sys.stderr, highlight=False, soft_wrap=True)
 
 
-def log_to_stderr() -> None:
-    """From now on warnings of this package (another backend than asked for, steps that are not captured) are lines on stderr."""
+@contextmanager
+def logged_to_stderr() -> Iterator[None]:
+    """Warnings of this package (another backend than asked for, steps that are not captured) are lines on stderr for the length of a `with`
+    block. Nothing is left behind: the command may be called from a program that has its own way with logs."""
     import logging
 
     log = logging.getLogger("flamingo_export")
-    for handler in list(log.handlers):
-        log.removeHandler(handler)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("flamingo-export: %(message)s"))
     log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
@@ -224,3 +225,9 @@ def test_what_only_applies_to_quantised_builds(cli, tmp_path, option):
     outcome = cli("build", "--size", "nano", "--parity", "skip", "--out", tmp_path / "x.bundle", *option)
     assert outcome.code == 1
     assert f"{option[0]} only applies to quantised builds" in outcome.err
+
+
+def test_a_call_from_python_leaves_no_log_handler(cli, bundle, pictures):
+    before = list(logging.getLogger("flamingo_export").handlers)
+    assert cli("generate", bundle, "--image", pictures / "a.png", "--max-new-tokens", "1").code == 0
+    assert logging.getLogger("flamingo_export").handlers == before
