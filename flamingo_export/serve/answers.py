@@ -11,6 +11,7 @@ from typing import Any, Literal
 import msgspec
 
 from flamingo_export.runtime.model import Generation, Text
+from flamingo_export.runtime.steering import HoldBack, cut_at
 from flamingo_export.runtime.ticket import Tokens
 from flamingo_export.runtime.tokenizer import TextStream, Tokenizer
 
@@ -38,6 +39,7 @@ class Form:
     """How a request wants to be answered.
 
     logprobs: whether log-probabilities are wanted.
+    stops: texts before which an answer ends.
     trimmed: whether blanks around the text are left out, as a chat's are.
     """
 
@@ -45,6 +47,7 @@ class Form:
     model: str
     tokenizer: Tokenizer
     logprobs: bool = False
+    stops: tuple[str, ...] = ()
     id: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -68,34 +71,50 @@ class Form:
 
     def text(self, token_ids: Sequence[int]) -> str:
         """Generated text."""
-        text = self.tokenizer.decode(token_ids)
+        text = cut_at(self.tokenizer.decode(token_ids), self.stops)
         return text.strip() if self.trimmed else text
 
     def length(self, token_ids: Sequence[int]) -> int:
         """Characters that tokens add to the text; special ones add none."""
         return sum(len(self.tokenizer.token_text(token)) for token in token_ids if self.tokenizer.decode([token]))
 
-    def logprobs_of(self, token_ids: Sequence[int], logprobs: Sequence[float], offset: int = 0) -> dict[str, Any] | None:
-        """Log-probabilities in the form of the route. offset: characters before the first of these tokens."""
+    def logprobs_of(
+        self,
+        token_ids: Sequence[int],
+        logprobs: Sequence[float],
+        top: Sequence[Sequence[tuple[int, float]]] = (),
+        offset: int = 0,
+    ) -> dict[str, Any] | None:
+        """Log-probabilities in the form of the route.
+
+        top: the likeliest tokens at each place, where they were asked for.
+        offset: characters before the first of these tokens.
+        """
         if not self.logprobs:
             return None
         texts = [self.tokenizer.token_text(token) for token in token_ids]
         if self.kind == "chat":
+            places = top or [()] * len(texts)
             content = [
-                {"token": text, "logprob": value, "bytes": list(text.encode()), "top_logprobs": []}
-                for text, value in zip(texts, logprobs, strict=True)
+                {**self._token(text, value), "top_logprobs": [self._token(self.tokenizer.token_text(t), v) for t, v in place]}
+                for text, value, place in zip(texts, logprobs, places, strict=True)
             ]
             return {"content": content, "refusal": None}
         offsets = []
         for token in token_ids:
             offsets.append(offset)
             offset += self.length([token])
-        return {"tokens": texts, "token_logprobs": list(logprobs), "top_logprobs": None, "text_offset": offsets}
+        likeliest = [{self.tokenizer.token_text(t): v for t, v in place} for place in top] or None
+        return {"tokens": texts, "token_logprobs": list(logprobs), "top_logprobs": likeliest, "text_offset": offsets}
+
+    @staticmethod
+    def _token(text: str, logprob: float) -> dict[str, Any]:
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
     def choice(self, index: int, found: Text) -> dict[str, Any]:
         """A finished text."""
         reason = "stop" if found.finished else "length"
-        logprobs = self.logprobs_of(found.token_ids, found.token_logprobs)
+        logprobs = self.logprobs_of(found.token_ids, found.token_logprobs, found.top_logprobs)
         text = self.text(found.token_ids)
         if self.kind == "chat":
             message = {"role": "assistant", "content": text, "refusal": None}
@@ -127,6 +146,7 @@ class Pieces:
     def __init__(self, form: Form, index: int) -> None:
         self._form, self._index = form, index
         self._text = TextStream(form.tokenizer, strip=form.trimmed)
+        self._hold = HoldBack(form.stops)
         self._given: list[int] = []
         self._offset = 0
 
@@ -138,7 +158,8 @@ class Pieces:
 
     def push(self, tokens: Tokens) -> list[dict[str, Any]]:
         """Chunks of further tokens."""
-        return self._chunks(tokens.token_ids, tokens.token_logprobs, self._text.push(tokens.token_ids))
+        text = self._hold.push(self._text.push(tokens.token_ids))
+        return self._chunks(tokens.token_ids, tokens.token_logprobs, tokens.top, text)
 
     @property
     def given(self) -> int:
@@ -151,13 +172,16 @@ class Pieces:
 
     def finish(self, found: Text) -> list[dict[str, Any]]:
         """Chunks of what was left, and the end."""
-        rest, values = found.token_ids[self.given :], found.token_logprobs[self.given :]
-        text = self._text.push(rest) + self._text.finish()
-        return [*self._chunks(rest, values, text), self._form.last(self._index, found)]
+        given = self.given
+        rest, values, top = found.token_ids[given:], found.token_logprobs[given:], found.top_logprobs[given:]
+        text = self._hold.push(self._text.push(rest) + self._text.finish()) + self._hold.finish()
+        return [*self._chunks(rest, values, top, text), self._form.last(self._index, found)]
 
-    def _chunks(self, token_ids: Sequence[int], logprobs: Sequence[float], text: str) -> list[dict[str, Any]]:
+    def _chunks(
+        self, token_ids: Sequence[int], logprobs: Sequence[float], top: Sequence[Sequence[tuple[int, float]]], text: str
+    ) -> list[dict[str, Any]]:
         self._given += token_ids
-        values = self._form.logprobs_of(token_ids, logprobs, self._offset) if token_ids else None
+        values = self._form.logprobs_of(token_ids, logprobs, top, self._offset) if token_ids else None
         if values:
             self._offset += self._form.length(token_ids)
         return [self._form.piece(self._index, text, values)] if text or values else []

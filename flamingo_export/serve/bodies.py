@@ -91,7 +91,7 @@ class ResponseFormat(msgspec.Struct, frozen=True):
 
 
 class Sampled(msgspec.Struct, frozen=True, kw_only=True):
-    """What every request that generates may hold. Fields of ours beside OpenAI's: beams, length_penalty, top_k, timeout."""
+    """What every request that generates may hold. Fields of ours beside OpenAI's: `generate`'s names, and timeout."""
 
     model: str
     stream: bool = False
@@ -105,6 +105,12 @@ class Sampled(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens: int | None = None
     beams: int | None = None
     length_penalty: float | None = None
+    early_stopping: bool | None = None
+    min_p: float | None = None
+    min_tokens: int | None = None
+    repetition_penalty: float | None = None
+    no_repeat_ngram: int | None = None
+    logit_bias: dict[str, float] | None = None
     timeout: float | None = None
     # Known, and without effect on the answer.
     user: str | None = None
@@ -150,7 +156,6 @@ class Scored(msgspec.Struct, frozen=True, kw_only=True):
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
-    "logit_bias": ({},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),

@@ -280,9 +280,10 @@ def _chat(model: Model, line: Batched, tickets: set[Ticket[Any]]) -> dict[str, A
         data = decode_data_url(medium.url, most=_MAX_MEDIUM)
         media.append(Video(source=data, num_frames=medium.frames) if medium.video else data)
     request = Request(prompt=prompt.text, media=media, quoted=prompt.quoted, forms=model.inputs.prompts)
-    options = options_of(body, body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens)
+    most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    options = options_of(body, most, body.top_logprobs)
     found = _generated(model, request, options, tickets, None if seconds == math.inf else now() + seconds)
-    form = Form(kind="chat", model=body.model, tokenizer=model.tokenizer, logprobs=bool(body.logprobs))
+    form = Form(kind="chat", model=body.model, tokenizer=model.tokenizer, logprobs=bool(body.logprobs), stops=options.stops)
     texts = (found, *found.alternatives)
     count = usage(found.timings.prompt_tokens, found.timings.reused_tokens, sum(len(text.token_ids) for text in texts))
     return form.whole([form.choice(index, text) for index, text in enumerate(texts)], count, extras(found, len(media)))

@@ -15,8 +15,8 @@ def check_offered(body: Chat) -> None:
     """Raises ApiError for what a chat asks for and no model here can give."""
     if body.response_format is not None and body.response_format.type != "text":
         raise ApiError(400, "response_format other than text is not offered.", param="response_format", code="unsupported")
-    if body.top_logprobs:
-        raise ApiError(400, "top_logprobs is not offered.", param="top_logprobs", code="unsupported")
+    if body.top_logprobs and not body.logprobs:
+        raise ApiError(400, "top_logprobs goes with logprobs", param="top_logprobs")
 
 
 def seconds_of(timeout: float | None, default: float) -> float:
@@ -26,7 +26,7 @@ def seconds_of(timeout: float | None, default: float) -> float:
     return default if timeout is None else timeout
 
 
-def options_of(body: Sampled, max_tokens: int | None) -> GenerateOptions:
+def options_of(body: Sampled, max_tokens: int | None, top_logprobs: int | None = None) -> GenerateOptions:
     """The search that a body asks for.
 
     Greedy unless beams, or something that draws, are asked for: temperature above 0, top_p below 1, top_k, or several texts. A seed where
@@ -34,16 +34,30 @@ def options_of(body: Sampled, max_tokens: int | None) -> GenerateOptions:
     """
     if body.n is not None and not 1 <= body.n <= MAX_CHOICES:
         raise ApiError(400, f"n is {body.n}, expected 1 to {MAX_CHOICES}", param="n")
-    if body.stop:
-        raise ApiError(400, "stop is not offered.", param="stop", code="unsupported")
     n = body.n or 1
     top_p = None if body.top_p == 1 else body.top_p
-    settings: dict[str, Any] = {"num_return": n, "max_new_tokens": max_tokens}
+    settings: dict[str, Any] = {"num_return": n, "max_new_tokens": max_tokens, "top_logprobs": top_logprobs or 0}
+    wanted = {
+        "stop": body.stop,
+        "logit_bias": _bias(body.logit_bias) if body.logit_bias else None,
+        "min_new_tokens": body.min_tokens,
+        "repetition_penalty": body.repetition_penalty,
+        "no_repeat_ngram": body.no_repeat_ngram,
+        "min_p": body.min_p,
+        "early_stopping": body.early_stopping,
+    }
+    settings |= {name: value for name, value in wanted.items() if value is not None}
     if body.beams is not None:
-        if body.temperature or top_p is not None or body.top_k is not None:
+        if body.temperature or top_p is not None or body.top_k is not None or body.min_p is not None:
             raise ApiError(400, "beams and sampling exclude each other", param="beams")
         settings |= {"beams": body.beams, "length_penalty": body.length_penalty or 0.0}
-    elif body.temperature or top_p is not None or body.top_k is not None or (n > 1 and body.temperature is None):
+    elif (
+        body.temperature
+        or top_p is not None
+        or body.top_k is not None
+        or body.min_p is not None
+        or (n > 1 and body.temperature is None)
+    ):
         temperature = 1.0 if body.temperature is None else body.temperature
         settings |= {"temperature": temperature, "top_p": top_p, "top_k": body.top_k, "seed": body.seed}
     elif n > 1:
@@ -53,3 +67,11 @@ def options_of(body: Sampled, max_tokens: int | None) -> GenerateOptions:
     options = GenerateOptions(**settings)
     options.check_values()
     return options
+
+
+def _bias(given: dict[str, float]) -> dict[int, float]:
+    """OpenAI writes token ids as texts, and -100 for a token that shall never come."""
+    try:
+        return {int(token): value for token, value in given.items()}
+    except ValueError:
+        raise ApiError(400, "logit_bias names tokens by their ids", param="logit_bias") from None

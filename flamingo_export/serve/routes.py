@@ -65,8 +65,11 @@ async def chat(call: Call, body: Chat) -> Any:
     prompt = chat_prompt(body.messages, body.shots, call.model.inputs)
     _check_media(call, prompt.media)
     most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    form = Form(kind="chat", model=call.served.name, tokenizer=_tokenizer(call.model), logprobs=bool(body.logprobs))
-    return await _generate(call, body, [prompt], options_of(body, most), form)
+    options = options_of(body, most, body.top_logprobs)
+    form = Form(
+        kind="chat", model=call.served.name, tokenizer=_tokenizer(call.model), logprobs=bool(body.logprobs), stops=options.stops
+    )
+    return await _generate(call, body, [prompt], options, form)
 
 
 async def completions(call: Call, body: Completion) -> Any:
@@ -86,7 +89,9 @@ async def completions(call: Call, body: Completion) -> Any:
     if body.echo:
         return await _echoed(call, body, [(prompt, media) for prompt in prompts], form)
     asked = [Asked(prompt=prompt, media=media) for prompt in prompts]
-    return await _generate(call, body, asked, options_of(body, body.max_tokens), form)
+    options = options_of(body, body.max_tokens, body.logprobs)
+    form.stops = options.stops
+    return await _generate(call, body, asked, options, form)
 
 
 async def score(call: Call, body: Scored) -> Any:

@@ -125,7 +125,7 @@ def body(**fields: Any) -> bytes:
 
 
 def test_neutral_values_of_fields_that_are_not_offered_pass() -> None:
-    parsed = parse(body(presence_penalty=0, tools=[], tool_choice="auto", store=False, metadata=None, logit_bias={}), Chat)
+    parsed = parse(body(presence_penalty=0, tools=[], tool_choice="auto", store=False, metadata=None), Chat)
     assert parsed.model == "m"
 
 

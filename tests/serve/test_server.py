@@ -97,6 +97,42 @@ def test_several_texts_stream_as_they_come_whole(client: Client, settings: dict[
         assert texts == [choice["message"]["content"] for choice in whole["choices"]]
 
 
+@pytest.mark.parametrize("settings", [{}, {"beams": 3}])
+def test_stop_texts(client: Client, nano: flamingo_export.Model, settings: dict[str, int]) -> None:
+    wanted = nano.generate("<image>Output:", images=[EXAMPLES / "a.png"], beams=settings.get("beams", 1), stop=["triang"])
+    whole = client.chat(messages=user(image_part()), stop="triang", **settings).json["choices"][0]
+    assert whole["message"]["content"] == wanted.text == "two green"
+    assert whole["finish_reason"] == "stop"
+    events = client.chat(messages=user(image_part()), stop=["triang"], stream=True, **settings).events[:-1]
+    assert "".join(event["choices"][0]["delta"].get("content") or "" for event in events) == wanted.text
+
+
+def test_the_likeliest_tokens_at_each_place(client: Client, nano: flamingo_export.Model) -> None:
+    wanted = nano.generate("<image>Output:", images=[EXAMPLES / "a.png"], beams=1, top_logprobs=3)
+    body = {"messages": user(image_part()), "logprobs": True, "top_logprobs": 3}
+    whole = client.chat(**body).json["choices"][0]["logprobs"]["content"]
+    found = [[other["logprob"] for other in token["top_logprobs"]] for token in whole]
+    for values, place in zip(found, wanted.top_logprobs, strict=True):
+        assert values == pytest.approx([value for _, value in place], abs=1e-4)
+    events = client.chat(**body, stream=True).events[:-1]
+    streamed = [token for event in events for token in (event["choices"][0]["logprobs"] or {"content": []})["content"]]
+    assert [token["top_logprobs"] for token in streamed] == [token["top_logprobs"] for token in whole]
+    raw = {"model": "nano", "prompt": "<image>Output:", "images": [data_url(EXAMPLES / "a.png")], "logprobs": 2}
+    places = client.post("/v1/completions", raw).json["choices"][0]["logprobs"]["top_logprobs"]
+    assert [max(place.values()) for place in places] == pytest.approx([place[0][1] for place in wanted.top_logprobs], abs=1e-4)
+    assert client.chat(messages=user(image_part()), top_logprobs=2).status == 400
+
+
+def test_search_options_reach_the_search(client: Client, nano: flamingo_export.Model) -> None:
+    token = nano.generate("<image>Output:", images=[EXAMPLES / "a.png"], beams=1).token_ids[0]
+    settings = {"min_tokens": 8, "repetition_penalty": 1.3, "no_repeat_ngram": 2}
+    own = {"min_new_tokens": 8, "repetition_penalty": 1.3, "no_repeat_ngram": 2}
+    wanted = nano.generate("<image>Output:", images=[EXAMPLES / "a.png"], beams=1, logit_bias={token: -100.0}, **own)  # type: ignore[arg-type]
+    found = client.chat(messages=user(image_part()), logit_bias={str(token): -100}, **settings).json["choices"][0]
+    assert found["message"]["content"] == wanted.text
+    assert client.chat(messages=user(image_part()), logit_bias={"red": 1}).status == 400
+
+
 def test_a_seed_gives_the_same_draws(client: Client) -> None:
     def draw(seed: int) -> list[str]:
         found = client.chat(messages=user(image_part()), temperature=1.5, n=4, seed=seed).json
