@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar, Unpack, overload
+from typing import Any, TypeVar, Unpack, overload
 
 import numpy as np
 
@@ -186,12 +186,20 @@ class Model:
     ) -> Generation | list[Generation]:
         """As `generate`, without holding up the event loop. Cancelling the task gives its requests up and frees their rows."""
         options, requests, many = self._asked(prompt, images, videos, batch_size, settings)
-        tickets = await asyncio.to_thread(self._submit, requests, options, batch_size, caller, timeout, wake=True)
+        tickets: list[Ticket[Outcome]] = []
+        gone = False
+
+        def submit() -> None:
+            tickets.extend(self._submit(requests, options, batch_size, caller, timeout, wake=True))
+            if gone:  # the task was cancelled meanwhile, which does not stop this thread
+                _cancel(tickets)
+
         try:
+            await asyncio.to_thread(submit)
             found = [self.generation(await ticket, options, ticket.timings) for ticket in tickets]
         except BaseException:
-            for ticket in tickets:
-                ticket.cancel()
+            gone = True
+            _cancel(tickets)
             raise
         return found if many else found[0]
 
@@ -378,8 +386,7 @@ class Model:
                 )
                 tickets.append(ticket)
         except BaseException:
-            for ticket in tickets:
-                ticket.cancel()
+            _cancel(tickets)
             raise
         return tickets
 
@@ -501,6 +508,11 @@ class Stream(Iterator[str]):
     def __del__(self) -> None:
         if getattr(self, "_open", False):
             self.close()
+
+
+def _cancel(tickets: Sequence[Ticket[Any]]) -> None:
+    for ticket in tickets:
+        ticket.cancel()
 
 
 def _deadline(timeout: float | None) -> float | None:

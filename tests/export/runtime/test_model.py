@@ -7,10 +7,12 @@ import io
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -285,6 +287,40 @@ def test_asyncio(text_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     asyncio.run(given_up())
     assert rows_in_use(text_model) == 0
     assert text_model.engine.stats().cancelled == cancelled + 1
+
+
+def test_a_task_that_is_cancelled_while_images_are_decoded(text_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its thread cannot be stopped; what it hands in afterwards takes no row."""
+    slow_steps(text_model, monkeypatch)
+    entered, leave = threading.Event(), threading.Event()
+    prepare, submit = text_model.prepare, text_model.engine.submit
+    tickets: list[Any] = []
+
+    def waiting(*args: Any) -> Any:
+        entered.set()
+        assert leave.wait(30)
+        return prepare(*args)
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        tickets.append(submit(*args, **kwargs))
+        return tickets[-1]
+
+    monkeypatch.setattr(text_model, "prepare", waiting)
+    monkeypatch.setattr(text_model.engine, "submit", noted)
+
+    async def given_up() -> None:
+        task = asyncio.create_task(text_model.agenerate(["Hello", "Goodbye"], beams=1, max_new_tokens=60))
+        assert await asyncio.to_thread(entered.wait, 30)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        leave.set()
+
+    asyncio.run(given_up())  # which waits for the thread
+    assert len(tickets) == 2
+    for ticket in tickets:
+        with pytest.raises(CancelledError):
+            ticket.result(30)
 
 
 def test_events_of_a_ticket(text_model: Model) -> None:
