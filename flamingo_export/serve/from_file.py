@@ -27,7 +27,7 @@ from typing import IO, Any
 import msgspec
 
 from flamingo_export.errors import FlamingoExportError, InputError
-from flamingo_export.files import write_atomically
+from flamingo_export.files import exclusive, write_atomically
 from flamingo_export.progress import SILENT, Progress
 from flamingo_export.runtime.media import MediumSource
 from flamingo_export.runtime.model import Generation, Model, Text
@@ -112,18 +112,27 @@ def run_file(model: Model, requests: Path, out: Path, settings: Settings, *, pro
 
     settings: of lines that do not say otherwise.
     Raises InputError if the file cannot be read or an id stands in it twice, or if `out` holds results of other requests, another bundle or
-    other settings. A line that fails is a result with its error.
+    other settings, or another process writes it. A line that fails is a result with its error.
     """
     asked = list(_read(requests))
     GenerateOptions(**settings).check_values()
     identity = _identity(model, requests, settings)
-    done = _resumed(out, identity)
-    left = [each for each in asked if each.key not in done]
-    tally = Tally(before=len(asked) - len(left), failed=sum(done.values()))
-    progress.stage("requests", len(asked))
-    progress.advance(tally.before)
-    with out.open("ab") as file, ThreadPoolExecutor(model.engine.rows + _AHEAD) as pool:
-        _run(model, requests.parent, left, settings, file, pool, tally, progress)
+    if out.is_dir():
+        raise InputError(f"{out} is a folder, expected a file for the results")
+    with exclusive(
+        out.with_name(out.name + ".lock"),
+        busy=lambda holder: InputError(
+            f"another command (process {holder}) is writing {out}. Wait for it, or name another --out."
+        ),
+        unwritable=lambda error: InputError(f"{out} cannot be written: {error.strerror}"),
+    ):
+        done = _resumed(out, identity)
+        left = [each for each in asked if each.key not in done]
+        tally = Tally(before=len(asked) - len(left), failed=sum(done.values()))
+        progress.stage("requests", len(asked))
+        progress.advance(tally.before)
+        with out.open("ab") as file, ThreadPoolExecutor(model.engine.rows + _AHEAD) as pool:
+            _run(model, requests.parent, left, settings, file, pool, tally, progress)
     return tally
 
 

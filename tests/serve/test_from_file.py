@@ -195,6 +195,27 @@ def test_results_of_another_run_are_refused(nano: flamingo_export.Model, place: 
     assert out.read_bytes() == before
 
 
+def test_two_runs_do_not_write_one_file(nano: flamingo_export.Model, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second would answer every line again, and cut off what the first is writing."""
+    file, out = write(place / "in.jsonl", [{"id": "a", "images": ["a.png"]}]), place / "out.jsonl"
+    submit, said = nano.engine.submit, []
+
+    def meanwhile(*args: Any, **kwargs: Any) -> Any:
+        monkeypatch.setattr(nano.engine, "submit", submit)
+        with pytest.raises(InputError, match=r"another command \(process \d+\) is writing") as refused:
+            run_file(nano, file, out, {})
+        said.append(refused)
+        return submit(*args, **kwargs)
+
+    monkeypatch.setattr(nano.engine, "submit", meanwhile)
+    assert run_file(nano, file, out, {}).done == 1
+    assert len(said) == 1
+    assert list(read(out)) == ["a"]
+    assert not (place / "out.jsonl.lock").exists()
+    with pytest.raises(InputError, match="is a folder"):
+        run_file(nano, file, place, {})
+
+
 @pytest.mark.parametrize(
     ("lines", "said"), [([], "has no requests"), ([{"id": "a"}, {"id": "a"}], "line 2: the id 'a' stands in line 1")]
 )
