@@ -73,7 +73,7 @@ def serve(
     try:
         import uvicorn  # noqa: F401
 
-        from flamingo_export.serve.app import Server
+        from flamingo_export.serve.app import Server, fetcher_of
         from flamingo_export.serve.models import Models, named
         from flamingo_export.serve.process import bound, set_up_logs
         from flamingo_export.serve.process import serve as run
@@ -104,13 +104,13 @@ def serve(
             choice.bundle, backend=backend, device=device, threads=threads, fallback=fallback, rows=rows, queue=max_queue
         )
 
-    sockets = bound(host, port)
+    fetcher, sockets = fetcher_of(settings), bound(host, port)
     models = Models(choices, load)
     for served in models:
         remarks().print(f"{served.name}: {served.model.backend.name}, {served.model.engine.rows} rows")
     remarks().print(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
     set_up_logs()
-    code = run(Server(models, settings), sockets)
+    code = run(Server(models, settings, fetcher=fetcher), sockets)
     if code:
         raise typer.Exit(code)
 

@@ -37,6 +37,11 @@ _CLOSED_REQUEST = 499
 _log = logging.getLogger("flamingo_export.serve")
 
 
+def fetcher_of(settings: ServeSettings) -> MediaFetcher:
+    """What fetches media. Raises InputError for origins that are none."""
+    return MediaFetcher(settings.allow_media_from, most=settings.media_bytes, seconds=settings.media_seconds)
+
+
 class Server:
     """What the requests of a process share."""
 
@@ -44,9 +49,7 @@ class Server:
         """fetcher: of media; one by the settings, unless a test brings its own."""
         self.models, self.settings = models, settings
         self.access = Access(settings.keys, settings.max_per_caller)
-        self.fetcher = fetcher or MediaFetcher(
-            settings.allow_media_from, most=settings.media_bytes, seconds=settings.media_seconds
-        )
+        self.fetcher = fetcher or fetcher_of(settings)
         self.metrics = Metrics(models)
         self.draining = False
         self.active = 0

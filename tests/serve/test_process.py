@@ -56,6 +56,13 @@ def test_an_address_that_cannot_be_listened_on(nano_bundle: Path, capfd: pytest.
     assert "onnxruntime" not in said
 
 
+def test_origins_are_checked_before_a_bundle_is_opened(nano_bundle: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", str(nano_bundle), "--port", str(free_port()), "--allow-media-from", "nonsense"]) == 1
+    said = " ".join(capfd.readouterr().err.split())
+    assert "'nonsense' is not an origin" in said
+    assert "onnxruntime" not in said
+
+
 @pytest.fixture
 def process(nano_bundle: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """A server of a copy of nano, ready."""
