@@ -207,7 +207,7 @@ def test_a_full_disk_says_what_is_kept(make, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(run, "put", full)
+        patched.setattr(run, "append", full)
         with pytest.raises(CalibrationError, match=r"No space left on device.*run the same command"):
             make()
     make()

@@ -244,7 +244,7 @@ def test_quantised_matrices_do_not_depend_on_the_order_of_tiles() -> None:
 
 @pytest.mark.parametrize("given", [{"calibration": Path("calibration.json")}, {"uncalibrated": True}])
 def test_ranges_without_a_policy_are_refused(given: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(BuildError, match="of use to a quantised build alone: add --fp8"):
+    with pytest.raises(BuildError, match="only applies to quantised builds; add --fp8"):
         pipeline.build(BuildRequest(source=source_for_size("nano"), out=tmp_path / "b.bundle", **given))
     assert not list(tmp_path.iterdir())
 

@@ -45,7 +45,12 @@ def profiles(spec: SubgraphSpec, limits: ShapeLimits) -> tuple[Profile, ...]:
         uses = {
             # K begins at 1: TensorRT for RTX 1.7 compiles a profile from 0 on, but that it runs an empty product was never seen.
             "prefill": {"B": batch, "S": Bounds(1, chunk, chunk), "M": Bounds(1, 1, media), "K": Bounds(1, 1, chunk)},
-            **{f"{DECODE}.{rows}": {"B": Bounds(1, rows, rows), **steps} for rows in reversed(decode_batches(limits.batch))},
+            # At least two rows: TensorRT for RTX 1.7 does not compile some attentions (grouped heads, a part of a head turned) in a profile
+            # in which the batch can only be one, beside others in which it varies.
+            **{
+                f"{DECODE}.{rows}": {"B": Bounds(1, rows, min(limits.batch, max(rows, 2))), **steps}
+                for rows in reversed(decode_batches(limits.batch))
+            },
         }
         uses = {name: {"N": bank, **bounds} for name, bounds in uses.items()}
     elif spec.name == "resampler":
