@@ -30,4 +30,5 @@ def test_nano_passes_but_for_layers_which_have_no_engines(bounds, parts, monkeyp
     text = msgspec.json.encode(report).decode()
     assert "layer by layer" in text
     assert "none of single layers" in text
-    assert gpu.cuda.calls["launch"] > 50  # token traces ran as captured steps
+    # Token traces ran as captured steps: a trace's steps are captured the third time that they come, and launched from then on.
+    assert gpu.cuda.calls["launch"] > 20
