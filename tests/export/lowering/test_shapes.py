@@ -15,7 +15,7 @@ LIMITS = ShapeLimits(max_length=300, chunk=64, bank_rows=16, batch=4, beams=6, f
 def test_the_decoder_is_tuned_for_prefill_and_decoding(tiny_config):
     prefill, decode, alone = profiles(subgraph_specs(tiny_config)["decoder"], LIMITS)
     assert (prefill.name, decode.name, alone.name) == ("prefill", "decode.4", "decode.1")
-    assert (prefill.bounds["B"], decode.bounds["B"], alone.bounds["B"]) == (Bounds(1, 1, 4), Bounds(1, 4, 4), Bounds(1, 1, 1))
+    assert (prefill.bounds["B"], decode.bounds["B"], alone.bounds["B"]) == (Bounds(1, 1, 4), Bounds(1, 4, 4), Bounds(1, 1, 2))
     assert prefill.bounds["S"] == Bounds(1, 64, 64)
     assert prefill.bounds["M"] == Bounds(1, 1, 12)
     assert decode.bounds["S"] == Bounds(1, 3, 6)
@@ -33,7 +33,8 @@ def test_steps_are_tuned_for_one_row_a_few_and_the_most(tiny_config, batch, rows
     limits = ShapeLimits(max_length=300, chunk=64, batch=batch)
     decoding = profiles(subgraph_specs(tiny_config)["decoder"], limits)[1:]
     assert [profile.bounds["B"].usual for profile in decoding] == rows
-    assert all(profile.bounds["B"].most == profile.bounds["B"].usual for profile in decoding)
+    # Two at least, where there are two: some attentions do not compile for a batch that can only be one beside others that vary.
+    assert [profile.bounds["B"].most for profile in decoding] == [max(usual, min(batch, 2)) for usual in rows]
 
 
 def test_a_part_has_the_symbols_it_uses(tiny_config):
