@@ -180,7 +180,6 @@ class Schedule:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.parametrize("part", range(PARTS))
 def test_random_schedules(part: int, config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flamingo_export.runtime.cache.BUCKET", 4)
