@@ -24,11 +24,12 @@ def test_nano_passes_but_for_layers_which_have_no_engines(bounds, parts, monkeyp
     limits = ShapeLimits(max_length=512, **bounds)
     flamingo_export.build(source_for_size("nano"), out=tmp_path / "nano.bundle", limits=limits, parts=parts, parity="skip")
     gpu = install(monkeypatch, tmp_path)
+    # A trace has few steps alike: captured the first time, as many as can be are launched.
+    monkeypatch.setattr("flamingo_export.backends.tensorrt.session.CAPTURED_AT", 1)
     bundle = add_engines(tmp_path / "nano.bundle", tmp_path / "x.bundle")
     assert main(["parity", str(bundle), "--backend", "tensorrt-rtx", "--json"]) == 0
     report = msgspec.json.decode(capfd.readouterr().out)
     text = msgspec.json.encode(report).decode()
     assert "layer by layer" in text
     assert "none of single layers" in text
-    # Token traces ran as captured steps: a trace's steps are captured the third time that they come, and launched from then on.
-    assert gpu.cuda.calls["launch"] > 20
+    assert gpu.cuda.calls["launch"] > 50  # token traces ran as captured steps
