@@ -43,11 +43,7 @@ if TYPE_CHECKING:
     from flamingo_export.errors import UnsupportedModel as UnsupportedModel
     from flamingo_export.evaluation.run import evaluate as evaluate
     from flamingo_export.pipeline.run import BuildResult as BuildResult
-    from flamingo_export.runtime.model import Generation as Generation
     from flamingo_export.runtime.model import Model as Model
-    from flamingo_export.runtime.model import Score as Score
-    from flamingo_export.runtime.model import Stream as Stream
-    from flamingo_export.runtime.model import Text as Text
     from flamingo_export.runtime.options import Settings as Settings
     from flamingo_export.runtime.prompts import Shot as Shot
     from flamingo_export.runtime.prompts import caption_prompt as caption_prompt
@@ -55,6 +51,10 @@ if TYPE_CHECKING:
     from flamingo_export.runtime.prompts import read_shots as read_shots
     from flamingo_export.runtime.prompts import without_media as without_media
     from flamingo_export.runtime.request import Request as Request
+    from flamingo_export.runtime.stream import Stream as Stream
+    from flamingo_export.runtime.texts import Generation as Generation
+    from flamingo_export.runtime.texts import Score as Score
+    from flamingo_export.runtime.texts import Text as Text
     from flamingo_export.runtime.videos import Video as Video
 
     __version__: str
@@ -84,11 +84,11 @@ _HOME = {
     "UnsupportedModel": "errors",
     "evaluate": "evaluation.run",
     "BuildResult": "pipeline.run",
-    "Generation": "runtime.model",
+    "Generation": "runtime.texts",
     "Model": "runtime.model",
-    "Score": "runtime.model",
-    "Stream": "runtime.model",
-    "Text": "runtime.model",
+    "Score": "runtime.texts",
+    "Stream": "runtime.stream",
+    "Text": "runtime.texts",
     "Settings": "runtime.options",
     "Shot": "runtime.prompts",
     "caption_prompt": "runtime.prompts",

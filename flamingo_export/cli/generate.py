@@ -24,9 +24,10 @@ from flamingo_export.cli.options import (
 
 if TYPE_CHECKING:
     from flamingo_export.runtime.media import MediumSource
-    from flamingo_export.runtime.model import Generation, Model
+    from flamingo_export.runtime.model import Model
     from flamingo_export.runtime.options import Settings
     from flamingo_export.runtime.request import Request
+    from flamingo_export.runtime.texts import Generation
 
 
 def generate(

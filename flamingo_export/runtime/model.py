@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar, Unpack, overload
+from typing import Any, Unpack, overload
 
 import numpy as np
 
 from flamingo_export.backends.base import Backend, SessionOptions
 from flamingo_export.bundle.manifest import Manifest
-from flamingo_export.errors import InputError, PromptError
+from flamingo_export.errors import InputError
+from flamingo_export.runtime.arguments import Batch, Prompt, as_request, candidate_ids, listed
 from flamingo_export.runtime.engine import Engine
-from flamingo_export.runtime.image_files import is_encoded
 from flamingo_export.runtime.images import ImageSource
 from flamingo_export.runtime.jobs import Group
 from flamingo_export.runtime.loop import Outcome
@@ -25,52 +25,16 @@ from flamingo_export.runtime.options import GenerateOptions, Settings, options_f
 from flamingo_export.runtime.prompts import Shots, as_shots, caption_prompt, qa_prompt
 from flamingo_export.runtime.request import Prepared, Request, prepare
 from flamingo_export.runtime.search import Hypothesis
-from flamingo_export.runtime.steering import HoldBack, cut_at
+from flamingo_export.runtime.steering import cut_at
+from flamingo_export.runtime.stream import Stream
 from flamingo_export.runtime.subgraphs import Engines
+from flamingo_export.runtime.texts import Generation, Score, Text
 from flamingo_export.runtime.ticket import Ticket, now
 from flamingo_export.runtime.timings import Timings
 from flamingo_export.runtime.tokenizer import TOKENIZER_FILE, TextStream, Tokenizer
 from flamingo_export.runtime.videos import Video, VideoSource
 
-Prompt = str | Request | Sequence[int]
-Batch = list[str] | list[Request] | list[str | Request]
-T = TypeVar("T")
 _OWN_NAMES = ("images", "videos", "caller", "timeout", "batch_size")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Text:
-    """One generated text; token_ids and their log-probabilities include `<EOC>` where it was reached."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    token_logprobs: tuple[float, ...]
-    score: float
-    finished: bool
-    """Whether it ended by itself, with `<EOC>` or a stop text, rather than at max_new_tokens."""
-    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
-    """(token, log-probability) of the likeliest at each place, where they were asked for."""
-
-    def __repr__(self) -> str:
-        end = "finished" if self.finished else "cut at max_new_tokens"
-        return f"{type(self).__name__}({self.text!r}, {len(self.token_ids)} tokens, score {self.score:.4g}, {end})"
-
-
-@dataclass(frozen=True, kw_only=True, repr=False)
-class Generation(Text):
-    """The best text of a request, the others asked for by num_return (best first), and where its time went."""
-
-    alternatives: tuple[Text, ...]
-    timings: Timings
-
-
-@dataclass(frozen=True, kw_only=True)
-class Score:
-    """A candidate answer with the sum of its tokens' log-probabilities, and these."""
-
-    candidate: str
-    logprob: float
-    token_logprobs: tuple[float, ...]
 
 
 class Model:
@@ -343,7 +307,7 @@ class Model:
         if not (isinstance(prompt, list) and any(isinstance(item, str | Request) for item in prompt)):
             return options, [as_request(prompt, images, videos)], False
         requests = [as_request(item) for item in prompt]
-        if len(_listed(images)) + len(_listed(videos)):
+        if len(listed(images)) + len(listed(videos)):
             raise InputError("with a list of prompts, give each its media: Request(prompt=..., media=[...])")
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}, expected at least 1")
@@ -419,95 +383,7 @@ class Model:
 
     def candidate_ids(self, request: Request, candidate: str | Sequence[int], end: bool) -> list[int]:
         """Token ids of a candidate answer after the request's prompt; end: with `<EOC>`. Raises InputError."""
-        if not isinstance(candidate, str):
-            if (
-                isinstance(candidate, bytes)
-                or not isinstance(candidate, Sequence | np.ndarray)
-                or not all(isinstance(token, int | np.integer) for token in candidate)
-            ):
-                raise InputError(f"candidate {candidate!r} is neither a text nor a list of token ids")
-            ids = [int(token) for token in candidate]
-        elif self.tokenizer is None:
-            raise InputError("the bundle has no tokenizer, so text cannot be encoded. Give candidates as token ids.")
-        else:
-            eoc, tokens = self.inputs.tags.eoc, self.config.tokens
-            said = tokens.eoc not in tokens.never
-            ended = candidate if not (end and said) or candidate.endswith(eoc) or not candidate.strip() else candidate + eoc
-            if isinstance(request.prompt, str):
-                ids = self.tokenizer.encode_continuation(request.prompt, ended)
-            else:
-                ids = self.tokenizer.encode(ended, add_bos=False)
-            if end and not said:  # the model never says it: a text ends with another token, where it has one
-                ids = [*ids, *(token for token in tokens.ends[:1] if token not in tokens.never)]
-        size = self.config.language_model.vocab_size
-        if not ids or min(ids) < 0 or max(ids) >= size:
-            raise InputError(f"candidate {candidate!r} has no tokens, or some outside 0 to {size - 1}")
-        return ids
-
-
-class Stream(Iterator[str]):
-    """Pieces of text, which together are the text of the generation; after the last one, `result` is all of it.
-
-    Used in a `with` block it lets go of the model however the block ends. Close it, or drop it, to stop early.
-    """
-
-    def __init__(
-        self,
-        ticket: Ticket[Outcome],
-        text: TextStream,
-        finish: Callable[[Outcome, Timings], Generation],
-        *,
-        one_text: bool,
-        stops: Sequence[str] = (),
-    ) -> None:
-        """one_text: whether the tokens that become certain are those of the result; of several samples the best is not known before.
-
-        stops: texts before which the answer ends.
-        """
-        self.result: Generation | None = None
-        self._ticket, self._text, self._finish, self._one_text = ticket, text, finish, one_text
-        self._hold = HoldBack(stops)
-        self._given = 0
-        self._open = True
-
-    def __next__(self) -> str:
-        while self._open:
-            try:
-                event = self._ticket.next_event()
-                if event is not None:
-                    tokens = event.token_ids if self._one_text else ()
-                    piece = self._hold.push(self._text.push(tokens))
-                    self._given += len(tokens)
-                else:
-                    self._open = False
-                    self.result = self._finish(self._ticket.result(), self._ticket.timings)
-                    piece = self._hold.push(self._text.push(self.result.token_ids[self._given :]) + self._text.finish())
-                    piece += self._hold.finish()
-            except BaseException:
-                self.close()
-                raise
-            if piece:
-                return piece
-        raise StopIteration
-
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-    def __repr__(self) -> str:
-        state = "open" if self._open else "finished" if self.result is not None else "closed"
-        return f"Stream({state}, {self._given} tokens given out)"
-
-    def close(self) -> None:
-        """Stops generating and lets go of media and cache."""
-        self._open = False
-        self._ticket.cancel()
-
-    def __del__(self) -> None:
-        if getattr(self, "_open", False):
-            self.close()
+        return candidate_ids(request, candidate, end, config=self.config, inputs=self.inputs, tokenizer=self.tokenizer)
 
 
 def _cancel(tickets: Sequence[Ticket[Any]]) -> None:
@@ -517,29 +393,3 @@ def _cancel(tickets: Sequence[Ticket[Any]]) -> None:
 
 def _deadline(timeout: float | None) -> float | None:
     return None if timeout is None else now() + timeout
-
-
-def as_request(
-    prompt: object,
-    images: Iterable[ImageSource | Video] = (),
-    videos: Iterable[VideoSource | Video] = (),
-) -> Request:
-    """One request of what `generate` was given as a prompt. Raises InputError if it is none, or a Request comes with further media."""
-    media: list[MediumSource] = _listed(images)
-    media += [video if isinstance(video, Video) else Video(source=video) for video in _listed(videos)]
-    if isinstance(prompt, Request):
-        if media:
-            raise InputError("a Request carries its own media; put images and videos there, not beside it")
-        return prompt
-    if isinstance(prompt, str):
-        return Request(prompt=prompt, media=media)
-    if isinstance(prompt, Sequence | np.ndarray) and not isinstance(prompt, bytes | bytearray | memoryview):
-        return Request(prompt=prompt.tolist() if isinstance(prompt, np.ndarray) else list(prompt), media=media)
-    raise PromptError(f"a prompt is given as {type(prompt).__name__}; give a text, a list of token ids or a Request")
-
-
-def _listed(items: Iterable[T]) -> list[T]:
-    """The items as a list; a single path or picture is a likely slip, so it is refused rather than taken apart."""
-    if is_encoded(items) or isinstance(items, np.ndarray | Video) or not isinstance(items, Iterable):
-        raise InputError("images and videos are lists: images=['a.png'], not images='a.png'")
-    return list(items)

@@ -10,8 +10,10 @@ from typing import TypedDict
 
 from flamingo_export.bundle.manifest import ShapeLimits
 from flamingo_export.errors import InputError
+from flamingo_export.runtime.beam_search import BeamSearch
 from flamingo_export.runtime.cache import check_capacity, check_positions, slots_for
-from flamingo_export.runtime.search import BeamSearch, Sampling, Search, StopRule
+from flamingo_export.runtime.sampling import Sampling
+from flamingo_export.runtime.search import Search, StopRule
 from flamingo_export.runtime.steering import Decode, Steering, StopTexts
 from flamingo_reference.config import ModelConfig
 

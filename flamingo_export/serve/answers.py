@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from flamingo_export.runtime.model import Generation, Text
 from flamingo_export.runtime.steering import HoldBack, cut_at
+from flamingo_export.runtime.texts import Generation, Text
 from flamingo_export.runtime.ticket import Tokens
 from flamingo_export.runtime.tokenizer import TextStream, Tokenizer
 

@@ -30,10 +30,11 @@ from flamingo_export.errors import FlamingoExportError, InputError
 from flamingo_export.files import exclusive, write_atomically
 from flamingo_export.progress import SILENT, Progress
 from flamingo_export.runtime.media import MediumSource
-from flamingo_export.runtime.model import Generation, Model, Text
+from flamingo_export.runtime.model import Model
 from flamingo_export.runtime.options import GenerateOptions, Settings
 from flamingo_export.runtime.prompts import Shot, caption_prompt, qa_prompt
 from flamingo_export.runtime.request import Request
+from flamingo_export.runtime.texts import Generation, Text
 from flamingo_export.runtime.ticket import Ticket, now
 from flamingo_export.runtime.videos import Video
 from flamingo_export.serve.answers import Form, extras, usage

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from flamingo_export.errors import FlamingoExportError, InputError
 from flamingo_export.runtime.loop import Outcome
-from flamingo_export.runtime.model import Generation, Model, Text
+from flamingo_export.runtime.model import Model
 from flamingo_export.runtime.options import GenerateOptions
 from flamingo_export.runtime.request import Prepared, Request
+from flamingo_export.runtime.texts import Generation, Text
 from flamingo_export.runtime.ticket import Ticket, now
 from flamingo_export.runtime.timings import Timings
 from flamingo_export.runtime.videos import Video

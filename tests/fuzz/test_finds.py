@@ -16,7 +16,7 @@ import flamingo_export
 from flamingo_export.bundle.manifest import MANIFEST_NAME, read_manifest
 from flamingo_export.cli import main
 from flamingo_export.errors import BackendError, BundleError, InputError, PromptError
-from flamingo_export.runtime.search import GREATEST_TEMPERATURE
+from flamingo_export.runtime.sampling import GREATEST_TEMPERATURE
 from flamingo_export.weights import WeightIndex
 from flamingo_reference.checkpoints.files.sentencepiece_model import read_sentencepiece
 from flamingo_reference.checkpoints.files.tensors import CheckpointError

@@ -17,8 +17,10 @@ from flamingo_export.backends.tensorrt.engine_contract import contract_of
 from flamingo_export.bundle.earlier import completed
 from flamingo_export.bundle.manifest import Manifest, read_manifest, write_manifest
 from flamingo_export.errors import InputError
+from flamingo_export.runtime.beam_search import BeamSearch
 from flamingo_export.runtime.options import GenerateOptions
-from flamingo_export.runtime.search import BeamSearch, Sampling, StopRule
+from flamingo_export.runtime.sampling import Sampling
+from flamingo_export.runtime.search import StopRule
 from flamingo_export.specs import LOG_SUM_EXP, TOP_IDS, TOP_VALUES
 from flamingo_reference.config import ConfigError, ModelConfig, TokenIds
 from flamingo_reference.input_format import IDEFICS

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 
 from flamingo_export.backends.tensorrt.lowering.candidates import add_candidates, with_candidates
 from flamingo_export.errors import BundleError
+from flamingo_export.runtime.beam_search import BeamSearch
 from flamingo_export.runtime.candidates import Candidates, candidates_of
-from flamingo_export.runtime.search import BeamSearch, Sampling, StopRule
+from flamingo_export.runtime.sampling import Sampling
+from flamingo_export.runtime.search import StopRule
 from flamingo_export.specs import LOG_SUM_EXP, TOP_IDS, TOP_VALUES, SubgraphSpec, TensorSpec
 
 EOC, IMAGE = 2, 3

@@ -16,9 +16,10 @@ from flamingo_export.backends.reference import ReferenceBackend
 from flamingo_export.bundle.manifest import ShapeLimits, read_manifest
 from flamingo_export.errors import BackendError, InputError
 from flamingo_export.runtime.decoder_parts import DecoderParts
-from flamingo_export.runtime.model import Generation, Model
+from flamingo_export.runtime.model import Model
 from flamingo_export.runtime.request import Request
 from flamingo_export.runtime.subgraphs import Engines
+from flamingo_export.runtime.texts import Generation
 from flamingo_export.sources import LiveSource
 from flamingo_export.sources.choice import source_for_size
 from flamingo_export.specs import subgraph_specs

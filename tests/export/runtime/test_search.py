@@ -11,8 +11,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from flamingo_export.errors import BundleError
+from flamingo_export.runtime.beam_search import BeamSearch
 from flamingo_export.runtime.candidates import log_sum_exp, top_tokens, without
-from flamingo_export.runtime.search import BeamSearch, Hypothesis, Sampling, Search, StopRule
+from flamingo_export.runtime.sampling import Sampling
+from flamingo_export.runtime.search import Hypothesis, Search, StopRule
 from flamingo_reference import search as reference
 
 VOCAB, EOC, IMAGE = 23, 2, 3
