@@ -21,6 +21,17 @@ from flamingo_export.cli.options import (
     Threads,
     Videos,
 )
+from flamingo_export.cli.search_options import (
+    EarlyStopping,
+    LogitBias,
+    MinNewTokens,
+    MinP,
+    NoRepeatNgram,
+    RepetitionPenalty,
+    Stop,
+    TopLogprobs,
+    biases,
+)
 
 if TYPE_CHECKING:
     from flamingo_export.runtime.media import MediumSource
@@ -77,7 +88,15 @@ def generate(
         float | None,
         typer.Option("--top-p", min=0.0, max=1.0, help="Sample from the likeliest tokens of this mass.", show_default=False),
     ] = None,
+    min_p: MinP = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed of sampling.", show_default=False)] = None,
+    early_stopping: EarlyStopping = False,
+    stop: Stop = None,
+    min_new_tokens: MinNewTokens = 0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    no_repeat_ngram: NoRepeatNgram = 0,
+    logit_bias: LogitBias = None,
+    top_logprobs: TopLogprobs = 0,
     requests: Annotated[
         Path | None,
         typer.Option(
@@ -115,6 +134,8 @@ def generate(
         )
     if (requests is None) != (out is None):
         raise typer.BadParameter("--requests and --out go together", param_hint="--requests")
+    if top_logprobs and requests is None and not as_json:
+        raise typer.BadParameter("they are printed with --json", param_hint="--top-logprobs")
     media = media_as_typed(ctx, images, videos, frames, fps, clip)
     for option, given in {"--shots": shots is not None, "--prompt": prompt is not None, "--text-only": text_only}.items():
         if shots_from is not None and given:
@@ -138,7 +159,15 @@ def generate(
         "temperature": temperature,
         "top_k": top_k,
         "top_p": top_p,
+        "min_p": min_p,
         "seed": seed,
+        "early_stopping": early_stopping,
+        "stop": stop or [],
+        "min_new_tokens": min_new_tokens,
+        "repetition_penalty": repetition_penalty,
+        "no_repeat_ngram": no_repeat_ngram,
+        "logit_bias": biases(logit_bias),
+        "top_logprobs": top_logprobs,
     }
     try:
         GenerateOptions(**settings).check_values(as_option)
@@ -215,6 +244,7 @@ def _print(result: Generation, request: Request, *, eoc: str, streamed: bool, as
                         "token_logprobs": text.token_logprobs,
                         "score": text.score,
                         "finished": text.finished,
+                        **({"top_logprobs": text.top_logprobs} if text.top_logprobs else {}),
                     }
                     for text in texts
                 ],

@@ -65,7 +65,15 @@ class Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
     seed: int | None = None
+    early_stopping: bool | None = None
+    stop: str | list[str] | None = None
+    min_new_tokens: int | None = None
+    repetition_penalty: float | None = None
+    no_repeat_ngram: int | None = None
+    logit_bias: dict[int, float] | None = None
+    top_logprobs: int | None = None
 
 
 class ShotLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -213,6 +221,7 @@ def _text(found: Text) -> dict[str, Any]:
         "token_logprobs": list(found.token_logprobs),
         "score": found.score,
         "finish_reason": "stop" if found.finished else "length",
+        **({"top_logprobs": found.top_logprobs} if found.top_logprobs else {}),
     }
 
 
@@ -235,10 +244,10 @@ def _of_line(model: Model, folder: Path, line: Line, settings: Settings) -> tupl
     own = {name: value for name in Settings.__annotations__ if (value := getattr(line, name, None)) is not None}
     # A line that says how it searches leaves the common way behind: beams of all are not those of a line that samples.
     common: dict[str, Any] = dict(settings)
-    if own.keys() & {"temperature", "top_k", "top_p"}:
-        common |= {"beams": None, "length_penalty": 0.0}
+    if own.keys() & {"temperature", "top_k", "top_p", "min_p"}:
+        common |= {"beams": None, "length_penalty": 0.0, "early_stopping": False}
     elif "beams" in own:
-        common |= {"temperature": None, "top_k": None, "top_p": None, "seed": None}
+        common |= {"temperature": None, "top_k": None, "top_p": None, "min_p": None, "seed": None}
     return request, GenerateOptions(**{**common, **own})
 
 
@@ -330,17 +339,23 @@ def _parsed(raw: bytes, number: int) -> _Asked:
     name = record.get("custom_id" if kind is Batched else "id", unnamed)
     key = name if isinstance(name, str) else json.dumps(name)
     try:
-        return _Asked(key, msgspec.convert(record, kind), raw_id=name)
+        return _Asked(key, msgspec.convert(record, kind, str_keys=True), raw_id=name)
     except msgspec.ValidationError as error:
         return _Asked(key, None, f"line {number}: {error}", name)
 
 
 def _identity(model: Model, requests: Path, settings: Settings) -> dict[str, Any]:
-    """What must be the same for results to go together."""
+    """What must be the same for results to go together. A setting at its default is left out, as where it was not given."""
+    usual = GenerateOptions(), GenerateOptions(stop=[])
+    given = {
+        name: value
+        for name, value in sorted(settings.items())
+        if value is not None and (name == "length_penalty" or all(value != getattr(each, name) for each in usual))
+    }
     return {
         "requests": hashlib.sha256(requests.read_bytes()).hexdigest(),
         "bundle": hashlib.sha256(msgspec.json.encode(model.manifest.files)).hexdigest(),
-        "settings": {name: value for name, value in sorted(settings.items()) if value is not None},
+        "settings": json.loads(json.dumps(given)),  # ids of tokens become texts in JSON
     }
 
 

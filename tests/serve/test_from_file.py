@@ -72,6 +72,28 @@ def test_answers_are_those_of_generate(nano: flamingo_export.Model, place: Path)
     assert found["caption"]["finish_reason"] == "stop"
 
 
+def test_lines_steer_the_search(nano: flamingo_export.Model, place: Path) -> None:
+    ways: dict[str, dict[str, Any]] = {
+        "stop": {"beams": 1, "stop": "gr"},
+        "penalty": {"beams": 1, "repetition_penalty": 4.0},
+        "ngram": {"no_repeat_ngram": 1},
+        "least": {"beams": 1, "min_new_tokens": 9},
+        "bias": {"beams": 1, "logit_bias": {40: 30.0}, "max_new_tokens": 3},
+        "top": {"beams": 1, "top_logprobs": 2},
+        "min_p": {"min_p": 0.05, "temperature": 2.0, "seed": 3},
+        "early": {"early_stopping": True},
+    }
+    lines = [{"id": name, "images": ["a.png"], **way} for name, way in ways.items()]
+    for _ in range(2):  # the second time all is there already
+        run_file(nano, write(place / "in.jsonl", lines), place / "out.jsonl", {"logit_bias": {2: -0.5}, "stop": []})
+    found = read(place / "out.jsonl")
+    for name, way in ways.items():
+        wanted = nano.caption(place / "a.png", **{"logit_bias": {2: -0.5}, **way})
+        assert "error" not in found[name], found[name]
+        assert (found[name]["text"], tuple(found[name]["token_ids"])) == (wanted.text, wanted.token_ids), name
+    assert [len(place) for place in found["top"]["top_logprobs"]] == [2] * len(found["top"]["token_ids"])
+
+
 def test_openais_batch_format(nano: flamingo_export.Model, place: Path) -> None:
     body = {"model": "nano", "messages": user(image_part())}
     lines = [

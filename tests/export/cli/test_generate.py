@@ -192,6 +192,16 @@ def test_candidates_are_ranked(cli, bundle, pictures, model):
         (["--temperature", "0", "--beams", "3"], "--temperature 0 is greedy, and --beams is 3"),
         (["--num-frames", "4"], "there is no --video"),
         (["--text-only"], "--text-only needs --shots"),
+        (["--min-p", "0.1", "--beams", "3"], "3 beams and sampling"),
+        (["--early-stopping", "--beams", "1"], "--early-stopping was asked for, but there are no beams"),
+        (["--repetition-penalty", "0"], "--repetition-penalty is 0.0, expected more than 0"),
+        (["--min-new-tokens", "9", "--max-new-tokens", "4"], "--min-new-tokens is 9, --max-new-tokens only 4"),
+        (["--stop", ""], "--stop is"),
+        (["--logit-bias", "17"], "'17' is not a token id and a bias"),
+        (["--logit-bias", "17=1", "--logit-bias", "17=2"], "token 17 has two biases"),
+        (["--logit-bias", "17=1e9"], "--logit-bias has a bias outside"),
+        (["--top-logprobs", "2"], "printed with --json"),
+        (["--top-logprobs", "99", "--json"], "--top-logprobs is 99"),
     ],
 )
 def test_settings_that_cannot_be_are_usage_errors(cli, bundle, pictures, options, words):
@@ -248,3 +258,33 @@ def test_options_of_other_libraries_lead_to_ours(cli, bundle, option, words):
     outcome = cli("generate", bundle, option, "3")
     assert outcome.code == 2
     assert words in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("options", "settings"),
+    [
+        (["--beams", "1", "--stop", "e", "--stop", "zz"], {"beams": 1, "stop": ["e", "zz"]}),
+        (["--beams", "1", "--repetition-penalty", "4"], {"beams": 1, "repetition_penalty": 4.0}),
+        (["--beams", "2", "--no-repeat-ngram", "1"], {"beams": 2, "no_repeat_ngram": 1}),
+        (
+            ["--beams", "2", "--early-stopping", "--max-new-tokens", "6"],
+            {"beams": 2, "early_stopping": True, "max_new_tokens": 6},
+        ),
+        (["--beams", "1", "--min-new-tokens", "9"], {"beams": 1, "min_new_tokens": 9}),
+        (["--min-p", "0.05", "--temperature", "2", "--seed", "3"], {"min_p": 0.05, "temperature": 2.0, "seed": 3}),
+        (
+            ["--beams", "1", "--logit-bias", "40=30", "--max-new-tokens", "3"],
+            {"beams": 1, "logit_bias": {40: 30.0}, "max_new_tokens": 3},
+        ),
+        (["--beams", "1", "--top-logprobs", "3"], {"beams": 1, "top_logprobs": 3}),
+    ],
+)
+def test_search_options_are_those_of_python(cli, bundle, pictures, model, options, settings):
+    line = ["generate", bundle, "--image", pictures / "a.png", "--prompt", "<image>Output:", "--json"]
+    (text,) = json.loads(cli(*line, *options).out)["texts"]
+    wanted = model.generate("<image>Output:", images=[pictures / "a.png"], **settings)
+    assert (text["text"], tuple(text["token_ids"])) == (wanted.text, wanted.token_ids)
+    if "top_logprobs" in settings:
+        assert [[token for token, _ in place] for place in text["top_logprobs"]] == [
+            [token for token, _ in place] for place in wanted.top_logprobs
+        ]
