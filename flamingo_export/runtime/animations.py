@@ -20,10 +20,17 @@ from flamingo_export.runtime.pixels import WHITE, Pixels, check_size, to_rgb, up
 
 Box = tuple[int, int, int, int]
 """Left, top, right, bottom."""
+MAX_ANIMATION_PIXELS = 400_000_000
+"""Of all frames up to the last one that is looked at: a few hundred bytes of file can ask for gigabytes of canvas. 192 frames of 1920x1080."""
 
 
 class Animation(Protocol):
     """An image file as frames; a still one has one."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the canvas, as stored: before it is turned upright."""
+        ...
 
     @property
     def durations(self) -> Sequence[float]:
@@ -104,8 +111,11 @@ class PillowFrames:
         """Raises Pillow's errors, and ImageError."""
         self._image = opened_by_pillow(file)
         self._name = name
-        check_size(self._image.size, name)
+        self.size = self._image.size
+        check_size(self.size, name)
         count = 1 if self._image.format == "MPO" else getattr(self._image, "n_frames", 1)  # a photograph with previews is one
+        if self._image.format == "AVIF":  # whose frames are decoded for their durations
+            check_frames(self.size, count, name)
         self.durations = _durations(self._image, file, count, name)
 
     def frame(self, index: int) -> Pixels:
@@ -113,6 +123,16 @@ class PillowFrames:
         if len(self.durations) > 1:
             self._image.seek(index)
         return to_rgb(self._image, self._name if len(self.durations) == 1 else f"frame {index} of {self._name}")
+
+
+def check_frames(size: tuple[int, int], count: int, name: str) -> None:
+    """Raises ImageError if an animation of that size (width, height) takes too long to decode up to frame `count`."""
+    if count > 1 and count * size[0] * size[1] > MAX_ANIMATION_PIXELS:
+        raise ImageError(
+            f"{name} has {size[0]}x{size[1]} pixels in each frame, and {count} frames up to the last one that is wanted: more than the "
+            f"{MAX_ANIMATION_PIXELS // 1_000_000} million pixels that are decoded of an animation. "
+            "Scale it down, cut out the part you mean, or save it as a video file (mp4)."
+        )
 
 
 def open_animation(file: IO[bytes], name: str) -> Animation:

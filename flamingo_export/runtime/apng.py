@@ -59,6 +59,7 @@ class ApngFrames:
         """index: what `read` found in the file. Raises ImageError."""
         self._file, self._index, self._name = file, index, name
         self.durations = [frame.duration for frame in index.frames]
+        self.size = index.size
         self._composed = Composed(index.size, self._layers(), index.exif, name)
 
     def frame(self, index: int) -> Pixels:

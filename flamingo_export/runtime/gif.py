@@ -47,6 +47,7 @@ class GifFrames:
         first = self._frames[0].box
         size = max(reader.size[0], first[2]), max(reader.size[1], first[3])
         self.durations = [frame.duration for frame in self._frames]
+        self.size = size
         self._composed = Composed(size, self._layers(), Image.Exif(), name)
 
     def frame(self, index: int) -> Pixels:

@@ -24,7 +24,7 @@ from typing import IO, cast
 import numpy as np
 
 from flamingo_export.errors import ImageError
-from flamingo_export.runtime.animations import open_animation
+from flamingo_export.runtime.animations import check_frames, open_animation
 from flamingo_export.runtime.image_files import FORMATS, EncodedSource, is_encoded, is_image, name_of, open_source, translated
 from flamingo_export.runtime.images import ImageSource, Pixels, load_image
 
@@ -200,6 +200,7 @@ def _frames_of_image(file: IO[bytes], name: str, wanted: int, video: Video) -> I
             )
         begins = [0.0, *(end / 1000 for end in accumulate(duration or _UNTIMED for duration in animation.durations))]
         indices = shown_at(begins[:-1], chosen_times(0.0, begins[-2], begins[-1], wanted, video))
+    check_frames(animation.size, max(indices) + 1, name)
     for index in indices:
         with translated(name):  # not while the caller has the frame
             frame = animation.frame(index)

@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 from flamingo_export.errors import ImageError
+from flamingo_export.runtime import animations
 from flamingo_export.runtime.images import load_image
 from flamingo_export.runtime.videos import Video, load_video
 
@@ -349,6 +350,24 @@ def test_a_canvas_that_is_too_large_is_refused_by_its_header(kind: str) -> None:
     data = (gif if kind == "gif" else apng)((60_000, 60_000), TWO)
     with pytest.raises(ImageError, match="60000x60000 pixels, more than the 64 million"):
         seen(data)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png", "webp", "avif"])
+def test_an_animation_of_too_many_pixels_in_all_is_refused_before_they_are_decoded(
+    suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = gray_clip(suffix, [100] * 8)  # 8 frames of 8x8: 512 pixels
+    monkeypatch.setattr(animations, "MAX_ANIMATION_PIXELS", 511)
+    with pytest.raises(ImageError, match=r"8x8 pixels in each frame, and 8 frames.*save it as a video file"):
+        seen(data, 4)
+    monkeypatch.setattr(animations, "MAX_ANIMATION_PIXELS", 512)
+    assert len(seen(data, 4)) == 4
+
+
+def test_frames_behind_the_last_one_wanted_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(animations, "MAX_ANIMATION_PIXELS", 3 * 64)
+    clip = Video(source=gray_clip("webp", [100] * 8), num_frames=3, clip=(0.0, 0.25))
+    assert [round(float(frame.mean()) / 20) for frame in load_video(clip, default_frames=3)] == [0, 1, 2]
 
 
 # Time.
