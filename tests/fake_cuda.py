@@ -2,13 +2,20 @@
 
 It refuses what a device would do wrong without a word or crash on: memory that was freed or never allocated, sizes beyond an allocation,
 asynchronous copies from or to memory that is not pinned, a stream or event that is gone, allocating or waiting during a capture.
+
+Work that has begun is finished before anything else of its stream: a device is not interrupted by what happens on the host. Python's garbage
+collector may run in the middle of work that is computed here, and what it frees waits for the device, as on a real one; so it is freed once that
+work is done. Threads take turns for the same reason.
 """
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -36,6 +43,23 @@ class _Event:
     in_capture: bool = False
 
 
+_WITHIN_WORK = ("free", "free_host", "free_async", "destroy_stream", "destroy_event", "use", "view")
+"""What finalizers call, which may run in the middle of anything, and how work looks at memory."""
+
+
+def _taking_turns(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A call of the host's: threads make theirs one after the other."""
+
+    @functools.wraps(method)
+    def call(self: FakeCuda, *args: Any, **kwargs: Any) -> Any:
+        with self._turn:
+            if self._working and method.__name__ not in _WITHIN_WORK:
+                raise Misuse(f"{method.__name__} was called by what a stream was asked to do")
+            return method(self, *args, **kwargs)
+
+    return call
+
+
 class FakeCuda:
     """Implements backends.tensorrt.cuda.Cuda. `crossed` counts bytes by direction as they are copied, `log` names calls in order."""
 
@@ -54,42 +78,53 @@ class FakeCuda:
         self._events: dict[int, _Event] = {}
         self._graphs: dict[int, list[Work]] = {}
         self._handles = 1000
+        self._turn = threading.RLock()
+        self._working = 0
+        """Pieces of work that were begun and are not finished: one, or more where one waits for another stream."""
+        self._postponed: list[Work] = []
 
     # Memory.
 
+    @_taking_turns
     def use(self) -> None:
         self._call("use", allowed_in_capture=True)
 
+    @_taking_turns
     def free_memory(self) -> tuple[int, int]:
         return self.memory - self.used, self.memory
 
+    @_taking_turns
     def malloc(self, size: int) -> int:
         self._call("malloc")
         return self._allocate("device", size)
 
+    @_taking_turns
     def malloc_async(self, size: int, stream: int) -> int:
         self._call("malloc_async")
         self._stream(stream)
         return self._allocate("device", size)
 
+    @_taking_turns
     def malloc_host(self, size: int) -> int:
         self._call("malloc_host")
         return self._allocate("pinned", size)
 
+    @_taking_turns
     def free(self, address: int) -> None:
         self._call("free")
-        self._drain()
-        self._release("device", address)
+        self._when_done(lambda: self._release("device", address))
 
+    @_taking_turns
     def free_async(self, address: int, stream: int) -> None:
         self._call("free_async", allowed_in_capture=True)
         self._ask(stream, lambda: self._release("device", address))
 
+    @_taking_turns
     def free_host(self, address: int) -> None:
         self._call("free_host")
-        self._drain()
-        self._release("pinned", address)
+        self._when_done(lambda: self._release("pinned", address))
 
+    @_taking_turns
     def view(self, address: int, size: int, kind: str = "device") -> np.ndarray:
         """The bytes of an allocation from `address` on. Raises Misuse."""
         for start, (found, block) in self._blocks.items():
@@ -101,6 +136,7 @@ class FakeCuda:
                 return block[address - start : address - start + size]
         raise Misuse(f"{address:#x} is not allocated, or not any more")
 
+    @_taking_turns
     def copy(self, target: int, source: int, size: int, direction: Direction, stream: int) -> None:
         self._call("copy", allowed_in_capture=True)
         read, written = _KINDS[direction]
@@ -112,32 +148,39 @@ class FakeCuda:
 
         self._ask(stream, work)
 
+    @_taking_turns
     def fill(self, address: int, byte: int, size: int, stream: int) -> None:
         self._call("fill", allowed_in_capture=True)
         self._ask(stream, lambda: self.view(address, size).fill(byte))
 
     # Streams and events.
 
+    @_taking_turns
     def stream(self, *, first: bool) -> int:
         self._call("stream")
         return self._new(self._streams, _Stream(first=first))
 
+    @_taking_turns
     def destroy_stream(self, stream: int) -> None:
-        self._run(self._stream(stream))
-        del self._streams[stream]
+        self._stream(stream)
+        self._when_done(lambda: self._streams.pop(stream))
 
+    @_taking_turns
     def synchronize(self, stream: int) -> None:
         self._call("synchronize")
         self._run(self._stream(stream))
 
+    @_taking_turns
     def event(self) -> int:
         self._call("event")
         return self._new(self._events, _Event())
 
+    @_taking_turns
     def destroy_event(self, event: int) -> None:
         self._event(event)
         del self._events[event]
 
+    @_taking_turns
     def record(self, event: int, stream: int) -> None:
         found, lane = self._event(event), self._stream(stream)
         found.in_capture = lane.captured is not None
@@ -146,10 +189,12 @@ class FakeCuda:
         fresh.in_capture = found.in_capture
         self._ask(stream, lambda: setattr(fresh, "done", True))
 
+    @_taking_turns
     def wait(self, stream: int, event: int) -> None:
         found = self._event(event)
         self._ask(stream, lambda: self._until(found))
 
+    @_taking_turns
     def wait_on_host(self, event: int) -> None:
         self._call("wait_on_host")
         found = self._event(event)
@@ -159,10 +204,12 @@ class FakeCuda:
 
     # Graphs.
 
+    @_taking_turns
     def begin_capture(self, stream: int) -> None:
         self._call("begin_capture")
         self._stream(stream).captured = []
 
+    @_taking_turns
     def end_capture(self, stream: int) -> int:
         found = self._stream(stream)
         recorded, found.captured = found.captured, None
@@ -170,9 +217,11 @@ class FakeCuda:
         self._call("end_capture")
         return self._new(self._graphs, recorded)
 
+    @_taking_turns
     def abandon_capture(self, stream: int) -> None:
         self._stream(stream).captured = None
 
+    @_taking_turns
     def launch(self, graph: int, stream: int) -> None:
         self._call("launch")
         if graph not in self._graphs:
@@ -180,6 +229,7 @@ class FakeCuda:
         for work in self._graphs[graph]:
             self._ask(stream, work)
 
+    @_taking_turns
     def destroy_graph(self, graph: int) -> None:
         del self._graphs[graph]
 
@@ -188,6 +238,7 @@ class FakeCuda:
         """Graphs that are alive."""
         return len(self._graphs)
 
+    @_taking_turns
     def ask(self, stream: int, work: Work) -> None:
         """What an engine asks of a stream."""
         self._ask(stream, work)
@@ -239,15 +290,31 @@ class FakeCuda:
         while not event.done:
             assert event.stream is not None
             assert event.stream.queue, "an event that never comes"
-            event.stream.queue.pop(0)()
+            self._perform(event.stream)
 
     def _run(self, stream: _Stream) -> None:
         while stream.queue:
-            stream.queue.pop(0)()
+            self._perform(stream)
 
-    def _drain(self) -> None:
+    def _perform(self, stream: _Stream) -> None:
+        """The next piece of work of a stream, and then what was to wait for it."""
+        work = stream.queue.pop(0)
+        self._working += 1
+        try:
+            work()
+        finally:
+            self._working -= 1
+        while self._postponed and not self._working:
+            self._when_done(self._postponed.pop(0))
+
+    def _when_done(self, last: Work) -> None:
+        """Does all that the streams were asked, then `last`; in the middle of a piece of work, once that is finished."""
+        if self._working:
+            self._postponed.append(last)
+            return
         for stream in list(self._streams.values()):
             self._run(stream)
+        last()
 
     def _new(self, kind: dict, value: object) -> int:
         self._handles += 1

@@ -19,6 +19,7 @@ import flamingo_export
 from flamingo_export.backends.tensorrt.engine_contract import contract_of
 from flamingo_export.backends.tensorrt.lowering.candidates import add_candidates
 from flamingo_export.backends.tensorrt.lowering.lower import lower
+from flamingo_export.backends.tensorrt.memory import Memory
 from flamingo_export.bundle.manifest import read_manifest
 from flamingo_export.sources.choice import source_for_size
 
@@ -163,12 +164,22 @@ def test_the_checks_notice_a_graph_of_other_rows(monkeypatch):
         sessions.rows(made)
 
 
+def test_the_collector_within_an_engine_changes_no_result():
+    """What it frees waits for the device, and must not have the rest of the step done before the engine is finished."""
+    held: list[Memory] = []
+
+    def launch(args: Args, stream: int) -> None:
+        held.clear()
+        by_oracle(args, stream)
+
+    made = sessions.Rig(FakeCard(), launch, head_size=32)
+    for _ in range(4):
+        held.append(Memory(made.lanes[0], 64))
+        made.step(2, 3)
+    assert made.card.cuda.calls["free"] >= 4
+
+
 @pytest.mark.slow
-@pytest.mark.xfail(
-    strict=False,
-    reason="run by itself, a step now and then returns the result of the step before it, with and without captured graphs; it passes "
-    "after the other tests of this file. Not found out yet whether the emulated device or the session is at fault.",
-)
 def test_nano_on_a_card_passes(emulated, tmp_path):
     """Parity, every way to generate, and scores in each type: the stage's own code from end to end."""
     launches = []
