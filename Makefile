@@ -82,8 +82,8 @@ COMPILE := .venv-uv/bin/uv pip compile -q --upgrade --universal --python-version
 	--excludes requirements/excludes.txt --custom-compile-command "make lock" pyproject.toml
 
 lock: .venv-uv/made
-	$(COMPILE) --extra cpu --extra report --group build -o requirements/base.txt
-	$(COMPILE) --extra cpu --extra report --extra trace --extra train --extra serve --extra video --extra eval --extra debug --group dev \
+	$(COMPILE) --extra cpu --group build -o requirements/base.txt
+	$(COMPILE) --extra cpu --extra trace --extra train --extra serve --extra video --extra eval --extra debug --group dev \
 		-c requirements/base.txt -o requirements/dev.txt
 
 test-oldest: .venv-uv/made

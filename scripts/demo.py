@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 import flamingo_export
+from flamingo_export.pages.template import render
 from flamingo_export.sources.choice import source_for_size
 from flamingo_export.validate import ParityReport, check_bundle
 from flamingo_export.validate.report.parity_page import write_html
@@ -94,11 +95,9 @@ def main() -> int:
         draw_picture(tasks, arguments.picture)
     console.print("Re-checking the engines ...")
     report = check_bundle(bundle)
-    with_plots = importlib.util.find_spec("matplotlib") is not None
-    if with_plots:
-        write_html(out / "parity.html", report)
+    write_html(out / "parity.html", report)
     page = out / "index.html"
-    page.write_text(render(tasks, report, linked=with_plots), encoding="utf-8")
+    page.write_text(render_html(tasks, report), encoding="utf-8")
     console.print(f"report with pictures: {page}")
     console.print(f"to go on: .venv/bin/flamingo-export generate {shlex.quote(str(bundle))} --image FILE\n")
     console.print(report.summary, style="bold green" if report.verdict == "passed" else "bold red")
@@ -185,13 +184,10 @@ def draw_picture(tasks: list[Task], path: Path) -> None:
     sheet.save(path, optimize=True)
 
 
-def render(tasks: list[Task], report: ParityReport, *, linked: bool) -> str:
-    """The report as one HTML page; `linked` to parity.html beside it."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
-    environment.globals |= {"pictures": lambda shot: data_uris(medium_path(shot))}
-    return environment.get_template("demo.html.j2").render(tasks=tasks, report=report, beams=BEAMS, linked=linked)
+def render_html(tasks: list[Task], report: ParityReport) -> str:
+    """The report as one HTML page, linked to parity.html beside it."""
+    pictures = {"pictures": lambda shot: data_uris(medium_path(shot))}
+    return render(Path(__file__).parent, "demo.html.j2", pictures, tasks=tasks, report=report, beams=BEAMS)
 
 
 if __name__ == "__main__":

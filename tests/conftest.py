@@ -6,8 +6,10 @@ It is here also so that this folder is on the import path: tests of every folder
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -34,3 +36,21 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         for name, value in getattr(report, "user_properties", ()):
             if name == "measured":
                 terminalreporter.write_line(str(value))
+
+
+MUST_RUN = os.environ.get("FLAMINGO_TESTS_MUST_RUN", "")
+"""A regular expression: tests that would be skipped for a reason in which it is found fail. Continuous integration names what it installed."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Fails tests that were skipped for want of something that is there by FLAMINGO_TESTS_MUST_RUN."""
+    report = yield
+    if MUST_RUN and report.skipped and isinstance(report.longrepr, tuple) and re.search(MUST_RUN, report.longrepr[2]):
+        report.outcome = "failed"
+        report.longrepr = (
+            f"{item.nodeid} must run here (FLAMINGO_TESTS_MUST_RUN={MUST_RUN}), and was skipped: {report.longrepr[2]}"
+        )
+    return report

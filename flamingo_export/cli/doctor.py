@@ -57,7 +57,7 @@ def examine(folder: Path) -> Report:
     found = probes.hardware(folder)
     driver, gpus = probes.cuda()
     runtime, torch = probes.onnxruntime(), probes.torch()
-    extras = [_optional(*pair) for pair in (("matplotlib", "plots in parity reports"), ("scikit-learn", "training nano"))]
+    extras = [_optional("scikit-learn", "training nano")]
     tensorrt = probes.tensorrt()
     software = [runtime, probes.packages(), torch, *extras, driver, *tensorrt]
     return Report(

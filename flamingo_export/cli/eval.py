@@ -172,7 +172,6 @@ def eval_(
                 out=out,
                 overwrite=overwrite,
                 skip_missing=skip_missing,
-                report=_has_matplotlib() if out is not None else False,
                 progress=progress,
             )
     if as_json:
@@ -218,22 +217,9 @@ def _is_run(path: Path) -> bool:
     return (path / "predictions.jsonl").is_file()
 
 
-def _has_matplotlib() -> bool:
-    """Whether the page can be drawn; if not the tables are written all the same, and that is said."""
-    from importlib.util import find_spec
-
-    from flamingo_export.cli.output import remarks
-    from flamingo_export.errors import pip_install
-
-    there = find_spec("matplotlib") is not None
-    if not there:
-        remarks().print(f"no report.html: its curve needs matplotlib. Install it: {pip_install('report')}")
-    return there
-
-
 def _print_results(found: Results, out: Path | None) -> None:
     from flamingo_export.cli.output import remarks, results, table
-    from flamingo_export.evaluation.page import score_text, signed_text
+    from flamingo_export.evaluation.evaluation_page import score_text, signed_text
 
     columns = ["shots", "kind", "items", found.metric, "95 % interval"]
     details = sorted({name for cell in found.cells for name in cell.details})
@@ -279,7 +265,7 @@ def _print_results(found: Results, out: Path | None) -> None:
 
 def _print_comparison(found: Comparison) -> None:
     from flamingo_export.cli.output import results, table
-    from flamingo_export.evaluation.page import interval_text, signed_text
+    from flamingo_export.evaluation.evaluation_page import interval_text, signed_text
 
     columns = ["shots", "kind"]
     for place, name in enumerate(found.runs):

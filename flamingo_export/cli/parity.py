@@ -79,9 +79,7 @@ def parity(
     flamingo-export parity nano.bundle --with polygraphy
     """
     from flamingo_export.cli.output import print_json
-    from flamingo_export.cli.probes import package
     from flamingo_export.cli.progress import reported
-    from flamingo_export.errors import ParityError, pip_install
     from flamingo_export.validate import check_bundle
 
     if export is not None and with_ is None:
@@ -96,8 +94,6 @@ def parity(
     if checkpoint is None and (language_model or vision or loras or tokenizer):
         raise typer.BadParameter("parts go with a checkpoint: add --checkpoint", param_hint="--checkpoint")
     files = checkpoint_files(checkpoint, language_model, vision, loras, tokenizer) if checkpoint is not None else None
-    if html is not None and package("matplotlib") is None:  # said now, not after minutes of work
-        raise ParityError(f"the report's plots need matplotlib: {pip_install('report')}")
     with reported() as progress:
         report = check_bundle(
             bundle, backend=backend, checkpoint=files, progress=progress, against=against.value if against else None

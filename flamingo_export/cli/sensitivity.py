@@ -106,16 +106,12 @@ def sensitivity(
     """
     from flamingo_calibration import source_tokenizer
     from flamingo_export.cli.output import print_json
-    from flamingo_export.cli.probes import package
     from flamingo_export.cli.progress import reported
-    from flamingo_export.errors import BuildError, ParityError, pip_install
+    from flamingo_export.errors import BuildError
     from flamingo_export.sensitivity import measure, suggest
     from flamingo_export.weights.calibration_table import read_table
 
     chosen = chosen_policy({"fp8": fp8, "int8": int8, "int4": int4}, policy)
-    # Said now, not after minutes of work.
-    if html is not None and package("matplotlib") is None:
-        raise ParityError(f"the page's plots need matplotlib: {pip_install('report')}")
     if suggested is not None and suggested.exists():
         raise BuildError(f"{suggested} exists. Choose another file for --suggest.")
     if bundle is None:
@@ -146,7 +142,7 @@ def sensitivity(
         )
     suggestion = suggest(found)
     if html is not None:
-        from flamingo_export.sensitivity.html import write_html
+        from flamingo_export.sensitivity.sensitivity_page import write_html
 
         write_html(html, found, suggestion)
     if suggested is not None and suggestion is not None:

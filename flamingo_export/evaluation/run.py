@@ -15,8 +15,8 @@ from flamingo_export.errors import EvaluationError, FlamingoExportError
 from flamingo_export.evaluation.asking import Interview
 from flamingo_export.evaluation.bundles import BundleModel
 from flamingo_export.evaluation.data import Data, read_data
+from flamingo_export.evaluation.evaluation_page import write_page
 from flamingo_export.evaluation.metrics.registry import metric_of
-from flamingo_export.evaluation.page import require_plots, write_page
 from flamingo_export.evaluation.predictions import Prediction, PredictionFile, Unit, read_predictions
 from flamingo_export.evaluation.protocol import EvaluatedModel, HasFeatures
 from flamingo_export.evaluation.results import (
@@ -71,7 +71,7 @@ def evaluate(
     index: a folder that `index` wrote of the examples, for RICES; without one they are encoded first.
     out: where predictions, results and the page are written; an interrupted run is resumed there. None keeps nothing.
     overwrite: what another run left in `out` is removed. skip_missing: items whose media are gone are left out and counted.
-    report: whether the page is written, which needs matplotlib.
+    report: whether the page is written.
 
     Raises EvaluationError (data, settings, a metric that lacks its tool) and InputError (prompts that cannot fit) before anything is run.
     """
@@ -80,8 +80,6 @@ def evaluate(
     settings.check(chosen)
     metric = metric_of(chosen.metric)
     metric.require()
-    if report and out is not None:
-        require_plots()
     first = as_evaluated(model)
     progress.stage("reading the data", 1)
     found = read_data(chosen, settings, data, support, split, skip_missing=skip_missing)

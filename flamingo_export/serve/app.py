@@ -8,7 +8,6 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack, asynccontextmanager
-from importlib import resources
 from typing import Any, TypeVar
 
 import msgspec
@@ -250,8 +249,15 @@ async def _openapi(_: Request) -> Response:
     return JSONResponse(description())
 
 
+def page() -> str:
+    """The page that asks the model, as HTML."""
+    from flamingo_export.pages.template import render
+
+    return render(__package__, "ask.html.j2")
+
+
 async def _page(_: Request) -> Response:
-    text = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    text = page()
     policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; media-src blob:; connect-src 'self'; form-action 'none'; frame-ancestors 'none'; base-uri 'none'"  # noqa: E501
     return HTMLResponse(
         text, headers={"content-security-policy": policy, "x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}

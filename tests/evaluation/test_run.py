@@ -257,9 +257,6 @@ def test_what_cannot_be_is_said_before_any_work(vqa: Path, tmp_path: Path, monke
         run(model, None)  # type: ignore[arg-type]
     with pytest.raises(EvaluationError, match="this model gives none"):
         run(model, vqa, settings=Settings(shots=(2,), select="rices"))
-    monkeypatch.setattr("flamingo_export.evaluation.page.find_spec", lambda _: None)
-    with pytest.raises(EvaluationError, match="the page's curve needs matplotlib"):
-        flamingo_export.evaluate(model, "vqav2", data=vqa, settings=SETTINGS, out=tmp_path / "out")
     monkeypatch.setattr("shutil.which", lambda _: None)
     with pytest.raises(EvaluationError, match=r"Java|pycocoevalcap"):
         run(model, published.write("coco", tmp_path), task="coco")

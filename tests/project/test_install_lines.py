@@ -34,5 +34,5 @@ def test_every_extra_that_is_named_exists():
     named = re.compile(r"install (?:-e )?'?\.\\?\[([\w,-]+)\\?\]|pip_install\(([^)]*)\)")
     lines = [found for text in pages().values() for found in named.finditer(text)]
     extras = {extra for found in lines for extra in re.findall(r"[\w-]+", found[1] or found[2])}
-    assert {"cpu", "gpu", "torch", "report"} <= extras
+    assert {"cpu", "gpu", "torch"} <= extras
     assert extras - EXTRAS - {"extras", "str"} == set()

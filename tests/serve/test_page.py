@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import json
 import queue
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from chromium import browser, needs_chromium, window
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
-import flamingo_export.serve
-from flamingo_export.serve.app import create_app
+from flamingo_export.serve.app import create_app, page
 
 from .conftest import Client, image_part, running, user
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")]
+pytestmark = [pytest.mark.slow, needs_chromium]
 
 DRIVER = """
 <script>
@@ -56,12 +53,12 @@ const wait = until => new Promise((good, bad) => { const end = Date.now() + 2000
 @pytest.mark.parametrize("width", [375, 1200])
 def test_a_visit(client: Client, tmp_path: Path, width: int) -> None:
     """The page with a script behind it that plays the visitor and reports what it saw."""
-    page = (Path(flamingo_export.serve.__file__).parent / "page.html").read_text(encoding="utf-8")
+    text = page()
     image = json.dumps(image_part()["image_url"]["url"])
     reports: queue.Queue[Any] = queue.Queue()
 
     async def played(_: Request) -> Response:
-        return HTMLResponse(page.replace("</body>", f"<script>const IMAGE = {image};</script>{DRIVER}</body>"))
+        return HTMLResponse(text.replace("</body>", f"<script>const IMAGE = {image};</script>{DRIVER}</body>"))
 
     async def reported(request: Request) -> Response:
         reports.put(await request.json())
@@ -69,22 +66,10 @@ def test_a_visit(client: Client, tmp_path: Path, width: int) -> None:
 
     app = create_app(client.server)
     app.router.routes[:0] = [Route("/played", played), Route("/found", reported, methods=["POST"])]
-    assert CHROMIUM
-    with running(client.server, app) as visited:
-        line = [
-            CHROMIUM,
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            f"--window-size={width},900",
-            "--remote-debugging-port=0",
-        ]
-        line += [f"--user-data-dir={tmp_path}", f"http://127.0.0.1:{visited.port}/played"]
-        with subprocess.Popen(line, stderr=subprocess.DEVNULL) as browser:
-            try:
-                found = reports.get(timeout=120)
-            finally:
-                browser.kill()
+    with running(client.server, app) as visited, browser(tmp_path) as driver:
+        window(driver, width, "light")
+        driver.get(f"http://127.0.0.1:{visited.port}/played")
+        found = reports.get(timeout=120)
     assert "failed" not in found, found
     wanted = client.chat(messages=user(image_part()), beams=3)
     assert found["models"] == ["nano"]

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Callable, Iterable
-from importlib import resources
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from flamingo_export.files import write_atomically
+from flamingo_export.pages.template import render
 from flamingo_export.validate.expected.cases import END_TO_END_CASE, LAYERS_CASE, PHI_CASES, RESET_CASE, TREE_CASE
+from flamingo_export.validate.report.gate_plots import gates_plot, layers_plot
 from flamingo_export.validate.report.parity_report import ParityReport, Row, Strip, Trace
-from flamingo_export.validate.report.plots import gates_plot, layers_plot
 from flamingo_export.validate.tolerances import INDEPENDENT_ROUNDING, RULE
 
 LEVELS = {
@@ -23,24 +22,25 @@ LEVELS = {
     "trace": "Token traces",
     "task": "Captions and answers",
 }
-# One colour a bank row, far apart in hue; rows beyond begin anew.
+# One colour per bank row, far apart in hue; rows beyond begin anew.
 HUES = (24, 205, 145, 280, 340, 50, 175, 245)
 
 
 def write_html(path: Path, report: ParityReport) -> None:
-    """Writes the page, as a whole or not at all. Raises ParityError where matplotlib is missing, OSError if it cannot be written."""
+    """Writes the page, as a whole or not at all. Raises OSError if it cannot be written."""
     write_atomically(path, render_html(report).encode())
 
 
 def render_html(report: ParityReport) -> str:
-    """The page. Raises ParityError where matplotlib is missing."""
+    """The page."""
     from markupsafe import Markup
 
-    filters: dict[str, Callable[..., object]] = {"number": _number, "share": _share, "picture": _picture}
-    template = page_template(resources.files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8"), filters)
     shown = [*PHI_CASES, *((RESET_CASE,) if RESET_CASE in report.strips else ()), END_TO_END_CASE]
     plotted = [row for row in report.rows if row.level not in ("weights", "layer", "trace", "task")]
-    page: str = template.render(
+    return render(
+        __package__,
+        "parity.html.j2",
+        {"number": _number, "share": _share},
         report=report,
         gates_plot=Markup(gates_plot(plotted)) if plotted else "",
         layers_plot=Markup(layers_plot(report.layers)) if report.layers else "",
@@ -55,18 +55,6 @@ def render_html(report: ParityReport) -> str:
         rule=RULE,
         exception=INDEPENDENT_ROUNDING,
     )
-    return page
-
-
-def page_template(text: str, filters: dict[str, Callable[..., object]]) -> Any:
-    """A page's template in jinja2, which finds our styles as `style`."""
-    import jinja2
-    from markupsafe import Markup
-
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= filters
-    environment.globals["style"] = Markup(resources.files(__package__).joinpath("page.css").read_text(encoding="utf-8"))
-    return environment.from_string(text)
 
 
 def _trace_case(trace: Trace) -> str:
@@ -90,11 +78,17 @@ def _cells(strip: Strip) -> list[dict[str, Any]]:
         {
             "image": value < 0,
             "hue": HUES[(abs(value) - 1) % len(HUES)] if value else None,
-            "label": chr(ord("A") + (abs(value) - 1) % 26) if value < 0 else "",
+            "label": _letter(value),
             "decoded": index >= strip.prompt,
         }
         for index, value in enumerate(strip.tokens)
     ]
+
+
+def _letter(value: int) -> str:
+    """A capital at an image, the same letter in small where text sees it, a point where it sees none."""
+    capital = chr(ord("A") + (abs(value) - 1) % 26)
+    return "·" if value == 0 else capital if value < 0 else capital.lower()
 
 
 def _number(value: float | None) -> str:
@@ -106,8 +100,3 @@ def _share(row: Row) -> float | None:
     if row.error is None or not row.limit:
         return None
     return 100.0 * row.error / row.limit
-
-
-def _picture(png: bytes) -> str:
-    """A PNG file as the address of an `<img>`."""
-    return "data:image/png;base64," + base64.b64encode(png).decode()

@@ -311,8 +311,7 @@ class Page(HTMLParser):
 
 
 def test_the_page_is_whole_and_fetches_nothing(of_nano: Callable[[str], Sensitivity]) -> None:
-    pytest.importorskip("matplotlib", reason="the page's plots need matplotlib (extra `report`)")
-    from flamingo_export.sensitivity.html import render_html
+    from flamingo_export.sensitivity.sensitivity_page import render_html
 
     found = of_nano("int4")
     text = render_html(found, suggest(found))
@@ -333,7 +332,6 @@ def test_the_page_is_whole_and_fetches_nothing(of_nano: Callable[[str], Sensitiv
 
 
 def test_the_command_on_a_bundle(cli: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="the page's plots need matplotlib (extra `report`)")
     import flamingo_export
     from flamingo_export.sources.choice import source_for_size
 

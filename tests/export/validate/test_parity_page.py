@@ -1,10 +1,7 @@
-"""The report page: self-contained, complete, honest about failures; opened in headless Chromium where one is found."""
+"""The report page: self-contained, complete, honest about failures. In a browser: tests/pages."""
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,10 +10,8 @@ import pytest
 
 from flamingo_export.validate import ParityReport
 from flamingo_export.validate.expected.cases import PHI_CASES
-from flamingo_export.validate.report.parity_page import render_html, write_html
+from flamingo_export.validate.report.parity_page import render_html
 from flamingo_export.validate.report.parity_report import NotRun
-
-pytest.importorskip("matplotlib", reason="the page's plots need matplotlib (extra `report`)")
 
 SECTIONS = {"verdict", "gates", "layers", "phi", "traces", "all-gates", "environment"}
 VOID = {"meta", "img", "br", "link", "input", "hr", "path", "use", "line", "rect"}
@@ -73,7 +68,7 @@ def test_page_has_every_section_once_and_is_well_formed(text: str) -> None:
     page = Page(text)
     assert set(page.ids) >= SECTIONS
     assert all(page.ids.count(section) == 1 for section in SECTIONS)
-    assert page.tags.count("svg") == 2
+    assert text.count('<div class="plot">') == 2
     assert "failures" not in page.ids
 
 
@@ -127,46 +122,4 @@ def test_a_report_without_anything_still_makes_a_page() -> None:
     empty = ParityReport(verdict="not_run", backend="onnxruntime", against=None, model="m", storage="fp32", weights="no torch")
     page = Page(render_html(empty))
     assert "Not run" in page.text
-    assert page.tags.count("svg") == 0
-
-
-def test_without_matplotlib_it_says_what_to_install(report: ParityReport, tmp_path: Path) -> None:
-    saved = tmp_path / "report.json"
-    saved.write_bytes(msgspec.json.encode(report))
-    program = (
-        "import sys; sys.modules['matplotlib'] = None\n"
-        "import msgspec\n"
-        "from pathlib import Path\n"
-        "from flamingo_export.errors import ParityError\n"
-        "from flamingo_export.validate.report.parity_page import write_html\n"
-        "from flamingo_export.validate.report.parity_report import ParityReport\n"
-        f"report = msgspec.json.decode(Path({str(saved)!r}).read_bytes(), type=ParityReport)\n"
-        "try:\n"
-        f"    write_html(Path({str(tmp_path / 'r.html')!r}), report)\n"
-        "except ParityError as error:\n"
-        "    print(error)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert "pip install '.[report]'" in done.stdout
-    assert not (tmp_path / "r.html").exists()
-
-
-def test_headless_chromium_draws_it(report: ParityReport, tmp_path: Path) -> None:
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if chromium is None:
-        pytest.skip("no Chromium on this machine; the page's structure is checked by the other tests")
-    from PIL import Image
-
-    page, shot = tmp_path / "report.html", tmp_path / "report.png"
-    write_html(page, report)
-    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-    command += ["--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}"]
-    command += ["--window-size=1080,1600", f"--screenshot={shot}", page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    assert shot.is_file(), done.stderr
-    with Image.open(shot) as picture:
-        colours = picture.convert("RGB").getcolors(1 << 22)
-    assert colours is not None
-    found = {colour for _, colour in colours}
-    assert len(found) > 50  # plots and text, not an empty page
-    assert (15, 118, 110) in found  # the colour of what passed: badge and dots
+    assert "svg" not in page.tags

@@ -1,23 +1,22 @@
-"""A run as one self-contained page, in the parity report's style: curve, tables, the best and the worst items with their pictures."""
+"""A run as one self-contained page: curve, tables, the best and the worst items with their pictures."""
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Mapping, Sequence
-from importlib import resources
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from flamingo_export.errors import EvaluationError, FlamingoExportError, pip_install
+from flamingo_export.errors import FlamingoExportError
 from flamingo_export.evaluation.metrics.base import Scored
 from flamingo_export.evaluation.predictions import Prediction
 from flamingo_export.evaluation.results import ALL, Cell, Results
 from flamingo_export.evaluation.task import Item
 from flamingo_export.files import write_atomically
+from flamingo_export.pages import template
+from flamingo_export.pages.plots import Curve, axis_of, curves_plot
 from flamingo_export.runtime.images import load_image
 from flamingo_export.runtime.media import MediumSource
 from flamingo_export.runtime.videos import Video, load_video
@@ -30,7 +29,6 @@ _SHOWN = 6
 """Best items, worst items, and changed answers that are shown."""
 _EXAMPLES_SHOWN = 4
 _SIDE = 96
-_MINE, _OTHER = "#0f766e", "#7c3aed"
 
 
 class Shown(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,14 +45,6 @@ class Shown(msgspec.Struct, frozen=True, kw_only=True):
     other: str = ""
 
 
-def require_plots() -> None:
-    """Raises EvaluationError where matplotlib is missing, without which there is no curve."""
-    if find_spec("matplotlib") is None:
-        raise EvaluationError(
-            f"the page's curve needs matplotlib. Install it: {pip_install('report')}; or leave the page out (report=False)"
-        )
-
-
 def write_page(
     out: Path,
     results: Results,
@@ -63,7 +53,7 @@ def write_page(
     others: Mapping[int, Sequence[Prediction]] | None,
     scored: Mapping[int, tuple[Scored, Scored | None]],
 ) -> None:
-    """Writes report.html, as a whole or not at all. Raises ParityError where matplotlib is missing, OSError if it cannot be written."""
+    """Writes report.html, as a whole or not at all. Raises OSError if it cannot be written."""
     write_atomically(out / PAGE_FILE, render(results, data, said, others, scored).encode())
 
 
@@ -75,8 +65,6 @@ def render(
     scored: Mapping[int, tuple[Scored, Scored | None]],
 ) -> str:
     """The page."""
-    from markupsafe import Markup
-
     shots = max(said)
     one, _ = scored[shots]
     values = None if one.items is None else one.items.tolist()
@@ -101,8 +89,26 @@ def render(
         if others is not None and said[shots][place].text != others[shots][place].text
     ]
     half = min(_SHOWN, len(order) // 2)
-    text = resources.files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8")
-    page: str = _template(text).render(
+    return page_of(
+        results,
+        shots=shots,
+        best=shown(order[::-1][:half]),
+        worst=shown(order[:half]),
+        changed=shown(changed[:_SHOWN]),
+        num_changed=len(changed),
+    )
+
+
+def page_of(
+    results: Results, *, shots: int, best: Sequence[Shown], worst: Sequence[Shown], changed: Sequence[Shown], num_changed: int
+) -> str:
+    """The page of results and of the items that it shows, those with `shots` shots."""
+    from markupsafe import Markup
+
+    return template.render(
+        __package__,
+        "evaluation.html.j2",
+        {"score": score_text, "signed": signed_text},
         results=results,
         shots=shots,
         curve=Markup(_curve(results)) if len(results.settings.shots) > 1 else "",
@@ -110,23 +116,11 @@ def render(
         groups=list(dict.fromkeys(cell.group for cell in results.cells if cell.group != ALL)),
         cell={(cell.group, cell.shots): cell for cell in results.cells},
         details=sorted({name for cell in results.cells for name in cell.details}),
-        best=shown(order[::-1][:half]),
-        worst=shown(order[:half]),
-        changed=shown(changed[:_SHOWN]),
-        num_changed=len(changed),
+        best=best,
+        worst=worst,
+        changed=changed,
+        num_changed=num_changed,
     )
-    return page
-
-
-def _template(text: str) -> Any:
-    from flamingo_export.validate.report.parity_page import page_template
-
-    return page_template(text, {"picture": _address, "score": score_text, "signed": signed_text})
-
-
-def _address(png: bytes) -> str:
-    """A PNG file as the address of an `<img>`."""
-    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def score_text(value: float | None) -> str:
@@ -147,19 +141,30 @@ def interval_text(cell: Cell) -> str:
 
 
 def _curve(results: Results) -> str:
-    from flamingo_export.validate.report.plots import curves_plot
-
-    overall = sorted(
-        (cell for cell in results.cells if cell.group == ALL and cell.value is not None), key=lambda cell: cell.shots
-    )
-    mine = [(cell.value or 0.0, cell.low or 0.0, cell.high or 0.0) for cell in overall]
-    series = [(results.model.get("name", "model"), _MINE, mine)]
+    cells = [cell for cell in results.cells if cell.group == ALL and cell.value is not None]
+    overall = sorted(cells, key=lambda cell: cell.shots)
+    curves = [
+        Curve(
+            name=results.model.get("name", "model"),
+            values=[cell.value or 0.0 for cell in overall],
+            tone="good",
+            low=[cell.low or 0.0 for cell in overall],
+            high=[cell.high or 0.0 for cell in overall],
+        )
+    ]
     if results.against is not None and all(cell.against is not None for cell in overall):
-        other = [(cell.against or 0.0,) * 3 for cell in overall]
-        series.append((results.against.get("name", "the other"), _OTHER, other))
-    unit = f", {results.unit}" if results.unit else ""
+        other = results.against.get("name", "the other")
+        curves.append(
+            Curve(name=other, values=[cell.against or 0.0 for cell in overall], tone="other", shape="diamond", dash="5 4")
+        )
+    values = [value for curve in curves for each in (curve.values, curve.low, curve.high) for value in each or ()]
     return curves_plot(
-        [str(cell.shots) for cell in overall], series, across="shots", up=f"{results.metric}{unit}", salt="curve"
+        [str(cell.shots) for cell in overall],
+        curves,
+        axis_of(values, log=False),
+        across="shots",
+        up=f"{results.metric}{f', {results.unit}' if results.unit else ''}",
+        says="; ".join(f"{cell.shots} shots: {interval_text(cell)}" for cell in overall),
     )
 
 

@@ -1,26 +1,25 @@
-"""What was measured as one self-contained page, in the parity report's style."""
+"""What was measured as one self-contained page."""
 
 from __future__ import annotations
 
-from importlib import resources
 from pathlib import Path
 
 from flamingo_export.files import write_atomically
+from flamingo_export.pages.plots import bars_plot
+from flamingo_export.pages.template import render
 from flamingo_export.sensitivity.report import Sensitivity
 from flamingo_export.sensitivity.suggest import STANDS_OUT, Suggestion
-from flamingo_export.validate.report.parity_page import page_template
-from flamingo_export.validate.report.plots import bars_plot
 
 _PLOTTED = 40
 
 
 def write_html(path: Path, found: Sensitivity, suggestion: Suggestion | None) -> None:
-    """Writes the page, as a whole or not at all. Raises ParityError where matplotlib is missing, OSError if it cannot be written."""
+    """Writes the page, as a whole or not at all. Raises OSError if it cannot be written."""
     write_atomically(path, render_html(found, suggestion).encode())
 
 
 def render_html(found: Sensitivity, suggestion: Suggestion | None) -> str:
-    """The page. Raises ParityError where matplotlib is missing."""
+    """The page."""
     from markupsafe import Markup
 
     worst = set(suggestion.matrices) if suggestion is not None else set()
@@ -28,20 +27,20 @@ def render_html(found: Sensitivity, suggestion: Suggestion | None) -> str:
     touched = {each.layer for each in found.matrices if each.name in worst}
     layers = [(each.name, 100 * each.error, each.name in touched) for each in found.layers]
     divergences = [(each.name, each.kl, each.name in touched) for each in found.layers if each.kl is not None]
-    text = resources.files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8")
-    template = page_template(text, {"percent": _percent, "size": _size})
-    page: str = template.render(
+    return render(
+        __package__,
+        "sensitivity.html.j2",
+        {"percent": _percent, "size": _size},
         found=found,
         policy=found.precision.policy.name if found.precision.policy is not None else found.precision.storage,
         suggestion=suggestion,
         worst=worst,
         limit=STANDS_OUT,
         plotted=_PLOTTED,
-        matrices_plot=Markup(bars_plot(matrices, "error, in percent of what the layer adds", "matrices")),
-        layers_plot=Markup(bars_plot(layers, "error, in percent of what the layer adds", "layers")),
-        kl_plot=Markup(bars_plot(divergences, "KL divergence of the logits, nats", "divergences")) if divergences else "",
+        matrices_plot=Markup(bars_plot(matrices, "error, in percent of what the layer adds")),
+        layers_plot=Markup(bars_plot(layers, "error, in percent of what the layer adds")),
+        kl_plot=Markup(bars_plot(divergences, "KL divergence of the logits, nats")) if divergences else "",
     )
-    return page
 
 
 def _percent(share: float) -> str:
