@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from flamingo_export.graphs import vision_nfnet, vision_vit
 from flamingo_export.weights import WeightIndex
-from flamingo_reference.config import ModelConfig, OwnVisionConfig, ViTConfig
+from flamingo_reference.config import ModelConfig, NFNetConfig, OwnVisionConfig, ViTConfig
 
 
 def vision_encoder(config: ModelConfig, index: WeightIndex) -> ir.Model:
@@ -15,4 +15,5 @@ def vision_encoder(config: ModelConfig, index: WeightIndex) -> ir.Model:
         return vision_vit.vision_encoder(config, config.vision, index)
     if isinstance(config.vision, OwnVisionConfig):
         raise ValueError("the vision encoder is not one of ours: its graph is traced from its module (vision_trace)")
+    assert isinstance(config.vision, NFNetConfig)
     return vision_nfnet.vision_encoder(config, config.vision, index)

@@ -11,6 +11,7 @@ from flamingo_reference.config import (
     NFNetConfig,
     Norm,
     RelativePositions,
+    TiledViTConfig,
     VisionConfig,
     ViTConfig,
 )
@@ -61,6 +62,8 @@ def _vision(vision: VisionConfig) -> Named:
     """None for an encoder that is not ours: it comes with its own tensors."""
     if isinstance(vision, ViTConfig):
         yield from _vit(vision)
+    elif isinstance(vision, TiledViTConfig):
+        yield from _tiled_vit(vision)
     elif isinstance(vision, NFNetConfig):
         yield from _nfnet(vision)
 
@@ -113,6 +116,30 @@ def _vit(vision: ViTConfig) -> Named:
         yield from _norm("final_norm", width, "layer_norm", bias=True)
 
 
+def _tiled_vit(vision: TiledViTConfig) -> Named:
+    width, ids = vision.width, len(vision.aspect_ratios) + 1
+    yield "class_embedding", (width,)
+    yield "patch_embedding.weight", (width, 3, vision.patch_size, vision.patch_size)
+    yield "position_embedding.weight", (vision.num_patches, width)
+    yield "tile_position_embedding.weight", (ids, vision.max_tiles * vision.num_patches * width)
+    yield "position_gate", ()
+    for place in ("pre", "post"):
+        yield f"{place}_tile_embedding.weight", (ids, vision.max_tiles * width)
+        yield f"{place}_tile_gate", ()
+        yield from _norm(f"{place}_norm", width, "layer_norm", bias=True)
+    for kind, count in (("layers", vision.num_layers), ("global_layers", vision.num_global_layers)):
+        for layer in range(count):
+            prefix = f"{kind}.{layer}"
+            yield from _norm(f"{prefix}.attention_norm", width, "layer_norm", bias=True)
+            for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+                yield from _linear(f"{prefix}.{name}", width, width)
+            yield from _norm(f"{prefix}.ffw_norm", width, "layer_norm", bias=True)
+            yield from _feed_forward(f"{prefix}.", width, vision.ffw_width, vision.activation, bias=True)
+            if kind == "global_layers":
+                yield f"{prefix}.attention_gate", ()
+                yield f"{prefix}.ffw_gate", ()
+
+
 def _norm(name: str, width: int, kind: Norm, *, bias: bool) -> Named:
     yield f"{name}.weight", (width,)
     if kind == "layer_norm" and bias:
@@ -135,6 +162,9 @@ def _feed_forward(prefix: str, width: int, inner: int, kind: FeedForward, *, bia
 def _resampler(config: ModelConfig) -> Named:
     resampler = config.resampler
     width, inner = resampler.width, resampler.num_heads * resampler.head_size
+    if resampler.kind == "projector":
+        yield from _linear("input_proj", width, config.vision.feature_width, bias=True)
+        return
     if resampler.input_proj:
         yield from _linear("input_proj", width, config.vision.feature_width)
     yield "latents", (resampler.num_latents, width)
@@ -158,11 +188,12 @@ def _resampler(config: ModelConfig) -> Named:
 def _cross_attention(config: ModelConfig) -> Named:
     block = config.cross_attention
     width, media_width, inner = config.language_model.width, config.resampler.width, block.num_heads * block.head_size
+    kv_inner = block.kv_heads * block.head_size
     gate: Shape = () if block.gate == "scalar" else (width,)
     yield from _norm("norm", width, block.norm, bias=True)
     yield from _linear("q_proj", inner, width)
-    yield from _linear("k_proj", inner, media_width)
-    yield from _linear("v_proj", inner, media_width)
+    yield from _linear("k_proj", kv_inner, media_width)
+    yield from _linear("v_proj", kv_inner, media_width)
     if block.qk_norm:
         yield "q_norm.weight", (block.head_size,)
         yield "k_norm.weight", (block.head_size,)
@@ -176,7 +207,7 @@ def _cross_attention(config: ModelConfig) -> Named:
 def _language_model(config: ModelConfig) -> Named:
     lm = config.language_model
     inner, kv_inner = lm.num_heads * lm.head_size, lm.kv_heads * lm.head_size
-    yield "embedding.weight", (lm.vocab_size, lm.width)
+    yield "embedding.weight", (lm.embedding_rows, lm.width)
     for layer in range(lm.num_layers):
         prefix = f"layers.{layer}"
         yield from _norm(f"{prefix}.attention_norm", lm.width, lm.norm, bias=lm.norm_bias)

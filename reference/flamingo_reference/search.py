@@ -86,10 +86,10 @@ class SearchResult:
 def log_probabilities(logits: npt.NDArray[Any], banned: int | Sequence[int]) -> Floats:
     """Log-softmax over the tokens that can be generated, float64 [B, V]; the banned ones have minus infinity.
 
-    Raises ValueError if a logit is NaN or a row has no finite maximum.
+    Banned tokens beyond the logits cannot be generated as it is. Raises ValueError if a logit is NaN or a row has no finite maximum.
     """
     wide = np.array(logits, np.float64)
-    wide[:, banned] = -np.inf
+    wide[:, [token for token in np.atleast_1d(banned) if token < wide.shape[1]]] = -np.inf
     top = wide.max(axis=1, keepdims=True)
     if not np.isfinite(top).all():
         raise ValueError("the model's logits are not finite")
@@ -184,17 +184,31 @@ def score_candidates(
     return scored
 
 
-def flamingo_next_logits(model: Flamingo, media_kv: MediaKV, media_rows: Sequence[int]) -> NextLogits:
-    """What a Flamingo says follows; the n-th `<image>` of a sequence shows bank row media_rows[n - 1]."""
+def flamingo_next_logits(
+    model: Flamingo, media_kv: MediaKV, media_rows: Sequence[int], media_of_image: Sequence[int] | None = None
+) -> NextLogits:
+    """What a Flamingo says follows; medium n of a sequence is bank row media_rows[n - 1].
+
+    media_of_image: how many media each image is, where tokens see ranges of media; else an `<image>` is one.
+    """
     import torch
 
-    from flamingo_reference.phi import phi_from_tokens
+    from flamingo_reference.phi import media_ranges, phi_from_tokens
+
+    tokens, groups = model.config.tokens, model.config.sees_groups
+    known = list(media_rows) or [0]
 
     def next_logits(token_ids: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-        phi = torch.from_numpy(phi_from_tokens(token_ids, model.config.tokens.image, model.config.tokens.reset))
-        rows = torch.tensor(list(media_rows), dtype=torch.int64).expand(len(token_ids), -1)
+        first = None
+        if groups:
+            counts = np.array([media_of_image or []] * len(token_ids), np.int64).reshape(len(token_ids), -1)
+            ranges = media_ranges(token_ids, tokens.image, counts)
+            first, phi = (torch.from_numpy(bound) for bound in ranges)
+        else:
+            phi = torch.from_numpy(phi_from_tokens(token_ids, tokens.image, tokens.reset))
+        rows = torch.tensor(known, dtype=torch.int64).expand(len(token_ids), -1)
         with torch.no_grad():
-            logits: Tensor = model(torch.from_numpy(token_ids), media_kv, rows, phi)
+            logits: Tensor = model(torch.from_numpy(token_ids), media_kv, rows, phi, first)
         return logits[:, -1].double().numpy()
 
     return next_logits

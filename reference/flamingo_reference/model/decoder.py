@@ -163,7 +163,7 @@ class LanguageModel(nn.Module):
     def __init__(self, config: LanguageModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.embedding = nn.Embedding(config.embedding_rows, config.width)
         self.layers = nn.ModuleList(LanguageModelLayer(config) for _ in range(config.num_layers))
         self.norm = make_norm(config.norm, config.width, config.norm_eps, bias=config.norm_bias)
         self.head = None if config.tied_head else nn.Linear(config.width, config.vocab_size, bias=False)

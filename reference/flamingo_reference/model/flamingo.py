@@ -18,7 +18,7 @@ from flamingo_reference.checkpoints.files.tensors import AnyArray
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.model.cross_attention import GatedCrossAttention
 from flamingo_reference.model.decoder import LanguageModel
-from flamingo_reference.model.resampler import PerceiverResampler
+from flamingo_reference.model.resampler import make_resampler
 from flamingo_reference.model.vision import make_vision_encoder
 from flamingo_reference.names import expected_tensors
 from flamingo_reference.time_weights import time_weights
@@ -35,12 +35,23 @@ class Flamingo(nn.Module):
         config.validate()
         self.config = config
         self.vision_encoder: nn.Module = make_vision_encoder(config.vision)
-        self.resampler = PerceiverResampler(config)
+        self.resampler = make_resampler(config)
         self.cross_attention = nn.ModuleList(GatedCrossAttention(config) for _ in config.gated_layers)
         self.language_model = LanguageModel(config.language_model)
 
-    def latents(self, pixels_NT3II: Tensor) -> Tensor:
-        """Latents [N, R, W] of media of T frames each."""
+    def latents(self, pixels_NT3II: Tensor, aspect_ratio_ids_N: Tensor | None = None) -> Tensor:
+        """Latents [N, R, W] of media of T frames each.
+
+        aspect_ratio_ids: where media are tiles, and T is the most of them that an image has; latents are those of the tiles that there
+        are, one image after the other. Raises ValueError where they are missing.
+        """
+        if (tiled := self.config.tiled) is not None:
+            if aspect_ratio_ids_N is None:
+                raise ValueError("aspect_ratio_ids [N] are missing: an image of this model is several tiles")
+            features_NTPE = self.vision_encoder(pixels_NT3II, aspect_ratio_ids_N)
+            real = [features[: tiled.num_tiles(int(i))] for features, i in zip(features_NTPE, aspect_ratio_ids_N, strict=True)]
+            tiles_KRW: Tensor = self.resampler(torch.cat(real)[:, None])
+            return tiles_KRW
         num_frames = pixels_NT3II.shape[1]
         features = self.vision_encoder(pixels_NT3II.flatten(0, 1)).unflatten(0, (-1, num_frames))
         num_embeddings = self.config.resampler.num_time_embeddings
@@ -56,17 +67,30 @@ class Flamingo(nn.Module):
         """The blocks before the LM layers `config.gated_layers`, in order."""
         return [block for block in self.cross_attention if isinstance(block, GatedCrossAttention)]
 
-    def forward(self, token_ids_BS: Tensor, media_kv: MediaKV, media_rows_BM: Tensor, phi_BS: Tensor) -> Tensor:
+    def forward(
+        self,
+        token_ids_BS: Tensor,
+        media_kv: MediaKV,
+        media_rows_BM: Tensor,
+        phi_BS: Tensor,
+        first_media_BS: Tensor | None = None,
+    ) -> Tensor:
         """Logits [B, S, V] of whole sequences from position 0.
 
-        token_ids, media_rows and phi are int64; phi n means bank row media_rows[b, n - 1], 0 no medium.
+        token_ids, media_rows, phi and first_media are int64; phi n means bank row media_rows[b, n - 1], 0 no medium. first_media: the
+        first medium that each position sees, where the config says that tokens see groups; raises ValueError where it is missing or too
+        much.
         """
+        if (first_media_BS is not None) != self.config.sees_groups:
+            raise ValueError(
+                f"first_media is {'missing' if self.config.sees_groups else 'given, and no token sees a range of media'}"
+            )
         blocks = iter(zip(self.cross_attention, media_kv, strict=True))
         hidden = self.language_model.embedding(token_ids_BS)
         for index, layer in enumerate(self.language_model.layers):
             if index in self.config.gated_layers:
                 block, (k_NHRD, v_NHRD) = next(blocks)
-                hidden = block(hidden, k_NHRD, v_NHRD, media_rows_BM, phi_BS)
+                hidden = block(hidden, k_NHRD, v_NHRD, media_rows_BM, phi_BS, first_media_BS)
             hidden = layer(hidden)
         return self.language_model.logits(hidden)
 

@@ -18,7 +18,7 @@ from flamingo_reference.config import ModelConfig
 from flamingo_reference.model import torch_from_numpy
 from flamingo_reference.model.cross_attention import GatedCrossAttention
 from flamingo_reference.model.decoder import LanguageModel, LanguageModelLayer
-from flamingo_reference.model.resampler import PerceiverResampler
+from flamingo_reference.model.resampler import make_resampler
 from flamingo_reference.model.vision import make_vision_encoder
 
 
@@ -27,7 +27,7 @@ def empty_part(config: ModelConfig, prefix: str) -> nn.Module:
     if prefix == "vision_encoder":
         return make_vision_encoder(config.vision)
     if prefix == "resampler":
-        return PerceiverResampler(config)
+        return make_resampler(config)
     if prefix.startswith("cross_attention."):
         return GatedCrossAttention(config)
     if prefix.startswith("language_model.layers."):

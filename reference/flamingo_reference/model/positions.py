@@ -43,6 +43,8 @@ def rotate(x_BHSD: Tensor, positions_BS: Tensor, config: RotaryPositions) -> Ten
     """
     half = config.size // 2
     frequency = config.base ** (-torch.arange(half, dtype=torch.float64, device=x_BHSD.device) / half)
+    if (rates := config.rates()) is not None:
+        frequency = frequency * torch.tensor(rates, dtype=torch.float64, device=x_BHSD.device)
     angle_B1SZ = (positions_BS[..., None].double() * frequency)[:, None]
     cos, sin = angle_B1SZ.cos().to(x_BHSD.dtype), angle_B1SZ.sin().to(x_BHSD.dtype)
     first, second, rest = x_BHSD[..., :half], x_BHSD[..., half : config.size], x_BHSD[..., config.size :]

@@ -50,6 +50,23 @@ class ResamplerLayer(nn.Module):
         return latents_NRW + feed_forward(normed, self.config.activation, up=self.ffw_up, down=self.ffw_down, swish=None)
 
 
+class MediaProjector(nn.Module):
+    """features [N, 1, P, E] -> latents [N, P, W]: a projector in the resampler's place (Llama 3.2 Vision)."""
+
+    time_embeddings = None
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_proj = nn.Linear(config.vision.feature_width, config.resampler.width)
+
+    def forward(self, features_NTPE: Tensor, time_weights_T8: Tensor | None = None) -> Tensor:
+        """Raises ValueError for more than one frame."""
+        if features_NTPE.shape[1] != 1:
+            raise ValueError(f"a medium has {features_NTPE.shape[1]} frames; a projector takes one")
+        latents_NPW: Tensor = self.input_proj(features_NTPE[:, 0])
+        return latents_NPW
+
+
 class PerceiverResampler(nn.Module):
     """features [N, T, P, E], time_weights [T, 8] (None where there are no time embeddings) -> latents [N, R, W]."""
 
@@ -76,3 +93,11 @@ class PerceiverResampler(nn.Module):
             latents = layer(latents, media)
         normed: Tensor = self.norm(latents)
         return normed
+
+
+Resampler = PerceiverResampler | MediaProjector
+
+
+def make_resampler(config: ModelConfig) -> Resampler:
+    """What the config names between vision encoder and gated blocks."""
+    return MediaProjector(config) if config.resampler.kind == "projector" else PerceiverResampler(config)

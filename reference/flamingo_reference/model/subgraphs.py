@@ -1,10 +1,11 @@
 """The model cut as the exported graphs are: one module per subgraph, with the graph's inputs and outputs by name.
 
-    vision_encoder   pixels -> features
+    vision_encoder   pixels (aspect_ratio_ids, of tiles) -> features
     resampler        features, time_weights -> latents
     media_kv         latents -> media_k.i, media_v.i for each gated layer i
-    decoder          token_ids (or hidden), positions, media_rows, phi, write_index, mask, key_positions, logit_positions,
-                     media_k.i, media_v.i, past_k.j, past_v.j -> logits (or hidden_out), present_k.j, present_v.j
+    decoder          token_ids (or hidden), positions, media_rows, phi, first_media (where tokens see ranges of media),
+                     write_index, mask, key_positions, logit_positions, media_k.i, media_v.i, past_k.j, past_v.j
+                     -> logits (or hidden_out), present_k.j, present_v.j
 
 A subgraph's parameters bear the checkpoint's names, so a part of a model is read without the rest of it (`load_subgraph`); or it shares
 the modules of a whole model (`subgraphs_of`). Shape suffixes: B requests, S positions in this call, C cache capacity, K positions whose
@@ -25,8 +26,10 @@ from flamingo_reference.config import ModelConfig
 from flamingo_reference.model import Flamingo, torch_from_numpy
 from flamingo_reference.model.cross_attention import GatedCrossAttention, project_media
 from flamingo_reference.model.decoder import LanguageModel, LanguageModelLayer
-from flamingo_reference.model.resampler import PerceiverResampler
+from flamingo_reference.model.resampler import Resampler as ResamplerModule
+from flamingo_reference.model.resampler import make_resampler
 from flamingo_reference.model.vision import make_vision_encoder
+from flamingo_reference.model.vision_tiled import TiledViT
 
 Tensors = Mapping[str, Tensor]
 SUBGRAPHS = ("vision_encoder", "resampler", "media_kv", "decoder")
@@ -47,17 +50,18 @@ class Subgraph(nn.Module):
 
 
 class VisionEncoder(Subgraph):
-    """pixels [F, 3, I, I] -> features [F, P, E]."""
+    """pixels [F, 3, I, I] -> features [F, P, E]; of tiles: pixels [F, Tmax, 3, I, I], aspect_ratio_ids [F] -> [F, Tmax, P, E]."""
 
-    inputs, outputs = ("pixels",), ("features",)
+    outputs = ("features",)
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
         self.vision_encoder = encoder
+        self.inputs = ("pixels", "aspect_ratio_ids") if isinstance(encoder, TiledViT) else ("pixels",)
 
     def forward(self, feeds: Tensors) -> dict[str, Tensor]:
         self.check(feeds)
-        return {"features": self.vision_encoder(feeds["pixels"])}
+        return {"features": self.vision_encoder(*(feeds[name] for name in self.inputs))}
 
 
 class Resampler(Subgraph):
@@ -65,7 +69,7 @@ class Resampler(Subgraph):
 
     outputs = ("latents",)
 
-    def __init__(self, resampler: PerceiverResampler) -> None:
+    def __init__(self, resampler: ResamplerModule) -> None:
         super().__init__()
         self.resampler = resampler
         self.inputs = ("features",) if resampler.time_embeddings is None else ("features", "time_weights")
@@ -90,7 +94,7 @@ class MediaKV(Subgraph):
 
     def __init__(self, config: ModelConfig, blocks: Iterable[GatedCrossAttention]) -> None:
         super().__init__()
-        self.heads = (config.cross_attention.num_heads, config.cross_attention.head_size)
+        self.heads = (config.cross_attention.kv_heads, config.cross_attention.head_size)
         self.cross_attention = nn.ModuleList(_Projections(block) for block in blocks)
         self.outputs = tuple(f"media_{kind}.{i}" for i in range(len(config.gated_layers)) for kind in "kv")
 
@@ -108,6 +112,7 @@ class Decoder(Subgraph):
     """The decoder, or the part of it with these LM layers and the gated blocks before them.
 
     token_ids [B, S] (hidden [B, S, W] unless the part is the first), positions [B, S], media_rows [B, M], phi [B, S],
+    first_media [B, S] (only where tokens see ranges of media),
     write_index [B], mask bool [B, 1, S, C], key_positions [B, C] (of the slots as this call leaves them; only where attention depends
     on distances), logit_positions [B, K] (last part only), media_k.i / media_v.i [N, Hx, R, Dx], past_k.j / past_v.j [B, G, C, D] with
     G heads of keys and values -> logits [B, K, V] (hidden_out [B, S, W] unless the part is the last), present_k.j / present_v.j.
@@ -148,6 +153,7 @@ class Decoder(Subgraph):
             "token_ids" if self.first else "hidden",
             "positions",
             *(("media_rows", "phi") if self.gated else ()),
+            *(("first_media",) if self.gated and config.sees_groups else ()),
             "write_index",
             "mask",
             *(("key_positions",) if config.language_model.uses_distances else ()),
@@ -182,7 +188,8 @@ class Decoder(Subgraph):
             if j in self.gated:
                 i = self.gated[j]
                 block = self.cross_attention[str(i)]
-                hidden = block(hidden, feeds[f"media_k.{i}"], feeds[f"media_v.{i}"], feeds["media_rows"], feeds["phi"])
+                banks = feeds[f"media_k.{i}"], feeds[f"media_v.{i}"]
+                hidden = block(hidden, *banks, feeds["media_rows"], feeds["phi"], feeds.get("first_media"))
             hidden, caches[f"present_k.{j}"], caches[f"present_v.{j}"] = self._layer(j).forward_cached(
                 hidden,
                 past_k=feeds[f"past_k.{j}"],
@@ -238,7 +245,7 @@ def empty_subgraph(config: ModelConfig, name: str, *, layers: range | None = Non
     if name == "vision_encoder":
         return VisionEncoder(make_vision_encoder(config.vision))
     if name == "resampler":
-        return Resampler(PerceiverResampler(config))
+        return Resampler(make_resampler(config))
     if name == "media_kv":
         return MediaKV(config, [GatedCrossAttention(config) for _ in config.gated_layers])
     if name == "decoder":
