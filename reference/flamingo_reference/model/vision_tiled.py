@@ -110,8 +110,9 @@ class TiledViT(nn.Module):
         x_FLE = (self.post_norm(x_FLE).unflatten(1, tiles) + post).flatten(1, 2)
         for layer in self.global_layers:
             x_FLE = layer(x_FLE, real_FL)
-        features: Tensor = torch.cat([x_FLE, *(kept[index] for index in config.feature_layers)], dim=-1)
-        return features.unflatten(1, tiles)[:, :, : config.num_patches]
+        features = torch.cat([x_FLE, *(kept[index] for index in config.feature_layers)], dim=-1)
+        unpadded: Tensor = features.unflatten(1, tiles)[:, :, : config.num_patches]
+        return unpadded
 
     def _tile(self, embedding: nn.Embedding, gate: Tensor, aspect_ratio_ids_F: Tensor) -> Tensor:
         """A tile's own embedding behind its gate: [F, T, 1, E]."""
