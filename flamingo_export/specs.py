@@ -11,6 +11,9 @@ take exactly these, sessions bind exactly these.
                                                                K positions whose logits are wanted, M media of a request
                                                                (key_positions only where attention depends on distances)
     decoder.k        a part of it: hidden states in but for the first, out but for the last
+    image_tower      pooled -> image_embedding                 where the checkpoint has a contrastive encoder: `pooled` is then a second
+                                                               output of vision_encoder
+    text_tower       token_ids, lengths -> text_embedding      where it has a text tower: B texts of S tokens, padded at the end
 
 Ids, rows and indices are int64, the mask is bool, the rest is floating point of the graph's compute type ("fp32": of that type whatever
 the graph computes in). Where the precision's policy keeps media in FP8, media_k.i and media_v.i are "fp8": E4M3 codes, each tensor with a
@@ -28,6 +31,8 @@ import msgspec
 import numpy as np
 
 from flamingo_reference.config import ModelConfig
+from flamingo_reference.contrastive_config import ContrastiveConfig
+from flamingo_reference.names import pooled_width
 
 ElementKind = Literal["float", "fp32", "int64", "bool", "fp8"]
 MediaKind = Literal["float", "fp8"]
@@ -55,6 +60,9 @@ HIDDEN, HIDDEN_OUT = "hidden", "hidden_out"
 """What passes from one part of the decoder to the next: float [B, S, W]."""
 
 SUBGRAPHS = ("vision_encoder", "resampler", "media_kv", "decoder")
+"""Of every model."""
+IMAGE_TOWER, TEXT_TOWER = "image_tower", "text_tower"
+"""Of a contrastive encoder, where there is one."""
 
 
 class TensorSpec(msgspec.Struct, frozen=True):
@@ -73,6 +81,8 @@ class SubgraphSpec(msgspec.Struct, frozen=True, kw_only=True):
     outputs: tuple[TensorSpec, ...]
     aliases: Mapping[str, str] = msgspec.field(default_factory=dict)
     """Output -> input whose buffer it shares: the cache is updated in place."""
+    longest: Mapping[str, int] = msgspec.field(default_factory=dict)
+    """The largest size that the model itself allows of a size that varies."""
 
     def input(self, name: str) -> TensorSpec:
         """The input of that name. Raises KeyError."""
@@ -84,14 +94,23 @@ class SubgraphSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def subgraph_specs(config: ModelConfig, *, media: MediaKind = "float") -> dict[str, SubgraphSpec]:
-    """The four subgraphs of a model, the decoder in one piece. media: what the bank holds, `Precision.media`."""
+    """The subgraphs of a model, the decoder in one piece. media: what the bank holds, `Precision.media`."""
     every_layer = range(config.language_model.num_layers)
-    return {
+    found = {
         "vision_encoder": _vision_encoder(config),
         "resampler": _resampler(config),
         "media_kv": _media_kv(config, media),
         "decoder": decoder_spec(config, every_layer, name="decoder", media=media),
     }
+    return found if config.contrastive is None else found | _towers(config, config.contrastive)
+
+
+def towers_of(config: ModelConfig) -> tuple[str, ...]:
+    """Subgraphs of the contrastive encoder, none where there is none."""
+    contrastive = config.contrastive
+    if contrastive is None:
+        return ()
+    return (IMAGE_TOWER,) if contrastive.text is None else (IMAGE_TOWER, TEXT_TOWER)
 
 
 def gated_in(config: ModelConfig, layers: range) -> list[tuple[int, int]]:
@@ -138,11 +157,33 @@ def decoder_spec(config: ModelConfig, layers: range, *, name: str, media: MediaK
 
 def _vision_encoder(config: ModelConfig) -> SubgraphSpec:
     vision = config.vision
+    outputs = [TensorSpec("features", "float", ("F", vision.num_patches, vision.feature_width))]
+    if config.contrastive is not None:
+        outputs.append(TensorSpec("pooled", "float", ("F", pooled_width(config, config.contrastive))))
     return SubgraphSpec(
         name="vision_encoder",
         inputs=(TensorSpec("pixels", "float", ("F", 3, vision.image_size, vision.image_size)),),
-        outputs=(TensorSpec("features", "float", ("F", vision.num_patches, vision.feature_width)),),
+        outputs=tuple(outputs),
     )
+
+
+def _towers(config: ModelConfig, contrastive: ContrastiveConfig) -> dict[str, SubgraphSpec]:
+    joint, text = contrastive.joint_width, contrastive.text
+    found = {
+        IMAGE_TOWER: SubgraphSpec(
+            name=IMAGE_TOWER,
+            inputs=(TensorSpec("pooled", "float", ("F", pooled_width(config, contrastive))),),
+            outputs=(TensorSpec("image_embedding", "float", ("F", joint)),),
+        )
+    }
+    if text is not None:
+        found[TEXT_TOWER] = SubgraphSpec(
+            name=TEXT_TOWER,
+            inputs=(TensorSpec("token_ids", "int64", ("B", "S")), TensorSpec("lengths", "int64", ("B",))),
+            outputs=(TensorSpec("text_embedding", "float", ("B", joint)),),
+            longest={"S": text.max_positions},
+        )
+    return found
 
 
 def _resampler(config: ModelConfig) -> SubgraphSpec:

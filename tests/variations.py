@@ -96,7 +96,7 @@ def drawn_model(config: ModelConfig, seed: int = 7, dtype: torch.dtype = torch.f
                 parameter.copy_(0.3 + 0.6 * drawn)
             elif name.endswith("skip_gain"):
                 parameter.copy_(0.3 + 0.4 * drawn.abs())
-            elif "norm" in name or name.endswith("gain"):
+            elif "norm" in name or name.endswith(("gain", "logit_scale")):
                 parameter.copy_(parameter + 0.3 * drawn)
             elif parameter.dim() == 1:
                 parameter.copy_(0.3 * drawn)

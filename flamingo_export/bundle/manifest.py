@@ -123,6 +123,8 @@ class SourceRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     kind: Literal["checkpoint", "live", "random"]
     sha256: str | None = None
+    towers_sha256: str | None = None
+    """Of a contrastive encoder's tensors, which `sha256` leaves out; None where there is none."""
     seed: int | None = None
     family: str | None = None
     """Of a checkpoint: whose format it was in (`flamingo_reference.checkpoints.families.known`)."""

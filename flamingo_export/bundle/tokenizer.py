@@ -8,6 +8,7 @@ from flamingo_export.errors import CheckpointError
 from flamingo_reference.checkpoints.files.tensors import CheckpointError as UnreadableCheckpoint
 from flamingo_reference.checkpoints.files.tokenizer_file import open_tokenizer
 from flamingo_reference.config import ModelConfig
+from flamingo_reference.contrastive_config import TextConfig
 from flamingo_reference.input_format import PAPER, Tags
 
 _STRUCTURE = {"pad": "<PAD>", "bos": "<BOS>", "eoc": "<EOC>", "image": "<image>"}
@@ -44,6 +45,19 @@ def checked_tokenizer(path: Path, config: ModelConfig, tags: Tags = PAPER.tags) 
     if faults:
         raise CheckpointError(f"{path} is of another vocabulary than the model: {'; '.join(faults)}. {advice}")
     return path.read_text(encoding="utf-8") if path.suffix == ".json" and not tags.added else str(tokenizer.to_str())
+
+
+def checked_text_tokenizer(path: Path, text: TextConfig) -> str:
+    """The text of a tokenizer.json that fits a text tower. Raises CheckpointError if it cannot be read or is of another vocabulary."""
+    advice = "Bring the tokenizer that the text tower was trained with."
+    try:
+        tokenizer = open_tokenizer(path)
+    except UnreadableCheckpoint as error:
+        raise CheckpointError(str(error)) from error
+    size = tokenizer.get_vocab_size(with_added_tokens=True)
+    if not text.vocab_size - _MAX_SPARE_ROWS <= size <= text.vocab_size:
+        raise CheckpointError(f"{path} has {size} tokens, the text tower's vocabulary has {text.vocab_size}. {advice}")
+    return str(tokenizer.to_str())
 
 
 def placeholder_tokenizer(config: ModelConfig) -> str | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flamingo_export.files import write_atomically
+from flamingo_export.specs import IMAGE_TOWER, TEXT_TOWER, towers_of
 from flamingo_reference.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -17,9 +18,9 @@ if TYPE_CHECKING:
 def build_graph(config: ModelConfig, name: str, index: WeightIndex, *, layers: range | None = None) -> ir.Model:
     """The portable graph of a subgraph: opset 24, weights as external tensors below the bundle's root.
 
-    name: one of `specs.SUBGRAPHS`, or any name for a part of the decoder, whose LM layers `layers` gives. Raises ValueError otherwise.
+    name: one of `specs.subgraph_specs`, or any name for a part of the decoder, whose LM layers `layers` gives. Raises ValueError otherwise.
     """
-    from flamingo_export.graphs import decoder, media_kv, resampler, vision_encoder
+    from flamingo_export.graphs import decoder, media_kv, resampler, towers, vision_encoder
 
     if name == "decoder" or layers is not None:
         return decoder.decoder(config, index, layers=layers, name=name)
@@ -28,6 +29,8 @@ def build_graph(config: ModelConfig, name: str, index: WeightIndex, *, layers: r
         "resampler": resampler.resampler,
         "media_kv": media_kv.media_kv,
     }
+    tower_builders = {IMAGE_TOWER: towers.image_tower, TEXT_TOWER: towers.text_tower}
+    builders |= {tower: tower_builders[tower] for tower in towers_of(config)}
     if name not in builders:
         raise ValueError(f"there is no subgraph {name!r}, expected one of {', '.join((*builders, 'decoder'))}")
     return builders[name](config, index)

@@ -16,25 +16,32 @@ from flamingo_reference.config import ModelConfig
 
 def resampler(config: ModelConfig, index: WeightIndex) -> ir.Model:
     """features [N, T, P, E], time_weights [T, 8] (where frames have time embeddings) -> latents [N, R, W]."""
-    sizes, spec = config.resampler, subgraph_specs(config)["resampler"]
+    spec = subgraph_specs(config)["resampler"]
     build = GraphBuilder(index, prefix="resampler")
     inputs = graph_inputs(spec)
-    media = inputs["features"]
+    latents = perceiver(build, config, "resampler", inputs["features"], inputs.get("time_weights"))
+    return build.model(spec, inputs, {"latents": latents})
+
+
+def perceiver(
+    build: GraphBuilder, config: ModelConfig, weights: str, features: ir.Value, time_weights: ir.Value | None = None
+) -> ir.Value:
+    """Latents [N, R, W] of features [N, T, P, E] by the config's resampler, whose weights lie below `weights`."""
+    sizes, media = config.resampler, features
     if sizes.input_proj:
-        media = build.linear(media, "resampler/input_proj", name="input_proj")
+        media = build.linear(media, f"{weights}/input_proj", name="input_proj")
     if sizes.num_time_embeddings:
-        times = build.op("MatMul", inputs["time_weights"], build.weight("resampler/time_embeddings"), name="time_embeddings")
+        times = build.op("MatMul", time_weights, build.weight(f"{weights}/time_embeddings"), name="time_embeddings")
         times = build.op("Unsqueeze", times, build.constant([1]), name="time_embeddings/patches")
         media = build.op("Add", media, times, name="add_time")
     media = build.reshape(media, [0, -1, sizes.width], name="join_frames")
-    count = build.op("Shape", inputs["features"], name="count", start=0, end=1)
+    count = build.op("Shape", features, name="count", start=0, end=1)
     shape = build.op("Concat", count, build.constant([sizes.num_latents, sizes.width]), name="latents/shape", axis=0)
-    latents = build.op("Expand", build.weight("resampler/latents"), shape, name="latents/expand")
+    latents = build.op("Expand", build.weight(f"{weights}/latents"), shape, name="latents/expand")
     for layer in range(sizes.num_layers):
         with build.scope(f"layer.{layer}"):
-            latents = _layer(build, f"resampler/layer.{layer}", latents, media, config)
-    latents = build.norm(latents, "resampler/norm", name="norm")
-    return build.model(spec, inputs, {"latents": latents})
+            latents = _layer(build, f"{weights}/layer.{layer}", latents, media, config)
+    return build.norm(latents, f"{weights}/norm", name="norm")
 
 
 def _layer(build: GraphBuilder, weights: str, latents: ir.Value, media: ir.Value, config: ModelConfig) -> ir.Value:

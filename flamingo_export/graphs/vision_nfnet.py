@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from flamingo_export.graphs.builder import GraphBuilder, graph_inputs
+from flamingo_export.graphs.towers import pooled
 from flamingo_export.specs import subgraph_specs
 from flamingo_export.weights import GELU_GAIN, WeightIndex
 from flamingo_reference.config import ModelConfig, NFNetConfig
@@ -37,7 +38,7 @@ class _Grid:
 
 
 def vision_encoder(config: ModelConfig, vision: NFNetConfig, index: WeightIndex) -> ir.Model:
-    """pixels [F, 3, I, I] -> features [F, P, E]."""
+    """pixels [F, 3, I, I] -> features [F, P, E], and pooled [F, Ep] where there is a contrastive encoder."""
     spec = subgraph_specs(config)["vision_encoder"]
     build = GraphBuilder(index, prefix="vision_encoder")
     inputs = graph_inputs(spec)
@@ -62,7 +63,7 @@ def vision_encoder(config: ModelConfig, vision: NFNetConfig, index: WeightIndex)
     x = build.op("Mul", x, build.constant(GELU_GAIN, dtype=np.float32), name="final_gain")
     x = build.reshape(x, [0, vision.feature_width, -1], name="flatten")
     features = build.op("Transpose", x, name="features", perm=[0, 2, 1])
-    return build.model(spec, inputs, {"features": features})
+    return build.model(spec, inputs, {"features": features, **pooled(build, config, features)})
 
 
 def _block(grid: _Grid, x: ir.Value, vision: NFNetConfig, *, out: int, stride: int, downsample: bool) -> ir.Value:

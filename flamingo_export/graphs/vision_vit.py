@@ -11,13 +11,14 @@ import numpy as np
 import onnx_ir as ir
 
 from flamingo_export.graphs.builder import GraphBuilder, graph_inputs
+from flamingo_export.graphs.towers import pooled
 from flamingo_export.specs import subgraph_specs
 from flamingo_export.weights import WeightIndex
 from flamingo_reference.config import ModelConfig, ViTConfig
 
 
 def vision_encoder(config: ModelConfig, vision: ViTConfig, index: WeightIndex) -> ir.Model:
-    """pixels [F, 3, I, I] -> features [F, P, E]."""
+    """pixels [F, 3, I, I] -> features [F, P, E], and pooled [F, Ep] where there is a contrastive encoder."""
     spec = subgraph_specs(config)["vision_encoder"]
     build = GraphBuilder(index, prefix="vision_encoder")
     inputs = graph_inputs(spec)
@@ -33,12 +34,13 @@ def vision_encoder(config: ModelConfig, vision: ViTConfig, index: WeightIndex) -
     for layer in range(vision.num_layers):
         with build.scope(f"layer.{layer}"):
             x = _layer(build, f"vision_encoder/layer.{layer}", x, vision)
+    last = x
     if not vision.class_token:
         ends = build.constant([1]), build.constant([vision.grid_size + 1]), build.constant([1])
         x = build.op("Slice", x, *ends, name="without_class_token")
     if vision.final_norm:
         x = build.norm(x, "vision_encoder/final_norm", name="final_norm", eps=vision.norm_eps)
-    return build.model(spec, inputs, {"features": x})
+    return build.model(spec, inputs, {"features": x, **pooled(build, config, x, tokens=last)})
 
 
 def _layer(build: GraphBuilder, weights: str, x: ir.Value, vision: ViTConfig) -> ir.Value:

@@ -12,10 +12,11 @@ from typing import Any
 
 import msgspec
 
-from flamingo_export.bundle.manifest import Manifest
+from flamingo_export.bundle.manifest import Manifest, read_manifest
 from flamingo_export.bundle.verify import open_bundle
 from flamingo_export.errors import BuildError, CheckpointError
 from flamingo_export.progress import SILENT, Progress
+from flamingo_export.sources import CheckpointSource
 from flamingo_export.sources.base import WeightSource
 from flamingo_export.weights import WeightIndex
 from flamingo_reference.config import OwnVisionConfig
@@ -48,6 +49,11 @@ def fitting(bundle: Path, source: WeightSource, *, progress: Progress = SILENT) 
             f"({moved[0]} and {len(moved) - 1} more). Build the checkpoint instead."
         )
     return manifest
+
+
+def as_graphs_have(bundle: Path, source: CheckpointSource) -> CheckpointSource:
+    """The source without its contrastive encoder where a bundle's graphs have none. Raises BundleError."""
+    return source if read_manifest(bundle).config.contrastive is not None else source.without_towers()
 
 
 _CHOICE = ("tokens.ends", "tokens.banned")

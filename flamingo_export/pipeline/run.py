@@ -29,13 +29,13 @@ from flamingo_export.bundle.manifest import (
     default_limits,
     write_manifest,
 )
-from flamingo_export.bundle.tokenizer import checked_tokenizer, placeholder_tokenizer
+from flamingo_export.bundle.tokenizer import checked_text_tokenizer, checked_tokenizer, placeholder_tokenizer
 from flamingo_export.bundle.verify import file_record
 from flamingo_export.errors import BuildError, CalibrationError, CheckpointError, ParityError
 from flamingo_export.files import disk_errors
 from flamingo_export.graphs import build_graph, save_graph
 from flamingo_export.pipeline import work_folder
-from flamingo_export.pipeline.donor import fitting
+from flamingo_export.pipeline.donor import as_graphs_have, fitting
 from flamingo_export.pipeline.plan import OTHER_FILES_BYTES, engine_bytes
 from flamingo_export.pipeline.ranges import checked_policy, written_ranges
 from flamingo_export.pipeline.request import BuildRequest, resolve_precision
@@ -44,8 +44,8 @@ from flamingo_export.pipeline.work_folder import Finished, Journal, WorkPlace
 from flamingo_export.pipeline.write_weights import write_weights
 from flamingo_export.precision import Precision
 from flamingo_export.progress import SILENT, Progress
-from flamingo_export.runtime.tokenizer import TOKENIZER_FILE
-from flamingo_export.sources import LiveSource, RandomSource, WeightSource, open_source
+from flamingo_export.runtime.tokenizer import TEXT_TOKENIZER_FILE, TOKENIZER_FILE
+from flamingo_export.sources import CheckpointSource, LiveSource, RandomSource, WeightSource, open_source
 from flamingo_export.sources.origin import with_place
 from flamingo_export.weights import WEIGHTS_FOLDER, WeightIndex, bundle_weights, groups, stored_bytes
 from flamingo_export.weights.calibration_table import (
@@ -91,6 +91,8 @@ class _Job(msgspec.Struct, frozen=True, kw_only=True):
     calibration: CalibrationTable | None
     """As it was given; None where none was, whether or not one will be made."""
     tokenizer: str | None
+    text_tokenizer: str | None
+    """Of the text tower."""
     donor: Manifest | None
     """Of the bundle whose graphs are taken."""
     notes: tuple[str, ...]
@@ -135,6 +137,8 @@ def build(request: BuildRequest, *, progress: Progress = SILENT) -> BuildResult:
 
 def _prepare(request: BuildRequest, progress: Progress) -> _Job:
     source = open_source(request.source)
+    if request.graphs_of is not None and isinstance(source, CheckpointSource):
+        source = as_graphs_have(request.graphs_of, source)
     config = source.config
     try:
         config.validate()
@@ -168,6 +172,7 @@ def _prepare(request: BuildRequest, progress: Progress) -> _Job:
             if tokenizer
             else "there is no tokenizer: prompts must be token ids"
         )
+    text_tokenizer = _text_tokenizer(source, request.graphs_of, notes)
     if request.uncalibrated and precision.policy is not None and precision.policy.needs_ranges:
         notes.append("activations are quantised without knowing the ranges they have (--uncalibrated): accuracy may suffer")
     if donor is not None and donor.engines:
@@ -182,9 +187,29 @@ def _prepare(request: BuildRequest, progress: Progress) -> _Job:
         compiler=compiler,
         calibration=calibration,
         tokenizer=tokenizer,
+        text_tokenizer=text_tokenizer,
         donor=donor,
         notes=tuple(notes),
     )
+
+
+def _text_tokenizer(source: WeightSource, graphs_of: Path | None, notes: list[str]) -> str | None:
+    """The text tower's tokenizer, None where there is no tower or nothing that fits it, which is added to `notes`: the model itself does not
+    need it."""
+    contrastive = source.config.contrastive
+    if contrastive is None or contrastive.text is None:
+        return None
+    path = source.text_tokenizer
+    if path is None and graphs_of is not None and (graphs_of / TEXT_TOKENIZER_FILE).is_file():
+        path = graphs_of / TEXT_TOKENIZER_FILE
+    why = "no tokenizer.json lies beside it"
+    if path is not None:
+        try:
+            return checked_text_tokenizer(path, contrastive.text)
+        except CheckpointError as error:
+            why = str(error).removesuffix(".")
+    notes.append(f"the text tower has no tokenizer ({why}): texts for it must be token ids")
+    return None
 
 
 def _identity(job: _Job) -> str:
@@ -235,6 +260,9 @@ def _fill(job: _Job, journal: Journal, progress: Progress) -> BuildResult:
     if job.tokenizer is not None:
         (work / TOKENIZER_FILE).parent.mkdir()
         (work / TOKENIZER_FILE).write_text(job.tokenizer, encoding="utf-8")
+    if job.text_tokenizer is not None:
+        (work / TEXT_TOKENIZER_FILE).parent.mkdir(exist_ok=True)
+        (work / TEXT_TOKENIZER_FILE).write_text(job.text_tokenizer, encoding="utf-8")
     manifest = Manifest(
         config=config,
         precision=job.precision,

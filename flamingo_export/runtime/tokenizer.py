@@ -13,6 +13,8 @@ from flamingo_reference.config import ModelConfig
 from flamingo_reference.input_format import FAMILY_TAGS, PAPER, Tags
 
 TOKENIZER_FILE = Path("tokenizer") / "tokenizer.json"
+TEXT_TOKENIZER_FILE = Path("tokenizer") / "text_tower.json"
+"""Of the text tower of a contrastive encoder."""
 _REPLACEMENT = "\ufffd"
 _LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
 T = TypeVar("T")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flamingo_export.sources.base import WeightSource, combined_digest, tensor_digest
+from flamingo_export.sources.base import WeightSource, combined_digest, tensor_digest, towers_digest
 from flamingo_export.sources.checkpoint import CheckpointSource
 from flamingo_export.sources.choice import CheckpointFolder, RandomWeights, Source
 from flamingo_export.sources.live import LiveSource
@@ -16,6 +16,7 @@ __all__ = [
     "combined_digest",
     "open_source",
     "tensor_digest",
+    "towers_digest",
 ]
 
 

@@ -40,6 +40,10 @@ class WeightSource(Protocol):
         """The model's tokenizer.json."""
 
     @property
+    def text_tokenizer(self) -> Path | None:
+        """The tokenizer.json of its contrastive encoder's text tower."""
+
+    @property
     def golden(self) -> Path | None:
         """Folder of golden values recorded for these weights."""
 
@@ -61,8 +65,23 @@ class WeightSource(Protocol):
         """What the manifest says of the source; digests: `tensor_digest` of each tensor, empty unless `digested`."""
 
 
+TOWERS = "contrastive."
+"""What the names of a contrastive encoder's tensors begin with."""
+
+
 def combined_digest(digests: Mapping[str, str]) -> str:
-    """One digest of all tensors, from the SHA-256 of each."""
+    """One digest of the model's tensors, from the SHA-256 of each. Those of a contrastive encoder do not count: the model is the same with
+    and without one, and so are its golden values (`towers_digest`)."""
+    return _digest({name: digest for name, digest in digests.items() if not name.startswith(TOWERS)})
+
+
+def towers_digest(digests: Mapping[str, str]) -> str | None:
+    """One digest of a contrastive encoder's tensors, from the SHA-256 of each; None where there are none."""
+    found = {name: digest for name, digest in digests.items() if name.startswith(TOWERS)}
+    return _digest(found) if found else None
+
+
+def _digest(digests: Mapping[str, str]) -> str:
     total = hashlib.sha256()
     for name in sorted(digests):
         total.update(f"{name} {digests[name]}\n".encode())

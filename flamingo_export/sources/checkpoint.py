@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ import msgspec
 
 from flamingo_export.bundle.manifest import SourceRecord
 from flamingo_export.errors import CheckpointError
-from flamingo_export.sources.base import Array, combined_digest
+from flamingo_export.sources.base import TOWERS, Array, combined_digest, towers_digest
 from flamingo_reference.checkpoints.files.tensors import CheckpointError as UnreadableCheckpoint
 from flamingo_reference.checkpoints.loading import CheckpointFiles, load
 
@@ -34,13 +35,22 @@ class CheckpointSource:
         self.config, self.inputs = self.checkpoint.config, self.checkpoint.inputs
         self.notes = self.checkpoint.notes
         self.tokenizer, self.golden = self.checkpoint.tokenizer, self.checkpoint.golden
+        self.text_tokenizer = self.checkpoint.text_tokenizer
         marks = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in self.checkpoint.files]
         content = msgspec.json.encode([marks, [str(path) for path in files.adapters], self.config])
         self.identity = f"checkpoint {hashlib.sha256(content).hexdigest()}"
 
     def names(self) -> list[str]:
         """All tensor names."""
-        return self.checkpoint.reader.names()
+        names = self.checkpoint.reader.names()
+        return names if self.config.contrastive is not None else [name for name in names if not name.startswith(TOWERS)]
+
+    def without_towers(self) -> CheckpointSource:
+        """The same model without its contrastive encoder, as bundles were built before there was one."""
+        found = copy.copy(self)
+        found.config = msgspec.structs.replace(self.config, contrastive=None)
+        found.text_tokenizer = None
+        return found
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""
@@ -52,4 +62,9 @@ class CheckpointSource:
 
     def record(self, digests: Mapping[str, str]) -> SourceRecord:
         """The digest of all tensors names the checkpoint."""
-        return SourceRecord(kind="checkpoint", sha256=combined_digest(digests), family=self.checkpoint.family.name)
+        return SourceRecord(
+            kind="checkpoint",
+            sha256=combined_digest(digests),
+            towers_sha256=towers_digest(digests),
+            family=self.checkpoint.family.name,
+        )

@@ -14,7 +14,7 @@ import numpy as np
 
 from flamingo_export.bundle.manifest import SourceRecord
 from flamingo_export.errors import UnsupportedModel
-from flamingo_export.sources.base import Array, combined_digest, tensor_digest
+from flamingo_export.sources.base import Array, combined_digest, tensor_digest, towers_digest
 from flamingo_reference.config import OwnVisionConfig
 from flamingo_reference.input_format import PAPER, InputFormat
 from flamingo_reference.names import expected_tensors
@@ -40,6 +40,9 @@ class LiveSource:
         that the config says is the user's own may be any module."""
         refuse_unknown(model)
         self.model, self.config, self.tokenizer, self.inputs = model, model.config, tokenizer, inputs
+        text = model.config.contrastive.text if model.config.contrastive is not None else None
+        shared = text is not None and text.vocab_size == model.config.language_model.vocab_size
+        self.text_tokenizer = tokenizer if shared else None
         self._tensors: dict[str, Tensor] = {
             name: tensor for name, tensor in model.named_parameters(remove_duplicate=False) if not _own_vision(model, name)
         }
@@ -49,14 +52,18 @@ class LiveSource:
         """The module to be traced where the vision encoder is not ours, else None."""
         return self.model.vision_encoder if isinstance(self.config.vision, OwnVisionConfig) else None
 
-    @functools.cached_property
+    @property
     def digest(self) -> str:
-        """Of all tensors, those of an own vision encoder among them. Nothing less tells whether a model in memory is the one that an
-        interrupted build was of."""
+        """Of the model's tensors, those of an own vision encoder among them."""
+        return combined_digest(self._digests)
+
+    @functools.cached_property
+    def _digests(self) -> dict[str, str]:
+        """Nothing less tells whether a model in memory is the one that an interrupted build was of."""
         tensors = {f"vision_encoder.{name}": tensor for name, tensor in self._own_tensors().items()} | self._tensors
         with ThreadPoolExecutor(2) as pool:
             digests = pool.map(lambda tensor: tensor_digest(_on_host(tensor)), tensors.values())
-            return combined_digest(dict(zip(tensors, digests, strict=True)))
+            return dict(zip(tensors, digests, strict=True))
 
     def _own_tensors(self) -> dict[str, Tensor]:
         module = self.own_vision_encoder
@@ -65,7 +72,7 @@ class LiveSource:
     @property
     def identity(self) -> str:
         """Names the model by its numbers."""
-        return f"live {self.digest}"
+        return f"live {self.digest} {towers_digest(self._digests) or ''}".strip()
 
     def names(self) -> list[str]:
         """All tensor names."""
@@ -81,7 +88,7 @@ class LiveSource:
 
     def record(self, digests: Mapping[str, str]) -> SourceRecord:
         """The digest of all tensors names the model."""
-        return SourceRecord(kind="live", sha256=self.digest)
+        return SourceRecord(kind="live", sha256=self.digest, towers_sha256=towers_digest(self._digests))
 
 
 def _on_host(tensor: Tensor) -> Array:

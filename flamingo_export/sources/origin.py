@@ -9,7 +9,7 @@ import msgspec
 
 from flamingo_export.bundle.manifest import Manifest, PlaceRecord, SourceRecord
 from flamingo_export.errors import CheckpointError
-from flamingo_export.sources import CheckpointSource, RandomSource, WeightSource, combined_digest, tensor_digest
+from flamingo_export.sources import CheckpointSource, RandomSource, WeightSource, combined_digest, tensor_digest, towers_digest
 from flamingo_export.sources.choice import Source, nano_checkpoint
 from flamingo_reference.checkpoints.loading import CheckpointFiles
 
@@ -24,8 +24,15 @@ def find_origin(
     """
     recorded = manifest.source
     if checkpoint is not None:
-        source = CheckpointSource(checkpoint)
-        digest = source_digest(source)
+        source = _as_built(CheckpointSource(checkpoint), manifest)
+        digests = _digests(source)
+        digest, towers = combined_digest(digests), towers_digest(digests)
+        if digest == recorded.sha256 and towers != recorded.towers_sha256:
+            named = checkpoint if isinstance(checkpoint, Path) else checkpoint.path
+            raise CheckpointError(
+                f"{named} has another contrastive encoder ({(towers or 'none')[:12]}) than the bundle was built from "
+                f"({(recorded.towers_sha256 or 'none')[:12]}). Give the files that it was built from."
+            )
         if digest != recorded.sha256:
             named = checkpoint if isinstance(checkpoint, Path) else checkpoint.path
             raise CheckpointError(
@@ -41,7 +48,7 @@ def find_origin(
             )
         return drawn
     shipped = _shipped_checkpoint()
-    if shipped is not None and shipped.config == manifest.config and source_digest(shipped) == recorded.sha256:
+    if shipped is not None and _is_origin(shipped := _as_built(shipped, manifest), manifest):
         return shipped
     beside = _files_beside(bundle, recorded.place) if bundle is not None else None
     if beside is not None:
@@ -51,8 +58,24 @@ def find_origin(
 
 
 def source_digest(source: WeightSource) -> str:
-    """One digest of all tensors, as the manifest records it."""
-    return combined_digest({name: tensor_digest(source.read(name)) for name in source.names()})
+    """One digest of the model's tensors, as the manifest records it."""
+    return combined_digest(_digests(source))
+
+
+def _digests(source: WeightSource) -> dict[str, str]:
+    return {name: tensor_digest(source.read(name)) for name in source.names()}
+
+
+def _as_built(source: CheckpointSource, manifest: Manifest) -> CheckpointSource:
+    """A checkpoint without its contrastive encoder where the bundle was built without one."""
+    return source if manifest.config.contrastive is not None else source.without_towers()
+
+
+def _is_origin(source: CheckpointSource, manifest: Manifest) -> bool:
+    if source.config != manifest.config:
+        return False
+    digests, recorded = _digests(source), manifest.source
+    return combined_digest(digests) == recorded.sha256 and towers_digest(digests) == recorded.towers_sha256
 
 
 def with_place(record: SourceRecord, files: Source, out: Path) -> SourceRecord:

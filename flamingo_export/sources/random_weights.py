@@ -30,6 +30,7 @@ class RandomSource:
     """
 
     tokenizer = None
+    text_tokenizer = None
     golden = None
     notes: tuple[str, ...] = ()
     inputs = PAPER

@@ -77,6 +77,8 @@ TABLE = MappingProxyType(
         "vision_encoder, 16-bit storage": INDEPENDENT_ROUNDING,
         "resampler": RULE,
         "media_kv": RULE,
+        "image_tower": RULE,
+        "text_tower": RULE,
         "decoder": RULE,
         "layer": RULE,
         "quantised, int8": _quantised(0.5, "Largest error of nano: 0.14 of the rms, in the resampler."),

@@ -23,8 +23,11 @@ from flamingo_export.weights.recipes import (
     plain,
     rotary_table,
 )
+from flamingo_export.weights.towers import towers
 from flamingo_export.weights.vision import vision_encoder
 from flamingo_reference.config import ModelConfig, RelativePositions, RotaryPositions
+from flamingo_reference.contrastive_config import Readout
+from flamingo_reference.names import readout_model
 
 
 def bundle_weights(config: ModelConfig, precision: Precision | None = None) -> list[Weight]:
@@ -32,19 +35,31 @@ def bundle_weights(config: ModelConfig, precision: Precision | None = None) -> l
 
     precision: None is any without a policy. A head that is quantised is a matrix of its own, tied to the embedding or not.
     """
-    return [*vision_encoder(config), *_resampler(config), *_media_kv(config), *_decoder(config, precision)]
+    model = [*vision_encoder(config), *_readout(config), *perceiver(config), *_media_kv(config), *_decoder(config, precision)]
+    return [*model, *towers(config)]
 
 
-def _resampler(config: ModelConfig) -> Iterator[Weight]:
-    resampler, group = config.resampler, "resampler"
+def _readout(config: ModelConfig) -> Iterator[Weight]:
+    """What the vision encoder's graph has of a contrastive encoder that reads the features."""
+    if config.contrastive is not None and isinstance(config.contrastive.pooling, Readout):
+        of_readout = readout_model(config, config.contrastive.pooling)
+        yield from perceiver(of_readout, "vision_encoder/readout", "contrastive.readout", "vision_encoder.readout")
+
+
+def perceiver(
+    config: ModelConfig, below: str = "resampler", source_of: str = "resampler", group: str = "resampler"
+) -> Iterator[Weight]:
+    """Weights of the config's resampler, or of another one made of the same layers. below, source_of: what stands before the bundle's and
+    the checkpoint's names."""
+    resampler = config.resampler
     width, inner = resampler.width, resampler.num_heads * resampler.head_size
     if resampler.input_proj:
-        yield linear("resampler/input_proj", (config.vision.feature_width, width), group, "resampler.input_proj.weight")
-    yield plain("resampler/latents", (resampler.num_latents, width), group, "resampler.latents")
+        yield linear(f"{below}/input_proj", (config.vision.feature_width, width), group, f"{source_of}.input_proj.weight")
+    yield plain(f"{below}/latents", (resampler.num_latents, width), group, f"{source_of}.latents")
     if resampler.num_time_embeddings:
-        yield plain("resampler/time_embeddings", (resampler.num_time_embeddings, width), group, "resampler.time_embeddings")
+        yield plain(f"{below}/time_embeddings", (resampler.num_time_embeddings, width), group, f"{source_of}.time_embeddings")
     for layer in range(resampler.num_layers):
-        name, source = f"resampler/layer.{layer}", f"resampler.layers.{layer}"
+        name, source = f"{below}/layer.{layer}", f"{source_of}.layers.{layer}"
         yield from norm(f"{name}/media_norm", width, group, f"{source}.media_norm")
         yield from norm(f"{name}/latent_norm", width, group, f"{source}.latent_norm")
         yield linear(f"{name}/q_proj", (width, inner), group, f"{source}.q_proj.weight")
@@ -56,7 +71,7 @@ def _resampler(config: ModelConfig) -> Iterator[Weight]:
         yield from norm(f"{name}/ffw_norm", width, group, f"{source}.ffw_norm")
         yield from feed_forward_up(name, source, group, width, resampler.ffw_width, resampler.activation)
         yield linear(f"{name}/ffw_down", (resampler.ffw_width, width), group, f"{source}.ffw_down.weight")
-    yield from norm("resampler/norm", width, group, "resampler.norm")
+    yield from norm(f"{below}/norm", width, group, f"{source_of}.norm")
 
 
 def _media_kv(config: ModelConfig) -> Iterator[Weight]:

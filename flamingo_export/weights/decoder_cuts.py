@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from flamingo_export.bundle.manifest import GraphRecord
 from flamingo_export.errors import BuildError
-from flamingo_export.specs import SUBGRAPHS
+from flamingo_export.specs import SUBGRAPHS, towers_of
 from flamingo_reference.config import ModelConfig
 
 
@@ -20,7 +20,8 @@ def graph_records(config: ModelConfig, sizes: Mapping[str, int], parts: int) -> 
 
     sizes: bytes of each of the bundle's weights by name. Raises BuildError unless there are 1 to num_layers parts.
     """
-    records = [GraphRecord(name=name, file=f"{name}.onnx") for name in SUBGRAPHS if name != "decoder"]
+    others = (*(name for name in SUBGRAPHS if name != "decoder"), *towers_of(config))
+    records = [GraphRecord(name=name, file=f"{name}.onnx") for name in others]
     for number, layers in enumerate(cut(config, sizes, parts)):
         name = "decoder" if parts == 1 else f"decoder.{number}"
         records.append(GraphRecord(name=name, file=f"{name}.onnx", layers=(layers.start, layers.stop)))

@@ -14,6 +14,9 @@ from typing import Literal
 
 import msgspec
 
+from flamingo_reference.contrastive_config import ContrastiveConfig
+from flamingo_reference.contrastive_config import faults as contrastive_faults
+
 Activation = Literal["relu", "squared_relu", "gelu", "quick_gelu"]
 """gelu is the exact one (erf); quick_gelu is x * sigmoid(1.702 x), CLIP's."""
 FeedForward = Literal["relu", "squared_relu", "gelu", "quick_gelu", "swiglu"]
@@ -364,6 +367,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     pixel_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Mean of RGB in 0..1; also the colour images are padded with."""
     pixel_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    contrastive: ContrastiveConfig | None = None
+    """The contrastive encoder beside the model, which shares its vision encoder; None where the checkpoint has none."""
 
     @property
     def gated_layers(self) -> tuple[int, ...]:
@@ -388,6 +393,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     def validate(self) -> None:
         """Raises ConfigError naming each field that makes the model impossible to build."""
         faults = [*_sizes(self), *_vision(self.vision), *_bridge(self), *_language_model(self.language_model), *_tokens(self)]
+        if self.contrastive is not None:
+            faults += contrastive_faults(self.contrastive, vision=str(type(self.vision).__struct_config__.tag))
         if min(self.pixel_std) <= 0:
             faults.append(f"pixel_std {self.pixel_std} has an entry that is not positive")
         if faults:

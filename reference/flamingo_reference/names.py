@@ -5,16 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import msgspec
+
 from flamingo_reference.config import (
     FeedForward,
     ModelConfig,
     NFNetConfig,
     Norm,
     RelativePositions,
+    ResamplerConfig,
     TiledViTConfig,
     VisionConfig,
     ViTConfig,
 )
+from flamingo_reference.contrastive_config import ContrastiveConfig, Readout, TextConfig
 
 Shape = tuple[int, ...]
 Named = Iterator[tuple[str, Shape]]
@@ -32,11 +36,14 @@ def expected_tensors(config: ModelConfig) -> dict[str, Shape]:
             tensors[f"cross_attention.{index}.{name}"] = shape
     for name, shape in _language_model(config):
         tensors[f"language_model.{name}"] = shape
+    if config.contrastive is not None:
+        for name, shape in _contrastive(config, config.contrastive):
+            tensors[f"contrastive.{name}"] = shape
     return tensors
 
 
 def component_of(name: str) -> str:
-    """The component a tensor belongs to: vision_encoder, resampler, cross_attention or language_model."""
+    """The component a tensor belongs to: vision_encoder, resampler, cross_attention, language_model or contrastive."""
     return name.split(".", 1)[0]
 
 
@@ -183,6 +190,59 @@ def _resampler(config: ModelConfig) -> Named:
         yield from _norm(f"{prefix}.ffw_norm", width, "layer_norm", bias=True)
         yield from _feed_forward(f"{prefix}.", width, resampler.ffw_width, resampler.activation)
     yield from _norm("norm", width, "layer_norm", bias=True)
+
+
+def readout_model(config: ModelConfig, readout: Readout) -> ModelConfig:
+    """The model with the readout of its contrastive encoder in the resampler's place: the two are made of the same layers."""
+    resampler = ResamplerConfig(
+        num_layers=readout.num_layers,
+        width=readout.width,
+        num_heads=readout.num_heads,
+        head_size=readout.head_size,
+        ffw_width=readout.ffw_width,
+        num_latents=readout.num_latents,
+        num_time_embeddings=0,
+        activation=readout.activation,
+    )
+    return msgspec.structs.replace(config, resampler=resampler, contrastive=None)
+
+
+def pooled_width(config: ModelConfig, contrastive: ContrastiveConfig) -> int:
+    """Width of `pooled`, the vision encoder's second output."""
+    pooling = contrastive.pooling
+    return pooling.num_latents * pooling.width if isinstance(pooling, Readout) else config.vision.feature_width
+
+
+def _contrastive(config: ModelConfig, contrastive: ContrastiveConfig) -> Named:
+    if isinstance(contrastive.pooling, Readout):
+        for name, shape in _resampler(readout_model(config, contrastive.pooling)):
+            yield f"readout.{name}", shape
+    width = pooled_width(config, contrastive)
+    if contrastive.image_norm:
+        yield from _norm("image.norm", width, "layer_norm", bias=True)
+    yield from _linear("image.proj", contrastive.joint_width, width)
+    if contrastive.text is not None:
+        for name, shape in _text(contrastive.text):
+            yield f"text.{name}", shape
+        yield from _linear("text.proj", contrastive.joint_width, contrastive.text.width)
+        yield "logit_scale", ()
+
+
+def _text(text: TextConfig) -> Named:
+    width = text.width
+    yield "embedding.weight", (text.vocab_size, width)
+    yield "position_embedding.weight", (text.max_positions, width)
+    if text.embedding_norm:
+        yield from _norm("embedding_norm", width, "layer_norm", bias=True)
+    for layer in range(text.num_layers):
+        prefix = f"layers.{layer}"
+        yield from _norm(f"{prefix}.attention_norm", width, "layer_norm", bias=True)
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            yield from _linear(f"{prefix}.{name}", width, width, bias=True)
+        yield from _norm(f"{prefix}.ffw_norm", width, "layer_norm", bias=True)
+        yield from _feed_forward(f"{prefix}.", width, text.ffw_width, text.activation, bias=True)
+    if text.final_norm:
+        yield from _norm("final_norm", width, "layer_norm", bias=True)
 
 
 def _cross_attention(config: ModelConfig) -> Named:

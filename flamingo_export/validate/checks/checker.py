@@ -15,6 +15,7 @@ from flamingo_export.backends.base import Backend, Session, SessionOptions
 from flamingo_export.bundle.manifest import Manifest
 from flamingo_export.errors import named_line
 from flamingo_export.progress import Progress
+from flamingo_export.specs import towers_of
 from flamingo_export.validate.checks.compare import AnyArray, gate, unmeasured
 from flamingo_export.validate.checks.engines import (
     bank_of,
@@ -70,7 +71,7 @@ class Checker:
     def run(self, *, whole: bool, layers: Path | None) -> None:
         """All gates. whole: the decoder is run in one piece, and layer by layer besides; else only layer by layer. layers: a folder for
         the layers' graphs; None where there are no engines of single layers, or no such folder."""
-        self.progress.stage("engines", 4 + self.config.language_model.num_layers)
+        self.progress.stage("engines", 4 + len(towers_of(self.config)) + self.config.language_model.num_layers)
         self.rows += check_codes(self.bundle, self.goldens)
         self.first_diverging = next((row.subgraph for row in self.rows if not row.passed), None)
         self._encoders()
@@ -130,7 +131,7 @@ class Checker:
 
     def _encoders(self) -> None:
         features = latents = None
-        for subgraph in ("vision_encoder", "resampler", "media_kv"):
+        for subgraph in ("vision_encoder", "resampler", "media_kv", *towers_of(self.config)):
             with self._guarded("subgraph", f"{subgraph}, opening", subgraph), self._open(subgraph) as session:
                 for case in encoder_cases(self.config):
                     if case.subgraph != subgraph:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import msgspec
 
+from flamingo_export.specs import IMAGE_TOWER, TEXT_TOWER
 from flamingo_export.validate.expected import inputs
 from flamingo_reference.config import ModelConfig
 
@@ -66,12 +67,14 @@ class DecoderCase(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EncoderCase(msgspec.Struct, frozen=True, kw_only=True):
-    """One call of vision_encoder, resampler or media_kv. `rows`: frames, media or latents in the batch; `frames`: of each medium."""
+    """One call of vision_encoder, resampler, media_kv or a tower. `rows`: frames, media, latents or pooled features in the batch; `frames`:
+    of each medium; `lengths`: tokens of each text."""
 
     name: str
     subgraph: str
     rows: int
     frames: int = 1
+    lengths: tuple[int, ...] = ()
 
 
 def phi_cases(config: ModelConfig) -> tuple[str, ...]:
@@ -80,7 +83,8 @@ def phi_cases(config: ModelConfig) -> tuple[str, ...]:
 
 
 def encoder_cases(config: ModelConfig) -> tuple[EncoderCase, ...]:
-    """vision_encoder, resampler with one, several and more frames than time embeddings (where there are any), media_kv."""
+    """vision_encoder, resampler with one, several and more frames than time embeddings (where there are any), media_kv, the towers of a
+    contrastive encoder."""
     embeddings = config.resampler.num_time_embeddings
     several = min(3, embeddings or 3)
     videos = [EncoderCase(name=f"videos of {several} frames", subgraph="resampler", rows=2, frames=several)]
@@ -93,7 +97,20 @@ def encoder_cases(config: ModelConfig) -> tuple[EncoderCase, ...]:
         EncoderCase(name="images", subgraph="resampler", rows=2),
         *videos,
         EncoderCase(name="two media", subgraph="media_kv", rows=2),
+        *_tower_cases(config),
     )
+
+
+def _tower_cases(config: ModelConfig) -> Iterator[EncoderCase]:
+    contrastive = config.contrastive
+    if contrastive is None:
+        return
+    yield EncoderCase(name="three images", subgraph=IMAGE_TOWER, rows=3)
+    if contrastive.text is not None:
+        most = contrastive.text.max_positions
+        lengths = (min(5, most), 1, most, min(2, most))
+        yield EncoderCase(name="texts of different lengths", subgraph=TEXT_TOWER, rows=len(lengths), lengths=lengths)
+        yield EncoderCase(name="a text by itself", subgraph=TEXT_TOWER, rows=1, lengths=(min(4, most),))
 
 
 def decoder_cases(config: ModelConfig) -> tuple[DecoderCase, ...]:

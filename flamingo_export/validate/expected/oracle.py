@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 
 from flamingo_export.progress import SILENT, Progress
+from flamingo_export.specs import IMAGE_TOWER, TEXT_TOWER
 from flamingo_export.validate.checks.compare import AnyArray, expect
 from flamingo_export.validate.expected import inputs
 from flamingo_export.validate.expected.cases import (
@@ -28,6 +29,8 @@ from flamingo_export.validate.expected.media import BANK_ROWS, FLOATS, MediaForm
 from flamingo_export.validate.expected.modules import Parts
 from flamingo_export.validate.expected.plan import Plan, plan_case
 from flamingo_reference.config import ModelConfig
+from flamingo_reference.contrastive_config import ClassToken, Readout
+from flamingo_reference.names import pooled_width
 from flamingo_reference.phi import phi_from_tokens
 from flamingo_reference.time_weights import time_weights
 
@@ -39,14 +42,20 @@ Key = tuple[str, int]
 
 
 def encoder_feeds(config: ModelConfig, case: EncoderCase) -> dict[str, AnyArray]:
-    """Inputs of a case of vision_encoder, resampler or media_kv."""
-    vision, resampler = config.vision, config.resampler
+    """Inputs of a case of vision_encoder, resampler, media_kv or a tower."""
+    vision, resampler, contrastive = config.vision, config.resampler, config.contrastive
     key = f"{case.subgraph}/{case.name}"
     if case.subgraph == "vision_encoder":
         return {"pixels": inputs.normal(key, (case.rows, 3, vision.image_size, vision.image_size))}
     if case.subgraph == "resampler":
         shape = (case.rows, case.frames, vision.num_patches, vision.feature_width)
         return resampler_feeds(config, inputs.normal(key, shape))
+    if contrastive is not None and case.subgraph == IMAGE_TOWER:
+        return {"pooled": inputs.normal(key, (case.rows, pooled_width(config, contrastive)))}
+    if contrastive is not None and contrastive.text is not None and case.subgraph == TEXT_TOWER:
+        drawn = inputs.integers(key, case.rows * max(case.lengths), 0, contrastive.text.vocab_size)
+        ids = np.asarray(drawn, np.int64).reshape(case.rows, -1)
+        return {"token_ids": ids, "lengths": np.asarray(case.lengths, np.int64)}
     return {"latents": inputs.normal(key, (case.rows, resampler.num_latents, resampler.width))}
 
 
@@ -96,6 +105,7 @@ class _Recorder:
     def run(self) -> None:
         self.progress.stage("reference values", self.config.language_model.num_layers + 3)
         self._encoders()
+        self._towers()
         self._decoder()
 
     def _encoders(self) -> None:
@@ -108,9 +118,7 @@ class _Recorder:
         features: list[Tensor] = []
         for case in by_subgraph["vision_encoder"]:
             pixels = torch.from_numpy(encoder_feeds(config, case)["pixels"])
-            wide, narrow = self.parts.stage("vision_encoder", lambda m, x=pixels: m(x.double()), lambda m, x=pixels: m(x))  # type: ignore[misc]
-            self._put(f"vision_encoder, {case.name}", "features", wide, narrow)
-            features = [wide, narrow]
+            features = self._vision(f"vision_encoder, {case.name}", pixels)
         self.progress.advance(1)
         feeds = [encoder_feeds(config, case) for case in by_subgraph["resampler"]]
         # The end-to-end case: the encoder's own frames, as images.
@@ -127,6 +135,54 @@ class _Recorder:
         self._put(END_TO_END_CASE, "latents", wide[-1], narrow[-1])
         self.latents = wide[-1], narrow[-1]
         self.progress.advance(1)
+
+    def _vision(self, name: str, pixels: Tensor) -> list[Tensor]:
+        """features, and `pooled` of a contrastive encoder, in fp64 and fp32."""
+        contrastive = self.config.contrastive
+        if contrastive is None:
+            wide, narrow = self.parts.stage("vision_encoder", lambda m: m(pixels.double()), lambda m: m(pixels))
+        elif isinstance(contrastive.pooling, ClassToken):
+            # The token is taken where the module itself puts it, hooks and all.
+            def run(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+                tokens = module.tokens(x)
+                return module.features_of(tokens), tokens[:, 0]
+
+            (wide, wide_pooled), (narrow, narrow_pooled) = self.parts.stage(
+                "vision_encoder", lambda m: run(m, pixels.double()), lambda m: run(m, pixels)
+            )
+            self._put(name, "pooled", wide_pooled, narrow_pooled)
+        else:
+            wide, narrow = self.parts.stage("vision_encoder", lambda m: m(pixels.double()), lambda m: m(pixels))
+            if isinstance(contrastive.pooling, Readout):
+                pooled = self.parts.stage(
+                    "contrastive.readout", lambda m: m(wide[:, None]).flatten(1), lambda m: m(narrow[:, None]).flatten(1)
+                )
+            else:
+                pooled = wide.mean(1), narrow.mean(1)
+            self._put(name, "pooled", *pooled)
+        self._put(name, "features", wide, narrow)
+        return [wide, narrow]
+
+    def _towers(self) -> None:
+        """The towers by themselves, on drawn pooled features and tokens."""
+        import torch
+
+        for case in encoder_cases(self.config):
+            if case.subgraph not in (IMAGE_TOWER, TEXT_TOWER):
+                continue
+            feeds = [torch.from_numpy(array) for array in encoder_feeds(self.config, case).values()]
+            part = "contrastive.image" if case.subgraph == IMAGE_TOWER else "contrastive.text"
+
+            def widened(module: Any, given: list[Tensor] = feeds) -> Tensor:
+                found: Tensor = module(*(x.double() if x.is_floating_point() else x for x in given))
+                return found
+
+            def as_given(module: Any, given: list[Tensor] = feeds) -> Tensor:
+                found: Tensor = module(*given)
+                return found
+
+            wide, narrow = self.parts.stage(part, widened, as_given)
+            self._put(f"{case.subgraph}, {case.name}", f"{case.subgraph.removesuffix('_tower')}_embedding", wide, narrow)
 
     def _decoder(self) -> None:
         import torch

@@ -36,6 +36,11 @@ def reshaped(name: str, shape: Shape, ours: Shape) -> Recipe:
     return Recipe({name: shape}, functools.partial(_reshaped, shape=ours))
 
 
+def transposed(name: str, shape: Shape) -> Recipe:
+    """A matrix with rows and columns exchanged."""
+    return Recipe({name: shape}, _transposed)
+
+
 def rows(name: str, shape: Shape, start: int, stop: int) -> Recipe:
     """Rows start .. stop - 1 of a tensor that holds several of ours."""
     return Recipe({name: shape}, functools.partial(_rows, start=start, stop=stop))
@@ -102,6 +107,10 @@ def _first(sources: Sequence[AnyArray]) -> AnyArray:
 
 def _reshaped(sources: Sequence[AnyArray], *, shape: Shape) -> AnyArray:
     return sources[0].reshape(shape)
+
+
+def _transposed(sources: Sequence[AnyArray]) -> AnyArray:
+    return sources[0].T
 
 
 def _rows(sources: Sequence[AnyArray], *, start: int, stop: int) -> AnyArray:

@@ -32,6 +32,9 @@ from flamingo_reference.config import ConfigError, ModelConfig
 from flamingo_reference.input_format import InputFormat
 from flamingo_reference.names import expected_tensors
 
+TEXT_TOKENIZER = "tokenizer.json"
+TOWER_TOKENIZER = "tokenizer/text_tower.json"
+"""Of a text tower in our own format whose vocabulary is not the language model's."""
 OPTIONS: Mapping[Part, str] = {"language_model": "--lm", "vision_encoder": "--vision"}
 
 
@@ -71,6 +74,8 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     absent: tuple[Path, ...] = ()
     generation: Generation = Generation()
     notes: tuple[str, ...] = ()
+    text_tokenizer: Path | None = None
+    """tokenizer.json of the text tower, where there is one and it lies beside the tower's tensors."""
 
 
 def load(files: CheckpointFiles, families: Sequence[Family] = FAMILIES, *, may_be_absent: bool = False) -> Checkpoint:
@@ -136,7 +141,22 @@ def load(files: CheckpointFiles, families: Sequence[Family] = FAMILIES, *, may_b
         absent=tuple(sorted(set(absent.values()))),
         generation=generation,
         notes=(*adopted.notes, *(note for adapter in adapters for note in adapter.notes)),
+        text_tokenizer=_text_tokenizer(files, config, tokenizer),
     )
+
+
+def _text_tokenizer(files: CheckpointFiles, config: ModelConfig, tokenizer: Path | None) -> Path | None:
+    """The text tower's tokenizer: beside CLIP's file, in our own format beside the model's (or the same, for the same vocabulary)."""
+    if config.contrastive is None or config.contrastive.text is None:
+        return None
+    if files.vision_encoder is not None:
+        folder = files.vision_encoder if files.vision_encoder.is_dir() else files.vision_encoder.parent
+        beside = folder / TEXT_TOKENIZER
+    else:
+        beside = files.path / TOWER_TOKENIZER
+        if not beside.is_file() and config.contrastive.text.vocab_size == config.language_model.vocab_size:
+            return tokenizer
+    return beside if beside.is_file() else None
 
 
 def find_tokenizer(files: CheckpointFiles) -> Path | None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from flamingo_reference.checkpoints.families import native
 from flamingo_reference.checkpoints.files.tensors import AnyArray
 from flamingo_reference.config import ModelConfig
+from flamingo_reference.model.contrastive import Contrastive
 from flamingo_reference.model.cross_attention import GatedCrossAttention
 from flamingo_reference.model.decoder import LanguageModel
 from flamingo_reference.model.resampler import make_resampler
@@ -38,6 +39,7 @@ class Flamingo(nn.Module):
         self.resampler = make_resampler(config)
         self.cross_attention = nn.ModuleList(GatedCrossAttention(config) for _ in config.gated_layers)
         self.language_model = LanguageModel(config.language_model)
+        self.contrastive = Contrastive(config) if config.contrastive is not None else None
 
     def latents(self, pixels_NT3II: Tensor, aspect_ratio_ids_N: Tensor | None = None) -> Tensor:
         """Latents [N, R, W] of media of T frames each.

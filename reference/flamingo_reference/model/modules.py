@@ -1,7 +1,7 @@
 """Single parts of the model with their weights, for running it when the whole does not fit: each read, used and dropped.
 
-A part is named by the prefix of its parameters in a checkpoint: vision_encoder, resampler, cross_attention.i, language_model.layers.j, or
-language_model, which is what the layers leave of it: embedding, norm and head.
+A part is named by the prefix of its parameters in a checkpoint: vision_encoder, resampler, cross_attention.i, language_model.layers.j,
+language_model, which is what the layers leave of it: embedding, norm and head, or contrastive.readout, .image and .text.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import nn
 
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.model import torch_from_numpy
+from flamingo_reference.model.contrastive import Contrastive
 from flamingo_reference.model.cross_attention import GatedCrossAttention
 from flamingo_reference.model.decoder import LanguageModel, LanguageModelLayer
 from flamingo_reference.model.resampler import make_resampler
@@ -34,6 +35,10 @@ def empty_part(config: ModelConfig, prefix: str) -> nn.Module:
         return LanguageModelLayer(config.language_model)
     if prefix == "language_model":
         return LanguageModel(msgspec.structs.replace(config.language_model, num_layers=0))
+    if prefix.startswith("contrastive.") and config.contrastive is not None:
+        part = getattr(Contrastive(config), prefix.removeprefix("contrastive."), None)
+        if isinstance(part, nn.Module):
+            return part
     raise ValueError(f"{prefix!r} is no part of a Flamingo")
 
 

@@ -1,11 +1,13 @@
 """The model cut as the exported graphs are: one module per subgraph, with the graph's inputs and outputs by name.
 
-    vision_encoder   pixels (aspect_ratio_ids, of tiles) -> features
+    vision_encoder   pixels (aspect_ratio_ids, of tiles) -> features, and pooled where there is a contrastive encoder
     resampler        features, time_weights -> latents
     media_kv         latents -> media_k.i, media_v.i for each gated layer i
     decoder          token_ids (or hidden), positions, media_rows, phi, first_media (where tokens see ranges of media),
                      write_index, mask, key_positions, logit_positions, media_k.i, media_v.i, past_k.j, past_v.j
                      -> logits (or hidden_out), present_k.j, present_v.j
+    image_tower      pooled -> image_embedding                  (of a contrastive encoder)
+    text_tower       token_ids, lengths -> text_embedding       (of one that has a text tower)
 
 A subgraph's parameters bear the checkpoint's names, so a part of a model is read without the rest of it (`load_subgraph`); or it shares
 the modules of a whole model (`subgraphs_of`). Shape suffixes: B requests, S positions in this call, C cache capacity, K positions whose
@@ -23,7 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from flamingo_reference.config import ModelConfig
+from flamingo_reference.contrastive_config import ContrastiveConfig
 from flamingo_reference.model import Flamingo, torch_from_numpy
+from flamingo_reference.model.contrastive import Contrastive, features_and_pooled
 from flamingo_reference.model.cross_attention import GatedCrossAttention, project_media
 from flamingo_reference.model.decoder import LanguageModel, LanguageModelLayer
 from flamingo_reference.model.resampler import Resampler as ResamplerModule
@@ -50,18 +54,58 @@ class Subgraph(nn.Module):
 
 
 class VisionEncoder(Subgraph):
-    """pixels [F, 3, I, I] -> features [F, P, E]; of tiles: pixels [F, Tmax, 3, I, I], aspect_ratio_ids [F] -> [F, Tmax, P, E]."""
+    """pixels [F, 3, I, I] -> features [F, P, E], and pooled [F, Ep] where there is a contrastive encoder; of tiles: pixels
+    [F, Tmax, 3, I, I], aspect_ratio_ids [F] -> [F, Tmax, P, E]."""
 
-    outputs = ("features",)
-
-    def __init__(self, encoder: nn.Module) -> None:
+    def __init__(
+        self, encoder: nn.Module, contrastive: ContrastiveConfig | None = None, readout: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.vision_encoder = encoder
         self.inputs = ("pixels", "aspect_ratio_ids") if isinstance(encoder, TiledViT) else ("pixels",)
+        self.config = contrastive
+        self.outputs = ("features",) if contrastive is None else ("features", "pooled")
+        self.contrastive = nn.Module()
+        if readout is not None:
+            self.contrastive.readout = readout
 
     def forward(self, feeds: Tensors) -> dict[str, Tensor]:
         self.check(feeds)
-        return {"features": self.vision_encoder(*(feeds[name] for name in self.inputs))}
+        if self.config is None:
+            return {"features": self.vision_encoder(*(feeds[name] for name in self.inputs))}
+        readout = getattr(self.contrastive, "readout", None)
+        features, pooled = features_and_pooled(self.vision_encoder, feeds["pixels"], self.config, readout)
+        return {"features": features, "pooled": pooled}
+
+
+class Image(Subgraph):
+    """pooled [F, Ep] -> image_embedding [F, J]."""
+
+    inputs, outputs = ("pooled",), ("image_embedding",)
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.contrastive = nn.Module()
+        self.contrastive.image = tower
+
+    def forward(self, feeds: Tensors) -> dict[str, Tensor]:
+        self.check(feeds)
+        return {"image_embedding": self.contrastive.get_submodule("image")(feeds["pooled"])}
+
+
+class Text(Subgraph):
+    """token_ids [B, S], lengths [B] -> text_embedding [B, J]."""
+
+    inputs, outputs = ("token_ids", "lengths"), ("text_embedding",)
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.contrastive = nn.Module()
+        self.contrastive.text = tower
+
+    def forward(self, feeds: Tensors) -> dict[str, Tensor]:
+        self.check(feeds)
+        return {"text_embedding": self.contrastive.get_submodule("text")(feeds["token_ids"], feeds["lengths"])}
 
 
 class Resampler(Subgraph):
@@ -215,13 +259,22 @@ class Decoder(Subgraph):
 
 
 def subgraphs_of(model: Flamingo) -> dict[str, Subgraph]:
-    """The four subgraphs of a model, sharing its modules."""
-    return {
-        "vision_encoder": VisionEncoder(model.vision_encoder),
+    """The subgraphs of a model, sharing its modules: the four, and the towers of its contrastive encoder."""
+    contrastive = model.contrastive
+    found: dict[str, Subgraph] = {
+        "vision_encoder": VisionEncoder(
+            model.vision_encoder, model.config.contrastive, None if contrastive is None else contrastive.readout
+        ),
         "resampler": Resampler(model.resampler),
         "media_kv": MediaKV(model.config, model.gated_blocks()),
         "decoder": decoder_of(model),
     }
+    return found | (_towers(contrastive) if contrastive is not None else {})
+
+
+def _towers(contrastive: Contrastive) -> dict[str, Subgraph]:
+    found: dict[str, Subgraph] = {"image_tower": Image(contrastive.image)}
+    return found if contrastive.text is None else found | {"text_tower": Text(contrastive.text)}
 
 
 def decoder_of(model: Flamingo, layers: range | None = None, *, in_place: bool = False) -> Decoder:
@@ -242,8 +295,12 @@ def decoder_of(model: Flamingo, layers: range | None = None, *, in_place: bool =
 
 def empty_subgraph(config: ModelConfig, name: str, *, layers: range | None = None) -> Subgraph:
     """A subgraph made from the configuration alone, holding exactly the parameters it uses. `layers`: a part of the decoder."""
+    contrastive = Contrastive(config) if config.contrastive is not None else None
     if name == "vision_encoder":
-        return VisionEncoder(make_vision_encoder(config.vision))
+        readout = None if contrastive is None else contrastive.readout
+        return VisionEncoder(make_vision_encoder(config.vision), config.contrastive, readout)
+    if contrastive is not None and name in (towers := _towers(contrastive)):
+        return towers[name]
     if name == "resampler":
         return Resampler(make_resampler(config))
     if name == "media_kv":

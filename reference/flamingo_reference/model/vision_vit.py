@@ -53,11 +53,20 @@ class ViT(nn.Module):
         self.final_norm = nn.LayerNorm(config.width, config.norm_eps) if config.final_norm else None
 
     def forward(self, pixels_F3II: Tensor) -> Tensor:
+        return self.features_of(self.tokens(pixels_F3II))
+
+    def tokens(self, pixels_F3II: Tensor) -> Tensor:
+        """The class token and the patches [F, K, E] as they leave the last layer."""
         patches_FGE = self.patch_embedding(pixels_F3II).flatten(2).transpose(1, 2)
         first = self.class_embedding.expand(len(patches_FGE), 1, -1)
         places = torch.arange(self.config.grid_size + 1, device=pixels_F3II.device)
         x_FKE = self.pre_norm(torch.cat([first, patches_FGE], dim=1) + self.position_embedding(places))
         for layer in self.layers:
             x_FKE = layer(x_FKE)
+        last: Tensor = x_FKE
+        return last
+
+    def features_of(self, x_FKE: Tensor) -> Tensor:
+        """Features [F, P, E] from `tokens`."""
         features: Tensor = x_FKE if self.final_norm is None else self.final_norm(x_FKE)
         return features if self.config.class_token else features[:, 1:]

@@ -12,12 +12,19 @@ import msgspec
 from flamingo_reference.checkpoints.accounting import Ignored
 from flamingo_reference.checkpoints.conversions import setting
 from flamingo_reference.checkpoints.converted import Adopted, PartFiles, Parts
-from flamingo_reference.checkpoints.families import clip, idefics, native, openflamingo, openflamingo_files
+from flamingo_reference.checkpoints.families import (
+    clip,
+    clip_towers,
+    idefics,
+    native,
+    openflamingo,
+    openflamingo_files,
+)
 from flamingo_reference.checkpoints.families.preprocessor import Images, read_images
 from flamingo_reference.checkpoints.files.folder import OPEN_CLIP_NAMES
 from flamingo_reference.checkpoints.files.json_file import read_json
 from flamingo_reference.checkpoints.files.tensors import CheckpointError, Shape
-from flamingo_reference.config import TokenIds
+from flamingo_reference.config import TokenIds, ViTConfig
 from flamingo_reference.input_format import IDEFICS, IDEFICS_INSTRUCT, OPENFLAMINGO, OTTER, InputFormat, with_bos
 from flamingo_reference.names import expected_tensors
 
@@ -77,9 +84,13 @@ def adopt_openflamingo(parts: Parts) -> Adopted:
         absent=frozenset(lm.absent),
         language_model_config=_settings(lm),
     )
-    encoder = clip.encoder_of(files.vision, vision.settings, _open_clip_config(vision.path), path=vision.path)
+    open_clip = _open_clip_config(vision.path)
+    encoder = clip.encoder_of(files.vision, vision.settings, open_clip, path=vision.path)
     inputs = with_bos(OPENFLAMINGO, _LLAMA_BOS) if lm.family == "llama" else OPENFLAMINGO
-    return _openflamingo(parts, files, encoder, inputs, where=f"{parts.model.path} or {lm.path}")
+    adopted = _openflamingo(parts, files, encoder, inputs, where=f"{parts.model.path} or {lm.path}")
+    if files.trained_vision():  # what was trained further is no longer the text tower's counterpart
+        return adopted
+    return _with_towers(adopted, files.vision, clip_towers.towers_of(files.vision, vision.settings, open_clip, encoder.vision))
 
 
 def adopt_otter(parts: Parts) -> Adopted:
@@ -153,6 +164,22 @@ def _openflamingo(
         notes=tuple(notes),
     )
     return _with_twins(adopted, parts.model, files.twins())
+
+
+def _with_towers(adopted: Adopted, shapes: Mapping[str, Shape], towers: clip_towers.Towers) -> Adopted:
+    """Adds the contrastive encoder that CLIP's file holds, or why it is left out."""
+    if towers.config is None:
+        note = f"CLIP's projections and text encoder are left out: {towers.note.removesuffix('.')}"
+        return msgspec.structs.replace(adopted, notes=(*adopted.notes, note)) if towers.note else adopted
+    vision = adopted.config.vision
+    assert isinstance(vision, ViTConfig)
+    config = msgspec.structs.replace(adopted.config, contrastive=towers.config)
+    return msgspec.structs.replace(
+        adopted,
+        config=config,
+        expected=expected_tensors(config),
+        recipes={**(adopted.recipes or {}), **clip_towers.recipes(towers.config, vision, shapes)},
+    )
 
 
 def _with_twins(adopted: Adopted, model: PartFiles, twins: Mapping[str, str]) -> Adopted:
