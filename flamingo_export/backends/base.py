@@ -117,6 +117,10 @@ class Session(Protocol):
     def asynchronous(self) -> bool:
         """Whether `compute` and `Buffer.write` return before the work is done, so that it overlaps with other sessions'."""
 
+    @property
+    def reads_bound_media(self) -> bool:
+        """Whether a run takes time for every row of media that is bound, and not only for those that `media_rows` names."""
+
     def allocate(self, name: str, shape: tuple[int, ...]) -> Buffer:
         """A zeroed buffer fit for input `name`."""
 
@@ -174,6 +178,7 @@ class HostSession(ABC):
 
     largest: Mapping[str, int] = MappingProxyType({})
     asynchronous = False
+    reads_bound_media = False
 
     @abstractmethod
     def run(self, feeds: Mapping[str, Tensor], outputs: Collection[str] | None = None) -> dict[str, Array]: ...

@@ -203,6 +203,7 @@ class OnnxRuntimeSession(HostSession):
         self._tables = tables
         self._binding = session.io_binding()
         self._spec = spec
+        self.reads_bound_media = any(tensor.name == "first_media" for tensor in spec.inputs)
         self._alias_of = {source: output for output, source in spec.aliases.items()}
         self._kinds = {tensor.name: KIND_DTYPES[tensor.kind] for tensor in spec.inputs}
         self._outputs = {tensor.name for tensor in spec.outputs if tensor.name not in spec.aliases}

@@ -96,6 +96,8 @@ class ShapeLimits(msgspec.Struct, frozen=True, kw_only=True):
     """Positions of one prefill call."""
     chunk_media: int = 16
     """M: media that the positions of one prefill call look at, in engines; a chunk that would look at more is cut."""
+    max_tiles: int = 4
+    """Media that one position looks at, where it looks at a range: tiles of an image, or of images that stand side by side."""
     bank_rows: int = 64
     """N: media kept encoded."""
     batch: int = 8

@@ -56,6 +56,10 @@ class DecoderParts:
     def asynchronous(self) -> bool:
         return any(part.asynchronous for part in self._parts)
 
+    @property
+    def reads_bound_media(self) -> bool:
+        return any(part.reads_bound_media for part in self._parts)
+
     def allocate(self, name: str, shape: tuple[int, ...]) -> Buffer:
         """A zeroed buffer for input `name`, where the part that reads it runs. Raises InputError for an unknown input."""
         return self._readers(name)[0].allocate(name, shape)

@@ -34,6 +34,7 @@ from flamingo_export.runtime.cache import check_positions
 from flamingo_export.runtime.jobs import Generating, Group, Job, Scoring
 from flamingo_export.runtime.loop import Loop, Outcome
 from flamingo_export.runtime.options import GenerateOptions
+from flamingo_export.runtime.prefill import check_ranges
 from flamingo_export.runtime.request import Prepared
 from flamingo_export.runtime.scheduler import NEVER
 from flamingo_export.runtime.search import Search
@@ -131,6 +132,7 @@ class Engine:
             raise InputError(f"{width} beams or samples of a request were asked for, the engine takes {most}. Ask for fewer.")
         self.loop.encoder.check(request.media)
         self.loop.bank.check(request.media)
+        check_ranges(request.phi, request.first, self.loop.limits.max_tiles)
 
     def new_tokens(self, request: Prepared, options: GenerateOptions) -> int:
         """Tokens that a request gets at most. Raises InputError if it can never be carried out."""
@@ -259,7 +261,7 @@ class Engine:
             rows_in_use=running,
             bank_rows=loop.bank.capacity,
             bank_rows_in_use=loop.bank.pinned,
-            bank_rows_filled=len(loop.bank.resident),
+            bank_rows_filled=loop.bank.filled,
             failed_in_a_row=loop.failed_in_a_row,
             refused=self._refused,
             **{name: counts[name] for name in _COUNTS},

@@ -315,7 +315,7 @@ class Loop:
         if job is None:
             return
         media = list({medium.digest: medium for medium in job.request.media}.values())
-        missing = self.bank.missing(media)[: self.bank.room_beside(media)]
+        missing = self.bank.fitting_beside(media)
         if missing:
             for medium, values in Encoding(self.encoder, missing).step(self.encoder.frames):
                 self.bank.store(medium, values)

@@ -21,11 +21,14 @@ DEFAULT_FRAMES = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Medium:
-    """pixels: input of the vision encoder, float32 [T, 3, I, I], T = 1 for an image. digest: of the decoded pixels and sizes of all frames,
-    whatever file they came from."""
+    """pixels: input of the vision encoder, float32 [T, 3, I, I], T = 1 for an image; of an image of tiles [1, Tmax, 3, I, I]. digest: of the
+    decoded pixels and sizes of all frames, whatever file they came from. rows: of the media bank: tiles of an image, else 1. aspect: of an
+    image of tiles, the number of its arrangement, from 1; else 0."""
 
     pixels: npt.NDArray[np.float32]
     digest: bytes
+    rows: int = 1
+    aspect: int = 0
 
 
 def load_medium(source: MediumSource, config: ModelConfig, fit: ImageFit = "pad") -> Medium:

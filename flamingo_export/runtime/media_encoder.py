@@ -16,8 +16,8 @@ from flamingo_reference.time_weights import time_weights
 MAX_FRAMES_AT_ONCE = 8
 """Frames of one call: enough to keep the cores busy, few enough that a large encoder's activations stay small. Engines may take fewer."""
 
-Encoded = tuple[Medium, Mapping[str, Tensor]]
-"""A medium with its media_k.i and media_v.i [Hx, R, Dx]."""
+Encoded = tuple[Medium, Sequence[Mapping[str, Tensor]]]
+"""A medium with the media_k.i and media_v.i [Hx, R, Dx] of each of its rows."""
 
 
 class MediaEncoder:
@@ -59,7 +59,20 @@ class MediaEncoder:
         latents = self.latents_of(features, len(media))
         values = self._media_kv.compute({"latents": latents})
         for index, medium in enumerate(media):
-            yield medium, {name: value[index] for name, value in values.items()}
+            yield medium, [{name: value[index] for name, value in values.items()}]
+
+    def tiles(self, medium: Medium) -> list[Mapping[str, Tensor]]:
+        """Keys and values of each tile of an image, one after the other: they have thousands of keys. What only fills it up gets none."""
+        feeds: dict[str, Tensor] = {"pixels": medium.pixels, "aspect_ratio_ids": np.array([medium.aspect], np.int64)}
+        features = self._vision_encoder.compute(feeds)["features"]
+        features = features.reshape(*features.shape[1:])  # [Tmax, P, E]
+        found = []
+        for tile in range(medium.rows):
+            one = features[tile]
+            latents = self._resampler.compute({"features": one.reshape(1, 1, *one.shape)})["latents"]
+            values = self._media_kv.compute({"latents": latents})
+            found.append({name: value[0] for name, value in values.items()})
+        return found
 
     def latents_of(self, features: Tensor, num_media: int) -> Tensor:
         """Latents [N, R, W] of media, from the features [N * T, P, E] of their frames."""
@@ -84,9 +97,12 @@ class Encoding:
         """Of the first of them, as far as a video longer than a call has come."""
 
     def step(self, frames: int) -> list[Encoded]:
-        """One call of at most `frames` frames. Returns the media that it completes, often none for a video."""
+        """One call of at most `frames` frames, or of an image of tiles. Returns the media that it completes, often none for a video."""
         first = self.remaining[0]
         length = len(first.pixels)
+        if first.aspect:
+            del self.remaining[0]
+            return [(first, self._encoder.tiles(first))]
         if self._features or length > frames:
             done = sum(len(features) for features in self._features)
             self._features.append(self._encoder.host_features(first.pixels[done : done + frames]))

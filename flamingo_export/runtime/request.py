@@ -14,7 +14,7 @@ from flamingo_export.runtime.media import Medium, MediumSource, load_medium
 from flamingo_export.runtime.tokenizer import Tokenizer, without_last_blanks
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.input_format import ImageFit, PromptForms
-from flamingo_reference.phi import phi_from_tokens
+from flamingo_reference.phi import media_ranges, phi_from_tokens
 
 Ints = npt.NDArray[np.int64]
 
@@ -45,12 +45,22 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A request ready to run: token_ids and phi int64 [P], decoded media, and the keys by which the cache knows each position."""
+    """A request ready to run: token_ids and phi int64 [P], decoded media, and the keys by which the cache knows each position.
+
+    phi counts rows of media, of which an image of tiles has several. first, int64 [P]: where a position sees a range of media, first .. phi,
+    the first of it; None where it sees the one that phi names.
+    """
 
     token_ids: Ints
     phi: Ints
     media: tuple[Medium, ...]
     keys: tuple[Key, ...]
+    first: Ints | None = None
+
+    @property
+    def num_media(self) -> int:
+        """What phi counts up to."""
+        return sum(medium.rows for medium in self.media)
 
 
 def prepare(
@@ -98,10 +108,15 @@ def prepare(
 
 def prepared_from_ids(ids: Ints, media: tuple[Medium, ...], config: ModelConfig) -> Prepared:
     """A request from its token ids, int64 [P], and as many media as there are `<image>` tokens among them, in order."""
-    phi = phi_from_tokens(ids[None], config.tokens.image, config.tokens.reset)[0]
+    first = None
+    if config.sees_groups:
+        rows = np.array([[medium.rows for medium in media]], np.int64)
+        (first,), (phi,) = media_ranges(ids[None], config.tokens.image, rows)
+    else:
+        phi = phi_from_tokens(ids[None], config.tokens.image, config.tokens.reset)[0]
     digests = iter(media)
     keys = tuple(next(digests).digest if token == config.tokens.image else token for token in ids.tolist())
-    return Prepared(token_ids=ids, phi=phi, media=media, keys=keys)
+    return Prepared(token_ids=ids, phi=phi, media=media, keys=keys, first=first)
 
 
 def _checked_ids(prompt: Sequence[int], config: ModelConfig) -> Ints:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Generic, NamedTuple, TypeVar
@@ -41,13 +41,13 @@ class Entry:
     """A request, as far as scheduling knows it.
 
     cost: prompt tokens and branches times new tokens.
-    media: digests of its media, each of which takes a row of the bank while it runs.
+    media: digests of its media and the rows of the bank that each of them takes while it runs.
     deadline: when it is given up, on the clock that `next_action` is given.
     """
 
     cost: int
     caller: str = ""
-    media: frozenset[bytes] = frozenset()
+    media: Mapping[bytes, int] = field(default_factory=dict)
     deadline: float = NEVER
     arrived: int = -1
     overtaken: int = 0
@@ -67,7 +67,7 @@ class Action(NamedTuple, Generic[E]):
 class Schedule(Generic[E]):
     """What waits and what runs. The methods are the transitions; `next_action` changes nothing.
 
-    rows: requests that may run at once. bank_rows: different media that they may show together.
+    rows: requests that may run at once. bank_rows: that the different media which they show may take together.
     """
 
     rows: int
@@ -79,6 +79,8 @@ class Schedule(Generic[E]):
     """Whether a piece of work was done since the last decoding step."""
     pinned: dict[bytes, int] = field(default_factory=dict)
     """Media of what runs, and how many requests show each."""
+    pinned_rows: int = 0
+    """Rows of the bank that they take together."""
     queues: dict[str, deque[E]] = field(default_factory=dict)
     ring: list[str] = field(default_factory=list)
     """Callers that wait. It is the first one's turn, for which it has been given its quantum."""
@@ -120,7 +122,8 @@ class Schedule(Generic[E]):
         self._pass_turns(entry)
         self.deficits[entry.caller] -= entry.cost
         self._dequeue(entry)
-        for digest in entry.media:
+        for digest, rows in entry.media.items():
+            self.pinned_rows += rows if digest not in self.pinned else 0
             self.pinned[digest] = self.pinned.get(digest, 0) + 1
         self.working.append(entry)
 
@@ -147,10 +150,11 @@ class Schedule(Generic[E]):
                 break
         else:
             return
-        for digest in entry.media:
+        for digest, rows in entry.media.items():
             self.pinned[digest] -= 1
             if not self.pinned[digest]:
                 del self.pinned[digest]
+                self.pinned_rows -= rows
 
     def expired(self) -> None:
         """All whose deadline had passed have left."""
@@ -229,5 +233,5 @@ def _turns(schedule: Schedule[E], entry: E) -> int:
 
 
 def _fits(schedule: Schedule[E], entry: E) -> bool:
-    new = sum(digest not in schedule.pinned for digest in entry.media)
-    return len(schedule.pinned) + new <= schedule.bank_rows
+    new = sum(rows for digest, rows in entry.media.items() if digest not in schedule.pinned)
+    return schedule.pinned_rows + new <= schedule.bank_rows

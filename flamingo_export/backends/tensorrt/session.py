@@ -56,6 +56,8 @@ class Step:
 class TensorRTSession:
     """One engine. Not for use from several threads at once."""
 
+    reads_bound_media = False  # rows are read where they lie; others cost nothing, and captured steps keep their addresses
+
     def __init__(self, loaded: Loaded, contract: Contract, *, asynchronous: bool) -> None:
         """asynchronous: it has a lane that others do not wait for."""
         self._loaded, self._contract, self._lane = loaded, contract, loaded.lane

@@ -12,7 +12,7 @@ from flamingo_export.runtime.scheduler import MAX_OVERTAKEN, QUANTUM, Entry, Kin
 
 
 def entry(caller: str = "", cost: int = 100, media: str = "", deadline: float = float("inf")) -> Entry:
-    return Entry(caller=caller, cost=cost, media=frozenset(letter.encode() for letter in media), deadline=deadline)
+    return Entry(caller=caller, cost=cost, media={letter.encode(): 1 for letter in media}, deadline=deadline)
 
 
 def admitted(schedule: Schedule[Entry], count: int) -> list[Entry]:
