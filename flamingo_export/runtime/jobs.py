@@ -58,7 +58,7 @@ class Job(Entry):
     ) -> None:
         """events: whether the ticket is given tokens as they become certain."""
         super().__init__(
-            cost=cost, caller=caller, deadline=deadline, media=frozenset(medium.digest for medium in request.media)
+            cost=cost, caller=caller, deadline=deadline, media={medium.digest: medium.rows for medium in request.media}
         )
         self.request, self.ticket, self.group, self.timings = request, ticket, group, ticket.timings
         self.row: Row

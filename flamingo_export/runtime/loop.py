@@ -143,7 +143,7 @@ class Loop:
         job.timings.prompt_tokens += len(job.request.token_ids)
         job.timings.reused_tokens += job.done
         self.counts.update(media_encoded=len(missing), media_reused=len(job.media) - len(missing), reused_tokens=job.done)
-        check_phi(job.request.phi, len(media))
+        check_phi(job.request.phi, job.request.num_media)
 
     def _leave(self, job: Job, error: BaseException | None, *, finished: bool = False) -> None:
         """A request ends: with an error, cancelled (None), or finished. What it used is free."""
@@ -218,7 +218,8 @@ class Loop:
         request, row, start = job.request, job.row, job.done
         assert job.media_rows is not None
         stop = min(start + self.limits.chunk, len(request.token_ids))
-        count = looking_at(request.phi[start:stop], job.media_rows, self.decoder.largest.get("M"))
+        first = None if request.first is None else request.first[start:stop]
+        count = looking_at(request.phi[start:stop], first, job.media_rows, self.decoder.largest.get("M"))
         stop, ends = start + count, start + count == len(request.token_ids)
         self.cache.reserve(row.index + 1, stop)
         self.cache.bind(row.index, 1)
@@ -234,8 +235,9 @@ class Loop:
             key_positions=row.key_positions[: self.cache.capacity],
             # Logits cost a product with the whole vocabulary, so none are asked for until a prompt ends.
             logits=np.array([count - 1], np.int64) if ends else NONE,
+            first=None if request.first is None else request.first[start:stop],
         )
-        scores = run_decoder(self.decoder, feeds, job.num_candidates)
+        scores = run_decoder(self.decoder, self.bank.narrowed(feeds), job.num_candidates)
         self.counts["prompt_tokens"] += count
         job.done = row.used = stop
         row.held = request.keys[:stop]
@@ -245,7 +247,7 @@ class Loop:
         """The next pass over a request's candidate answers."""
         self.cache.reserve(job.row.index + 1, job.done + job.slots)
         self.cache.bind(job.row.index, 1)
-        job.take(run_decoder(self.decoder, job.feeds(self.cache.capacity), None)[0])
+        job.take(run_decoder(self.decoder, self.bank.narrowed(job.feeds(self.cache.capacity)), None)[0])
 
     # Steps of all that decode.
 
@@ -273,7 +275,7 @@ class Loop:
         feeds = decode_feeds(call, rows, self.cache.capacity, self.config.tokens.pad)
         wanted = [job.num_candidates for job in call.jobs]
         known = [count for count in wanted if count is not None]
-        scores = run_decoder(self.decoder, feeds, max(known) if len(known) == len(wanted) else None)
+        scores = run_decoder(self.decoder, self.bank.narrowed(feeds), max(known) if len(known) == len(wanted) else None)
         for job in call.jobs:
             job.commit()
         self.counts["steps"] += 1

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from flamingo_export.errors import ImageError
 from flamingo_export.runtime.images import ImageSource, Pixels, load_image, preprocess
+from flamingo_export.runtime.tiles import tiles_of
 from flamingo_export.runtime.videos import Video, load_video
-from flamingo_reference.config import ModelConfig
+from flamingo_reference.config import ModelConfig, TiledViTConfig
 from flamingo_reference.input_format import ImageFit
 
 MediumSource = ImageSource | Video
@@ -32,7 +34,11 @@ class Medium:
 
 
 def load_medium(source: MediumSource, config: ModelConfig, fit: ImageFit = "pad") -> Medium:
-    """Decodes and prepares one medium, made a square as `fit` says. Raises ImageError."""
+    """Decodes and prepares one medium, made a square as `fit` says, or cut into tiles where the model takes these. Raises ImageError."""
+    if config.tiled is not None:
+        if isinstance(source, Video):
+            raise ImageError(f"a video was given, and {config.name} takes images only. Give it frames of the video as images.")
+        return _tiled(load_image(source), config, config.tiled)
     if isinstance(source, Video):
         default = config.resampler.num_time_embeddings or DEFAULT_FRAMES
         return medium_of(load_video(source, default_frames=default), config, fit)
@@ -48,3 +54,10 @@ def medium_of(frames: Iterable[Pixels], config: ModelConfig, fit: ImageFit = "pa
         digest.update(np.ascontiguousarray(frame).data)
         prepared.append(preprocess(frame, config, fit))
     return Medium(pixels=np.stack(prepared), digest=digest.digest())
+
+
+def _tiled(image: Pixels, config: ModelConfig, vision: TiledViTConfig) -> Medium:
+    digest = hashlib.sha256(repr(image.shape).encode())
+    digest.update(np.ascontiguousarray(image).data)
+    tiles = tiles_of(image, vision.image_size, vision.aspect_ratios, config.pixel_mean, config.pixel_std)
+    return Medium(pixels=tiles.pixels[None], digest=digest.digest(), rows=tiles.num_tiles, aspect=tiles.aspect_ratio_id)

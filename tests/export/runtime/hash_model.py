@@ -106,6 +106,7 @@ class HashSession:
     """What the stand-ins have in common."""
 
     asynchronous = False
+    reads_bound_media = False
 
     def __init__(self, spec: SubgraphSpec, largest: Mapping[str, int]) -> None:
         self.spec, self.largest = spec, largest
