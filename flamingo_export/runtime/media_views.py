@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from flamingo_export.backends.base import Array, Buffer, Session, Tensor
+from flamingo_export.backends.base import Buffer, Session, Tensor
 
 Ints = npt.NDArray[np.int64]
 
