@@ -66,7 +66,7 @@ class MediaEncoder:
         feeds: dict[str, Tensor] = {"pixels": medium.pixels, "aspect_ratio_ids": np.array([medium.aspect], np.int64)}
         features = self._vision_encoder.compute(feeds)["features"]
         features = features.reshape(*features.shape[1:])  # [Tmax, P, E]
-        found = []
+        found: list[Mapping[str, Tensor]] = []
         for tile in range(medium.rows):
             one = features[tile]
             latents = self._resampler.compute({"features": one.reshape(1, 1, *one.shape)})["latents"]
