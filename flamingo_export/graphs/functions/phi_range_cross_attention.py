@@ -79,7 +79,7 @@ def phi_range_cross_attention(*, num_heads: int, num_kv_heads: int, head_size: i
     here = build.op("Unsqueeze", here, build.constant([3, 4]), name="here/heads")  # [B, S, M, 1, 1]
     zero, one, least = (
         build.op("CastLike", build.constant(value, dtype=np.float32), q, name=name)
-        for value, name in ((0.0, "zero"), (1.0, "one"), (np.finfo(np.float32).min, "least"))
+        for value, name in ((0.0, "zero"), (1.0, "one"), (-np.inf, "least"))
     )
     media = build.constant([2])
     top = build.op("Where", here, top, least, name="top/here")

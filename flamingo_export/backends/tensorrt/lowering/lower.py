@@ -6,6 +6,7 @@
     past_k [B,H,C,D] -> TensorScatter                past_k [B,H,4096,D] -> TensorScatter  KV_CACHE_UPDATE, in place
     flamingo::PhiCrossAttention + its body           with the plugin: the call alone, so that a missing plugin is an error
                                                      without: body alone, nothing left that names a plugin
+    flamingo::PhiRangeCrossAttention                 the same; without, a body that TensorRT compiles, phi_range.py
     relative positions                               with no copies, relative_positions.py
     Attention in fp32                                with TRT_decomposable=1, without which TensorRT has no fp32 implementation
 
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from flamingo_export.backends.tensorrt.lowering import phi_range
 from flamingo_export.backends.tensorrt.lowering.relative_positions import simplify
 from flamingo_export.backends.tensorrt.lowering.retype import retype
 from flamingo_export.backends.tensorrt.lowering.shapes import CAPACITY
@@ -37,6 +39,8 @@ def lower(model: ir.Model, *, compute: StorageType, capacity: int, native_functi
     plugin for; the others keep their bodies.
     """
     simplify(model.graph, capacity)
+    if phi_range.NAME not in native_functions:
+        phi_range.gather_rows(model)
     retype(model, compute)
     _fix_capacity(model.graph, capacity)
     _settle_functions(model, native_functions)

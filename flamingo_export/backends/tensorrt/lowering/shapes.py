@@ -39,12 +39,14 @@ def profiles(spec: SubgraphSpec, limits: ShapeLimits) -> tuple[Profile, ...]:
     if spec.aliases:  # the decoder, or a part of it
         batch, bank = Bounds(1, 1, limits.batch), Bounds(1, rows, rows)
         chunk, beams = limits.chunk, min(3, limits.beams)
-        media = min(limits.chunk_media, chunk, rows)
+        ranges = any(tensor.name == "first_media" for tensor in spec.inputs)
+        tiles = min(limits.max_tiles, rows) if ranges else 1
+        media = max(min(limits.chunk_media, chunk, rows), tiles)
         # A step's kernels are chosen for one number of rows: those of one request serve 64 badly, and the reverse.
-        steps = {"S": Bounds(1, beams, limits.beams), "M": Bounds(1, 1, 1), "K": Bounds(1, beams, limits.beams)}
+        steps = {"S": Bounds(1, beams, limits.beams), "M": Bounds(1, tiles, tiles), "K": Bounds(1, beams, limits.beams)}
         uses = {
             # K begins at 1: TensorRT for RTX 1.7 compiles a profile from 0 on, but that it runs an empty product was never seen.
-            "prefill": {"B": batch, "S": Bounds(1, chunk, chunk), "M": Bounds(1, 1, media), "K": Bounds(1, 1, chunk)},
+            "prefill": {"B": batch, "S": Bounds(1, chunk, chunk), "M": Bounds(1, tiles, media), "K": Bounds(1, 1, chunk)},
             # At least two rows: TensorRT for RTX 1.7 does not compile some attentions (grouped heads, a part of a head turned) in a profile
             # in which the batch can only be one, beside others in which it varies.
             **{
