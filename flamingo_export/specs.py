@@ -4,12 +4,15 @@ Graph builders declare these (and weights that may be replaced, which are no par
 take exactly these, sessions bind exactly these.
 
     vision_encoder   pixels -> features                        F frames, I image side, P patches, E feature width
+                     (of tiles: pixels [F, T, ...] and         T places of tiles that an image has, padding among them)
+                     aspect_ratio_ids [F]
     resampler        features, time_weights -> latents         N media, T frames of a medium, R latents, W width
                                                                (time_weights only where frames have time embeddings)
     media_kv         latents -> media_k.i, media_v.i           one pair a gated layer i
     decoder          tokens, media, cache -> logits, cache     B requests, S positions in this call, C cache capacity,
                                                                K positions whose logits are wanted, M media of a request
-                                                               (key_positions only where attention depends on distances)
+                                                               (key_positions only where attention depends on distances, first_media
+                                                               only where a position sees the media first_media to phi)
     decoder.k        a part of it: hidden states in but for the first, out but for the last
     image_tower      pooled -> image_embedding                 where the checkpoint has a contrastive encoder: `pooled` is then a second
                                                                output of vision_encoder
@@ -30,7 +33,7 @@ import ml_dtypes
 import msgspec
 import numpy as np
 
-from flamingo_reference.config import ModelConfig
+from flamingo_reference.config import ModelConfig, TiledViTConfig
 from flamingo_reference.contrastive_config import ContrastiveConfig
 from flamingo_reference.names import pooled_width
 
@@ -125,7 +128,7 @@ def decoder_spec(config: ModelConfig, layers: range, *, name: str, media: MediaK
     """
     lm, block = config.language_model, config.cross_attention
     first, last = layers.start == 0, layers.stop == lm.num_layers
-    media_shape: tuple[Dim, ...] = ("N", block.num_heads, config.resampler.num_latents, block.head_size)
+    media_shape: tuple[Dim, ...] = ("N", block.kv_heads, config.resampler.num_latents, block.head_size)
     cache_shape: tuple[Dim, ...] = ("B", lm.kv_heads, "C", lm.head_size)
     gated = [i for i, _ in gated_in(config, layers)]
     inputs = [
@@ -134,6 +137,8 @@ def decoder_spec(config: ModelConfig, layers: range, *, name: str, media: MediaK
     ]
     if gated:
         inputs += [TensorSpec("media_rows", "int64", ("B", "M")), TensorSpec("phi", "int64", ("B", "S"))]
+        if config.sees_groups:
+            inputs.append(TensorSpec("first_media", "int64", ("B", "S")))
     inputs += [
         TensorSpec("write_index", "int64", ("B",)),
         TensorSpec("mask", "bool", ("B", 1, "S", "C")),
@@ -157,6 +162,16 @@ def decoder_spec(config: ModelConfig, layers: range, *, name: str, media: MediaK
 
 def _vision_encoder(config: ModelConfig) -> SubgraphSpec:
     vision = config.vision
+    if isinstance(vision, TiledViTConfig):
+        sides = (vision.image_size, vision.image_size)
+        return SubgraphSpec(
+            name="vision_encoder",
+            inputs=(
+                TensorSpec("pixels", "float", ("F", vision.max_tiles, 3, *sides)),
+                TensorSpec("aspect_ratio_ids", "int64", ("F",)),
+            ),
+            outputs=(TensorSpec("features", "float", ("F", vision.max_tiles, vision.num_patches, vision.feature_width)),),
+        )
     outputs = [TensorSpec("features", "float", ("F", vision.num_patches, vision.feature_width))]
     if config.contrastive is not None:
         outputs.append(TensorSpec("pooled", "float", ("F", pooled_width(config, config.contrastive))))
@@ -188,7 +203,8 @@ def _towers(config: ModelConfig, contrastive: ContrastiveConfig) -> dict[str, Su
 
 def _resampler(config: ModelConfig) -> SubgraphSpec:
     resampler, vision = config.resampler, config.vision
-    inputs = [TensorSpec("features", "float", ("N", "T", vision.num_patches, vision.feature_width))]
+    frames: Dim = 1 if resampler.kind == "projector" else "T"
+    inputs = [TensorSpec("features", "float", ("N", frames, vision.num_patches, vision.feature_width))]
     if resampler.num_time_embeddings:
         inputs.append(TensorSpec("time_weights", "float", ("T", resampler.num_time_embeddings)))
     return SubgraphSpec(
@@ -200,7 +216,7 @@ def _resampler(config: ModelConfig) -> SubgraphSpec:
 
 def _media_kv(config: ModelConfig, media: MediaKind) -> SubgraphSpec:
     resampler, block = config.resampler, config.cross_attention
-    shape: tuple[Dim, ...] = ("N", block.num_heads, resampler.num_latents, block.head_size)
+    shape: tuple[Dim, ...] = ("N", block.kv_heads, resampler.num_latents, block.head_size)
     return SubgraphSpec(
         name="media_kv",
         inputs=(TensorSpec("latents", "float", ("N", resampler.num_latents, resampler.width)),),

@@ -11,10 +11,11 @@ Every position must be allowed at least one slot (a padded one: its own), as it 
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 from flamingo_export.graphs.builder import GraphBuilder, graph_inputs
-from flamingo_export.graphs.functions import phi_cross_attention
+from flamingo_export.graphs.functions import phi_cross_attention, phi_range_cross_attention
 from flamingo_export.graphs.media_kv import media_kind, media_scale
 from flamingo_export.graphs.self_attention import Shared, self_attention, shared
 from flamingo_export.specs import decoder_spec, gated_in
@@ -24,15 +25,13 @@ from flamingo_reference.config import ModelConfig
 
 def decoder(config: ModelConfig, index: WeightIndex, *, layers: range | None = None, name: str = "decoder") -> ir.Model:
     """The decoder, or the part with these LM layers; inputs and outputs are those of `specs.decoder_spec`."""
-    lm, block = config.language_model, config.cross_attention
+    lm = config.language_model
     layers = range(lm.num_layers) if layers is None else layers
     spec = decoder_spec(config, layers, name=name, media=media_kind(index))
     build = GraphBuilder(index, prefix="decoder")
     inputs = graph_inputs(spec)
     gated = {layer: i for i, layer in gated_in(config, layers)}
-    function = phi_cross_attention.phi_cross_attention(
-        num_latents=config.resampler.num_latents, head_size=block.head_size, fp8=media_kind(index) == "fp8"
-    )
+    function = _media_function(config, fp8=media_kind(index) == "fp8")
     common = shared(build, inputs, lm)
     outputs: dict[str, ir.Value] = {}
     if layers.start == 0:
@@ -53,6 +52,18 @@ def decoder(config: ModelConfig, index: WeightIndex, *, layers: range | None = N
     return build.model(spec, inputs, outputs, [function] if gated else [])
 
 
+def _media_function(config: ModelConfig, *, fp8: bool) -> ir.Function:
+    """What a token sees of its media."""
+    block = config.cross_attention
+    if config.sees_groups:
+        return phi_range_cross_attention.phi_range_cross_attention(
+            num_heads=block.num_heads, num_kv_heads=block.kv_heads, head_size=block.head_size, fp8=fp8
+        )
+    return phi_cross_attention.phi_cross_attention(
+        num_latents=config.resampler.num_latents, head_size=block.head_size, fp8=fp8
+    )
+
+
 def _gated_block(
     build: GraphBuilder, config: ModelConfig, hidden: ir.Value, inputs: dict[str, ir.Value], layer: int, i: int
 ) -> ir.Value:
@@ -67,10 +78,18 @@ def _gated_block(
         q = build.norm(q, f"{weights}/q_norm", name="q_norm", eps=block.norm_eps, kind="rms_norm")
     bank = (inputs[f"media_k.{i}"], inputs[f"media_v.{i}"])
     scales = [build.stored(media_scale(i, kind)) for kind in "kv" if build.holds(media_scale(i, kind))]
-    seen = phi_cross_attention.call(build, q, *bank, inputs["media_rows"], inputs["phi"], *scales)
+    if config.sees_groups:
+        bounds = inputs["first_media"], inputs["phi"]
+        seen = phi_range_cross_attention.call(build, q, *bank, inputs["media_rows"], *bounds, *scales)
+    else:
+        seen = phi_cross_attention.call(build, q, *bank, inputs["media_rows"], inputs["phi"], *scales)
     seen = build.reshape(seen, [0, 0, block.num_heads * block.head_size], name="merge_heads")
     hidden = build.op("Add", hidden, build.linear(seen, f"{weights}/out_proj", name="out_proj"), name="residual")
     down = build.feed_forward(norm(hidden, "ffw_norm"), weights, block.feed_forward)
+    if block.without_media == "nothing":
+        some = build.op("Greater", inputs["phi"], build.constant(0), name="some_medium")
+        some = build.op("Unsqueeze", some, build.constant([2]), name="some_medium/channels")
+        down = build.op("Where", some, down, build.constant(0.0, dtype=np.float32), name="ffw_where_seen")
     return build.op("Add", hidden, down, name="ffw_residual")  # type: ignore[no-any-return]
 
 

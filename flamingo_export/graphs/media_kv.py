@@ -11,7 +11,7 @@ from flamingo_reference.config import ModelConfig
 
 
 def media_kv(config: ModelConfig, index: WeightIndex) -> ir.Model:
-    """latents [N, R, W] -> media_k.i, media_v.i [N, H, R, D] for each gated layer i, in E4M3 where there are scales for them."""
+    """latents [N, R, W] -> media_k.i, media_v.i [N, G, R, D] for each gated layer i, in E4M3 where there are scales for them."""
     block, spec = config.cross_attention, subgraph_specs(config, media=media_kind(index))["media_kv"]
     build = GraphBuilder(index, prefix="media_kv")
     inputs = graph_inputs(spec)
@@ -20,7 +20,7 @@ def media_kv(config: ModelConfig, index: WeightIndex) -> ir.Model:
         with build.scope(f"layer.{i}"):
             for kind in "kv":
                 projected = build.linear(inputs["latents"], f"media_kv/layer.{i}/{kind}_proj", name=f"{kind}_proj")
-                value = build.heads(projected, block.num_heads, block.head_size, name=kind)
+                value = build.heads(projected, block.kv_heads, block.head_size, name=kind)
                 if kind == "k" and block.qk_norm:
                     value = build.norm(value, f"media_kv/layer.{i}/k_norm", name="k_norm", eps=block.norm_eps, kind="rms_norm")
                 if build.holds(scale := media_scale(i, kind)):

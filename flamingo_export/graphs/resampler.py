@@ -1,4 +1,4 @@
-"""The `resampler` graph: Perceiver Resampler.
+"""The `resampler` graph: Perceiver Resampler, or a projector in its place.
 
 features [N,T,P,E] -- [input_proj] -- [+ time embeddings] -- join frames --> media [N,T*P,W]
 latents [R,W] expanded; each layer: attention(latents, concat(media, latents)), then feed-forward, both residual; final norm
@@ -19,6 +19,10 @@ def resampler(config: ModelConfig, index: WeightIndex) -> ir.Model:
     spec = subgraph_specs(config)["resampler"]
     build = GraphBuilder(index, prefix="resampler")
     inputs = graph_inputs(spec)
+    if config.resampler.kind == "projector":
+        features = build.op("Squeeze", inputs["features"], build.constant([1]), name="one_frame")
+        latents = build.linear(features, "resampler/input_proj", name="input_proj", bias=True)
+        return build.model(spec, inputs, {"latents": latents})
     latents = perceiver(build, config, "resampler", inputs["features"], inputs.get("time_weights"))
     return build.model(spec, inputs, {"latents": latents})
 

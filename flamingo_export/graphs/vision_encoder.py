@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from flamingo_export.graphs import vision_nfnet, vision_vit
+from flamingo_export.graphs import vision_nfnet, vision_tiled, vision_vit
 from flamingo_export.weights import WeightIndex
-from flamingo_reference.config import ModelConfig, NFNetConfig, OwnVisionConfig, ViTConfig
+from flamingo_reference.config import ModelConfig, NFNetConfig, OwnVisionConfig, TiledViTConfig, ViTConfig
 
 
 def vision_encoder(config: ModelConfig, index: WeightIndex) -> ir.Model:
-    """pixels [F, 3, I, I] -> features [F, P, E]. Raises ValueError for an encoder that is traced instead."""
+    """pixels [F, 3, I, I] -> features [F, P, E], with aspect ratios where images are tiles. Raises ValueError for an encoder that is traced instead."""
+    if isinstance(config.vision, TiledViTConfig):
+        return vision_tiled.vision_encoder(config, config.vision, index)
     if isinstance(config.vision, ViTConfig):
         return vision_vit.vision_encoder(config, config.vision, index)
     if isinstance(config.vision, OwnVisionConfig):

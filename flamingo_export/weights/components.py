@@ -53,6 +53,10 @@ def perceiver(
     the checkpoint's names."""
     resampler = config.resampler
     width, inner = resampler.width, resampler.num_heads * resampler.head_size
+    if resampler.kind == "projector":
+        yield linear("resampler/input_proj", (config.vision.feature_width, width), group, "resampler.input_proj.weight")
+        yield linear_bias("resampler/input_proj", width, group, "resampler.input_proj.bias")
+        return
     if resampler.input_proj:
         yield linear(f"{below}/input_proj", (config.vision.feature_width, width), group, f"{source_of}.input_proj.weight")
     yield plain(f"{below}/latents", (resampler.num_latents, width), group, f"{source_of}.latents")
@@ -76,7 +80,7 @@ def perceiver(
 
 def _media_kv(config: ModelConfig) -> Iterator[Weight]:
     block = config.cross_attention
-    shape = (config.resampler.width, block.num_heads * block.head_size)
+    shape = (config.resampler.width, block.kv_heads * block.head_size)
     for i in range(len(config.gated_layers)):
         for kind in "kv":
             yield linear(f"media_kv/layer.{i}/{kind}_proj", shape, "media_kv", f"cross_attention.{i}.{kind}_proj.weight")
@@ -89,7 +93,7 @@ def _decoder(config: ModelConfig, precision: Precision | None) -> Iterator[Weigh
     lm = config.language_model
     yield Weight(
         name="decoder/embedding",
-        shape=(lm.vocab_size, lm.width),
+        shape=(lm.embedding_rows, lm.width),
         group="decoder.embedding",
         sources=("language_model.embedding.weight",),
         make=as_is,

@@ -106,6 +106,13 @@ def gated_transposed(sources: Sequence[Array]) -> Array:
     return moved
 
 
+def gated(sources: Sequence[Array]) -> Array:
+    """A tensor times tanh(gate)."""
+    tensor, gate = sources
+    product: Array = tensor.astype(np.float32) * np.float32(np.tanh(np.float64(gate)))
+    return product
+
+
 def standardised(sources: Sequence[Array], *, scale: float) -> Array:
     """The kernels that NFNet's convolution applies, times the gain of the activation before it."""
     weight, gain = (source.astype(np.float64) for source in sources)
@@ -160,6 +167,8 @@ def rotary_table(
     """Cosines or sines of the angle of each position and turned pair of channels: [num_positions, size / 2]."""
     half = positions.size // 2
     frequency = positions.base ** (-np.arange(half) / half)
+    if (rates := positions.rates()) is not None:
+        frequency = frequency * np.array(rates)
     return function(np.arange(num_positions)[:, None] * frequency)
 
 

@@ -1,9 +1,11 @@
-"""Weights of the vision encoder: NFNet with its kernels standardised and its gains folded, or CLIP's ViT."""
+"""Weights of the vision encoder: NFNet with its kernels standardised and its gains folded, CLIP's ViT, or the transformer over tiles."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+
+import numpy as np
 
 from flamingo_export.weights.recipes import (
     GELU_GAIN,
@@ -12,12 +14,14 @@ from flamingo_export.weights.recipes import (
     as_is,
     branch_scale,
     feed_forward_up,
+    gated,
+    gated_transposed,
     linear,
     linear_bias,
     norm,
     standardised,
 )
-from flamingo_reference.config import ModelConfig, NFNetConfig, ViTConfig
+from flamingo_reference.config import ModelConfig, NFNetConfig, TiledViTConfig, ViTConfig
 from flamingo_reference.names import needs_downsample, squeeze_width
 
 GROUP = "vision_encoder"
@@ -27,6 +31,8 @@ def vision_encoder(config: ModelConfig) -> Iterator[Weight]:
     """Weights of the `vision_encoder` graph; none for an encoder that is traced, whose graph brings its own (`vision_trace`)."""
     if isinstance(config.vision, ViTConfig):
         yield from _vit(config.vision)
+    elif isinstance(config.vision, TiledViTConfig):
+        yield from _tiled_vit(config.vision)
     elif isinstance(config.vision, NFNetConfig):
         yield from _nfnet(config.vision)
 
@@ -125,6 +131,82 @@ def _vit(vision: ViTConfig) -> Iterator[Weight]:
         yield linear_bias(f"{name}/ffw_down", width, GROUP, f"{source}.ffw_down.bias")
     if vision.final_norm:
         yield from norm("vision_encoder/final_norm", width, GROUP, "vision_encoder.final_norm")
+
+
+def _tiled_vit(vision: TiledViTConfig) -> Iterator[Weight]:
+    """Gates are folded: into the embeddings of tiles, into the output projections of the global layers."""
+    width, patch, ids = vision.width, vision.patch_size, len(vision.aspect_ratios) + 1
+    ours, theirs = "vision_encoder", "vision_encoder."
+    yield Weight(
+        name=f"{ours}/patch_embedding",
+        shape=(width, 3, patch, patch),
+        group=GROUP,
+        sources=(f"{theirs}patch_embedding.weight",),
+        make=as_is,
+        moves_only=True,
+    )
+    yield Weight(
+        name=f"{ours}/position_embedding",
+        shape=(vision.num_patches, width),
+        group=GROUP,
+        sources=(f"{theirs}position_embedding.weight", f"{theirs}class_embedding", f"{theirs}position_gate"),
+        make=_gated_positions,
+        full_precision=True,
+    )
+    for place, count in (("tile_position", vision.num_patches), ("pre_tile", 1), ("post_tile", 1)):
+        gate = "position_gate" if place == "tile_position" else f"{place}_gate"
+        yield Weight(
+            name=f"{ours}/{place}_embedding",
+            shape=(ids, vision.max_tiles * count * width),
+            group=GROUP,
+            sources=(f"{theirs}{place}_embedding.weight", f"{theirs}{gate}"),
+            make=gated,
+            full_precision=count == 1,
+        )
+    for place in ("pre", "post"):
+        yield from norm(f"{ours}/{place}_norm", width, GROUP, f"{theirs}{place}_norm")
+    for layer in range(vision.num_layers):
+        yield from _tiled_layer(vision, f"{ours}/layer.{layer}", f"{theirs}layers.{layer}", is_gated=False)
+    for layer in range(vision.num_global_layers):
+        yield from _tiled_layer(vision, f"{ours}/global_layer.{layer}", f"{theirs}global_layers.{layer}", is_gated=True)
+
+
+def _tiled_layer(vision: TiledViTConfig, name: str, source: str, *, is_gated: bool) -> Iterator[Weight]:
+    width, inner = vision.width, vision.ffw_width
+    yield from norm(f"{name}/attention_norm", width, GROUP, f"{source}.attention_norm")
+    yield linear(f"{name}/qkv_proj", (width, 3 * width), GROUP, *(f"{source}.{part}_proj.weight" for part in "qkv"))
+    yield from norm(f"{name}/ffw_norm", width, GROUP, f"{source}.ffw_norm")
+    yield from feed_forward_up(name, source, GROUP, width, inner, vision.activation, bias=True)
+    if not is_gated:
+        yield linear(f"{name}/out_proj", (width, width), GROUP, f"{source}.out_proj.weight")
+        yield linear(f"{name}/ffw_down", (inner, width), GROUP, f"{source}.ffw_down.weight")
+        yield linear_bias(f"{name}/ffw_down", width, GROUP, f"{source}.ffw_down.bias")
+        return
+    for part, rows, gate in (("out_proj", width, "attention_gate"), ("ffw_down", inner, "ffw_gate")):
+        yield Weight(
+            name=f"{name}/{part}",
+            shape=(rows, width),
+            group=GROUP,
+            sources=(f"{source}.{part}.weight", f"{source}.{gate}"),
+            make=gated_transposed,
+            product=True,
+        )
+    yield Weight(
+        name=f"{name}/ffw_down.bias",
+        shape=(width,),
+        group=GROUP,
+        sources=(f"{source}.ffw_down.bias", f"{source}.ffw_gate"),
+        make=gated,
+        full_precision=True,
+    )
+
+
+def _gated_positions(sources: Sequence[Array]) -> Array:
+    """Position embeddings times 1 - tanh(gate), the class token added to the first: nothing else stands there."""
+    positions, class_token, gate = sources
+    added: Array = positions.astype(np.float32) * np.float32(1 - np.tanh(np.float64(gate)))
+    added[0] += class_token
+    return added
 
 
 def _with_class_token(sources: Sequence[Array]) -> Array:
