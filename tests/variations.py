@@ -9,12 +9,15 @@ from flamingo_reference.config import (
     AlibiPositions,
     CrossAttentionConfig,
     LanguageModelConfig,
+    Llama3Scaling,
     ModelConfig,
     NFNetConfig,
     ResamplerConfig,
     RotaryPositions,
+    TiledViTConfig,
     TokenIds,
     ViTConfig,
+    projector_config,
 )
 from flamingo_reference.model import Flamingo
 
@@ -82,7 +85,25 @@ GROUPED = ModelConfig(
     tokens=TokenIds(pad=0, bos=1, eoc=2, image=3, reset=4),
 )  # fmt: skip
 
-VARIATIONS = {config.name: config for config in (IDEFICS, MPT, NEOX, GROUPED)}
+LLAMA = ModelConfig(
+    name="llama-vision-like",
+    vision=TiledViTConfig(
+        image_size=28, patch_size=7, width=32, num_layers=4, num_global_layers=2, num_heads=4, ffw_width=56, feature_layers=(1, 3),
+    ),
+    resampler=projector_config(num_latents=17, width=48),
+    cross_attention=CrossAttentionConfig(
+        every=2, offset=1, num_heads=4, num_kv_heads=2, head_size=12, ffw_width=88, norm="rms_norm", qk_norm=True,
+        feed_forward="swiglu", sees="group", without_media="nothing",
+    ),
+    language_model=LanguageModelConfig(
+        num_layers=4, width=48, num_heads=4, num_kv_heads=2, head_size=12, ffw_width=88, vocab_size=70, extra_embeddings=8,
+        max_positions=128, norm_eps=1e-5, feed_forward="swiglu", tied_head=False,
+        positions=RotaryPositions(size=12, base=500.0, scaling=Llama3Scaling(factor=8.0, low=1.0, high=4.0, original=16)),
+    ),
+    tokens=TokenIds(pad=0, bos=1, eoc=2, image=70, ends=(3,)),
+)  # fmt: skip
+
+VARIATIONS = {config.name: config for config in (IDEFICS, MPT, NEOX, GROUPED, LLAMA)}
 
 
 def drawn_model(config: ModelConfig, seed: int = 7, dtype: torch.dtype = torch.float32) -> Flamingo:

@@ -10,7 +10,7 @@ from flamingo_reference.config import ModelConfig, NFNetConfig, OwnVisionConfig,
 
 
 def vision_encoder(config: ModelConfig, index: WeightIndex) -> ir.Model:
-    """pixels [F, 3, I, I] -> features [F, P, E], with aspect ratios where images are tiles. Raises ValueError for an encoder that is traced instead."""
+    """pixels -> features, with aspect ratios where images are tiles (`specs`). Raises ValueError for an encoder that is traced instead."""
     if isinstance(config.vision, TiledViTConfig):
         return vision_tiled.vision_encoder(config, config.vision, index)
     if isinstance(config.vision, ViTConfig):
