@@ -27,7 +27,7 @@ def checked_tokenizer(path: Path, config: ModelConfig, tags: Tags = PAPER.tags) 
         tokenizer = open_tokenizer(path, tags.added)
     except UnreadableCheckpoint as error:
         raise CheckpointError(str(error)) from error
-    size, expected = tokenizer.get_vocab_size(with_added_tokens=True), config.language_model.vocab_size
+    size, expected = tokenizer.get_vocab_size(with_added_tokens=True), config.language_model.embedding_rows
     # Others pad their embeddings to a round number of rows.
     spare = 0 if tags == PAPER.tags else _MAX_SPARE_ROWS
     if not expected - spare <= size <= expected:
@@ -67,7 +67,7 @@ def placeholder_tokenizer(config: ModelConfig) -> str | None:
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    size = config.language_model.vocab_size
+    size = config.language_model.embedding_rows
     special = {getattr(config.tokens, field): tag for field, tag in _STRUCTURE.items()}
     if size < _NUM_BYTES + len(special):
         return None

@@ -59,9 +59,7 @@ def _media_function(config: ModelConfig, *, fp8: bool) -> ir.Function:
         return phi_range_cross_attention.phi_range_cross_attention(
             num_heads=block.num_heads, num_kv_heads=block.kv_heads, head_size=block.head_size, fp8=fp8
         )
-    return phi_cross_attention.phi_cross_attention(
-        num_latents=config.resampler.num_latents, head_size=block.head_size, fp8=fp8
-    )
+    return phi_cross_attention.phi_cross_attention(num_latents=config.resampler.num_latents, head_size=block.head_size, fp8=fp8)
 
 
 def _gated_block(

@@ -78,7 +78,7 @@ def candidate_ids(
         )
         if end and not said:  # the model never says it: a text ends with another token, where it has one
             ids = [*ids, *(token for token in tokens.ends[:1] if token not in tokens.never)]
-    size = config.language_model.vocab_size
+    size = config.language_model.vocab_size  # a token beyond the output has no likelihood
     if not ids or min(ids) < 0 or max(ids) >= size:
         raise InputError(f"candidate {candidate!r} has no tokens, or some outside 0 to {size - 1}")
     return ids

@@ -213,11 +213,11 @@ class Engine:
         self.check(request, 1)
         room = min(at_once, limits.max_length - prompt)
         ticket: Ticket[list[list[float]]] = Ticket(self._revoke, timings or Timings())
-        tokens = self.config.tokens
+        banned, reset = self.config.banned_logits, self.config.tokens.reset
         cost = prompt + sum(len(candidate) for candidate in candidates)
 
         def job(**settings: Any) -> Job:
-            return Scoring(candidates, room, tokens.never, tokens.reset, request, ticket, cost=cost, **settings)
+            return Scoring(candidates, room, banned, reset, request, ticket, cost=cost, **settings)
 
         return self._submit(ticket, job, **rest)
 

@@ -273,7 +273,7 @@ class GenerateOptions:
         rule = StopRule(
             eoc=tokens.eoc,
             ends=tokens.ends,
-            banned=tokens.never,
+            banned=config.banned_logits,
             max_new_tokens=max_new_tokens,
             stop=StopTexts(self.stops, decode) if self.stops and decode is not None else None,
             steering=steering if steers else None,

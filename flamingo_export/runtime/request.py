@@ -130,7 +130,7 @@ def _checked_ids(prompt: Sequence[int], config: ModelConfig) -> Ints:
         raise PromptError(f"the prompt is no list of token ids ({error})") from None
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise PromptError(f"token ids are {ids.dtype} of shape {ids.shape}, expected a list of integers")
-    size = config.language_model.vocab_size
+    size = config.language_model.embedding_rows
     if ids.min() < 0 or ids.max() >= size:
         raise PromptError(f"token ids go from {ids.min()} to {ids.max()}, the model knows 0 to {size - 1}")
     return ids.astype(np.int64)

@@ -226,7 +226,7 @@ def _fallback_bytes(tokenizer: Any) -> dict[int, int]:
 def _check_vocabulary(tokenizer: Any, config: ModelConfig, tags: Tags) -> None:
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     largest = max(vocabulary.values(), default=-1)
-    size = config.language_model.vocab_size
+    size = config.language_model.embedding_rows
     advice = "Use the tokenizer that the checkpoint was trained with."
     if largest >= size:
         raise PromptError(f"the tokenizer has ids up to {largest}, the model embeds {size} tokens. {advice}")

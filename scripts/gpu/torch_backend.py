@@ -206,7 +206,7 @@ class TorchBackend:
             capacity=contract.capacity,
             native_functions=self.native_functions,
         )
-        add_candidates(lowered, contract.spec, banned=manifest.config.tokens.never)
+        add_candidates(lowered, contract.spec, banned=manifest.config.banned_logits)
         computed = TorchGraph(lowered, self.card.device, self.attend)
         decoding = bool(contract.spec.aliases)
         engine = Engine(self.card, self.lanes[0 if decoding else 1], contract, _graph(computed, contract))

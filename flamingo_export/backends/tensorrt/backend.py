@@ -144,7 +144,7 @@ class TensorRTBackend:
             capacity=limits.max_length,
             native_functions=self.native_functions,
         )
-        add_candidates(lowered, spec, banned=manifest.config.tokens.never)
+        add_candidates(lowered, spec, banned=manifest.config.banned_logits)
         expected = check_graph(
             lowered, spec, compute=compute, capacity=limits.max_length, native_functions=self.native_functions
         )
@@ -187,7 +187,7 @@ class TensorRTBackend:
             request=request,
             lowered=path.name,
             compute=compute,
-            banned=manifest.config.tokens.never,
+            banned=manifest.config.banned_logits,
             summary=built.summary,
         )
 

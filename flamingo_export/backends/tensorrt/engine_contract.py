@@ -70,14 +70,14 @@ def contract_of(manifest: Manifest, graph: GraphRecord, record: EngineRecord | N
 
     record: the engine that there is; None for one that is made of this manifest.
     """
-    spec, tokens = engine_spec(manifest, graph), manifest.config.tokens
-    baked = tokens.never if record is None else record.banned or (tokens.image,)
+    spec, banned = engine_spec(manifest, graph), manifest.config.banned_logits
+    baked = banned if record is None else record.banned or banned[:1]  # earlier records: `<image>` and no other
     return Contract(
         spec=spec,
         profiles=profiles(spec, manifest.limits),
         capacity=manifest.limits.max_length,
         compute=manifest.precision.storage,
-        offered=spec if set(baked) == set(tokens.never) else without_candidates(spec),
+        offered=spec if set(baked) == set(banned) else without_candidates(spec),
     )
 
 

@@ -124,10 +124,14 @@ def feeds_of(name, config, rng):
         return rng.standard_normal(shape, dtype=np.float32)
 
     vision, resampler, lm, block = config.vision, config.resampler, config.language_model, config.cross_attention
+    if name == "vision_encoder" and config.tiled is not None:
+        tiles = normal(2, config.tiled.max_tiles, 3, vision.image_size, vision.image_size)
+        return {"pixels": tiles, "aspect_ratio_ids": np.array([8, 6])}  # all places are tiles
     if name == "vision_encoder":
         return {"pixels": normal(2, 3, vision.image_size, vision.image_size)}
     if name == "resampler":
-        features = {"features": normal(2, 3, vision.num_patches, vision.feature_width)}
+        frames = 1 if resampler.kind == "projector" else 3
+        features = {"features": normal(2, frames, vision.num_patches, vision.feature_width)}
         times = {"time_weights": np.eye(resampler.num_time_embeddings, dtype=np.float32)[:3]}
         return features | times if resampler.num_time_embeddings else features
     if name == "media_kv":
@@ -144,11 +148,13 @@ def feeds_of(name, config, rng):
         "mask": slots <= places[:, None, :, None],
         "logit_positions": places,
     }
+    if config.sees_groups:
+        feeds["first_media"] = np.array([[0, 1, 1, 1, 2], [0, 0, 1, 1, 1]])
     if lm.uses_distances:
         feeds["key_positions"] = np.tile(slots, (batch, 1))
     for i in range(len(config.gated_layers)):
         for kind in "kv":
-            feeds[f"media_{kind}.{i}"] = normal(3, block.num_heads, resampler.num_latents, block.head_size)
+            feeds[f"media_{kind}.{i}"] = normal(3, block.kv_heads, resampler.num_latents, block.head_size)
     cache = np.zeros((batch, lm.kv_heads, CAPACITY, lm.head_size), np.float32)
     return feeds | {f"past_{kind}.{j}": cache for j in range(lm.num_layers) for kind in "kv"}
 
