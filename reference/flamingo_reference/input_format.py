@@ -9,9 +9,10 @@ from typing import Literal
 
 import msgspec
 
-ImageFit = Literal["pad", "crop", "stretch"]
-"""How an image becomes a square, always with Pillow's antialiased bicubic filter. pad: its longer side fits, the rest is the mean colour.
-crop: its shorter side fits, the middle is taken. stretch: each side fits, whatever its shape."""
+ImageFit = Literal["pad", "crop", "stretch", "tiles"]
+"""How an image becomes a square, with Pillow's antialiased bicubic filter. pad: its longer side fits, the rest is the mean colour.
+crop: its shorter side fits, the middle is taken. stretch: each side fits, whatever its shape. tiles: it becomes several squares, with
+the bilinear filter (runtime/tiles.py); of models whose vision encoder takes tiles."""
 
 
 class Tags(msgspec.Struct, frozen=True, kw_only=True):
@@ -25,6 +26,8 @@ class Tags(msgspec.Struct, frozen=True, kw_only=True):
     """Stands before and after every image, once between two that follow each other (IDEFICS)."""
     added: tuple[str, ...] = ()
     """Tokens that training put behind the language model's vocabulary, in this order; `<PAD>` only where there was no padding token."""
+    bos_after_images: bool = False
+    """Whether `bos` is put behind the images that a text begins with, and nowhere if the text has it already (Llama 3.2 Vision)."""
 
     @property
     def all(self) -> tuple[str, ...]:
@@ -33,12 +36,17 @@ class Tags(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PromptForms(msgspec.Struct, frozen=True, kw_only=True):
-    """Texts with the fields {image}, {question} and {answer}: an example, and what is asked after the examples."""
+    """Texts with the fields {image}, {question} and {answer}: an example, and what is asked after the examples.
+
+    template: the Jinja template by which the checkpoint writes conversations. Where there is one, `caption` and `question` are what the user
+    says, an example is a turn of the user's and one of the assistant's, and the template makes a text of the turns.
+    """
 
     caption_example: str = "{image}Output: {answer}<EOC>"
     caption: str = "{image}Output:"
     question_example: str = "{image}Question: {question} Answer: {answer}<EOC>"
     question: str = "{image}Question: {question} Answer:"
+    template: str | None = None
 
 
 class InputFormat(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,10 +107,40 @@ IDEFICS_INSTRUCT = InputFormat(
 """IDEFICS tuned on instructions: each turn ends with a token of its own."""
 
 
-FAMILY_TAGS = ("<BOS>", "<EOC>", "<|endofchunk|>", "<fake_token_around_image>", "<end_of_utterance>")
+LLAMA_VISION = InputFormat(
+    fit="tiles",
+    tags=Tags(bos="<|begin_of_text|>", eoc="<|end_of_text|>", image="<|image|>", bos_after_images=True),
+    prompts=PromptForms(
+        caption_example="{image}Output: {answer}\n\n",
+        caption="{image}Output:",
+        question_example="{image}Question: {question} Answer: {answer}\n\n",
+        question="{image}Question: {question} Answer:",
+    ),
+)
+"""Llama 3.2 Vision that was not tuned on instructions: the paper's words, since none are published. transformers' processor (Mllama) puts
+the first token behind leading images, which the prompts here begin with themselves."""
+_SAYS = "{image}Describe this image."
+LLAMA_VISION_INSTRUCT = InputFormat(
+    fit="tiles",
+    tags=Tags(bos="<|begin_of_text|>", eoc="<|eot_id|>", image="<|image|>", bos_after_images=True),
+    prompts=PromptForms(
+        caption_example=_SAYS, caption=_SAYS, question_example="{image}{question}", question="{image}{question}"
+    ),
+)
+"""Llama 3.2 Vision tuned on instructions: what a user says. Its template comes with the checkpoint, see `with_template`."""
+
+FAMILY_TAGS = (
+    *("<BOS>", "<EOC>", "<|endofchunk|>", "<fake_token_around_image>", "<end_of_utterance>"),
+    *("<|begin_of_text|>", "<|eot_id|>", "<|image|>"),
+)
 """Tags that one family has and another may not, and that nothing but a prompt has: `<s>` may also be HTML."""
 
 
 def with_bos(inputs: InputFormat, bos: str | None) -> InputFormat:
     """The same format with another token, or none, before every text."""
     return msgspec.structs.replace(inputs, tags=msgspec.structs.replace(inputs.tags, bos=bos))
+
+
+def with_template(inputs: InputFormat, template: str) -> InputFormat:
+    """The same format with a checkpoint's own template for conversations."""
+    return msgspec.structs.replace(inputs, prompts=msgspec.structs.replace(inputs.prompts, template=template))

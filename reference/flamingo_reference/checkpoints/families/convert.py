@@ -10,22 +10,34 @@ from typing import Any
 import msgspec
 
 from flamingo_reference.checkpoints.accounting import Ignored
-from flamingo_reference.checkpoints.conversions import setting
+from flamingo_reference.checkpoints.conversions import renamed, setting
 from flamingo_reference.checkpoints.converted import Adopted, PartFiles, Parts
 from flamingo_reference.checkpoints.families import (
     clip,
     clip_towers,
     idefics,
+    llama_vision,
     native,
     openflamingo,
     openflamingo_files,
 )
-from flamingo_reference.checkpoints.families.preprocessor import Images, read_images
+from flamingo_reference.checkpoints.families.preprocessor import BILINEAR, Images, read_images
+from flamingo_reference.checkpoints.files.chat_template import read_chat_template
 from flamingo_reference.checkpoints.files.folder import OPEN_CLIP_NAMES
 from flamingo_reference.checkpoints.files.json_file import read_json
 from flamingo_reference.checkpoints.files.tensors import CheckpointError, Shape
 from flamingo_reference.config import TokenIds, ViTConfig
-from flamingo_reference.input_format import IDEFICS, IDEFICS_INSTRUCT, OPENFLAMINGO, OTTER, InputFormat, with_bos
+from flamingo_reference.input_format import (
+    IDEFICS,
+    IDEFICS_INSTRUCT,
+    LLAMA_VISION,
+    LLAMA_VISION_INSTRUCT,
+    OPENFLAMINGO,
+    OTTER,
+    InputFormat,
+    with_bos,
+    with_template,
+)
 from flamingo_reference.names import expected_tensors
 
 _LLAMA_BOS = "<s>"
@@ -69,6 +81,41 @@ def adopt_idefics(parts: Parts) -> Adopted:
         tied=idefics.TIED if config.language_model.tied_head else {},
     )
     return _with_twins(adopted, parts.model, {})
+
+
+def adopt_llama_vision(parts: Parts) -> Adopted:
+    """Llama 3.2 Vision, by published names or those of transformers' live model. One tuned on instructions is told by its chat template, or by
+    the token that ends a turn among those that end its texts."""
+    settings, ids, folder = _settings(parts.model), parts.token_ids, parts.model.path
+    template = read_chat_template(folder) if folder.is_dir() else None
+    config = llama_vision.config_from(settings)
+    turn = ids.get(LLAMA_VISION_INSTRUCT.tags.eoc, llama_vision.TURN)
+    instruct = template is not None or turn in config.tokens.stops
+    if instruct and turn < config.language_model.vocab_size:
+        config = llama_vision.config_from(settings, ends=(turn, *config.tokens.stops))
+    config.validate()
+    assert config.tiled is not None
+    given = Images(mean=config.pixel_mean, std=config.pixel_std)
+    images = read_images(folder, config.vision.image_size, given, resample=BILINEAR, tiles=config.tiled.max_tiles)
+    config = msgspec.structs.replace(config, pixel_mean=images.mean, pixel_std=images.std)
+    inputs = LLAMA_VISION_INSTRUCT if instruct else LLAMA_VISION
+    wrong = [
+        f"{tag} is {ids[tag]}, config.json says {expected}"
+        for tag, expected in ((inputs.tags.image, config.tokens.image), (inputs.tags.bos or "", config.tokens.bos))
+        if ids.get(tag, expected) != expected
+    ]
+    recipes = llama_vision.recipes(config)
+    if llama_vision.has_live_names(parts.model.reader.names()):
+        recipes = renamed(recipes, llama_vision.live_name)
+    return Adopted(
+        config=config,
+        expected=expected_tensors(config),
+        recipes=recipes,
+        ignored=_rules(llama_vision.IGNORED),
+        inputs=inputs if template is None else with_template(inputs, template),
+        misfit=f"the tokenizer is of another model than {folder}: {'; '.join(wrong)}. Bring the model's own." if wrong else "",
+        notes=llama_vision.NOTES,
+    )
 
 
 def adopt_openflamingo(parts: Parts) -> Adopted:

@@ -8,9 +8,16 @@ from typing import Literal
 import msgspec
 
 from flamingo_reference.checkpoints.converted import Adopted, Parts
-from flamingo_reference.checkpoints.families.convert import adopt_idefics, adopt_native, adopt_openflamingo, adopt_otter
+from flamingo_reference.checkpoints.families.convert import (
+    adopt_idefics,
+    adopt_llama_vision,
+    adopt_native,
+    adopt_openflamingo,
+    adopt_otter,
+)
+from flamingo_reference.checkpoints.families.llama_vision import plain_name as plain_llama_name
 from flamingo_reference.checkpoints.families.openflamingo_files import plain_name
-from flamingo_reference.input_format import IDEFICS, OPENFLAMINGO, OTTER, PAPER, InputFormat
+from flamingo_reference.input_format import IDEFICS, LLAMA_VISION, OPENFLAMINGO, OTTER, PAPER, InputFormat
 
 Part = Literal["model", "language_model", "vision_encoder"]
 
@@ -52,6 +59,26 @@ FAMILIES: tuple[Family, ...] = (
         inputs=IDEFICS,
         marks=(r"model\.gated_cross_attn_layers\.\d+\..+", r"model\.embed_tokens\.weight"),
         adopt=adopt_idefics,
+    ),
+    Family(
+        name="llama_vision",
+        title="Llama 3.2 Vision",
+        model_types=("mllama",),
+        inputs=LLAMA_VISION,
+        marks=(
+            r"(?:language_model\.model|model\.language_model)\.layers\.\d+\.cross_attn\..+",
+            r"(?:model\.)?vision_model\.gated_positional_embedding\..+",
+            r"(?:model\.)?multi_modal_projector\.weight",
+        ),
+        adopt=adopt_llama_vision,
+        plain_name=plain_llama_name,
+    ),
+    Family(
+        name="llama_vision_text",
+        title="the language model of Llama 3.2 Vision without its vision encoder",
+        part="language_model",
+        model_types=("mllama_text_model",),
+        marks=(r"(?:language_model\.)?model\.layers\.\d+\.cross_attn\..+",),
     ),
     Family(
         name="otter",

@@ -14,13 +14,13 @@ from flamingo_reference.config import ConfigError
 
 PREPROCESSOR = "preprocessor_config.json"
 Colour = tuple[float, float, float]
-_BICUBIC = 3  # Pillow's number of it
+BILINEAR, BICUBIC = 2, 3
+"""Pillow's numbers of its filters."""
 # Settings under which images are prepared as they are here, and their values.
 _PLAIN: Mapping[str, tuple[Any, ...]] = {
     "do_normalize": (True, None),
     "do_rescale": (True, None),
     "do_resize": (True, None),
-    "resample": (_BICUBIC, None),
 }
 
 
@@ -31,8 +31,9 @@ class Images(msgspec.Struct, frozen=True, kw_only=True):
     std: Colour
 
 
-def read_images(folder: Path, size: int, default: Images) -> Images:
-    """What the file in a folder says, `default` where there is none. size: side of the encoder's square.
+def read_images(folder: Path, size: int, default: Images, *, resample: int = BICUBIC, tiles: int | None = None) -> Images:
+    """What the file in a folder says, `default` where there is none. size: side of the encoder's square. resample: the filter that the
+    family's images are resized with. tiles: most of an image, where it is cut into tiles.
 
     Raises CheckpointError if it cannot be read, ConfigError if it asks for what is not done here.
     """
@@ -42,10 +43,13 @@ def read_images(folder: Path, size: int, default: Images) -> Images:
     raw = read_json(path)
     for name, plain in _PLAIN.items():
         choice(raw, name, dict.fromkeys(plain), plain[0], where=PREPROCESSOR)
+    choice(raw, "resample", {resample: None, None: None}, resample, where=PREPROCESSOR)
+    if tiles is not None:
+        choice(raw, "max_image_tiles", {tiles: None}, tiles, where=PREPROCESSOR)
     factor = raw.get("rescale_factor")
     if factor is not None and not (isinstance(factor, float) and abs(factor * 255 - 1) < 1e-6):
         raise ConfigError(f"{PREPROCESSOR}: rescale_factor is {factor!r:.80}, which is not supported; expected 1 / 255.")
-    for name in ("image_size", "crop_size"):
+    for name in ("image_size", "crop_size", *(("size",) if tiles is not None else ())):
         side = raw.get(name, size)
         sides = list(side.values()) if isinstance(side, Mapping) else [side]
         if any(each != size for each in sides):

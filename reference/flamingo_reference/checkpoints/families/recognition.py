@@ -11,11 +11,16 @@ import msgspec
 
 from flamingo_reference.checkpoints.families.clip import OPEN_CLIP_CONFIG
 from flamingo_reference.checkpoints.families.known import FAMILIES, Family
-from flamingo_reference.checkpoints.files.folder import NAMES, OPEN_CLIP_NAMES, open_tensors
+from flamingo_reference.checkpoints.files.folder import INDEX_SUFFIX, NAMES, OPEN_CLIP_NAMES, open_tensors
 from flamingo_reference.checkpoints.files.json_file import read_json
 from flamingo_reference.checkpoints.files.tensors import CheckpointError, FileReader
 
 CONFIG = "config.json"
+_PACKED = (".qweight", ".qzeros", ".absmax", ".quant_map", ".SCB", ".weight_packed", ".weight_scale")
+"""Ends of the names that GPTQ, AWQ, bitsandbytes and compressed-tensors give to the parts of a quantised matrix."""
+_ORIGINAL = (
+    "Bring the checkpoint that it was made of, in 16 or 32 bits; build it with --int4, --int8 or --fp8 to have fewer bits."
+)
 
 
 class Recognised(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,6 +44,7 @@ def recognise(path: Path, families: Sequence[Family] = FAMILIES, *, may_be_absen
             f"{path} does not exist. A checkpoint is a folder with config.json and tensors, or a file of tensors."
         )
     settings = _settings(path, families)
+    _refuse_quantised(path, settings)
     said, evidence = _said(path, settings, families)
     try:
         names_first = OPEN_CLIP_NAMES if _is_open_clips(path, settings) else ()
@@ -48,6 +54,9 @@ def recognise(path: Path, families: Sequence[Family] = FAMILIES, *, may_be_absen
             raise
         raise CheckpointError(f"{path} is {said.title} by its {CONFIG}, but its tensors cannot be read: {error}") from error
     names = reader.names()
+    packed = next((name for name in names if name.endswith(_PACKED)), None)
+    if packed is not None:
+        raise CheckpointError(f"{path} holds {packed}: its matrices are published quantised. {_ORIGINAL}")
     shown = next((family for family in families if not _lacking(family, names)), None)
     # The first mark tells most.
     shown = shown or next((family for family in families if family.marks[0] not in _lacking(family, names)), None)
@@ -64,6 +73,26 @@ def recognise(path: Path, families: Sequence[Family] = FAMILIES, *, may_be_absen
     found = [evidence] if evidence else []
     found += [name for mark in family.marks if (name := next(filter(re.compile(mark).fullmatch, names), None)) is not None]
     return Recognised(path=path, family=family, evidence=tuple(found), settings=settings, reader=reader)
+
+
+def _refuse_quantised(path: Path, settings: Mapping[str, Any]) -> None:
+    """Raises CheckpointError for a checkpoint whose config.json says that it was published quantised, or a folder of GGUF files."""
+    how = settings.get("quantization_config")
+    if how is not None:
+        method = how.get("quant_method", how) if isinstance(how, Mapping) else how
+        raise CheckpointError(
+            f"{path / CONFIG}: quantization_config says {str(method)[:80]!r}: its matrices are published quantised. {_ORIGINAL}"
+        )
+    if path.is_dir():
+        gguf = next(path.glob("*.gguf"), None)
+        if gguf is not None and not any(
+            (path / name).exists() for name in (*NAMES, *(f"{name}{INDEX_SUFFIX}" for name in NAMES))
+        ):
+            raise CheckpointError(f"{gguf} is GGUF, llama.cpp's format. {_ORIGINAL}")
+    elif path.is_file():
+        with path.open("rb") as file:
+            if file.read(4) == b"GGUF":
+                raise CheckpointError(f"{path} is GGUF, llama.cpp's format. {_ORIGINAL}")
 
 
 def _settings(path: Path, families: Sequence[Family]) -> dict[str, Any]:

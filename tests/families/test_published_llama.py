@@ -1,0 +1,200 @@
+"""Llama 3.2 Vision from files as they are published to answers: written by transformers, recognised, built, and compared with what wrote
+them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from llama_models import (
+    END,
+    IMAGE,
+    TURN,
+    VOCAB,
+    our_config,
+    our_model,
+    their_config,
+    their_model,
+)
+from published_files import write_tokenizer
+from safetensors.torch import load_file, save_file
+
+from flamingo_reference.checkpoints.families import llama_vision
+from flamingo_reference.checkpoints.files.tensors import CheckpointError
+from flamingo_reference.checkpoints.loading import CheckpointFiles, load
+from flamingo_reference.input_format import LLAMA_VISION, LLAMA_VISION_INSTRUCT
+
+SPECIAL = ["<pad>", "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|image|>"]
+WORDS = [*SPECIAL[:4], *(f"w{index}" for index in range(4, VOCAB)), SPECIAL[4]]
+PREPROCESSOR = {
+    "do_convert_rgb": True,
+    "do_normalize": True,
+    "do_pad": True,
+    "do_rescale": True,
+    "do_resize": True,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_processor_type": "MllamaImageProcessor",
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "max_image_tiles": 4,
+    "resample": 2,
+    "rescale_factor": 1 / 255,
+    "size": {"height": 28, "width": 28},
+}
+
+
+def write(folder: Path, theirs: Any, *, shard: str = "400KB") -> Path:
+    """A folder as on the hub."""
+    theirs.save_pretrained(folder, max_shard_size=shard)
+    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+    write_tokenizer(folder, WORDS, SPECIAL)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A folder as on the hub, in shards with an index, and the model that it holds."""
+    theirs = their_model(seed=3).float()
+    return write(tmp_path_factory.mktemp("hub") / "llama-vision-tiny", theirs), theirs
+
+
+def changed(folder: Path, into: Path, **settings: Any) -> Path:
+    """A copy with other settings in config.json; `part__name` is a setting of a part."""
+    into.mkdir()
+    for path in folder.iterdir():
+        (into / path.name).write_bytes(path.read_bytes())
+    raw = json.loads((into / "config.json").read_text())
+    for name, value in settings.items():
+        part, _, inner = name.rpartition("__")
+        (raw[part] if part else raw)[inner] = value
+    (into / "config.json").write_text(json.dumps(raw))
+    return into
+
+
+def test_published_names_and_shards(llama: tuple[Path, Any]) -> None:
+    folder, theirs = llama
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    found = load(CheckpointFiles(path=folder))
+    assert found.family.name == "llama_vision"
+    assert (found.config.tokens.eoc, found.config.tokens.ends) == (TURN, (END,))
+    assert found.inputs == LLAMA_VISION_INSTRUCT
+    ours = our_model(theirs).state_dict()
+    for name in found.reader.names():
+        torch.testing.assert_close(torch.from_numpy(found.reader.read(name).copy()), ours[name], rtol=0, atol=0)
+    assert not found.ignored
+
+
+def test_live_names_in_one_file(llama: tuple[Path, Any], tmp_path: Path) -> None:
+    """The names of the live model's state_dict, as a trainer that knows nothing of conversions saves them."""
+    folder, theirs = llama
+    into = changed(folder, tmp_path / "live")
+    for path in into.glob("*.safetensors*"):
+        path.unlink()
+    state = {name: tensor.contiguous() for name, tensor in theirs.state_dict().items()}
+    assert "lm_head.weight" in state
+    save_file(state, into / "model.safetensors")
+    found, published = load(CheckpointFiles(path=into)), load(CheckpointFiles(path=folder))
+    for name in published.reader.names():
+        assert (found.reader.read(name) == published.reader.read(name)).all()
+
+
+def test_published_names_are_those_that_transformers_writes(llama: tuple[Path, Any]) -> None:
+    names = {name for path in llama[0].glob("*.safetensors") for name in load_file(path)}
+    assert names == {llama_vision.plain_name(name) for name in llama[1].state_dict()}
+    assert {llama_vision.plain_name(llama_vision.live_name(name)) for name in names} == names
+
+
+def test_a_base_model_is_told_by_its_end(llama: tuple[Path, Any], tmp_path: Path) -> None:
+    folder = changed(llama[0], tmp_path / "base", text_config__eos_token_id=END)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    found = load(CheckpointFiles(path=folder))
+    assert found.config.tokens.stops == (END,)
+    assert found.inputs == LLAMA_VISION
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "bitsandbytes.*published quantised"),
+        ({"quantization_config": {"quant_method": "awq"}}, "awq.*published quantised"),
+        ({"text_config__cross_attention_layers": [1, 2]}, "1 and 2 next to each other"),
+        ({"text_config__cross_attention_layers": [1, 5]}, "ends with the model's last layer, 5"),
+        ({"text_config__cross_attention_layers": [2, 4]}, "no regular schedule"),
+        ({"text_config__cross_attention_layers": []}, "expected layers of 6"),
+        ({"vision_config__supported_aspect_ratios": [[1, 1], [2, 2]]}, "supported_aspect_ratios"),
+        ({"vision_config__vision_output_dim": 96}, "vision_output_dim is 96"),
+        ({"vision_config__intermediate_layers_indices": [1, 2, 7]}, "beyond the 5"),
+        ({"image_token_index": 12}, "image_token_index is 12"),
+        ({"text_config__tie_word_embeddings": True}, "tie_word_embeddings"),
+        ({"model_type": "mllama_text_model"}, "without its vision encoder"),
+    ],
+)
+def test_settings_that_are_refused(llama: tuple[Path, Any], tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        load(CheckpointFiles(path=changed(llama[0], tmp_path / "bad", **settings)))
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"max_image_tiles": 6}, "max_image_tiles is 6"),
+        ({"size": {"height": 56, "width": 56}}, "size is"),
+        ({"resample": 3}, "resample is 3"),
+    ],
+)
+def test_preprocessors_of_other_models(llama: tuple[Path, Any], tmp_path: Path, entries: dict[str, Any], message: str) -> None:
+    folder = changed(llama[0], tmp_path / "bad")
+    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR | entries))
+    with pytest.raises(CheckpointError, match=message):
+        load(CheckpointFiles(path=folder))
+
+
+def rewritten(folder: Path, into: Path, change: Any) -> Path:
+    """A copy in one file whose tensors went through `change`."""
+    changed(folder, into)
+    tensors = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    for path in into.glob("*.safetensors*"):
+        path.unlink()
+    save_file({name: tensor.contiguous() for name, tensor in change(tensors).items()}, into / "model.safetensors")
+    return into
+
+
+def test_a_missing_projector(llama: tuple[Path, Any], tmp_path: Path) -> None:
+    folder = rewritten(llama[0], tmp_path / "bad", lambda all_: {n: t for n, t in all_.items() if "projector" not in n})
+    with pytest.raises(CheckpointError, match=r"multi_modal_projector\.weight"):
+        load(CheckpointFiles(path=folder))
+
+
+def test_embedding_rows_other_than_the_head_and_8(llama: tuple[Path, Any], tmp_path: Path) -> None:
+    name = "language_model.model.embed_tokens.weight"
+    folder = rewritten(llama[0], tmp_path / "bad", lambda all_: all_ | {name: all_[name][:-1]})
+    with pytest.raises(CheckpointError, match=rf"{name}.*\(77, 48\).*\(78, 48\)"):
+        load(CheckpointFiles(path=folder))
+
+
+def test_packed_matrices_without_a_word_in_the_config(llama: tuple[Path, Any], tmp_path: Path) -> None:
+    name = "language_model.model.layers.0.mlp.up_proj"
+    folder = rewritten(llama[0], tmp_path / "bad", lambda all_: all_ | {f"{name}.qweight": torch.zeros(4, 4)})
+    with pytest.raises(CheckpointError, match=r"up_proj\.qweight: its matrices are published quantised"):
+        load(CheckpointFiles(path=folder))
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_gguf(tmp_path: Path, folder: bool) -> None:
+    path = tmp_path / "Llama-3.2-11B-Vision-Q4_K.gguf"
+    path.write_bytes(b"GGUF" + bytes(40))
+    with pytest.raises(CheckpointError, match=r"is GGUF, llama\.cpp's format"):
+        load(CheckpointFiles(path=tmp_path if folder else path))
+
+
+def test_a_tokenizer_of_another_model(llama: tuple[Path, Any], tmp_path: Path) -> None:
+    folder = changed(llama[0], tmp_path / "bad")
+    write_tokenizer(folder, [*WORDS[:30], "<|image|>", *WORDS[30:-1]], SPECIAL)
+    with pytest.raises(CheckpointError, match=r"<\|image\|> is 30, config.json says 70"):
+        load(CheckpointFiles(path=folder))
+
+
+def test_names_of_the_tiny_model_are_the_config_s() -> None:
+    assert our_config(their_config()).tokens.image == IMAGE
