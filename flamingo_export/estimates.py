@@ -41,8 +41,11 @@ def opened_weights(index: WeightIndex) -> int:
 
 
 def resident(config: ModelConfig, index: WeightIndex) -> int:
-    """Bytes that a bundle takes once it is open on a CPU, with the program and a cache for short prompts."""
-    return opened_weights(index) + cache_bytes(config, positions=512, width=4) + PROGRAM
+    """Bytes that a bundle takes once it is open on a CPU, with the program, a cache for short prompts and the keys of an image."""
+    tiles = config.tiled.max_tiles if config.tiled is not None else 1
+    return (
+        opened_weights(index) + cache_bytes(config, positions=512, width=4) + media_bytes(config, rows=tiles, width=4) + PROGRAM
+    )
 
 
 def running(config: ModelConfig, index: WeightIndex) -> int:
@@ -60,6 +63,12 @@ def cache_bytes(config: ModelConfig, *, positions: int, width: int) -> int:
     """Bytes of the keys and values of so many positions, in numbers of `width` bytes."""
     lm = config.language_model
     return 2 * lm.num_layers * lm.kv_heads * lm.head_size * positions * width
+
+
+def media_bytes(config: ModelConfig, *, rows: int, width: int) -> int:
+    """Bytes of the keys and values of so many rows of the media bank, in numbers of `width` bytes. A row is an image, a video, or a tile."""
+    block = config.cross_attention
+    return 2 * len(config.gated_layers) * block.kv_heads * config.resampler.num_latents * block.head_size * rows * width
 
 
 def reference(config: ModelConfig) -> int:
@@ -93,11 +102,15 @@ def calibrating(config: ModelConfig) -> int:
 
 def device(config: ModelConfig, precision: Precision, limits: ShapeLimits) -> int:
     """Bytes on a GPU, were all graphs engines: they, caches of the limits' batch and length, the media bank; not intermediate results."""
-    block, width = config.cross_attention, BYTES_PER_WEIGHT[precision.storage]
+    width = BYTES_PER_WEIGHT[precision.storage]
     weights = sum(stored_bytes(weight, precision) for weight in bundle_weights(config, precision))
     caches = cache_bytes(config, positions=limits.max_length * limits.batch, width=width)
-    media = len(config.gated_layers) * block.num_heads * config.resampler.num_latents * block.head_size * limits.bank_rows
-    return int(ENGINE_RATIO * weights) + caches + 2 * media * (1 if precision.media == "fp8" else width)
+    return int(ENGINE_RATIO * weights) + caches + limits.bank_rows * media_row(config, precision)
+
+
+def media_row(config: ModelConfig, precision: Precision) -> int:
+    """Bytes of a row of the media bank on a GPU."""
+    return media_bytes(config, rows=1, width=1 if precision.media == "fp8" else BYTES_PER_WEIGHT[precision.storage])
 
 
 def engine_building(weight_bytes: int) -> int:

@@ -248,9 +248,18 @@ def write_manifest(bundle: Path, manifest: Manifest) -> None:
     write_atomically(bundle / MANIFEST_NAME, data + b"\n")
 
 
-def default_limits(config: ModelConfig) -> ShapeLimits:
-    """Twice the positions that the model knows, 2048 at least: room for 32 shots, the beams' tokens and a chunk of scratch.
+_MOST_SLOTS = 8192
+_IMAGES_OF_TILES, _IMAGES_SIDE_BY_SIDE = 8, 4
 
-    The cache grows as it is needed, so a high limit costs nothing until it is used.
+
+def default_limits(config: ModelConfig) -> ShapeLimits:
+    """Twice the positions that the model knows, 2048 at least and 8192 at most: room for 32 shots, the beams' tokens and a chunk of scratch.
+
+    The cache grows as it is needed, so a high limit costs nothing until it is used; engines have all of it. Where images are tiles, whose
+    keys take megabytes, the bank holds eight images of as many as can be, and a token may see four of them.
     """
-    return ShapeLimits(max_length=max(2048, 2 * config.language_model.max_positions))
+    length = min(max(2048, 2 * config.language_model.max_positions), _MOST_SLOTS)
+    if config.tiled is None:
+        return ShapeLimits(max_length=length)
+    tiles = config.tiled.max_tiles
+    return ShapeLimits(max_length=length, bank_rows=_IMAGES_OF_TILES * tiles, max_tiles=_IMAGES_SIDE_BY_SIDE * tiles)

@@ -286,6 +286,7 @@ def _print_plan(found: BuildPlan, machine: Machine, as_json: bool) -> None:
     results().print(table(("component", "size"), rows, title=title, right=(1,)))
     _print_graphs(found)
     _print_steps(found)
+    print(_bank(found))
     verdict = {True: "enough", False: "too little"}
     print(
         f"needs {human_bytes(found.disk_bytes)} of disk; {machine.folder} has {human_bytes(machine.disk_free)} free: "
@@ -297,6 +298,17 @@ def _print_plan(found: BuildPlan, machine: Machine, as_json: bool) -> None:
     )
     if found.absent:
         print(f"planned from config.json and the index alone: {missing_files(found.absent)}")
+
+
+def _bank(found: BuildPlan) -> str:
+    """What the media bank of a GPU holds."""
+    from flamingo_export.cli.output import human_bytes
+
+    bank = found.bank
+    size = f"{human_bytes(bank.row_bytes)} each, {human_bytes(bank.rows * bank.row_bytes)} in all"
+    if bank.rows_of_image == 1:
+        return f"media bank: {bank.rows} images or videos, {size}"
+    return f"media bank: {bank.rows} tiles, {size}: {bank.rows // bank.rows_of_image} images of {bank.rows_of_image} tiles"
 
 
 def _print_steps(found: BuildPlan) -> None:

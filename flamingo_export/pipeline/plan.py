@@ -64,6 +64,14 @@ class PlannedStep(msgspec.Struct, frozen=True, kw_only=True):
     disk: int
 
 
+class PlannedBank(msgspec.Struct, frozen=True, kw_only=True):
+    """The media bank: rows, how many an image takes at most (its tiles), bytes of a row on a GPU."""
+
+    rows: int
+    rows_of_image: int
+    row_bytes: int
+
+
 class PlannedCard(msgspec.Struct, frozen=True, kw_only=True):
     """A kind of GPU: how many of them, each with a part of the decoder, hold engines, caches and bank; 1 is all in one."""
 
@@ -85,6 +93,7 @@ class BuildPlan(msgspec.Struct, frozen=True, kw_only=True):
     steps: tuple[PlannedStep, ...]
     device_bytes: int
     """Needed on a GPU: engines, caches of the limits' batch and length, media bank. Not counted: intermediate results."""
+    bank: PlannedBank
     cards: tuple[PlannedCard, ...]
     disk_bytes: int
     """Needed at `out`'s disk, everything included, were the build to start anew."""
@@ -137,7 +146,8 @@ def plan(request: BuildRequest) -> BuildPlan:
         component = weight.name.split("/", 1)[0]
         sizes[component] = sizes.get(component, 0) + stored_bytes(weight, precision)
     total = sum(sizes.values())
-    device = estimates.device(config, precision, request.limits or default_limits(config))
+    limits = request.limits or default_limits(config)
+    device = estimates.device(config, precision, limits)
     return BuildPlan(
         config=config,
         precision=precision,
@@ -149,6 +159,11 @@ def plan(request: BuildRequest) -> BuildPlan:
         absent=absent,
         steps=_steps(request, config, precision),
         device_bytes=device,
+        bank=PlannedBank(
+            rows=limits.bank_rows,
+            rows_of_image=config.tiled.max_tiles if config.tiled is not None else 1,
+            row_bytes=estimates.media_row(config, precision),
+        ),
         cards=tuple(
             PlannedCard(name=name, memory=int(size), count=math.ceil(device / (size * _USABLE))) for name, size in CARDS.items()
         ),

@@ -98,7 +98,7 @@ def decode_feeds(call: Call, rows: Sequence[Row], capacity: int, pad: int) -> di
     tokens = np.full((count, width), pad, np.int64)
     positions = np.zeros((count, width), np.int64)
     phi = np.zeros((count, width), np.int64)
-    media_rows = np.zeros((count, 1), np.int64)
+    media_rows = np.zeros((count, max(1, max(len(job.sees) for job in call.jobs))), np.int64)
     write_index = np.empty(count, np.int64)
     mask = np.zeros((count, 1, width, capacity), np.bool_)
     key_positions = np.empty((count, capacity), np.int64)
@@ -115,13 +115,14 @@ def decode_feeds(call: Call, rows: Sequence[Row], capacity: int, pad: int) -> di
         tokens[place, :own] = job.tokens
         positions[place, :own] = job.tree.position
         phi[place, :own] = job.phi
-        media_rows[place] = job.media_row
+        media_rows[place, : len(job.sees)] = job.sees
         mask[place, 0, :own] = job.tree.mask[:, :capacity]
     return {
         "token_ids": tokens,
         "positions": positions,
         "media_rows": media_rows,
         "phi": phi,
+        "first_media": np.minimum(phi, 1),
         "write_index": write_index,
         "mask": mask,
         "key_positions": key_positions,

@@ -82,11 +82,18 @@ class Job(Entry):
         before, self._looked = self._looked, clock()
         return self._looked - before
 
-    def last_medium(self, reset: int | None) -> tuple[int, int]:
-        """(bank row, phi) of what follows the prompt: phi is 1, or 0 where no medium is seen."""
+    def looks(self, reset: int | None) -> Ints:
+        """Bank rows that what follows the prompt looks at: none, one, or those of the last images' tiles."""
         assert self.media_rows is not None
-        last = phi_after(self.request.token_ids, self.request.phi, reset)
-        return (int(self.media_rows[last - 1]), 1) if last else (0, 0)
+        request = self.request
+        last = phi_after(request.token_ids, request.phi, reset)
+        first = last if request.first is None else int(request.first[-1])
+        return self.media_rows[first - 1 : last] if last else self.media_rows[:0]
+
+
+def _some(rows: Ints) -> Ints:
+    """Bank rows, one at least: a call names one for each request, looked at or not."""
+    return rows if len(rows) else np.zeros(1, np.int64)
 
 
 class Generating(Job):
@@ -110,9 +117,9 @@ class Generating(Job):
         visible = np.zeros(len(self.row.key_positions), np.bool_)
         visible[: self.done] = True
         self.tree = BeamTree(visible, self.done, self.width)
-        self.media_row, phi = self.last_medium(self._reset)
+        self.sees = self.looks(self._reset)
         self.tokens: Ints = np.zeros(self.width, np.int64)
-        self.phi: Ints = np.full(self.width, phi, np.int64)
+        self.phi: Ints = np.full(self.width, len(self.sees), np.int64)
         self._following = self.phi
 
     def follow(self, step: Step) -> None:
@@ -135,8 +142,9 @@ class Generating(Job):
         return {
             "token_ids": self.tokens[None],
             "positions": np.full((1, self.width), tree.position, np.int64),
-            "media_rows": np.array([[self.media_row]], np.int64),
+            "media_rows": _some(self.sees)[None],
             "phi": self.phi[None],
+            "first_media": np.minimum(self.phi, 1)[None],
             "write_index": np.array([row.used], np.int64),
             "mask": tree.mask[None, None, :, :capacity],
             "key_positions": row.key_positions[None, :capacity],
@@ -200,7 +208,7 @@ class Scoring(Job):
         firsts = np.array([candidate[0] for candidate in self._candidates])
         for index, logprob in enumerate(_logprobs(whole(scores), np.zeros_like(firsts), firsts, self._banned)):
             self.results[index].append(logprob)
-        self.media_row, self._phi = self.last_medium(self._reset)
+        self.sees = self.looks(self._reset)
 
     def feeds(self, capacity: int) -> dict[str, Array]:
         """Inputs of the next pass."""
@@ -221,8 +229,9 @@ class Scoring(Job):
         return {
             "token_ids": token_ids[None],
             "positions": (prompt + depth)[None],
-            "media_rows": np.array([[self.media_row]], np.int64),
-            "phi": np.where(ended, 0, self._phi)[None].astype(np.int64),
+            "media_rows": _some(self.sees)[None],
+            "phi": np.where(ended, 0, len(self.sees))[None].astype(np.int64),
+            "first_media": np.where(ended, 0, min(1, len(self.sees)))[None].astype(np.int64),
             "write_index": np.array([prompt], np.int64),
             "mask": mask,
             "key_positions": key_positions,

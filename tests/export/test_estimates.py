@@ -6,18 +6,21 @@ import json
 import math
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from flamingo_export import estimates
-from flamingo_export.bundle.manifest import ShapeLimits
-from flamingo_export.pipeline.plan import plan
+from flamingo_export.bundle.manifest import ShapeLimits, default_limits
+from flamingo_export.cli.build import _print_plan
+from flamingo_export.pipeline.plan import plan, this_machine
 from flamingo_export.pipeline.request import BuildRequest
-from flamingo_export.precision import Precision
+from flamingo_export.precision import Policy, Precision
 from flamingo_export.quantize.policies import preset
 from flamingo_export.sources.choice import RandomWeights, source_for_size
 from flamingo_export.validate.environment import is_small
 from flamingo_export.weights import WeightIndex
-from flamingo_reference.config import PRESETS
+from flamingo_reference.checkpoints.families import llama_vision
+from flamingo_reference.config import PRESETS, ModelConfig
 
 MEASURED = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "open_memory.json").read_text())
 
@@ -94,3 +97,34 @@ def test_nano_is_small_and_3b_is_not() -> None:
 def test_shortages_are_told_in_one_unit() -> None:
     assert estimates.shortage("it", 5, 5) == ""
     assert estimates.shortage("running it", 3 << 30, 1 << 30) == "running it takes about 3.0 GiB of memory, 1.0 GiB may be used"
+
+
+def tiled_11b() -> ModelConfig:
+    """Llama 3.2 Vision 11B: the defaults of its config.json, but for the size of images."""
+    return llama_vision.config_from({"text_config": {}, "vision_config": {"image_size": 560}}, name="llama-3.2-11b-vision")
+
+
+def test_a_bank_of_tiles_by_hand() -> None:
+    """Llama 3.2 Vision 11B: 8 gated layers of 8 heads of 128, 1601 keys a tile: an image of 4 tiles takes 210 MB in 16 bits."""
+    config = tiled_11b()
+    assert estimates.media_bytes(config, rows=4, width=2) == 2 * 8 * 8 * 1601 * 128 * 4 * 2 == 209_846_272
+    fp16, fp8 = (
+        Precision(storage="bf16", policy=policy) for policy in (None, Policy(name="coded media", rules=(), media="fp8"))
+    )
+    assert (estimates.media_row(config, fp16), estimates.media_row(config, fp8)) == (209_846_272 // 4, 209_846_272 // 8)
+    limits = default_limits(config)
+    assert (limits.bank_rows, limits.max_tiles, limits.max_length) == (32, 16, 8192)
+    less = msgspec.structs.replace(limits, bank_rows=28)
+    assert estimates.device(config, fp16, limits) - estimates.device(config, fp16, less) == 209_846_272
+
+
+def test_a_plan_counts_tiles(capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiled_11b()
+    request = BuildRequest(source=RandomWeights(config=config), out=Path("x.bundle"), storage="bf16")
+    found = plan(request)
+    assert (found.bank.rows, found.bank.rows_of_image, found.bank.row_bytes) == (32, 4, 52_461_568)
+    _print_plan(found, this_machine(found), as_json=False)
+    assert "media bank: 32 tiles, 50.0 MiB each, 1.6 GiB in all: 8 images of 4 tiles" in capsys.readouterr().out
+    nano = plan(msgspec.structs.replace(request, source=RandomWeights(config=PRESETS["nano"])))
+    _print_plan(nano, this_machine(nano), as_json=False)
+    assert "media bank: 64 images or videos, 24.0 KiB each, 1.5 MiB in all\n" in capsys.readouterr().out

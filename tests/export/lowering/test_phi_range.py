@@ -74,5 +74,5 @@ def test_engines_see_as_many_tiles_as_the_limits_say() -> None:
 
     few = ShapeLimits(max_length=64, chunk=16, chunk_media=2, max_tiles=8, batch=1)
     assert media(spec, few) == [Bounds(1, 1, 2), Bounds(1, 1, 1)]
-    assert media(ranges, few) == [Bounds(1, 8, 8), Bounds(1, 8, 8)]
+    assert media(ranges, few) == [Bounds(1, 4, 8), Bounds(1, 4, 8)]
     assert media(ranges, ShapeLimits(max_length=64, chunk=16, batch=1)) == [Bounds(1, 4, 16), Bounds(1, 4, 4)]

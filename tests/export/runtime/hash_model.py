@@ -45,20 +45,30 @@ def logits_of(known: int) -> np.ndarray[Any, np.dtype[np.float32]]:
     return logits
 
 
+def sight(numbers: Sequence[int]) -> int:
+    """What a position sees that looks at media of these numbers, in order: 0 for none, the number of one."""
+    return mixed(*numbers) if len(numbers) > 1 else sum(numbers)
+
+
 class Whole:
     """Logits after a sequence, a token at a time."""
 
-    def __init__(self, image: int, reset: int | None) -> None:
-        self._image, self._reset = image, reset
+    def __init__(self, image: int, reset: int | None, *, groups: bool = False) -> None:
+        """groups: images that stand side by side are seen together."""
+        self._image, self._reset, self._groups = image, reset, groups
 
-    def begin(self, ids: Sequence[int], media: Sequence[int]) -> tuple[int, int, int]:
-        """(position, what is known, medium seen) after a prompt; media: numbers of its images in order."""
+    def begin(self, ids: Sequence[int], media: Sequence[Sequence[int]]) -> tuple[int, int, int]:
+        """(position, what is known, what is seen) after a prompt; media: of each of its images in order, the numbers of its tiles."""
         state = (0, 0, 0)
         left = iter(media)
+        group: list[int] = []
+        before: int | None = None
         for token in ids:
             if token == self._image:
-                state = (state[0], state[1], next(left))
+                group = [*(group if self._groups and before == self._image else []), *next(left)]
+                state = (state[0], state[1], sight(group))
             state = self.extend(state, token)
+            before = token
         return state
 
     def extend(self, state: tuple[int, int, int], token: int) -> tuple[int, int, int]:
@@ -106,10 +116,9 @@ class HashSession:
     """What the stand-ins have in common."""
 
     asynchronous = False
-    reads_bound_media = False
 
-    def __init__(self, spec: SubgraphSpec, largest: Mapping[str, int]) -> None:
-        self.spec, self.largest = spec, largest
+    def __init__(self, spec: SubgraphSpec, largest: Mapping[str, int], *, reads_bound_media: bool = False) -> None:
+        self.spec, self.largest, self.reads_bound_media = spec, largest, reads_bound_media
         self.bound: dict[str, ArrayBuffer] = {}
 
     def allocate(self, name: str, shape: tuple[int, ...]) -> ArrayBuffer:
@@ -131,9 +140,9 @@ class HashSession:
 class HashDecoder(HashSession):
     """One layer: past_k.0 [B, 1, C, 1] holds the value of each slot, media_k.0 [N, 1, 1, 1] the number of each medium."""
 
-    def __init__(self, largest: Mapping[str, int]) -> None:
-        inputs = [("token_ids", "BS"), ("positions", "BS"), ("media_rows", "BM"), ("phi", "BS"), ("write_index", "B")]
-        inputs += [("key_positions", "BC"), ("logit_positions", "BK")]
+    def __init__(self, largest: Mapping[str, int], *, reads_bound_media: bool) -> None:
+        inputs = [("token_ids", "BS"), ("positions", "BS"), ("media_rows", "BM"), ("phi", "BS"), ("first_media", "BS")]
+        inputs += [("write_index", "B"), ("key_positions", "BC"), ("logit_positions", "BK")]
         spec = SubgraphSpec(
             name="decoder",
             inputs=(
@@ -145,9 +154,10 @@ class HashDecoder(HashSession):
             outputs=(TensorSpec("logits", "float", ("B", "K", VOCAB)), TensorSpec("present_k.0", "float", ("B", 1, "C", 1))),
             aliases={"present_k.0": "past_k.0"},
         )
-        super().__init__(spec, largest)
+        super().__init__(spec, largest, reads_bound_media=reads_bound_media)
 
     def run(self, feeds: Mapping[str, Any], outputs: Collection[str] | None = None) -> dict[str, Any]:
+        looked_at: set[int] = set()
         cache, bank = self.bound["past_k.0"].array, self.bound["media_k.0"].array
         batch, size = feeds["token_ids"].shape
         capacity = feeds["mask"].shape[-1]
@@ -164,12 +174,18 @@ class HashDecoder(HashSession):
                 for slot in np.flatnonzero(mask).tolist():
                     if slot != own:
                         seen += contribution(int(feeds["key_positions"][row, slot]), int(cache[row, 0, slot, 0]))
-                phi = int(feeds["phi"][row, place])
-                medium = int(bank[feeds["media_rows"][row, phi - 1], 0, 0, 0]) if phi else 0
+                phi, first = int(feeds["phi"][row, place]), int(feeds["first_media"][row, place])
+                assert phi == 0 or 1 <= first <= phi
+                rows = feeds["media_rows"][row, first - 1 : phi].tolist() if phi else []
+                assert len(rows) == (phi - first + 1 if phi else 0)
+                looked_at.update(rows)
+                medium = sight([int(bank[media_row, 0, 0, 0]) for media_row in rows])
                 position = int(feeds["positions"][row, place])
                 value = mixed(int(feeds["token_ids"][row, place]), position, medium, seen & _MASK)
                 cache[row, 0, own, 0] = value
                 known[row, place] = (seen + contribution(int(feeds["key_positions"][row, own]), value)) & _MASK
+        if self.reads_bound_media:
+            assert len(bank) <= max(1, 1.5 * len(looked_at)), "more is bound than is looked at"
         wanted = feeds["logit_positions"]
         logits = np.zeros((batch, wanted.shape[1], VOCAB), np.float32)
         for row, places in enumerate(wanted.tolist()):
@@ -182,19 +198,22 @@ class First(HashSession):
     """Passes on what it is given: pixels are a medium's number all over."""
 
     def __init__(self, given: str, result: str, largest: Mapping[str, int]) -> None:
+        """Tiles are the second axis of pixels [1, Tmax, 1], each with a number of its own."""
         super().__init__(SubgraphSpec(name=given, inputs=(), outputs=()), largest)
         self._given, self._result = given, result
 
     def run(self, feeds: Mapping[str, Any], outputs: Collection[str] | None = None) -> dict[str, Any]:
         value = feeds[self._given]
+        if "aspect_ratio_ids" in feeds:
+            return {self._result: value.reshape(1, -1, 1, 1).astype(np.uint64)}
         return {self._result: value.reshape(len(value), -1).max(axis=1).reshape(-1, 1, 1, 1).astype(np.uint64)}
 
 
-def hash_engines(largest: Mapping[str, int]) -> Engines:
-    """The stand-ins of all four subgraphs; largest: bounds of the decoder."""
+def hash_engines(largest: Mapping[str, int], *, reads_bound_media: bool = False) -> Engines:
+    """The stand-ins of all four subgraphs; largest: bounds of the decoder. reads_bound_media: it wants no rows bound but those looked at."""
     return Engines(
         vision_encoder=First("pixels", "features", {}),  # type: ignore[arg-type]
         resampler=First("features", "latents", {}),  # type: ignore[arg-type]
         media_kv=First("latents", "media_k.0", {}),  # type: ignore[arg-type]
-        decoder=HashDecoder(largest),  # type: ignore[arg-type]
+        decoder=HashDecoder(largest, reads_bound_media=reads_bound_media),  # type: ignore[arg-type]
     )

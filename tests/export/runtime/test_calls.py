@@ -85,7 +85,7 @@ def test_padding_writes_behind_what_is_used_and_gives_up_what_it_must() -> None:
         tree = SimpleNamespace(mask=np.zeros((3, MOST), np.bool_), position=4)
         jobs.append(
             SimpleNamespace(
-                row=rows[index], width=3, tree=tree, tokens=np.full(3, 7), phi=np.ones(3, np.int64), media_row=2,
+                row=rows[index], width=3, tree=tree, tokens=np.full(3, 7), phi=np.ones(3, np.int64), sees=np.array([2]),
                 take_slots=lambda: None,
             )
         )  # fmt: skip

@@ -17,7 +17,7 @@ from flamingo_export.runtime.engine import Engine
 from flamingo_export.runtime.loop import Outcome
 from flamingo_export.runtime.media import Medium
 from flamingo_export.runtime.options import GenerateOptions
-from flamingo_export.runtime.request import Prepared
+from flamingo_export.runtime.request import Prepared, prepared_from_ids
 from flamingo_export.runtime.search import Hypothesis, Search
 from flamingo_export.runtime.ticket import Ticket
 from flamingo_reference.config import ModelConfig
@@ -34,10 +34,27 @@ MEDIA = [
 ]
 
 
+TILED = [
+    Medium(
+        pixels=np.array([[[10.0 * number + tile] for tile in range(4)]], np.float32), digest=bytes([number]),
+        rows=1 + number % 4, aspect=1 + number % 4,
+    )
+    for number in range(1, 7)
+]  # fmt: skip
+"""Images of 1 to 4 tiles; what lies behind the last tile is padding that nobody may see."""
+
+
 @pytest.fixture(scope="module")
 def config(tiny_config: ModelConfig) -> ModelConfig:
     """With a token after which no medium is seen."""
     return msgspec.structs.replace(tiny_config, tokens=msgspec.structs.replace(tiny_config.tokens, reset=RESET))
+
+
+@pytest.fixture(scope="module")
+def groups(tiny_config: ModelConfig) -> ModelConfig:
+    """Images that stand side by side are seen together."""
+    block = msgspec.structs.replace(tiny_config.cross_attention, sees="group")
+    return msgspec.structs.replace(tiny_config, cross_attention=block)
 
 
 def prepared(ids: Sequence[int], media: Sequence[Medium]) -> Prepared:
@@ -48,23 +65,28 @@ def prepared(ids: Sequence[int], media: Sequence[Medium]) -> Prepared:
     return Prepared(token_ids=tokens, phi=phi, media=tuple(media), keys=keys)
 
 
-def number_of(medium: Medium) -> int:
-    return int(medium.pixels.max())
+def numbers_of(medium: Medium) -> list[int]:
+    return medium.pixels[0, : medium.rows, 0].astype(int).tolist() if medium.aspect else [int(medium.pixels.max())]
+
+
+def whole_of(request: Prepared) -> Whole:
+    """Which rule it follows shows in the request: only one that sees groups knows where they begin."""
+    return Whole(IMAGE, RESET) if request.first is None else Whole(IMAGE, None, groups=True)
 
 
 def alone(request: Prepared, search: Search) -> list[Hypothesis]:
     """The search over whole sequences."""
-    whole = Whole(IMAGE, RESET)
-    states = [whole.begin(request.token_ids.tolist(), [number_of(medium) for medium in request.media])]
+    whole = whole_of(request)
+    states = [whole.begin(request.token_ids.tolist(), [numbers_of(medium) for medium in request.media])]
     while (step := search.advance(np.stack([logits_of(known) for _, known, _ in states]))) is not None:
         states = [whole.extend(states[parent], int(token)) for parent, token in zip(step.parents, step.tokens, strict=True)]
     return search.results()
 
 
 def scores_alone(request: Prepared, candidates: Sequence[Sequence[int]]) -> list[list[float]]:
-    whole, found = Whole(IMAGE, RESET), []
+    whole, found = whole_of(request), []
     for candidate in candidates:
-        state = whole.begin(request.token_ids.tolist(), [number_of(medium) for medium in request.media])
+        state = whole.begin(request.token_ids.tolist(), [numbers_of(medium) for medium in request.media])
         found.append([])
         for token in candidate:
             logits = logits_of(state[1]).astype(np.float64)
@@ -84,7 +106,14 @@ class Schedule:
             max_length=rng.choice([24, 40, 64]), chunk=rng.choice([1, 4, 16]), bank_rows=rng.randint(2, 6)
         )
         largest = rng.choice([{}, {}, {"M": 1}, {"B": 8, "S": 16, "K": 16, "M": 2, "C": self.limits.max_length}])
-        self.engine = Engine(hash_engines(largest), config, self.limits, rows=rng.randint(1, 8), clock=lambda: self.now)
+        engines = hash_engines(largest)
+        if config.sees_groups:
+            self.limits = msgspec.structs.replace(
+                self.limits, bank_rows=rng.choice([8, 12, 20]), max_tiles=rng.choice([4, 8, 20])
+            )
+            bounded = {"B": 8, "S": 16, "K": 16, "M": self.limits.max_tiles, "C": self.limits.max_length}
+            engines = hash_engines(rng.choice([{}, {}, bounded]), reads_bound_media=rng.random() < 0.7)
+        self.engine = Engine(engines, config, self.limits, rows=rng.randint(1, 8), clock=lambda: self.now)
         self.now = 0.0
         self.usual = rng.choice([None, None, {"beams": 1}, {"beams": 3}])
         """What most ask for, so that many rows of one width decode side by side."""
@@ -96,7 +125,8 @@ class Schedule:
 
     def tokens(self, count: int) -> list[int]:
         """Words, images, and now and then the token after which no medium is seen."""
-        return [self.rng.choice([IMAGE, RESET, *range(10, 20)]) for _ in range(count)]
+        seen = [IMAGE, IMAGE] if self.config.sees_groups else [IMAGE, RESET]
+        return [self.rng.choice([*seen, *range(10, 20)]) for _ in range(count)]
 
     def request(self) -> Prepared:
         rng = self.rng
@@ -104,10 +134,25 @@ class Schedule:
         ids = [1, *rng.choice(self.beginnings), *self.tokens(rng.choice([0, 1, 3, 8]))][:room]
         if rng.random() < self.full:
             ids = (ids + self.tokens(room))[: room - rng.choice([0, 0, 1, 4])]  # which fills the cache, or nearly
+        if self.config.sees_groups:
+            return self.grouped(ids)
         pool = rng.sample(MEDIA, min(len(MEDIA), self.limits.bank_rows))
         first = rng.choice([0, 0, 1])  # often the same images at the same places
         media = [(MEDIA if first else pool)[index % min(len(pool), 2)] for index, _ in enumerate(t for t in ids if t == IMAGE)]
         return prepared(ids, media)
+
+    def grouped(self, ids: list[int]) -> Prepared:
+        """The prompt with one or two images of tiles, with so few image tokens side by side that their tiles are within the limit."""
+        pool = self.rng.sample(TILED, 2)
+        kept, media, tiles = [], [], 0
+        for token in ids:
+            medium = self.rng.choice(pool)
+            tiles = 0 if token != IMAGE else tiles + medium.rows
+            if token == IMAGE and tiles > self.limits.max_tiles:
+                token, tiles = 10, 0
+            kept.append(token)
+            media += [medium] if token == IMAGE else []
+        return prepared_from_ids(np.asarray(kept, np.int64), tuple(media), self.config)
 
     def options(self, request: Prepared) -> GenerateOptions:
         rng = self.rng
@@ -182,6 +227,16 @@ class Schedule:
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(PARTS))
 def test_random_schedules(part: int, config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_schedules(part, config, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(PARTS))
+def test_random_schedules_about_images_of_tiles(part: int, groups: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_schedules(part, groups, monkeypatch)
+
+
+def run_schedules(part: int, config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flamingo_export.runtime.cache.BUCKET", 4)
     monkeypatch.setattr("flamingo_export.runtime.cache.LEAST_COPY", 2)
     for seed in range(part, SCHEDULES, PARTS):

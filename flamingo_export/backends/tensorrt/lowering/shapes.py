@@ -15,6 +15,8 @@ from flamingo_export.specs import SubgraphSpec, TensorSpec
 CAPACITY = "C"
 DECODE = "decode"
 """Profiles of decoding steps begin with it: `decode.8` is for up to 8 rows."""
+_TILES_OF_AN_IMAGE = 4
+"""That kernels are chosen for, where positions see ranges of media."""
 
 
 class Bounds(msgspec.Struct, frozen=True):
@@ -41,12 +43,13 @@ def profiles(spec: SubgraphSpec, limits: ShapeLimits) -> tuple[Profile, ...]:
         chunk, beams = limits.chunk, min(3, limits.beams)
         ranges = any(tensor.name == "first_media" for tensor in spec.inputs)
         tiles = min(limits.max_tiles, rows) if ranges else 1
+        usual = min(_TILES_OF_AN_IMAGE, tiles)
         media = max(min(limits.chunk_media, chunk, rows), tiles)
         # A step's kernels are chosen for one number of rows: those of one request serve 64 badly, and the reverse.
-        steps = {"S": Bounds(1, beams, limits.beams), "M": Bounds(1, tiles, tiles), "K": Bounds(1, beams, limits.beams)}
+        steps = {"S": Bounds(1, beams, limits.beams), "M": Bounds(1, usual, tiles), "K": Bounds(1, beams, limits.beams)}
         uses = {
             # K begins at 1: TensorRT for RTX 1.7 compiles a profile from 0 on, but that it runs an empty product was never seen.
-            "prefill": {"B": batch, "S": Bounds(1, chunk, chunk), "M": Bounds(1, tiles, media), "K": Bounds(1, 1, chunk)},
+            "prefill": {"B": batch, "S": Bounds(1, chunk, chunk), "M": Bounds(1, usual, media), "K": Bounds(1, 1, chunk)},
             # At least two rows: TensorRT for RTX 1.7 does not compile some attentions (grouped heads, a part of a head turned) in a profile
             # in which the batch can only be one, beside others in which it varies.
             **{
