@@ -6,7 +6,8 @@ The forms are those the model was trained with or evaluated by, recorded in the 
     vision to text       <BOS><image>Output: {caption}<EOC> ... <image>Output:
     zero-shot            two examples as above, their images left out, then the query with its image
 
-Flamingo, arXiv 2204.14198, appendix C. `<BOS>` stands once, at the start.
+Flamingo, arXiv 2204.14198, appendix C. `<BOS>` stands once, at the start. Where the bundle has a checkpoint's chat template, each example is
+a turn of the user's and one of the assistant's, and the template makes a text of them (chat.py).
 
 A shots file is JSON Lines, one example a line, UTF-8; empty lines are skipped:
 
@@ -20,15 +21,18 @@ Paths are relative to the file's folder. All lines of a file are of one kind, qu
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from flamingo_export.errors import ImageError, PromptError
+from flamingo_export.runtime.chat import Shown, Turn, request_of, written
+from flamingo_export.runtime.chat_template import DAY
 from flamingo_export.runtime.image_files import refuse_url
 from flamingo_export.runtime.media import MediumSource
 from flamingo_export.runtime.request import Request
@@ -50,28 +54,49 @@ Shots = Sequence[Shot] | str | os.PathLike[str]
 """Examples, or the path of a shots file."""
 
 
-def qa_prompt(shots: Sequence[Shot], question: str, medium: MediumSource | None, inputs: InputFormat = PAPER) -> Request:
-    """Question answering: support examples, then the question about `medium`. inputs: the forms, such as a model's `inputs`.
+def qa_prompt(
+    shots: Sequence[Shot],
+    question: str,
+    medium: MediumSource | Sequence[MediumSource] | None,
+    inputs: InputFormat = PAPER,
+    *,
+    system: str | None = None,
+    day: datetime.date = DAY,
+) -> Request:
+    """Question answering: support examples, then the question about `medium`.
 
-    Raises PromptError if an example has no question.
+    medium: one, None, or for models with a chat template a list of them. inputs: the forms, such as a model's `inputs`.
+    system: instructions before the conversation, for models with a chat template. day: today, for templates that say it.
+    Raises PromptError if an example has no question, the forms have no place for what is given, or the template refuses it.
     """
     for index, shot in enumerate(shots, start=1):
         if shot.question is None:
             raise PromptError(f"shot {index} is a caption, but a question is asked. Give each shot a question and an answer.")
-    return _assemble(shots, inputs.prompts.question_example, medium, inputs.prompts.question, question, inputs)
+    if inputs.prompts.template is not None:
+        return _conversation(shots, medium, question, inputs, system, day)
+    return _assemble(shots, inputs.prompts.question_example, medium, inputs.prompts.question, question, inputs, system)
 
 
-def caption_prompt(shots: Sequence[Shot], medium: MediumSource | None, inputs: InputFormat = PAPER) -> Request:
-    """Vision to text: support examples with captions, then `medium`. inputs: the forms, such as a model's `inputs`.
+def caption_prompt(
+    shots: Sequence[Shot],
+    medium: MediumSource | Sequence[MediumSource] | None,
+    inputs: InputFormat = PAPER,
+    *,
+    system: str | None = None,
+    day: datetime.date = DAY,
+) -> Request:
+    """Vision to text: support examples with captions, then `medium`. Arguments as `qa_prompt` takes them.
 
-    Raises PromptError if an example asks a question.
+    Raises PromptError if an example asks a question, the forms have no place for what is given, or the template refuses it.
     """
     for index, shot in enumerate(shots, start=1):
         if shot.question is not None:
             raise PromptError(
                 f"shot {index} asks a question, but a caption is wanted. Ask a question too (--question), or use captions."
             )
-    return _assemble(shots, inputs.prompts.caption_example, medium, inputs.prompts.caption, None, inputs)
+    if inputs.prompts.template is not None:
+        return _conversation(shots, medium, None, inputs, system, day)
+    return _assemble(shots, inputs.prompts.caption_example, medium, inputs.prompts.caption, None, inputs, system)
 
 
 def as_shots(shots: Shots) -> Sequence[Shot]:
@@ -183,18 +208,62 @@ def _answer_of(record: dict[str, Any]) -> str:
     return str(record["caption"])
 
 
+def _conversation(
+    shots: Sequence[Shot],
+    medium: MediumSource | Sequence[MediumSource] | None,
+    question: str | None,
+    inputs: InputFormat,
+    system: str | None,
+    day: datetime.date,
+) -> Request:
+    """Examples as turns, then the query, by the checkpoint's template."""
+    forms, tags = inputs.prompts, inputs.tags
+
+    def says(question: str | None, media: Sequence[MediumSource]) -> list[str | Shown]:
+        before, _, after = (forms.caption if question is None else forms.question).partition("{image}")
+        words = [part.replace("{question}", "" if question is None else _plain(question, tags)) for part in (before, after)]
+        return [part for part in (words[0], *map(Shown, media), words[1]) if part]
+
+    turns = [] if system is None else [Turn(role="system", parts=[_plain(system, tags)], where="the system message")]
+    for index, shot in enumerate(shots, start=1):
+        shown = [] if shot.medium is None else [shot.medium]
+        turns.append(Turn(role="user", parts=says(shot.question, shown), where=f"shot {index}"))
+        turns.append(Turn(role="assistant", parts=[_plain(shot.answer, tags)], where=f"shot {index}"))
+    turns.append(Turn(role="user", parts=says(question, _media(medium)), where="the question"))
+    return request_of(written(turns, inputs, day), inputs)
+
+
+def _media(medium: MediumSource | Sequence[MediumSource] | None) -> list[MediumSource]:
+    if isinstance(medium, list | tuple):
+        return list(medium)
+    return [] if medium is None else [cast(MediumSource, medium)]
+
+
 def _assemble(
-    shots: Sequence[Shot], example: str, medium: MediumSource | None, query: str, question: str | None, inputs: InputFormat
+    shots: Sequence[Shot],
+    example: str,
+    medium: MediumSource | Sequence[MediumSource] | None,
+    query: str,
+    question: str | None,
+    inputs: InputFormat,
+    system: str | None,
 ) -> Request:
     """The examples in one form, then the query in another. `<BOS>` stands once, at the start."""
+    if system is not None:
+        raise PromptError("this model's prompts have no place for a system message; put it into the question")
+    shown = _media(medium)
+    if len(shown) > 1:
+        raise PromptError(
+            f"the form {query!r} has one image, {len(shown)} were given. Write the prompt, with a tag for each: Request(prompt=..., media=[...])"
+        )
+    medium = shown[0] if shown else None
     tags = inputs.tags
     text, media = tags.bos or "", []
     for shot in shots:
         text += _filled(example, shot.medium, shot.question, shot.answer, tags)
         if shot.medium is not None:
             media.append(shot.medium)
-    if medium is not None:
-        media.append(medium)
+    media += shown
     texts = [text for shot in shots for text in (shot.question, shot.answer)] + [question]
     return Request(
         prompt=text + _filled(query, medium, question, None, tags),

@@ -61,16 +61,20 @@ class Tokenizer:
     def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
         """Token ids. Raises PromptError for an empty text.
 
-        `<BOS>` is put first unless the text begins with it, the model was trained without or add_bos is off; every image gets the tags that
-        the model was trained to see around it.
+        `<BOS>` is put first unless the text begins with it, the model was trained without or add_bos is off (behind leading images where
+        the tags say so); every image gets the tags that the model was trained to see around it.
         """
         if not text.strip():
             raise PromptError("the prompt is empty. Give at least one word or tag, for example '<image>Output:'.")
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             raise PromptError(f"the text holds half of a surrogate pair, which is no character: {text[:80]!a}")
         marked = with_tags_around(text, self._tags)
+        if self._tags.bos_after_images and add_bos:
+            marked = with_bos_after_images(marked, self._tags)
         ids: list[int] = _guarded(lambda: self._tokenizer.encode(marked, add_special_tokens=False).ids, text)
-        wanted = add_bos and self._tags.bos is not None and ids[:1] != [self.ids.bos]
+        wanted = (
+            add_bos and self._tags.bos is not None and not self._tags.bos_after_images and ids[:1] != [self.ids.bos]
+        )
         return [self.ids.bos, *ids] if wanted else ids
 
     def encode_continuation(self, prompt: str, continuation: str) -> list[int]:
@@ -155,6 +159,15 @@ def with_tags_around(text: str, tags: Tags) -> str:
         return text
     images = re.compile(f"(?:{re.escape(around)})*(?:{re.escape(image)}(?:{re.escape(around)})*)+")
     return images.sub(lambda run: around + f"{image}{around}" * run.group().count(image), text)
+
+
+def with_bos_after_images(text: str, tags: Tags) -> str:
+    """The text with `tags.bos` behind the images that it begins with, unless it has one (transformers' MllamaProcessor)."""
+    if tags.bos is None or tags.bos in text:
+        return text
+    images = re.match(f"(?:{re.escape(tags.image)})*", text)
+    end = images.end() if images else 0
+    return text[:end] + tags.bos + text[end:]
 
 
 def without_last_blanks(text: str) -> str:
