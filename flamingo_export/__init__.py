@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from flamingo_export.errors import UnsupportedModel as UnsupportedModel
     from flamingo_export.evaluation.run import evaluate as evaluate
     from flamingo_export.pipeline.run import BuildResult as BuildResult
+    from flamingo_export.runtime.chat import chat_prompt as chat_prompt
     from flamingo_export.runtime.model import Model as Model
     from flamingo_export.runtime.options import Settings as Settings
     from flamingo_export.runtime.prompts import Shot as Shot
@@ -92,6 +93,7 @@ _HOME = {
     "Settings": "runtime.options",
     "Shot": "runtime.prompts",
     "caption_prompt": "runtime.prompts",
+    "chat_prompt": "runtime.chat",
     "qa_prompt": "runtime.prompts",
     "read_shots": "runtime.prompts",
     "without_media": "runtime.prompts",

@@ -54,6 +54,21 @@ def generate(
         str | None,
         typer.Option("--question", "-q", help="Ask this about the image. Without it: a caption.", show_default=False),
     ] = None,
+    system: Annotated[
+        str | None,
+        typer.Option(
+            "--system", help="Instructions before the question, for bundles with a chat template.", show_default=False
+        ),
+    ] = None,
+    day: Annotated[
+        str | None,
+        typer.Option(
+            "--date",
+            metavar="YYYY-MM-DD",
+            help="Today, for chat templates that say it. Default: a fixed day.",
+            show_default=False,
+        ),
+    ] = None,
     shots: Shots = None,
     text_only: TextOnly = False,
     shots_from: Annotated[
@@ -137,19 +152,27 @@ def generate(
     if top_logprobs and requests is None and not as_json:
         raise typer.BadParameter("they are printed with --json", param_hint="--top-logprobs")
     media = media_as_typed(ctx, images, videos, frames, fps, clip)
-    for option, given in {"--shots": shots is not None, "--prompt": prompt is not None, "--text-only": text_only}.items():
+    for option, given in {
+        "--shots": shots is not None,
+        "--prompt": prompt is not None,
+        "--text-only": text_only,
+        "--system": system is not None,
+        "--date": day is not None,
+    }.items():
         if shots_from is not None and given:
             raise typer.BadParameter(
                 f"examples come from the index, so it does not go with {option}", param_hint="--shots-from"
             )
-    if requests is not None and (media or prompt or question or shots or shots_from or stream or as_json):
+    if requests is not None and (media or prompt or question or system or day or shots or shots_from or stream or as_json):
         raise typer.BadParameter(
             "each request says what it asks for itself; leave the other options out", param_hint="--requests"
         )
     request = (
         None
         if requests is not None
-        else formatted(bundle, media=media, prompt=prompt, question=question, shots=shots, text_only=text_only)
+        else formatted(
+            bundle, media=media, prompt=prompt, question=question, shots=shots, text_only=text_only, system=system, day=day
+        )
     )
     settings: Settings = {
         "beams": beams,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -293,9 +294,17 @@ def opened(bundle: Path, backend: str, device: str, threads: int, fallback: str 
 
 
 def formatted(
-    bundle: Path, *, media: list[MediumSource], prompt: str | None, question: str | None, shots: Path | None, text_only: bool
+    bundle: Path,
+    *,
+    media: list[MediumSource],
+    prompt: str | None,
+    question: str | None,
+    shots: Path | None,
+    text_only: bool,
+    system: str | None = None,
+    day: str | None = None,
 ) -> Request:
-    """The request that a prompt, or a question or caption with shots in the bundle's forms, amounts to.
+    """The request that a prompt, or a question or caption with shots in the bundle's forms, amounts to. day: today as YYYY-MM-DD.
 
     Raises typer.BadParameter where they exclude each other.
     """
@@ -308,13 +317,20 @@ def formatted(
             "--question": question is not None,
             "--shots": shots is not None,
             "--text-only": text_only,
+            "--system": system is not None,
+            "--date": day is not None,
         }.items():
             if given:
                 raise typer.BadParameter(f"--prompt is the whole prompt, so it does not go with {option}", param_hint=option)
         return Request(prompt=prompt, media=media)
     if text_only and shots is None:
         raise typer.BadParameter("--text-only needs --shots", param_hint="--text-only")
-    if len(media) != 1:
+    inputs = read_manifest(bundle).inputs
+    chats = inputs.prompts.template is not None
+    for option, given in {"--system": system is not None, "--date": day is not None}.items():
+        if given and not chats:
+            raise typer.BadParameter("this bundle has no chat template, so its prompts have no place for it", param_hint=option)
+    if len(media) != 1 and not (chats and (media or question is not None)):
         asked = "a question is asked about" if question is not None else "a caption is made for"
         raise typer.BadParameter(
             f"{asked} one image or video, {len(media)} were given. For another arrangement write the prompt: --prompt '<image>... <image>...'",
@@ -322,10 +338,22 @@ def formatted(
         )
     examples = read_shots(shots) if shots is not None else []
     examples = without_media(examples) if text_only else examples
-    inputs = read_manifest(bundle).inputs
+    today = _day(day)
     if question is None:
-        return caption_prompt(examples, media[0], inputs)
-    return qa_prompt(examples, question, media[0], inputs)
+        return caption_prompt(examples, media, inputs, system=system, day=today)
+    return qa_prompt(examples, question, media, inputs, system=system, day=today)
+
+
+def _day(text: str | None) -> datetime.date:
+    """A day, or the fixed one of chat templates. Raises typer.BadParameter."""
+    from flamingo_export.runtime.chat_template import DAY
+
+    if text is None:
+        return DAY
+    try:
+        return datetime.date.fromisoformat(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r}, expected a day as YYYY-MM-DD", param_hint="--date") from None
 
 
 def known_size(name: str) -> ModelConfig:

@@ -31,7 +31,7 @@ from flamingo_export.bundle.manifest import (
 )
 from flamingo_export.bundle.tokenizer import checked_text_tokenizer, checked_tokenizer, placeholder_tokenizer
 from flamingo_export.bundle.verify import file_record
-from flamingo_export.errors import BuildError, CalibrationError, CheckpointError, ParityError
+from flamingo_export.errors import BuildError, CalibrationError, CheckpointError, ParityError, PromptError
 from flamingo_export.files import disk_errors
 from flamingo_export.graphs import build_graph, save_graph
 from flamingo_export.pipeline import work_folder
@@ -44,6 +44,7 @@ from flamingo_export.pipeline.work_folder import Finished, Journal, WorkPlace
 from flamingo_export.pipeline.write_weights import write_weights
 from flamingo_export.precision import Precision
 from flamingo_export.progress import SILENT, Progress
+from flamingo_export.runtime.chat import Shown, Turn, written
 from flamingo_export.runtime.tokenizer import TEXT_TOKENIZER_FILE, TOKENIZER_FILE
 from flamingo_export.sources import CheckpointSource, LiveSource, RandomSource, WeightSource, open_source
 from flamingo_export.sources.origin import with_place
@@ -55,6 +56,7 @@ from flamingo_export.weights.calibration_table import (
 from flamingo_export.weights.decoder_cuts import check_parts, graph_records
 from flamingo_export.weights.range_checks import check_ranges
 from flamingo_reference.checkpoints.families import native
+from flamingo_reference.checkpoints.files.chat_template import TEMPLATE_FILE
 from flamingo_reference.config import OwnVisionConfig
 
 if TYPE_CHECKING:
@@ -160,6 +162,7 @@ def _prepare(request: BuildRequest, progress: Progress) -> _Job:
     drawn = isinstance(source, RandomSource)
     if drawn:
         notes.append("the weights are seeded random numbers, not those of a trained model: its answers mean nothing")
+    _check_template(source)
     if source.tokenizer is not None:
         tokenizer: str | None = checked_tokenizer(source.tokenizer, config, source.inputs.tags)
     elif request.graphs_of is not None and (request.graphs_of / TOKENIZER_FILE).is_file():
@@ -212,6 +215,15 @@ def _text_tokenizer(source: WeightSource, graphs_of: Path | None, notes: list[st
     return None
 
 
+def _check_template(source: WeightSource) -> None:
+    """Raises CheckpointError if the source's chat template cannot write a question about an image."""
+    if source.inputs.prompts.template is not None:
+        try:
+            written([Turn(role="user", parts=[Shown(None), "What is this?"])], source.inputs)
+        except PromptError as error:
+            raise CheckpointError(f"the checkpoint's chat template cannot be used: {error}") from error
+
+
 def _identity(job: _Job) -> str:
     """What must be the same for an interrupted build to be gone on with: all that finished weights depend on."""
     versions = [importlib.metadata.version(tool) for tool in ("flamingo-export", "numpy")]
@@ -260,6 +272,9 @@ def _fill(job: _Job, journal: Journal, progress: Progress) -> BuildResult:
     if job.tokenizer is not None:
         (work / TOKENIZER_FILE).parent.mkdir()
         (work / TOKENIZER_FILE).write_text(job.tokenizer, encoding="utf-8")
+        if job.source.inputs.prompts.template is not None:
+            # For other readers of the folder: what this package renders stands in the manifest.
+            (work / TOKENIZER_FILE).with_name(TEMPLATE_FILE).write_text(job.source.inputs.prompts.template, encoding="utf-8")
     if job.text_tokenizer is not None:
         (work / TEXT_TOKENIZER_FILE).parent.mkdir(exist_ok=True)
         (work / TEXT_TOKENIZER_FILE).write_text(job.text_tokenizer, encoding="utf-8")

@@ -179,7 +179,9 @@ def _by_forms(turns: Sequence[Turn], inputs: InputFormat) -> Written:
     """Fields of the user turn that waits for its answer."""
     for turn in turns:
         if turn.role == "system":
-            raise PromptError(f"{turn.where}: this model's prompts have no place for a system message; put it into the user's text")
+            raise PromptError(
+                f"{turn.where}: this model's prompts have no place for a system message; put it into the user's text"
+            )
         if turn.role == "assistant":
             if waiting is None:
                 raise PromptError(f"{turn.where}: an assistant message answers a user message, and there is none before it")

@@ -86,12 +86,13 @@ class ChatTemplate:
             other = next(iter(tree.find_all((nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends))), None)
             if other is not None:
                 raise PromptError(f"the chat template reads another file (line {other.lineno}), which templates may not")
-            self._template = environment.from_string(_guarded(tree))
+            self._reads_tools = any(node.name in ("tools", "custom_tools") for node in tree.find_all(nodes.Name))
+            _Guard().generic_visit(tree)
+            self._template = environment.from_string(tree)
         except jinja2.TemplateSyntaxError as error:
             raise PromptError(f"the chat template cannot be read: line {error.lineno}: {first_line(error)}") from error
         except (RecursionError, SyntaxError, MemoryError, ValueError, OverflowError) as error:
             raise PromptError(f"the chat template cannot be read: {first_line(error)}") from error
-        self._reads_tools = any(node.name in ("tools", "custom_tools") for node in tree.find_all(nodes.Name))
 
     def render(
         self,
@@ -136,30 +137,22 @@ def chat_template(source: str) -> ChatTemplate:
     return ChatTemplate(source)
 
 
-def _guarded(tree: nodes.Template) -> nodes.Template:
-    """The tree with the budget asked in each turn of a loop, literal text counted when it is written, and each new list measured."""
-    return _Guard().visit(tree)  # type: ignore[no-any-return]
-
-
 class _Guard(jinja2.visitor.NodeTransformer):
-    def visit_For(self, node: nodes.For) -> nodes.For:
+    """Has the budget asked in each turn of a loop, literal text counted when it is written, and each new list measured."""
+
+    def visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> nodes.Node:
+        """The node that stands in place of this one, its children first."""
         self.generic_visit(node)
-        tick = _call("tick", node)
-        node.test = tick if node.test is None else nodes.And(tick, node.test, lineno=node.lineno)
+        if isinstance(node, nodes.For):
+            tick = _call("tick", node)
+            node.test = tick if node.test is None else nodes.And(tick, node.test, lineno=node.lineno)
+        elif isinstance(node, nodes.TemplateData):
+            return nodes.Const(node.data, lineno=node.lineno)
+        elif isinstance(node, nodes.Concat):
+            return _call("joined", node, *node.nodes)
+        elif isinstance(node, nodes.List | nodes.Dict) or (isinstance(node, nodes.Tuple) and node.ctx == "load"):
+            return _call("measured", node, node)
         return node
-
-    def visit_TemplateData(self, node: nodes.TemplateData) -> nodes.Const:
-        return nodes.Const(node.data, lineno=node.lineno)
-
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Call:
-        self.generic_visit(node)
-        return _call("joined", node, *node.nodes)
-
-    def _measured(self, node: nodes.Expr) -> nodes.Expr:
-        self.generic_visit(node)
-        return node if getattr(node, "ctx", "load") != "load" else _call("measured", node, node)
-
-    visit_List = visit_Tuple = visit_Dict = _measured
 
 
 def _call(name: str, at: nodes.Node, *arguments: nodes.Expr) -> nodes.Call:
@@ -225,7 +218,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         """Macros, a recursive loop, and the functions that templates are given."""
         return isinstance(obj, Macro | LoopContext) or any(obj is each for each in self._callable)
 
-    def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         """A call from within a template."""
         _tick()
         return super().call(context, obj, *args, **kwargs)

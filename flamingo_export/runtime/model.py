@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +17,8 @@ from flamingo_export.backends.base import Backend, SessionOptions
 from flamingo_export.bundle.manifest import Manifest
 from flamingo_export.errors import InputError
 from flamingo_export.runtime.arguments import Batch, Prompt, as_request, candidate_ids, listed
+from flamingo_export.runtime.chat import chat_prompt
+from flamingo_export.runtime.chat_template import DAY
 from flamingo_export.runtime.engine import Engine
 from flamingo_export.runtime.images import ImageSource
 from flamingo_export.runtime.jobs import Group
@@ -199,28 +202,32 @@ class Model:
 
     def caption(
         self,
-        image: MediumSource,
+        image: MediumSource | Sequence[MediumSource],
         *,
         shots: Shots = (),
+        system: str | None = None,
         caller: str = "",
         timeout: float | None = None,
         **settings: Unpack[Settings],
     ) -> Generation:
         """Describes an image (or Video) in the form that this model was trained with.
 
+        image: one, or a list of them where the bundle has a chat template.
         shots: examples with captions to show first, or the path of a shots file.
+        system: instructions before the conversation, where the bundle has a chat template.
         caller, timeout, settings: as `generate` takes them.
         Raises InputError before anything is run.
         """
-        request = caption_prompt(as_shots(shots), image, self.inputs)
+        request = caption_prompt(as_shots(shots), image, self.inputs, system=system)
         return self.generate(request, caller=caller, timeout=timeout, **settings)
 
     def ask(
         self,
-        image: MediumSource,
+        image: MediumSource | Sequence[MediumSource] | None,
         question: str,
         *,
         shots: Shots = (),
+        system: str | None = None,
         caller: str = "",
         timeout: float | None = None,
         **settings: Unpack[Settings],
@@ -228,10 +235,28 @@ class Model:
         """Answers a question about an image (or Video) in the form that this model was trained with.
 
         shots: examples with questions and answers to show first, or the path of a shots file.
-        caller, timeout, settings: as `generate` takes them.
+        image, system: as `caption` takes them. caller, timeout, settings: as `generate` takes them.
         Raises InputError before anything is run.
         """
-        request = qa_prompt(as_shots(shots), question, image, self.inputs)
+        request = qa_prompt(as_shots(shots), question, image, self.inputs, system=system)
+        return self.generate(request, caller=caller, timeout=timeout, **settings)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        images: Iterable[ImageSource | Video] = (),
+        day: datetime.date = DAY,
+        caller: str = "",
+        timeout: float | None = None,
+        **settings: Unpack[Settings],
+    ) -> Generation:
+        """Answers the last message of a conversation. `model.stream(chat_prompt(...))` does so piece by piece.
+
+        messages, images, day: as `chat_prompt` takes them. caller, timeout, settings: as `generate` takes them.
+        Raises InputError before anything is run.
+        """
+        request = chat_prompt(messages, listed(images), inputs=self.inputs, day=day)
         return self.generate(request, caller=caller, timeout=timeout, **settings)
 
     def score(

@@ -222,7 +222,8 @@ def _conversation(
     def says(question: str | None, media: Sequence[MediumSource]) -> list[str | Shown]:
         before, _, after = (forms.caption if question is None else forms.question).partition("{image}")
         words = [part.replace("{question}", "" if question is None else _plain(question, tags)) for part in (before, after)]
-        return [part for part in (words[0], *map(Shown, media), words[1]) if part]
+        parts: list[str | Shown] = [words[0], *map(Shown, media), words[1]]
+        return [part for part in parts if part != ""]
 
     turns = [] if system is None else [Turn(role="system", parts=[_plain(system, tags)], where="the system message")]
     for index, shot in enumerate(shots, start=1):

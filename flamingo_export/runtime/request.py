@@ -13,7 +13,7 @@ from flamingo_export.runtime.cache import Key
 from flamingo_export.runtime.media import Medium, MediumSource, load_medium
 from flamingo_export.runtime.tokenizer import Tokenizer, without_last_blanks
 from flamingo_reference.config import ModelConfig
-from flamingo_reference.input_format import ImageFit, PromptForms
+from flamingo_reference.input_format import PAPER, ImageFit, PromptForms
 from flamingo_reference.phi import media_ranges, phi_from_tokens
 
 Ints = npt.NDArray[np.int64]
@@ -23,8 +23,8 @@ Ints = npt.NDArray[np.int64]
 class Request:
     """A prompt with what it shows.
 
-    prompt: text or token ids, with an `<image>` for each of the media. Blanks at the end of a text are left out: the text that follows
-    brings its own, and a model never saw one alone.
+    prompt: text or token ids, with the model's image tag (`<image>`) for each of the media. Blanks at the end of a text are left out: the
+    text that follows brings its own, and a model never saw one alone.
     media: images and videos, in the order of their tags.
     seed: of this request's samples, in place of the call's.
     quoted: questions, answers and captions within the prompt, in which no special token may stand; the prompt helpers fill it.
@@ -96,8 +96,9 @@ def prepare(
     tags, given = int((ids == config.tokens.image).sum()), len(request.media)
     if tags != given:
         advice = "Add a tag for each image or video" if given > tags else "Give an image or video for each tag"
+        tag = PAPER.tags.image if tokenizer is None else tokenizer.image
         raise PromptError(
-            f"the prompt has {_count(tags, '<image> tag')}, but {_count(given, 'image or video', 'images or videos')} "
+            f"the prompt has {_count(tags, f'{tag} tag')}, but {_count(given, 'image or video', 'images or videos')} "
             f"{'was' if given == 1 else 'were'} given. {advice}, in order."
         )
     known = {} if known is None else known

@@ -66,23 +66,23 @@ def _indent(text: str, width: int = 4, first: bool = False, blank: bool = False)
     _small(width)
     if text.count("\n") * width > MAX_SIZE:
         raise TemplateLimit(f"a text grows beyond {MAX_SIZE} characters")
-    return filters.do_indent(text, width, first, blank)
+    return str(filters.do_indent(text, width, first, blank))
 
 
-def _replace(text: Any, old: Any, new: Any, count: int | None = None) -> str:
-    text, old, new = plain_text(text), plain_text(old), plain_text(new)
-    found = text.count(old) if old else len(text) + 1
-    if found * len(new) > MAX_SIZE:
+def _replace(value: Any, old: Any, new: Any, count: int | None = None) -> str:
+    text, before, after = plain_text(value), plain_text(old), plain_text(new)
+    found = text.count(before) if before else len(text) + 1
+    if found * len(after) > MAX_SIZE:
         raise TemplateLimit(f"a text grows beyond {MAX_SIZE} characters")
-    return text.replace(old, new, -1 if count is None else count)
+    return text.replace(before, after, -1 if count is None else count)
 
 
 @jinja2.pass_environment
-def _join(environment: jinja2.Environment, values: Any, between: Any = "", attribute: Any = None) -> str:
+def _join(environment: jinja2.Environment, values: Any, d: Any = "", attribute: Any = None) -> str:
     if attribute is not None:
         get = filters.make_attrgetter(environment, attribute)
         values = [get(value) for value in values]
-    between = plain_text(between)
+    between = plain_text(d)
     texts, left = [], MAX_SIZE
     for value in values:
         texts.append(plain_text(value))
@@ -155,11 +155,43 @@ FILTERS: Mapping[str, Callable[..., Any]] = {
     "unique": filters.do_unique,
     "upper": _as_text(str.upper),
 }
+_TESTS: Mapping[str, Any] = tests.TESTS
 TESTS: Mapping[str, Callable[..., Any]] = {
-    name: tests.TESTS[name]
+    name: _TESTS[name]
     for name in (
-        *("boolean", "defined", "divisibleby", "eq", "equalto", "==", "even", "false", "float", "ge", ">=", "greaterthan", "gt", ">"),
-        *("in", "integer", "iterable", "le", "<=", "lessthan", "lower", "lt", "<", "mapping", "ne", "!=", "none", "number", "odd"),
+        *(
+            "boolean",
+            "defined",
+            "divisibleby",
+            "eq",
+            "equalto",
+            "==",
+            "even",
+            "false",
+            "float",
+            "ge",
+            ">=",
+            "greaterthan",
+            "gt",
+            ">",
+        ),
+        *(
+            "in",
+            "integer",
+            "iterable",
+            "le",
+            "<=",
+            "lessthan",
+            "lower",
+            "lt",
+            "<",
+            "mapping",
+            "ne",
+            "!=",
+            "none",
+            "number",
+            "odd",
+        ),
         *("sameas", "sequence", "string", "true", "undefined", "upper"),
     )
 }

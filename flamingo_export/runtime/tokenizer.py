@@ -55,6 +55,11 @@ class Tokenizer:
         tokenizer.no_padding()
         return cls(tokenizer, config, tags)
 
+    @property
+    def image(self) -> str:
+        """The tag that stands for an image."""
+        return self._tags.image
+
     def __repr__(self) -> str:
         return f"Tokenizer({self._tokenizer.get_vocab_size(with_added_tokens=True)} tokens, tags {' '.join(self._tags.all)})"
 
@@ -72,9 +77,7 @@ class Tokenizer:
         if self._tags.bos_after_images and add_bos:
             marked = with_bos_after_images(marked, self._tags)
         ids: list[int] = _guarded(lambda: self._tokenizer.encode(marked, add_special_tokens=False).ids, text)
-        wanted = (
-            add_bos and self._tags.bos is not None and not self._tags.bos_after_images and ids[:1] != [self.ids.bos]
-        )
+        wanted = add_bos and self._tags.bos is not None and not self._tags.bos_after_images and ids[:1] != [self.ids.bos]
         return [self.ids.bos, *ids] if wanted else ids
 
     def encode_continuation(self, prompt: str, continuation: str) -> list[int]:

@@ -125,6 +125,8 @@ class Chat(Sampled, frozen=True, kw_only=True):
     top_logprobs: int | None = None
     response_format: ResponseFormat | None = None
     shots: list[Shot] = []
+    date: str | None = None
+    """Of ours: today as YYYY-MM-DD, for chat templates that say it."""
 
 
 class Completion(Sampled, frozen=True, kw_only=True):

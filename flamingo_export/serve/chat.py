@@ -80,9 +80,7 @@ def _part(where: str, part: Part) -> str | Shown:
         raise _bad(f"{where}: the models of this server do not listen to audio")
     if isinstance(part, TextPart):
         return part.text
-    return Shown(
-        MediumUrl(part.url, video=True, frames=part.frames) if isinstance(part, VideoPart) else MediumUrl(part.url)
-    )
+    return Shown(MediumUrl(part.url, video=True, frames=part.frames) if isinstance(part, VideoPart) else MediumUrl(part.url))
 
 
 def _parts(message: Message) -> Sequence[Part]:

@@ -291,7 +291,7 @@ def _chat(model: Model, line: Batched, tickets: set[Ticket[Any]]) -> dict[str, A
     seconds = seconds_of(body.timeout, math.inf)
     if model.tokenizer is None:
         raise ApiError(400, "this model's bundle has no tokenizer, so it cannot be asked in text", code="no_tokenizer")
-    prompt = chat_prompt(body.messages, body.shots, model.inputs)
+    prompt = chat_prompt(body.messages, body.shots, model.inputs, body.date)
     media: list[MediumSource] = []
     for medium in prompt.media:
         if medium.url[:5].lower() != "data:":

@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from flamingo_export.errors import FlamingoExportError, InputError
 from flamingo_export.runtime.loop import Outcome
 from flamingo_export.runtime.model import Model
@@ -63,7 +65,7 @@ class Call:
 async def chat(call: Call, body: Chat) -> Any:
     """POST /v1/chat/completions."""
     check_offered(body)
-    prompt = chat_prompt(body.messages, body.shots, call.model.inputs)
+    prompt = chat_prompt(body.messages, body.shots, call.model.inputs, body.date)
     _check_media(call, prompt.media)
     most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     options = options_of(body, most, body.top_logprobs)
@@ -360,8 +362,9 @@ def _prompts(given: str | list[int | str | list[int]]) -> list[str | list[int]]:
 
 
 def _last_phi(prepared: Prepared) -> int:
-    """The medium that generated tokens see, counted from 1; 0 for none."""
-    return int(prepared.phi[-1])
+    """The medium that generated tokens see, the last of several, counted from 1; 0 for none."""
+    ends = np.cumsum([medium.rows for medium in prepared.media])
+    return int(np.searchsorted(ends, prepared.phi[-1])) + 1 if prepared.phi[-1] else 0
 
 
 def _tokenizer(model: Model) -> Any:

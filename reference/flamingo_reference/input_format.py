@@ -123,7 +123,9 @@ _SAYS = "{image}Describe this image."
 LLAMA_VISION_INSTRUCT = InputFormat(
     fit="tiles",
     tags=Tags(bos="<|begin_of_text|>", eoc="<|eot_id|>", image="<|image|>", bos_after_images=True),
-    prompts=PromptForms(caption_example=_SAYS, caption=_SAYS, question_example="{image}{question}", question="{image}{question}"),
+    prompts=PromptForms(
+        caption_example=_SAYS, caption=_SAYS, question_example="{image}{question}", question="{image}{question}"
+    ),
 )
 """Llama 3.2 Vision tuned on instructions: what a user says. Its template comes with the checkpoint, see `with_template`."""
 

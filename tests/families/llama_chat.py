@@ -75,7 +75,9 @@ def special_tokens(head_rows: int) -> dict[str, int]:
     return {name: head_rows - len(names) + index for index, name in enumerate(names)} | {IMAGE: head_rows}
 
 
-def write_tokenizer(folder: Path, head_rows: int, *, template: str | None = TEMPLATE, template_file: str = "chat_template.jinja") -> None:
+def write_tokenizer(
+    folder: Path, head_rows: int, *, template: str | None = TEMPLATE, template_file: str = "chat_template.jinja"
+) -> None:
     """tokenizer.json and tokenizer_config.json of a byte-level tokenizer with Llama's special tokens, and the template beside it.
 
     head_rows: rows of the output; the image token's id is the next.
