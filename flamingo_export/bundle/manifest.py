@@ -262,4 +262,5 @@ def default_limits(config: ModelConfig) -> ShapeLimits:
     if config.tiled is None:
         return ShapeLimits(max_length=length)
     tiles = config.tiled.max_tiles
-    return ShapeLimits(max_length=length, bank_rows=_IMAGES_OF_TILES * tiles, max_tiles=_IMAGES_SIDE_BY_SIDE * tiles)
+    bank_rows, most = _IMAGES_OF_TILES * tiles, _IMAGES_SIDE_BY_SIDE * tiles
+    return ShapeLimits(max_length=length, bank_rows=bank_rows, max_tiles=most, frames=1)  # an image is encoded by itself

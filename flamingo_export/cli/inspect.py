@@ -333,13 +333,23 @@ def _beside(count: int, quoted: float | None) -> tuple[str, str]:
 
 def _print_shape(console: Console, config: ModelConfig) -> None:
     vision, resampler, block, lm = config.vision, config.resampler, config.cross_attention, config.language_model
+    sharing = "" if block.kv_heads == block.num_heads else f" ({block.kv_heads} of keys and values)"
+    own = "" if lm.kv_heads == lm.num_heads else f" ({lm.kv_heads} of keys and values)"
+    between = (
+        f"a projector to {resampler.num_latents} latents of {resampler.width} a medium"
+        if resampler.kind == "projector"
+        else f"{resampler.num_layers} layers of {resampler.width}, {resampler.num_latents} latents, "
+        f"{resampler.num_heads} heads of {resampler.head_size}"
+    )
+    tiles = "" if config.tiled is None else f", an image is 1 to {config.tiled.max_tiles} of them"
+    more = f" ({lm.extra_embeddings} more that are only read)" if lm.extra_embeddings else ""
     console.print(
-        f"vision           {vision.image_size}x{vision.image_size} pixels to {vision.num_patches} positions of {vision.feature_width}\n"
-        f"resampler        {resampler.num_layers} layers of {resampler.width}, {resampler.num_latents} latents, "
-        f"{resampler.num_heads} heads of {resampler.head_size}\n"
-        f"cross-attention  {len(config.gated_layers)} gated layers, one in {block.every}, {block.num_heads} heads of {block.head_size}\n"
-        f"language model   {lm.num_layers} layers of {lm.width}, {lm.num_heads} heads of {lm.head_size}, "
-        f"vocabulary {lm.vocab_size}, {lm.max_positions} positions\n"
+        f"vision           {vision.image_size}x{vision.image_size} pixels to {vision.num_patches} positions of {vision.feature_width}{tiles}\n"
+        f"resampler        {between}\n"
+        f"cross-attention  {len(config.gated_layers)} gated layers, one in {block.every}, "
+        f"{block.num_heads} heads of {block.head_size}{sharing}\n"
+        f"language model   {lm.num_layers} layers of {lm.width}, {lm.num_heads} heads of {lm.head_size}{own}, "
+        f"vocabulary {lm.vocab_size}{more}, {lm.max_positions} positions\n"
     )
 
 

@@ -609,6 +609,8 @@ PRESETS: Mapping[str, ModelConfig] = MappingProxyType(
         "3b": _paper_model("3b", layers=24, width=2048, every=1),
         "9b": _paper_model("9b", layers=40, width=4096, every=4),
         "80b": _paper_model("80b", layers=80, width=8192, every=7),
+        "llama-3.2-11b-vision": _llama_vision("llama-3.2-11b-vision", layers=32, width=4096, heads=32, ffw_width=14336),
+        "llama-3.2-90b-vision": _llama_vision("llama-3.2-90b-vision", layers=80, width=8192, heads=64, ffw_width=28672),
     }
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from llama_models import (
@@ -23,7 +24,8 @@ from llama_models import (
 )
 
 from flamingo_reference.checkpoints.families import llama_vision
-from flamingo_reference.names import expected_tensors
+from flamingo_reference.config import PRESETS, TiledViTConfig
+from flamingo_reference.names import expected_tensors, parameter_counts
 from flamingo_reference.search import Rules, beam_search, flamingo_next_logits
 
 
@@ -108,3 +110,18 @@ def test_every_tensor_is_made_of_one_of_theirs() -> None:
     assert recipes.keys() == expected_tensors(config).keys()
     read = {name: shape for recipe in recipes.values() for name, shape in recipe.sources.items()}
     assert read == {llama_vision.plain_name(name): tuple(tensor.shape) for name, tensor in theirs.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "cross", "total"),
+    [("llama-3.2-11b-vision", range(3, 40, 5), 10.67e9), ("llama-3.2-90b-vision", range(3, 100, 5), 88.6e9)],
+)
+def test_presets(name: str, cross: range, total: float) -> None:
+    """Layers as the published config.json lists them, and the parameters that the model cards give (10.6B, 88.8B)."""
+    config = PRESETS[name]
+    config.validate()
+    assert isinstance(config.vision, TiledViTConfig)
+    assert (config.vision.num_patches, config.vision.feature_width) == (1601, 7680)
+    assert [layer + i for i, layer in enumerate(config.gated_layers)] == list(cross)
+    assert sum(parameter_counts(config).values()) == pytest.approx(total, rel=0.003)
+    assert np.prod((9, 4 * 1601 * 1280)) == np.prod(expected_tensors(config)["vision_encoder.tile_position_embedding.weight"])

