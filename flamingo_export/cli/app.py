@@ -14,6 +14,7 @@ from flamingo_export.cli import (
     bench,
     build,
     calibrate,
+    capacity,
     doctor,
     eval,
     generate,
@@ -72,6 +73,7 @@ app.command("parity", short_help="Check a bundle's engines against the PyTorch r
 app.command("inspect", short_help="Show what a bundle, a checkpoint or a size is made of.")(inspect.inspect)
 app.command("doctor", short_help="Show what this machine can run, and what to install for the rest.")(doctor.doctor)
 app.command("bench", short_help="Measure a bundle's speed on this machine.")(bench.bench)
+app.command("capacity", short_help="Reckon replicas, GPUs and cost for a load, by simulation of the engine.")(capacity.capacity)
 
 
 def _print_version(wanted: bool) -> None:

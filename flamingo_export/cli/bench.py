@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
@@ -15,6 +15,7 @@ from flamingo_export.cli.options import AsJson, BackendName, Device, Fallback, T
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from flamingo_export.deploy.capacity.costs import StepCosts
     from flamingo_export.runtime.model import Model
     from flamingo_export.runtime.request import Request
     from flamingo_export.runtime.timings import Timings
@@ -50,6 +51,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     repetitions: int
     load_seconds: float
     rows: list[Row]
+    grid: Any = None
+    """With --grid: `StepCosts`, what `capacity` reckons with."""
 
 
 def bench(
@@ -64,13 +67,22 @@ def bench(
     ] = None,
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=2, help="Tokens to generate at most.")] = 24,
     repeat: Annotated[int, typer.Option("--repeat", min=1, help="Repetitions; medians are shown.")] = 5,
+    grid: Annotated[
+        bool,
+        typer.Option("--grid", help="Also measure what steps cost by rows, beams and length, for `capacity`."),
+    ] = False,
     backend: BackendName = "auto",
     fallback: Fallback = None,
     device: Device = "cpu",
     threads: Threads = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Measure time to first token and time a step, with one beam and several, and what a second question about the same images costs."""
+    """Measure time to first token and time a step, with one beam and several, and what a second question about the same images costs.
+
+    \b
+    flamingo-export bench nano.bundle
+    flamingo-export bench nano.bundle --grid --json > bench.json; flamingo-export capacity --bench bench.json --rate 200 --p95 1.5
+    """
     from flamingo_export.cli.options import opened
     from flamingo_export.cli.output import print_json, waiting
     from flamingo_export.machine import usable_cores
@@ -86,6 +98,7 @@ def bench(
             )
         with waiting("measuring"):
             rows = measure(model, beams=beams, images=images, prompt_tokens=length, new_tokens=new_tokens, repeat=repeat)
+            costs = step_costs(model, beams=beams, slots=length + beams * new_tokens, repeat=repeat) if grid else None
         result = Result(
             bundle=str(bundle),
             model=model.config.name,
@@ -98,11 +111,19 @@ def bench(
             repetitions=repeat,
             load_seconds=loaded,
             rows=rows,
+            grid=costs,
         )
     if as_json:
         print_json(result)
     else:
         _print(result)
+
+
+def step_costs(model: Model, *, beams: int, slots: int, repeat: int) -> StepCosts:
+    """What the engine's actions cost with as many rows as it has, one beam and `beams`, up to `slots` cache slots."""
+    from flamingo_export.deploy.capacity.grid import GridMeter
+
+    return GridMeter(model, widths=(1, beams), rows=model.engine.rows, repeat=repeat).measure(slots)
 
 
 def measure(model: Model, *, beams: int, images: int, prompt_tokens: int, new_tokens: int, repeat: int) -> list[Row]:
@@ -189,3 +210,21 @@ def _print(result: Result) -> None:
     ]
     columns = ("prompt", "beams", "images, ms", "prefill, ms", "first token, ms", "a step, ms", "reused")
     console.print(table(columns, rows, right=(1, 2, 3, 4, 5)))
+    if result.grid is not None:
+        _print_grid(result.grid)
+
+
+def _print_grid(costs: StepCosts) -> None:
+    from flamingo_export.cli.output import results, table
+
+    rows = [
+        (str(count), *(f"{1000 * costs.decode[place][width][-1]:.2f}" for width in range(len(costs.widths))))
+        for place, count in enumerate(costs.rows)
+    ]
+    columns = ("rows", *(f"{width} beams, ms" if width > 1 else "1 beam, ms" for width in costs.widths))
+    results().print(table(columns, rows, title=f"a step with {costs.slots[-1]} cache slots", right=range(len(columns))))
+    chunks = ", ".join(f"{size}: {1000 * costs.prefill[place][-1]:.1f} ms" for place, size in enumerate(costs.chunks))
+    frames = ", ".join(f"{size}: {1000 * costs.encode[place]:.1f} ms" for place, size in enumerate(costs.frames))
+    results().print(
+        f"prompt tokens at once: {chunks}\nimages at once: {frames}; reading one: {1000 * costs.prepare_image:.1f} ms"
+    )

@@ -1,1 +1,4 @@
-"""Folders that run a bundle somewhere else: containers, Kubernetes. A generated folder holds no bundle; `OUT/run BUNDLE` takes one."""
+"""Running a bundle somewhere else: folders for containers, Kubernetes and other hosts, and how many of them a load needs.
+
+A generated folder holds no bundle; `OUT/run BUNDLE` takes one.
+"""

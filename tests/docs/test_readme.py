@@ -20,7 +20,7 @@ def commands(page: Path) -> list[str]:
     """Lines of the page's code blocks that call flamingo-export, without their remarks."""
     blocks = re.findall(r"```\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line.startswith("flamingo-export ")]
+    return [re.sub(r" > \S+", "", line) for line in lines if line.startswith("flamingo-export ")]
 
 
 def test_the_page_of_commands_shows_every_verb():

@@ -1,0 +1,136 @@
+"""Whether `capacity` foresees what happens: one replica under a real load beside the simulation of the same requests.
+
+    python benchmarks/capacity_cpu.py [--threads 1] [--load 0.6] [--requests 120] [--new-tokens 24] [--rounds 2] [--work DIR] [--save]
+
+A decoder of 110M parameters. Step costs are measured before and after the real run, which gets its requests at the same times as the
+simulation; a machine with other work on it changes its pace, so each round says how far the two measurements lie apart. Asked:
+throughput and median within 15 %, p95 within 30 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import common
+import numpy as np
+
+import flamingo_export
+from flamingo_export.deploy.capacity.costs import StepCosts
+from flamingo_export.deploy.capacity.grid import GridMeter
+from flamingo_export.deploy.capacity.load import Load, arrivals
+from flamingo_export.deploy.capacity.simulate import Asked, requests, simulate
+from flamingo_export.runtime.media import medium_of
+from flamingo_export.runtime.model import Model
+from flamingo_export.runtime.request import Prepared, prepared_from_ids
+from flamingo_export.runtime.search import BeamSearch, Sampling, Search, StopRule
+from flamingo_reference.config import NANO
+
+SLOTS = 384
+
+
+def prepared(model: Model, asked: Asked, pictures: dict[int, Any]) -> Prepared:
+    """The real form of a simulated request: its ids within this model's vocabulary, its images as pixels."""
+    config = model.config
+    ids = np.where(asked.token_ids == NANO.tokens.image, config.tokens.image, asked.token_ids + 8)
+    side = config.vision.image_size
+    for number in asked.images:
+        if number not in pictures:
+            pixels = np.random.default_rng(number).integers(0, 256, (side, side, 3), dtype=np.uint8)
+            pictures[number] = medium_of([pixels], config)
+    return prepared_from_ids(ids, tuple(pictures[number] for number in asked.images), config)
+
+
+def real(model: Model, asked: Sequence[Asked], arrived: Any, beams: int) -> dict[str, float]:
+    """Answers a second and percentiles of seconds to the answer, of requests that arrive on the clock."""
+    ready = [prepared(model, each, {}) for each in asked]
+    banned = model.config.tokens.never
+    tickets = []
+    started = time.perf_counter()
+    for each, request, at in zip(asked, ready, arrived, strict=True):
+        time.sleep(max(0.0, started + at - time.perf_counter()))
+        rule = StopRule(eoc=-1, banned=banned, max_new_tokens=each.new_tokens)
+        search: Search = BeamSearch(rule, beams=beams) if beams > 1 else Sampling(rule)
+        cost = len(request.token_ids) + beams * each.new_tokens
+        tickets.append((model.engine.submit_search(request, search, cost=cost), time.perf_counter() - started - at))
+    taken = []
+    for ticket, late in tickets:
+        ticket.result(timeout=600)
+        taken.append(late + ticket.timings.first_token + sum(ticket.timings.steps))
+    return figures(np.array(taken), time.perf_counter() - started - arrived[0])
+
+
+def figures(taken: Any, seconds: float) -> dict[str, float]:
+    """Of seconds to each answer, those of the first tenth left out."""
+    counted = taken[len(taken) // 10 :]
+    return {
+        "throughput": len(taken) / seconds,
+        "median": float(np.percentile(counted, 50)),
+        "p95": float(np.percentile(counted, 95)),
+    }
+
+
+def between(one: StepCosts, other: StepCosts) -> StepCosts:
+    """The mean of two measurements."""
+
+    def mean(first: Any, second: Any) -> Any:
+        if isinstance(first, tuple):
+            return tuple(mean(*pair) for pair in zip(first, second, strict=True))
+        return (first + second) / 2
+
+    changed = {name: mean(getattr(one, name), getattr(other, name)) for name in ("decode", "prefill", "encode", "copy_slot")}
+    return StepCosts(**{name: changed.get(name, getattr(one, name)) for name in one.__struct_fields__})
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--load", type=float, default=0.6, help="of the throughput at which requests never stop waiting")
+    parser.add_argument("--requests", type=int, default=120)
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, default=24)
+    parser.add_argument("--beams", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--repeat", type=int, default=7)
+    parser.add_argument("--work", type=Path, help="where the bundle is kept; default: a temporary folder")
+    parser.add_argument("--save", action="store_true", help="write results/capacity_cpu.json")
+    asked = parser.parse_args(arguments)
+    rounds: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        config = common.model_config("decoder-110m", layers=12, width=768, heads=12, every=12)
+        path = common.bundle(config, asked.work or Path(folder))
+        load = Load(
+            prompt=(asked.prompt // 2, asked.prompt), new_tokens=(asked.new_tokens // 2, asked.new_tokens), beams=asked.beams
+        )
+        for number in range(asked.rounds):
+            with flamingo_export.load(path, threads=asked.threads) as model:
+                meter = GridMeter(model, widths=(1, 3), rows=model.engine.rows, repeat=asked.repeat, seed=number)
+                before = meter.measure(SLOTS)
+                work = requests(load, asked.requests, number)
+                rows = model.engine.rows
+                most = simulate(before, work, np.zeros(len(work)), beams=asked.beams, rows=rows, queue=None).throughput
+                arrived = arrivals("poisson", asked.load * most, len(work), number)
+                found = real(model, work, arrived, asked.beams)
+                after = meter.measure(SLOTS)
+            foreseen = simulate(between(before, after), work, arrived, beams=asked.beams, rows=rows, queue=None)
+            expected = figures(foreseen.answer, foreseen.seconds)
+            drift = after.decoding(4, 1, SLOTS) / before.decoding(4, 1, SLOTS) - 1
+            errors = {name: expected[name] / found[name] - 1 for name in found}
+            rounds.append({"real": found, "simulated": expected, "error": errors, "drift": drift, "busy": foreseen.busy})
+            texts = (f"{name} {found[name]:.3f} and {expected[name]:.3f} ({100 * errors[name]:+.0f} %)" for name in found)
+            print(
+                f"round {number + 1}, busy {foreseen.busy:.2f}: " + ", ".join(texts) + f"; costs drifted {100 * drift:+.0f} %",
+                flush=True,
+            )
+    if asked.save:
+        settings = {key: value for key, value in vars(asked).items() if key not in ("work", "save")}
+        print(common.save("capacity_cpu", {**settings, "rounds": rounds}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
