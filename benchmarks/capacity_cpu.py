@@ -25,10 +25,12 @@ from flamingo_export.deploy.capacity.costs import StepCosts
 from flamingo_export.deploy.capacity.grid import GridMeter
 from flamingo_export.deploy.capacity.load import Load, arrivals
 from flamingo_export.deploy.capacity.simulate import Asked, requests, simulate
+from flamingo_export.runtime.beam_search import BeamSearch
 from flamingo_export.runtime.media import medium_of
 from flamingo_export.runtime.model import Model
 from flamingo_export.runtime.request import Prepared, prepared_from_ids
-from flamingo_export.runtime.search import BeamSearch, Sampling, Search, StopRule
+from flamingo_export.runtime.sampling import Sampling
+from flamingo_export.runtime.search import Search, StopRule
 from flamingo_reference.config import NANO
 
 SLOTS = 384

@@ -11,12 +11,14 @@ import numpy as np
 
 from flamingo_export.deploy.capacity.costs import StepCosts
 from flamingo_export.errors import InputError
+from flamingo_export.runtime.beam_search import BeamSearch
 from flamingo_export.runtime.cache import BUCKET
 from flamingo_export.runtime.loop import Loop
 from flamingo_export.runtime.media import medium_of
 from flamingo_export.runtime.model import Model
 from flamingo_export.runtime.request import Prepared, prepared_from_ids
-from flamingo_export.runtime.search import BeamSearch, Sampling, Search, StopRule
+from flamingo_export.runtime.sampling import Sampling
+from flamingo_export.runtime.search import Search, StopRule
 from flamingo_export.runtime.ticket import Ticket
 
 _WARM_UP = 2
