@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
 import gpu_paper
+import pytest
 
 from flamingo_export.precision import Precision
 from flamingo_reference.config import PRESETS

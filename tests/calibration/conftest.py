@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from recorder import Recorder
 from variations import GROUPED, VARIATIONS, drawn_model
 
 from flamingo_calibration import Sample, shipped_samples
@@ -20,7 +21,6 @@ from flamingo_export.weights.calibration_table import CalibrationTable
 from flamingo_reference.config import ModelConfig, RelativePositions
 from flamingo_reference.model import Flamingo
 from flamingo_reference.phi import phi_from_tokens
-from tests.recorder import Recorder
 
 Array = npt.NDArray[np.float64]
 

@@ -39,11 +39,11 @@ def figures() -> dict[str, Any]:
     import modelopt
     import modelopt.torch.quantization as mtq
     import torch
-    from conftest import CONFIGS, named_modules, run_whole
     from modelopt.torch.quantization.calib import HistogramCalibrator, histogram
     from variations import drawn_model
 
     from flamingo_calibration import shipped_samples
+    from tests.calibration.conftest import CONFIGS, named_modules, run_whole
 
     amax: dict[str, dict[str, float]] = {}
     for config in CONFIGS.values():
@@ -73,5 +73,6 @@ def figures() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.path.insert(1, str(Path(__file__).parents[1]))
+    root = Path(__file__).parents[2]
+    sys.path[1:1] = [str(root), str(root / "tests/helpers")]
     RECORDED.write_text(json.dumps(figures(), indent=1) + "\n")

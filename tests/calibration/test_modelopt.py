@@ -6,12 +6,12 @@ import importlib.util
 import json
 
 import ml_dtypes
-import modelopt_oracle as oracle
 import numpy as np
 import pytest
 
 from flamingo_calibration import thresholds
 from flamingo_calibration.statistics import Collector
+from tests.calibration import modelopt_oracle as oracle
 
 RECORDED = json.loads(oracle.RECORDED.read_text())
 OTHER_MACHINE = 1e-5

@@ -25,13 +25,13 @@ from idefics_models import (
 )
 from published_files import write_tokenizer
 from safetensors.numpy import load_file, save_file
-from test_published_idefics import SPECIAL, WORDS
 
 import flamingo_export
 from flamingo_export.bundle.manifest import read_manifest
 from flamingo_export.cli import main
 from flamingo_reference.checkpoints.files.tensors import CheckpointError
 from flamingo_reference.checkpoints.loading import CheckpointFiles, load
+from tests.families.test_published_idefics import SPECIAL, WORDS
 
 
 def write(folder: Path, *, tied: bool = False) -> tuple[Path, Any]:

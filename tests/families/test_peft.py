@@ -17,10 +17,10 @@ from idefics_models import their_config, their_model
 from openflamingo_models import Theirs
 from peft import LoraConfig, PeftModel, get_peft_model
 from published_files import write_openflamingo, write_tokenizer
-from test_published_idefics import SPECIAL, WORDS
 
 from flamingo_reference.checkpoints.files.tensors import CheckpointError
 from flamingo_reference.checkpoints.loading import CheckpointFiles, load
+from tests.families.test_published_idefics import SPECIAL, WORDS
 
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.3.mlp.up_proj"
 

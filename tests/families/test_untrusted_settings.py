@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from openflamingo_models import Theirs
 from published_files import write_openflamingo
 from safetensors.numpy import save_file
-from test_idefics_files import flat, write
-from test_openflamingo_files import write_open_clip, write_otter
 
 from flamingo_reference.checkpoints.files.tensors import CheckpointError
 from flamingo_reference.checkpoints.loading import CheckpointFiles, load
+from tests.families.test_idefics_files import flat, write
+from tests.families.test_openflamingo_files import write_open_clip, write_otter
 
 ODD = st.one_of(
     st.none(), st.booleans(), st.integers(-3, 70), st.sampled_from([2**63, -(2**40), 10**400, 0.5, 1e308, float("nan"), float("inf")]),

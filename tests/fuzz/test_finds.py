@@ -22,11 +22,11 @@ from flamingo_reference.checkpoints.files.sentencepiece_model import read_senten
 from flamingo_reference.checkpoints.files.tensors import CheckpointError
 from flamingo_reference.checkpoints.files.torch_file import open_torch_file
 
-from test_fuzz_bundles import with_digest  # isort: skip
-from test_fuzz_checkpoints import message, sentencepiece  # isort: skip
+from tests.fuzz.test_fuzz_bundles import with_digest  # isort: skip
+from tests.fuzz.test_fuzz_checkpoints import message, sentencepiece  # isort: skip
 
 if TYPE_CHECKING:
-    from conftest import Copy
+    from tests.fuzz.conftest import Copy
 
 
 def altered(bundle: Path, to: Path, with_file: Copy, name: str, content: bytes) -> Path:

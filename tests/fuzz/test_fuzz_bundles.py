@@ -18,7 +18,7 @@ from flamingo_export.cli import main
 from mutations import fuzz, mutated, mutated_json, mutated_json_text, mutated_safetensors  # isort: skip
 
 if TYPE_CHECKING:
-    from conftest import Copy
+    from tests.fuzz.conftest import Copy
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 

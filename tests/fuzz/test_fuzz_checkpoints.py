@@ -20,7 +20,7 @@ from flamingo_export.sources.choice import CheckpointFolder
 from mutations import fuzz, mutated, mutated_json, mutated_json_text, mutated_safetensors, mutated_zip  # isort: skip
 
 if TYPE_CHECKING:
-    from conftest import Copy
+    from tests.fuzz.conftest import Copy
 
 IDEFICS, OPENFLAMINGO = "idefics-tiny", "openflamingo-tiny"
 NATIVE_FILES = ("config.json", "model.safetensors", "tokenizer/tokenizer.json")

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import sys
-from pathlib import Path
 
+import phi_rivals
 import pytest
 import torch
 from gpu import oracle
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-import phi_rivals
 
 
 def problem(phi: torch.Tensor, media: int) -> phi_rivals.Problem:

@@ -18,7 +18,6 @@ from flamingo_export.backends.tensorrt.plugin import LIBRARY
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
-sys.path.insert(0, str(ROOT / "scripts"))  # the helper modules of scripts/gpu_check, as `gpu`
 
 
 def run(*command: object, **keywords: Any) -> subprocess.CompletedProcess[str]:
@@ -28,7 +27,7 @@ def run(*command: object, **keywords: Any) -> subprocess.CompletedProcess[str]:
 
 def in_child(script: str, *arguments: object, environment: dict[str, str] | None = None) -> Any:
     """What tests/plugin/SCRIPT prints as JSON on its last line; native code that crashes ends the child alone."""
-    paths = os.pathsep.join([str(ROOT), str(HERE.parent)])
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests/helpers")])
     done = run(sys.executable, HERE / script, *arguments, env={**os.environ, "PYTHONPATH": paths, **(environment or {})})
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1])

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import vqa_cases
 
 from flamingo_export.errors import EvaluationError
 from flamingo_export.evaluation.metrics.base import Outcome
@@ -18,6 +17,7 @@ from flamingo_export.evaluation.metrics.registry import METRICS, metric_of
 from flamingo_export.evaluation.metrics.vqa import accuracy, normalised
 from flamingo_export.evaluation.metrics.wups import Wups, word_similarity, wups
 from flamingo_export.evaluation.task import Item
+from tests.evaluation import vqa_cases
 
 
 def item(*references: str, kind: str = "") -> Item:

@@ -11,12 +11,12 @@ from typing import Any
 
 import msgspec
 import pytest
+from recorder import Recorder
 
 from flamingo_export.bundle import verify
 from flamingo_export.bundle.tokenizer import placeholder_tokenizer
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.model import Flamingo
-from tests.recorder import Recorder
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 import onnx
 import pytest
+from recorder import Recorder
 
 from flamingo_export import api
 from flamingo_export.bundle.manifest import ShapeLimits, default_limits
@@ -28,7 +29,6 @@ from flamingo_export.validate.expected.golden import Goldens, save_goldens
 from flamingo_export.weights import WeightIndex
 from flamingo_reference.config import PRESETS, ModelConfig
 from flamingo_reference.model import Flamingo
-from tests.recorder import Recorder
 
 from .conftest import contents
 

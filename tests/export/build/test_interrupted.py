@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from recorder import Recorder
 
 from flamingo_calibration import run
 from flamingo_export import api
@@ -23,7 +24,6 @@ from flamingo_export.pipeline import work_folder, write_weights
 from flamingo_export.quantize.policies import preset
 from flamingo_export.sources.choice import RandomWeights
 from flamingo_reference.config import ModelConfig
-from tests.recorder import Recorder
 
 from .conftest import contents, in_child, wait
 

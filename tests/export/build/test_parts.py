@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from recorder import Recorder
 
 from flamingo_export import api
 from flamingo_export.bundle.manifest import ShapeLimits, read_manifest
@@ -19,7 +20,6 @@ from flamingo_export.pipeline.request import BuildRequest
 from flamingo_export.sources.choice import RandomWeights
 from flamingo_export.validate import check_bundle
 from flamingo_reference.config import ModelConfig
-from tests.recorder import Recorder
 
 from .conftest import contents
 

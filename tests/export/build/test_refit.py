@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from recorder import Recorder
 from safetensors.numpy import save_file
 
 from flamingo_export import api
@@ -25,7 +26,6 @@ from flamingo_export.pipeline.request import refit_request
 from flamingo_export.sources.choice import CheckpointFolder, RandomWeights
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.model import Flamingo
-from tests.recorder import Recorder
 
 from .conftest import contents, in_child, wait
 

@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from recorder import Recorder
 from safetensors.torch import load_file
 
 from flamingo_export import api
@@ -24,7 +25,6 @@ from flamingo_export.weights import bundle_weights
 from flamingo_reference.checkpoints.families.native import save_native
 from flamingo_reference.config import PRESETS, ModelConfig
 from flamingo_reference.model import Flamingo
-from tests.recorder import Recorder
 
 from .conftest import contents, in_child, wait
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from bundle_of_0_1_0 import ROOT, unpack
 
 import flamingo_export
 from flamingo_export.bundle.earlier import completed, lacking
@@ -17,6 +16,7 @@ from flamingo_export.bundle.verify import open_bundle
 from flamingo_export.cli import main
 from flamingo_export.validate import check_bundle
 from flamingo_reference.input_format import PAPER
+from tests.export.bundle.bundle_of_0_1_0 import ROOT, unpack
 
 EXAMPLES = ROOT / "examples"
 

@@ -10,6 +10,7 @@ from concurrent.futures import CancelledError
 import msgspec
 import numpy as np
 import pytest
+from hash_model import Whole, hash_engines, logits_of
 
 from flamingo_export.bundle.manifest import ShapeLimits
 from flamingo_export.errors import DeadlineExceeded
@@ -22,8 +23,6 @@ from flamingo_export.runtime.search import Hypothesis, Search
 from flamingo_export.runtime.ticket import Ticket
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.phi import phi_from_tokens
-
-from .hash_model import Whole, hash_engines, logits_of
 
 IMAGE, RESET = 3, 9
 SCHEDULES = int(os.environ.get("FLAMINGO_SCHEDULES", "1000"))

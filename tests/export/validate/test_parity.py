@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from recorder import Recorder
 
 from flamingo_export.api import build
 from flamingo_export.bundle.manifest import ParityRecord, SourceRecord, read_manifest, write_manifest
@@ -26,7 +27,6 @@ from flamingo_export.validate.report.parity_report import REPORT_JSON, read_repo
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.model import Flamingo
 from tests.export.validate.conftest import list_goldens
-from tests.recorder import Recorder
 
 Compare = Callable[..., ParityReport]
 
