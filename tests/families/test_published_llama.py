@@ -3,25 +3,38 @@ them."""
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from engine_runs import assert_as_exact, opened
 from llama_models import (
+    BOS,
     END,
     IMAGE,
+    PROMPTS,
     TURN,
     VOCAB,
+    corrected,
+    generated,
     our_config,
     our_model,
+    pixels,
     their_config,
+    their_logits,
     their_model,
 )
+from PIL import Image
 from published_files import write_tokenizer
 from safetensors.torch import load_file, save_file
+from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
+import flamingo_export
+from flamingo_export.bundle.manifest import read_manifest
 from flamingo_reference.checkpoints.families import llama_vision
 from flamingo_reference.checkpoints.files.tensors import CheckpointError
 from flamingo_reference.checkpoints.loading import CheckpointFiles, load
@@ -58,6 +71,68 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """A folder as on the hub, in shards with an index, and the model that it holds."""
     theirs = their_model(seed=3).float()
     return write(tmp_path_factory.mktemp("hub") / "llama-vision-tiny", theirs), theirs
+
+
+@pytest.fixture(scope="module")
+def bundle(llama: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out: Path = tmp_path_factory.mktemp("bundles") / "llama.bundle"
+    return flamingo_export.build(llama[0], out=out, parity="skip").path
+
+
+@pytest.mark.parametrize("case", PROMPTS)
+def test_logits(llama: tuple[Path, Any], bundle: Path, case: str) -> None:
+    tokens, ids = PROMPTS[case]
+    images = pixels(ids, seed=1).float()
+    with corrected(copy.deepcopy(llama[1]).double()) as theirs:
+        exact = their_logits(theirs, tokens, ids, images.double())
+    with corrected(llama[1]) as theirs:
+        eager = their_logits(theirs, tokens, ids, images)
+    with opened(bundle) as runs:
+        assert_as_exact(runs.logits(tokens, images, ids), exact, eager)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("case", ["image first", "several images", "adjacent images", "text first", "text only"])
+def test_generated_tokens(llama: tuple[Path, Any], bundle: Path, case: str, beams: int) -> None:
+    tokens, ids = PROMPTS[case]
+    images = pixels(ids, seed=1).float()
+    with corrected(copy.deepcopy(llama[1]).double()) as theirs:
+        wanted, scores = generated(theirs, tokens, ids, images.double(), beams=beams, new_tokens=8)
+    with opened(bundle) as runs:
+        found = runs.generate(tokens, images, ids, beams=beams, new_tokens=8)
+    assert [list(each.token_ids) for each in found][: len(wanted)] == wanted
+    if beams > 1:
+        assert [each.score for each in found] == pytest.approx(scores, abs=1e-4)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_from_image_files(llama: tuple[Path, Any], bundle: Path, tmp_path: Path, beams: int) -> None:
+    """Sizes of 1, 2 and 4 tiles, the last two side by side: transformers' own processor of images, masks and generation."""
+    rng = np.random.default_rng(7)
+    sizes = ((20, 25, 3), (20, 60, 3), (70, 66, 3))
+    pictures = [Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8)) for size in sizes]
+    paths = [tmp_path / f"{index}.png" for index in range(len(sizes))]
+    for path, picture in zip(paths, pictures, strict=True):
+        picture.save(path)
+    settings = {name: value for name, value in PREPROCESSOR.items() if name != "image_processor_type"}
+    theirs = MllamaImageProcessorPil(**settings)([pictures], return_tensors="pt")
+    ids = theirs["aspect_ratio_ids"][0].tolist()
+    assert len(set(ids)) == 3
+    tokens = [BOS, 9, IMAGE, 12, IMAGE, IMAGE, 13, 14]
+    with corrected(copy.deepcopy(llama[1]).double()) as model:
+        wanted, _ = generated(model, tokens, ids, theirs["pixel_values"][0].double(), beams=beams, new_tokens=8)
+    with flamingo_export.load(bundle, threads=1) as ours:
+        answer = ours.generate(tokens, images=paths, beams=beams, max_new_tokens=8)
+        assert list(answer.token_ids) == wanted[0]
+        by_text = ours.generate("w9<|image|> w12 <|image|><|image|> w13 w14", images=paths, beams=beams, max_new_tokens=8)
+    assert by_text.token_ids == answer.token_ids
+
+
+def test_what_the_bundle_says_of_itself(bundle: Path) -> None:
+    manifest = read_manifest(bundle)
+    assert (manifest.source.family, manifest.inputs) == ("llama_vision", LLAMA_VISION_INSTRUCT)
+    assert manifest.config.tokens.stops == (TURN, END)
+    assert manifest.config.banned_logits == ()
 
 
 def changed(folder: Path, into: Path, **settings: Any) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,10 +17,9 @@ from flamingo_export.runtime.engine import Engine
 from flamingo_export.runtime.media import Medium
 from flamingo_export.runtime.media_encoder import MediaEncoder
 from flamingo_export.runtime.options import GenerateOptions
-from flamingo_export.runtime.request import Prepared
+from flamingo_export.runtime.request import Prepared, prepared_from_ids
 from flamingo_export.runtime.search import Hypothesis
 from flamingo_export.runtime.subgraphs import Engines
-from flamingo_reference.phi import phi_from_tokens
 
 
 class EngineRuns:
@@ -31,11 +30,12 @@ class EngineRuns:
         self.config = self.manifest.config
         self.engines = Engines.open(bundle, self.manifest, get_backend("onnxruntime"), SessionOptions(threads=1))
 
-    def logits(self, tokens: list[int], images: torch.Tensor) -> np.ndarray:
-        """float32 [S, V] at every position of one request; images [M, 3, I, I]."""
+    def logits(self, tokens: list[int], images: torch.Tensor, aspects: Sequence[int] = ()) -> np.ndarray:
+        """float32 [S, V] at every position of one request; images [M, 3, I, I], or [M, Tmax, 3, I, I] and their aspect-ratio ids."""
         engines, decoder = self.engines, self.engines.decoder
         encoder = MediaEncoder(engines.vision_encoder, engines.resampler, engines.media_kv, self.config)
-        media = [medium for _, medium in encoder.encode(self.media(images))]
+        prepared = self.prepared(tokens, images, aspects)
+        media = [row for _, rows in encoder.encode(prepared.media) for row in rows]
         length = len(tokens)
         for tensor in decoder.spec.inputs:
             if tensor.name.startswith(("media_k.", "media_v.")):
@@ -52,7 +52,8 @@ class EngineRuns:
             "token_ids": ids,
             "positions": places,
             "media_rows": np.arange(max(1, len(media)))[None],
-            "phi": phi_from_tokens(ids, self.config.tokens.image, self.config.tokens.reset),
+            "phi": prepared.phi[None],
+            "first_media": prepared.phi[None] if prepared.first is None else prepared.first[None],
             "write_index": np.zeros(1, np.int64),
             "mask": np.tri(length, dtype=np.bool_)[None, None],
             "key_positions": places,
@@ -60,23 +61,28 @@ class EngineRuns:
         }
         return np.asarray(run_decoder(decoder, feeds, None)[0])
 
-    def generate(self, tokens: list[int], images: torch.Tensor, *, beams: int, new_tokens: int) -> list[Hypothesis]:
+    def generate(
+        self, tokens: list[int], images: torch.Tensor, aspects: Sequence[int] = (), *, beams: int, new_tokens: int
+    ) -> list[Hypothesis]:
         """The runtime's own loop, best hypothesis first."""
-        media = self.media(images)
-        ids = np.array(tokens)
-        phi = phi_from_tokens(ids[None], self.config.tokens.image, self.config.tokens.reset)[0]
-        digests = iter(media)
-        keys = tuple(next(digests).digest if token == self.config.tokens.image else token for token in tokens)
-        prepared = Prepared(token_ids=ids, phi=phi, media=tuple(media), keys=keys)
+        prepared = self.prepared(tokens, images, aspects)
         engine = Engine(self.engines, self.config, self.manifest.limits)
         options = GenerateOptions(beams=beams, max_new_tokens=new_tokens)
         (outcome,) = engine.complete(engine.submit(prepared, options, wake=False))
         return outcome.hypotheses
 
-    @staticmethod
-    def media(images: torch.Tensor) -> list[Medium]:
-        """Images [M, 3, I, I] as media of one frame."""
-        return [Medium(pixels=image[None].float().numpy(), digest=bytes([n])) for n, image in enumerate(images)]
+    def prepared(self, tokens: list[int], images: torch.Tensor, aspects: Sequence[int] = ()) -> Prepared:
+        """A request for these tokens."""
+        return prepared_from_ids(np.array(tokens), tuple(self.media(images, aspects)), self.config)
+
+    def media(self, images: torch.Tensor, aspects: Sequence[int] = ()) -> list[Medium]:
+        """Images [M, 3, I, I] as media of one frame, or [M, Tmax, 3, I, I] as media of as many tiles as their aspect-ratio ids say."""
+        tiled, found = self.config.tiled, []
+        for n, image in enumerate(images):
+            aspect = aspects[n] if tiled is not None else 0
+            rows = tiled.num_tiles(aspect) if tiled is not None else 1
+            found.append(Medium(pixels=image[None].float().numpy(), digest=bytes([n]), rows=rows, aspect=aspect))
+        return found
 
 
 @contextmanager
