@@ -119,15 +119,18 @@ LLAMA_VISION = InputFormat(
 )
 """Llama 3.2 Vision that was not tuned on instructions: the paper's words, since none are published. transformers' processor (Mllama) puts
 the first token behind leading images, which the prompts here begin with themselves."""
-_SAYS = "{image}Describe this image."
+_USER, _ASSISTANT = (f"<|start_header_id|>{role}<|end_header_id|>\n\n" for role in ("user", "assistant"))
 LLAMA_VISION_INSTRUCT = InputFormat(
     fit="tiles",
     tags=Tags(bos="<|begin_of_text|>", eoc="<|eot_id|>", image="<|image|>", bos_after_images=True),
     prompts=PromptForms(
-        caption_example=_SAYS, caption=_SAYS, question_example="{image}{question}", question="{image}{question}"
+        caption_example=f"{_USER}{{image}}Describe this image.<|eot_id|>{_ASSISTANT}{{answer}}<|eot_id|>",
+        caption=f"{_USER}{{image}}Describe this image.<|eot_id|>{_ASSISTANT}",
+        question_example=f"{_USER}{{image}}{{question}}<|eot_id|>{_ASSISTANT}{{answer}}<|eot_id|>",
+        question=f"{_USER}{{image}}{{question}}<|eot_id|>{_ASSISTANT}",
     ),
 )
-"""Llama 3.2 Vision tuned on instructions: what a user says. Its template comes with the checkpoint, see `with_template`."""
+"""Llama 3.2 Vision tuned on instructions, for checkpoints without a chat template: Llama 3's turns. Where there is one, see `with_template`."""
 
 FAMILY_TAGS = (
     *("<BOS>", "<EOC>", "<|endofchunk|>", "<fake_token_around_image>", "<end_of_utterance>"),
@@ -143,4 +146,8 @@ def with_bos(inputs: InputFormat, bos: str | None) -> InputFormat:
 
 def with_template(inputs: InputFormat, template: str) -> InputFormat:
     """The same format with a checkpoint's own template for conversations."""
-    return msgspec.structs.replace(inputs, prompts=msgspec.structs.replace(inputs.prompts, template=template))
+    caption, question = "{image}Describe this image.", "{image}{question}"
+    forms = PromptForms(
+        caption_example=caption, caption=caption, question_example=question, question=question, template=template
+    )
+    return msgspec.structs.replace(inputs, prompts=forms)

@@ -228,6 +228,14 @@ def test_models_without_a_template_have_their_forms() -> None:
     assert str(qa_prompt([], "What?", A, LLAMA_VISION).prompt) == f"{BOS}{IMAGE}Question: What? Answer:"
 
 
+def test_a_tuned_model_without_a_template_has_llamas_turns(tokenizer: Tokenizer) -> None:
+    request = qa_prompt([Shot(question="Q", answer="A")], "What?", A, LLAMA_VISION_INSTRUCT)
+    head = "<|start_header_id|>{}<|end_header_id|>\n\n"
+    user, assistant = head.format("user"), head.format("assistant")
+    assert request.prompt == f"{BOS}{user}Q{EOT}{assistant}A{EOT}{user}{IMAGE}What?{EOT}{assistant}"
+    assert ids_of(request, tokenizer, LLAMA_VISION_INSTRUCT)[-3] == IDS["<|end_header_id|>"]
+
+
 def test_tags_of_other_families_are_named(tokenizer: Tokenizer) -> None:
     with pytest.raises(PromptError, match=r"the prompt has 0 <\|image\|> tags, but 1 image or video was given"):
         ids_of(Request(prompt="<image>What?", media=[A]), tokenizer)
