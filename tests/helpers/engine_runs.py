@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import torch
 
@@ -31,29 +33,28 @@ class EngineRuns:
         self.engines = Engines.open(bundle, self.manifest, get_backend("onnxruntime"), SessionOptions(threads=1))
 
     def logits(self, tokens: list[int], images: torch.Tensor, aspects: Sequence[int] = ()) -> np.ndarray:
-        """float32 [S, V] at every position of one request; images [M, 3, I, I], or [M, Tmax, 3, I, I] and their aspect-ratio ids."""
+        """float32 [S, V] at every position of one request; images [M, 3, I, I], or [M, Tmax, 3, I, I] with their aspect-ratio ids."""
         engines, decoder = self.engines, self.engines.decoder
         encoder = MediaEncoder(engines.vision_encoder, engines.resampler, engines.media_kv, self.config)
         prepared = self.prepared(tokens, images, aspects)
-        media = [row for _, rows in encoder.encode(prepared.media) for row in rows]
+        rows = [row for _, rows in encoder.encode(prepared.media) for row in rows]
         length = len(tokens)
         for tensor in decoder.spec.inputs:
             if tensor.name.startswith(("media_k.", "media_v.")):
-                buffer = decoder.allocate(tensor.name, (max(1, len(media)), *tensor.shape[1:]))  # type: ignore[arg-type]
-                for row, values in enumerate(media):
+                buffer = decoder.allocate(tensor.name, (max(1, len(rows)), *tensor.shape[1:]))  # type: ignore[arg-type]
+                for row, values in enumerate(rows):
                     buffer.write(row, values[tensor.name])
                 decoder.bind(tensor.name, buffer)
             elif tensor.name.startswith("past_"):
                 _, heads, _, size = tensor.shape
                 decoder.bind(tensor.name, decoder.allocate(tensor.name, (1, heads, length, size)))  # type: ignore[arg-type]
         places = np.arange(length)[None]
-        ids = np.array([tokens])
         feeds = {
-            "token_ids": ids,
+            "token_ids": prepared.token_ids[None],
             "positions": places,
-            "media_rows": np.arange(max(1, len(media)))[None],
+            "media_rows": np.arange(max(1, len(rows)))[None],
             "phi": prepared.phi[None],
-            "first_media": prepared.phi[None] if prepared.first is None else prepared.first[None],
+            "first_media": (prepared.phi if prepared.first is None else prepared.first)[None],
             "write_index": np.zeros(1, np.int64),
             "mask": np.tri(length, dtype=np.bool_)[None, None],
             "key_positions": places,
@@ -61,28 +62,33 @@ class EngineRuns:
         }
         return np.asarray(run_decoder(decoder, feeds, None)[0])
 
+    def engine(self, **limits: int) -> Engine:
+        """The runtime's engine, whose cache and bank are empty. limits: in place of the bundle's."""
+        return Engine(self.engines, self.config, msgspec.structs.replace(self.manifest.limits, **limits))
+
     def generate(
         self, tokens: list[int], images: torch.Tensor, aspects: Sequence[int] = (), *, beams: int, new_tokens: int
     ) -> list[Hypothesis]:
         """The runtime's own loop, best hypothesis first."""
-        prepared = self.prepared(tokens, images, aspects)
-        engine = Engine(self.engines, self.config, self.manifest.limits)
+        engine = self.engine()
         options = GenerateOptions(beams=beams, max_new_tokens=new_tokens)
-        (outcome,) = engine.complete(engine.submit(prepared, options, wake=False))
+        (outcome,) = engine.complete(engine.submit(self.prepared(tokens, images, aspects), options, wake=False))
         return outcome.hypotheses
 
-    def prepared(self, tokens: list[int], images: torch.Tensor, aspects: Sequence[int] = ()) -> Prepared:
+    def prepared(self, tokens: Sequence[int], images: torch.Tensor, aspects: Sequence[int] = ()) -> Prepared:
         """A request for these tokens."""
-        return prepared_from_ids(np.array(tokens), tuple(self.media(images, aspects)), self.config)
+        return prepared_from_ids(np.array(tokens), self.media(images, aspects), self.config)
 
-    def media(self, images: torch.Tensor, aspects: Sequence[int] = ()) -> list[Medium]:
-        """Images [M, 3, I, I] as media of one frame, or [M, Tmax, 3, I, I] as media of as many tiles as their aspect-ratio ids say."""
-        tiled, found = self.config.tiled, []
-        for n, image in enumerate(images):
-            aspect = aspects[n] if tiled is not None else 0
-            rows = tiled.num_tiles(aspect) if tiled is not None else 1
-            found.append(Medium(pixels=image[None].float().numpy(), digest=bytes([n]), rows=rows, aspect=aspect))
-        return found
+    def media(self, images: torch.Tensor, aspects: Sequence[int] = ()) -> tuple[Medium, ...]:
+        """Images [M, 3, I, I] as media of one frame, or [M, Tmax, 3, I, I] as tiles; equal images are one medium."""
+        found = []
+        for index, image in enumerate(images):
+            pixels = image[None].float().numpy()
+            aspect = aspects[index] if self.config.tiled is not None else 0
+            rows = self.config.tiled.num_tiles(aspect) if self.config.tiled is not None else 1
+            digest = hashlib.sha256(pixels.tobytes() + bytes([aspect])).digest()
+            found.append(Medium(pixels=pixels, digest=digest, rows=rows, aspect=aspect))
+        return tuple(found)
 
 
 @contextmanager
