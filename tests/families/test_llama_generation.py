@@ -20,6 +20,7 @@ import flamingo_export
 from flamingo_export.errors import CapacityError
 from flamingo_export.runtime.engine import Engine
 from flamingo_export.runtime.options import GenerateOptions
+from flamingo_export.runtime.request import Prepared
 
 NEW = 8
 
@@ -41,6 +42,11 @@ def runs(theirs: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engi
 def prompt(case: str) -> tuple[list[int], list[int], torch.Tensor]:
     tokens, aspects = PROMPTS[case]
     return tokens, aspects, pixels(aspects, seed=1)
+
+
+def asking(runs: EngineRuns, case: str) -> Prepared:
+    tokens, aspects, images = prompt(case)
+    return runs.prepared(tokens, images, aspects)
 
 
 def wanted(theirs: Any, tokens: list[int], aspects: Sequence[int], images: torch.Tensor, beams: int) -> list[list[int]]:
@@ -76,7 +82,7 @@ def test_prompts_in_chunks_of_few_positions(runs: EngineRuns, theirs: Any, chunk
     for case in ("adjacent images", "three in a group", "several images"):
         tokens, aspects, images = prompt(case)
         engine = runs.engine(chunk=chunk)
-        ticket = engine.submit(runs.prepared(tokens, aspects, images), GenerateOptions(beams=1, max_new_tokens=NEW), wake=False)
+        ticket = engine.submit(runs.prepared(tokens, images, aspects), GenerateOptions(beams=1, max_new_tokens=NEW), wake=False)
         (outcome,) = engine.complete(ticket)
         assert ids(outcome) == wanted(theirs, tokens, aspects, images, 1), case
 
@@ -86,9 +92,7 @@ def test_callers_side_by_side_with_other_images_each(runs: EngineRuns, theirs: A
     engine = runs.engine()
     asked = [(case, beams) for case, beams in zip(PROMPTS, [1, 3, 2, 1, 3, 1, 2, 3, 1], strict=True)]
     tickets = [
-        engine.submit(
-            runs.prepared(*prompt(case)), GenerateOptions(beams=beams, max_new_tokens=NEW, num_return=beams), wake=False
-        )
+        engine.submit(asking(runs, case), GenerateOptions(beams=beams, max_new_tokens=NEW, num_return=beams), wake=False)
         for case, beams in asked
     ]
     for (case, beams), outcome in zip(asked, engine.complete(*tickets), strict=True):
@@ -100,18 +104,18 @@ def test_a_second_question_about_the_same_image_encodes_nothing_and_computes_wha
     """The image is found by its pixels, though it stood behind another one before; a beginning that shows it is found with its keys."""
     engine = runs.engine()
     tokens, aspects, images = prompt("adjacent images")
-    first = engine.submit(runs.prepared(tokens, aspects, images), GenerateOptions(max_new_tokens=2), wake=False)
+    first = engine.submit(runs.prepared(tokens, images, aspects), GenerateOptions(max_new_tokens=2), wake=False)
     engine.complete(first)
     assert engine.stats().media_encoded == 3
     again = [*tokens[:-1], 33, 34]
-    second = engine.submit(runs.prepared(again, aspects, images), GenerateOptions(beams=3, max_new_tokens=NEW), wake=False)
+    second = engine.submit(runs.prepared(again, images, aspects), GenerateOptions(beams=3, max_new_tokens=NEW), wake=False)
     (outcome,) = engine.complete(second)
     assert engine.stats().media_encoded == 3
     assert second.timings.reused_tokens == len(tokens) - 1
     assert ids(outcome)[0] == wanted(theirs, again, aspects, images, 3)[0]
     alone = [1, IMAGE, 40, 41]  # the second of the two, without the first
     third = engine.submit(
-        runs.prepared(alone, aspects[1:2], images[1:2]), GenerateOptions(beams=1, max_new_tokens=NEW), wake=False
+        runs.prepared(alone, images[1:2], aspects[1:2]), GenerateOptions(beams=1, max_new_tokens=NEW), wake=False
     )
     (outcome,) = engine.complete(third)
     assert engine.stats().media_encoded == 3
@@ -124,9 +128,9 @@ def test_a_bank_of_few_rows_gives_up_whole_images(runs: EngineRuns, theirs: Any)
         tokens, aspects, images = prompt(case)
         if sum(tiles_of(aspects)) > 7:
             with pytest.raises(CapacityError, match=r"images and videos of \d+ tiles are needed at once, the bank holds 7"):
-                engine.submit(runs.prepared(tokens, aspects, images), GenerateOptions(), wake=False)
+                engine.submit(runs.prepared(tokens, images, aspects), GenerateOptions(), wake=False)
             continue
-        ticket = engine.submit(runs.prepared(tokens, aspects, images), GenerateOptions(beams=1, max_new_tokens=NEW), wake=False)
+        ticket = engine.submit(runs.prepared(tokens, images, aspects), GenerateOptions(beams=1, max_new_tokens=NEW), wake=False)
         (outcome,) = engine.complete(ticket)
         assert ids(outcome) == wanted(theirs, tokens, aspects, images, 1), case
 
@@ -136,7 +140,7 @@ def test_scores_are_sums_of_their_log_probabilities(runs: EngineRuns, theirs: An
     candidates = [[30, 31, END], [32], [30, 44, 45, TURN]]
     for case in ("adjacent images", "text first", "text only"):
         tokens, aspects, images = prompt(case)
-        ticket = engine.submit_score(runs.prepared(tokens, aspects, images), candidates, wake=False)
+        ticket = engine.submit_score(runs.prepared(tokens, images, aspects), candidates, wake=False)
         (found,) = engine.complete(ticket)
         with corrected(theirs) as model:
             for candidate, logprobs in zip(candidates, found, strict=True):
@@ -149,9 +153,9 @@ def test_more_tiles_than_a_token_may_see_are_refused_before_anything_is_run(runs
     engine = runs.engine(max_tiles=3)
     tokens, aspects, images = prompt("adjacent images")
     with pytest.raises(CapacityError, match=r"stand side by side have 4 tiles together.*the bundle allows 3"):
-        engine.submit(runs.prepared(tokens, aspects, images), GenerateOptions(), wake=False)
+        engine.submit(runs.prepared(tokens, images, aspects), GenerateOptions(), wake=False)
     apart = [token for place, token in enumerate(tokens) for token in ([12, token] if place == 3 else [token])]
-    engine.complete(engine.submit(runs.prepared(apart, aspects, images), GenerateOptions(max_new_tokens=1), wake=False))
+    engine.complete(engine.submit(runs.prepared(apart, images, aspects), GenerateOptions(max_new_tokens=1), wake=False))
 
 
 def test_steps_bind_what_is_looked_at_and_copy_nothing(runs: EngineRuns, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +174,7 @@ def test_steps_bind_what_is_looked_at_and_copy_nothing(runs: EngineRuns, monkeyp
     monkeypatch.setattr("flamingo_export.runtime.media_views.MediaViews._take", None)
     tokens, aspects, images = prompt("image first")
     options = GenerateOptions(beams=3, max_new_tokens=NEW)
-    engine.complete(*[engine.submit(runs.prepared(tokens, aspects, images), options, wake=False) for _ in range(3)])
+    engine.complete(*[engine.submit(runs.prepared(tokens, images, aspects), options, wake=False) for _ in range(3)])
     layers = len(runs.config.gated_layers)
     # A first token that sees nothing and the others are one chunk, steps follow with the same rows.
     assert shapes[-layers:] == [(4, *shapes[0][1:])] * layers
