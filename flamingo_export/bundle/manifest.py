@@ -87,6 +87,10 @@ class EngineRecord(msgspec.Struct, frozen=True, kw_only=True):
     summary: EngineSummary | None = None
 
 
+BRANCHES, BRANCH_MEDIA, BRANCH_TILED = 24, 8, 2
+"""Bounds of shared rows that bundles are built with unless others are asked for; the last is of media that are tiles, with large keys."""
+
+
 class ShapeLimits(msgspec.Struct, frozen=True, kw_only=True):
     """Largest sizes that the runtime accepts, and engines are built for."""
 
@@ -104,6 +108,10 @@ class ShapeLimits(msgspec.Struct, frozen=True, kw_only=True):
     """B: requests side by side. Bounds engines alone, as do the following."""
     beams: int = 8
     """S of a decoding step: beams or samples of a request."""
+    branches: int = 1
+    """S of a decoding step of a row that several requests share, all their beams and samples together; 1: each has a row of its own."""
+    branch_media: int = 1
+    """M of such a step, in what one request looks at (`max_tiles` media where it looks at a range, else one)."""
     frames: int = 8
     """F: frames of one call of the vision encoder; also N of the resampler and media_kv."""
     video_frames: int = 30
@@ -259,8 +267,15 @@ def default_limits(config: ModelConfig) -> ShapeLimits:
     keys take megabytes, the bank holds eight images of as many as can be, and a token may see four of them.
     """
     length = min(max(2048, 2 * config.language_model.max_positions), _MOST_SLOTS)
+    limits = ShapeLimits(max_length=length, branches=BRANCHES, branch_media=BRANCH_MEDIA)
     if config.tiled is None:
-        return ShapeLimits(max_length=length)
+        return limits
     tiles = config.tiled.max_tiles
     bank_rows, most = _IMAGES_OF_TILES * tiles, _IMAGES_SIDE_BY_SIDE * tiles
-    return ShapeLimits(max_length=length, bank_rows=bank_rows, max_tiles=most, frames=1)  # an image is encoded by itself
+    return msgspec.structs.replace(
+        limits,
+        bank_rows=bank_rows,
+        max_tiles=most,
+        branch_media=BRANCH_TILED,
+        frames=1,  # an image is encoded by itself
+    )

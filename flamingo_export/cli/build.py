@@ -170,7 +170,7 @@ def build(
     chosen = chosen_policy({"fp8": fp8, "int8": int8, "int4": int4}, policy)
     if calibration is not None and uncalibrated:
         raise typer.BadParameter("goes without --calibration", param_hint="--uncalibrated")
-    from flamingo_export.bundle.manifest import ShapeLimits, default_limits
+    from flamingo_export.bundle.manifest import BRANCH_MEDIA, BRANCHES, ShapeLimits, default_limits
     from flamingo_export.cli.progress import reported
     from flamingo_export.pipeline import plan as build_plan
     from flamingo_export.pipeline import run as pipeline
@@ -181,7 +181,11 @@ def build(
     target_out = out or default_out(source, chosen)
     if vision_module is not None:
         source = with_vision_encoder(source, made_by(vision_module))
-    limits = ShapeLimits(max_length=max_length, chunk=max(1, min(_CHUNK, max_length // 8))) if max_length else None
+    limits = None
+    if max_length:
+        chunk = max(1, min(_CHUNK, max_length // 8))
+        branches = max(1, min(BRANCHES, max_length // 8))
+        limits = ShapeLimits(max_length=max_length, chunk=chunk, branches=branches, branch_media=BRANCH_MEDIA)
     if max_batch is not None:
         limits = msgspec.structs.replace(limits or default_limits(open_source(source).config), batch=max_batch)
     stored: StorageType | None = storage.value if storage else None

@@ -1,4 +1,8 @@
-"""The KV cache: one buffer [B, H, C, D] for keys and one for values of each layer, growing in buckets, and what its rows hold."""
+"""The KV cache: one buffer [B, H, C, D] for keys and one for values of each layer, growing in buckets, and what its rows hold.
+
+A row serves one request, or several whose prompts begin alike: then the beginning is stored and read once, and each request has its own
+slots behind it, in whatever order they were written.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,9 @@ BUCKET = 128
 """Capacity grows in steps of this many slots: attention reads the whole capacity, growing copies it once. A compiled decoder has one."""
 
 LEAST_COPY = 16
-"""Positions that a busy row must hold beyond a free one for them to be copied: fewer are computed as quickly."""
+"""Positions that a busy row must hold beyond a free one for them to be copied: fewer are computed as quickly. So many at least are shared."""
+COMPUTED = 256
+"""What a prompt position costs to compute, in slots that a step reads: measured on the 110M decoder."""
 
 Key = int | bytes
 """What decides a prompt position's keys and values, besides the positions before it: its token id, or its medium's digest at an `<image>`."""
@@ -50,6 +56,28 @@ def check_positions(*, prompt: int, new_tokens: int, position_limit: int | None)
         )
 
 
+@dataclass(eq=False, kw_only=True)
+class Seat:
+    """A request's place in a row.
+
+    columns: of each of its decoding steps; 0 for one that does not decode.
+    left: slots that it may yet take.
+    looks: bank rows that its steps look at, those of a range in order.
+    settled: whether it stays in this row; before, nobody joins it there.
+    """
+
+    row: Row
+    columns: int
+    left: int
+    looks: tuple[int, ...] = ()
+    settled: bool = False
+
+    def take(self, slots: int) -> None:
+        """The next slots of the row are this request's."""
+        self.row.used += slots
+        self.left -= slots
+
+
 @dataclass(eq=False)
 class Row:
     """A row of the cache.
@@ -57,17 +85,42 @@ class Row:
     held: keys of the prompt positions that its first slots hold.
     used: slots that are taken; whatever is written next begins there.
     key_positions: int64 [C], the position of what each slot holds, C being the largest capacity.
+    seats: of the requests that use it.
     """
 
     index: int
     key_positions: Ints
     held: tuple[Key, ...] = ()
     used: int = 0
-    busy: bool = field(default=False)
+    seats: list[Seat] = field(default_factory=list)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request uses it."""
+        return bool(self.seats)
+
+    @property
+    def promised(self) -> int:
+        """Slots that are taken, or may yet be by those who are here."""
+        return self.used + sum(seat.left for seat in self.seats)
 
     def give_up(self, slot: int) -> None:
         """Slots from `slot` on may be overwritten: what they hold is not counted on any more."""
         self.held = self.held[:slot]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharing:
+    """How far requests share rows.
+
+    columns, media: of a step of a shared row at most, None for any number: what an engine was built for.
+    dense: whether a step's cost grows with the slots that its columns could see, as in attentions that compute what a mask then hides. The
+        slots of the requests themselves are then at most as many as those of the beginning they share.
+    """
+
+    columns: int | None = None
+    media: int | None = None
+    dense: bool = True
 
 
 class Cache:
@@ -80,6 +133,11 @@ class Cache:
         """rows: requests side by side at most."""
         self._decoder = decoder
         self._limits = limits
+        # An engine has bounds, and attention that reads a slot once for all columns; other decoders have neither.
+        bounded = "S" in decoder.largest
+        ranges = any(tensor.name == "first_media" for tensor in decoder.spec.inputs)
+        media = min(limits.branch_media * (limits.max_tiles if ranges else 1), decoder.largest.get("M", 1))
+        self.sharing = Sharing(columns=limits.branches, media=media, dense=False) if bounded else Sharing()
         self._shapes = {
             tensor.name: tensor.shape for tensor in decoder.spec.inputs if tensor.name.startswith(("past_k.", "past_v."))
         }
@@ -146,33 +204,84 @@ class Cache:
 
     def known(self, prompt: Sequence[Key]) -> int:
         """Positions of a prompt that some row holds."""
-        return max(min(_common(prompt, row.held), len(prompt) - 1) for row in self.rows)
+        return max(self._known(prompt, row) for row in self.rows)
 
-    def take(self, prompt: Sequence[Key]) -> tuple[Row, int]:
-        """A free row for a prompt, and how many of its positions the row holds already.
+    def _known(self, prompt: Sequence[Key], row: Row) -> int:
+        return min(_common(prompt, row.held), len(prompt) - 1)
 
-        That is the row with the longest common beginning; of equals the first. Where a row in use has a longer one, that is copied to the free
-        row which has least to lose. The last position is never reused: its logits are wanted. Raises CapacityError.
+    def take(self, prompt: Sequence[Key], *, slots: int, columns: int = 0) -> Seat:
+        """A free row for a request: the one with the longest common beginning, of equals the first; where a row in use has a longer one, the
+        one that has least to lose.
+
+        slots: that the request takes at most, its whole prompt among them. columns: of its decoding steps.
         """
-        most = len(prompt) - 1
-        free = [(row, min(_common(prompt, row.held), most)) for row in self.rows if not row.busy]
+        free = [(row, self._known(prompt, row)) for row in self.rows if not row.busy]
         row, shared = max(free, key=lambda found: found[1])
-        used = [(other, min(_common(prompt, other.held), most)) for other in self.rows if other.busy]
-        giver, longer = max(used, key=lambda found: found[1], default=(row, shared))
-        if longer >= shared + LEAST_COPY:
-            row, shared = min((found[0] for found in free), key=lambda row: len(row.held)), longer
-            row.give_up(0)
-            self.reserve(row.index + 1, shared)
-            for buffer in self._buffers.values():
-                buffer.copy_slots(giver.index, row.index, shared)
-        row.busy = True
+        if max((self._known(prompt, other) for other in self.rows if other.busy), default=0) >= shared + LEAST_COPY:
+            row, shared = min(free, key=lambda found: len(found[0].held))
         row.held, row.used = tuple(prompt[:shared]), shared
-        return row, shared
+        seat = Seat(row=row, columns=columns, left=slots - shared)
+        row.seats.append(seat)
+        return seat
 
-    def release(self, row: Row) -> None:
-        """The row is free; what it holds of its prompt may serve another."""
-        row.busy = False
-        row.key_positions[len(row.held) :] = np.arange(len(row.held), len(row.key_positions))
+    def settle(self, seat: Seat, prompt: Sequence[Key], *, slots: int, looks: Sequence[int] = (), steps: int = 0) -> int:
+        """Where the request's prompt is about to be computed: how many of its positions are in its row already, which may be another now.
+
+        It moves to a row in use where the two beginnings are alike, there is room, and it pays (`_shared`). Else a longer beginning is copied
+        from a row in use. The last position is never reused: its logits are wanted.
+
+        slots: as `take` was given them. looks: bank rows that its steps look at. steps: that it decodes at most. Raises CapacityError.
+        """
+        own = seat.row
+        seat.looks, seat.settled = tuple(looks), True
+        shared = self._known(prompt, own)
+        used = [(row, self._known(prompt, row)) for row in self.rows if row.busy and row is not own]
+        joins = [found for found in used if self._shared(*found, seat, slots, shared, steps)]
+        if joins:
+            self.release(seat)
+            seat.row, shared = max(joins, key=lambda found: found[1])
+            seat.row.seats.append(seat)
+        elif used:
+            giver, longer = max(used, key=lambda found: found[1])
+            if longer >= shared + LEAST_COPY:
+                own.give_up(0)
+                self.reserve(own.index + 1, longer)
+                for buffer in self._buffers.values():
+                    buffer.copy_slots(giver.index, own.index, longer)
+                own.held, own.used, shared = tuple(prompt[:longer]), longer, longer
+        seat.left = slots - shared
+        return shared
+
+    def _shared(self, row: Row, length: int, seat: Seat, slots: int, here: int, steps: int) -> bool:
+        """Whether a request may use a busy row whose first `length` slots begin as its prompt does, and should.
+
+        slots: that it takes at most, all in all. here: positions that the row holds which it has; there they would be computed again.
+        """
+        bounds, own = self.sharing, slots - length
+        if not all(other.settled for other in row.seats):
+            return False
+        if length < LEAST_COPY or row.promised + own > self._limits.max_length:
+            return False
+        if bounds.columns is not None and sum(other.columns for other in row.seats) + seat.columns > bounds.columns:
+            return False
+        if bounds.media is not None and sum(map(len, {seat.looks, *(other.looks for other in row.seats)})) > bounds.media:
+            return False
+        if bounds.dense and row.promised + own > 2 * length:
+            return False
+        return (here - length) * COMPUTED <= length * steps
+
+    def release(self, seat: Seat) -> None:
+        """A request leaves its row. When the last one has left, the row is free; what it holds of a prompt may serve another."""
+        row = seat.row
+        row.seats.remove(seat)
+        if not row.seats:
+            row.key_positions[len(row.held) :] = np.arange(len(row.held), len(row.key_positions))
+
+    def clear(self) -> None:
+        """No row is in use any more, whatever an interruption has left behind."""
+        for row in self.rows:
+            for seat in list(row.seats):
+                self.release(seat)
 
 
 def _common(one: Sequence[Key], other: Sequence[Key]) -> int:

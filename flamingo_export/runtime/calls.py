@@ -1,7 +1,8 @@
 """Which rows decode together, and what the decoder is fed with.
 
-A call covers rows that lie side by side in the cache. Rows between them that do not decode, and columns beyond a row's own branches, are
-padding: each padded column sees only the scratch slot that it writes, behind what its row has in use.
+A call covers rows that lie side by side in the cache. Requests that share a row are side by side in its columns. Rows between them that do not
+decode, and columns beyond a row's own branches, are padding: each padded column sees only the scratch slot that it writes, behind what its row
+has in use.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy as np
 
 from flamingo_export.backends.base import Array
 from flamingo_export.runtime.cache import Row
+from flamingo_export.runtime.candidates import Scores
 from flamingo_export.runtime.jobs import Generating
 
 MOST_PADDING = 4
@@ -34,97 +36,145 @@ class Call:
         """Capacity that the call needs, its padding included."""
         return max(row.used for row in rows[self.first : self.first + self.count] if row.busy) + self.width
 
+    def of(self, job: Generating, scores: Scores) -> Scores:
+        """What the call found for one of its jobs, [W, n], of scores [B, width, n]."""
+        own = scores[job.row.index - self.first]
+        return own if job.width == self.width else own[job.column : job.column + job.width]
+
+
+@dataclass(frozen=True)
+class _Decoding:
+    """A row with those who decode in it, and their columns."""
+
+    row: Row
+    jobs: tuple[Generating, ...]
+    width: int
+
 
 def plan_calls(jobs: Sequence[Generating], rows: Sequence[Row], most: int, *, buckets: bool = False) -> list[Call]:
-    """The calls that decode all jobs once, as cheap as can be.
+    """The calls that decode all jobs once, as cheap as can be. Those that share a row are side by side in its columns.
 
     most: slots that a row may have.
     buckets: for a decoder whose calls cost about the same whatever they cover, and more where their shape is new: one call from the first row
         on, over a power of two of them, wherever padding has slots to write to.
     """
-    jobs = sorted(jobs, key=lambda job: job.row.index)
+    decoding = _by_row(jobs)
     if buckets:
-        count, width = _bucket(jobs[-1].row.index + 1, len(rows)), max(job.width for job in jobs)
+        count, width = _bucket(decoding[-1].row.index + 1, len(rows)), max(each.width for each in decoding)
         if all(row.used + width <= most for row in rows[:count] if row.busy):
-            return [Call(0, count, width, tuple(jobs))]
-    if len(jobs) == 1:
-        return [Call(jobs[0].row.index, 1, jobs[0].width, (jobs[0],))]
+            return [Call(0, count, width, _jobs(decoding))]
+    if len(decoding) == 1:
+        return [_call(decoding)]
     best: list[tuple[float, int]] = [(0, 0)]
-    """(cost, where the last call begins) of the first n jobs."""
-    for stop in range(1, len(jobs) + 1):
+    """(cost, where the last call begins) of the first n rows."""
+    for stop in range(1, len(decoding) + 1):
         best.append(
             min(
                 (best[start][0] + cost, start)
                 for start in range(stop)
-                if (cost := _cost(jobs[start:stop], rows, most)) is not None
+                if (cost := _cost(decoding[start:stop], rows, most)) is not None
             )
         )
     found: list[Call] = []
-    stop = len(jobs)
+    stop = len(decoding)
     while stop:
         start = best[stop][1]
-        part = jobs[start:stop]
-        first = part[0].row.index
-        found.append(Call(first, part[-1].row.index - first + 1, max(job.width for job in part), tuple(part)))
+        found.append(_call(decoding[start:stop]))
         stop = start
     return found[::-1]
+
+
+def _by_row(jobs: Sequence[Generating]) -> list[_Decoding]:
+    by_row: dict[int, list[Generating]] = {}
+    for job in jobs:
+        by_row.setdefault(job.row.index, []).append(job)
+    return [
+        _Decoding(row=own[0].row, jobs=tuple(own), width=sum(job.width for job in own)) for _, own in sorted(by_row.items())
+    ]
+
+
+def _jobs(decoding: Sequence[_Decoding]) -> tuple[Generating, ...]:
+    return tuple(job for each in decoding for job in each.jobs)
+
+
+def _call(decoding: Sequence[_Decoding]) -> Call:
+    first = decoding[0].row.index
+    return Call(first, decoding[-1].row.index - first + 1, max(each.width for each in decoding), _jobs(decoding))
 
 
 def _bucket(count: int, most: int) -> int:
     return min(most, 1 << (count - 1).bit_length())
 
 
-def _cost(jobs: Sequence[Generating], rows: Sequence[Row], most: int) -> float | None:
-    """Of one call for these jobs; None if too much of it were padding, or padding had no slots to write to."""
-    width = max(job.width for job in jobs)
-    first, last = jobs[0].row.index, jobs[-1].row.index
+def _cost(decoding: Sequence[_Decoding], rows: Sequence[Row], most: int) -> float | None:
+    """Of one call for these rows; None if too much of it were padding, or padding had no slots to write to."""
+    width = max(each.width for each in decoding)
+    first, last = decoding[0].row.index, decoding[-1].row.index
     columns = (last - first + 1) * width
-    own = sum(job.width for job in jobs)
-    if len(jobs) > 1 and (columns - own) * MOST_PADDING > columns:
+    own = sum(each.width for each in decoding)
+    if len(decoding) > 1 and (columns - own) * MOST_PADDING > columns:
         return None
-    if len(jobs) > 1 and any(row.busy and row.used + width > most for row in rows[first : last + 1]):
+    if len(decoding) > 1 and any(row.busy and row.used + width > most for row in rows[first : last + 1]):
         return None
     return CALL_COST + columns
 
 
 def decode_feeds(call: Call, rows: Sequence[Row], capacity: int, pad: int) -> dict[str, Array]:
     """Inputs of a decoder call for the next step of the call's jobs, whose tokens get their slots here."""
+    columns = [0] * call.count
     for job in call.jobs:
-        job.take_slots()
-    if call.count == 1:
-        (job,) = call.jobs
-        return job.feeds(capacity)
+        place = job.row.index - call.first
+        job.take_slots(columns[place])
+        columns[place] += job.width
+    if len(call.jobs) == 1 and call.count == 1:
+        return call.jobs[0].feeds(capacity)
     width, count = call.width, call.count
     tokens = np.full((count, width), pad, np.int64)
     positions = np.zeros((count, width), np.int64)
     phi = np.zeros((count, width), np.int64)
-    media_rows = np.zeros((count, max(1, max(len(job.sees) for job in call.jobs))), np.int64)
+    first_media = np.zeros((count, width), np.int64)
     write_index = np.empty(count, np.int64)
     mask = np.zeros((count, 1, width, capacity), np.bool_)
     key_positions = np.empty((count, capacity), np.int64)
-    columns = np.arange(width)
+    each_column = np.arange(width)
     for place, row in enumerate(rows[call.first : call.first + count]):
         slot = row.used if row.busy else min(len(row.held), capacity - width)
         if not row.busy:
             row.give_up(slot)
         write_index[place] = slot
-        mask[place, 0, columns, slot + columns] = True
+        mask[place, 0, each_column, slot + each_column] = True
         key_positions[place] = row.key_positions[:capacity]
+    media: list[list[int]] = [[] for _ in range(count)]
     for job in call.jobs:
-        place, own = job.row.index - call.first, job.width
-        tokens[place, :own] = job.tokens
-        positions[place, :own] = job.tree.position
-        phi[place, :own] = job.phi
-        media_rows[place, : len(job.sees)] = job.sees
-        mask[place, 0, :own] = job.tree.mask[:, :capacity]
+        place, own = job.row.index - call.first, slice(job.column, job.column + job.width)
+        tokens[place, own] = job.tokens
+        positions[place, own] = job.tree.position
+        last = _place(media[place], job.sees.tolist())
+        phi[place, own] = np.where(job.phi > 0, last, 0)
+        first_media[place, own] = np.where(job.phi > 0, last - len(job.sees) + 1, 0)
+        mask[place, 0, own] = job.tree.mask[:, :capacity]
+    media_rows = np.zeros((count, max(1, max(map(len, media)))), np.int64)
+    for place, own_media in enumerate(media):
+        media_rows[place, : len(own_media)] = own_media
     return {
         "token_ids": tokens,
         "positions": positions,
         "media_rows": media_rows,
         "phi": phi,
-        "first_media": np.minimum(phi, 1),
+        "first_media": first_media,
         "write_index": write_index,
         "mask": mask,
         "key_positions": key_positions,
         "logit_positions": np.tile(np.arange(width, dtype=np.int64), (count, 1)),
     }
+
+
+def _place(media: list[int], looks: list[int]) -> int:
+    """phi of what looks at these bank rows among a row's media, which they join unless they are there. 0: it looks at none."""
+    if not looks:
+        return 0
+    for start in range(len(media) - len(looks) + 1):
+        if media[start : start + len(looks)] == looks:
+            return start + len(looks)
+    media += looks
+    return len(media)

@@ -50,7 +50,7 @@ MAX_TOKENS_AT_ONCE = 512
 _IDLE_SECONDS = 1.0
 _COUNTS = (
     "finished", "failed", "cancelled", "steps", "prompt_tokens", "reused_tokens", "generated_tokens", "media_encoded",
-    "media_reused",
+    "media_reused", "shared_rows",
 )  # fmt: skip
 _log = logging.getLogger(__name__)
 _ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
@@ -64,6 +64,7 @@ class EngineStats:
     waiting, running: requests. rows, bank_rows: how many there are, `..._in_use` of them by running requests.
     failed_in_a_row: actions that failed since a step succeeded; a backend that is broken raises it with each request.
     The rest are counts since the start. steps: decoder calls that decode. generated_tokens: steps of each request, however many branches.
+    shared_rows: requests that were given a place in another's row.
     """
 
     waiting: int
@@ -84,6 +85,7 @@ class EngineStats:
     generated_tokens: int
     media_encoded: int
     media_reused: int
+    shared_rows: int
 
 
 class Engine:
@@ -167,6 +169,7 @@ class Engine:
         return self.submit_search(
             request,
             search,
+            steps=limit,
             cost=len(request.token_ids) + search.width * limit,
             caller=caller,
             deadline=deadline,
@@ -177,14 +180,21 @@ class Engine:
         )
 
     def submit_search(
-        self, request: Prepared, search: Search, *, cost: int = 0, timings: Timings | None = None, **rest: Any
+        self,
+        request: Prepared,
+        search: Search,
+        *,
+        steps: int | None = None,
+        cost: int = 0,
+        timings: Timings | None = None,
+        **rest: Any,
     ) -> Ticket[Outcome]:
-        """As `submit`, with a search that is given. It must end before the request's slots do."""
+        """As `submit`, with a search that is given. It must end before the request's slots do. steps: after which it ends at the latest."""
         self.check(request, search.width)
         ticket: Ticket[Outcome] = Ticket(self._revoke, timings or Timings())
 
         def job(**settings: Any) -> Job:
-            return Generating(search, self.config.tokens.reset, request, ticket, cost=cost, **settings)
+            return Generating(search, steps, self.config.tokens.reset, request, ticket, cost=cost, **settings)
 
         return self._submit(ticket, job, **rest)
 
@@ -258,7 +268,7 @@ class Engine:
             waiting=max(0, loop.size - running),
             running=running,
             rows=self.rows,
-            rows_in_use=running,
+            rows_in_use=sum(row.busy for row in loop.cache.rows),
             bank_rows=loop.bank.capacity,
             bank_rows_in_use=loop.bank.pinned,
             bank_rows_filled=loop.bank.filled,

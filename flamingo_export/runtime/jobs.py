@@ -3,6 +3,8 @@
 Job          a prompt and its media on their way into a cache row
 Generating   then a search that chooses tokens, a decoding step at a time
 Scoring      then passes over candidate answers, all branches of one tree
+
+Requests whose prompts begin alike may have places in one row: each sees the beginning and what it wrote itself.
 """
 
 from __future__ import annotations
@@ -20,12 +22,14 @@ from flamingo_export.runtime.request import Prepared
 from flamingo_export.runtime.scheduler import Entry
 from flamingo_export.runtime.search import Search, Step
 from flamingo_export.runtime.ticket import Ticket, Tokens
-from flamingo_export.runtime.tree import BeamTree, Ints
+from flamingo_export.runtime.tree import BeamTree, Ints, Mask
 from flamingo_reference.phi import phi_after
 
 if TYPE_CHECKING:
-    from flamingo_export.runtime.cache import Row
+    from flamingo_export.runtime.cache import Row, Seat
 
+WHOLE_ROW = 1 << 62
+"""Slots of a request that nobody knows the length of: it shares no row."""
 clock = time.perf_counter
 
 
@@ -61,8 +65,10 @@ class Job(Entry):
             cost=cost, caller=caller, deadline=deadline, media={medium.digest: medium.rows for medium in request.media}
         )
         self.request, self.ticket, self.group, self.timings = request, ticket, group, ticket.timings
-        self.row: Row
-        """Of the cache, once it is admitted."""
+        self.seat: Seat | None = None
+        """In a row of the cache, once it is admitted."""
+        self.seen: Mask | None = None
+        """Slots of its prompt that are in the cache, bool [C], from its first chunk on."""
         self.admitted = False
         self.events = events
         self.chosen = 0
@@ -73,9 +79,52 @@ class Job(Entry):
         self._looked = clock()
 
     @property
+    def row(self) -> Row:
+        """The cache's row that it is in."""
+        assert self.seat is not None
+        return self.seat.row
+
+    @property
+    def columns(self) -> int:
+        """Branches of its decoding steps, 0 where it has none."""
+        return 0
+
+    @property
+    def slots(self) -> int:
+        """Slots of a row that it takes at most, its whole prompt among them."""
+        raise NotImplementedError
+
+    @property
+    def steps(self) -> int:
+        """Decoding steps at most."""
+        return 0
+
+    @property
     def num_candidates(self) -> int | None:
         """Best tokens wanted after the prompt, None for the logits of the whole vocabulary."""
         return None
+
+    def settle(self, shared: int) -> None:
+        """Its row is known, whose first `shared` slots hold the beginning of its prompt."""
+        self.done = shared
+        self.seen = np.zeros(len(self.row.key_positions), np.bool_)
+        self.seen[:shared] = True
+
+    def place(self, count: int) -> None:
+        """The next positions of the prompt are about to be written to the row's next slots."""
+        row = self.row
+        row.key_positions[row.used : row.used + count] = np.arange(self.done, self.done + count)
+
+    def commit_prompt(self, count: int) -> None:
+        """After they were: they are seen from now on."""
+        assert self.seat is not None
+        assert self.seen is not None
+        row, slot, start = self.seat.row, self.seat.row.used, self.done
+        self.seen[slot : slot + count] = True
+        self.seat.take(count)
+        self.done += count
+        if slot == start == len(row.held):  # the row's beginning goes on without a gap
+            row.held = self.request.keys[: self.done]
 
     def elapsed(self) -> float:
         """Seconds since this was asked last."""
@@ -91,20 +140,19 @@ class Job(Entry):
         return self.media_rows[first - 1 : last] if last else self.media_rows[:0]
 
 
-def _some(rows: Ints) -> Ints:
-    """Bank rows, one at least: a call names one for each request, looked at or not."""
-    return rows if len(rows) else np.zeros(1, np.int64)
-
-
 class Generating(Job):
     """A request whose tokens a search chooses."""
 
-    def __init__(self, search: Search, reset: int | None, request: Prepared, ticket: Ticket[Any], **rest: Any) -> None:
-        """reset: after this token a branch sees no medium."""
+    def __init__(
+        self, search: Search, steps: int | None, reset: int | None, request: Prepared, ticket: Ticket[Any], **rest: Any
+    ) -> None:
+        """steps: that it decodes at most, None where that is not known. reset: after this token a branch sees no medium."""
         super().__init__(request, ticket, **rest)
         self.search = search
         self.width = search.width
-        self._reset = reset
+        self.column = 0
+        """Of its first branch in its row's columns of the present step."""
+        self._steps, self._reset = steps, reset
         self._logit_positions = np.arange(self.width, dtype=np.int64)[None]
         self._given: list[int] = []
 
@@ -112,11 +160,27 @@ class Generating(Job):
     def num_candidates(self) -> int | None:
         return self.search.num_candidates
 
+    @property
+    def columns(self) -> int:
+        return self.width
+
+    @property
+    def steps(self) -> int:
+        return self._steps or 0
+
+    @property
+    def slots(self) -> int:
+        return WHOLE_ROW if self._steps is None else len(self.request.token_ids) + self._steps * self.width
+
+    @property
+    def looked_at(self) -> Ints:
+        """Bank rows that its steps look at."""
+        return self.looks(self._reset)
+
     def start(self) -> None:
         """The prompt is in the cache: branches begin behind it."""
-        visible = np.zeros(len(self.row.key_positions), np.bool_)
-        visible[: self.done] = True
-        self.tree = BeamTree(visible, self.done, self.width)
+        assert self.seen is not None
+        self.tree = BeamTree(self.seen, self.done, self.width)
         self.sees = self.looks(self._reset)
         self.tokens: Ints = np.zeros(self.width, np.int64)
         self.phi: Ints = np.full(self.width, len(self.sees), np.int64)
@@ -130,11 +194,12 @@ class Generating(Job):
         # A branch that has come to the reset sees no medium from then on.
         self._following = self.phi if self._reset is None else np.where(step.tokens == self._reset, 0, self.phi)
 
-    def take_slots(self) -> None:
-        """The tokens chosen get the next slots of the row."""
-        row, tree = self.row, self.tree
-        tree.step(self._parents, row.used)
-        row.key_positions[row.used : row.used + self.width] = tree.position
+    def take_slots(self, column: int) -> None:
+        """The tokens chosen get slots of the row, behind those of `column` other branches that are in it."""
+        self.column = column
+        first = self.row.used + column
+        self.tree.step(self._parents, first)
+        self.row.key_positions[first : first + self.width] = self.tree.position
 
     def feeds(self, capacity: int) -> dict[str, Array]:
         """Inputs of a decoder call for this request alone."""
@@ -153,7 +218,8 @@ class Generating(Job):
 
     def commit(self) -> None:
         """After the step was run: its slots are kept."""
-        self.row.used += self.width
+        assert self.seat is not None
+        self.seat.take(self.width)
         self.tree.commit()
 
     def news(self) -> list[Tokens]:
@@ -200,8 +266,15 @@ class Scoring(Job):
 
     @property
     def slots(self) -> int:
-        """Slots that the next pass takes behind the prompt."""
-        return sum(len(self._candidates[index]) - 1 for index in self._groups[0])
+        return len(self.request.token_ids) + max((self._tokens_of(group) for group in self._groups), default=0)
+
+    @property
+    def pass_slots(self) -> int:
+        """Slots that the next pass writes, and nobody reads afterwards."""
+        return self._tokens_of(self._groups[0])
+
+    def _tokens_of(self, group: Sequence[int]) -> int:
+        return sum(len(self._candidates[index]) - 1 for index in group)
 
     def start(self, scores: Scores) -> None:
         """Takes the logits [1, V] after the prompt: of each candidate's first token."""
@@ -212,27 +285,28 @@ class Scoring(Job):
 
     def feeds(self, capacity: int) -> dict[str, Array]:
         """Inputs of the next pass."""
-        group, prompt = self._groups[0], self.done
+        group, prompt, slot = self._groups[0], self.done, self.row.used
         lengths = [len(self._candidates[index]) - 1 for index in group]
         token_ids = np.concatenate([np.asarray(self._candidates[index][:-1], np.int64) for index in group])
         total = len(token_ids)
         depth = np.concatenate([np.arange(length) for length in lengths])
         branch = np.repeat(np.arange(len(lengths)), lengths)
         mask = np.zeros((1, 1, total, capacity), np.bool_)
-        mask[..., :prompt] = True
-        own = mask[0, 0, :, prompt : prompt + total]
+        assert self.seen is not None
+        mask[..., :slot] = self.seen[:slot]
+        own = mask[0, 0, :, slot : slot + total]
         own[:] = (branch[:, None] == branch) & (depth <= depth[:, None])
         # A position sees the prompt's medium unless the reset stands before it in its own branch.
         ended = (own & (token_ids == self._reset) & (depth < depth[:, None])).any(axis=1)
         key_positions = self.row.key_positions[None, :capacity].copy()
-        key_positions[0, prompt : prompt + total] = prompt + depth
+        key_positions[0, slot : slot + total] = prompt + depth
         return {
             "token_ids": token_ids[None],
             "positions": (prompt + depth)[None],
             "media_rows": _some(self.sees)[None],
             "phi": np.where(ended, 0, len(self.sees))[None].astype(np.int64),
             "first_media": np.where(ended, 0, min(1, len(self.sees)))[None].astype(np.int64),
-            "write_index": np.array([prompt], np.int64),
+            "write_index": np.array([slot], np.int64),
             "mask": mask,
             "key_positions": key_positions,
             "logit_positions": np.arange(total, dtype=np.int64)[None],
@@ -245,6 +319,11 @@ class Scoring(Job):
         found = iter(_logprobs(whole(scores), np.arange(len(wanted)), wanted, self._banned))
         for index in group:
             self.results[index] += [next(found) for _ in self._candidates[index][1:]]
+
+
+def _some(rows: Ints) -> Ints:
+    """Bank rows of a call, of which there is always one."""
+    return rows if len(rows) else np.zeros(1, np.int64)
 
 
 def _logprobs(logits: Array, rows: Array, tokens: Array, banned: Sequence[int]) -> list[float]:

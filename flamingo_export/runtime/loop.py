@@ -102,8 +102,7 @@ class Loop:
         self._planned = []
         self.schedule = Schedule(rows=len(self.cache.rows), bank_rows=self.bank.capacity)
         self.bank.unpin_all()
-        for row in self.cache.rows:
-            self.cache.release(row)
+        self.cache.clear()
 
     # Requests come and go.
 
@@ -136,14 +135,21 @@ class Loop:
         self.schedule.admit(job)
         media = job.request.media
         missing = self.bank.pin(media)
-        job.row, job.done = self.cache.take(job.request.keys)
         job.admitted = True
+        job.seat = self.cache.take(job.request.keys, slots=job.slots, columns=job.columns)
         job.timings.media_encoded += len(missing)
         job.timings.media_reused += len(job.media) - len(missing)
         job.timings.prompt_tokens += len(job.request.token_ids)
-        job.timings.reused_tokens += job.done
-        self.counts.update(media_encoded=len(missing), media_reused=len(job.media) - len(missing), reused_tokens=job.done)
+        self.counts.update(media_encoded=len(missing), media_reused=len(job.media) - len(missing))
         check_phi(job.request.phi, job.request.num_media)
+
+    def _settle(self, job: Job) -> None:
+        """A prompt's turn has come: those before it may have computed its beginning by now, and it may share a row with them."""
+        assert job.seat is not None
+        looks = job.looked_at.tolist() if isinstance(job, Generating) else ()
+        job.settle(self.cache.settle(job.seat, job.request.keys, slots=job.slots, looks=looks, steps=job.steps))
+        job.timings.reused_tokens += job.done
+        self.counts.update(reused_tokens=job.done, shared_rows=len(job.row.seats) > 1)
 
     def _leave(self, job: Job, error: BaseException | None, *, finished: bool = False) -> None:
         """A request ends: with an error, cancelled (None), or finished. What it used is free."""
@@ -152,7 +158,8 @@ class Loop:
         self.counts["finished" if finished else "cancelled" if error is None else "failed"] += 1
         if job.admitted:
             self.bank.unpin(job.request.media)
-            self.cache.release(job.row)
+        if job.seat is not None:
+            self.cache.release(job.seat)
         self.schedule.leave(job)
         group = job.group
         if group is not None:
@@ -169,7 +176,7 @@ class Loop:
         """Requests fail; all that have rows do, if the cache was lost while it was to grow."""
         if self.cache.lost:
             self.cache.lost = False
-            jobs = [*jobs, *(job for job in self._jobs.values() if job.admitted)]
+            jobs = [*jobs, *(job for job in self._jobs.values() if job.seat is not None)]
         self.failed_in_a_row += 1
         for job in jobs:
             self._leave(job, error)
@@ -215,23 +222,25 @@ class Loop:
 
     def prefill(self, job: Job) -> Scores | None:
         """The next chunk of a prompt; after the last one the candidates [1, n] or logits [1, V] of what follows, else None."""
+        if job.seen is None:
+            self._settle(job)
+        assert job.seen is not None
         request, row, start = job.request, job.row, job.done
         assert job.media_rows is not None
         stop = min(start + self.limits.chunk, len(request.token_ids))
         first = None if request.first is None else request.first[start:stop]
         count = looking_at(request.phi[start:stop], first, job.media_rows, self.decoder.largest.get("M"))
         stop, ends = start + count, start + count == len(request.token_ids)
-        self.cache.reserve(row.index + 1, stop)
+        self.cache.reserve(row.index + 1, row.used + count)
         self.cache.bind(row.index, 1)
-        visible = np.zeros(self.cache.capacity, np.bool_)
-        visible[:start] = True
+        job.place(count)
         feeds = chunk_feeds(
             request.token_ids[start:stop],
             request.phi[start:stop],
             job.media_rows,
             position=start,
             slot=row.used,
-            visible=visible,
+            visible=job.seen[: self.cache.capacity],
             key_positions=row.key_positions[: self.cache.capacity],
             # Logits cost a product with the whole vocabulary, so none are asked for until a prompt ends.
             logits=np.array([count - 1], np.int64) if ends else NONE,
@@ -239,13 +248,12 @@ class Loop:
         )
         scores = run_decoder(self.decoder, self.bank.narrowed(feeds), job.num_candidates)
         self.counts["prompt_tokens"] += count
-        job.done = row.used = stop
-        row.held = request.keys[:stop]
+        job.commit_prompt(count)
         return scores[0] if ends else None
 
     def score(self, job: Scoring) -> None:
         """The next pass over a request's candidate answers."""
-        self.cache.reserve(job.row.index + 1, job.done + job.slots)
+        self.cache.reserve(job.row.index + 1, job.row.used + job.pass_slots)
         self.cache.bind(job.row.index, 1)
         job.take(run_decoder(self.decoder, self.bank.narrowed(job.feeds(self.cache.capacity)), None)[0])
 
@@ -260,9 +268,8 @@ class Loop:
                 self._fail(call.jobs, error)
                 continue
             for job in call.jobs:
-                place = job.row.index - call.first
                 try:
-                    self.choose(job, scores[place] if call.width == job.width else scores[place, : job.width])
+                    self.choose(job, call.of(job, scores))
                 except Exception as error:
                     self._leave(job, error)
         self.schedule.decoded()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from flamingo_export.backends.tensorrt.lowering.shapes import Bounds, profiles, shape_of, symbols
@@ -37,6 +38,16 @@ def test_steps_are_tuned_for_one_row_a_few_and_the_most(tiny_config, batch, rows
     assert [profile.bounds["B"].most for profile in decoding] == [max(usual, min(batch, 2)) for usual in rows]
 
 
+def test_shared_rows_have_a_profile_of_their_own(tiny_config):
+    limits = msgspec.structs.replace(LIMITS, branches=24, branch_media=5)
+    prefill, shared, *narrower = profiles(subgraph_specs(tiny_config)["decoder"], limits)
+    assert shared.name == "decode.shared"
+    assert shared.bounds == {
+        "B": Bounds(1, 1, 4), "S": Bounds(1, 24, 24), "M": Bounds(1, 5, 5), "K": Bounds(1, 24, 24), "N": Bounds(1, 16, 16)
+    }  # fmt: skip
+    assert (prefill, *narrower) == profiles(subgraph_specs(tiny_config)["decoder"], LIMITS)
+
+
 def test_a_part_has_the_symbols_it_uses(tiny_config):
     spec = decoder_spec(tiny_config, range(1, 2), name="decoder.1")
     assert symbols(spec) == {"B", "S"}
@@ -66,6 +77,7 @@ def test_shapes_come_from_one_table():
         (ShapeLimits(max_length=64, chunk=64), "leaves no room beside a chunk of 64"),
         (ShapeLimits(max_length=300, batch=0), "batch is 0"),
         (ShapeLimits(max_length=8, chunk=4, beams=9), "or 9 beams"),
+        (ShapeLimits(max_length=24, chunk=4, branches=24), "beside 24 branches of a shared row"),
     ],
 )
 def test_limits_that_contradict_each_other(tiny_config, limits, said):

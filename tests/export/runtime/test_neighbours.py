@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -14,6 +15,7 @@ from hash_model import Whole, hash_engines, logits_of
 
 from flamingo_export.bundle.manifest import ShapeLimits
 from flamingo_export.errors import DeadlineExceeded
+from flamingo_export.runtime.cache import Sharing
 from flamingo_export.runtime.engine import Engine
 from flamingo_export.runtime.loop import Outcome
 from flamingo_export.runtime.media import Medium
@@ -95,6 +97,10 @@ def scores_alone(request: Prepared, candidates: Sequence[Sequence[int]]) -> list
     return found
 
 
+class BrokenDecoder(Exception):
+    """What a decoder may come up with."""
+
+
 class Schedule:
     """A random one, from a seed."""
 
@@ -104,23 +110,52 @@ class Schedule:
         self.limits = ShapeLimits(
             max_length=rng.choice([24, 40, 64]), chunk=rng.choice([1, 4, 16]), bank_rows=rng.randint(2, 6)
         )
+        self.alike = rng.random() < 0.5
+        """Whether most begin with the same shots, so that rows are shared."""
+        if self.alike:
+            self.limits = msgspec.structs.replace(
+                self.limits,
+                max_length=rng.choice([64, 120, 160]),
+                branches=rng.choice([1, 4, 8]),
+                branch_media=rng.randint(1, 2),
+                bank_rows=6,
+            )
         largest = rng.choice([{}, {}, {"M": 1}, {"B": 8, "S": 16, "K": 16, "M": 2, "C": self.limits.max_length}])
         engines = hash_engines(largest)
+        reads_bound_media = True
         if config.sees_groups:
             self.limits = msgspec.structs.replace(
                 self.limits, bank_rows=rng.choice([8, 12, 20]), max_tiles=rng.choice([4, 8, 20])
             )
-            bounded = {"B": 8, "S": 16, "K": 16, "M": self.limits.max_tiles, "C": self.limits.max_length}
-            engines = hash_engines(rng.choice([{}, {}, bounded]), reads_bound_media=rng.random() < 0.7)
-        self.engine = Engine(engines, config, self.limits, rows=rng.randint(1, 8), clock=lambda: self.now)
+            bounded = {"B": 8, "S": 16, "K": 16, "M": 2 * self.limits.max_tiles, "C": self.limits.max_length}
+            largest, reads_bound_media = rng.choice([{}, {}, bounded]), rng.random() < 0.7
+        engines = hash_engines(largest, reads_bound_media=config.sees_groups and reads_bound_media)
+        rows = rng.randint(4 if self.alike else 1, 8)
+        self.engine = Engine(engines, config, self.limits, rows=rows, clock=lambda: self.now)
+        cache = self.engine.loop.cache
+        if "S" not in largest:
+            cache.sharing = Sharing(media=largest.get("M"), dense=rng.random() < 0.3)
+        if rng.random() < 0.2:
+            engines.decoder.run = self.failing(engines.decoder.run)  # type: ignore[method-assign]
         self.now = 0.0
         self.usual = rng.choice([None, None, {"beams": 1}, {"beams": 3}])
         """What most ask for, so that many rows of one width decode side by side."""
         self.full = rng.choice([0.05, 0.3])
         self.beginnings = [self.tokens(rng.randint(1, 12)) for _ in range(3)]
+        self.shots = [IMAGE, *rng.choices(range(10, 20), k=rng.randint(2, 12)), IMAGE, *rng.choices(range(10, 20), k=3)]
         self.tickets: list[tuple[Ticket[Outcome], Prepared, GenerateOptions]] = []
         self.scores: list[tuple[Ticket[list[list[float]]], Prepared, list[list[int]]]] = []
         self.given_up: set[int] = set()
+
+    def failing(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """A decoder that fails now and then."""
+
+        def or_not(*args: Any, **rest: Any) -> Any:
+            if self.rng.random() < 0.05:
+                raise BrokenDecoder
+            return run(*args, **rest)
+
+        return or_not
 
     def tokens(self, count: int) -> list[int]:
         """Words, images, and now and then the token after which no medium is seen."""
@@ -131,6 +166,15 @@ class Schedule:
         rng = self.rng
         room = self.limits.max_length - 1
         ids = [1, *rng.choice(self.beginnings), *self.tokens(rng.choice([0, 1, 3, 8]))][:room]
+        if self.alike and rng.random() < 0.8:
+            if self.config.sees_groups:
+                return self.grouped([1, *self.shots, *self.tokens(rng.choice([0, 1, 2, 6]))][:room], len(self.shots))
+            shots, own = self.shots, self.tokens(rng.choice([0, 1, 2, 6]))
+            pool = rng.sample(MEDIA[2:], 2)
+            ids = [1, *shots, *own][:room]
+            shown = sum(token == IMAGE for token in ids)
+            media = [*MEDIA[: sum(token == IMAGE for token in shots)], *(rng.choice(pool) for _ in ids)]
+            return prepared(ids, media[:shown])
         if rng.random() < self.full:
             ids = (ids + self.tokens(room))[: room - rng.choice([0, 0, 1, 4])]  # which fills the cache, or nearly
         if self.config.sees_groups:
@@ -140,12 +184,15 @@ class Schedule:
         media = [(MEDIA if first else pool)[index % min(len(pool), 2)] for index, _ in enumerate(t for t in ids if t == IMAGE)]
         return prepared(ids, media)
 
-    def grouped(self, ids: list[int]) -> Prepared:
-        """The prompt with one or two images of tiles, with so few image tokens side by side that their tiles are within the limit."""
-        pool = self.rng.sample(TILED, 2)
+    def grouped(self, ids: list[int], shots: int = 0) -> Prepared:
+        """The prompt with one or two images of tiles, with so few image tokens side by side that their tiles are within the limit.
+
+        shots: positions in which it is always the same image.
+        """
+        pool = [TILED[0], self.rng.choice(TILED[1:])] if shots else self.rng.sample(TILED, 2)
         kept, media, tiles = [], [], 0
-        for token in ids:
-            medium = self.rng.choice(pool)
+        for place, token in enumerate(ids):
+            medium = TILED[0] if place <= shots else self.rng.choice(pool)
             tiles = 0 if token != IMAGE else tiles + medium.rows
             if token == IMAGE and tiles > self.limits.max_tiles:
                 token, tiles = 10, 0
@@ -171,7 +218,7 @@ class Schedule:
         room = (self.limits.max_length - len(request.token_ids)) // width
         if room < 1:
             settings, room = {"beams": 1}, 1
-        return GenerateOptions(max_new_tokens=min(room, rng.choice([1, 3, 9, 99])), **settings)
+        return GenerateOptions(max_new_tokens=min(room, rng.choice([1, 3, 9, 9 if self.alike else 99])), **settings)
 
     def submit(self) -> None:
         rng, request = self.rng, self.request()
@@ -188,11 +235,12 @@ class Schedule:
 
     def run(self) -> None:
         rng, loop = self.rng, self.engine.loop
-        for _ in range(rng.randint(3, 14)):
+        for _ in range(rng.randint(8, 14) if self.alike else rng.randint(3, 14)):
             self.submit()
-            for _ in range(rng.choice([0, 1, 5, 20])):
+            for _ in range(rng.choice([0, 0, 1, 5] if self.alike else [0, 1, 5, 20])):
                 self.now += 1.0
                 loop.tick()
+                self.check_rows()
             if rng.random() < 0.15 and self.tickets:
                 index = rng.randrange(len(self.tickets))
                 if not self.tickets[index][0].done:
@@ -200,6 +248,18 @@ class Schedule:
                     loop.revoked.append(self.tickets[index][0])
         while loop.tick():
             self.now += 1.0
+            self.check_rows()
+
+    def check_rows(self) -> None:
+        """Nobody is in a row that cannot finish there, and an engine's bounds are kept."""
+        cache = self.engine.loop.cache
+        for row in cache.rows:
+            assert row.promised <= self.limits.max_length
+            assert all(seat.left >= 0 for seat in row.seats)
+            if len(row.seats) > 1:
+                bounds = cache.sharing
+                assert sum(seat.columns for seat in row.seats) <= (bounds.columns or 99)
+                assert len({medium for seat in row.seats for medium in seat.looks}) <= (bounds.media or 99)
 
     def check(self) -> None:
         for index, (ticket, request, options) in enumerate(self.tickets):
@@ -210,12 +270,16 @@ class Schedule:
                 continue
             try:
                 found = ticket.result().hypotheses
-            except DeadlineExceeded:
+            except (DeadlineExceeded, BrokenDecoder):
                 continue
             limit = self.engine.new_tokens(request, options)
             assert found == alone(request, options.search(self.config, limit)), (index, options)
         for scores, request, candidates in self.scores:
-            for mine, theirs in zip(scores.result(), scores_alone(request, candidates), strict=True):
+            try:
+                found = scores.result()
+            except BrokenDecoder:
+                continue
+            for mine, theirs in zip(found, scores_alone(request, candidates), strict=True):
                 np.testing.assert_allclose(mine, theirs, rtol=0, atol=2e-6)
         stats = self.engine.stats()
         assert (stats.waiting, stats.running, stats.rows_in_use, stats.bank_rows_in_use) == (0, 0, 0, 0)
@@ -238,11 +302,15 @@ def test_random_schedules_about_images_of_tiles(part: int, groups: ModelConfig, 
 def run_schedules(part: int, config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flamingo_export.runtime.cache.BUCKET", 4)
     monkeypatch.setattr("flamingo_export.runtime.cache.LEAST_COPY", 2)
+    monkeypatch.setattr("flamingo_export.runtime.cache.COMPUTED", 1)
+    shared = 0
     for seed in range(part, SCHEDULES, PARTS):
         schedule = Schedule(seed, config)
-        schedule.run()
         try:
+            schedule.run()
             schedule.check()
         except BaseException as error:
             error.add_note(f"schedule {seed}")
             raise
+        shared += schedule.engine.stats().shared_rows
+    assert shared > SCHEDULES / PARTS / 4

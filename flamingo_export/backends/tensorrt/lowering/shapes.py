@@ -15,6 +15,8 @@ from flamingo_export.specs import SubgraphSpec, TensorSpec
 CAPACITY = "C"
 DECODE = "decode"
 """Profiles of decoding steps begin with it: `decode.8` is for up to 8 rows."""
+SHARED = "shared"
+"""`decode.shared` is for rows that several requests share."""
 _TILES_OF_AN_IMAGE = 4
 """That kernels are chosen for, where positions see ranges of media."""
 
@@ -52,6 +54,7 @@ def profiles(spec: SubgraphSpec, limits: ShapeLimits) -> tuple[Profile, ...]:
             "prefill": {"B": batch, "S": Bounds(1, chunk, chunk), "M": Bounds(1, usual, media), "K": Bounds(1, 1, chunk)},
             # At least two rows: TensorRT for RTX 1.7 does not compile some attentions (grouped heads, a part of a head turned) in a profile
             # in which the batch can only be one, beside others in which it varies.
+            **_shared(limits, batch, tiles),
             **{
                 f"{DECODE}.{rows}": {"B": Bounds(1, rows, min(limits.batch, max(rows, 2))), **steps}
                 for rows in reversed(decode_batches(limits.batch))
@@ -75,6 +78,15 @@ def profiles(spec: SubgraphSpec, limits: ShapeLimits) -> tuple[Profile, ...]:
     )
 
 
+def _shared(limits: ShapeLimits, batch: Bounds, tiles: int) -> dict[str, dict[str, Bounds]]:
+    """The profile of steps in which several requests share a row, where there is one; it comes before those of the narrower steps."""
+    if limits.branches == 1:
+        return {}
+    columns = Bounds(1, limits.branches, max(limits.branches, limits.beams))
+    media = max(min(limits.branch_media * tiles, limits.bank_rows), tiles)
+    return {f"{DECODE}.{SHARED}": {"B": batch, "S": columns, "M": Bounds(1, media, media), "K": columns}}
+
+
 def decode_batches(most: int) -> tuple[int, ...]:
     """Rows of a step that kernels are chosen for: one, a small batch, the largest."""
     return (*(rows for rows in (1, 8) if rows < most), most)
@@ -96,5 +108,7 @@ def check_limits(limits: ShapeLimits) -> None:
     faults = [f"{name} is {value}, expected at least 1" for name, value in msgspec.structs.asdict(limits).items() if value < 1]
     if limits.max_length <= max(limits.chunk, limits.beams):
         faults.append(f"max_length {limits.max_length} leaves no room beside a chunk of {limits.chunk} or {limits.beams} beams")
+    if limits.max_length <= limits.branches and limits.branches > 1:
+        faults.append(f"max_length {limits.max_length} leaves no room beside {limits.branches} branches of a shared row")
     if faults:
         raise BuildError("no engine can have these limits: " + "; ".join(faults))
