@@ -277,5 +277,5 @@ def default_limits(config: ModelConfig) -> ShapeLimits:
         bank_rows=bank_rows,
         max_tiles=most,
         branch_media=BRANCH_TILED,
-        frames=1,  # an image is encoded by itself
+        frames=2,  # images are encoded one by one
     )

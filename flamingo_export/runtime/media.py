@@ -46,7 +46,11 @@ def load_medium(source: MediumSource, config: ModelConfig, fit: ImageFit = "pad"
 
 
 def medium_of(frames: Iterable[Pixels], config: ModelConfig, fit: ImageFit = "pad") -> Medium:
-    """The medium of decoded frames, uint8 RGB [H, W, 3] each; they are taken one at a time, so that large ones are not held together."""
+    """The medium of decoded frames, uint8 RGB [H, W, 3] each; they are taken one at a time, so that large ones are not held together. Of a model
+    that takes tiles it is one frame, an image."""
+    if config.tiled is not None:
+        (image,) = frames
+        return _tiled(image, config, config.tiled)
     digest = hashlib.sha256()
     prepared = []
     for frame in frames:

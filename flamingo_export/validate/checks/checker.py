@@ -35,7 +35,7 @@ from flamingo_export.validate.expected.cases import (
 )
 from flamingo_export.validate.expected.golden import Goldens
 from flamingo_export.validate.expected.media import MediaFormat
-from flamingo_export.validate.expected.oracle import encoder_feeds, fed_positions, resampler_feeds
+from flamingo_export.validate.expected.oracle import encoder_feeds, features_of_media, fed_positions, resampler_feeds
 from flamingo_export.validate.expected.plan import plan_case
 from flamingo_export.validate.report.parity_report import LayerPoint, Level, Row
 from flamingo_export.validate.tolerances import PRICES, Tolerance, coarsest, logits_tolerance, tolerance
@@ -155,7 +155,7 @@ class Checker:
 
     def _end_to_end_latents(self, session: Session, features: AnyArray) -> AnyArray | None:
         with self._guarded("end_to_end", END_TO_END_CASE, "resampler"):
-            latents = session.run(resampler_feeds(self.config, features[:, None]))["latents"]
+            latents = session.run(resampler_feeds(self.config, features_of_media(self.config, features)))["latents"]
             self._gate("end_to_end", END_TO_END_CASE, "resampler", "latents", latents, kind="resampler")
             return latents
         return None

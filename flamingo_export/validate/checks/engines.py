@@ -15,7 +15,7 @@ from flamingo_export.bundle.manifest import GraphRecord, Manifest
 from flamingo_export.errors import ParityError
 from flamingo_export.specs import gated_in
 from flamingo_export.validate.checks.compare import AnyArray
-from flamingo_export.validate.expected.cases import DecoderCase
+from flamingo_export.validate.expected.cases import DecoderCase, image_rows
 from flamingo_export.validate.expected.media import MediaFormat
 from flamingo_export.validate.expected.plan import Plan
 from flamingo_reference.config import ModelConfig
@@ -36,7 +36,7 @@ class StageResult(msgspec.Struct, frozen=True, kw_only=True):
 def bank_of(config: ModelConfig, case: DecoderCase, media: MediaFormat, encoded: Mapping[str, AnyArray] | None) -> Bank:
     """The bank that a case's requests share: drawn, or what the engine's media_kv made of the end-to-end case's frames."""
     if not case.from_pixels:
-        return lambda i: media.drawn(config, i, case.bank_rows)
+        return lambda i: media.drawn(config, i, image_rows(config, case.bank_rows - 1).stop)
     if encoded is None:
         raise ParityError(f"case {case.name!r} needs encoded frames, and the encoders failed")
     return lambda i: (encoded[f"media_k.{i}"], encoded[f"media_v.{i}"])

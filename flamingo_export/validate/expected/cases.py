@@ -33,7 +33,8 @@ RESET_CASE = "the end of a text, then another image"
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """One batch row. `media` holds the bank row that each `<image>` of `tokens` shows, in order.
+    """One batch row. `media` holds the image that each `<image>` of `tokens` shows, in order: image n is bank row n, or where an image is
+    several tiles, the rows `image_rows(config, n)`.
 
     The first `prompt` tokens are prefilled, the others decoded one a call.
     """
@@ -54,7 +55,7 @@ class DecoderCase(msgspec.Struct, frozen=True, kw_only=True):
     """Requests that go through the decoder together.
 
     chunk: positions of one prefill call at most. keep_rows: rows whose prompt is used up stay in the batch as padding, instead of
-    leaving it. from_pixels: media are the frames of `pixels()`, encoded; else bank rows are drawn (`bank_rows` of them).
+    leaving it. from_pixels: media are the frames of `pixels()`, encoded; else the bank is drawn (`bank_rows` images of it).
     """
 
     name: str
@@ -77,6 +78,19 @@ class EncoderCase(msgspec.Struct, frozen=True, kw_only=True):
     lengths: tuple[int, ...] = ()
 
 
+def image_aspect(config: ModelConfig, image: int) -> int:
+    """Aspect-ratio id of image `image` of the cases; 0 where an image is one medium."""
+    return 0 if config.tiled is None else 1 + (5 * image + 1) % len(config.tiled.aspect_ratios)
+
+
+def image_rows(config: ModelConfig, image: int) -> range:
+    """Bank rows of image `image` of the cases."""
+    if config.tiled is None:
+        return range(image, image + 1)
+    counts = [config.tiled.num_tiles(image_aspect(config, each)) for each in range(image + 1)]
+    return range(sum(counts[:-1]), sum(counts))
+
+
 def phi_cases(config: ModelConfig) -> tuple[str, ...]:
     """Names of the cases of phi that a model's report must have."""
     return PHI_CASES if config.tokens.reset is None else (*PHI_CASES, RESET_CASE)
@@ -87,7 +101,9 @@ def encoder_cases(config: ModelConfig) -> tuple[EncoderCase, ...]:
     contrastive encoder."""
     embeddings = config.resampler.num_time_embeddings
     several = min(3, embeddings or 3)
-    videos = [EncoderCase(name=f"videos of {several} frames", subgraph="resampler", rows=2, frames=several)]
+    videos = []
+    if config.resampler.kind == "perceiver":
+        videos.append(EncoderCase(name=f"videos of {several} frames", subgraph="resampler", rows=2, frames=several))
     if embeddings:
         many = embeddings + 3
         name = f"a video of {many} frames (interpolated)"
@@ -121,7 +137,7 @@ def decoder_cases(config: ModelConfig) -> tuple[DecoderCase, ...]:
         make.case("no image", "ttttttt"),
         make.case("adjacent images", "tiiittt"),
         make.case("image last", "ttitti"),
-        make.case("32 images", make.many_images(32), bank_rows=32),
+        make.case("32 images", make.many_images(32), bank_rows=32 if config.tiled is None else 4),
         make.case("one image shown twice (A, B, A)", "ittittitt", media=[(0, 1, 0)]),
         make.case("a bank shared by requests", "itittt", "itttit", media=[(2, 0), (0, 1)]),
         make.case("padding and batches of different lengths", "tit", "ititttittt", "ttiitt", keep_rows=True, chunk=4),

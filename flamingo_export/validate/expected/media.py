@@ -28,9 +28,9 @@ class MediaFormat:
         self._calibration = calibration
 
     def drawn(self, config: ModelConfig, i: int, rows: int) -> tuple[AnyArray, AnyArray]:
-        """media_k.i and media_v.i float32 [rows, Hx, R, Dx] of cases whose media are drawn; small enough for the bank."""
+        """media_k.i and media_v.i float32 [rows, G, R, Dx] of cases whose media are drawn; small enough for the bank."""
         block = config.cross_attention
-        shape = (BANK_ROWS, block.num_heads, config.resampler.num_latents, block.head_size)
+        shape = (BANK_ROWS, block.kv_heads, config.resampler.num_latents, block.head_size)
         k, v = (self._fitting(i, kind) * inputs.normal(f"bank/{kind}.{i}", shape)[:rows] for kind in "kv")
         return k, v
 

@@ -23,6 +23,8 @@ from flamingo_export.validate.expected.cases import (
     EncoderCase,
     decoder_cases,
     encoder_cases,
+    image_aspect,
+    image_rows,
 )
 from flamingo_export.validate.expected.golden import Goldens
 from flamingo_export.validate.expected.media import BANK_ROWS, FLOATS, MediaFormat
@@ -31,7 +33,6 @@ from flamingo_export.validate.expected.plan import Plan, plan_case
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.contrastive_config import ClassToken, Readout
 from flamingo_reference.names import pooled_width
-from flamingo_reference.phi import phi_from_tokens
 from flamingo_reference.time_weights import time_weights
 
 if TYPE_CHECKING:
@@ -45,6 +46,12 @@ def encoder_feeds(config: ModelConfig, case: EncoderCase) -> dict[str, AnyArray]
     """Inputs of a case of vision_encoder, resampler, media_kv or a tower."""
     vision, resampler, contrastive = config.vision, config.resampler, config.contrastive
     key = f"{case.subgraph}/{case.name}"
+    if case.subgraph == "vision_encoder" and config.tiled is not None:
+        aspects = [image_aspect(config, image) for image in range(case.rows)]
+        tiles = inputs.normal(key, (case.rows, config.tiled.max_tiles, 3, vision.image_size, vision.image_size))
+        for image, aspect in zip(tiles, aspects, strict=True):
+            image[config.tiled.num_tiles(aspect) :] = 0
+        return {"pixels": tiles, "aspect_ratio_ids": np.array(aspects, np.int64)}
     if case.subgraph == "vision_encoder":
         return {"pixels": inputs.normal(key, (case.rows, 3, vision.image_size, vision.image_size))}
     if case.subgraph == "resampler":
@@ -57,6 +64,15 @@ def encoder_feeds(config: ModelConfig, case: EncoderCase) -> dict[str, AnyArray]
         ids = np.asarray(drawn, np.int64).reshape(case.rows, -1)
         return {"token_ids": ids, "lengths": np.asarray(case.lengths, np.int64)}
     return {"latents": inputs.normal(key, (case.rows, resampler.num_latents, resampler.width))}
+
+
+def features_of_media(config: ModelConfig, features: Any) -> Any:
+    """Features [N, 1, P, E] of media that are images, of the vision encoder's for the cases' images, arrays or tensors: of images of tiles
+    those of the tiles that there are."""
+    if config.tiled is None:
+        return features[:, None]
+    places = [(image, tile) for image in range(len(features)) for tile in range(len(image_rows(config, image)))]
+    return features[[image for image, _ in places], [tile for _, tile in places]][:, None]
 
 
 def resampler_feeds(config: ModelConfig, features: AnyArray) -> dict[str, AnyArray]:
@@ -117,8 +133,8 @@ class _Recorder:
             by_subgraph.setdefault(case.subgraph, []).append(case)
         features: list[Tensor] = []
         for case in by_subgraph["vision_encoder"]:
-            pixels = torch.from_numpy(encoder_feeds(config, case)["pixels"])
-            features = self._vision(f"vision_encoder, {case.name}", pixels)
+            pixels, *aspects = (torch.from_numpy(array) for array in encoder_feeds(config, case).values())
+            features = self._vision(f"vision_encoder, {case.name}", pixels, *aspects)
         self.progress.advance(1)
         feeds = [encoder_feeds(config, case) for case in by_subgraph["resampler"]]
         # The end-to-end case: the encoder's own frames, as images.
@@ -127,7 +143,7 @@ class _Recorder:
 
         def resample(module: Any, chained: Tensor) -> list[Tensor]:
             found = [module(*(torch.from_numpy(array).to(chained) for array in feed.values())) for feed in feeds]
-            return [*found, module(chained[:, None], *(weights.to(chained) for weights in one))]
+            return [*found, module(features_of_media(config, chained), *(weights.to(chained) for weights in one))]
 
         wide, narrow = self.parts.stage("resampler", lambda m: resample(m, features[0]), lambda m: resample(m, features[1]))
         for case, one_wide, one_narrow in zip(by_subgraph["resampler"], wide, narrow, strict=False):
@@ -136,11 +152,13 @@ class _Recorder:
         self.latents = wide[-1], narrow[-1]
         self.progress.advance(1)
 
-    def _vision(self, name: str, pixels: Tensor) -> list[Tensor]:
+    def _vision(self, name: str, pixels: Tensor, *aspects: Tensor) -> list[Tensor]:
         """features, and `pooled` of a contrastive encoder, in fp64 and fp32."""
         contrastive = self.config.contrastive
         if contrastive is None:
-            wide, narrow = self.parts.stage("vision_encoder", lambda m: m(pixels.double()), lambda m: m(pixels))
+            wide, narrow = self.parts.stage(
+                "vision_encoder", lambda m: m(pixels.double(), *aspects), lambda m: m(pixels, *aspects)
+            )
         elif isinstance(contrastive.pooling, ClassToken):
             # The token is taken where the module itself puts it, hooks and all.
             def run(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -278,13 +296,15 @@ class _Recorder:
             self._put(f"media_kv, {kv_case.name}", f"media_{kind}.{i}", one_wide, one_narrow)
         return wides[0], narrows
 
-    def _phi(self, key: Key) -> tuple[Tensor, Tensor]:
+    def _phi(self, key: Key) -> list[Tensor]:
+        """media_rows, phi and, where positions see ranges of media, first_media of a sequence."""
         import torch
 
         sequence = self.plans[key[0]].sequences[key[1]]
-        phi = phi_from_tokens(np.asarray([sequence.tokens]), self.config.tokens.image, self.config.tokens.reset)
-        rows = np.asarray([sequence.media or (0,)], np.int64)
-        return torch.from_numpy(rows), torch.from_numpy(phi)
+        first, phi = sequence.seen(self.config)
+        rows = np.asarray(sequence.rows(self.config) or (0,), np.int64)
+        found = [rows, phi, first] if self.config.sees_groups else [rows, phi]
+        return [torch.from_numpy(array)[None] for array in found]
 
     def _pool(self) -> None:
         """PyTorch's error in the logits of drawn media: the largest of all cases, for each of them.

@@ -14,19 +14,33 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from flamingo_export.validate.expected.cases import BeamSteps, DecoderCase, Request
+from flamingo_export.validate.expected.cases import BeamSteps, DecoderCase, Request, image_rows
 from flamingo_export.validate.report.parity_report import Strip
 from flamingo_reference.config import ModelConfig
-from flamingo_reference.phi import phi_from_tokens
+from flamingo_reference.phi import media_ranges, phi_from_tokens
 
 Ints = npt.NDArray[np.int64]
 
 
 class TokenSequence(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens from position 0, with the bank row of each `<image>` among them."""
+    """Tokens from position 0, with the image that each `<image>` among them shows."""
 
     tokens: tuple[int, ...]
     media: tuple[int, ...]
+
+    def rows(self, config: ModelConfig) -> list[int]:
+        """Bank rows of all its media, in order."""
+        return [row for image in self.media for row in image_rows(config, image)]
+
+    def seen(self, config: ModelConfig) -> tuple[Ints, Ints]:
+        """(first, phi) [S]: each position sees its media first to phi, counted from 1; phi 0: none."""
+        ids = np.asarray([self.tokens])
+        if config.sees_groups:
+            counts = np.array([[len(image_rows(config, image)) for image in self.media]], np.int64)
+            first, phi = media_ranges(ids, config.tokens.image, counts)
+            return first[0], phi[0]
+        (phi,) = phi_from_tokens(ids, config.tokens.image, config.tokens.reset)
+        return phi, phi
 
 
 class Call(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,11 +98,10 @@ class _Planner:
     def __init__(self, config: ModelConfig, case: DecoderCase, largest: Mapping[str, int]) -> None:
         self.config, self.case = config, case
         self.bounded = "M" in largest
-        # Each position looks at one medium, so that a chunk looks at no more than it has positions.
-        self.chunk = min(case.chunk, largest.get("S", case.chunk), largest.get("M", case.chunk))
+        self.sequences = [TokenSequence(tokens=request.tokens, media=request.media) for request in case.requests]
+        self.chunk = min(case.chunk, largest.get("S", case.chunk), self._looking(largest.get("M", case.chunk)))
         self.steps: list[tuple[list[list[_Position]], bool]] = []
         """Rows of positions of each call, and whether it is a decoding call (M = 1)."""
-        self.sequences = [TokenSequence(tokens=request.tokens, media=request.media) for request in case.requests]
 
     def plan(self) -> Plan:
         self._prefill()
@@ -168,16 +181,21 @@ class _Planner:
                 row.append(_Position(sequence=index, position=prompt + step, token=beams.tokens[step][beam], sees=sees))
             self.steps.append(([row], True))
 
-    def _seen(self, at: _Position) -> int:
-        """phi of a position in its sequence."""
-        ids = self.config.tokens
-        return int(phi_from_tokens(np.asarray([self.sequences[at.sequence].tokens]), ids.image, ids.reset)[0, at.position])
+    def _looking(self, most: int) -> int:
+        """Positions that look at no more than `most` media together, whichever they are."""
+        spans = [int((phi - first).max()) + 1 for first, phi in (sequence.seen(self.config) for sequence in self.sequences)]
+        return max(1, most // max(spans))
+
+    def _seen(self, at: _Position) -> range:
+        """Numbers of the media that a position sees of its sequence's, from 1."""
+        first, phi = (bound[at.position] for bound in self.sequences[at.sequence].seen(self.config))
+        return range(first, phi + 1) if phi else range(0)
 
     def _media(self, row: list[_Position]) -> list[int]:
         """Numbers of the media that a prefill call names for a row: all of its request's, or where they are bounded those looked at."""
         if not self.bounded:
-            return list(range(1, len(self.sequences[row[0].sequence].media) + 1)) if row else []
-        return sorted({self._seen(at) for at in row} - {0})
+            return list(range(1, len(self.sequences[row[0].sequence].rows(self.config)) + 1)) if row else []
+        return sorted({number for at in row for number in self._seen(at)})
 
     def _call(self, rows: list[list[_Position]], decoding: bool, write: list[int], key_positions: Ints, slots: Ints) -> Call:
         """Feeds of one call; `key_positions` and `slots` are brought up to date in place."""
@@ -185,21 +203,17 @@ class _Planner:
         batch, width, capacity = len(rows), max(len(row) for row in rows), slots.shape[1]
         token_ids = np.full((batch, width), ids.pad, np.int64)
         positions = np.zeros((batch, width), np.int64)
-        phi = np.zeros((batch, width), np.int64)
+        first, phi = np.zeros((2, batch, width), np.int64)
         mask = np.zeros((batch, 1, width, capacity), np.bool_)
         origin = np.full((batch, width, 2), -1, np.int64)
-        media = [[] if decoding else self._media(row) for row in rows]
+        media = [list(self._seen(row[0])) if decoding and row else self._media(row) for row in rows]
         media_rows = np.zeros((batch, max(1, *map(len, media))), np.int64)
         for b, row in enumerate(rows):
             for s, at in enumerate(row):
-                sequence, seen = self.sequences[at.sequence], self._seen(at)
-                if decoding:
-                    phi[b, s] = min(seen, 1)
-                    if seen:
-                        media_rows[b, 0] = sequence.media[seen - 1]
-                else:
-                    phi[b, s] = media[b].index(seen) + 1 if seen else 0
-                    media_rows[b, : len(media[b])] = [sequence.media[number - 1] for number in media[b]]
+                numbers, bank = self._seen(at), self.sequences[at.sequence].rows(self.config)
+                if numbers:
+                    first[b, s], phi[b, s] = (media[b].index(number) + 1 for number in (numbers[0], numbers[-1]))
+                media_rows[b, : len(media[b])] = [bank[number - 1] for number in media[b]]
                 token_ids[b, s], positions[b, s] = at.token, at.position
                 origin[b, s] = at.sequence, at.position
                 slot = write[b] + s
@@ -212,6 +226,7 @@ class _Planner:
             "positions": positions,
             "media_rows": media_rows,
             "phi": phi,
+            "first_media": first,
             "write_index": np.asarray(write[:batch], np.int64),
             "mask": mask,
             "key_positions": key_positions[:batch].copy(),

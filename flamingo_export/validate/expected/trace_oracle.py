@@ -16,7 +16,7 @@ from flamingo_export.bundle.manifest import Manifest, ShapeLimits
 from flamingo_export.errors import CapacityError
 from flamingo_export.progress import Progress
 from flamingo_export.runtime.cache import check_capacity, check_positions
-from flamingo_export.runtime.media import medium_of
+from flamingo_export.runtime.media import Medium, medium_of
 from flamingo_export.runtime.tokenizer import Tokenizer
 from flamingo_export.sources import LiveSource, WeightSource
 from flamingo_export.validate.expected.golden import GoldenText, GoldenTrace
@@ -24,7 +24,7 @@ from flamingo_export.validate.expected.rounding import AsStored
 from flamingo_export.validate.expected.trace_prompts import TracePrompt, to_png, trace_prompts
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.input_format import Tags
-from flamingo_reference.phi import phi_from_tokens
+from flamingo_reference.phi import media_ranges, phi_from_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -160,31 +160,37 @@ def _following(model: AskedModel, prompt: TracePrompt, tokens: Sequence[int]) ->
 
 class _AskedReference:
     def __init__(self, model: Flamingo, prompt: TracePrompt) -> None:
-        self._model, self._bank = model, _bank(model, prompt)
-        self._rows = list(range(len(prompt.media)))
+        media = [medium_of(frames, model.config) for frames in prompt.media]
+        self._model, self._bank = model, _bank(model, media)
+        self._counts = [medium.rows for medium in media]
 
     def logits(self, token_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         import torch
 
-        ids = self._model.config.tokens
-        phi = torch.from_numpy(phi_from_tokens(token_ids, ids.image, ids.reset))
-        rows = torch.tensor(self._rows, dtype=torch.int64).expand(len(token_ids), -1)
-        found: Tensor = self._model(torch.from_numpy(token_ids), self._bank, rows, phi)
+        config, first = self._model.config, None
+        if config.sees_groups:
+            counts = np.array([self._counts] * len(token_ids), np.int64).reshape(len(token_ids), -1)
+            first, phi = (torch.from_numpy(bound) for bound in media_ranges(token_ids, config.tokens.image, counts))
+        else:
+            phi = torch.from_numpy(phi_from_tokens(token_ids, config.tokens.image, config.tokens.reset))
+        rows = torch.arange(max(1, sum(self._counts))).expand(len(token_ids), -1)
+        found: Tensor = self._model(torch.from_numpy(token_ids), self._bank, rows, phi, first)
         return np.asarray(found.double().numpy())
 
     def generate(self, tokens: Sequence[int], *, beams: int, new_tokens: int) -> None:
         return None
 
 
-def _bank(model: Flamingo, prompt: TracePrompt) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of the prompt's media, a row each however many frames they have."""
+def _bank(model: Flamingo, media: Sequence[Medium]) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of the prompt's media, a row each however many frames they have; of images of tiles, a row a tile."""
     import torch
 
     dtype = next(model.parameters()).dtype
     rows = []
-    for frames in prompt.media:
-        pixels = torch.from_numpy(medium_of(frames, model.config).pixels).to(dtype)
-        rows.append(model.latents(pixels[None]))
+    for medium in media:
+        pixels = torch.from_numpy(medium.pixels).to(dtype)
+        tiled = medium.aspect > 0
+        rows.append(model.latents(pixels, torch.tensor([medium.aspect])) if tiled else model.latents(pixels[None]))
     if not rows:
         latents = model.config.resampler
         rows.append(torch.zeros(1, latents.num_latents, latents.width, dtype=dtype))

@@ -82,8 +82,14 @@ def _drawn_prompts(config: ModelConfig) -> Iterator[TracePrompt]:
         drawn = iter(inputs.integers(f"trace/{case}", len(pattern), 0, len(text)))
         placed = {"i": ids.image} if ids.reset is None else {"i": ids.image, "e": ids.reset}
         tokens = (ids.bos, *(placed[kind] if kind in placed else text[next(drawn)] for kind in pattern))
-        media = tuple((blocks(f"trace/{which}", config.vision.image_size),) for which in shown)
+        media = tuple((_picture(config, which),) for which in shown)
         yield TracePrompt(case=case, text=" ".join(map(str, tokens)), tokens=tokens, media=media, new_tokens=6)
+
+
+def _picture(config: ModelConfig, which: int) -> Pixels:
+    """A square one; of a model that takes tiles, one that fills two tiles side by side, or one above the other."""
+    picture = blocks(f"trace/{which}", config.vision.image_size)
+    return picture if config.tiled is None else np.concatenate([picture, picture[::-1]], axis=1 - which % 2)
 
 
 def blocks(key: str, side: int) -> Pixels:
