@@ -58,6 +58,7 @@ class Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     images: list[str] = []
     videos: list[str] = []
     shots: list[ShotLine] = []
+    system: str | None = None
     beams: int | None = None
     max_new_tokens: int | None = None
     length_penalty: float | None = None
@@ -229,18 +230,17 @@ def _of_line(model: Model, folder: Path, line: Line, settings: Settings) -> tupl
     media: list[MediumSource] = [folder / path for path in line.images]
     media += [Video(source=folder / path) for path in line.videos]
     if line.prompt is not None:
-        if line.question is not None or line.shots:
-            raise InputError("a prompt goes without a question and shots")
+        if line.question is not None or line.shots or line.system is not None:
+            raise InputError("a prompt goes without a question, shots and a system message")
         request = Request(prompt=line.prompt, media=media)
     else:
-        if len(media) > 1:
+        if len(media) > 1 and model.inputs.prompts.template is None:
             raise InputError("a question or caption is about one image or video; write a prompt for several")
         shots = [_shot(folder, shot) for shot in line.shots]
-        medium = media[0] if media else None
         if line.question is not None:
-            request = qa_prompt(shots, line.question, medium, model.inputs)
+            request = qa_prompt(shots, line.question, media, model.inputs, system=line.system)
         else:
-            request = caption_prompt(shots, medium, model.inputs)
+            request = caption_prompt(shots, media, model.inputs, system=line.system)
     own = {name: value for name in Settings.__annotations__ if (value := getattr(line, name, None)) is not None}
     # A line that says how it searches leaves the common way behind: beams of all are not those of a line that samples.
     common: dict[str, Any] = dict(settings)
