@@ -196,7 +196,7 @@ def check_samples(
                 faults.append(f"{sample.name}: {error}")
         progress.advance(1)
     if faults:
-        shown = "; ".join(faults[:_SHOWN_FAULTS])
+        shown = "; ".join(fault.removesuffix(".") for fault in faults[:_SHOWN_FAULTS])
         rest = f"; and {len(faults) - _SHOWN_FAULTS} more" if len(faults) > _SHOWN_FAULTS else ""
         if not skip_bad:
             raise CalibrationError(

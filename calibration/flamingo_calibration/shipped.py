@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from flamingo_calibration.data import Sample
 from flamingo_export.runtime.prompts import Shot, caption_prompt, qa_prompt
+from flamingo_export.runtime.request import Request
 from flamingo_export.runtime.tokenizer import Tokenizer
 from flamingo_export.runtime.videos import Video
 from flamingo_reference.config import ModelConfig
@@ -48,7 +49,7 @@ def shipped_samples(config: ModelConfig, tokenizer: Tokenizer | None, inputs: In
     One sample of every kind at least, and as many more as SHIPPED_TOKENS take.
     """
     limit = config.language_model.position_limit or 1 << 30
-    made = _drawn_ids(config) if tokenizer is None else _documents(inputs)
+    made = _drawn_ids(config) if tokenizer is None else _documents(inputs, videos=config.tiled is None)
     samples: list[Sample] = []
     tokens = 0
     for index, sample in enumerate(made):
@@ -67,42 +68,48 @@ def nano_samples(inputs: InputFormat = PAPER) -> list[Sample]:
     for page in range(NANO_PAGES):
         seeds = range(4 * page, 4 * page + 1 + page % 4)
         items = [(data.video if page % 8 == 7 else data.scene)(seed, split="train") for seed in seeds]
-        made = _page(items, inputs, ask=page % 3 == 1)
+        made = _page(items, inputs, ask=page % 3 == 1, videos=inputs.fit != "tiles")
         samples.append(Sample(prompt=made.prompt, media=made.media, name=f"nano page {page + 1}"))
     return samples
 
 
-def _documents(inputs: InputFormat) -> Iterator[Sample]:
+def _documents(inputs: InputFormat, *, videos: bool) -> Iterator[Sample]:
     for turn in itertools.count():
         first, second, third = (data.scene(3 * turn + n, split="train") for n in range(3))
-        yield _page([first, second], inputs, ask=False)
-        yield _page([third], inputs, ask=True)
+        yield _page([first, second], inputs, ask=False, videos=videos)
+        yield _page([third], inputs, ask=True, videos=videos)
         caption = _CAPTIONS[turn % len(_CAPTIONS)]
         before = caption_prompt([], picture(turn), inputs)
-        yield Sample(prompt=f"{before.prompt} {caption}", media=before.media)
+        yield Sample(prompt=_answered(before, caption), media=before.media)
         yield Sample(prompt=_PASSAGES[turn % len(_PASSAGES)])
-        yield _page([data.video(turn, split="train", num_frames=4)], inputs, ask=False)
+        yield _page([data.video(turn, split="train", num_frames=4)], inputs, ask=False, videos=videos)
         passage = _PASSAGES[(turn + 1) % len(_PASSAGES)]
         yield Sample(prompt=f"{passage} {inputs.tags.image} {caption}", media=[picture(turn + 100)])
 
 
-def _page(items: Sequence[data.Item], inputs: InputFormat, *, ask: bool) -> Sample:
-    """Examples, then a query with its answer."""
+def _page(items: Sequence[data.Item], inputs: InputFormat, *, ask: bool, videos: bool) -> Sample:
+    """Examples, then a query with its answer. videos: whether the model takes them; of one the first frame is shown otherwise."""
     shots = []
     for item in items:
         question, answer = item.questions[0] if ask else (None, item.caption)
-        shots.append(Shot(question=question, answer=answer, medium=_medium(item)))
+        shots.append(Shot(question=question, answer=answer, medium=_medium(item, videos)))
     *before, last = shots
     request = (
         caption_prompt(before, last.medium, inputs)
         if last.question is None
         else qa_prompt(before, last.question, last.medium, inputs)
     )
-    return Sample(prompt=f"{request.prompt} {last.answer}{inputs.tags.eoc}", media=request.media)
+    return Sample(prompt=_answered(request, f"{last.answer}{inputs.tags.eoc}"), media=request.media)
 
 
-def _medium(item: data.Item) -> Any:
-    return item.frames[0] if len(item.frames) == 1 else Video(source=item.frames)
+def _answered(request: Request, answer: str) -> str:
+    """The prompt with its answer, behind a blank unless the prompt ends a line."""
+    prompt = str(request.prompt)
+    return f"{prompt}{answer}" if prompt.endswith("\n") else f"{prompt} {answer}"
+
+
+def _medium(item: data.Item, videos: bool) -> Any:
+    return Video(source=item.frames) if videos and len(item.frames) > 1 else item.frames[0]
 
 
 def picture(seed: int) -> Pixels:
@@ -134,7 +141,7 @@ def _drawn_ids(config: ModelConfig) -> Iterator[Sample]:
         media: list[Any] = []
         for place in ((1, length // 2), (length // 3,), (), (2, 3))[turn % 4]:
             tokens[place] = ids.image
-            moving = turn % 4 == 1
+            moving = turn % 4 == 1 and config.tiled is None
             frames = [picture(8 * turn + n) for n in range(4)]
             media.append(Video(source=frames) if moving else picture(turn + place))
         yield Sample(prompt=tokens, media=media)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import msgspec
 import numpy as np
 import pytest
+from llama_chat import TEMPLATE
 from PIL import Image
 from variations import IDEFICS, MPT, NEOX, drawn_model
 
 from flamingo_calibration import BadSample, Sample, calibrate, nano_samples, read_samples, shipped_samples, source_tokenizer
 from flamingo_calibration.data import check_samples
+from flamingo_calibration.shipped import _documents
 from flamingo_export.errors import CalibrationError
 from flamingo_export.runtime.videos import Video
 from flamingo_export.sources import LiveSource, RandomSource, open_source
@@ -154,7 +157,9 @@ def test_the_shipped_set_is_the_same_at_every_call_and_fits_every_model(config):
     assert one.sha256 == two.sha256
     assert 512 <= one.num_tokens < 600
     assert one.num_media >= 6
-    assert any(frames > 1 for sample in one.samples for frames in sample.frames)
+    assert any(frames > 1 for sample in one.samples for frames in sample.frames) == (
+        config.tiled is None
+    )  # no videos for tiles
     assert any(not sample.media for sample in one.samples)
 
 
@@ -172,6 +177,19 @@ def test_the_shipped_set_speaks_as_the_model_does():
     samples = shipped_samples(NANO, source_tokenizer(RandomSource(NANO, 1)), input_format.IDEFICS)
     assert any("User:<fake_token_around_image><image><fake_token_around_image>" in str(sample.prompt) for sample in samples)
     assert {str(sample.prompt).count("<image>") == len(sample.media) for sample in samples} == {True}
+
+
+def test_the_shipped_set_takes_turns_by_a_chat_template():
+    inputs = input_format.with_template(input_format.LLAMA_VISION_INSTRUCT, TEMPLATE)
+    samples = list(itertools.islice(_documents(inputs, videos=False), 6))
+    asked = "<|start_header_id|>user<|end_header_id|>\n\n<|image|>"
+    answered = "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    assert str(samples[0].prompt).count(asked) == 2
+    assert str(samples[0].prompt).count(answered) == 2
+    assert answered + " " not in str(samples[0].prompt)
+    assert str(samples[0].prompt).endswith("<|eot_id|>")
+    assert {str(sample.prompt).count("<|image|>") == len(sample.media) for sample in samples} == {True}
+    assert not any(isinstance(medium, Video) for sample in samples for medium in sample.media)
 
 
 def test_nano_pages(nano):

@@ -183,6 +183,20 @@ def test_candidates_are_scored_behind_the_open_turn(model: Model, llama: Any, pr
     np.testing.assert_allclose(score.token_logprobs, expected, atol=1e-4)
 
 
+def test_an_index_averages_the_tiles_that_show_something(model: Model, llama: Any, processor: Any) -> None:
+    """Beside transformers' vision transformer, whose features are the same numbers in another order."""
+    from flamingo_export.evaluation.bundles import BundleModel
+
+    found = BundleModel(model).features([ONE, WIDE, FOUR])
+    for vector, picture in zip(found, [ONE, WIDE, FOUR], strict=True):
+        inputs = processor.image_processor(picture, return_tensors="pt")
+        count = int(inputs.pop("num_tiles")[0][0])
+        with corrected(llama[1]), torch.no_grad():
+            theirs = llama[1].model.vision_model(**inputs).last_hidden_state.reshape(4, -1, found.shape[1])
+        expected = theirs[:count].mean(dim=(0, 1)).numpy()
+        np.testing.assert_allclose(np.sort(vector), np.sort(expected), atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "said"),
     [

@@ -1,4 +1,4 @@
-"""Media as vectors: the vision encoder's features, averaged over positions and frames."""
+"""Media as vectors: the vision encoder's features, averaged over positions, and over frames or the tiles of an image."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flamingo_export.evaluation.protocol import Features
-from flamingo_export.runtime.media import MediumSource, load_medium
+from flamingo_export.runtime.media import Medium, MediumSource, load_medium
 
 if TYPE_CHECKING:
-    from flamingo_export.backends.base import Backend, Session
+    from flamingo_export.backends.base import Array, Backend, Session
     from flamingo_export.bundle.manifest import Manifest
 
 FRAMES_AT_ONCE = 8
@@ -42,26 +42,29 @@ class Encoder:
         return np.stack(found) if found else np.zeros((0, 0), np.float32)
 
     def stream(self, media: Iterable[MediumSource]) -> Iterator[Features]:
-        """A vector [E] for each medium, in order; frames of several media are encoded together."""
+        """A vector [E] for each medium, in order; frames of several media are encoded together, images of tiles one by one."""
         waiting: list[Features] = []
         lengths: list[int] = []
-        for pixels in self._loaded(media):
-            waiting.append(pixels)
-            lengths.append(len(pixels))
+        for medium in self._loaded(media):
+            if self._config.tiled is not None:
+                yield self._mean_of_tiles(medium)
+                continue
+            waiting.append(medium.pixels)
+            lengths.append(len(medium.pixels))
             if sum(lengths) >= self._at_once:
                 yield from self._means(waiting, lengths)
                 waiting, lengths = [], []
         if waiting:
             yield from self._means(waiting, lengths)
 
-    def _loaded(self, media: Iterable[MediumSource]) -> Iterator[Features]:
-        """Pixels [T, 3, I, I] of each medium, in order, the next ones being read while the graph runs."""
+    def _loaded(self, media: Iterable[MediumSource]) -> Iterator[Medium]:
+        """Each medium, in order, the next ones being read while the graph runs."""
 
-        def load(medium: MediumSource) -> Features:
-            return load_medium(medium, self._config, self._fit).pixels
+        def load(medium: MediumSource) -> Medium:
+            return load_medium(medium, self._config, self._fit)
 
         with ThreadPoolExecutor(READERS) as readers:
-            ahead: deque[Future[Features]] = deque()
+            ahead: deque[Future[Medium]] = deque()
             try:
                 for medium in media:
                     ahead.append(readers.submit(load, medium))
@@ -76,6 +79,13 @@ class Encoder:
     def close(self) -> None:
         """Frees the graph."""
         self._session.close()
+
+    def _mean_of_tiles(self, medium: Medium) -> Features:
+        """Of the tiles that show something, [E]."""
+        feeds: dict[str, Array] = {"pixels": medium.pixels, "aspect_ratio_ids": np.array([medium.aspect], np.int64)}
+        features = self._session.run(feeds)["features"][0, : medium.rows]
+        mean: Features = features.astype(np.float32).mean(axis=(0, 1))
+        return mean
 
     def _means(self, pixels: Sequence[Features], lengths: Sequence[int]) -> Iterator[Features]:
         frames = np.concatenate(pixels)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import datetime
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
+from llama_chat import BOS, EOT, IMAGE, PAD, REFUSING_TEMPLATE, TEMPLATE, special_tokens, write_tokenizer
 from PIL import Image
 
 from flamingo_export.errors import PromptError
@@ -23,9 +23,6 @@ from flamingo_reference.checkpoints.files.chat_template import read_chat_templat
 from flamingo_reference.checkpoints.files.tensors import CheckpointError
 from flamingo_reference.config import NANO, ModelConfig, TokenIds
 from flamingo_reference.input_format import LLAMA_VISION, LLAMA_VISION_INSTRUCT, PAPER, InputFormat, with_template
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "families"))
-from llama_chat import BOS, EOT, IMAGE, PAD, REFUSING_TEMPLATE, TEMPLATE, special_tokens, write_tokenizer
 
 ROWS = 400
 IDS = special_tokens(ROWS)

@@ -1,18 +1,14 @@
 """Chat templates: what transformers renders, and nothing that a template should not get at."""
 
 import datetime
-import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
+from llama_chat import BOS, EOT, REFUSING_TEMPLATE, TEMPLATE, write_tokenizer
 
 from flamingo_export.errors import PromptError
 from flamingo_export.runtime.chat_template import MAX_SOURCE, ChatTemplate
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "families"))
-from llama_chat import BOS, EOT, REFUSING_TEMPLATE, TEMPLATE, write_tokenizer
 
 SPECIAL = {"bos_token": BOS, "eos_token": EOT}
 IMAGE = {"type": "image"}
