@@ -30,6 +30,7 @@ class WouldBuild(msgspec.Struct, frozen=True, kw_only=True):
     fit: str
     image_size: int
     tags: tuple[str, ...]
+    chat_template: bool = False
 
 
 class Survey(msgspec.Struct, frozen=True, kw_only=True):
@@ -155,6 +156,7 @@ def _would_build(source: CheckpointFolder) -> tuple[WouldBuild, Checkpoint, tupl
         fit=opened.inputs.fit,
         image_size=plan.config.vision.image_size,
         tags=opened.inputs.tags.all,
+        chat_template=opened.inputs.prompts.template is not None,
     )
     return build, opened.checkpoint, plan.absent
 
@@ -188,6 +190,8 @@ def _print(found: Survey) -> None:
     console.print(
         f"images        {build.image_size}x{build.image_size}, {build.fit}; tags {', '.join(build.tags)}", markup=False
     )
+    if build.chat_template:
+        console.print("prompts       by the checkpoint's own chat template", markup=False)
     rows = [(part.name, f"{part.parameters:,}", human_count(part.parameters)) for part in build.parameters]
     console.print(table(("component", "parameters", ""), rows, title=f"would be built: {build.name}", right=(1, 2)))
     console.print(
