@@ -47,7 +47,7 @@ def parity(
         AgainstWhat | None,
         typer.Option(
             "--against",
-            help="reference: PyTorch's. transformers: its own model, for IDEFICS. golden: values in the bundle. "
+            help="reference: PyTorch's. transformers: its own model, for IDEFICS and Llama 3.2 Vision. golden: values in the bundle. "
             "Default the reference where it is at hand, else golden.",
             show_default=False,
         ),

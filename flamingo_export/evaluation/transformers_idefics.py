@@ -31,7 +31,7 @@ class TransformersIdefics:
     def __init__(self, folder: Path | str) -> None:
         """Loads the weights. Raises EvaluationError where transformers is missing or the folder holds no IDEFICS; CheckpointError."""
         from flamingo_export.sources.checkpoint import CheckpointSource
-        from flamingo_export.validate.expected.transformers.streamed import idefics_classes
+        from flamingo_export.validate.expected.transformers.idefics import Idefics
 
         self.folder = Path(folder)
         source = CheckpointSource(self.folder)
@@ -41,7 +41,7 @@ class TransformersIdefics:
             )
         import torch
 
-        _, kind = idefics_classes()
+        _, kind = Idefics().classes()
         self._torch = torch
         self._config, self._inputs = source.config, source.inputs
         self._tokenizer = _tokenizer(source)

@@ -31,6 +31,7 @@ from flamingo_export.validate.expected.golden import CASES_FILE, TENSORS_FILE, G
 from flamingo_export.validate.expected.media import MediaFormat
 from flamingo_export.validate.expected.plan import strips
 from flamingo_export.validate.expected.rounding import AsStored
+from flamingo_export.validate.expected.transformers import KNOWN, corrections_of
 from flamingo_export.validate.report.parity_report import Against, NotRun, ParityReport, Trace, Verdict, write_report
 from flamingo_export.weights import WeightIndex
 from flamingo_export.weights.calibration_table import CALIBRATION_FILE, CalibrationTable, read_table
@@ -91,7 +92,7 @@ def check_bundle(
 ) -> ParityReport:
     """Compares a bundle's engines with the live reference where torch and the weights are at hand, else with its golden values.
 
-    against: what to compare with; None as just said. `transformers`: its own model of an IDEFICS checkpoint, layer by layer, as a whole
+    against: what to compare with; None as just said. `transformers`: its own model of an IDEFICS or Llama checkpoint, layer by layer, as a whole
     from pixels to logits, and, where memory allows, in the tokens that its `generate` chooses.
 
     checkpoint: where the bundle's weights came from; not needed for the shipped nano checkpoint and random weights, nor, where `against` is
@@ -233,6 +234,7 @@ def compare_with(
         first_diverging_layer=checker.first_diverging,
         traces=traces,
         strips={case.name: strips(manifest.config, case) for case in cases},
+        corrections=corrections_of(manifest.source.family) if against == "transformers" else "",
         not_run=tuple(not_run),
         environment=environment(backend),
         seconds=round(time.monotonic() - started, 3),
@@ -319,16 +321,16 @@ def _transformers(
 ) -> Goldens:
     """What transformers' own model expects. Raises ParityError if it is not installed, or the bundle is of another family."""
     from flamingo_export.validate.expected.transformers.record import record_transformers
-    from flamingo_export.validate.expected.transformers.streamed import idefics_classes
+    from flamingo_export.validate.expected.transformers.theirs import theirs_of
 
-    idefics_classes()
     family = manifest.source.family
-    if family != "idefics":
+    if family not in KNOWN:
         made_of = f"a checkpoint of {family}" if family else f"{manifest.source.kind} weights"
         raise ParityError(
-            f"the bundle was built from {made_of}, and transformers' own model is known for IDEFICS alone. "
+            f"the bundle was built from {made_of}, and transformers' own model is known for IDEFICS and Llama 3.2 Vision only. "
             "Compare it with the reference: leave out --against transformers."
         )
+    theirs_of(family, ()).classes()
     if manifest.precision.policy is not None:
         raise ParityError(
             f"the bundle is quantised ({manifest.precision.name}), which transformers' model is not. Compare it with the reference (leave "

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,13 @@ from transformers.models.mllama.image_processing_pil_mllama import MllamaImagePr
 
 import flamingo_export
 from flamingo_export.bundle.manifest import read_manifest
+from flamingo_export.sources import CheckpointSource
+from flamingo_export.validate import check_bundle
+from flamingo_export.validate.expected.cases import decoder_cases, pixel_cases
+from flamingo_export.validate.expected.golden import Goldens
+from flamingo_export.validate.expected.oracle import record_numbers
+from flamingo_export.validate.expected.transformers.modules import TransformersParts
+from flamingo_export.validate.expected.transformers.whole import record_whole
 from flamingo_reference.checkpoints.families import llama_vision
 from flamingo_reference.checkpoints.files.tensors import CheckpointError
 from flamingo_reference.checkpoints.loading import CheckpointFiles, load
@@ -273,3 +281,42 @@ def test_a_tokenizer_of_another_model(llama: tuple[Path, Any], tmp_path: Path) -
 
 def test_names_of_the_tiny_model_are_the_config_s() -> None:
     assert our_config(their_config()).tokens.image == IMAGE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("live", [False, True], ids=["published names", "live names"])
+def test_parity_against_transformers(llama: tuple[Path, Any], bundle: Path, tmp_path: Path, live: bool) -> None:
+    folder, out = llama[0], Path(shutil.copytree(bundle, tmp_path / "copy.bundle"))
+    if live:
+        folder = rewritten(folder, tmp_path / "live", lambda all_: {llama_vision.live_name(n): t for n, t in all_.items()})
+        out = flamingo_export.build(folder, out=tmp_path / "live.bundle", parity="skip").path
+    report = check_bundle(out, backend="onnxruntime", checkpoint=folder, against="transformers")
+    assert report.verdict == "passed", report.summary
+    assert report.not_run == ()
+    assert "inputs of the listed vision layers" in report.summary
+    assert {row.subgraph for row in report.rows if row.level == "layer"} == {f"decoder/layer.{layer}" for layer in range(4)}
+    assert {(trace.search, trace.outcome) for trace in report.traces} == {("greedy", "equal"), ("beam", "equal")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("correction", ["lower_feature_indices", "mask_rows"])
+def test_parity_fails_without_a_correction(
+    llama: tuple[Path, Any], bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, correction: str
+) -> None:
+    monkeypatch.setattr(f"flamingo_export.validate.expected.transformers.mllama.{correction}", lambda _: None)
+    out = Path(shutil.copytree(bundle, tmp_path / "copy.bundle"))
+    report = check_bundle(out, backend="onnxruntime", checkpoint=llama[0], against="transformers")
+    assert report.verdict == "failed"
+
+
+@pytest.mark.slow
+def test_transformers_part_by_part_is_transformers_as_a_whole(llama: tuple[Path, Any]) -> None:
+    source = CheckpointSource(llama[0])
+    parts = TransformersParts(source, "fp32")
+    cases = (*decoder_cases(source.config), *pixel_cases(source.config))
+    joined, whole = (Goldens(weights_sha256="", storage="fp32", model="") for _ in range(2))
+    record_numbers(parts, joined, cases=cases)
+    record_whole(parts.wide, parts.narrow, source.config, cases, whole)
+    assert len(whole.expected) == 4
+    for key, expected in whole.expected.items():
+        assert np.abs(joined.expected[key].values - expected.values).max() < 1e-12 * expected.peak

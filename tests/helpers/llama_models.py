@@ -1,6 +1,6 @@
 """Small random models of transformers' Mllama classes, and what its processor makes of a prompt and its images.
 
-transformers' model is used as it is but for two corrections, each in one place here (`corrected`): the features are the inputs of the
+transformers' model is used as it is but for two corrections, each in one place (validate/expected/transformers/mllama.py): the features are the inputs of the
 layers that the config lists, and a token that sees no image passes a gated block unchanged. Meta's own code does both.
 """
 
@@ -20,6 +20,7 @@ from transformers.models.mllama.processing_mllama import (
     get_cross_attention_token_mask,
 )
 
+from flamingo_export.validate.expected.transformers.mllama import lower_feature_indices, mask_rows
 from flamingo_reference.checkpoints.families import llama_vision
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.model import Flamingo
@@ -115,36 +116,13 @@ def corrected(model: Any, *, features: bool = True, rows: bool = True) -> Iterat
     features: each index of `intermediate_layers_indices` lowered by one, so that outputs of layers become inputs of the next. rows: the
     attention of a token that sees no image is zero, as its feed-forward is.
     """
-    vision, listed = model.model.vision_model, list(model.model.vision_model.intermediate_layers_indices)
-    hooks = []
-    if features:
-        vision.intermediate_layers_indices = [index - 1 for index in listed]
-    if rows:
-        for layer in model.model.language_model.layers:
-            if hasattr(layer, "cross_attn"):
-                hooks += _masking(layer)
+    undo = [lower_feature_indices(model)] if features else []
+    undo += [mask_rows(model)] if rows else []
     try:
         yield model
     finally:
-        vision.intermediate_layers_indices = listed
-        for hook in hooks:
-            hook.remove()
-
-
-def _masking(layer: Any) -> list[Any]:
-    """The mask of rows that the layer is given, applied to what its attention returns."""
-    seen: list[torch.Tensor | None] = [None]
-
-    def remember(_: Any, __: Any, given: dict[str, Any]) -> None:
-        seen[0] = given.get("full_text_row_masked_out_mask")
-
-    def mask(_: Any, __: Any, output: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, Any]:
-        return (output[0] if seen[0] is None else output[0] * seen[0][:, 0], output[1])
-
-    return [
-        layer.register_forward_pre_hook(remember, with_kwargs=True),
-        layer.cross_attn.register_forward_hook(mask),
-    ]
+        for each in undo:
+            each()
 
 
 def tiles_of(aspect_ratio_ids: Sequence[int]) -> list[int]:

@@ -123,6 +123,8 @@ class ParityReport(msgspec.Struct, frozen=True, kw_only=True):
     strips: dict[str, tuple[Strip, ...]] = msgspec.field(default_factory=dict)
     """The sequences of each hard case of phi."""
     not_run: tuple[NotRun, ...] = ()
+    corrections: str = ""
+    """What the model compared with was changed in, because it errs there; empty where it is as it is."""
     environment: dict[str, str] = msgspec.field(default_factory=dict)
     seconds: float = 0.0
     schema: int = REPORT_SCHEMA
@@ -149,6 +151,8 @@ class ParityReport(msgspec.Struct, frozen=True, kw_only=True):
             equal = sum(trace.outcome == "equal" for trace in self.traces)
             ties = sum(trace.outcome == "tie" for trace in self.traces)
             text += f", {equal} of {len(self.traces)} token traces equal" + (f" ({ties} ties)" if ties else "")
+        if self.corrections:
+            text += f" ({self.corrections})"
         if self.first_diverging_layer:
             text += f"; first diverging layer: {self.first_diverging_layer}"
         elif self.failures:
