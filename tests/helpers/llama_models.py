@@ -1,7 +1,7 @@
 """Small random models of transformers' Mllama classes, and what its processor makes of a prompt and its images.
 
-transformers' model is used as it is but for two corrections, each in one place (validate/expected/transformers/mllama.py): the features are the inputs of the
-layers that the config lists, and a token that sees no image passes a gated block unchanged. Meta's own code does both.
+transformers' model is used as it is but for two corrections, stated in validate/expected/transformers/mllama.py: the features are the inputs
+of the layers that the config lists, and a token that sees no image passes a gated block unchanged. Meta's own code does both.
 """
 
 from __future__ import annotations

@@ -75,8 +75,8 @@ def classes_called(config: str, model: str) -> tuple[Any, Any]:
         raise ParityError(f"transformers is not installed, so there is nothing of it to compare with: {INSTALL}") from error
     if Version(found) < Version(LOWEST):
         raise ParityError(f"transformers {found} is too old to compare with: {LOWEST} or later is needed: {INSTALL}")
-    transformers: Any = importlib.import_module("transformers")
     try:
+        transformers: Any = importlib.import_module("transformers")
         return getattr(transformers, config), getattr(transformers, model)
     except (ImportError, AttributeError) as error:
         raise ParityError(
