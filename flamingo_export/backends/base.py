@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flamingo_export.bundle.manifest import EngineRecord, GraphRecord, Manifest
+from flamingo_export.precision import StorageType
 from flamingo_export.specs import SubgraphSpec, TensorSpec
 
 Array = npt.NDArray[Any]
@@ -166,6 +167,9 @@ class Backend(Protocol):
         """Functions at the seam (`flamingo::...`) that this backend runs itself; the others keep their bodies."""
 
     def availability(self) -> Availability: ...
+
+    def arithmetic(self, manifest: Manifest, options: SessionOptions) -> StorageType:
+        """The type that it computes a bundle's graphs in; statistics of normalisations and sums may be in a wider one."""
 
     def build(self, bundle: Path, manifest: Manifest, graph: GraphRecord) -> EngineRecord | None:
         """Compiles a graph into the bundle, or None where the portable graph is run as it is."""

@@ -33,7 +33,7 @@ from flamingo_export.backends.memory import release
 from flamingo_export.bundle.manifest import EngineRecord, GraphRecord, Manifest
 from flamingo_export.errors import BackendError, BundleError, InputError, first_line, pip_install
 from flamingo_export.machine import physical_cores
-from flamingo_export.precision import Policy
+from flamingo_export.precision import Policy, StorageType
 from flamingo_export.specs import KIND_DTYPES, SubgraphSpec, decoder_spec, subgraph_specs
 
 # Types that numpy has no name for, as TensorProto numbers them: onnx is not needed to run a bundle.
@@ -61,6 +61,10 @@ class OnnxRuntimeBackend:
             return Availability(usable=False, detail=fault, remedy=onnxruntime_library.INSTALL)
         providers = [provider.removesuffix("ExecutionProvider") for provider in onnxruntime.get_available_providers()]
         return Availability(usable=True, detail=f"onnxruntime {onnxruntime.__version__}, providers: {', '.join(providers)}")
+
+    def arithmetic(self, manifest: Manifest, options: SessionOptions) -> StorageType:
+        """fp32, whatever type weights are stored in."""
+        return "fp32"
 
     def build(self, bundle: Path, manifest: Manifest, graph: GraphRecord) -> EngineRecord | None:
         """None: the portable graph is run as it is."""

@@ -28,6 +28,7 @@ from flamingo_export.backends.base import (
 from flamingo_export.backends.base import Tensor as HostOrDevice
 from flamingo_export.bundle.manifest import EngineRecord, GraphRecord, Manifest
 from flamingo_export.errors import BackendError, CheckpointError, InputError, pip_install
+from flamingo_export.precision import StorageType
 from flamingo_export.sources.origin import find_origin
 from flamingo_export.specs import KIND_DTYPES, SubgraphSpec, decoder_spec, subgraph_specs
 from flamingo_reference.config import RelativePositions
@@ -57,6 +58,10 @@ class ReferenceBackend:
         if importlib.util.find_spec("torch") is None:
             return Availability(usable=False, detail="PyTorch is not installed", remedy=_INSTALL)
         return Availability(usable=True, detail=f"PyTorch {importlib.metadata.version('torch')}, CPU, fp32")
+
+    def arithmetic(self, manifest: Manifest, options: SessionOptions) -> StorageType:
+        """fp32, whatever type weights are stored in."""
+        return "fp32"
 
     def build(self, bundle: Path, manifest: Manifest, graph: GraphRecord) -> EngineRecord | None:
         """None: there is nothing to compile."""

@@ -21,6 +21,7 @@ from flamingo_export.bundle.manifest import FileRecord, Manifest, ParityRecord, 
 from flamingo_export.errors import CheckpointError, ParityError, pip_install
 from flamingo_export.estimates import shortage
 from flamingo_export.machine import available_memory
+from flamingo_export.precision import StorageType
 from flamingo_export.progress import SILENT, Progress
 from flamingo_export.sources import CheckpointSource, WeightSource
 from flamingo_export.sources.origin import find_origin, source_digest
@@ -30,13 +31,12 @@ from flamingo_export.validate.expected.cases import decoder_cases, pixel_cases
 from flamingo_export.validate.expected.golden import CASES_FILE, TENSORS_FILE, Goldens, load_goldens, save_goldens
 from flamingo_export.validate.expected.media import MediaFormat
 from flamingo_export.validate.expected.plan import strips
-from flamingo_export.validate.expected.rounding import AsStored
+from flamingo_export.validate.expected.recording import no_room, record, torch_threads
 from flamingo_export.validate.expected.transformers import KNOWN, corrections_of
 from flamingo_export.validate.report.parity_report import Against, NotRun, ParityReport, Trace, Verdict, write_report
 from flamingo_export.weights import WeightIndex
 from flamingo_export.weights.calibration_table import CALIBRATION_FILE, CalibrationTable, read_table
 from flamingo_reference.checkpoints.loading import CheckpointFiles
-from flamingo_reference.config import ModelConfig
 
 GOLDEN_FOLDER = "golden"
 BUILD_MEMORY = 4 << 30
@@ -70,6 +70,7 @@ def check_build(
         tokenizer=tokenizer if tokenizer.is_file() else None,
         memory=budget,
         calibration=_calibration(folder),
+        arithmetic=manifest.precision.storage if manifest.engines else "fp32",
         progress=progress,
     )
     save_goldens(folder / GOLDEN_FOLDER, goldens)
@@ -109,7 +110,8 @@ def check_bundle(
     manifest = open_bundle(bundle)
     chosen = _backend(backend)
     budget = min(memory or 1 << 62, available_memory())
-    goldens, with_what = _expectation(bundle, manifest, checkpoint, budget, progress, against)
+    arithmetic = chosen.arithmetic(manifest, options or SessionOptions())
+    goldens, with_what = _expectation(bundle, manifest, checkpoint, budget, progress, against, arithmetic)
     report = compare_with(
         bundle,
         manifest,
@@ -124,54 +126,6 @@ def check_bundle(
     )
     _keep(bundle, manifest, goldens, report, progress)
     return report
-
-
-def record(
-    source: WeightSource,
-    manifest: Manifest,
-    digest: str,
-    *,
-    tokenizer: Path | None,
-    memory: int,
-    calibration: CalibrationTable | None = None,
-    progress: Progress = SILENT,
-) -> Goldens:
-    """Golden values of a source's weights as `manifest` stores them: numbers of every case, and token traces where memory allows.
-
-    calibration: the table that a quantised bundle was made with.
-    """
-    from flamingo_export.validate.expected.modules import parts_of
-    from flamingo_export.validate.expected.oracle import record_numbers
-    from flamingo_export.validate.expected.trace_oracle import record_traces
-
-    stored = AsStored(source.config, manifest.precision, calibration)
-    goldens = Goldens(weights_sha256=digest, storage=manifest.precision.key, model=source.config.name)
-    with _torch_threads(source.config):
-        record_numbers(parts_of(source, stored), goldens, progress, media=MediaFormat(manifest.precision, calibration))
-        goldens.codes = dict(stored.codes)
-        goldens.no_traces = _no_room(source.config, memory)
-        if not goldens.no_traces:
-            goldens.traces = record_traces(source, stored, manifest, tokenizer, progress)
-    return goldens
-
-
-def _no_room(config: ModelConfig, memory: int) -> str:
-    """Why the whole reference cannot be asked for token traces; empty if it can."""
-    return shortage("the reference as a whole", estimates.reference(config), memory)
-
-
-@contextlib.contextmanager
-def _torch_threads(config: ModelConfig) -> Iterator[None]:
-    """One thread for small models."""
-    import torch
-
-    threads = torch.get_num_threads()
-    if is_small(config):
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def compare_with(
@@ -203,10 +157,13 @@ def compare_with(
     if against == "transformers":
         cases = (*cases, *pixel_cases(manifest.config))
     media = MediaFormat(manifest.precision, _calibration(bundle))
+    arithmetic = backend.arithmetic(manifest, options)
+    goldens, strict = _judged(goldens, arithmetic)
     checker = Checker(bundle, manifest, goldens, media, backend, options, progress, cases)
     with _layers_folder(compiled=compiled) as (folder, why):
         checker.run(whole=whole, layers=folder)
     not_run = [NotRun(name="layer by layer", reason=why)] if why else []
+    not_run += strict
     traces: tuple[Trace, ...] = ()
     if not whole:
         not_run.append(NotRun(name="token traces", reason=f"{short}; the decoder was checked layer by layer"))
@@ -228,6 +185,7 @@ def compare_with(
         against=against,
         model=manifest.config.name,
         storage=manifest.precision.name,
+        arithmetic=arithmetic,
         weights=goldens.weights_sha256,
         rows=rows,
         layers=tuple(checker.points),
@@ -239,6 +197,20 @@ def compare_with(
         environment=environment(backend),
         seconds=round(time.monotonic() - started, 3),
     )
+
+
+def _judged(goldens: Goldens, arithmetic: StorageType) -> tuple[Goldens, list[NotRun]]:
+    """The values to compare with, PyTorch's errors in them those of the engines' arithmetic; or what is said where those are not known."""
+    if arithmetic == "fp32":
+        return goldens, []
+    found = goldens.in_16_bits()
+    if found is not None:
+        return found, []
+    reason = (
+        f"PyTorch's errors in {arithmetic} arithmetic were not recorded, so limits are those of fp32 arithmetic, which engines that compute in "
+        f"{arithmetic} may exceed without a fault. Run parity where PyTorch and the weights are."
+    )
+    return goldens, [NotRun(name=f"limits for {arithmetic} arithmetic", reason=reason)]
 
 
 @contextlib.contextmanager
@@ -263,6 +235,7 @@ def _expectation(
     memory: int,
     progress: Progress,
     wanted: Against | None,
+    arithmetic: StorageType,
 ) -> tuple[Goldens, Against]:
     """What to compare with. The live reference is preferred; a checkpoint that was named must be usable, and so must what is wanted."""
     if wanted == "golden" and checkpoint is not None:
@@ -282,7 +255,16 @@ def _expectation(
         else:
             digest = manifest.source.sha256 or source_digest(source)
             table = _calibration(bundle)
-            recorded = record(source, manifest, digest, tokenizer=kept, memory=memory, calibration=table, progress=progress)
+            recorded = record(
+                source,
+                manifest,
+                digest,
+                tokenizer=kept,
+                memory=memory,
+                calibration=table,
+                arithmetic=arithmetic,
+                progress=progress,
+            )
             return recorded, "reference"
     elif checkpoint is not None or wanted in ("reference", "transformers"):
         raise ParityError(f"comparing with a checkpoint needs PyTorch: {pip_install('torch')}")
@@ -339,9 +321,9 @@ def _transformers(
     source = find_origin(manifest, checkpoint, bundle=bundle)
     assert isinstance(source, CheckpointSource)
     digest = manifest.source.sha256 or source_digest(source)
-    with _torch_threads(source.config):
+    with torch_threads(source.config):
         return record_transformers(
-            source, manifest, digest, tokenizer=tokenizer, no_traces=_no_room(source.config, memory), progress=progress
+            source, manifest, digest, tokenizer=tokenizer, no_traces=no_room(source.config, memory), progress=progress
         )
 
 

@@ -31,6 +31,7 @@ from flamingo_export.backends.base import (
 from flamingo_export.bundle.manifest import EngineRecord, GraphRecord, Manifest
 from flamingo_export.bundle.verify import open_bundle
 from flamingo_export.errors import BackendError, InputError, ParityError, pip_install
+from flamingo_export.precision import StorageType
 from flamingo_export.progress import SILENT, Progress
 from flamingo_export.specs import SubgraphSpec, decoder_spec, subgraph_specs
 from flamingo_export.validate.checks.checker import Checker
@@ -191,6 +192,10 @@ class PolygraphyBackend:
 
     def availability(self) -> Availability:
         return Availability(usable=True, detail="Polygraphy's ONNX Runtime runner, CPU")
+
+    def arithmetic(self, manifest: Manifest, options: SessionOptions) -> StorageType:
+        """fp32: the portable graphs widen what is stored."""
+        return "fp32"
 
     def build(self, bundle: Path, manifest: Manifest, graph: GraphRecord) -> EngineRecord | None:
         """None: the portable graphs are run."""

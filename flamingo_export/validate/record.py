@@ -16,7 +16,8 @@ from flamingo_export.precision import StorageType, default_precision
 from flamingo_export.sources import CheckpointSource
 from flamingo_export.sources.origin import source_digest
 from flamingo_export.validate.expected.golden import Goldens, save_goldens
-from flamingo_export.validate.parity import GOLDEN_FOLDER, record
+from flamingo_export.validate.expected.recording import record
+from flamingo_export.validate.parity import GOLDEN_FOLDER
 from flamingo_reference.names import parameter_counts
 
 

@@ -4,9 +4,10 @@ Error of a tensor: the largest absolute difference from the fp64 reference, over
 whole tensor are compared, not of single numbers: a number near zero has no relative error of its own, it inherits that of the sums it
 came from, whose size the rms tells.
 
-Rule: the engine's error may be twice that of PyTorch in the same dtype (weights rounded to the bundle's storage, computed in fp32) on
-the same input, plus a floor of a few ulps of the tensor's largest number. For logits, PyTorch's error is the largest over all cases of
-the decoder: it is one computation, and a case of few numbers does not find its largest error by itself.
+Rule: the engine's error may be twice that of PyTorch in the same dtype on the same input, plus a floor of a few ulps of the tensor's largest
+number. The same dtype: weights rounded to the bundle's storage, computed in what the engine computes in, fp32 or the storage type throughout.
+For logits, PyTorch's error is the largest over all cases of the decoder: it is one computation, and a case of few numbers does not find its
+largest error by itself.
 
 Of a quantised bundle PyTorch's error is that of the reference with weights and activations rounded as the policy says (as_stored.py), so
 it is the price of the policy, and the engine may not pay much more. The price itself is bounded as well: a wrong scale in a calibration
@@ -22,7 +23,7 @@ from types import MappingProxyType
 
 import msgspec
 
-from flamingo_export.precision import Precision
+from flamingo_export.precision import Precision, StorageType
 
 FP32_ULP = 2.0**-23
 FP32 = Precision(storage="fp32")
@@ -67,6 +68,12 @@ _QUANTISED = (
 )
 
 
+_IN_16_BITS = (
+    "Computed in 16 bits, each operator's rounding decides to which of two codes an activation goes, and that of the engine is independent of "
+    "PyTorch's: twice its error, as everywhere."
+)
+
+
 def _quantised(most: float, bounds: str) -> Tolerance:
     return Tolerance(factor=1.5, floor_ulps=4.0, reason=f"{_QUANTISED} {bounds}", most=most)
 
@@ -76,6 +83,10 @@ TABLE = MappingProxyType(
         "vision_encoder": RULE,
         "vision_encoder, 16-bit storage": INDEPENDENT_ROUNDING,
         "resampler": RULE,
+        "resampler of encoded frames": RULE,
+        "resampler of encoded frames, 16-bit storage": msgspec.structs.replace(
+            INDEPENDENT_ROUNDING, reason=f"{INDEPENDENT_ROUNDING.reason} Here they have passed through the resampler too."
+        ),
         "media_kv": RULE,
         "image_tower": RULE,
         "text_tower": RULE,
@@ -100,25 +111,29 @@ A third above what layers of 9b's shapes pay, whose outliers are as hard as trai
 eighth of what it should be costs several times that."""
 
 
-def tolerance(kind: str, precision: Precision = FP32) -> Tolerance:
+def tolerance(kind: str, precision: Precision = FP32, arithmetic: StorageType = "fp32") -> Tolerance:
     """The row of TABLE for `kind`. Raises KeyError: a comparison without a row is a fault of the caller, not a default.
 
-    A policy is judged by the coarsest of its formats. The vision encoder, which no preset quantises, is by its storage.
+    A policy is judged by the coarsest of its formats. The vision encoder, which no preset quantises, is by its storage. arithmetic: what the
+    engines compute in. In 16 bits their errors and PyTorch's no longer agree in quantised layers either: the factor is RULE's, the bound stays.
     """
     found = coarsest(precision)
     if found is not None and kind != "vision_encoder":
-        return TABLE[f"quantised layer, {found}" if kind == "layer" else f"quantised, {found}"]
+        row = TABLE[f"quantised layer, {found}" if kind == "layer" else f"quantised, {found}"]
+        if arithmetic == "fp32":
+            return row
+        return msgspec.structs.replace(row, factor=RULE.factor, reason=f"{row.reason} {_IN_16_BITS}")
     narrow = f"{kind}, 16-bit storage"
     return TABLE[narrow] if precision.storage != "fp32" and narrow in TABLE else TABLE[kind]
 
 
-def logits_tolerance(precision: Precision, arriving: float) -> Tolerance:
+def logits_tolerance(precision: Precision, arriving: float, arithmetic: StorageType = "fp32") -> Tolerance:
     """The row for logits. arriving: PyTorch's error of the hidden states that leave the last layer, carried through all of them.
 
     In int4 the head may not cost more than what arrives at it, where that is more than the row allows: in 9b of random weights int4's errors
     of single layers, 0.07 to 1.1, have grown to 2.9 there and are 3.6 in the logits.
     """
-    row = tolerance("decoder", precision)
+    row = tolerance("decoder", precision, arithmetic)
     if coarsest(precision) != "int4" or not math.isfinite(arriving):
         return row
     return msgspec.structs.replace(row, most=max(row.most, 2 * arriving))

@@ -28,6 +28,7 @@ from flamingo_export.backends.tensorrt.memory import Lane
 from flamingo_export.backends.tensorrt.session import TensorRTSession
 from flamingo_export.bundle.manifest import EngineRecord, GraphRecord, Manifest
 from flamingo_export.errors import BackendError
+from flamingo_export.precision import StorageType
 from flamingo_export.specs import TensorSpec
 from gpu.library import arguments
 from gpu.torch_graph import Attend, TorchGraph
@@ -190,6 +191,10 @@ class TorchBackend:
 
     def availability(self) -> Availability:
         return Availability(usable=True, detail=f"PyTorch {torch.__version__} on {self.card.device}")
+
+    def arithmetic(self, manifest: Manifest, options: SessionOptions) -> StorageType:
+        """That of the lowered graphs."""
+        return manifest.precision.storage
 
     def build(self, bundle: Path, manifest: Manifest, graph: GraphRecord) -> EngineRecord | None:
         """None: graphs are lowered when they are opened."""

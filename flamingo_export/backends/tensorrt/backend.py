@@ -37,7 +37,7 @@ from flamingo_export.bundle.manifest import EngineRecord, GraphRecord, Manifest,
 from flamingo_export.errors import BackendError
 from flamingo_export.estimates import GIB
 from flamingo_export.machine import available_memory, user_cache
-from flamingo_export.precision import Policy
+from flamingo_export.precision import Policy, StorageType
 from flamingo_export.progress import SILENT, Progress
 from flamingo_export.weights import WeightIndex
 from flamingo_reference.config import ModelConfig
@@ -117,6 +117,10 @@ class TensorRTBackend:
     def check_memory(self, config: ModelConfig, graph: GraphRecord, sizes: Mapping[str, int]) -> Estimate:
         """What compiling a graph will take. sizes: bytes of each of the bundle's weights. Raises BuildError if this machine has too little."""
         return check_memory(config, graph, sizes, available_memory())
+
+    def arithmetic(self, manifest: Manifest, options: SessionOptions) -> StorageType:
+        """That of the graphs that engines are compiled from: the bundle's storage type."""
+        return manifest.precision.storage
 
     def build(self, bundle: Path, manifest: Manifest, graph: GraphRecord, *, progress: Progress = SILENT) -> EngineRecord:
         """Lowers a graph and compiles it into the bundle.

@@ -67,6 +67,7 @@ class Checker:
         self._cases = decoder_cases(self.config) if cases is None else cases
         self._plans = {case.name: plan_case(self.config, case) for case in self._cases}
         self._encoded: dict[str, AnyArray] | None = None
+        self._arithmetic = backend.arithmetic(manifest, options)
 
     def run(self, *, whole: bool, layers: Path | None) -> None:
         """All gates. whole: the decoder is run in one piece, and layer by layer besides; else only layer by layer. layers: a folder for
@@ -101,7 +102,7 @@ class Checker:
         row = gate(
             self.goldens.get(case, tensor),
             actual,
-            tolerance=limits or tolerance(kind, self.manifest.precision),
+            tolerance=limits or tolerance(kind, self.manifest.precision, self._arithmetic),
             level=level,
             case=case,
             subgraph=subgraph,
@@ -156,7 +157,7 @@ class Checker:
     def _end_to_end_latents(self, session: Session, features: AnyArray) -> AnyArray | None:
         with self._guarded("end_to_end", END_TO_END_CASE, "resampler"):
             latents = session.run(resampler_feeds(self.config, features_of_media(self.config, features)))["latents"]
-            self._gate("end_to_end", END_TO_END_CASE, "resampler", "latents", latents, kind="resampler")
+            self._gate("end_to_end", END_TO_END_CASE, "resampler", "latents", latents, kind="resampler of encoded frames")
             return latents
         return None
 
@@ -205,7 +206,8 @@ class Checker:
         fed = fed_positions(self._plans[case.name])
         logits = np.concatenate([output[sequence][positions] for sequence, positions in fed.items()])
         carried = self.goldens.get(LAYERS_CASE, f"layer.{self.config.language_model.num_layers - 1}.carried")
-        limits = logits_tolerance(self.manifest.precision, carried.torch_error if carried is not None else math.nan)
+        arriving = carried.torch_error if carried is not None else math.nan
+        limits = logits_tolerance(self.manifest.precision, arriving, self._arithmetic)
         self._gate(_level(case), case.name, "decoder", "logits", logits, kind="decoder", note=note, limits=limits)
 
     # Layer by layer.
@@ -295,7 +297,7 @@ class Checker:
         row = gate(
             expected,
             carried[0] if carried else None,
-            tolerance=tolerance("layer", self.manifest.precision),
+            tolerance=tolerance("layer", self.manifest.precision, self._arithmetic),
             level="layer",
             case=LAYERS_CASE,
             subgraph="decoder",

@@ -49,6 +49,8 @@ class GoldenTrace(msgspec.Struct, frozen=True, kw_only=True):
     final_margin: float | None
     torch_error: float
     peak: float
+    computed_error: float | None = None
+    """PyTorch's error where it computes in the storage type throughout; None where it was not asked."""
     others: tuple[GoldenText, ...] = ()
     """The other hypotheses, best first: the best beam alone may never have changed its parent."""
     text: str | None = None
@@ -61,6 +63,9 @@ class Goldens(msgspec.Struct, kw_only=True):
     storage: str
     model: str
     expected: dict[str, Expected] = msgspec.field(default_factory=dict)
+    computed: dict[str, float] = msgspec.field(default_factory=dict)
+    """PyTorch's error in each tensor where it computes in the storage type throughout, not in fp32 on weights of that type: engines that compute
+    in 16 bits are judged by it. Empty where it was not asked."""
     hidden: dict[str, AnyArray] = msgspec.field(default_factory=dict)
     """float32 [S, W] inputs of each layer, of each sequence of the case followed layer by layer: `layer|sequence`."""
     prices: dict[str, float] = msgspec.field(default_factory=dict)
@@ -76,6 +81,14 @@ class Goldens(msgspec.Struct, kw_only=True):
         """What is expected of a tensor of a case, if it was recorded."""
         return self.expected.get(f"{case}|{tensor}")
 
+    def in_16_bits(self) -> Goldens | None:
+        """The same, with PyTorch's errors in 16-bit arithmetic in the place of those in fp32; None where one was not recorded."""
+        if not self.expected.keys() <= self.computed.keys() or any(trace.computed_error is None for trace in self.traces):
+            return None
+        expected = {key: msgspec.structs.replace(value, torch_error=self.computed[key]) for key, value in self.expected.items()}
+        traces = tuple(msgspec.structs.replace(trace, torch_error=trace.computed_error) for trace in self.traces)
+        return msgspec.structs.replace(self, expected=expected, traces=traces)
+
     def put(self, case: str, tensor: str, value: Expected) -> None:
         self.expected[f"{case}|{tensor}"] = value
 
@@ -86,6 +99,7 @@ class _Entry(msgspec.Struct, frozen=True, kw_only=True):
     rms: float
     peak: float
     torch_error: float
+    computed_error: float | None = None
 
 
 class _File(msgspec.Struct, frozen=True, kw_only=True):
@@ -107,7 +121,14 @@ def save_goldens(folder: Path, goldens: Goldens) -> None:
     arrays = {f"expected|{key}": value.values.astype(np.float32) for key, value in goldens.expected.items()}
     arrays |= {f"hidden|{key}": np.ascontiguousarray(value, np.float32) for key, value in goldens.hidden.items()}
     entries = {
-        key: _Entry(shape=value.shape, stride=value.stride, rms=value.rms, peak=value.peak, torch_error=value.torch_error)
+        key: _Entry(
+            shape=value.shape,
+            stride=value.stride,
+            rms=value.rms,
+            peak=value.peak,
+            torch_error=value.torch_error,
+            computed_error=goldens.computed.get(key),
+        )
         for key, value in goldens.expected.items()
     }
     document = _File(
@@ -160,6 +181,7 @@ def load_goldens(folder: Path, bundle: Path | None = None) -> Goldens | None:
         storage=document.storage,
         model=document.model,
         expected=expected,
+        computed={key: entry.computed_error for key, entry in document.tensors.items() if entry.computed_error is not None},
         hidden={key.removeprefix("hidden|"): value for key, value in arrays.items() if key.startswith("hidden|")},
         prices=document.prices,
         codes=document.codes,

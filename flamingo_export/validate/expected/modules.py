@@ -1,4 +1,4 @@
-"""The reference model one part at a time, first in fp64, then in PyTorch's fp32 with weights as the bundle stores them.
+"""The reference model one part at a time, first in fp64, then in PyTorch's fp32 (or 16 bits) with weights as the bundle stores them.
 
 A part is read from the checkpoint once, widened and narrowed in place, and dropped: memory is that of the largest part, whatever the model.
 A live model's own modules are used, hooks and all, not modules made anew from its weights.
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from flamingo_export.backends.memory import release
+from flamingo_export.precision import StorageType
 from flamingo_export.sources import LiveSource, WeightSource
 from flamingo_export.validate.expected.rounding import AsStored
 from flamingo_reference.config import ModelConfig
@@ -28,24 +29,28 @@ class Parts(Protocol):
     """The parts of a reference model."""
 
     config: ModelConfig
+    dtype: Any
+    """torch.dtype that `narrow` computes in: its inputs must be of it."""
 
     def stage(self, prefix: str, wide: Callable[[Any], Wide], narrow: Callable[[Any], Narrow]) -> tuple[Wide, Narrow]:
-        """Results of `wide` on the part in fp64 and of `narrow` on it in fp32 with stored weights.
+        """Results of `wide` on the part in fp64 and of `narrow` on it in `dtype` with stored weights.
 
         prefix: vision_encoder, resampler, cross_attention.i, language_model.layers.j, or language_model (embedding and norm only).
         """
 
 
-def parts_of(source: WeightSource, stored: AsStored) -> Parts:
-    """The parts of a source: of the live model itself where it is one."""
-    return LiveParts(source.model, stored) if isinstance(source, LiveSource) else SourceParts(source, stored)
+def parts_of(source: WeightSource, stored: AsStored, *, arithmetic: StorageType = "fp32") -> Parts:
+    """The parts of a source: of the live model itself where it is one. arithmetic: what `narrow` computes in, on the weights as stored."""
+    if isinstance(source, LiveSource):
+        return LiveParts(source.model, stored, arithmetic)
+    return SourceParts(source, stored, arithmetic)
 
 
 class SourceParts:
     """Parts made from a source of weights, each read when its turn comes."""
 
-    def __init__(self, source: WeightSource, stored: AsStored) -> None:
-        self.config = source.config
+    def __init__(self, source: WeightSource, stored: AsStored, arithmetic: StorageType = "fp32") -> None:
+        self.config, self.dtype = source.config, torch_dtype(arithmetic)
         self._source, self._stored = source, stored
         self._names = list(source.names())
 
@@ -61,7 +66,7 @@ class SourceParts:
             undo()
             release()
             self._stored.apply(module, prefix)
-            second = narrow(module)
+            second = narrow(module.to(self.dtype))
         del module
         release()
         return first, second
@@ -70,8 +75,8 @@ class SourceParts:
 class LiveParts:
     """Parts of a model in memory: fp64 on copies, fp32 on the very modules (on copies where they must be rounded or moved)."""
 
-    def __init__(self, model: Flamingo, stored: AsStored) -> None:
-        self.config = model.config
+    def __init__(self, model: Flamingo, stored: AsStored, arithmetic: StorageType = "fp32") -> None:
+        self.config, self.dtype = model.config, torch_dtype(arithmetic)
         self._model, self._stored = model, stored
 
     def stage(self, prefix: str, wide: Callable[[Any], Wide], narrow: Callable[[Any], Narrow]) -> tuple[Wide, Narrow]:
@@ -82,14 +87,25 @@ class LiveParts:
             module = copy.copy(module)
             module._modules = {name: child for name, child in module._modules.items() if name != "layers"}
         tensors = list(module.parameters())
-        as_is = self._stored.exact and all(tensor.dtype == torch.float32 and tensor.is_cpu for tensor in tensors)
+        as_is = (
+            self._stored.exact
+            and self.dtype == torch.float32
+            and all(tensor.dtype == torch.float32 and tensor.is_cpu for tensor in tensors)
+        )
         with torch.no_grad():
             first = wide(copy.deepcopy(module).cpu().double())
             if as_is:
                 return first, narrow(module)
             module = copy.deepcopy(module).cpu().float()
             self._stored.apply(module, prefix)
-            return first, narrow(module)
+            return first, narrow(module.to(self.dtype))
+
+
+def torch_dtype(arithmetic: StorageType) -> Any:
+    """The torch.dtype of that name."""
+    import torch
+
+    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[arithmetic]
 
 
 def _widen(module: nn.Module, *, at_use: bool) -> Callable[[], None]:

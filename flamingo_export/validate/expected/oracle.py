@@ -1,4 +1,4 @@
-"""What the reference computes in every case: one pass over the model's parts, in fp64 and in PyTorch's fp32 side by side.
+"""What the reference computes in every case: one pass over the model's parts, in fp64 and in the parts' own type (fp32) side by side.
 
 Sequences run whole and uncached; the engine's chunks, caches, masks and trees of beams must come to the same numbers.
 `alone` feeds each LM layer (with the gated block before it) with the reference's hidden states, rounded to fp32; `carried` with its own.
@@ -116,7 +116,7 @@ class _Recorder:
         self.cases = {case.name: case for case in cases}
         self.plans = {name: plan_case(self.config, case) for name, case in self.cases.items()}
         self.latents: tuple[Any, Any] = (None, None)
-        """Of the end-to-end case, in fp64 and fp32."""
+        """Of the end-to-end case, in fp64 and the narrow type."""
 
     def run(self) -> None:
         self.progress.stage("reference values", self.config.language_model.num_layers + 3)
@@ -153,11 +153,12 @@ class _Recorder:
         self.progress.advance(1)
 
     def _vision(self, name: str, pixels: Tensor, *aspects: Tensor) -> list[Tensor]:
-        """features, and `pooled` of a contrastive encoder, in fp64 and fp32."""
+        """features, and `pooled` of a contrastive encoder, in fp64 and the narrow type."""
         contrastive = self.config.contrastive
+        narrowed = pixels.to(self.parts.dtype)
         if contrastive is None:
             wide, narrow = self.parts.stage(
-                "vision_encoder", lambda m: m(pixels.double(), *aspects), lambda m: m(pixels, *aspects)
+                "vision_encoder", lambda m: m(pixels.double(), *aspects), lambda m: m(narrowed, *aspects)
             )
         elif isinstance(contrastive.pooling, ClassToken):
             # The token is taken where the module itself puts it, hooks and all.
@@ -166,11 +167,11 @@ class _Recorder:
                 return module.features_of(tokens), tokens[:, 0]
 
             (wide, wide_pooled), (narrow, narrow_pooled) = self.parts.stage(
-                "vision_encoder", lambda m: run(m, pixels.double()), lambda m: run(m, pixels)
+                "vision_encoder", lambda m: run(m, pixels.double()), lambda m: run(m, narrowed)
             )
             self._put(name, "pooled", wide_pooled, narrow_pooled)
         else:
-            wide, narrow = self.parts.stage("vision_encoder", lambda m: m(pixels.double()), lambda m: m(pixels))
+            wide, narrow = self.parts.stage("vision_encoder", lambda m: m(pixels.double()), lambda m: m(narrowed))
             if isinstance(contrastive.pooling, Readout):
                 pooled = self.parts.stage(
                     "contrastive.readout", lambda m: m(wide[:, None]).flatten(1), lambda m: m(narrow[:, None]).flatten(1)
@@ -196,7 +197,7 @@ class _Recorder:
                 return found
 
             def as_given(module: Any, given: list[Tensor] = feeds) -> Tensor:
-                found: Tensor = module(*given)
+                found: Tensor = module(*(x.to(self.parts.dtype) if x.is_floating_point() else x for x in given))
                 return found
 
             wide, narrow = self.parts.stage(part, widened, as_given)
@@ -211,9 +212,11 @@ class _Recorder:
         last = config.language_model.num_layers - 1
         for j in range(config.language_model.num_layers):
             # The first layer of an engine embeds the tokens itself, with the embedding as it is stored.
-            alone = {key: hidden.float() for key, hidden in (wide if j else narrow).items() if key[0] == LAYERS_CASE}
+            alone = {
+                key: hidden.to(self.parts.dtype) for key, hidden in (wide if j else narrow).items() if key[0] == LAYERS_CASE
+            }
             before = alone[LAYERS_CASE, 0].double()
-            self.goldens.hidden[str(j)] = alone[LAYERS_CASE, 0][0].numpy().copy()
+            self.goldens.hidden[str(j)] = alone[LAYERS_CASE, 0][0].float().numpy().copy()
             if j in gated:
                 wide, (narrow, alone) = self._gated(gated[j], wide, narrow, alone)
 
@@ -318,7 +321,7 @@ class _Recorder:
             self.goldens.put(name, "logits", msgspec.structs.replace(value, torch_error=largest))
 
     def _put(self, case: str, tensor: str, wide: Tensor, narrow: Tensor) -> None:
-        self.goldens.put(case, tensor, expect(wide.numpy(), narrow.numpy()))
+        self.goldens.put(case, tensor, expect(wide.numpy(), narrow.float().numpy()))
 
 
 def _rms(tensor: Tensor) -> float:

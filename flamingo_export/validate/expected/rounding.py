@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 _GATE = "_gate"
 HEAD = "decoder/head"
+DISTANCES = "/distances"
+"""Of projected distances, which a bundle holds worked out: the table is rounded, not the matrix that it is made with."""
 
 
 class AsStored:
@@ -84,6 +86,10 @@ class AsStored:
             if how is not None:
                 self._quantise(module, prefix, weight, how, parameters)
                 continue
+            if weight.name.endswith(DISTANCES):
+                owner = module.get_submodule(matrices[0].removesuffix(".weight").removeprefix(prefix).removeprefix("."))
+                _round_table(owner, self.precision.element(weight.name))
+                continue
             gate = next((parameters[name].data for name in weight.sources if name.endswith(_GATE)), None)
             for name in matrices:
                 parameters[name].data = as_stored(parameters[name].data, gate, self.precision.element(weight.name))
@@ -135,6 +141,11 @@ class AsStored:
         return range_scale(self._calibration.threshold(name) if self._calibration is not None else E4M3_LARGEST)
 
 
+def _round_table(projection: Any, storage: StorageType) -> None:
+    """Projected distances as they are stored, from now on."""
+    projection.register_forward_hook(lambda _, __, found: as_stored(found, None, storage).to(found.dtype))
+
+
 def _round_operands(layer: Any, scales: list[float | None]) -> None:
     """Queries, keys and values as they enter attention, queries with their bias for contents, through E4M3 from now on; None is left."""
 
@@ -184,9 +195,12 @@ def through_fp8(x: Tensor, scale: float) -> Tensor:
 
 def in_blocks(x: Tensor, block: int) -> Tensor:
     """x rounded to 8 bits, each `block` channels with a scale of their own."""
+    import torch
+
     blocks = x.unflatten(-1, (-1, block))
     scale = blocks.abs().amax(-1, keepdim=True) / 127
-    rounded: Tensor = (blocks / scale.clamp_min(1e-30)).round() * scale
+    least = max(1e-30, torch.finfo(x.dtype).tiny)  # of a block of zeros
+    rounded: Tensor = (blocks / scale.clamp_min(least)).round() * scale
     return rounded.flatten(-2)
 
 

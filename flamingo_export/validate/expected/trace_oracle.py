@@ -14,12 +14,14 @@ import numpy.typing as npt
 
 from flamingo_export.bundle.manifest import Manifest, ShapeLimits
 from flamingo_export.errors import CapacityError
+from flamingo_export.precision import StorageType
 from flamingo_export.progress import Progress
 from flamingo_export.runtime.cache import check_capacity, check_positions
 from flamingo_export.runtime.media import Medium, medium_of
 from flamingo_export.runtime.tokenizer import Tokenizer
 from flamingo_export.sources import LiveSource, WeightSource
 from flamingo_export.validate.expected.golden import GoldenText, GoldenTrace
+from flamingo_export.validate.expected.modules import torch_dtype
 from flamingo_export.validate.expected.rounding import AsStored
 from flamingo_export.validate.expected.trace_prompts import TracePrompt, to_png, trace_prompts
 from flamingo_reference.config import ModelConfig
@@ -35,19 +37,30 @@ BEAMS = (1, 3)
 
 
 def record_traces(
-    source: WeightSource, stored: AsStored, manifest: Manifest, tokenizer: Path | None, progress: Progress
+    source: WeightSource,
+    stored: AsStored,
+    manifest: Manifest,
+    tokenizer: Path | None,
+    progress: Progress,
+    *,
+    arithmetic: StorageType = "fp32",
 ) -> tuple[GoldenTrace, ...]:
-    """Greedy and beam-3 traces of every prompt that fits the bundle's limits. Needs torch, and memory for the whole model."""
+    """Greedy and beam-3 traces of every prompt that fits the bundle's limits. Needs torch, and memory for the whole model.
+
+    arithmetic: fp16 or bf16 to record PyTorch's error in that type, beside its error in fp32 on stored weights.
+    """
     import torch
 
-    wide, narrow = reference_models(source, stored)
+    wide, *narrow = reference_models(source, stored)
+    if arithmetic != "fp32":
+        narrow.append(copy.deepcopy(narrow[0]).to(torch_dtype(arithmetic)))
     with torch.no_grad():
         return traces_of(
             msgspec.structs.replace(source.config, tokens=manifest.config.tokens),
             manifest.limits,
             tokenizer,
             source.inputs.tags,
-            lambda prompt: (_AskedReference(wide, prompt), _AskedReference(narrow, prompt)),
+            lambda prompt: [_AskedReference(model, prompt) for model in (wide, *narrow)],
             progress,
         )
 
@@ -67,16 +80,17 @@ def traces_of(
     limits: ShapeLimits,
     tokenizer: Path | None,
     tags: Tags,
-    models: Callable[[TracePrompt], tuple[AskedModel, AskedModel]],
+    models: Callable[[TracePrompt], Sequence[AskedModel]],
     progress: Progress,
 ) -> tuple[GoldenTrace, ...]:
-    """Greedy and beam-3 traces of every prompt that fits the bundle's limits. models: those in fp64 and fp32, for a prompt."""
+    """Greedy and beam-3 traces of every prompt that fits the bundle's limits. models: for a prompt, those in fp64 and fp32, and in 16 bits
+    where that is wanted."""
     decode = Tokenizer.open(tokenizer.parent.parent, config, tags).decode if tokenizer is not None else None
     prompts = trace_prompts(config, tokenizer)
     progress.stage("reference token traces", len(prompts) * len(BEAMS))
     traces = []
     for prompt in prompts:
-        wide, narrow = models(prompt)
+        wide, *narrow = models(prompt)
         for beams in BEAMS:
             try:
                 check_capacity(prompt=len(prompt.tokens), width=beams, new_tokens=prompt.new_tokens, limits=limits)
@@ -114,7 +128,7 @@ def reference_models(source: WeightSource, stored: AsStored) -> tuple[Flamingo, 
     return wide, narrow
 
 
-def _trace(config: ModelConfig, wide: AskedModel, narrow: AskedModel, prompt: TracePrompt, beams: int) -> GoldenTrace:
+def _trace(config: ModelConfig, wide: AskedModel, narrow: Sequence[AskedModel], prompt: TracePrompt, beams: int) -> GoldenTrace:
     from flamingo_reference import search
 
     ids = config.tokens
@@ -125,9 +139,10 @@ def _trace(config: ModelConfig, wide: AskedModel, narrow: AskedModel, prompt: Tr
     if generated is not None:  # the margins of the plain search, which asked the same model, say how close the choices were
         hypotheses = [_scored(wide, prompt, tokens, ids.never) for tokens in generated]
     best = hypotheses[0]
-    logits = [_following(model, prompt, best.tokens) for model in (wide, narrow)]
-    exact, own = (search.log_probabilities(each, ids.never) for each in logits)
+    logits = [_following(model, prompt, best.tokens) for model in (wide, *narrow)]
+    exact, *own = (search.log_probabilities(each, ids.never) for each in logits)
     finite = np.isfinite(exact)
+    errors = [float(np.abs(exact[finite] - each[finite]).max()) for each in own]
     return GoldenTrace(
         case=prompt.case,
         prompt=prompt.text,
@@ -139,7 +154,8 @@ def _trace(config: ModelConfig, wide: AskedModel, narrow: AskedModel, prompt: Tr
         logprobs=best.logprobs,
         margins=tuple(margin if math.isfinite(margin) else None for margin in result.margins),
         final_margin=result.final_margin if math.isfinite(result.final_margin) else None,
-        torch_error=float(np.abs(exact[finite] - own[finite]).max()),
+        torch_error=errors[0],
+        computed_error=errors[1] if len(errors) > 1 else None,
         others=tuple(hypotheses[1:]),
         peak=float(max(np.abs(logits[0]).max(), np.abs(exact[finite]).max())),
     )

@@ -8,6 +8,7 @@ from typing import Literal
 import msgspec
 
 from flamingo_export.files import write_atomically
+from flamingo_export.precision import StorageType
 
 Verdict = Literal["passed", "failed", "not_run"]
 Against = Literal["reference", "golden", "transformers"]
@@ -31,7 +32,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     error: float | None
     limit: float | None
     torch_error: float | None = None
-    """PyTorch's own error against fp64, in the bundle's dtype: the limit is made from it."""
+    """PyTorch's own error against fp64, with weights in the bundle's type and in the engines' arithmetic: the limit is made from it."""
     passed: bool
     measured: bool = True
     note: str = ""
@@ -114,6 +115,8 @@ class ParityReport(msgspec.Struct, frozen=True, kw_only=True):
     against: Against | None
     model: str
     storage: str
+    arithmetic: StorageType = "fp32"
+    """What the engines compute in, and PyTorch where its errors make the limits."""
     weights: str
     """Digest of the weights that the reference had, or why there was no reference."""
     rows: tuple[Row, ...] = ()

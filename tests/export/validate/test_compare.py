@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from flamingo_export.precision import Policy, Precision, Rule
+from flamingo_export.quantize.policies import preset
 from flamingo_export.validate.checks.compare import NUM_SAMPLES, expect, gate
 from flamingo_export.validate.report.parity_report import Row
 from flamingo_export.validate.tolerances import FP32_ULP, RULE, TABLE, logits_tolerance, tie_margin, tolerance, trace_limit
@@ -92,7 +93,7 @@ def test_an_all_zero_reference_must_be_met_exactly() -> None:
 def test_every_row_of_the_table_has_a_reason_and_unknown_kinds_are_refused() -> None:
     assert all(len(row.reason) > 40 for row in TABLE.values())
     own = [name for name, row in TABLE.items() if row is not RULE and not name.startswith("quantised")]
-    assert own == ["vision_encoder, 16-bit storage"]
+    assert own == ["vision_encoder, 16-bit storage", "resampler of encoded frames, 16-bit storage"]
     assert tolerance("vision_encoder", Precision(storage="bf16")).factor > tolerance("vision_encoder").factor
     assert tolerance("decoder", Precision(storage="bf16")) is RULE
     with pytest.raises(KeyError):
@@ -131,3 +132,14 @@ def test_margins_of_ties_grow_with_the_square_root_of_the_steps() -> None:
     assert tie_margin(limit=limit, steps=1) == 2 * limit
     assert tie_margin(limit=limit, steps=16) == 8 * limit
     assert np.isnan(trace_limit(torch_error=float("nan"), peak=1.0))
+
+
+def test_arithmetic_in_16_bits_changes_the_factor_of_quantised_rows_only() -> None:
+    """And never their bounds, nor what is judged in fp32."""
+    policy = preset("fp8")
+    precision = Precision(storage="fp16", policy=policy)
+    narrow, wide = tolerance("decoder", precision, "fp16"), tolerance("decoder", precision)
+    assert (narrow.factor, narrow.most, narrow.floor_ulps) == (2.0, wide.most, wide.floor_ulps)
+    assert wide.factor == 1.5
+    assert tolerance("decoder", Precision(storage="fp16"), "fp16") is RULE
+    assert tolerance("vision_encoder", precision, "fp16") is tolerance("vision_encoder", precision)

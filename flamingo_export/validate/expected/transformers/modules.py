@@ -27,7 +27,7 @@ class TransformersParts:
         """Raises ParityError if transformers' model is not made of the tensors that the bundle is made of."""
         checkpoint = source.checkpoint
         assert checkpoint.recipes is not None
-        self.config = source.config
+        self.config, self.dtype = source.config, torch.float32
         recipes = checkpoint.recipes
         self._theirs = theirs_of(checkpoint.family.name, checkpoint.published.names())
         # Their names of the weights that are rounded, each with its gate.
