@@ -13,7 +13,7 @@ import pytest
 import torch
 from gpu import build, engines, kernel_cases, oracle, report, stages
 from gpu.library import Args
-from gpu.stage import Choice, Context, Failed, NoTime, NotPossible, Stage
+from gpu.stage import Choice, Context, Failed, NoDevice, NoTime, NotPossible, Stage
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -283,6 +283,19 @@ def test_a_dry_run_goes_through_every_stage_up_to_its_first_cuda_call(tmp_path):
         assert {"device", "kernels", "benchmark"} <= reached
     assert not [line for line in found.values() if " failed " in line]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "printed", "outcome"),
+    [(1, '{"machine": {"memory_suffices": false}}', NoDevice), (1, "", Failed), (0, "{}", NoDevice)],
+)
+def test_a_plan_that_this_machine_has_too_little_memory_for_is_a_plan(monkeypatch, code, printed, outcome):
+    """`--plan` exits with 1 then; the build is meant for the machine with the card."""
+    monkeypatch.setattr(
+        engines, "_cli", lambda context, command: subprocess.CompletedProcess(command, code, printed, "what went wrong")
+    )
+    with pytest.raises(outcome):
+        engines.rehearse_cli(("build", "--size", "3b", "--out", "BUNDLE"))(None)
 
 
 def test_without_torch_it_says_so():
