@@ -21,6 +21,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 if TYPE_CHECKING:
     from flamingo_export.api import build as build
     from flamingo_export.api import load as load
+    from flamingo_export.api import load_encoder as load_encoder
     from flamingo_export.api import refit as refit
     from flamingo_export.bundle.manifest import ShapeLimits as ShapeLimits
     from flamingo_export.errors import BackendError as BackendError
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
     from flamingo_export.evaluation.run import evaluate as evaluate
     from flamingo_export.pipeline.run import BuildResult as BuildResult
     from flamingo_export.runtime.chat import chat_prompt as chat_prompt
+    from flamingo_export.runtime.contrastive import ContrastiveEncoder as ContrastiveEncoder
+    from flamingo_export.runtime.contrastive import LabelScore as LabelScore
     from flamingo_export.runtime.model import Model as Model
     from flamingo_export.runtime.options import Settings as Settings
     from flamingo_export.runtime.prompts import Shot as Shot
@@ -63,6 +66,7 @@ if TYPE_CHECKING:
 _HOME = {
     "build": "api",
     "load": "api",
+    "load_encoder": "api",
     "refit": "api",
     "ShapeLimits": "bundle.manifest",
     "BackendError": "errors",
@@ -86,6 +90,8 @@ _HOME = {
     "evaluate": "evaluation.run",
     "BuildResult": "pipeline.run",
     "Generation": "runtime.texts",
+    "ContrastiveEncoder": "runtime.contrastive",
+    "LabelScore": "runtime.contrastive",
     "Model": "runtime.model",
     "Score": "runtime.texts",
     "Stream": "runtime.stream",

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from flamingo_export.pipeline.request import BuildBackend, ParityMode
     from flamingo_export.pipeline.run import BuildResult
     from flamingo_export.precision import Policy, StorageType
+    from flamingo_export.runtime.contrastive import ContrastiveEncoder
     from flamingo_export.runtime.model import Model
     from flamingo_export.sources.choice import Source
     from flamingo_reference.model import Flamingo
@@ -166,6 +167,33 @@ def load(
             raise BackendError(f"{error} --fallback {fallback}: {short}") from error
         _log.warning("going on with %s: %s", other.name, error)
         return _opened(path, manifest, other, options, fitting, queue)
+
+
+def load_encoder(
+    bundle: Path | str, *, backend: str = "auto", device: str = "cpu", threads: int = 0, fallback: str | None = None
+) -> ContrastiveEncoder:
+    """Opens a bundle's contrastive encoder without its decoder: `load_encoder("nano.bundle").classify("a.png", ["a red circle", "a cross"])`.
+
+    backend, device, threads, fallback: as `load` takes them. Graphs are opened when they are first used.
+    Raises BundleError (incomplete, damaged, of a newer schema, or without a contrastive encoder), BackendError.
+    """
+    from flamingo_export.backends.base import SessionOptions
+    from flamingo_export.backends.registry import get_backend
+    from flamingo_export.bundle.verify import open_bundle
+    from flamingo_export.errors import BackendError
+    from flamingo_export.runtime.contrastive import ContrastiveEncoder
+
+    path = Path(bundle)
+    manifest = open_bundle(path)
+    options = SessionOptions(threads=threads, device=device)
+    try:
+        chosen = get_backend(backend, manifest)
+    except BackendError as error:
+        if fallback is None:
+            raise
+        chosen = get_backend(fallback, manifest)
+        _log.warning("going on with %s: %s", chosen.name, error)
+    return ContrastiveEncoder(path, manifest, chosen, options)
 
 
 def _opened(

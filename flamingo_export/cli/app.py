@@ -15,6 +15,7 @@ from flamingo_export.cli import (
     build,
     calibrate,
     capacity,
+    classify,
     doctor,
     eval,
     generate,
@@ -68,7 +69,8 @@ app.command("package", short_help="Write a folder that runs a bundle in containe
 )
 app.command("eval", short_help="Score a bundle on a benchmark, few-shot, beside another.")(eval.eval_)
 app.command("index", short_help="Encode examples once, to retrieve similar ones.")(index.index)
-app.command("search", short_help="Find the pictures of an index that look most like one.")(search.search)
+app.command("search", short_help="Find the pictures of an index that are most like an image or a text.")(search.search)
+app.command("classify", short_help="Classify images by labels, zero-shot.")(classify.classify)
 app.command("parity", short_help="Check a bundle's engines against the PyTorch reference or recorded values.")(parity.parity)
 app.command("inspect", short_help="Show what a bundle, a checkpoint or a size is made of.")(inspect.inspect)
 app.command("doctor", short_help="Show what this machine can run, and what to install for the rest.")(doctor.doctor)

@@ -17,6 +17,7 @@ from flamingo_export.cli.verb import Verb
 if TYPE_CHECKING:
     from flamingo_calibration import BadSample, Sample
     from flamingo_export.precision import Policy
+    from flamingo_export.runtime.contrastive import ContrastiveEncoder
     from flamingo_export.runtime.media import MediumSource
     from flamingo_export.runtime.model import Model
     from flamingo_export.runtime.request import Request
@@ -291,6 +292,21 @@ def opened(bundle: Path, backend: str, device: str, threads: int, fallback: str 
             model = api.load(bundle, backend=backend, device=device, threads=threads, fallback=fallback)
         with model:
             yield model
+
+
+@contextmanager
+def opened_encoder(
+    bundle: Path, backend: str, device: str, threads: int, fallback: str | None = None
+) -> Iterator[ContrastiveEncoder]:
+    """The bundle's contrastive encoder."""
+    from flamingo_export import api
+    from flamingo_export.cli.output import logged_to_stderr
+
+    with (
+        logged_to_stderr(),
+        api.load_encoder(bundle, backend=backend, device=device, threads=threads, fallback=fallback) as encoder,
+    ):
+        yield encoder
 
 
 def formatted(

@@ -1,4 +1,4 @@
-"""`flamingo-export search`: the pictures of an index that are most like one."""
+"""`flamingo-export search`: the pictures of an index that are most like an image or a text."""
 
 from __future__ import annotations
 
@@ -13,32 +13,40 @@ from flamingo_export.cli.options import AsJson, BackendName, Device, Fallback, T
 def search(
     bundle: Annotated[Path, typer.Argument(help="The bundle that made the index.", show_default=False)],
     index: Annotated[Path, typer.Option("--index", metavar="FOLDER", help="An index, by `index`.", show_default=False)],
-    image: Annotated[Path, typer.Option("--image", "-i", metavar="FILE", help="What to look for.", show_default=False)],
+    image: Annotated[
+        Path | None, typer.Option("--image", "-i", metavar="FILE", help="What to look for.", show_default=False)
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option("--text", "-t", help="What to look for, in words: of bundles with a text tower.", show_default=False),
+    ] = None,
     top: Annotated[int, typer.Option("--top", min=1, help="How many to show.")] = 10,
+    faiss: Annotated[
+        bool, typer.Option("--faiss", help="Search with FAISS (extra faiss): the same rows, in its memory.")
+    ] = False,
     backend: BackendName = "auto",
     fallback: Fallback = None,
     device: Device = "cpu",
     threads: Threads = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Find the pictures of an index that look most like one.
+    """Find the pictures of an index that are most like an image or a text.
 
     \b
     flamingo-export search my.bundle --index index/ --image a.png
+    flamingo-export search my.bundle --index index/ --text "a dog on a beach"
     """
-    from flamingo_export.cli.options import opened
     from flamingo_export.cli.output import print_json, results, table
-    from flamingo_export.evaluation.bundles import BundleModel
-    from flamingo_export.evaluation.index.search import nearest
-    from flamingo_export.evaluation.index.store import Index
+    from flamingo_export.evaluation.index.looking import found_by_image, found_by_text
 
-    found = Index(index)
-    with opened(bundle, backend, device, threads, fallback) as model:
-        asked = BundleModel(model)
-        found.check_bundle(asked.identity["digest"], bundle.name)
-        rows, cosines = nearest(found, asked.features([image]), min(top, found.record.count))
-    items = found.items()
-    hits = [(items[row], float(cosine)) for row, cosine in zip(rows[0].tolist(), cosines[0].tolist(), strict=True)]
+    if (image is None) == (text is None):
+        raise typer.BadParameter("give one of --image and --text, what to look for", param_hint="--text")
+    options = {"backend": backend, "device": device, "threads": threads, "fallback": fallback}
+    if text is not None:
+        hits = found_by_text(bundle, index, text, top, faiss=faiss, **options)
+    else:
+        assert image is not None
+        hits = found_by_image(bundle, index, image, top, faiss=faiss, **options)
     if as_json:
         print_json([{"cosine": cosine, "item": item} for item, cosine in hits])
         return

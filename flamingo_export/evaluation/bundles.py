@@ -80,13 +80,15 @@ class BundleModel:
         ]
 
     def features(self, media: Sequence[MediumSource]) -> Features:
-        """Mean-pooled features [N, E] of the vision encoder."""
+        """Vectors to compare media by, float32 [N, E]: `features_of` says which."""
         return self._encoder.encode(media)
 
     @property
     def features_of(self) -> str:
         """What they are."""
-        return "mean-pooled features of the vision encoder"
+        from flamingo_export.evaluation.index.encoder import features_of
+
+        return features_of(self.model.manifest)
 
     @cached_property
     def _encoder(self) -> Encoder:

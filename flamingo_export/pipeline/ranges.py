@@ -16,7 +16,7 @@ from flamingo_export.precision import Precision
 from flamingo_export.progress import Progress
 from flamingo_export.quantize.policies import check_policy
 from flamingo_export.sources import WeightSource
-from flamingo_export.weights import bundle_weights
+from flamingo_export.weights import Weight, bundle_weights
 from flamingo_export.weights.calibration_table import (
     CALIBRATION_FILE,
     CalibrationTable,
@@ -24,6 +24,7 @@ from flamingo_export.weights.calibration_table import (
     read_table,
     write_table,
 )
+from flamingo_export.weights.towers import OF_TOWERS
 from flamingo_reference.config import ModelConfig
 
 
@@ -43,6 +44,11 @@ def checked_policy(
             raise BuildError("--uncalibrated only applies to quantised builds; add --fp8, or leave it out")
         return None
     check_policy(policy, [weight.name for weight in bundle_weights(config, precision) if weight.product])
+    if unknown := [weight.name for weight in _in_fp8(config, precision) if weight.name.startswith(OF_TOWERS)]:
+        raise BuildError(
+            f"policy {policy.name!r} keeps {unknown[0]} in fp8, and ranges of a contrastive encoder's activations are not measured. Keep "
+            'image_tower, text_tower and vision_encoder/readout in "int8" or "storage".'
+        )
     if compiler is not None:
         compiler.check_policy(policy, target)
     if request.calibration is not None:
@@ -54,6 +60,11 @@ def checked_policy(
             "ranges (--uncalibrated), which costs accuracy."
         )
     return None
+
+
+def _in_fp8(config: ModelConfig, precision: Precision) -> list[Weight]:
+    found = [(weight, weight.quantisation(precision)) for weight in bundle_weights(config, precision)]
+    return [weight for weight, how in found if how is not None and how.element == "fp8"]
 
 
 def written_ranges(

@@ -10,6 +10,7 @@ import msgspec
 
 from flamingo_export.bundle.manifest import ShapeLimits, read_manifest
 from flamingo_export.precision import Policy, Precision, StorageType, default_storage
+from flamingo_export.quantize.policies import for_model
 from flamingo_export.sources.choice import CheckpointFolder, RandomWeights, Source, nano_checkpoint
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.names import parameter_counts
@@ -92,4 +93,10 @@ def _plain_out(source: Source) -> Path:
 
 def resolve_precision(config: ModelConfig, storage: StorageType | None, policy: Policy | None = None) -> Precision:
     """The precision asked for, or the default for a model of this size."""
-    return Precision(storage=storage or default_storage(sum(parameter_counts(config).values())), policy=policy)
+    chosen = None if policy is None else for_model(policy, config)
+    return Precision(storage=storage or default_storage(_model_size(config)), policy=chosen)
+
+
+def _model_size(config: ModelConfig) -> int:
+    """Parameters of the model itself: a contrastive encoder beside it does not change the type that it is stored in."""
+    return sum(count for component, count in parameter_counts(config).items() if component != "contrastive")

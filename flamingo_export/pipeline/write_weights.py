@@ -237,7 +237,7 @@ def _quantised(weight: Weight, matrix: Array, how: Quantisation, calibration: Ca
     if how.element == "fp8":
         return (*quantised(matrix, how), _scale_of(weight.name, calibration))
     # Where only zeros were seen there are no channels, and none matters more than another.
-    rms = calibration.tensors[weight.name].channels().astype(np.float32) if calibration is not None else np.empty(0)
+    rms = calibration.rms(weight.name) if calibration is not None else np.empty(0)
     return quantised(matrix, how, np.square(rms) if rms.size else None)
 
 

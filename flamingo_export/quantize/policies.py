@@ -20,6 +20,7 @@ import msgspec
 
 from flamingo_export.errors import BuildError
 from flamingo_export.precision import SMALLEST_BLOCK, Policy, Rule
+from flamingo_reference.config import ModelConfig
 
 PRESETS = ("fp8", "int8", "int4")
 _LARGEST_BLOCK = 1024
@@ -38,6 +39,23 @@ def preset(name: str) -> Policy:
     if name not in PRESETS:
         raise BuildError(f"{name!r} is no policy; there are {', '.join(PRESETS)}, or a file of your own (docs/precision.md)")
     return msgspec.toml.decode(preset_text(name), type=Policy)
+
+
+_TOWERS = Rule(
+    weights="text_tower/*",
+    format="int8",
+    block=128,
+    reason="products of the usual kind, once a text; 4 bits would save nothing that is felt",
+)
+
+
+def for_model(policy: Policy, config: ModelConfig) -> Policy:
+    """The policy as a model gets it: the presets in blocks hold for a text tower as well, where there is one. A policy of a user's own says
+    itself what it quantises."""
+    has_text = config.contrastive is not None and config.contrastive.text is not None
+    if not has_text or policy.name not in ("int8", "int4") or policy != preset(policy.name):
+        return policy
+    return msgspec.structs.replace(policy, rules=(*policy.rules, _TOWERS))
 
 
 def preset_text(name: str) -> str:

@@ -24,6 +24,7 @@ from flamingo_export.bundle.manifest import CalibrationRecord
 from flamingo_export.errors import CalibrationError
 from flamingo_export.files import write_atomically
 from flamingo_export.weights import bundle_weights
+from flamingo_export.weights.towers import OF_TOWERS
 from flamingo_reference.config import ModelConfig
 
 SCHEMA_VERSION = 1
@@ -83,11 +84,17 @@ class CalibrationTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         value: float = getattr(self.tensors[name], method or self.method)
         return value or 1.0
 
+    def rms(self, name: str) -> npt.NDArray[np.float32]:
+        """Root mean squares of an input's channels, up to a common factor; empty where only zeros were seen, or nothing (`OF_TOWERS`)."""
+        found = self.tensors.get(name)
+        return np.empty(0, np.float32) if found is None else found.channels().astype(np.float32)
+
 
 def calibrated_tensors(config: ModelConfig) -> dict[str, int]:
     """Keys of a model's table, in the order of the bundle's weights, with the number of input channels (0: an operand of attention)."""
     lm = config.language_model
-    products = {weight.name: weight.shape[0] for weight in bundle_weights(config) if weight.product}
+    every = [weight for weight in bundle_weights(config) if weight.product and not weight.name.startswith(OF_TOWERS)]
+    products = {weight.name: weight.shape[0] for weight in every}
     operands = [f"media_kv/layer.{i}/{kind}" for i in range(len(config.gated_layers)) for kind in "kv"]
     operands += [f"decoder/layer.{layer}/self_attention/{kind}" for layer in range(lm.num_layers) for kind in "qkv"]
     return products | {"decoder/head": lm.width} | dict.fromkeys(operands, 0)

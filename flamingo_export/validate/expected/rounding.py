@@ -102,7 +102,7 @@ class AsStored:
         sources = [parameters[name].data.numpy() for name in weight.sources]
         importance = None
         if self._calibration is not None and how.element != "fp8":
-            channels = self._calibration.tensors[weight.name].channels().astype(np.float32)
+            channels = self._calibration.rms(weight.name)
             importance = np.square(channels) if channels.size else None
         codes, scales = quantised(np.ascontiguousarray(weight.make(sources)), how, importance)
         inputs = [np.array(self._scale(weight.name), np.float32)] if how.element == "fp8" else []

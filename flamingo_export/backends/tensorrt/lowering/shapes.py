@@ -1,7 +1,7 @@
 """Sizes that an engine is built for: one table of bounds a profile, in which a dimension has the same bounds wherever its name stands.
 
 A profile is a use of the engine that TensorRT tunes for by itself. The names are those of `specs`: B requests, S positions, M media,
-K logits, N media rows, F and T frames. C, the cache's capacity, is no symbol: in-place cache updates want it fixed.
+K logits, N media rows, F and T frames; of a text tower B texts of S tokens. C, the cache's capacity, is no symbol: in-place cache updates want it fixed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import msgspec
 
 from flamingo_export.bundle.manifest import ShapeLimits
 from flamingo_export.errors import BuildError
-from flamingo_export.specs import SubgraphSpec, TensorSpec
+from flamingo_export.specs import TEXT_TOWER, SubgraphSpec, TensorSpec
 
 CAPACITY = "C"
 DECODE = "decode"
@@ -19,6 +19,10 @@ SHARED = "shared"
 """`decode.shared` is for rows that several requests share."""
 _TILES_OF_AN_IMAGE = 4
 """That kernels are chosen for, where positions see ranges of media."""
+
+
+TEXTS = 64
+"""Texts that a text tower takes at once."""
 
 
 class Bounds(msgspec.Struct, frozen=True):
@@ -69,8 +73,12 @@ def profiles(spec: SubgraphSpec, limits: ShapeLimits) -> tuple[Profile, ...]:
             },
             "images": {"N": Bounds(1, 1, frames), "T": Bounds(1, 1, 1)},
         }
+    elif spec.name == TEXT_TOWER:
+        longest = spec.longest["S"]
+        # Most texts are captions or labels, far from the longest.
+        uses = {"texts": {"B": Bounds(1, 1, TEXTS), "S": Bounds(1, min(16, longest), longest)}}
     else:
-        symbol = "F" if spec.name == "vision_encoder" else "N"
+        symbol = "N" if spec.name == "media_kv" else "F"
         uses = {"encode": {symbol: Bounds(1, 1, frames)}}
     wanted = symbols(spec)
     return tuple(
