@@ -54,10 +54,10 @@ def baseline(size: str, folder: Path) -> dict[str, object]:
     from flamingo_export.weights import STORAGE_DTYPES, bundle_weights, groups
 
     source = source_for_size(size, seed=0)
-    precision = resolve_precision(source.config, None)
+    precision = resolve_precision(source.config, None)  # type: ignore[union-attr]
     spent = dict.fromkeys(("draw", "cast", "hash", "write"), 0.0)
     started = time.perf_counter()
-    for group, members in groups(bundle_weights(source.config)).items():
+    for group, members in groups(bundle_weights(source.config)).items():  # type: ignore[union-attr]
         path = folder / f"{group}.safetensors"
         with path.open("wb", buffering=0) as file:
             digest = hashlib.sha256()
@@ -67,7 +67,7 @@ def baseline(size: str, folder: Path) -> dict[str, object]:
                 marks.append(time.perf_counter())
                 values = cast(values, np.dtype(STORAGE_DTYPES[weight.storage(precision)]))
                 marks.append(time.perf_counter())
-                data = memoryview(values.view(np.uint8))
+                data = memoryview(values.view(np.uint8))  # type: ignore[arg-type]
                 digest.update(data)
                 marks.append(time.perf_counter())
                 for start in range(0, len(data), CHUNK):

@@ -162,7 +162,7 @@ def rival(kernels: Kernels, make: Callable[[Problem], Call], problems: list[Prob
         worst = float((theirs.float() - y.float()).abs().max() / y.float().abs().max())
         if not worst < 0.03:  # bf16 has 8 bits; a wrong image is off by far more
             return {"not_at_hand": f"its result differs from ours by {worst:.2g} of the largest number: not the same problem"}
-        return {"sets": len(calls), "difference": worst, "seconds": time_round(calls, rounds)}
+        return {"sets": len(calls), "difference": worst, "seconds": time_round(calls, rounds)}  # type: ignore[arg-type]
     except NotAtHand as error:
         return {"not_at_hand": str(error)}
     except Exception as error:  # another library's, on a card it may not know

@@ -80,7 +80,7 @@ def variable_length(problem: Problem) -> Call:
     longest = int(counts.max())
 
     def call() -> Tensor:
-        found: Tensor = varlen_attn(problem.q[0], *packed, runs, keys, longest, problem.latents)
+        found: Tensor = varlen_attn(problem.q[0], *packed, runs, keys, longest, problem.latents)  # type: ignore[arg-type, assignment, call-arg]
         return found[None]
 
     return call

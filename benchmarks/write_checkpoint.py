@@ -93,7 +93,7 @@ IDEFICS_TINY = IDEFICS_9B | {
         "num_attention_heads": 2,
         "intermediate_size": 64,
     },
-    "perceiver_config": IDEFICS_9B["perceiver_config"]  # type: ignore[dict-item]
+    "perceiver_config": IDEFICS_9B["perceiver_config"]  # type: ignore[operator]
     | {"resampler_n_latents": 6, "resampler_depth": 2, "resampler_n_heads": 2, "resampler_head_dim": 8},
 }
 MPT_7B = {

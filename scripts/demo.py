@@ -187,7 +187,7 @@ def draw_picture(tasks: list[Task], path: Path) -> None:
 def render_html(tasks: list[Task], report: ParityReport) -> str:
     """The report as one HTML page, linked to parity.html beside it."""
     pictures = {"pictures": lambda shot: data_uris(medium_path(shot))}
-    return render(Path(__file__).parent, "demo.html.j2", pictures, tasks=tasks, report=report, beams=BEAMS)
+    return render(Path(__file__).parent, "demo.html.j2", pictures, tasks=tasks, report=report, beams=BEAMS)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

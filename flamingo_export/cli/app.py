@@ -29,6 +29,7 @@ from flamingo_export.cli import (
     sensitivity,
     serve,
 )
+from flamingo_export.cli.groups import with_groups
 from flamingo_export.cli.interrupts import EXIT_INTERRUPTED, Interrupts
 from flamingo_export.cli.options import MediaCommand
 from flamingo_export.cli.verb import Verb
@@ -39,8 +40,9 @@ EXIT_FAILURE = 1
 
 class _App(typer.Typer):
     def command(self, *names: Any, cls: type[TyperCommand] | None = Verb, **settings: Any) -> Any:
-        """As typer has it, but what is said of all verbs holds for each."""
-        return super().command(*names, cls=cls, **settings)
+        """As typer has it, but what is said of all verbs holds for each, and groups of options are shown as options."""
+        register = super().command(*names, cls=cls, **settings)
+        return lambda verb: register(with_groups(verb))
 
 
 app = _App(

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 import typer
 
-from flamingo_export.cli.options import AsJson, BackendName, Device, Fallback, Threads
+from flamingo_export.cli.groups import Running
+from flamingo_export.cli.options import AsJson
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -71,10 +72,7 @@ def bench(
         bool,
         typer.Option("--grid", help="Also measure what steps cost by rows, beams and length, for `capacity`."),
     ] = False,
-    backend: BackendName = "auto",
-    fallback: Fallback = None,
-    device: Device = "cpu",
-    threads: Threads = 0,
+    run: Running = Running(),
     as_json: AsJson = False,
 ) -> None:
     """Measure time to first token and time a step, with one beam and several, and what a second question about the same images costs.
@@ -83,12 +81,11 @@ def bench(
     flamingo-export bench nano.bundle
     flamingo-export bench nano.bundle --grid --json > bench.json; flamingo-export capacity --bench bench.json --rate 200 --p95 1.5
     """
-    from flamingo_export.cli.options import opened
     from flamingo_export.cli.output import print_json, waiting
     from flamingo_export.machine import usable_cores
 
     started = time.perf_counter()
-    with opened(bundle, backend, device, threads, fallback) as model:
+    with run.opened(bundle) as model:
         loaded = time.perf_counter() - started
         length = prompt_tokens or min(256, model.manifest.limits.max_length // 2)
         if length < images + _QUESTION_TOKENS + 1:

@@ -10,22 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 import typer
 
+from flamingo_export.cli.groups import Beside, Quantised
 from flamingo_export.cli.options import (
     SIZES,
     AsJson,
-    Fp8,
-    Int4,
-    Int8,
-    Loras,
-    OtherLanguageModel,
-    OtherTokenizer,
-    OtherVision,
     Overwrite,
     Parity,
     ParityChoice,
-    PolicyFile,
-    chosen_policy,
-    chosen_source,
 )
 
 if TYPE_CHECKING:
@@ -68,10 +59,7 @@ def build(
             show_default=False,
         ),
     ] = None,
-    language_model: OtherLanguageModel = None,
-    vision: OtherVision = None,
-    loras: Loras = None,
-    tokenizer: OtherTokenizer = None,
+    beside: Beside = Beside(),
     vision_module: Annotated[
         str | None,
         typer.Option(
@@ -93,10 +81,7 @@ def build(
             show_default=False,
         ),
     ] = None,
-    fp8: Fp8 = False,
-    int8: Int8 = False,
-    int4: Int4 = False,
-    policy: PolicyFile = None,
+    quantised: Quantised = Quantised(),
     calibration: Annotated[
         Path | None,
         typer.Option(
@@ -158,16 +143,14 @@ def build(
     flamingo-export build --size 3b --backend tensorrt-rtx --target sm89 --out 3b.bundle
     flamingo-export build --size 9b --fp8
     """
-    source = chosen_source(
-        size, checkpoint, seed=seed, language_model=language_model, vision=vision, loras=loras, tokenizer=tokenizer
-    )
+    source = beside.source(size, checkpoint, seed)
     if vision_module is not None and plan:
         raise typer.BadParameter("a plan needs no module", param_hint="--vision-module")
     if vision_module is not None and checkpoint is None:
         raise typer.BadParameter("goes with a checkpoint: add --checkpoint", param_hint="--vision-module")
     if target is not None and backend is Compiler.onnxruntime:
         raise typer.BadParameter("only engines have a target: add --backend tensorrt-rtx", param_hint="--target")
-    chosen = chosen_policy({"fp8": fp8, "int8": int8, "int4": int4}, policy)
+    chosen = quantised.chosen()
     if calibration is not None and uncalibrated:
         raise typer.BadParameter("goes without --calibration", param_hint="--uncalibrated")
     from flamingo_export.bundle.manifest import BRANCH_MEDIA, BRANCHES, ShapeLimits, default_limits

@@ -8,18 +8,14 @@ from typing import Annotated
 
 import typer
 
+from flamingo_export.cli.groups import Beside
 from flamingo_export.cli.options import (
     SIZES,
     AsJson,
-    Loras,
-    OtherLanguageModel,
-    OtherTokenizer,
-    OtherVision,
     Overwrite,
     SampleData,
     SkipBad,
     chosen_samples,
-    chosen_source,
 )
 
 
@@ -42,10 +38,7 @@ def calibrate(
     checkpoint: Annotated[
         Path | None, typer.Option("--checkpoint", help="A checkpoint: a folder, or a file of tensors.", show_default=False)
     ] = None,
-    language_model: OtherLanguageModel = None,
-    vision: OtherVision = None,
-    loras: Loras = None,
-    tokenizer: OtherTokenizer = None,
+    beside: Beside = Beside(),
     data: SampleData = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="The table.")] = Path("calibration.json"),
     method: Annotated[
@@ -63,9 +56,7 @@ def calibrate(
     \b
     flamingo-export calibrate --checkpoint ckpt/ --data calib.jsonl --out calibration.json
     """
-    named = chosen_source(
-        size, checkpoint, seed=seed, language_model=language_model, vision=vision, loras=loras, tokenizer=tokenizer
-    )
+    named = beside.source(size, checkpoint, seed)
     import flamingo_calibration
     from flamingo_export.cli.output import print_json
     from flamingo_export.cli.progress import reported

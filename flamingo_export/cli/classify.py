@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from flamingo_export.cli.options import AsJson, BackendName, Device, Fallback, Threads
+from flamingo_export.cli.groups import Running
+from flamingo_export.cli.options import AsJson
 
 
 def classify(
@@ -27,10 +28,7 @@ def classify(
             show_default=False,
         ),
     ] = None,
-    backend: BackendName = "auto",
-    fallback: Fallback = None,
-    device: Device = "cpu",
-    threads: Threads = 0,
+    run: Running = Running(),
     as_json: AsJson = False,
 ) -> None:
     """Classify images by labels that the model was not trained on, the most likely first.
@@ -38,13 +36,12 @@ def classify(
     \b
     flamingo-export classify nano.bundle --image a.png --labels "a red circle,a blue square"
     """
-    from flamingo_export.cli.options import opened_encoder
     from flamingo_export.cli.output import print_json, results, table
 
     names = [label.strip() for label in labels.split(",")]
     if not all(names):
         raise typer.BadParameter(f"{labels!r} has an empty label; give some, separated by commas", param_hint="--labels")
-    with opened_encoder(bundle, backend, device, threads, fallback) as encoder:
+    with run.opened_encoder(bundle) as encoder:
         encoder.label_texts(names, template)  # what cannot work is said before any image is read
         found = [(image, encoder.classify(image, names, template=template)) for image in images]
     if as_json:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flamingo_export.cli.options import AsJson, BackendName, Device, Fallback, Fps, Frames, Threads
+from flamingo_export.cli.groups import Running
+from flamingo_export.cli.options import AsJson, Fps, Frames
 
 if TYPE_CHECKING:
     from flamingo_export.evaluation.compare import Comparison
@@ -92,10 +93,7 @@ def eval_(
     ] = False,
     compared: Annotated[bool, typer.Option("--compare", help="Lay finished runs side by side.")] = False,
     listed: Annotated[bool, typer.Option("--list", help="Name the tasks and the files that each reads.")] = False,
-    backend: BackendName = "auto",
-    fallback: Fallback = None,
-    device: Device = "cpu",
-    threads: Threads = 0,
+    run: Running = Running(),
     as_json: AsJson = False,
 ) -> None:
     """Score a bundle on a benchmark with 0 to 32 examples, as the paper does.
@@ -153,9 +151,7 @@ def eval_(
     with ExitStack() as stack:
 
         def opened(path: Path) -> EvaluatedModel:
-            return _model(
-                stack, path, backend=backend, device=device, threads=threads, fallback=fallback, batch_size=batch_size
-            )
+            return _model(stack, path, run, batch_size=batch_size)
 
         model = opened(places[0]) if server is None else _behind(server, served, api_key_file, batch_size)
         other = None if against is None else against if _is_run(against) else opened(against)
@@ -189,11 +185,8 @@ def _numbers(text: str) -> tuple[int, ...]:
         ) from None
 
 
-def _model(
-    stack: ExitStack, path: Path, *, backend: str, device: str, threads: int, fallback: str | None, batch_size: int
-) -> EvaluatedModel:
+def _model(stack: ExitStack, path: Path, run: Running, *, batch_size: int) -> EvaluatedModel:
     """A bundle, or an IDEFICS checkpoint by transformers."""
-    from flamingo_export.cli.options import opened
 
     if (path / "config.json").is_file() and not (path / "manifest.json").is_file():
         from flamingo_export.evaluation.transformers_idefics import TransformersIdefics
@@ -201,7 +194,7 @@ def _model(
         return TransformersIdefics(path)
     from flamingo_export.evaluation.bundles import BundleModel
 
-    return BundleModel(stack.enter_context(opened(path, backend, device, threads, fallback)), batch_size=batch_size)
+    return BundleModel(stack.enter_context(run.opened(path)), batch_size=batch_size)
 
 
 def _behind(url: str, name: str | None, key_file: Path | None, parallel: int) -> EvaluatedModel:

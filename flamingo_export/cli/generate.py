@@ -7,18 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flamingo_export.cli.groups import Running, VideoCut
 from flamingo_export.cli.options import (
     AsJson,
-    BackendName,
-    Clip,
-    Device,
-    Fallback,
-    Fps,
-    Frames,
     Images,
     Shots,
     TextOnly,
-    Threads,
     Videos,
 )
 from flamingo_export.cli.search_options import (
@@ -78,9 +72,7 @@ def generate(
         ),
     ] = None,
     num_shots: Annotated[int, typer.Option("--num-shots", min=1, help="How many --shots-from.")] = 4,
-    frames: Frames = None,
-    fps: Fps = None,
-    clip: Clip = None,
+    cut: VideoCut = VideoCut(),
     beams: Annotated[
         int | None, typer.Option("--beams", min=1, help="Beams; 1 is greedy. Default 3, or --num-return.", show_default=False)
     ] = None,
@@ -125,10 +117,7 @@ def generate(
         ),
     ] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print text as soon as it is certain.")] = False,
-    backend: BackendName = "auto",
-    fallback: Fallback = None,
-    device: Device = "cpu",
-    threads: Threads = 0,
+    run: Running = Running(),
     as_json: AsJson = False,
 ) -> None:
     """Describe an image or video, or answer a question about it, after a few examples if there are any.
@@ -138,7 +127,7 @@ def generate(
     flamingo-export generate nano.bundle --shots shots.jsonl --image q.png --question "What colour is the square?"
     flamingo-export generate nano.bundle --requests in.jsonl --out out.jsonl
     """
-    from flamingo_export.cli.options import formatted, media_as_typed, opened
+    from flamingo_export.cli.options import formatted
     from flamingo_export.cli.verb import as_option
     from flamingo_export.errors import InputError
     from flamingo_export.runtime.options import GenerateOptions
@@ -151,7 +140,7 @@ def generate(
         raise typer.BadParameter("--requests and --out go together", param_hint="--requests")
     if top_logprobs and requests is None and not as_json:
         raise typer.BadParameter("they are printed with --json", param_hint="--top-logprobs")
-    media = media_as_typed(ctx, images, videos, frames, fps, clip)
+    media = cut.media(ctx, images, videos)
     for option, given in {
         "--shots": shots is not None,
         "--prompt": prompt is not None,
@@ -196,7 +185,7 @@ def generate(
         GenerateOptions(**settings).check_values(as_option)
     except InputError as error:
         raise typer.BadParameter(str(error)) from None
-    with opened(bundle, backend, device, threads, fallback) as model:
+    with run.opened(bundle) as model:
         if requests is not None and out is not None:
             _run_file(model, requests, out, settings)
             return

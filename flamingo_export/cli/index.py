@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from flamingo_export.cli.options import AsJson, BackendName, Device, Fallback, Threads
+from flamingo_export.cli.groups import Running
+from flamingo_export.cli.options import AsJson
 
 DUPLICATE = 0.98
 
@@ -37,10 +38,7 @@ def index(
     ] = None,
     above: Annotated[float, typer.Option("--above", min=0.0, max=1.0, help="Cosine from which a pair is listed.")] = DUPLICATE,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an index of something else.")] = False,
-    backend: BackendName = "auto",
-    fallback: Fallback = None,
-    device: Device = "cpu",
-    threads: Threads = 0,
+    run: Running = Running(),
     as_json: AsJson = False,
 ) -> None:
     """Encode examples once, to retrieve the most similar ones later (RICES).
@@ -57,7 +55,6 @@ def index(
         raise typer.BadParameter(
             "an index is made of a bundle's features: give the bundle, --data and --out", param_hint="BUNDLE"
         )
-    from flamingo_export.cli.options import opened
     from flamingo_export.cli.output import human_bytes, print_json, results
     from flamingo_export.cli.progress import reported
     from flamingo_export.evaluation.bundles import BundleModel
@@ -65,7 +62,7 @@ def index(
     from flamingo_export.evaluation.index.similarity import index_of
 
     examples = examples_of(data, task, split)
-    with opened(bundle, backend, device, threads, fallback) as model, reported() as progress:
+    with run.opened(bundle) as model, reported() as progress:
         made = index_of(BundleModel(model), examples, out, overwrite=overwrite, progress=progress)
     record = made.record
     if as_json:

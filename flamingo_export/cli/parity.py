@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flamingo_export.cli.options import AsJson, Loras, OtherLanguageModel, OtherTokenizer, OtherVision, checkpoint_files
+from flamingo_export.cli.groups import Beside
+from flamingo_export.cli.options import AsJson
 
 if TYPE_CHECKING:
     from flamingo_export.validate.report.parity_report import ParityReport
@@ -39,10 +40,7 @@ def parity(
             show_default=False,
         ),
     ] = None,
-    language_model: OtherLanguageModel = None,
-    vision: OtherVision = None,
-    loras: Loras = None,
-    tokenizer: OtherTokenizer = None,
+    beside: Beside = Beside(),
     against: Annotated[
         AgainstWhat | None,
         typer.Option(
@@ -91,9 +89,9 @@ def parity(
 
         second_opinion(bundle, export, as_json=as_json)
         return
-    if checkpoint is None and (language_model or vision or loras or tokenizer):
+    if checkpoint is None and beside:
         raise typer.BadParameter("parts go with a checkpoint: add --checkpoint", param_hint="--checkpoint")
-    files = checkpoint_files(checkpoint, language_model, vision, loras, tokenizer) if checkpoint is not None else None
+    files = beside.files(checkpoint) if checkpoint is not None else None
     with reported() as progress:
         report = check_bundle(
             bundle, backend=backend, checkpoint=files, progress=progress, against=against.value if against else None

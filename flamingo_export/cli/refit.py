@@ -7,16 +7,12 @@ from typing import Annotated
 
 import typer
 
+from flamingo_export.cli.groups import Beside
 from flamingo_export.cli.options import (
     AsJson,
-    Loras,
-    OtherLanguageModel,
-    OtherTokenizer,
-    OtherVision,
     Overwrite,
     Parity,
     ParityChoice,
-    checkpoint_files,
 )
 
 
@@ -26,10 +22,7 @@ def refit(
         Path, typer.Option("--checkpoint", help="Other weights of the same shapes: a folder or file.", show_default=False)
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The new bundle.", show_default=False)],
-    language_model: OtherLanguageModel = None,
-    vision: OtherVision = None,
-    loras: Loras = None,
-    tokenizer: OtherTokenizer = None,
+    beside: Beside = Beside(),
     parity: ParityChoice = Parity.auto,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -44,7 +37,7 @@ def refit(
     from flamingo_export.pipeline import run as pipeline
     from flamingo_export.pipeline.request import refit_request
 
-    source = checkpoint_files(checkpoint, language_model, vision, loras, tokenizer)
+    source = beside.files(checkpoint)
     request = refit_request(bundle, source, out, parity=parity.value, overwrite=overwrite)
     with reported() as progress:
         result = pipeline.build(request, progress=progress)

@@ -7,18 +7,12 @@ from typing import Annotated
 
 import typer
 
+from flamingo_export.cli.groups import Running, VideoCut
 from flamingo_export.cli.options import (
     AsJson,
-    BackendName,
-    Clip,
-    Device,
-    Fallback,
-    Fps,
-    Frames,
     Images,
     Shots,
     TextOnly,
-    Threads,
     Videos,
 )
 
@@ -40,14 +34,9 @@ def score(
     ] = None,
     shots: Shots = None,
     text_only: TextOnly = False,
-    frames: Frames = None,
-    fps: Fps = None,
-    clip: Clip = None,
+    cut: VideoCut = VideoCut(),
     end: Annotated[bool, typer.Option("--end/--open", help="Score that the answer ends there, or may go on.")] = True,
-    backend: BackendName = "auto",
-    fallback: Fallback = None,
-    device: Device = "cpu",
-    threads: Threads = 0,
+    run: Running = Running(),
     as_json: AsJson = False,
 ) -> None:
     """Rank candidate answers by log-likelihood, best first: classification, without generating.
@@ -55,7 +44,7 @@ def score(
     \b
     flamingo-export score nano.bundle --image q.png --question "What colour is the square?" --candidates red,green,blue
     """
-    from flamingo_export.cli.options import formatted, media_as_typed, opened
+    from flamingo_export.cli.options import formatted
     from flamingo_export.cli.output import print_json, results, table
 
     answers = [answer.strip() for answer in candidates.split(",")]
@@ -63,9 +52,9 @@ def score(
         raise typer.BadParameter(
             f"{candidates!r} has an empty answer; give some, separated by commas", param_hint="--candidates"
         )
-    media = media_as_typed(ctx, images, videos, frames, fps, clip)
+    media = cut.media(ctx, images, videos)
     request = formatted(bundle, media=media, prompt=prompt, question=question, shots=shots, text_only=text_only)
-    with opened(bundle, backend, device, threads, fallback) as model:
+    with run.opened(bundle) as model:
         scores = model.score(request, answers, end=end)
     ranked = sorted(zip(answers, scores, strict=True), key=lambda pair: -pair[1].logprob)
     if as_json:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from flamingo_export.cli.options import AsJson, BackendName, Device, Fallback, Threads
+from flamingo_export.cli.groups import Running
+from flamingo_export.cli.options import AsJson
 
 
 def search(
@@ -24,10 +26,7 @@ def search(
     faiss: Annotated[
         bool, typer.Option("--faiss", help="Search with FAISS (extra faiss): the same rows, in its memory.")
     ] = False,
-    backend: BackendName = "auto",
-    fallback: Fallback = None,
-    device: Device = "cpu",
-    threads: Threads = 0,
+    run: Running = Running(),
     as_json: AsJson = False,
 ) -> None:
     """Find the pictures of an index that are most like an image or a text.
@@ -41,12 +40,11 @@ def search(
 
     if (image is None) == (text is None):
         raise typer.BadParameter("give one of --image and --text, what to look for", param_hint="--text")
-    options = {"backend": backend, "device": device, "threads": threads, "fallback": fallback}
     if text is not None:
-        hits = found_by_text(bundle, index, text, top, faiss=faiss, **options)
+        hits = found_by_text(bundle, index, text, top, faiss=faiss, **asdict(run))
     else:
         assert image is not None
-        hits = found_by_image(bundle, index, image, top, faiss=faiss, **options)
+        hits = found_by_image(bundle, index, image, top, faiss=faiss, **asdict(run))
     if as_json:
         print_json([{"cosine": cosine, "item": item} for item, cosine in hits])
         return

@@ -8,23 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 import typer
 
+from flamingo_export.cli.groups import Beside, Quantised
 from flamingo_export.cli.options import (
     SIZES,
     AsJson,
-    Fp8,
-    Int4,
-    Int8,
-    Loras,
-    OtherLanguageModel,
-    OtherTokenizer,
-    OtherVision,
-    PolicyFile,
     SampleData,
     SkipBad,
-    checkpoint_files,
-    chosen_policy,
     chosen_samples,
-    chosen_source,
 )
 
 if TYPE_CHECKING:
@@ -63,14 +53,8 @@ def sensitivity(
         Path | None,
         typer.Option("--checkpoint", help="A checkpoint; beside a bundle, the one that it was built from.", show_default=False),
     ] = None,
-    language_model: OtherLanguageModel = None,
-    vision: OtherVision = None,
-    loras: Loras = None,
-    tokenizer: OtherTokenizer = None,
-    fp8: Fp8 = False,
-    int8: Int8 = False,
-    int4: Int4 = False,
-    policy: PolicyFile = None,
+    beside: Beside = Beside(),
+    quantised: Quantised = Quantised(),
     calibration: Annotated[
         Path | None,
         typer.Option(
@@ -111,21 +95,19 @@ def sensitivity(
     from flamingo_export.sensitivity import measure, suggest
     from flamingo_export.weights.calibration_table import read_table
 
-    chosen = chosen_policy({"fp8": fp8, "int8": int8, "int4": int4}, policy)
+    chosen = quantised.chosen()
     if suggested is not None and suggested.exists():
         raise BuildError(f"{suggested} exists. Choose another file for --suggest.")
     if bundle is None:
-        named = chosen_source(
-            size, checkpoint, seed=seed, language_model=language_model, vision=vision, loras=loras, tokenizer=tokenizer
-        )
+        named = beside.source(size, checkpoint, seed)
         subject = _of_weights(named, chosen)
     else:
         for option, given in {"--size": size, "--seed": seed}.items():
             if given is not None:
                 raise typer.BadParameter("a bundle has its weights; leave one of the two out", param_hint=option)
-        if checkpoint is None and (language_model or vision or loras or tokenizer):
+        if checkpoint is None and beside:
             raise typer.BadParameter("parts go with a checkpoint: add --checkpoint", param_hint="--checkpoint")
-        files = checkpoint_files(checkpoint, language_model, vision, loras, tokenizer) if checkpoint is not None else None
+        files = beside.files(checkpoint) if checkpoint is not None else None
         subject = _of_bundle(bundle, files, chosen)
     path = calibration or subject.calibration
     spelled = source_tokenizer(subject.source)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flamingo_export.cli.options import BackendName, Device, Fallback, Threads
+from flamingo_export.cli.groups import Running
 
 if TYPE_CHECKING:
     from flamingo_export.runtime.model import Model
@@ -55,10 +55,7 @@ def serve(
         float, typer.Option("--drain", min=0.0, help="Seconds that accepted requests have after SIGTERM.")
     ] = 120.0,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write the bodies of requests to the log.")] = False,
-    backend: BackendName = "auto",
-    fallback: Fallback = None,
-    device: Device = "cpu",
-    threads: Threads = 0,
+    run: Running = Running(),
 ) -> None:
     """Serve bundles over HTTP: OpenAI's API, a web page at /, metrics at /metrics.
 
@@ -76,7 +73,7 @@ def serve(
         from flamingo_export.serve.app import Server, fetcher_of
         from flamingo_export.serve.models import Models, named
         from flamingo_export.serve.process import bound, set_up_logs
-        from flamingo_export.serve.process import serve as run
+        from flamingo_export.serve.process import serve as run_server
     except ImportError as error:
         raise BackendError(f"serving needs {error.name}: pip install '.[serve]' (docs/serving.md)") from error
     from flamingo_export.serve.access import read_keys
@@ -101,7 +98,13 @@ def serve(
         import flamingo_export
 
         return flamingo_export.load(
-            choice.bundle, backend=backend, device=device, threads=threads, fallback=fallback, rows=rows, queue=max_queue
+            choice.bundle,
+            backend=run.backend,
+            device=run.device,
+            threads=run.threads,
+            fallback=run.fallback,
+            rows=rows,
+            queue=max_queue,
         )
 
     fetcher, sockets = fetcher_of(settings), bound(host, port)
@@ -110,7 +113,7 @@ def serve(
         remarks().print(f"{served.name}: {served.model.backend.name}, {served.model.engine.rows} rows")
     remarks().print(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
     set_up_logs()
-    code = run(Server(models, settings, fetcher=fetcher), sockets)
+    code = run_server(Server(models, settings, fetcher=fetcher), sockets)
     if code:
         raise typer.Exit(code)
 

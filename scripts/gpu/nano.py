@@ -23,7 +23,7 @@ from flamingo_export.runtime.model import Model
 from flamingo_export.runtime.request import Request
 from flamingo_export.validate import check_bundle
 from flamingo_reference.nano.tasks import Task, read_answers, tasks
-from gpu.torch_backend import Attend, Card, TorchBackend
+from gpu.torch_backend import Attend, Card, TorchBackend  # type: ignore[attr-defined]
 
 MEDIA_POLICY = Path(__file__).with_name("fp8_bank.toml")
 """The bank in FP8 and nothing else: matrices in FP8 are for compilers."""
@@ -134,11 +134,11 @@ def answers_of(bundle: Path, backend: Backend, count: int) -> dict[str, int]:
 def run(card: Card, attend: Attend, bundles: Mapping[str, Path], *, count: int = 32) -> dict[str, Any]:
     """Every check. attend: the phi kernel. count: questions that are scored and answered."""
     result: dict[str, Any] = {}
-    report = check_bundle(bundles["fp32"], backend=TorchBackend(card))
+    report = check_bundle(bundles["fp32"], backend=TorchBackend(card))  # type: ignore[arg-type]
     rows = [f"{row.case}, {row.tensor}: {row.error} of {row.limit}. {row.note}" for row in report.rows if not row.passed]
     result["parity in fp32, the graphs' own operators"] = {"cases": len(report.rows), "failures": rows[:10]}
     backend = TorchBackend(card, attend)
-    with open_model(bundles["fp32"], backend) as model:
+    with open_model(bundles["fp32"], backend) as model:  # type: ignore[arg-type]
         found = generations(model)
         captured = _captured(backend)
     with open_model(bundles["fp32"], ReferenceBackend()) as model:
@@ -148,19 +148,19 @@ def run(card: Card, attend: Attend, bundles: Mapping[str, Path], *, count: int =
         "failures": compare_generations(found, right),
         "steps_captured": captured,
     }
-    truth = scores_of(bundles["fp32"], TorchBackend(card), count)
+    truth = scores_of(bundles["fp32"], TorchBackend(card), count)  # type: ignore[arg-type]
     for name, bundle in bundles.items():
         storage: StorageType = read_manifest(bundle).precision.storage
         if storage == "fp32":
             continue
-        ours, plain = (scores_of(bundle, TorchBackend(card, how), count) for how in (attend, None))
+        ours, plain = (scores_of(bundle, TorchBackend(card, how), count) for how in (attend, None))  # type: ignore[arg-type]
         error, usual = np.abs(ours - truth), np.abs(plain - truth)
         floor = STEP[storage] * float(np.abs(truth).max())
         entry: dict[str, Any] = {
             "cases": len(truth),
             "greatest_error": float(error.max()),
             "greatest_error_without_the_kernel": float(usual.max()),
-            "answers": answers_of(bundle, TorchBackend(card, attend), count),
+            "answers": answers_of(bundle, TorchBackend(card, attend), count),  # type: ignore[arg-type]
             "failures": [],
         }
         for what, mine, theirs in (

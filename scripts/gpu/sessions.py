@@ -116,7 +116,7 @@ class Rig:
         """The result and the cache's first slot. Raises AssertionError."""
         given = [torch.from_numpy(np.ascontiguousarray(feeds[name])) for name in ("q", "media_rows", "phi")]
         bank = [torch.from_numpy(self.held[name]) for name in ("media_k.0", "media_v.0")]
-        kernel_cases.compare(kernel_cases.Inputs(given[0], *bank, *given[1:], None, None), torch.from_numpy(y))
+        kernel_cases.compare(kernel_cases.Inputs(given[0], *bank, *given[1:], None, None), torch.from_numpy(y))  # type: ignore[call-arg]
         batch = len(feeds["q"])
         written = self.cache.rows(first, batch).read()[:, :, 0]
         assert np.array_equal(written, feeds["q"][:, 0].astype(np.float32)), "the cache does not hold what was copied into it"

@@ -183,7 +183,7 @@ def sanitize(context: Context) -> dict[str, Any]:
     """
     sanitizer = find_sanitizer()
     assert sanitizer
-    results, failures = {}, []
+    results, failures = {}, []  # type: ignore[var-annotated]
     script = [sys.executable, str(build.ROOT / "scripts" / "gpu_check"), "--few-cases", str(context.library)]
     for tool in ("memcheck", "racecheck", "synccheck"):
         own = ["--report-api-errors", "no"] if tool == "memcheck" else []

@@ -106,7 +106,7 @@ def named_modules(model: Flamingo) -> Iterator[tuple[str, Any]]:
         yield from ((f"{name}/ffw_up", layer.ffw_up), (f"{name}/ffw_down", layer.ffw_down))
     if model.resampler.input_proj is not None:
         yield "resampler/input_proj", model.resampler.input_proj
-    for i, layer in enumerate(model.resampler.layers):
+    for i, layer in enumerate(model.resampler.layers):  # type: ignore[arg-type]
         name = f"resampler/layer.{i}"
         yield from ((f"{name}/q_proj", layer.q_proj), (f"{name}/kv_proj", layer.v_proj), (f"{name}/out_proj", layer.out_proj))
         yield from ((f"{name}/ffw_up", layer.ffw_up), (f"{name}/ffw_down", layer.ffw_down))
@@ -142,9 +142,9 @@ def run_whole(model: Flamingo, sample: Sample, keep: Callable[[str, torch.Tensor
             if j in config.gated_layers:
                 i = config.gated_layers.index(j)
                 hidden = model.gated_blocks()[i](hidden, *media[i], rows, phi)
-            q, k, v = layer.qkv(hidden)
+            q, k, v = layer.qkv(hidden)  # type: ignore[operator]
             if isinstance(config.language_model.positions, RelativePositions):
-                q = q + layer.content_bias[None, :, None]
+                q = q + layer.content_bias[None, :, None]  # type: ignore[index]
             for kind, operand in zip("qkv", (q, k, v), strict=True):
                 keep(f"decoder/layer.{j}/self_attention/{kind}", operand)
             hidden = layer(hidden)

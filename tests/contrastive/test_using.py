@@ -211,7 +211,7 @@ def test_search_by_text_and_by_image(
         assert [int(hit["item"]["id"]) - 1 for hit in hits] == order.tolist()
         assert [hit["cosine"] for hit in hits] == pytest.approx(wanted[order].tolist(), abs=1e-4)
     ((same, cosine), *_) = found_by_image(bundle, index, pictures[7], 3)
-    assert (same.id, cosine) == ("8", pytest.approx(1, abs=1e-5))
+    assert (same.id, cosine) == ("8", pytest.approx(1, abs=1e-5))  # type: ignore[comparison-overlap]
     assert main(["search", str(bundle), "--index", str(index)]) == 2
     assert main(["search", str(bundle), "--index", str(index), "--text", "w1", "--image", str(pictures[0])]) == 2
 

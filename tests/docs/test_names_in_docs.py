@@ -44,7 +44,7 @@ def test_paths(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_modules(page: Path) -> None:
-    wrong = []
+    wrong = []  # type: ignore[var-annotated]
     for name in ticked(page):
         if not re.fullmatch(rf"(?:{'|'.join(PACKAGES)})(?:\.\w+)+", name):
             continue
@@ -55,7 +55,7 @@ def test_modules(page: Path) -> None:
             except ImportError:
                 continue
             for attribute in parts[length:]:
-                found = getattr(found, attribute, None)
+                found = getattr(found, attribute, None)  # type: ignore[assignment]
             if found is None:
                 wrong.append(name)
             break

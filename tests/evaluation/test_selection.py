@@ -72,10 +72,10 @@ def test_rices_is_brute_force(tmp_path, count: int) -> None:
     similarity = IndexedSimilarity(model, index_of(model, examples, tmp_path / "index", progress=SILENT))
     selector = Selector(examples, "rices", 0, similarity)
     selector.prepare(queries[:6])
-    vectors = model.features([item.medium for item in examples]).astype(np.float64)
+    vectors = model.features([item.medium for item in examples]).astype(np.float64)  # type: ignore[misc]
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     for query in queries:
-        asked = model.features([query.medium])[0].astype(np.float64)
+        asked = model.features([query.medium])[0].astype(np.float64)  # type: ignore[list-item]
         cosines = vectors @ (asked / np.linalg.norm(asked))
         if query.id == "own":
             cosines[7] = -2

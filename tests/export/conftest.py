@@ -57,7 +57,7 @@ def tiny_model(tiny_config: ModelConfig) -> Flamingo:
                 parameter.copy_(parameter + 0.2 * drawn)
             elif parameter.dim() > 1:
                 parameter.copy_(drawn / parameter[0].numel() ** 0.5)
-        model.cross_attention[1].attention_gate.neg_()  # type: ignore[operator, union-attr]
+        model.cross_attention[1].attention_gate.neg_()  # type: ignore[operator]
     return model.eval()
 
 

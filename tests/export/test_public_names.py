@@ -84,7 +84,7 @@ def test_a_users_program_is_checked(tmp_path: Path) -> None:
         "[mypy]\nstrict = true\n" + "".join(f"[mypy-{name}.*]\nfollow_imports = skip\n" for name in ("torch", "onnx"))
     )
     line = [sys.executable, "-m", "mypy", "--config-file", config, "--cache-dir", tmp_path / "cache", program]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=600, cwd=tmp_path)
+    done = subprocess.run(line, capture_output=True, text=True, timeout=600, cwd=tmp_path)  # type: ignore[arg-type]
     revealed = re.findall(r'Revealed type is "([^"]+)"', done.stdout)
     model = "flamingo_export.runtime.model"
     assert revealed == [

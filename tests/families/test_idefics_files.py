@@ -95,7 +95,7 @@ def test_a_tied_output_under_both_names(tmp_path: Path, second: bool) -> None:
         save_file(tensors, path)
     found = load(CheckpointFiles(path=folder))
     assert found.config.language_model.tied_head
-    embedding = np.concatenate(
+    embedding = np.concatenate(  # type: ignore[assignment]
         [tensors["model.embed_tokens.weight"], tensors["model.embed_tokens.additional_embedding.weight"]]
     )
     np.testing.assert_array_equal(found.reader.read("language_model.embedding.weight"), embedding)

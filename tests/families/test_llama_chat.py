@@ -30,8 +30,8 @@ def written(folder: Path, *, template: str | None = TEMPLATE, template_file: str
     """A folder as on the hub, and the model that it holds."""
     config = their_config()
     config.image_token_index = IDS[IMAGE]
-    config.text_config.vocab_size, config.text_config.max_position_embeddings = ROWS, 1024
-    config.text_config.bos_token_id, config.text_config.eos_token_id = IDS[BOS], STOPS
+    config.text_config.vocab_size, config.text_config.max_position_embeddings = ROWS, 1024  # type: ignore[union-attr]
+    config.text_config.bos_token_id, config.text_config.eos_token_id = IDS[BOS], STOPS  # type: ignore[union-attr]
     theirs = their_model(config, seed=5).float()
     theirs.generation_config.eos_token_id, theirs.generation_config.bos_token_id = STOPS, IDS[BOS]
     theirs.save_pretrained(folder, max_shard_size="400KB")
@@ -155,8 +155,8 @@ def test_the_bundle_knows_its_template_and_ends(bundle: Path, model: Model) -> N
 def test_asking_is_a_conversation(model: Model) -> None:
     asked = model.ask(FOUR, "What is this?", system="Be brief.", beams=1, max_new_tokens=LENGTH)
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [image(), text("What is this?")]}]
-    assert asked.token_ids == model.chat(messages, images=[FOUR], beams=1, max_new_tokens=LENGTH).token_ids
-    with model.stream(chat_prompt(messages, [FOUR], inputs=model.inputs), beams=1, max_new_tokens=LENGTH) as stream:
+    assert asked.token_ids == model.chat(messages, images=[FOUR], beams=1, max_new_tokens=LENGTH).token_ids  # type: ignore[arg-type]
+    with model.stream(chat_prompt(messages, [FOUR], inputs=model.inputs), beams=1, max_new_tokens=LENGTH) as stream:  # type: ignore[arg-type]
         pieces = "".join(stream)
     assert pieces == asked.text
     assert stream.result is not None

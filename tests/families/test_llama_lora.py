@@ -39,20 +39,20 @@ def trained(model: Any, targets: Any, **changes: Any) -> PeftModel:
     """A PEFT model after some steps: everything that training would change has changed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        config = LoraConfig(target_modules=targets, **({"r": 3, "lora_alpha": 5, "init_lora_weights": "gaussian"} | changes))
+        config = LoraConfig(target_modules=targets, **({"r": 3, "lora_alpha": 5, "init_lora_weights": "gaussian"} | changes))  # type: ignore[arg-type]
         found = get_peft_model(copy.deepcopy(model), config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in found.parameters():
             if parameter.requires_grad:
-                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-    return found.eval()  # type: ignore[no-any-return]
+                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)  # type: ignore[misc]
+    return found.eval()
 
 
 def saved(model: PeftModel, folder: Path) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model.save_pretrained(folder)
+        model.save_pretrained(folder)  # type: ignore[arg-type]
     return folder
 
 

@@ -190,7 +190,7 @@ def without_head_rows(tmp_path: Path) -> tuple[Theirs, CheckpointFiles]:
 
 def test_added_tokens_without_rows_are_never_generated(tmp_path: Path) -> None:
     theirs, source = without_head_rows(tmp_path)
-    result = flamingo_export.build(source, out=tmp_path / "of.bundle", parity="skip")
+    result = flamingo_export.build(source, out=tmp_path / "of.bundle", parity="skip")  # type: ignore[arg-type]
     tokens = result.manifest.config.tokens
     assert (tokens.image, tokens.eoc, tokens.pad) == (62, 61, 63)
     assert set(tokens.never) == {61, 62, 63}
@@ -214,21 +214,21 @@ def test_a_text_of_such_a_model_ends_where_the_language_model_ends_its_own(tmp_p
     assert source.language_model is not None
     path = source.language_model / "model.safetensors"
     tensors = load_file(path)
-    bundle = flamingo_export.build(source, out=tmp_path / "a.bundle", parity="skip").path
+    bundle = flamingo_export.build(source, out=tmp_path / "a.bundle", parity="skip").path  # type: ignore[arg-type]
     with opened(bundle) as runs:
         said = runs.generate(PROMPT[:4], images()[:1], beams=1, new_tokens=6)[0].token_ids
     assert len(said) == 6
     swapped = tensors["lm_head.weight"].copy()
     swapped[[2, said[0]]] = swapped[[said[0], 2]]  # the first token that it says is the end now
     save_file(tensors | {"lm_head.weight": swapped}, path)
-    bundle = flamingo_export.build(source, out=tmp_path / "b.bundle", parity="skip").path
+    bundle = flamingo_export.build(source, out=tmp_path / "b.bundle", parity="skip").path  # type: ignore[arg-type]
     with opened(bundle) as runs:
         assert runs.generate(PROMPT[:4], images()[:1], beams=1, new_tokens=6)[0].token_ids == (2,)
 
 
 def test_candidates_of_such_a_model_end_with_a_token_that_it_says(tmp_path: Path) -> None:
     _, source = without_head_rows(tmp_path)
-    bundle = flamingo_export.build(source, out=tmp_path / "of.bundle", parity="skip").path
+    bundle = flamingo_export.build(source, out=tmp_path / "of.bundle", parity="skip").path  # type: ignore[arg-type]
     picture = np.full((40, 30, 3), 90, np.uint8)
     with flamingo_export.load(bundle, threads=1) as model:
         found = model.score("<image> w7", ["w8", "w9 w10"], images=[picture])

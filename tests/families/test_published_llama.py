@@ -123,7 +123,7 @@ def test_from_image_files(llama: tuple[Path, Any], bundle: Path, tmp_path: Path,
     for path, picture in zip(paths, pictures, strict=True):
         picture.save(path)
     settings = {name: value for name, value in PREPROCESSOR.items() if name != "image_processor_type"}
-    theirs = MllamaImageProcessorPil(**settings)([pictures], return_tensors="pt")
+    theirs = MllamaImageProcessorPil(**settings)([pictures], return_tensors="pt")  # type: ignore[arg-type]
     ids = theirs["aspect_ratio_ids"][0].tolist()
     assert len(set(ids)) == 3
     tokens = [BOS, 9, IMAGE, 12, IMAGE, IMAGE, 13, 14]

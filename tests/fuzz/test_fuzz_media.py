@@ -56,7 +56,7 @@ STILL: dict[str, bytes] = {
     "avif": encoded(PHOTO, "AVIF"),
 }
 ANIMATED: dict[str, bytes] = {
-    kind: encoded(FRAMES[0], kind, save_all=True, append_images=FRAMES[1:], **options)
+    kind: encoded(FRAMES[0], kind, save_all=True, append_images=FRAMES[1:], **options)  # type: ignore[arg-type]
     for kind, options in {
         "GIF": {"duration": [10, 0, 500, 70], "disposal": [1, 2, 3, 1]},
         "PNG": {"duration": [10, 20, 500, 70], "disposal": [0, 1, 2, 0], "blend": 1},
@@ -74,7 +74,7 @@ def looked_at(source: bytes) -> None:
     assert pixels.ndim == 3
     assert pixels.shape[2] == 3
     for fit in ("pad", "crop", "stretch"):
-        assert np.isfinite(preprocess(pixels, NANO, fit)).all()  # type: ignore[arg-type]
+        assert np.isfinite(preprocess(pixels, NANO, fit)).all()
 
 
 @pytest.mark.parametrize("kind", STILL)
@@ -145,7 +145,7 @@ def test_video_files(suffix: str, codec: str, tmp_path: Path, capfd: pytest.Capt
     def case(rng: random.Random) -> None:
         path.write_bytes(mutated(whole, rng))
         settings = {"fps": 5.0, "clip": rng.choice((None, (0.2, 0.7)))} if rng.random() < 0.3 else {}
-        frames = list(load_video(Video(source=path, **settings), default_frames=4))
+        frames = list(load_video(Video(source=path, **settings), default_frames=4))  # type: ignore[arg-type]
         assert 1 <= len(frames) <= 4
 
     fuzz(f"video {suffix}", 40, case)

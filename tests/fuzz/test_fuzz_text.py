@@ -76,7 +76,7 @@ def test_settings(model: Model) -> None:
     def case(rng: random.Random) -> None:
         chosen = rng.sample(names, rng.choice((1, 1, 2, 3)))
         settings = {name: rng.choice(sensible if rng.random() < 0.7 else STRANGE) for name in chosen}
-        model.generate("Output:", **{"max_new_tokens": 2, **settings})  # type: ignore[call-overload]
+        model.generate("Output:", **{"max_new_tokens": 2, **settings})
 
     fuzz("settings", 150, case)
 

@@ -163,7 +163,7 @@ class FakeCuda:
     @_taking_turns
     def destroy_stream(self, stream: int) -> None:
         self._stream(stream)
-        self._when_done(lambda: self._streams.pop(stream))
+        self._when_done(lambda: self._streams.pop(stream))  # type: ignore[arg-type]
 
     @_taking_turns
     def synchronize(self, stream: int) -> None:
@@ -316,7 +316,7 @@ class FakeCuda:
             self._run(stream)
         last()
 
-    def _new(self, kind: dict, value: object) -> int:
+    def _new(self, kind: dict, value: object) -> int:  # type: ignore[type-arg]
         self._handles += 1
         kind[self._handles] = value
         return self._handles

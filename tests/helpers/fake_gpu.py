@@ -85,7 +85,7 @@ def add_engines(source: Path, bundle: Path, *, changes: Mapping[str, Mapping[str
 def fake_library() -> ModuleType:
     """Enough of TensorRT for RTX to choose a target."""
     module = ModuleType("tensorrt_rtx")
-    module.__version__ = "1.7.1.116"
-    module.Builder = object
-    module.ComputeCapability = type("ComputeCapability", (), {"SM80": 80, "SM86": 86, "SM89": 89, "SM120": 120, "NONE": 0})
+    module.__version__ = "1.7.1.116"  # type: ignore[attr-defined]
+    module.Builder = object  # type: ignore[attr-defined]
+    module.ComputeCapability = type("ComputeCapability", (), {"SM80": 80, "SM86": 86, "SM89": 89, "SM120": 120, "NONE": 0})  # type: ignore[attr-defined]
     return module

@@ -118,7 +118,7 @@ def test_cases_leave_nothing_to_read_but_what_is_seen():
 MACHINE = {"device": "NVIDIA H200", "commit": "abc1234", "kernel_sources": "1"}
 
 
-def saved(folder: Path, machine: dict = MACHINE, **statuses: dict) -> dict:
+def saved(folder: Path, machine: dict = MACHINE, **statuses: dict) -> dict:  # type: ignore[type-arg]
     """Stages as a run writes them, and what is then in the file."""
     path = report.save({"machine": machine, "stages": statuses}, folder)
     assert path.name == "gpu_check-nvidia-h200.json"
@@ -162,16 +162,16 @@ def test_without_git_there_is_no_commit(monkeypatch, tmp_path):
 # Which stages run.
 
 
-def choice(*wanted: str, skipped: tuple[str, ...] = (), measured: dict | None = None) -> Choice:
+def choice(*wanted: str, skipped: tuple[str, ...] = (), measured: dict | None = None) -> Choice:  # type: ignore[type-arg]
     def nothing(_: Context) -> None:
         return None
 
     made = [
-        Stage("build", nothing, dict, value=1, seconds=30),
-        Stage("device", nothing, dict, needs=("build",), value=1, seconds=2),
-        Stage("kernels", nothing, dict, needs=("build", "device"), value=100, seconds=60),
-        Stage("long", nothing, dict, needs=("device",), value=90, seconds=300),
-        Stage("cheap", nothing, dict, value=1, seconds=1),
+        Stage("build", nothing, dict, value=1, seconds=30),  # type: ignore[arg-type]
+        Stage("device", nothing, dict, needs=("build",), value=1, seconds=2),  # type: ignore[arg-type]
+        Stage("kernels", nothing, dict, needs=("build", "device"), value=100, seconds=60),  # type: ignore[arg-type]
+        Stage("long", nothing, dict, needs=("device",), value=90, seconds=300),  # type: ignore[arg-type]
+        Stage("cheap", nothing, dict, value=1, seconds=1),  # type: ignore[arg-type]
     ]
     return Choice(made, wanted or [stage.name for stage in made], frozenset(skipped), measured or {})
 
@@ -317,7 +317,7 @@ def words(stage: str) -> list[list[str]]:
         return subprocess.CompletedProcess(command, 0, "", "")
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(engines.subprocess, "run", run)
+        patched.setattr(engines.subprocess, "run", run)  # type: ignore[attr-defined]
         next(each for each in stages.STAGES if each.name == stage).run(Context(seed=0, rounds=1, architecture=None))
     return [command for command in ran if command[0] == "build"]
 

@@ -110,7 +110,7 @@ def by_oracle(args: Args, stream: int, *, wrong: bool = False) -> None:
 
     def array(address: int, dtype: type, *shape: int) -> np.ndarray:
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        return np.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype).reshape(shape)
+        return np.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype).reshape(shape)  # type: ignore[call-overload]
 
     batch, positions, heads, size = args.batch, args.positions, args.heads, args.head_size
     q = array(args.q, np.float16, batch, positions, heads, size)
@@ -122,7 +122,7 @@ def by_oracle(args: Args, stream: int, *, wrong: bool = False) -> None:
 
 
 def rig(**changes: bool) -> sessions.Rig:
-    return sessions.Rig(FakeCard(), lambda args, stream: by_oracle(args, stream, **changes), head_size=32)
+    return sessions.Rig(FakeCard(), lambda args, stream: by_oracle(args, stream, **changes), head_size=32)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", [name for name in sessions.CHECKS if name != "many graphs"])

@@ -50,7 +50,7 @@ def recorded(request, tmp_path_factory) -> Path:
 
 
 def judged(bundle: Path) -> ParityReport:
-    return check_bundle(bundle, backend=TorchBackend(FakeCard()), against="golden")
+    return check_bundle(bundle, backend=TorchBackend(FakeCard()), against="golden")  # type: ignore[arg-type]
 
 
 @pytest.mark.slow

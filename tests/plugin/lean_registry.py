@@ -25,7 +25,7 @@ creator = registry.get_creator("PhiCrossAttention", "1", "flamingo")
 found["fields"] = [[field.name, field.type.name] for field in creator.field_names]
 
 
-def creates(phase: trt.TensorRTPhase, **fields: np.ndarray) -> bool:
+def creates(phase: trt.TensorRTPhase, **fields: np.ndarray) -> bool:  # type: ignore[name-defined]
     types = {"float32": trt.PluginFieldType.FLOAT32, "int32": trt.PluginFieldType.INT32}
     collection = trt.PluginFieldCollection(
         [trt.PluginField(name, value, types[value.dtype.name]) for name, value in fields.items()]

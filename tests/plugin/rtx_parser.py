@@ -31,7 +31,7 @@ CALLS: dict[str, dict[str, Any]] = {
 trt = trt_wheels.rtx()
 
 
-class Log(trt.ILogger):  # type: ignore[misc]
+class Log(trt.ILogger):  # type: ignore[misc, name-defined]
     def __init__(self) -> None:
         trt.ILogger.__init__(self)
         self.errors: list[str] = []
@@ -46,8 +46,8 @@ def call(dtype: int, kv: int | None = None, head_size: int = 64, **attributes: f
     bank = ["N", 3, 11, head_size]
     inputs = [
         helper.make_tensor_value_info("q", dtype, ["B", "S", 3, head_size]),
-        helper.make_tensor_value_info("k", kv or dtype, bank),
-        helper.make_tensor_value_info("v", kv or dtype, bank),
+        helper.make_tensor_value_info("k", kv or dtype, bank),  # type: ignore[arg-type]
+        helper.make_tensor_value_info("v", kv or dtype, bank),  # type: ignore[arg-type]
         helper.make_tensor_value_info("media_rows", TensorProto.INT64, ["B", "M"]),
         helper.make_tensor_value_info("phi", TensorProto.INT64, ["B", "S"]),
     ]
@@ -56,7 +56,7 @@ def call(dtype: int, kv: int | None = None, head_size: int = 64, **attributes: f
     y = helper.make_tensor_value_info("y", dtype, ["B", "S", 3, head_size])
     node = helper.make_node(
         "PhiCrossAttention", [one.name for one in inputs], ["y"],
-        domain="flamingo", plugin_namespace="flamingo", plugin_version="1", **attributes,
+        domain="flamingo", plugin_namespace="flamingo", plugin_version="1", **attributes,  # type: ignore[arg-type]
     )  # fmt: skip
     opsets = [helper.make_opsetid("", 24), helper.make_opsetid("flamingo", 1)]
     model: onnx.ModelProto = helper.make_model(
@@ -78,7 +78,7 @@ def compile_call(builder: Any, network: Any, head_size: int) -> int:
         "media_rows": [(1, 1), (2, 4), (4, 8)],
         "phi": [(1, 1), (2, 5), (4, 64)],
     }.items():
-        profile.set_shape(name, *shapes)
+        profile.set_shape(name, *shapes)  # type: ignore[misc]
     config.add_optimization_profile(profile)
     engine = builder.build_serialized_network(network, config)
     return engine.nbytes if engine else 0

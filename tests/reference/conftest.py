@@ -41,7 +41,7 @@ class _Any(metaclass=_AnyMeta):
     """Stands for whatever timm imports from torchvision and these tests never use."""
 
 
-_InterpolationMode = enum.Enum(
+_InterpolationMode = enum.Enum(  # type: ignore[misc]
     "_InterpolationMode", {name.upper(): name for name in ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")}
 )
 

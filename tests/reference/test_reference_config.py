@@ -48,7 +48,7 @@ def test_sizes_of_the_paper() -> None:
         resampler = PRESETS[name].resampler
         assert (resampler.num_layers, resampler.width, resampler.num_heads, resampler.ffw_width) == (6, 1536, 16, 6144)
         assert (resampler.num_latents, resampler.num_time_embeddings) == (64, 8)
-        assert (PRESETS[name].vision.num_patches, PRESETS[name].vision.stride) == (100, 32)
+        assert (PRESETS[name].vision.num_patches, PRESETS[name].vision.stride) == (100, 32)  # type: ignore[union-attr]
     assert set(QUOTED_PARAMETERS) == {"3b", "9b", "80b"}
 
 

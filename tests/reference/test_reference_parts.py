@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import oracles
 import pytest
@@ -16,7 +18,7 @@ from flamingo_reference.model.positions import sinusoids
 from flamingo_reference.phi import phi_from_tokens
 from flamingo_reference.time_weights import time_weights
 
-TIGHT = {"rtol": 1e-10, "atol": 1e-12}
+TIGHT: Any = {"rtol": 1e-10, "atol": 1e-12}
 
 
 def draw(*shape: int, seed: int = 0) -> np.ndarray:
@@ -54,7 +56,7 @@ def test_gated_block(tiny: Flamingo, phi: list[list[int]]) -> None:
     rows = np.array([[4, 0, 4], [2, 4, 1]])
     hidden = draw(2, 6, TINY.language_model.width, seed=1)
     block = tiny.cross_attention[1]
-    k, v = block.media_kv(torch.from_numpy(latents))
+    k, v = block.media_kv(torch.from_numpy(latents))  # type: ignore[operator]
     found = block(torch.from_numpy(hidden), k, v, torch.from_numpy(rows), torch.tensor(phi)).numpy()
     for request in range(2):
         media = [latents[row] for row in rows[request]]
@@ -138,8 +140,8 @@ def test_gates(gate: float) -> None:
     """0: bit for bit the language model. Otherwise a step of tanh(gate) along the block's two directions."""
     model = tiny_model()
     for block in model.cross_attention:
-        block.attention_gate.fill_(gate)
-        block.ffw_gate.fill_(gate)
+        block.attention_gate.fill_(gate)  # type: ignore[operator]
+        block.ffw_gate.fill_(gate)  # type: ignore[operator]
     tokens = torch.tensor([[1, 3, 9, 10, 3, 11], [1, 12, 13, 3, 14, 15]])
     phi = torch.from_numpy(phi_from_tokens(tokens.numpy(), TINY.tokens.image))
     kv = model.media_kv(torch.from_numpy(draw(3, TINY.resampler.num_latents, TINY.resampler.width)))

@@ -19,7 +19,7 @@ from flamingo_reference.names import expected_tensors
 from flamingo_reference.phi import phi_from_tokens
 
 Bank = list[tuple[Tensor, Tensor]]
-TIGHT = {"rtol": 1e-10, "atol": 1e-12}
+TIGHT: Any = {"rtol": 1e-10, "atol": 1e-12}
 LM = TINY.language_model
 TEXT = [1, 7, 3, 8, 9, 3, 3, 10, 11, 12, 13, 14, 15, 16]  # three media, the last two adjacent
 ROWS = [4, 0, 4]
@@ -170,7 +170,7 @@ def test_a_row_that_sees_nothing_is_zero_and_not_nan(tiny: Flamingo) -> None:
     layer = tiny.language_model.layers[0]
     q = torch.randn(1, LM.num_heads, 2, LM.head_size, dtype=torch.float64)
     mask = torch.tensor([[True, True], [False, False]])[None, None]
-    found = layer.attend(q, q, q, torch.zeros(1, 1, 2, 2, dtype=torch.float64), mask)
+    found = layer.attend(q, q, q, torch.zeros(1, 1, 2, 2, dtype=torch.float64), mask)  # type: ignore[operator]
     assert torch.equal(found[0, 1], torch.zeros(LM.width, dtype=torch.float64))
     assert found[0, 0].abs().min() > 0
 
@@ -260,7 +260,7 @@ def test_names_are_those_of_the_graphs() -> None:
             parts[str(layers)] = Decoder(
                 config,
                 layers,
-                layer_modules=[model.language_model.layers[j] for j in layers],
+                layer_modules=[model.language_model.layers[j] for j in layers],  # type: ignore[misc]
                 gated_modules=[
                     block for layer, block in zip(config.gated_layers, model.gated_blocks(), strict=True) if layer in layers
                 ],

@@ -68,7 +68,7 @@ def test_same_features_as_timm(nfnet_module: ModuleType, config: NFNetConfig, im
     ours.load_state_dict(renamed(theirs.state_dict()), strict=True)
     pixels = torch.randn(2, 3, image_size, image_size, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        wanted = theirs.forward_features(pixels)
+        wanted = theirs.forward_features(pixels)  # type: ignore[operator]
         found = ours(pixels)
     assert found.shape == (2, wanted.shape[2] * wanted.shape[3], config.feature_width)
     assert wanted.std() > 0.05
@@ -121,6 +121,6 @@ def test_padding_puts_the_odd_row_last() -> None:
 
 def test_untrained_blocks_pass_their_shortcut_on() -> None:
     """SkipInit: at the start a block is its shortcut."""
-    block = NFNet(PRESETS["nano"].vision).stages[1][1]
-    x = torch.randn(1, PRESETS["nano"].vision.widths[1], 4, 4)
+    block = NFNet(PRESETS["nano"].vision).stages[1][1]  # type: ignore[arg-type, index]
+    x = torch.randn(1, PRESETS["nano"].vision.widths[1], 4, 4)  # type: ignore[union-attr]
     assert torch.equal(block(x), x)

@@ -65,9 +65,9 @@ def test_answers_are_those_of_generate(nano: flamingo_export.Model, place: Path)
         7: nano.generate("<image>Output:", images=[place / "a.png"], temperature=1.5, seed=3),
     }
     for key, generation in wanted.items():
-        assert (found[key]["text"], tuple(found[key]["token_ids"])) == (generation.text, generation.token_ids), key
-        assert found[key]["token_logprobs"] == pytest.approx(generation.token_logprobs, abs=1e-4)
-        assert [other["text"] for other in found[key]["alternatives"]] == [other.text for other in generation.alternatives]
+        assert (found[key]["text"], tuple(found[key]["token_ids"])) == (generation.text, generation.token_ids), key  # type: ignore[index]
+        assert found[key]["token_logprobs"] == pytest.approx(generation.token_logprobs, abs=1e-4)  # type: ignore[index]
+        assert [other["text"] for other in found[key]["alternatives"]] == [other.text for other in generation.alternatives]  # type: ignore[index]
     assert found["prompt"]["finish_reason"] == "length"
     assert found["caption"]["finish_reason"] == "stop"
 

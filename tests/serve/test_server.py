@@ -127,7 +127,7 @@ def test_search_options_reach_the_search(client: Client, nano: flamingo_export.M
     token = nano.generate("<image>Output:", images=[EXAMPLES / "a.png"], beams=1).token_ids[0]
     settings = {"min_tokens": 8, "repetition_penalty": 1.3, "no_repeat_ngram": 2}
     own = {"min_new_tokens": 8, "repetition_penalty": 1.3, "no_repeat_ngram": 2}
-    wanted = nano.generate("<image>Output:", images=[EXAMPLES / "a.png"], beams=1, logit_bias={token: -100.0}, **own)  # type: ignore[arg-type]
+    wanted = nano.generate("<image>Output:", images=[EXAMPLES / "a.png"], beams=1, logit_bias={token: -100.0}, **own)  # type: ignore[call-overload]
     found = client.chat(messages=user(image_part()), logit_bias={str(token): -100}, **settings).json["choices"][0]
     assert found["message"]["content"] == wanted.text
     assert client.chat(messages=user(image_part()), logit_bias={"red": 1}).status == 400

@@ -44,7 +44,7 @@ def bundle(config: ModelConfig, bundle_writer: Callable[..., Path], tmp_path: Pa
     return bundle_writer(LiveSource(Flamingo(config)), tmp_path / "long.bundle", precision=Precision(storage=storage))
 
 
-def open_decoder(bundle: Path):  # type: ignore[no-untyped-def]
+def open_decoder(bundle: Path):
     manifest = read_manifest(bundle)
     return get_backend("onnxruntime").open(bundle, manifest, manifest.graph("decoder"), SessionOptions(threads=1))
 
@@ -96,12 +96,12 @@ def test_a_layer_by_itself_has_its_own_table_and_takes_it_cut(bundle: Path, tmp_
     table = "decoder/layer.1/self_attention/distances"
     lowered = lower(layer_graph(bundle, manifest, 1, name="layer"), compute="fp32", capacity=200, native_functions=frozenset())
     (part,) = [node for node in lowered.graph if node.op_type == "Slice"]
-    assert part.inputs[0].name == table
+    assert part.inputs[0].name == table  # type: ignore[union-attr]
     assert [name for name in lowered.graph.initializers if name.endswith("/distances")] == [table]
     spoil_beyond(bundle, 1)
     for capacity, finite in ((128, True), (129, False)):
         with layer_session(backend, bundle, manifest, 1, tmp_path, SessionOptions(threads=1)) as session:
-            bind_all(session, batch=1, capacity=capacity)
+            bind_all(session, batch=1, capacity=capacity)  # type: ignore[arg-type]
             given = feeds(batch=1, size=2, capacity=capacity, write_index=capacity - 2)
             given["hidden"] = np.ones((1, 2, manifest.config.language_model.width), np.float32)
             wanted = {tensor.name for tensor in session.spec.inputs}

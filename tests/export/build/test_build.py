@@ -103,7 +103,7 @@ def test_parity_runs_before_publishing(tiny_model: Flamingo, tmp_path: Path, mon
         summary: str = "layer 1 diverges"
         backend: str = "onnxruntime"
 
-    def check(folder, manifest, source, *, progress):  # type: ignore[no-untyped-def]
+    def check(folder, manifest, source, *, progress):
         seen.append((folder, source.model, (folder / "decoder.onnx").is_file(), (folder / "manifest.json").exists()))
         for name in ("golden/cases.json", "reports/parity.json"):
             (folder / name).parent.mkdir(exist_ok=True)

@@ -31,7 +31,7 @@ CALLS = ("write", "fsync", "replace", "rename", "unlink", "mkdir")
 """What a build changes the disk with: it is killed right before one of these."""
 
 
-def make(config: ModelConfig, out: Path, **options: Any) -> api.BuildResult:
+def make(config: ModelConfig, out: Path, **options: Any) -> api.BuildResult:  # type: ignore[name-defined]
     return api.build(RandomWeights(config=config, seed=options.pop("seed", 5)), out=out, parity="skip", **options)
 
 
@@ -302,7 +302,7 @@ def test_no_space_in_the_calibration_of_a_build(
 ) -> None:
     """What it has finished is kept, as it says, and gone on with."""
     out, policy = tmp_path / "b.bundle", preset("fp8")
-    put, counter = run.put, itertools.count()
+    put, counter = run.put, itertools.count()  # type: ignore[attr-defined]
 
     def full(file: Any, array: Any) -> None:
         if next(counter) == 40:
@@ -342,7 +342,7 @@ def test_too_little_space_is_said_before_anything_is_written(
     spoken_config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = type("Usage", (), {"free": 1_000_000})
-    monkeypatch.setattr(work_folder.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(work_folder.shutil, "disk_usage", lambda path: usage)  # type: ignore[attr-defined]
     with pytest.raises(BuildError, match=r"needs 0\.06 GiB .* has 0\.00 GiB free"):
         make(spoken_config, tmp_path / "b.bundle")
     assert not list(tmp_path.rglob("*.safetensors"))
@@ -392,7 +392,7 @@ def test_another_request_starts_anew(
     else:
         from flamingo_export.pipeline import run as pipeline
 
-        monkeypatch.setattr(pipeline.importlib.metadata, "version", lambda tool: "9.9")
+        monkeypatch.setattr(pipeline.importlib.metadata, "version", lambda tool: "9.9")  # type: ignore[attr-defined]
     make(spoken_config, out, **options)
     assert any("starting anew" in note for note in recorder.notes)
     inodes = {path.stat().st_mtime_ns for path in (out / "weights").iterdir()}

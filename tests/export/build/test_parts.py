@@ -24,7 +24,7 @@ from flamingo_reference.config import ModelConfig
 from .conftest import contents
 
 
-def make(config: ModelConfig, out: Path, **options: object) -> api.BuildResult:
+def make(config: ModelConfig, out: Path, **options: object) -> api.BuildResult:  # type: ignore[name-defined]
     return api.build(RandomWeights(config=config, seed=5), out=out, parity="skip", **options)  # type: ignore[arg-type]
 
 

@@ -37,9 +37,9 @@ def tuned(tiny_model: Flamingo, tmp_path: Path) -> Path:
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-        model.cross_attention[0].attention_gate.zero_()  # type: ignore[operator, union-attr]
-        model.cross_attention[1].ffw_gate.neg_()  # type: ignore[operator, union-attr]
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)  # type: ignore[misc]
+        model.cross_attention[0].attention_gate.zero_()  # type: ignore[operator]
+        model.cross_attention[1].ffw_gate.neg_()  # type: ignore[operator]
     model.save(tmp_path / "tuned")
     return tmp_path / "tuned"
 
@@ -151,7 +151,7 @@ def test_killed_it_goes_on_where_it_was(
         from flamingo_export.pipeline import write_weights
 
         make = write_weights._make
-        monkeypatch.setattr(write_weights, "_make", lambda *args: (time.sleep(0.01), make(*args))[1])
+        monkeypatch.setattr(write_weights, "_make", lambda *args: (time.sleep(0.01), make(*args))[1])  # type: ignore[func-returns-value]
         pipeline.build(request)
 
     with in_child(slowly) as child:

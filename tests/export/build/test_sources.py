@@ -149,7 +149,7 @@ def _parametrized(model: Flamingo) -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x + 0
 
-    layer: Any = model.resampler.layers[0]
+    layer: Any = model.resampler.layers[0]  # type: ignore[index]
     parametrize.register_parametrization(layer.ffw_up, "weight", Symmetric())
 
 
@@ -279,7 +279,7 @@ def test_a_wrapped_forward_is_refused_though_it_bears_the_old_name(model: Flamin
 
     @functools.wraps(original)
     def louder(self: Any, x: torch.Tensor) -> torch.Tensor:
-        return 2 * original(self, x)  # type: ignore[no-any-return]
+        return 2 * original(self, x)
 
     monkeypatch.setattr(norm, "forward", louder)
     with pytest.raises(UnsupportedModel, match="the forward of RMSNorm was replaced"):

@@ -133,7 +133,7 @@ def test_what_overflows_is_judged_after_folding(tiny_model: Flamingo, tmp_path: 
 def test_a_faulty_live_model_is_refused_too(tiny_model: Flamingo, tmp_path: Path) -> None:
     model = copy.deepcopy(tiny_model)
     with torch.no_grad():
-        model.resampler.latents[0, 0] = float("nan")
+        model.resampler.latents[0, 0] = float("nan")  # type: ignore[operator]
     with pytest.raises(CheckpointError, match=r"NaN or infinite numbers: resampler\.latents\."):
         api.build(LiveModel(model=model), out=tmp_path / "b.bundle", parity="skip")
 
@@ -141,7 +141,7 @@ def test_a_faulty_live_model_is_refused_too(tiny_model: Flamingo, tmp_path: Path
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64, ml_dtypes.bfloat16])
 def test_peak(dtype: type) -> None:
     rng = np.random.default_rng(0)
-    values = rng.standard_normal((300, 1000)).astype(dtype)
+    values = rng.standard_normal((300, 1000)).astype(dtype)  # type: ignore[var-annotated]
     assert peak(values) == float(np.abs(values.astype(np.float64)).max())
     assert peak(values.T) == peak(values)
     assert peak(values[::-1, ::2]) == float(np.abs(values[:, ::2].astype(np.float64)).max())
@@ -156,7 +156,7 @@ def test_peak(dtype: type) -> None:
 def test_cast_rounds_to_nearest_even_like_torch() -> None:
     rng = np.random.default_rng(0)
     bits = rng.integers(0, 2**32, 50_000, dtype=np.uint64).astype(np.uint32)
-    values = np.concatenate([bits.view(np.float32), np.float32([1 + 2**-8, 1 + 3 * 2**-8, 3.4e38, 1e-40, -0.0])])
+    values = np.concatenate([bits.view(np.float32), np.float32([1 + 2**-8, 1 + 3 * 2**-8, 3.4e38, 1e-40, -0.0])])  # type: ignore[arg-type]
     values = values[np.isfinite(values)]
     wanted = torch.from_numpy(values).bfloat16().view(torch.int16).numpy()
     np.testing.assert_array_equal(cast(values, np.dtype(ml_dtypes.bfloat16)).view(np.int16), wanted)

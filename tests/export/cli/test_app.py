@@ -19,7 +19,7 @@ import flamingo_export.cli.inspect as inspect_module
 from flamingo_export.cli.app import app
 from flamingo_export.errors import BundleError
 
-VERBS = sorted(get_command(app).commands)
+VERBS = sorted(get_command(app).commands)  # type: ignore[attr-defined]
 HEAVY = ("torch", "onnxruntime", "onnx", "onnx_ir", "matplotlib", "jinja2", "transformers", "PIL", "tokenizers", "numpy")
 
 

@@ -17,7 +17,7 @@ def report_of(verdict: str, *, passed: bool) -> ParityReport:
     )
     left_out = (NotRun(name="token traces", reason="no memory"),)
     return ParityReport(
-        verdict=verdict, backend="onnxruntime", against="golden", model="nano", storage="fp32", weights="0" * 64, rows=rows, not_run=left_out
+        verdict=verdict, backend="onnxruntime", against="golden", model="nano", storage="fp32", weights="0" * 64, rows=rows, not_run=left_out  # type: ignore[arg-type]
     )  # fmt: skip
 
 

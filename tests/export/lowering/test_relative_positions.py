@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -64,7 +65,7 @@ def test_the_numbers_of_the_portable_graph_over_a_part_of_the_table(bundle: Path
 
 
 def test_the_table_is_a_constant_that_all_rows_share(bundle: Path) -> None:
-    found = list(lowered(bundle).graph)
+    found: Any = list(lowered(bundle).graph)
     lookups = [node for node in found if node.op_type == "GatherElements"]
     assert len(lookups) == 6
     for layer, lookup in enumerate(lookups):

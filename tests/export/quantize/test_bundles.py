@@ -203,7 +203,7 @@ def test_refit_keeps_the_policy_and_its_layout(built: pipeline.BuildResult, tmp_
     assert {name: first[name] for name in first} == {name: second[name] for name in second}
 
 
-def test_matrices_that_no_block_divides_stay_as_they_are(tmp_path: Path, tiny_config) -> None:  # type: ignore[no-untyped-def]
+def test_matrices_that_no_block_divides_stay_as_they_are(tmp_path: Path, tiny_config) -> None:
     """Inputs of 24 and 40 channels have no block of 16 or more: the bundle runs all the same."""
     policy = Policy(name="all", rules=preset("int4").rules)
     request = BuildRequest(source=RandomWeights(config=tiny_config), out=tmp_path / "t.bundle", policy=policy, parity="skip")

@@ -37,7 +37,7 @@ def trained_like(module: torch.nn.Module, seed: int) -> torch.nn.Module:
             if parameter.dim() == 2 and not name.endswith("_bias"):
                 parameter.normal_(std=0.02, generator=generator)
                 tail = torch.rand(parameter.shape[0], generator=generator)
-                parameter *= (1 + 2 * tail**8)[:, None]
+                parameter *= (1 + 2 * tail**8)[:, None]  # type: ignore[misc]
                 channels = torch.randperm(parameter.shape[1], generator=generator)[: parameter.shape[1] // 500]
                 parameter[:, channels] *= 3
             elif name.endswith("gate"):

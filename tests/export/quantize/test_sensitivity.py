@@ -75,8 +75,8 @@ def test_a_channel_scaled_by_a_hundred_comes_out_on_top(name: str, factor: float
     layer = model.language_model.layers[2]
     with torch.no_grad():
         # As much less in the product's input as it is more in the weights: the unquantised model stays what it was.
-        layer.ffw_up.weight[:, 9] *= factor
-        layer.ffw_norm.weight[9] /= factor
+        layer.ffw_up.weight[:, 9] *= factor  # type: ignore[index, operator, union-attr]
+        layer.ffw_norm.weight[9] /= factor  # type: ignore[index, operator, union-attr]
     found = measured(LiveSource(model), preset(name), memory=0)
     assert found.matrices[0].name == MATRIX
     assert max(found.layers, key=lambda each: each.error).name == "decoder/layer.2"
@@ -118,7 +118,7 @@ def test_one_matrix_agrees_with_brute_force_on_the_whole_model(of_nano: Callable
         kept = np.clip((values / scale).astype(np.float32), -448, 448)
         return kept.astype(ml_dtypes.float8_e4m3fn).astype(np.float64) * scale
 
-    product: Any = rounded.language_model.layers[2].ffw_up  # type: ignore[union-attr]
+    product: Any = rounded.language_model.layers[2].ffw_up
     weight = product.weight.detach().numpy()
     product.weight.data = torch.from_numpy(
         e4m3(weight, 2.0 ** np.ceil(np.log2(np.abs(weight).max(axis=1, keepdims=True) / 448)))
@@ -165,7 +165,7 @@ def test_divergence_is_that_of_the_whole_model_with_the_layer_quantised(of_nano:
     of_head = next(layer for layer in found.layers if layer.name == "decoder/head")
     assert of_head.kl == pytest.approx(total / found.tokens, rel=0.02)
     assert found.kl is not None
-    assert found.kl > of_head.kl
+    assert found.kl > of_head.kl  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("name", PRESETS)

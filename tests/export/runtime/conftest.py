@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -55,17 +56,21 @@ class Oracle:
         logits -= logits.max(1, keepdims=True)
         return logits - np.log(np.exp(logits).sum(1, keepdims=True))
 
-    def greedy(self, ids: Sequence[int], media: Sequence[Sequence[np.ndarray]], count: int) -> list[int]:
+    def greedy(self, ids: Any, media: Sequence[Sequence[np.ndarray]], count: int) -> list[int]:
         ids, start = list(ids), len(ids)
         while len(ids) - start < count and (len(ids) == start or ids[-1] != EOC):
             ids.append(int(self.logprobs(ids, media)[-1].argmax()))
         return ids[start:]
 
     def beams(
-        self, ids: Sequence[int], media: Sequence[Sequence[np.ndarray]], beams: int, count: int
+        self,
+        ids: Any,
+        media: Sequence[Sequence[np.ndarray]],
+        beams: int,
+        count: int,
     ) -> list[tuple[list[int], float]]:
         """Beam search with length penalty 0, written anew: (tokens, score), best first."""
-        live, kept = [([], 0.0)], []
+        live, kept = [([], 0.0)], []  # type: ignore[var-annotated]
         for step in range(1, count + 1):
             options = [
                 ([*tokens, token], score + float(logprob))
@@ -107,7 +112,7 @@ def load_tiny(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.fixture(scope="session")
-def tiny_llama():  # type: ignore[no-untyped-def]
+def tiny_llama():
     """A language model of transformers: the oracle of searches."""
     transformers = pytest.importorskip("transformers", reason="transformers is the oracle of beam search")
     torch = pytest.importorskip("torch")

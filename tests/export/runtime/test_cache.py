@@ -113,7 +113,7 @@ def shared_row(held: int = 60, *, length: int = 200, own: int = 20, **bounds: An
     return cache
 
 
-def placed(cache: Cache, prompt: list[int], *, slots: int, columns: int = 1, looks: tuple[int, ...] = (3,), steps: int = 9):  # type: ignore[no-untyped-def]
+def placed(cache: Cache, prompt: list[int], *, slots: int, columns: int = 1, looks: tuple[int, ...] = (3,), steps: int = 9):
     """The seat of a request whose prompt is about to be computed, and how much of it is there."""
     seat = cache.take(prompt, slots=slots, columns=columns)
     shared = cache.settle(seat, prompt, slots=slots, looks=looks, steps=steps)
@@ -193,7 +193,7 @@ def test_a_digest_is_not_a_token() -> None:
     for prompt, shared in (([1, b"a", 6], 2), ([1, b"b", 5], 1)):
         cache = rows_of(1)
         cache.rows[0].held = (1, b"a", 5)
-        assert cache.settle(cache.take(prompt, slots=3), prompt, slots=3) == shared
+        assert cache.settle(cache.take(prompt, slots=3), prompt, slots=3) == shared  # type: ignore[arg-type]
 
 
 def test_capacity_grows_in_buckets_up_to_the_limit(load_tiny: LoadTiny) -> None:

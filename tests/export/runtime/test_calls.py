@@ -104,7 +104,7 @@ def test_padding_writes_behind_what_is_used_and_gives_up_what_it_must() -> None:
                 sees=np.array([2]), take_slots=lambda column: None,
             )
         )  # fmt: skip
-    feeds = decode_feeds(Call(0, 4, 3, tuple(jobs)), rows, MOST, pad=0)
+    feeds = decode_feeds(Call(0, 4, 3, tuple(jobs)), rows, MOST, pad=0)  # type: ignore[arg-type]
     assert feeds["write_index"].tolist() == [4, MOST - 3, 5, 4]
     assert len(rows[1].held) == MOST - 3
     assert len(rows[2].held) == 2

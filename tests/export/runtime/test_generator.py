@@ -32,7 +32,7 @@ CASES = {
 }
 
 
-def check_texts(found, expected: list[tuple[list[int], float]]) -> None:  # type: ignore[no-untyped-def]
+def check_texts(found, expected: list[tuple[list[int], float]]) -> None:
     """Same tokens, same scores; where two scores tie within rounding, either order."""
     texts = [found, *found.alternatives]
     assert len(texts) == len(expected)
@@ -97,12 +97,12 @@ def spied_logits(model: Model) -> list[np.ndarray]:
     seen: list[np.ndarray] = []
     run = model.engines.decoder.run
 
-    def spy(feeds):  # type: ignore[no-untyped-def]
+    def spy(feeds):
         result = run(feeds)
         seen.append(result["logits"].copy())
         return result
 
-    model.engines.decoder.run = spy  # type: ignore[method-assign]
+    model.engines.decoder.run = spy  # type: ignore[assignment, method-assign]
     return seen
 
 
@@ -231,7 +231,7 @@ def test_a_request_that_fails_fails_alone(load_tiny: LoadTiny, tiny_config: Mode
     requests = [random_request(tiny_config, 320 + index, 10, 1) for index in range(2)]
     expected = [load_tiny().generate(request, beams=1, max_new_tokens=6).token_ids for request in requests]
     run, bad = model.engines.decoder.run, set[int]()
-    model.engines.decoder.run = lambda feeds: _raise() if bad & set(feeds["token_ids"].reshape(-1).tolist()) else run(feeds)  # type: ignore[method-assign]
+    model.engines.decoder.run = lambda feeds: _raise() if bad & set(feeds["token_ids"].reshape(-1).tolist()) else run(feeds)  # type: ignore[assignment, method-assign, misc]
     bad.add(int(requests[1].prompt[4]) if int(requests[1].prompt[4]) != IMAGE else int(requests[1].prompt[5]))
     if not bad & {*requests[0].prompt, *expected[0]}:
         good, failing = (
@@ -296,7 +296,7 @@ def test_reuse_goes_to_the_row_that_holds_the_prompt(load_tiny: LoadTiny, tiny_c
         check_texts(generation, oracle.beams(request.prompt, frames_of(request), 2, 3)[:1])
 
 
-def test_the_cache_grows_while_decoding(load_tiny: LoadTiny, tiny_config: ModelConfig, oracle: Oracle, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_the_cache_grows_while_decoding(load_tiny: LoadTiny, tiny_config: ModelConfig, oracle: Oracle, monkeypatch) -> None:
     monkeypatch.setattr("flamingo_export.runtime.cache.BUCKET", 4)
     model = load_tiny()
     request = random_request(tiny_config, 80, 10, 2)
@@ -307,14 +307,14 @@ def test_the_cache_grows_while_decoding(load_tiny: LoadTiny, tiny_config: ModelC
 
 def test_a_cache_that_could_not_grow_is_made_anew(
     load_tiny: LoadTiny, tiny_config: ModelConfig, oracle: Oracle, monkeypatch
-) -> None:  # type: ignore[no-untyped-def]
+) -> None:
     monkeypatch.setattr("flamingo_export.runtime.cache.BUCKET", 4)
     model = load_tiny()
     request = random_request(tiny_config, 86, 10, 2)
     model.generate(request, beams=1, max_new_tokens=2)
     allocate, left = model.engines.decoder.allocate, 3
 
-    def failing(name: str, shape: tuple[int, ...]):  # type: ignore[no-untyped-def]
+    def failing(name: str, shape: tuple[int, ...]):
         nonlocal left
         left -= 1
         if left == 0:
@@ -406,11 +406,11 @@ def test_sampling_repeats_with_its_seed_whatever_the_batch(load_tiny: LoadTiny, 
     model = load_tiny()
     request, other = random_request(tiny_config, 100, 9, 1), random_request(tiny_config, 101, 20, 1)
     settings = {"temperature": 1.5, "top_k": 20, "top_p": 0.95, "seed": 3, "num_return": 3, "max_new_tokens": 6}
-    one = model.generate(request, **settings)  # type: ignore[arg-type]
-    beside = model.generate([other, request], **settings)[1]  # type: ignore[arg-type]
+    one = model.generate(request, **settings)  # type: ignore[call-overload]
+    beside = model.generate([other, request], **settings)[1]  # type: ignore[call-overload]
     assert [t.token_ids for t in (one, *one.alternatives)] == [t.token_ids for t in (beside, *beside.alternatives)]
     assert len({t.token_ids for t in (one, *one.alternatives)}) == 3
-    assert one.token_ids != model.generate(request, **{**settings, "seed": 4}).token_ids  # type: ignore[arg-type]
+    assert one.token_ids != model.generate(request, **{**settings, "seed": 4}).token_ids  # type: ignore[call-overload]
 
 
 def test_an_interrupted_generation_leaves_the_model_usable(
@@ -420,14 +420,14 @@ def test_an_interrupted_generation_leaves_the_model_usable(
     request = random_request(tiny_config, 110, 40, 2)
     run, calls = model.engines.decoder.run, 0
 
-    def interrupted(feeds):  # type: ignore[no-untyped-def]
+    def interrupted(feeds):
         nonlocal calls
         calls += 1
         if calls == 2:
             raise KeyboardInterrupt
         return run(feeds)
 
-    model.engines.decoder.run = interrupted  # type: ignore[method-assign]
+    model.engines.decoder.run = interrupted  # type: ignore[assignment, method-assign]
     with pytest.raises(KeyboardInterrupt):
         model.generate(request, beams=2)
     found = model.generate(request, beams=1, max_new_tokens=3)
@@ -442,12 +442,12 @@ def test_an_interrupt_loses_no_request_of_others(load_tiny: LoadTiny, tiny_confi
     expected = load_tiny().generate(other, beams=1, max_new_tokens=4).token_ids
     run, tickets = model.engines.decoder.run, []
 
-    def interrupted(feeds):  # type: ignore[no-untyped-def]
-        model.engines.decoder.run = run  # type: ignore[method-assign]
+    def interrupted(feeds):
+        model.engines.decoder.run = run
         tickets.append(model.engine.submit(model.prepare(other), GenerateOptions(beams=1, max_new_tokens=4), wake=False))
         raise KeyboardInterrupt
 
-    model.engines.decoder.run = interrupted  # type: ignore[method-assign]
+    model.engines.decoder.run = interrupted  # type: ignore[assignment, method-assign]
     with pytest.raises(KeyboardInterrupt):
         model.generate(request, beams=1)
     model.engine.complete(*tickets)

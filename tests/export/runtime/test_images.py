@@ -230,7 +230,7 @@ def test_bytes_and_file_objects(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="the image given is not an image that can be read"):
         load_image(b"hello")
     cut = io.BytesIO(data[:-30])
-    cut.name = "a.png"  # type: ignore[attr-defined]
+    cut.name = "a.png"
     with pytest.raises(ImageError, match=r"a\.png is damaged or truncated"):
         load_image(cut)
 

@@ -146,7 +146,7 @@ def tokenizer(*special: str) -> Any:
 
 def config(**ids: int) -> ModelConfig:
     lm = msgspec.structs.replace(NANO.language_model, vocab_size=300)
-    return msgspec.structs.replace(NANO, language_model=lm, tokens=TokenIds(pad=0, **ids))
+    return msgspec.structs.replace(NANO, language_model=lm, tokens=TokenIds(pad=0, **ids))  # type: ignore[arg-type]
 
 
 def test_encoding_as_each_family_does() -> None:

@@ -51,7 +51,7 @@ def text_model(
     )
     bundle = bundle_writer(RandomSource(config, seed=1), tmp_path_factory.mktemp("text") / "text.bundle")
     (bundle / "tokenizer").mkdir()
-    (bundle / "tokenizer" / "tokenizer.json").write_text(placeholder_tokenizer(config), encoding="utf-8")
+    (bundle / "tokenizer" / "tokenizer.json").write_text(placeholder_tokenizer(config), encoding="utf-8")  # type: ignore[arg-type]
     manifest = read_manifest(bundle)
     record = file_record(bundle, bundle / "tokenizer" / "tokenizer.json")
     write_manifest(bundle, msgspec.structs.replace(manifest, files=(*manifest.files, record)))
@@ -198,7 +198,7 @@ def test_a_prompt_in_another_familys_form_is_refused(text_model: Model) -> None:
         with pytest.raises(
             PromptError, match=r"the prompt is in the form 'User:.*this bundle's is .*Question: .*model.caption"
         ):
-            call(request)  # type: ignore[operator]
+            call(request)
     with pytest.raises(PromptError, match=r"<fake_token_around_image>, a tag of another family .*<BOS>, <EOC>, <image>"):
         text_model.generate("<fake_token_around_image><image>x", images=[image])
     # Written by hand it is what the user asked for.
@@ -239,13 +239,13 @@ def test_many_threads_share_a_model(text_model: Model) -> None:
     """Each gets the answer that it gets alone, whatever the others ask; a fifth of them give up on the way."""
     images = pictures(7, 4)
     asked = [
-        {"prompt": f"<image>{'x' * (7 * index)}Output:", "images": [images[index % 4]], **settings}
+        {"prompt": f"<image>{'x' * (7 * index)}Output:", "images": [images[index % 4]], **settings}  # type: ignore[dict-item]
         for index, settings in enumerate(
             [{"beams": 1}, {"beams": 3}, {"temperature": 1.0, "seed": 3, "num_return": 2}, {"beams": 2, "max_new_tokens": 3}]
             * 3
         )
     ]
-    alone = [text_model.generate(**{"max_new_tokens": 12, **one}) for one in asked]  # type: ignore[arg-type]
+    alone = [text_model.generate(**{"max_new_tokens": 12, **one}) for one in asked]  # type: ignore[call-overload]
 
     def work(number: int) -> None:
         index = number % len(asked)
@@ -254,7 +254,7 @@ def test_many_threads_share_a_model(text_model: Model) -> None:
             stream = text_model.stream(**one)  # type: ignore[arg-type]
             next(stream)
             return
-        found = text_model.generate(**one)  # type: ignore[arg-type]
+        found = text_model.generate(**one)  # type: ignore[call-overload]
         texts = [[text.token_ids for text in (each, *each.alternatives)] for each in (found, alone[index])]
         assert texts[0] == texts[1]
         np.testing.assert_allclose(found.token_logprobs, alone[index].token_logprobs, atol=1e-3)
@@ -327,7 +327,7 @@ def test_events_of_a_ticket(text_model: Model) -> None:
     """Tokens as they become certain, from a thread and from a coroutine, are those of the result."""
     prepared = text_model.prepare(Request(prompt="Hello there"))
     for settings in ({"beams": 1}, {"beams": 3}, {"temperature": 1.0, "seed": 5, "num_return": 3}):
-        options = GenerateOptions(max_new_tokens=9, **settings)  # type: ignore[arg-type]
+        options = GenerateOptions(max_new_tokens=9, **settings)
 
         async def read(options: GenerateOptions = options) -> tuple[list[Tokens], Outcome]:
             ticket = text_model.engine.submit(prepared, options, events=True)
@@ -447,7 +447,7 @@ def test_candidates_as_text(text_model: Model) -> None:
 def test_prompts_that_do_not_fit(text_model: Model, prompt: object, count: int, message: str) -> None:
     for call in (text_model.generate, text_model.stream):
         with pytest.raises(PromptError, match=message):
-            call(prompt, images=pictures(3, count))  # type: ignore[operator]
+            call(prompt, images=pictures(3, count))  # type: ignore[arg-type, call-overload]
 
 
 def test_media_that_do_not_fit(text_model: Model, tmp_path: Path) -> None:
@@ -459,11 +459,11 @@ def test_media_that_do_not_fit(text_model: Model, tmp_path: Path) -> None:
         with pytest.raises(InputError, match="images and videos are lists"):
             text_model.generate("<image>", images=single)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="are lists"):
-        text_model.generate("<image>", images=pictures(0, 1)[0])  # type: ignore[arg-type]
+        text_model.generate("<image>", images=pictures(0, 1)[0])
     with pytest.raises(InputError, match="a Request carries its own media"):
         text_model.generate(Request(prompt="<image>"), images=pictures(0, 1))
     with pytest.raises(InputError, match="give each its media"):
-        text_model.generate(["<image>", "<image>"], images=pictures(0, 2))  # type: ignore[call-overload]
+        text_model.generate(["<image>", "<image>"], images=pictures(0, 2))  # type: ignore[list-item]
     with pytest.raises(InputError, match="batch_size is 0"):
         text_model.generate(["Hello"], batch_size=0)
 
@@ -471,10 +471,10 @@ def test_media_that_do_not_fit(text_model: Model, tmp_path: Path) -> None:
 def test_a_list_is_answered_in_order(text_model: Model) -> None:
     images = pictures(4, 2)
     requests = [Request(prompt="<image>Output:", media=[image]) for image in images]
-    found = text_model.generate([*requests, "Hello there"], beams=1, max_new_tokens=4)
+    found = text_model.generate([*requests, "Hello there"], beams=1, max_new_tokens=4)  # type: ignore[arg-type]
     assert [one.token_ids for one in found] == [
-        text_model.generate(request, beams=1, max_new_tokens=4).token_ids
-        for request in [*requests, "Hello there"]  # type: ignore[list-item]
+        text_model.generate(request, beams=1, max_new_tokens=4).token_ids  # type: ignore[call-overload]
+        for request in [*requests, "Hello there"]
     ]
 
 
@@ -510,7 +510,7 @@ def test_importing_is_quick_and_needs_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
     assert set(flamingo_export.__all__) <= set(dir(flamingo_export))
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
-        flamingo_export.nonsense  # noqa: B018
+        flamingo_export.nonsense  # type: ignore[attr-defined]  # noqa: B018
 
 
 def test_a_generation_without_torch(text_model: Model) -> None:

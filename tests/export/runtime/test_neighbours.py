@@ -85,7 +85,7 @@ def alone(request: Prepared, search: Search) -> list[Hypothesis]:
 
 
 def scores_alone(request: Prepared, candidates: Sequence[Sequence[int]]) -> list[list[float]]:
-    whole, found = whole_of(request), []
+    whole, found = whole_of(request), []  # type: ignore[var-annotated]
     for candidate in candidates:
         state = whole.begin(request.token_ids.tolist(), [numbers_of(medium) for medium in request.media])
         found.append([])
@@ -202,7 +202,7 @@ class Schedule:
 
     def options(self, request: Prepared) -> GenerateOptions:
         rng = self.rng
-        settings = self.usual if self.usual and rng.random() < 0.8 else None
+        settings: Any = self.usual if self.usual and rng.random() < 0.8 else None
         settings = settings or rng.choice(
             [
                 {"beams": 1},
@@ -222,7 +222,7 @@ class Schedule:
 
     def submit(self) -> None:
         rng, request = self.rng, self.request()
-        settings = {"caller": rng.choice("abc"), "wake": False}
+        settings: Any = {"caller": rng.choice("abc"), "wake": False}
         if rng.random() < 0.2:
             room = self.limits.max_length - len(request.token_ids)
             candidates = [self.tokens(rng.randint(1, min(6, room + 1))) for _ in range(rng.randint(1, 5))]
@@ -276,11 +276,11 @@ class Schedule:
             assert found == alone(request, options.search(self.config, limit)), (index, options)
         for scores, request, candidates in self.scores:
             try:
-                found = scores.result()
+                found = scores.result()  # type: ignore[assignment]
             except BrokenDecoder:
                 continue
             for mine, theirs in zip(found, scores_alone(request, candidates), strict=True):
-                np.testing.assert_allclose(mine, theirs, rtol=0, atol=2e-6)
+                np.testing.assert_allclose(mine, theirs, rtol=0, atol=2e-6)  # type: ignore[call-overload]
         stats = self.engine.stats()
         assert (stats.waiting, stats.running, stats.rows_in_use, stats.bank_rows_in_use) == (0, 0, 0, 0)
         assert stats.finished + stats.failed + stats.cancelled == len(self.tickets) + len(self.scores)

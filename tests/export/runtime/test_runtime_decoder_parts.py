@@ -76,7 +76,7 @@ def test_the_same_texts(nano: Open, parts: int, settings: dict[str, object]) -> 
     assert isinstance(cut.engines.decoder, DecoderParts)
     requests = [random_request(whole.config, seed, 6 + 17 * seed, seed) for seed in range(5)]
     for asked in (requests, requests[::-1], requests[3:4]):  # several at a time, and one whose cache is already there
-        found, expected = (model.generate(asked, max_new_tokens=7, batch_size=3, **settings) for model in (cut, whole))  # type: ignore[arg-type]
+        found, expected = (model.generate(asked, max_new_tokens=7, batch_size=3, **settings) for model in (cut, whole))  # type: ignore[call-overload]
         assert told(found) == told(expected)
         for one, other in zip(found, expected, strict=True):
             assert (one.timings.reused_tokens, one.timings.media_reused) == (
@@ -147,7 +147,7 @@ def test_feeds_that_do_not_fit_are_refused_before_a_part_is_run(tiny: Model) -> 
     np.testing.assert_array_equal(tiny.engine.loop.cache._buffers["past_k.0"].read(), before)
     for call in (decoder.allocate, decoder.bind):
         with pytest.raises(InputError, match=r"decoder: past_k\.9 is not an input"):
-            call("past_k.9", (1,))  # type: ignore[operator]
+            call("past_k.9", (1,))  # type: ignore[arg-type]
     logits = decoder.run(feeds)["logits"]
     np.testing.assert_array_equal(decoder.compute(feeds)["logits"], logits)
     assert decoder.run(feeds, outputs=("logits",)).keys() == {"logits"}
@@ -164,7 +164,7 @@ def test_feeds_that_do_not_fit_are_refused_before_a_part_is_run(tiny: Model) -> 
 
 
 def test_what_was_opened_is_closed_where_a_part_cannot_be(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    manifest, opened, closed = read_manifest(tiny.bundle), [], []
+    manifest, opened, closed = read_manifest(tiny.bundle), [], []  # type: ignore[var-annotated]
     backend = tiny.backend
 
     class Failing:

@@ -38,7 +38,7 @@ def test_candidates_are_branches_that_do_not_see_each_other(
 def test_all_candidates_take_one_pass_after_the_prompt(load_tiny: LoadTiny, tiny_config: ModelConfig) -> None:
     model = load_tiny()
     calls, run = [], model.engines.decoder.run
-    model.engines.decoder.run = lambda feeds: calls.append(feeds["token_ids"].shape) or run(feeds)  # type: ignore[method-assign,func-returns-value]
+    model.engines.decoder.run = lambda feeds: calls.append(feeds["token_ids"].shape) or run(feeds)  # type: ignore[assignment, method-assign,func-returns-value, misc]
     model.score(random_request(tiny_config, 1, 20, 1), CANDIDATES)
     assert calls == [(1, 16), (1, 4), (1, 0 + 2 + 1 + 4 + 0)]
 

@@ -42,7 +42,7 @@ def until_eoc(ids: list[int]) -> list[int]:
 
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, -0.5])
 @pytest.mark.parametrize("beams", [2, 3, 5])
-def test_beam_search_is_that_of_transformers(tiny_llama, beams: int, length_penalty: float) -> None:  # type: ignore[no-untyped-def]
+def test_beam_search_is_that_of_transformers(tiny_llama, beams: int, length_penalty: float) -> None:
     import torch
 
     def model(ids: list[int]) -> np.ndarray:
@@ -85,7 +85,7 @@ def test_a_live_beam_that_could_only_draw_level_ends_the_search() -> None:
     assert [text.token_ids for text in search.results()] == [(EOC,), (5, EOC)]
 
 
-def test_greedy_takes_the_likeliest_token_until_eoc(tiny_llama) -> None:  # type: ignore[no-untyped-def]
+def test_greedy_takes_the_likeliest_token_until_eoc(tiny_llama) -> None:
     import torch
 
     def model(ids: list[int]) -> np.ndarray:

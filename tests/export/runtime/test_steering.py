@@ -200,7 +200,7 @@ def test_min_p_draws_what_transformers_leaves(llama: Any, config: ModelConfig, r
         logits = warpers.TopKLogitsWarper(rest["top_k"])(None, logits)
     if "top_p" in rest:
         logits = warpers.TopPLogitsWarper(rest["top_p"])(None, logits)
-    wanted = warpers.MinPLogitsWarper(min_p)(None, logits).softmax(-1)[0].numpy()
+    wanted = warpers.MinPLogitsWarper(min_p)(None, logits).softmax(-1)[0].numpy()  # type: ignore[arg-type]
     options = GenerateOptions(max_new_tokens=1, min_p=min_p, num_return=400, seed=1, **rest)
     search = options.search(config, 1)
     with torch.no_grad():

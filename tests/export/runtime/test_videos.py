@@ -182,4 +182,4 @@ def test_settings_of_another_kind(settings: dict[str, object], message: str) -> 
 
 def test_one_image_is_no_video() -> None:
     with pytest.raises(ImageError, match=r"array of shape \(80, 100, 3\)"):
-        list(load_video(Video(source=np.zeros((80, 100, 3), np.uint8)), default_frames=8))
+        list(load_video(Video(source=np.zeros((80, 100, 3), np.uint8)), default_frames=8))  # type: ignore[arg-type]

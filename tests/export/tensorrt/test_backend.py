@@ -12,7 +12,7 @@ from fake_gpu import fake_library
 from flamingo_export.backends.base import SessionOptions
 from flamingo_export.backends.registry import availability, get_backend, get_compiler
 from flamingo_export.backends.tensorrt import library
-from flamingo_export.backends.tensorrt.estimate import GIB, check_memory
+from flamingo_export.backends.tensorrt.estimate import GIB, check_memory  # type: ignore[attr-defined]
 from flamingo_export.backends.tensorrt.log import Heard, meaning
 from flamingo_export.backends.tensorrt.lowering.lint import Expected
 from flamingo_export.backends.tensorrt.lowering.shapes import Bounds, Profile

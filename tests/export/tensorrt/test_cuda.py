@@ -33,7 +33,7 @@ class Spy:
     """The module with its calls answered: each call of the real signature, `codes` of those that fail."""
 
     def __init__(self, real) -> None:
-        self.real, self.codes, self.called = real, {}, []
+        self.real, self.codes, self.called = real, {}, []  # type: ignore[var-annotated]
 
     def __getattr__(self, name):
         value = getattr(self.real, name)

@@ -77,7 +77,7 @@ class Exported:
     """A tensor of another library on DLPack device `device`."""
 
     def __init__(self, array: np.ndarray, device: int = dlpack.CUDA) -> None:
-        self.array, self.device, self.streams = array, device, []
+        self.array, self.device, self.streams = array, device, []  # type: ignore[var-annotated]
 
     shape = property(lambda self: self.array.shape)
     dtype = property(lambda self: self.array.dtype)

@@ -28,9 +28,9 @@ def both(gpu, tiny_model, bundle_writer, tmp_path) -> Iterator[Load]:
     with ExitStack() as stack:
 
         def load(parts: int, storage: str = "fp32") -> tuple[Model, Model]:
-            source, precision = LiveSource(tiny_model), Precision(storage=storage)
+            source, precision = LiveSource(tiny_model), Precision(storage=storage)  # type: ignore[arg-type]
             cut = bundle_writer(source, tmp_path / f"cut-{parts}.bundle", parts=parts, precision=precision)
-            engines = add_engines(cut, tmp_path / f"engines-{parts}.bundle", **LIMITS)
+            engines = add_engines(cut, tmp_path / f"engines-{parts}.bundle", **LIMITS)  # type: ignore[arg-type]
             whole = bundle_writer(source, tmp_path / f"whole-{parts}.bundle", precision=precision)
             opened = [
                 flamingo_export.load(bundle, backend=name, threads=1)
@@ -88,11 +88,11 @@ def test_several_requests_a_second_question_and_scores(both: Load, parts):
     first = request(20, 30, 3)
     second = Request(prompt=[*first.prompt, 20, 21], media=first.media)
     for asked in (first, second, second):
-        found, expected = (model.generate(asked, beams=3, max_new_tokens=5) for model in (engines, host))
+        found, expected = (model.generate(asked, beams=3, max_new_tokens=5) for model in (engines, host))  # type: ignore[assignment]
         same(found, expected)
-        assert found.timings.reused_tokens == expected.timings.reused_tokens
+        assert found.timings.reused_tokens == expected.timings.reused_tokens  # type: ignore[attr-defined]
     candidates = [[5], [6, 7, 8], list(range(10, 26)), [9, 2]]
-    for one, other in zip(engines.score(first, candidates), host.score(first, candidates), strict=True):
+    for one, other in zip(engines.score(first, candidates), host.score(first, candidates), strict=True):  # type: ignore[assignment]
         np.testing.assert_allclose(one.token_logprobs, other.token_logprobs, atol=1e-4)
     with pytest.raises(InputError, match="17 beams or samples of a request were asked for, the engine takes 16"):
         engines.generate(request(60, 5, 0), beams=17)
@@ -140,13 +140,13 @@ def test_prefill_in_chunks_moves_no_hidden_state_and_no_logits(both: Load, gpu):
 def test_hidden_states_lie_in_one_place_whatever_the_shape(both: Load, gpu):
     engines, _ = both(2)
     decoder = engines.engines.decoder
-    (hidden,) = decoder._hidden
+    (hidden,) = decoder._hidden  # type: ignore[attr-defined]
     lm = engines.config.language_model
     assert hidden.shape == (3, 16, lm.width)
-    first, last = decoder._parts
+    first, last = decoder._parts  # type: ignore[attr-defined]
     for seed, length in ((0, 3), (1, 20), (2, 40)):
         engines.generate(request(seed, length, 0), beams=2, max_new_tokens=3)
-        assert decoder._hidden == [hidden]
+        assert decoder._hidden == [hidden]  # type: ignore[attr-defined]
         assert first._bound["hidden_out"] is last._bound["hidden"]
         assert first._bound["hidden_out"].address == hidden.address
     assert first._lane is last._lane  # one stream: what the second part reads the first has written
@@ -208,7 +208,7 @@ def test_an_output_that_is_bound(both: Load):
     """Its buffer must have the shape of the call; results do not have it."""
     engines, _ = both(2)
     engines.generate(request(130, 5, 1), beams=1, max_new_tokens=2)
-    first, last = engines.engines.decoder._parts
+    first, last = engines.engines.decoder._parts  # type: ignore[attr-defined]
     width, capacity = engines.config.language_model.width, engines.manifest.limits.max_length
     ones = np.zeros((1, 2), np.int64)
     feeds = {

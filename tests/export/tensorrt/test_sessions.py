@@ -34,7 +34,7 @@ def both(gpu, tiny_bundle, tmp_path) -> Iterator[Load]:
         numbers = iter(range(100))
 
         def load(bundle: Path = tiny_bundle, **limits: int) -> tuple[Model, Model]:
-            made = add_engines(bundle, tmp_path / f"{next(numbers)}.bundle", **{**LIMITS, **limits})
+            made = add_engines(bundle, tmp_path / f"{next(numbers)}.bundle", **{**LIMITS, **limits})  # type: ignore[arg-type]
             opened = [flamingo_export.load(made, backend=name, threads=1) for name in ("tensorrt-rtx", "onnxruntime")]
             for model in opened:
                 stack.enter_context(model)
@@ -253,7 +253,7 @@ def test_prefetching_neither_waits_nor_disturbs_the_stream_of_steps(both: Load, 
     decode(loop, 3)
     second = submit(131)
     loop._take_in()
-    encoding = engines.engines.vision_encoder._lane.stream
+    encoding = engines.engines.vision_encoder._lane.stream  # type: ignore[attr-defined]
     waited, pinned = gpu.cuda.calls["synchronize"], dict(loop.bank._pins)
     loop._prefetch()
     assert gpu.cuda.calls["synchronize"] == waited
@@ -289,7 +289,7 @@ def test_tensors_on_the_device_are_fed_as_they_are(both: Load, gpu):
         shape, dtype = shaped.shape, shaped.dtype
         __dlpack__, __dlpack_device__ = shaped.__dlpack__, shaped.__dlpack_device__
 
-    latents = resampler.run({"features": Foreign(), "time_weights": weights})["latents"]
+    latents = resampler.run({"features": Foreign(), "time_weights": weights})["latents"]  # type: ignore[dict-item]
     np.testing.assert_allclose(latents, expected, atol=1e-5)
     with pytest.raises(InputError, match="lies on a device, and this backend takes arrays of the host"):
         host.engines.resampler.run({"features": shaped, "time_weights": weights})
@@ -319,7 +319,7 @@ def test_feeds_that_do_not_fit_are_named(both: Load):
     with pytest.raises(InputError, match=r"F 5 were asked for, the engine takes F 1 to 4\. Build it with larger limits"):
         vision.run({"pixels": np.zeros((5, 3, 24, 24), np.float32)})
     with pytest.raises(InputError, match="allocate it with this session"):
-        decoder.bind("past_k.0", object())
+        decoder.bind("past_k.0", object())  # type: ignore[arg-type]
     vision.close()
     with pytest.raises(BackendError, match="the session is closed"):
         vision.run({"pixels": np.zeros((2, 3, 24, 24), np.float32)})
@@ -330,7 +330,7 @@ def test_the_garbage_collector_does_not_run_within_a_capture(both: Load, gpu, mo
     engines, _ = both()
     seen = []
     begin = gpu.cuda.begin_capture
-    monkeypatch.setattr(gpu.cuda, "begin_capture", lambda stream: (seen.append(gc.isenabled()), begin(stream)))
+    monkeypatch.setattr(gpu.cuda, "begin_capture", lambda stream: (seen.append(gc.isenabled()), begin(stream)))  # type: ignore[func-returns-value]
     engines.generate(request(150, 5, 1), beams=1, max_new_tokens=8)
     assert seen == [False] * len(seen) != []
     assert gc.isenabled()

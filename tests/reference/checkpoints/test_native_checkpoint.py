@@ -126,7 +126,7 @@ def test_reader_reads_what_safetensors_wrote(tmp_path: Path, arrays: Arrays) -> 
 def test_saving_takes_one_tensor_at_a_time(tmp_path: Path, arrays: Arrays) -> None:
     alive = 0
 
-    class Counted(np.ndarray):  # type: ignore[type-arg]
+    class Counted(np.ndarray):
         def __del__(self) -> None:
             nonlocal alive
             alive -= 1

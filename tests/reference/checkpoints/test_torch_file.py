@@ -110,7 +110,7 @@ class Outer(nn.Module):
 
 def test_scripted_modules_as_clip_is_published(tmp_path: Path) -> None:
     module = Outer()
-    torch.jit.script(module).save(str(tmp_path / "ViT-L-14.pt"))  # type: ignore[no-untyped-call]
+    torch.jit.script(module).save(str(tmp_path / "ViT-L-14.pt"))
     reader = open_tensors(tmp_path / "ViT-L-14.pt")
     expected = module.state_dict()
     assert sorted(reader.names()) == sorted(expected)
@@ -189,7 +189,7 @@ def test_all_keys_that_are_given_twice_are_named() -> None:
 
 
 def test_values_are_those_that_pickle_itself_gives() -> None:
-    value = {"a": [1, -2, 1 << 70, 2.5, None, True], "b": ("x", b"y", ("z",) * 5), "ä": {}, "d": [[], ()], "e": ["shared"] * 3}
+    value = {"a": [1, -2, 1 << 70, 2.5, None, True], "b": ("x", b"y", ("z",) * 5), "ä": {}, "d": [[], ()], "e": ["shared"] * 3}  # type: ignore[var-annotated]
     for protocol in range(6):
         if protocol > 2:  # earlier ones have no instruction for bytes
             assert read_pickle(pickle.dumps(value, protocol)) == value
