@@ -60,12 +60,17 @@ class BadSample:
 
 @dataclass(frozen=True, kw_only=True)
 class Ready:
-    """A sample that was checked: token_ids and phi int64 [S], its media, and the frames of each."""
+    """A sample that was checked: token_ids and phi int64 [S], its media, and the frames of each.
+
+    first: int64 [S] where positions see the media first to phi; else None. rows: of the media bank, of each medium: its tiles, else 1.
+    """
 
     token_ids: Ints
     phi: Ints
     media: tuple[MediumSource, ...]
     frames: tuple[int, ...]
+    rows: tuple[int, ...]
+    first: Ints | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,4 +237,6 @@ def _ready(sample: Sample, source: WeightSource, tokenizer: Tokenizer | None, di
         phi=prepared.phi,
         media=tuple(sample.media),
         frames=tuple(len(medium.pixels) for medium in prepared.media),
+        rows=tuple(medium.rows for medium in prepared.media),
+        first=prepared.first,
     )

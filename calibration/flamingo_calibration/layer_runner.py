@@ -57,9 +57,10 @@ class Walk:
     def steps(self) -> Iterator[Step]:
         """The parts in order."""
         config, samples = self.config, self.checked.samples
-        frames = [count for sample in samples for count in sample.frames]
+        frames = [count for sample in samples for count in (sample.frames if config.tiled is None else sample.rows)]
         features = [(count, config.vision.num_patches, config.vision.feature_width) for count in frames]
-        latents = [(config.resampler.num_latents, config.resampler.width)] * len(frames)
+        rows = [count for sample in samples for count in sample.rows]
+        latents = [(count, config.resampler.num_latents, config.resampler.width) for count in rows]
         hidden = [(len(sample.token_ids), config.language_model.width) for sample in samples]
         yield Step(prefix="vision_encoder", output="features", shapes=features, run=self._encode)
         seen = self.work.stream("features", features)
@@ -79,18 +80,23 @@ class Walk:
         yield Step(prefix="language_model", output=None, shapes=hidden, run=self._head(last), hidden=last)
 
     def _encode(self, module: Any, index: int) -> Tensor:
-        """Features of one medium, frame by frame: an encoder of 320 pixels takes much memory for each."""
+        """Features of one medium, frame by frame: an encoder of 320 pixels takes much memory for each. Of an image of tiles, those of the tiles
+        that there are."""
         import torch
 
-        pixels = load_medium(self.media[index], self.config, self.source.inputs.fit).pixels
-        return torch.cat([module(torch.from_numpy(frame[None])) for frame in pixels])
+        medium = load_medium(self.media[index], self.config, self.source.inputs.fit)
+        if medium.aspect:
+            features: Tensor = module(torch.from_numpy(medium.pixels), torch.tensor([medium.aspect]))[0, : medium.rows]
+            return features
+        return torch.cat([module(torch.from_numpy(frame[None])) for frame in medium.pixels])
 
     def _resample(self, module: Any, features: Array) -> Tensor:
         import torch
 
         embeddings = self.config.resampler.num_time_embeddings
         times = [torch.from_numpy(time_weights(len(features), embeddings))] if embeddings else []
-        latents: Tensor = module(torch.from_numpy(features[None]), *times)[0]
+        media = features[None] if self.config.tiled is None else features[:, None]
+        latents: Tensor = module(torch.from_numpy(media), *times)
         return latents
 
     def _embed(self, module: Any, index: int) -> Tensor:
@@ -106,12 +112,12 @@ class Walk:
 
         def run(module: Any, index: int) -> Tensor:
             sample = self.checked.samples[index]
-            shown = np.zeros((len(sample.media), resampler.num_latents, resampler.width), np.float32)
-            for place in range(len(sample.media)):
-                shown[place] = latents.read(self.first_medium[index] + place)
-            k, v = module.media_kv(torch.from_numpy(shown))
-            rows, phi = torch.arange(len(sample.media))[None], torch.from_numpy(sample.phi[None])
-            found: Tensor = module(torch.from_numpy(hidden.read(index)[None]), k, v, rows, phi)[0]
+            empty = np.zeros((0, resampler.num_latents, resampler.width), np.float32)
+            shown = [latents.read(self.first_medium[index] + place) for place in range(len(sample.media))]
+            k, v = module.media_kv(torch.from_numpy(np.concatenate([empty, *shown])))
+            rows, phi = torch.arange(sum(sample.rows))[None], torch.from_numpy(sample.phi[None])
+            first = [] if sample.first is None else [torch.from_numpy(sample.first[None])]
+            found: Tensor = module(torch.from_numpy(hidden.read(index)[None]), k, v, rows, phi, *first)[0]
             return found
 
         return run

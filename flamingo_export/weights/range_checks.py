@@ -62,11 +62,8 @@ class _Bounds:
             name = f"decoder/layer.{layer}"
             if layer in config.gated_layers:
                 media, block = f"media_kv/layer.{config.gated_layers.index(layer)}", f"{name}/cross_attention"
-                for kind in "kv":
-                    yield from self._normed(f"{media}/{kind}_proj", "resampler/norm")
-                if not config.cross_attention.qk_norm:
-                    yield from self._at_most(f"{media}/k", self._after(f"{media}/k_proj", "resampler/norm"))
-                yield from self._at_most(f"{media}/v", self._after(f"{media}/v_proj", "resampler/norm"))
+                if config.resampler.kind == "perceiver":  # a projector's latents went through no norm
+                    yield from self._media(media)
                 yield from self._normed(f"{block}/q_proj", f"{block}/norm", self._table.tokens)
                 yield from self._at_most(
                     f"{block}/out_proj", self._amax(f"{media}/v"), "which is the largest of the media's values"
@@ -82,6 +79,14 @@ class _Bounds:
             )
             yield from self._up_and_down(name, f"{name}/ffw_norm", lm.feed_forward, self._table.tokens)
         yield from self._normed("decoder/head", "decoder/norm", self._table.tokens)
+
+    def _media(self, media: str) -> Iterator[str]:
+        """What a gated layer makes of latents that left the resampler's norm."""
+        for kind in "kv":
+            yield from self._normed(f"{media}/{kind}_proj", "resampler/norm")
+        if not self._config.cross_attention.qk_norm:
+            yield from self._at_most(f"{media}/k", self._after(f"{media}/k_proj", "resampler/norm"))
+        yield from self._at_most(f"{media}/v", self._after(f"{media}/v_proj", "resampler/norm"))
 
     def _normed(self, name: str, norm: str, positions: int | None = None) -> Iterator[str]:
         """The input of a product that follows a norm. positions: how many the table counted, None where that is not known."""

@@ -20,7 +20,7 @@ from flamingo_export.sources import LiveSource
 from flamingo_export.weights.calibration_table import CalibrationTable
 from flamingo_reference.config import ModelConfig, RelativePositions
 from flamingo_reference.model import Flamingo
-from flamingo_reference.phi import phi_from_tokens
+from flamingo_reference.phi import media_ranges, phi_from_tokens
 
 Array = npt.NDArray[np.float64]
 
@@ -100,13 +100,18 @@ def watch_whole(model: Flamingo, samples: list[Sample]) -> dict[str, Array]:
 def named_modules(model: Flamingo) -> Iterator[tuple[str, Any]]:
     """The table's name of each product's input, and a module that has this input."""
     config = model.config
-    for i, layer in enumerate(getattr(model.vision_encoder, "layers", ())):
-        name = f"vision_encoder/layer.{i}"
+    towers = (("layer", "layers"), ("global_layer", "global_layers"))
+    named = [
+        (f"vision_encoder/{name}.{i}", layer)
+        for name, stack in towers
+        for i, layer in enumerate(getattr(model.vision_encoder, stack, ()))
+    ]
+    for name, layer in named:
         yield from ((f"{name}/qkv_proj", layer.k_proj), (f"{name}/out_proj", layer.out_proj))
         yield from ((f"{name}/ffw_up", layer.ffw_up), (f"{name}/ffw_down", layer.ffw_down))
     if model.resampler.input_proj is not None:
         yield "resampler/input_proj", model.resampler.input_proj
-    for i, layer in enumerate(model.resampler.layers):  # type: ignore[arg-type]
+    for i, layer in enumerate(getattr(model.resampler, "layers", ())):
         name = f"resampler/layer.{i}"
         yield from ((f"{name}/q_proj", layer.q_proj), (f"{name}/kv_proj", layer.v_proj), (f"{name}/out_proj", layer.out_proj))
         yield from ((f"{name}/ffw_up", layer.ffw_up), (f"{name}/ffw_down", layer.ffw_down))
@@ -126,9 +131,12 @@ def run_whole(model: Flamingo, sample: Sample, keep: Callable[[str, torch.Tensor
     """Logits of a sample by the whole model; operands of attention and the head's input go to `keep`."""
     config, ids = model.config, np.asarray([sample.prompt])
     with torch.no_grad():
-        pixels = [load_medium(source, config).pixels for source in sample.media]
+        media_shown = [load_medium(source, config) for source in sample.media]
         shape = (0, config.resampler.num_latents, config.resampler.width)
-        latents = [model.latents(torch.from_numpy(one[None]).to(next(model.parameters()))) for one in pixels]
+        latents = []
+        for one in media_shown:
+            pixels = torch.from_numpy(one.pixels).to(next(model.parameters()))
+            latents.append(model.latents(pixels, torch.tensor([one.aspect])) if one.aspect else model.latents(pixels[None]))
         joined = torch.cat([torch.zeros(shape).to(next(model.parameters())), *latents])
         media = model.media_kv(joined)
         if latents:
@@ -136,12 +144,15 @@ def run_whole(model: Flamingo, sample: Sample, keep: Callable[[str, torch.Tensor
                 keep(f"media_kv/layer.{i}/k", k)
                 keep(f"media_kv/layer.{i}/v", v)
         hidden = model.language_model.embedding(torch.from_numpy(ids))
-        phi = torch.from_numpy(phi_from_tokens(ids, config.tokens.image, config.tokens.reset))
-        rows = torch.arange(len(pixels))[None]
+        seen = [phi_from_tokens(ids, config.tokens.image, config.tokens.reset)]
+        if config.sees_groups:
+            seen = list(media_ranges(ids, config.tokens.image, np.array([[one.rows for one in media_shown]], np.int64)))[::-1]
+        bounds = [torch.from_numpy(bound) for bound in seen]
+        rows = torch.arange(len(joined))[None]
         for j, layer in enumerate(model.language_model.layers):
             if j in config.gated_layers:
                 i = config.gated_layers.index(j)
-                hidden = model.gated_blocks()[i](hidden, *media[i], rows, phi)
+                hidden = model.gated_blocks()[i](hidden, *media[i], rows, *bounds)
             q, k, v = layer.qkv(hidden)  # type: ignore[operator]
             if isinstance(config.language_model.positions, RelativePositions):
                 q = q + layer.content_bias[None, :, None]  # type: ignore[index]
