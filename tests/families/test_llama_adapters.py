@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from engine_runs import assert_as_exact, opened
 from llama_models import PROMPTS, corrected, pixels, their_logits, their_model
 from safetensors.torch import load_file, save_file
 
@@ -17,7 +18,6 @@ from flamingo_reference.checkpoints.files.tensors import CheckpointError
 from flamingo_reference.checkpoints.loading import CheckpointFiles, load
 from tests.families.test_peft import lora, saved, trained
 from tests.families.test_published_llama import write
-from tests.helpers.engine_runs import assert_as_exact, opened
 
 UNSLOTH = (
     r"(?:.*?(?:vision|image|visual|patch|language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense)"

@@ -27,7 +27,7 @@ BLOCKS_OF_128 = _replace(
         width=128,
         head_size=32,
         ffw_width=256,
-        positions=_replace(LLAMA.language_model.positions, size=32),  # type: ignore[type-var]
+        positions=_replace(LLAMA.language_model.positions, size=32),
     ),
 )
 
