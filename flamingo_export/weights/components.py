@@ -25,7 +25,7 @@ from flamingo_export.weights.recipes import (
 )
 from flamingo_export.weights.towers import towers
 from flamingo_export.weights.vision import vision_encoder
-from flamingo_reference.config import ModelConfig, RelativePositions, RotaryPositions
+from flamingo_reference.config import CrossAttentionConfig, ModelConfig, RelativePositions, RotaryPositions
 from flamingo_reference.contrastive_config import Readout
 from flamingo_reference.names import readout_model
 
@@ -128,13 +128,16 @@ def _gated_block(config: ModelConfig, i: int, layer: int) -> Iterator[Weight]:
     yield linear(f"{name}/q_proj", (width, inner), group, f"{source}.q_proj.weight")
     if block.qk_norm:
         yield from norm(f"{name}/q_norm", block.head_size, group, f"{source}.q_norm", kind="rms_norm")
-    yield _gated(f"{name}/out_proj", (inner, width), group, f"{source}.out_proj.weight", f"{source}.attention_gate")
+    yield _gated(f"{name}/out_proj", (inner, width), group, block, f"{source}.out_proj.weight", f"{source}.attention_gate")
     yield from norm(f"{name}/ffw_norm", width, group, f"{source}.ffw_norm", kind=block.norm)
     yield from feed_forward_up(name, source, group, width, block.ffw_width, block.feed_forward)
-    yield _gated(f"{name}/ffw_down", (block.ffw_width, width), group, f"{source}.ffw_down.weight", f"{source}.ffw_gate")
+    yield _gated(f"{name}/ffw_down", (block.ffw_width, width), group, block, f"{source}.ffw_down.weight", f"{source}.ffw_gate")
 
 
-def _gated(name: str, shape: tuple[int, int], group: str, *sources: str) -> Weight:
+def _gated(name: str, shape: tuple[int, int], group: str, block: CrossAttentionConfig, weight: str, gate: str) -> Weight:
+    if block.gate == "none":
+        return linear(name, shape, group, weight)
+    sources = (weight, gate)
     return Weight(name=name, shape=shape, group=group, sources=sources, make=gated_transposed, product=True)
 
 

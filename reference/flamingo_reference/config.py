@@ -209,8 +209,8 @@ class CrossAttentionConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unk
     qk_norm: bool = False
     """RMSNorm of each head's queries and keys."""
     feed_forward: FeedForward = "squared_relu"
-    gate: Literal["scalar", "vector"] = "scalar"
-    """tanh gates: one number, or one for each channel."""
+    gate: Literal["scalar", "vector", "none"] = "scalar"
+    """tanh gates: one number, or one for each channel; none: both halves are added as they are (the paper's ablation without gates)."""
     num_kv_heads: int | None = None
     """Heads of keys and values, each shared by as many query heads; None: one for each."""
     sees: Literal["last", "group"] = "last"

@@ -250,6 +250,7 @@ def _cross_attention(config: ModelConfig) -> Named:
     width, media_width, inner = config.language_model.width, config.resampler.width, block.num_heads * block.head_size
     kv_inner = block.kv_heads * block.head_size
     gate: Shape = () if block.gate == "scalar" else (width,)
+    gated = block.gate != "none"
     yield from _norm("norm", width, block.norm, bias=True)
     yield from _linear("q_proj", inner, width)
     yield from _linear("k_proj", kv_inner, media_width)
@@ -258,10 +259,12 @@ def _cross_attention(config: ModelConfig) -> Named:
         yield "q_norm.weight", (block.head_size,)
         yield "k_norm.weight", (block.head_size,)
     yield from _linear("out_proj", width, inner)
-    yield "attention_gate", gate
+    if gated:
+        yield "attention_gate", gate
     yield from _norm("ffw_norm", width, block.norm, bias=True)
     yield from _feed_forward("", width, block.ffw_width, block.feed_forward)
-    yield "ffw_gate", gate
+    if gated:
+        yield "ffw_gate", gate
 
 
 def _language_model(config: ModelConfig) -> Named:

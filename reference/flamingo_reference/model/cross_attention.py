@@ -66,6 +66,10 @@ def project_media(projection: nn.Module, latents_NRW: Tensor, heads: tuple[int, 
     return (projected if norm is None else norm(projected)).transpose(1, 2)
 
 
+def _gated(x: Tensor, gate: Tensor | None) -> Tensor:
+    return x if gate is None else torch.tanh(gate) * x
+
+
 class GatedCrossAttention(nn.Module):
     """hidden + tanh(gate) * attention to the current medium, then + tanh(gate) * feed-forward. Gates start at zero."""
 
@@ -83,12 +87,13 @@ class GatedCrossAttention(nn.Module):
         self.media = Seam()
         self.out_proj = nn.Linear(inner, width, bias=False)
         gate = () if block.gate == "scalar" else (width,)
-        self.attention_gate = nn.Parameter(torch.zeros(gate))
+        gated = block.gate != "none"
+        self.attention_gate = nn.Parameter(torch.zeros(gate)) if gated else None
         self.ffw_norm = make_norm(block.norm, width, block.norm_eps)
         self.ffw_swish = make_swish(block.feed_forward, width, block.ffw_width)
         self.ffw_up = nn.Linear(width, block.ffw_width, bias=False)
         self.ffw_down = nn.Linear(block.ffw_width, width, bias=False)
-        self.ffw_gate = nn.Parameter(torch.zeros(gate))
+        self.ffw_gate = nn.Parameter(torch.zeros(gate)) if gated else None
 
     def media_kv(self, latents_NRW: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of media, which the seam `media` is given: latents [N, R, W of the resampler] -> two [N, G, R, D]."""
@@ -111,9 +116,9 @@ class GatedCrossAttention(nn.Module):
         if self.q_norm is not None:
             q_BSHD = self.q_norm(q_BSHD)
         attended = phi_cross_attention(q_BSHD, k_NGRD, v_NGRD, media_rows_BM, phi_BS, first_BS)
-        hidden_BSW = hidden_BSW + torch.tanh(self.attention_gate) * self.out_proj(attended.flatten(2))
+        hidden_BSW = hidden_BSW + _gated(self.out_proj(attended.flatten(2)), self.attention_gate)
         normed, kind = self.ffw_norm(hidden_BSW), self.config.feed_forward
         down = feed_forward(normed, kind, up=self.ffw_up, down=self.ffw_down, swish=self.ffw_swish)
         if self.config.without_media == "nothing":
             down = torch.where(phi_BS[..., None] > 0, down, torch.zeros_like(down))
-        return hidden_BSW + torch.tanh(self.ffw_gate) * down
+        return hidden_BSW + _gated(down, self.ffw_gate)

@@ -170,6 +170,7 @@ def _openflamingo(
 ) -> Adopted:
     """The model of OpenFlamingo's files. where: the places at which a tokenizer was looked for."""
     ids, lm_settings = parts.token_ids, files.language_model_config
+    vision, resized = openflamingo.own_size(files, encoder.vision)
     eoc, image = ids.get(inputs.tags.eoc), ids.get(inputs.tags.image)
     if eoc is None or image is None:
         raise CheckpointError(
@@ -181,7 +182,7 @@ def _openflamingo(
     config = openflamingo.config_from(
         files,
         tokens=TokenIds(pad=eoc if pad is None else pad, bos=bos, eoc=eoc, image=image),
-        vision=encoder.vision,
+        vision=vision,
     )
     config = msgspec.structs.replace(config, pixel_mean=encoder.pixel_mean, pixel_std=encoder.pixel_std)
     # Training gave its embedding as many rows as there were tokens then, unless it left it as it was published.
@@ -194,6 +195,8 @@ def _openflamingo(
     config.validate()
     unsaid = openflamingo.added_without_rows(config.language_model, files)
     notes = [openflamingo.ATTENDS]
+    if config.cross_attention.gate == "none":
+        notes.append("checkpoint.pt holds no tanh gates: what the gated blocks give is added as it is")
     if unsaid:
         notes.append(
             f"tokens {unsaid.start} to {unsaid.stop - 1} were added in training and have no rows of the output in the files: they are never "
@@ -201,6 +204,11 @@ def _openflamingo(
         )
     if files.vision and files.trained_vision():
         notes.append("the checkpoint holds a vision encoder that was trained further: it is used in place of the one given")
+    if resized:
+        notes.append(
+            f"the vision encoder was trained further at another size: it has {vision.grid_size} patches of {vision.patch_size} pixels, so "
+            f"images are made {vision.image_size} pixels wide. Pixels beyond the last whole patch, which training may have had, are read by none"
+        )
     adopted = Adopted(
         config=config,
         expected=expected_tensors(config),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 
+from flamingo_reference import ablations
 from flamingo_reference.checkpoints import accounting
 from flamingo_reference.checkpoints.files.folder import open_tensors
 from flamingo_reference.checkpoints.files.tensors import AnyArray, CheckpointError, FileReader, Shape
@@ -36,12 +37,21 @@ def read_config(path: Path) -> ModelConfig:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}); a checkpoint folder needs one.") from error
     except msgspec.MsgspecError as error:
-        raise CheckpointError(f"{path} is no model config: {error}") from error
+        raise CheckpointError(_refused(path) or f"{path} is no model config: {error}") from error
     try:
         config.validate()
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
     return config
+
+
+def _refused(path: Path) -> str:
+    """Why a config names a model that is known and not supported; empty where it does not."""
+    try:
+        found = list(ablations.refused(msgspec.json.decode(path.read_bytes())))
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return ""
+    return f"{path}: {'; '.join(found)}." if found else ""
 
 
 def check_tensors(config: ModelConfig, shapes: Mapping[str, Shape], *, where: str) -> None:

@@ -11,9 +11,10 @@ No two of the files have a tensor of the same name. Names in checkpoint.pt vary 
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -117,6 +118,7 @@ def config_from(
             head_size=HEAD_SIZE,
             ffw_width=_shape(shapes, f"{first}.ff.1.weight")[0],
             feed_forward="gelu",
+            gate=_gate(shapes),
         ),
         language_model=lm,
         tokens=tokens,
@@ -194,6 +196,26 @@ def _vision(vision: ViTConfig, files: Files) -> dict[str, Recipe]:
     return published | renamed(there, lambda name: trained.get(name, name))
 
 
+def own_size(files: Files, vision: ViTConfig) -> tuple[ViTConfig, bool]:
+    """The image encoder at the size that checkpoint.pt trained it at: as many patches as it has positions; and whether that is another size
+    than the published one's."""
+    names = (
+        "visual.positional_embedding",
+        "vision_model.embeddings.position_embedding.weight",
+        "embeddings.position_embedding.weight",
+    )
+    trained = files.trained_vision()
+    shape = next((files.checkpoint[trained[name]] for name in names if name in trained), None)
+    if shape is None or len(shape) != 2 or shape[0] == vision.grid_size + 1:
+        return vision, False
+    side = math.isqrt(max(0, shape[0] - 1))
+    if side < 1 or side * side != shape[0] - 1:
+        raise ConfigError(
+            f"checkpoint.pt holds {shape[0]} positions of the image encoder, which are not a square of patches and one more."
+        )
+    return msgspec.structs.replace(vision, image_size=side * vision.patch_size), True
+
+
 def tied(config: ModelConfig, files: Files) -> dict[str, str]:
     """Where the output is the embedding: the name that a matrix of its own would have beside the embedding in use, and the embedding's."""
     if not config.language_model.tied_head:
@@ -213,6 +235,11 @@ def _shape(shapes: Mapping[str, Shape], name: str) -> Shape:
     if len(shapes[name]) != 2 or min(shapes[name]) < 1:
         raise ConfigError(f"checkpoint.pt: {name} has shape {shapes[name]}, expected a matrix.")
     return shapes[name]
+
+
+def _gate(shapes: Mapping[str, Shape]) -> Literal["scalar", "none"]:
+    """Whether blocks have tanh gates. Where some have and others do not, what is missing is named when tensors are accounted for."""
+    return "scalar" if any(name.endswith((".attn_gate", ".ff_gate")) for name in shapes) else "none"
 
 
 def _heads(name: str, inner: int) -> int:
@@ -301,6 +328,8 @@ def _gated(config: ModelConfig, family: Family) -> dict[str, Recipe]:
     for i, layer in enumerate(config.gated_layers):
         ours, theirs = f"cross_attention.{i}.", f"lang_encoder.{family.layers}.{layer}.gated_cross_attn_layer."
         found |= filled(GATED, ours, theirs, sizes)
+        if block.gate == "none":
+            continue
         found[f"{ours}attention_gate"] = reshaped(f"{theirs}attn_gate", (1,), ())
         found[f"{ours}ffw_gate"] = reshaped(f"{theirs}ff_gate", (1,), ())
     return found
