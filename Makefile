@@ -83,7 +83,8 @@ COMPILE := .venv-uv/bin/uv pip compile -q --upgrade --universal --python-version
 
 lock: .venv-uv/made
 	$(COMPILE) --extra cpu --group build -o requirements/base.txt
-	$(COMPILE) --extra cpu --extra trace --extra train --extra serve --extra video --extra eval --extra debug --extra faiss --group dev \
+	$(COMPILE) --extra cpu --extra trace --extra train --extra serve --extra video --extra eval --extra debug --extra faiss \
+		--extra constraints --group dev \
 		-c requirements/base.txt -o requirements/dev.txt
 
 test-oldest: .venv-uv/made

@@ -16,15 +16,19 @@ from flamingo_export.cli.options import (
     Videos,
 )
 from flamingo_export.cli.search_options import (
+    Choice,
     EarlyStopping,
     LogitBias,
     MinNewTokens,
     MinP,
     NoRepeatNgram,
+    Regex,
     RepetitionPenalty,
+    Schema,
     Stop,
     TopLogprobs,
     biases,
+    schema_in,
 )
 
 if TYPE_CHECKING:
@@ -104,6 +108,9 @@ def generate(
     no_repeat_ngram: NoRepeatNgram = 0,
     logit_bias: LogitBias = None,
     top_logprobs: TopLogprobs = 0,
+    json_schema: Schema = None,
+    regex: Regex = None,
+    choice: Choice = None,
     requests: Annotated[
         Path | None,
         typer.Option(
@@ -180,6 +187,9 @@ def generate(
         "no_repeat_ngram": no_repeat_ngram,
         "logit_bias": biases(logit_bias),
         "top_logprobs": top_logprobs,
+        "json_schema": schema_in(json_schema),
+        "regex": regex,
+        "choice": choice or [],
     }
     try:
         GenerateOptions(**settings).check_values(as_option)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -35,6 +37,35 @@ TopLogprobs = Annotated[
     int,
     typer.Option("--top-logprobs", min=0, help="Report so many likeliest tokens at each place (--json, --requests)."),
 ]
+
+Schema = Annotated[
+    Path | None,
+    typer.Option(
+        "--json-schema", metavar="FILE", help="The answer is JSON of this schema (extra constraints).", show_default=False
+    ),
+]
+Regex = Annotated[
+    str | None, typer.Option("--regex", metavar="EXPRESSION", help="The whole answer matches this.", show_default=False)
+]
+Choice = Annotated[
+    list[str] | None,
+    typer.Option("--choice", metavar="TEXT", help="The answer is one of these; repeat for more.", show_default=False),
+]
+
+
+def schema_in(file: Path | None) -> dict[str, Any] | bool | None:
+    """The schema in a file. Raises typer.BadParameter if it cannot be read, or is not a JSON object."""
+    if file is None:
+        return None
+    try:
+        found = json.loads(file.read_bytes())
+    except OSError as error:
+        raise typer.BadParameter(f"{file} cannot be read: {error.strerror}", param_hint="--json-schema") from None
+    except (ValueError, RecursionError) as error:
+        raise typer.BadParameter(f"{file} is not JSON: {error}", param_hint="--json-schema") from None
+    if not isinstance(found, dict | bool):
+        raise typer.BadParameter(f"{file} holds {type(found).__name__}, expected an object", param_hint="--json-schema")
+    return found
 
 
 def biases(given: Sequence[str] | None) -> dict[int, float]:

@@ -85,7 +85,7 @@ class BeamSearch:
         if rule.top:
             self._tops = [(*self._tops[parent], tops[parent]) for parent in parents.tolist()]
         self._scores = totals[live]
-        if not self._can_improve():
+        if not (self._scores > NO_SCORE / 2).any() or not self._can_improve():
             self._finished = True
             return None
         return Step(parents=parents, tokens=tokens[live])
@@ -117,10 +117,14 @@ class BeamSearch:
             steered = exact.copy()
             if rule.steering is not None:
                 for row, own in enumerate(steered):
-                    rule.steering.apply(own, self._tokens[row, : self._length].tolist())
+                    if self._scores[row] > NO_SCORE / 2:  # the others grew from texts that had ended
+                        rule.steering.apply(own, self._tokens[row, : self._length].tolist())
             rows, tokens = top_tokens(steered, count)
             logprobs, totals = exact[rows, tokens], self._scores[rows] + steered[rows, tokens]
             tops = tops_among(exact, rule.top)
+        totals = np.maximum(
+            totals, NO_SCORE
+        )  # what may not be chosen is as what has ended: it fills places where there is nothing else
         best = np.lexsort((tokens, rows, -totals))[:count]
         return rows[best], tokens[best], logprobs[best], totals[best], tops
 

@@ -31,6 +31,7 @@ from typing import Any, TypeVar
 from flamingo_export.bundle.manifest import ShapeLimits
 from flamingo_export.errors import CapacityError, EngineClosed, InputError, QueueFull
 from flamingo_export.runtime.cache import check_positions
+from flamingo_export.runtime.constraints import Forms
 from flamingo_export.runtime.jobs import Generating, Group, Job, Scoring
 from flamingo_export.runtime.loop import Loop, Outcome
 from flamingo_export.runtime.options import GenerateOptions
@@ -100,13 +101,14 @@ class Engine:
         rows: int | None = None,
         queue: int | None = None,
         decode: Decode | None = None,
+        forms: Forms | None = None,
         clock: Callable[[], float] = now,
     ) -> None:
         """Over opened subgraphs, which stay the caller's to close.
 
         rows: requests that run at once; None: 16, or as many as the engines were built for.
         queue: requests that may wait beside them; None: any number.
-        decode: token ids to text, in which stop texts are looked for.
+        decode: token ids to text, in which stop texts are looked for. forms: compiles the forms that answers must have.
         clock: of deadlines.
         Raises InputError for more rows than the engines take.
         """
@@ -117,7 +119,7 @@ class Engine:
                 f"{rows} rows were asked for, the engines take 1 to {most}. Build them with a larger limit (batch)."
             )
         self.rows = rows or min(DEFAULT_ROWS, most or DEFAULT_ROWS)
-        self._queue, self._decode = queue, decode
+        self._queue, self._decode, self._forms = queue, decode, forms
         self.loop = Loop(engines, config, limits, self.rows, clock)
         self._driving = threading.Lock()
         self._submitting = threading.Lock()
@@ -165,7 +167,8 @@ class Engine:
         """
         options.check(self.config)
         limit = self.new_tokens(request, options)
-        search = options.search(self.config, limit, prompt=request.token_ids.tolist(), decode=self._decode)
+        prompt = request.token_ids.tolist()
+        search = options.search(self.config, limit, prompt=prompt, decode=self._decode, forms=self._forms)
         return self.submit_search(
             request,
             search,

@@ -19,6 +19,7 @@ from flamingo_export.errors import InputError
 from flamingo_export.runtime.arguments import Batch, Prompt, as_request, candidate_ids, listed
 from flamingo_export.runtime.chat import chat_prompt
 from flamingo_export.runtime.chat_template import DAY
+from flamingo_export.runtime.constraints import Forms
 from flamingo_export.runtime.engine import Engine
 from flamingo_export.runtime.images import ImageSource
 from flamingo_export.runtime.jobs import Group
@@ -70,7 +71,8 @@ class Model:
         self.engines = Engines.open(bundle, manifest, backend, options)
         try:
             decode = None if self.tokenizer is None else self.tokenizer.decode
-            self.engine = Engine(self.engines, self.config, manifest.limits, rows=rows, queue=queue, decode=decode)
+            forms = None if self.tokenizer is None else Forms(self.tokenizer.json, self.config)
+            self.engine = Engine(self.engines, self.config, manifest.limits, rows=rows, queue=queue, decode=decode, forms=forms)
         except BaseException:
             self.engines.close()
             raise

@@ -12,6 +12,7 @@ from flamingo_export.bundle.manifest import ShapeLimits
 from flamingo_export.errors import InputError
 from flamingo_export.runtime.beam_search import BeamSearch
 from flamingo_export.runtime.cache import check_capacity, check_positions, slots_for
+from flamingo_export.runtime.constraints import Form, Forms, JsonSchema
 from flamingo_export.runtime.sampling import Sampling
 from flamingo_export.runtime.search import Search, StopRule
 from flamingo_export.runtime.steering import Decode, Steering, StopTexts
@@ -22,6 +23,7 @@ DEFAULT_NEW_TOKENS = 64
 MAX_TOP_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_BIAS = 1e6
+MAX_CHOICES = 1024
 MAX_LENGTH_PENALTY = 10.0
 """On either side: beyond it the powers of lengths leave the range of floating point numbers."""
 
@@ -45,6 +47,9 @@ class Settings(TypedDict, total=False):
     min_new_tokens: int
     early_stopping: bool
     top_logprobs: int
+    json_schema: JsonSchema | None
+    regex: str | None
+    choice: Sequence[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +69,8 @@ class GenerateOptions:
     no_repeat_ngram: no sequence of so many tokens comes twice; 0 allows it.
     min_new_tokens: tokens before the answer may end.
     top_logprobs: likeliest tokens to be reported at each place.
+    json_schema, regex, choice: the answer is JSON of this schema, matches this expression as a whole, or is one of these texts (extra
+        `constraints`), unless max_new_tokens cuts it.
 
     A setting that would have no effect beside the others is refused: `seed` where nothing is drawn, `top_k` at temperature 0,
     `length_penalty` where there are no beams to order.
@@ -85,6 +92,16 @@ class GenerateOptions:
     min_new_tokens: int = 0
     early_stopping: bool = False
     top_logprobs: int = 0
+    json_schema: JsonSchema | None = None
+    regex: str | None = None
+    choice: Sequence[str] = ()
+
+    @property
+    def form(self) -> Form | None:
+        """What the answer must look like, if anything."""
+        if self.json_schema is None and self.regex is None and not self.choice:
+            return None
+        return Form(json_schema=self.json_schema, regex=self.regex, choice=tuple(self.choice))
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -160,6 +177,8 @@ class GenerateOptions:
             faults.append(f"{{stop}} is {self.stop!r}, expected at most {MAX_STOPS} texts, none of them empty")
         if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
             faults.append(f"{{min_new_tokens}} is {self.min_new_tokens}, {{max_new_tokens}} only {self.max_new_tokens}")
+        if not all(text.strip() for text in self.choice) or len(self.choice) > MAX_CHOICES:
+            faults.append(f"{{choice}} has {len(self.choice)} texts, expected at most {MAX_CHOICES}, none of them blank")
         if not -MAX_LENGTH_PENALTY <= self.length_penalty <= MAX_LENGTH_PENALTY:
             faults.append(
                 f"{{length_penalty}} is {self.length_penalty}, expected {-MAX_LENGTH_PENALTY} to {MAX_LENGTH_PENALTY}"
@@ -192,6 +211,8 @@ class GenerateOptions:
             faults.append(
                 f"{{seed}} is {self.seed}, but nothing is drawn: add {{temperature}}, {{top_k}} or {{top_p}}, or leave it out"
             )
+        if (self.json_schema is not None) + (self.regex is not None) + bool(self.choice) > 1:
+            faults.append("only one of {json_schema}, {regex} and {choice} can be asked for")
         if self.early_stopping and (self.samples or self.width == 1):
             faults.append("{early_stopping} was asked for, but there are no beams to stop; leave it out")
         if self.length_penalty != 0.0 and (self.samples or self.width == 1):
@@ -215,6 +236,16 @@ class GenerateOptions:
             faults.append(f"stop is {self.stop!r}, expected a text or a list of texts")
         if not isinstance(self.early_stopping, bool):
             faults.append(f"early_stopping is {self.early_stopping!r}, expected True or False")
+        if not isinstance(self.json_schema, Mapping | bool | None):
+            faults.append(f"json_schema is {type(self.json_schema).__name__}, expected an object: {{'type': 'object', ...}}")
+        if not isinstance(self.regex, str | None):
+            faults.append(f"regex is {self.regex!r}, expected a text")
+        if (
+            isinstance(self.choice, str)
+            or not isinstance(self.choice, Sequence)
+            or not all(isinstance(text, str) for text in self.choice)
+        ):
+            faults.append(f"choice is {self.choice!r}, expected a list of texts")
         if not isinstance(self.logit_bias, Mapping) or not all(
             isinstance(token, Integral) and isinstance(bias, Real) for token, bias in self.logit_bias.items()
         ):
@@ -249,18 +280,26 @@ class GenerateOptions:
         *,
         prompt: Sequence[int] = (),
         decode: Decode | None = None,
+        forms: Forms | None = None,
     ) -> Search:
         """A fresh search for one request.
 
         seed: the request's own, in place of the one for all.
         prompt: its token ids, which penalties count.
         decode: new tokens to text, in which stop texts are looked for. Raises InputError if there are some and it is None.
+        forms: compiles the form that an answer must have. Raises InputError if there is one and it is None, or cannot be compiled.
         """
         tokens = config.tokens
         if self.stops and decode is None:
             raise InputError(
                 "the bundle has no tokenizer, so there is no text in which stop texts could be found. Leave out stop."
             )
+        form = self.form
+        if form is not None and forms is None:
+            raise InputError(
+                "the bundle has no tokenizer, so answers cannot be given a form. Leave out json_schema, regex and choice."
+            )
+        guide = forms.guide(form) if form is not None and forms is not None else None
         steering = Steering(
             prompt=tuple(prompt),
             ends=tokens.stops,
@@ -268,8 +307,15 @@ class GenerateOptions:
             repetition_penalty=self.repetition_penalty,
             no_repeat_ngram=self.no_repeat_ngram,
             min_new_tokens=self.min_new_tokens,
+            guide=guide,
         )
-        steers = self.logit_bias or self.repetition_penalty != 1.0 or self.no_repeat_ngram or self.min_new_tokens
+        steers = (
+            guide is not None
+            or self.logit_bias
+            or self.repetition_penalty != 1.0
+            or self.no_repeat_ngram
+            or self.min_new_tokens
+        )
         rule = StopRule(
             eoc=tokens.eoc,
             ends=tokens.ends,

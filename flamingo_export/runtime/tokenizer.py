@@ -56,6 +56,12 @@ class Tokenizer:
         return cls(tokenizer, config, tags)
 
     @property
+    def json(self) -> str:
+        """The tokenizer as the `tokenizers` library writes it."""
+        text: str = self._tokenizer.to_str()
+        return text
+
+    @property
     def image(self) -> str:
         """The tag that stands for an image."""
         return self._tags.image

@@ -83,11 +83,20 @@ class StreamOptions(msgspec.Struct, frozen=True):
     include_usage: bool = False
 
 
+class NamedSchema(msgspec.Struct, frozen=True):
+    """A JSON schema as OpenAI wraps it. `strict` makes no difference: every answer is of the schema."""
+
+    name: str | None = None
+    description: str | None = None
+    schema: dict[str, Any] | bool | None = None
+    strict: bool | None = None
+
+
 class ResponseFormat(msgspec.Struct, frozen=True):
     """The form of an answer."""
 
     type: str
-    json_schema: Any = None
+    json_schema: NamedSchema | None = None
 
 
 class Sampled(msgspec.Struct, frozen=True, kw_only=True):
@@ -111,6 +120,9 @@ class Sampled(msgspec.Struct, frozen=True, kw_only=True):
     repetition_penalty: float | None = None
     no_repeat_ngram: int | None = None
     logit_bias: dict[str, float] | None = None
+    json_schema: dict[str, Any] | bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
     timeout: float | None = None
     # Known, and without effect on the answer.
     user: str | None = None

@@ -75,6 +75,9 @@ class Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     no_repeat_ngram: int | None = None
     logit_bias: dict[int, float] | None = None
     top_logprobs: int | None = None
+    json_schema: dict[str, Any] | bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
 
 
 class ShotLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -248,6 +251,8 @@ def _of_line(model: Model, folder: Path, line: Line, settings: Settings) -> tupl
         common |= {"beams": None, "length_penalty": 0.0, "early_stopping": False}
     elif "beams" in own:
         common |= {"temperature": None, "top_k": None, "top_p": None, "min_p": None, "seed": None}
+    if own.keys() & {"json_schema", "regex", "choice"}:
+        common |= {"json_schema": None, "regex": None, "choice": ()}
     return request, GenerateOptions(**{**common, **own})
 
 
@@ -346,7 +351,7 @@ def _parsed(raw: bytes, number: int) -> _Asked:
 
 def _identity(model: Model, requests: Path, settings: Settings) -> dict[str, Any]:
     """What must be the same for results to go together. A setting at its default is left out, as where it was not given."""
-    usual = GenerateOptions(), GenerateOptions(stop=[])
+    usual = GenerateOptions(), GenerateOptions(stop=[], choice=[])
     given = {
         name: value
         for name, value in sorted(settings.items())

@@ -13,8 +13,7 @@ MAX_CHOICES = 128
 
 def check_offered(body: Chat) -> None:
     """Raises ApiError for what a chat asks for and no model here can give."""
-    if body.response_format is not None and body.response_format.type != "text":
-        raise ApiError(400, "response_format other than text is not offered.", param="response_format", code="unsupported")
+    _format_of(body)
     if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs goes with logprobs", param="top_logprobs")
 
@@ -45,6 +44,9 @@ def options_of(body: Sampled, max_tokens: int | None, top_logprobs: int | None =
         "no_repeat_ngram": body.no_repeat_ngram,
         "min_p": body.min_p,
         "early_stopping": body.early_stopping,
+        "json_schema": _format_of(body) if isinstance(body, Chat) else body.json_schema,
+        "regex": body.regex,
+        "choice": body.choice,
     }
     settings |= {name: value for name, value in wanted.items() if value is not None}
     if body.beams is not None:
@@ -67,6 +69,27 @@ def options_of(body: Sampled, max_tokens: int | None, top_logprobs: int | None =
     options = GenerateOptions(**settings)
     options.check_values()
     return options
+
+
+def _format_of(body: Chat) -> dict[str, Any] | bool | None:
+    """The schema that the answer is to follow, from OpenAI's `response_format` or the field of ours. Raises ApiError."""
+    wanted = body.response_format
+    if wanted is None or wanted.type == "text":
+        return body.json_schema
+    if body.json_schema is not None:
+        raise ApiError(400, "json_schema and response_format exclude each other", param="json_schema")
+    if wanted.type == "json_object":
+        return {"type": "object"}
+    if wanted.type != "json_schema":
+        raise ApiError(
+            400,
+            f"response_format is {wanted.type!r}, expected text, json_object or json_schema",
+            param="response_format",
+            code="unsupported",
+        )
+    if wanted.json_schema is None or wanted.json_schema.schema is None:
+        raise ApiError(400, "response_format has no json_schema.schema", param="response_format")
+    return wanted.json_schema.schema
 
 
 def _bias(given: dict[str, float]) -> dict[int, float]:

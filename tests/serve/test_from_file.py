@@ -119,7 +119,7 @@ def test_openais_batch_format(nano: flamingo_export.Model, place: Path) -> None:
 
 def test_a_batch_refuses_what_the_server_refuses(nano: flamingo_export.Model, place: Path) -> None:
     body = {"model": "nano", "messages": user(image_part())}
-    asked = {"response_format": {"type": "json_object"}, "top_logprobs": 3, "timeout": -1.0}
+    asked = {"response_format": {"type": "xml"}, "top_logprobs": 3, "timeout": -1.0}
     lines = [{"custom_id": name, "url": "/v1/chat/completions", "body": {**body, name: value}} for name, value in asked.items()]
     lines.append({"custom_id": "late", "url": "/v1/chat/completions", "body": {**body, "timeout": 1e-9}})
     assert run_file(nano, write(place / "in.jsonl", lines), place / "out.jsonl", {}).failed == 4

@@ -288,3 +288,19 @@ def test_search_options_are_those_of_python(cli, bundle, pictures, model, option
         assert [[token for token, _ in place] for place in text["top_logprobs"]] == [
             [token for token, _ in place] for place in wanted.top_logprobs
         ]
+
+
+def test_answers_of_a_given_form(cli, bundle, pictures, tmp_path):
+    pytest.importorskip("llguidance", reason="the extra `constraints`")
+    line = ["generate", bundle, "--image", pictures / "a.png", "--prompt", "<image>Output:", "--beams", "1"]
+    assert cli(*line, "--choice", "a red one", "--choice", "green").out.strip() in ("a red one", "green")
+    assert cli(*line, "--regex", "[0-9]{3}").out.strip().isdigit()
+    schema = tmp_path / "schema.json"
+    schema.write_text(json.dumps({"type": "array", "items": {"enum": [1, 2]}, "minItems": 2, "maxItems": 3}))
+    assert set(json.loads(cli(*line, "--json-schema", schema).out)) <= {1, 2}
+    for text, said in (("[", "is not JSON"), ("[]", "holds list, expected an object")):
+        schema.write_text(text)
+        outcome = cli(*line, "--json-schema", schema)
+        assert (outcome.code, said in outcome.err) == (2, True)
+    assert "cannot be read" in cli(*line, "--json-schema", tmp_path / "none.json").err
+    assert "only one of --json-schema, --regex and --choice" in cli(*line, "--regex", "a", "--choice", "a").err

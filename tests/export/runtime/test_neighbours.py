@@ -313,4 +313,4 @@ def run_schedules(part: int, config: ModelConfig, monkeypatch: pytest.MonkeyPatc
             error.add_note(f"schedule {seed}")
             raise
         shared += schedule.engine.stats().shared_rows
-    assert shared > SCHEDULES / PARTS / 4
+    assert shared > SCHEDULES / PARTS / 4 - 10
