@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flamingo_export.errors import InputError
+from flamingo_export.errors import InputError, pip_install
 from flamingo_reference.config import ModelConfig
 
 MAX_GRAMMAR = 1 << 16
@@ -106,8 +106,7 @@ class Forms:
             import llguidance
         except ImportError:
             raise InputError(
-                "answers of a given form need llguidance: pip install 'flamingo-export[constraints]', or leave out json_schema, regex "
-                "and choice"
+                f"answers of a given form need llguidance: {pip_install('constraints')}. Or leave out json_schema, regex and choice."
             ) from None
         if self._tokenizer is None:
             try:
