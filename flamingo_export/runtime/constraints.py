@@ -23,7 +23,7 @@ MAX_GRAMMAR = 1 << 16
 """Characters of a schema, an expression, or all choices together."""
 _KEPT = 64
 """Forms that are kept compiled."""
-_LIMITS = {
+_LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 500_000,
     "step_lexer_fuel": 200_000,
     "step_max_items": 50_000,

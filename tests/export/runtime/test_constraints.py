@@ -206,7 +206,7 @@ def test_settings_of_forms(model: flamingo_export.Model) -> None:
         ({"regex": 3}, "expected a text"),
     ):
         with pytest.raises(InputError, match=said):
-            model.generate("<image>Output:", images=[np.zeros((9, 9, 3), np.uint8)], **settings)  # type: ignore[arg-type]
+            model.generate("<image>Output:", images=[np.zeros((9, 9, 3), np.uint8)], **settings)
 
 
 def sentencepiece_like() -> Any:
