@@ -133,14 +133,17 @@ def _decoded(path: Path, chosen: Sequence[int] | None, timing: _Timing | None) -
     with _opened(path) as (container, stream):
         position = timing.pts[0] if timing is not None else 0
         counted = 0
+        # One generator as long as nothing is jumped over: frames that a decoder still holds at the file's end come out of it only.
+        coming = container.decode(stream)
         try:
             while True:
                 if left and timing is not None and timing.keys:
                     at = bisect_right(timing.keys, left[0])
                     if at and timing.keys[at - 1] > position:
                         container.seek(timing.keys[at - 1], stream=stream, backward=True)
+                        coming = container.decode(stream)
                 passed = False
-                for frame in container.decode(stream):
+                for frame in coming:
                     # A file without times: frames are counted at the rate that it claims.
                     now = frame.pts if frame.pts is not None else counted
                     counted = now + (frame.duration or _step(stream))
