@@ -2,6 +2,7 @@
 
     python benchmarks/write_checkpoint.py idefics-9b --out idefics-9b/                 # 18 GB: bf16 safetensors in shards, index, config.json
     python benchmarks/write_checkpoint.py idefics-80b-index --out idefics-80b/     # config.json and index alone, for build --plan
+    python benchmarks/write_checkpoint.py llama-3.2-11b-vision --out Llama-3.2-11B-Vision-Instruct/   # 21 GB: bf16 shards, chat template
     python benchmarks/write_checkpoint.py openflamingo-9b --out OpenFlamingo-9B/       # checkpoint.pt (fp32), mpt/ (bf16), clip/ (fp32)
 
 Names and shapes are those of transformers' classes, made on the meta device, and for OpenFlamingo's bridge those of its public code. Numbers are
@@ -124,6 +125,79 @@ CLIP_TINY = CLIP_L | {
     "num_attention_heads": 2,
     "image_size": 28,
 }
+_LLAMA_TEXT = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-05,
+    "cross_attention_layers": [3, 8, 13, 18, 23, 28, 33, 38],
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "factor": 8.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "bos_token_id": 128000,
+    "eos_token_id": [128001, 128008, 128009],
+    "pad_token_id": 128004,
+    "tie_word_embeddings": False,
+}
+_LLAMA_VISION = {
+    "hidden_size": 1280,
+    "image_size": 560,
+    "patch_size": 14,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_global_layers": 8,
+    "attention_heads": 16,
+    "max_num_tiles": 4,
+    "intermediate_layers_indices": [3, 7, 15, 23, 30],
+    "vision_output_dim": 7680,
+    "supported_aspect_ratios": [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]],
+}
+LLAMA_11B = {"image_token_index": 128256, "text_config": _LLAMA_TEXT, "vision_config": _LLAMA_VISION}
+LLAMA_TINY = {
+    "image_token_index": 300,
+    "text_config": _LLAMA_TEXT
+    | {
+        "vocab_size": 300,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "cross_attention_layers": [1, 4],
+        "bos_token_id": 0,
+        "eos_token_id": [1, 2, 3],
+        "pad_token_id": 4,
+    },
+    "vision_config": _LLAMA_VISION
+    | {
+        "hidden_size": 32,
+        "image_size": 28,
+        "patch_size": 7,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_global_layers": 2,
+        "attention_heads": 2,
+        "intermediate_layers_indices": [1, 3],
+        "vision_output_dim": 96,
+    },
+}
+LLAMA_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message.role }}<|end_header_id|>\n\n"
+    "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
+    "{% if part.type == 'image' %}<|image|>{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+"""Of the same turns as the published one, without tools and dates."""
 ADDED_TOKENS = 3
 """`<|endofchunk|>`, `<image>` and `<PAD>`, behind the tokenizer's own."""
 
@@ -160,11 +234,14 @@ def bridge_shapes(
     return shapes | {"lang_encoder.transformer.wte.weight": (vocab, width)}
 
 
+_LLAMA_GATES = ("cross_attn_attn_gate", "cross_attn_mlp_gate", "gate_attn", "gate_ffn", "gate")
+
+
 def drawn(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
     """Numbers that keep activations sane: norms about 1, gates 0.5, matrices by their fan-in. Each tensor has a seed of its own."""
     seed = [*hashlib.sha256(name.encode()).digest()]
     last = name.rsplit(".", 1)[-1]
-    if last in ("attn_gate", "ff_gate", "alpha_cross_attn", "alpha_dense"):
+    if last in ("attn_gate", "ff_gate", "alpha_cross_attn", "alpha_dense", *_LLAMA_GATES):
         return np.full(shape, 0.5, dtype)
     deviation = math.prod(shape[1:]) ** -0.5 if len(shape) > 1 else 0.1
     values = draw(seed, math.prod(shape), 0.5 if "embed" in name or "latents" in name or "wte" in name else deviation)
@@ -211,6 +288,58 @@ def idefics_words(vocabulary: int) -> tuple[list[str], list[str]]:
     """Words of a tokenizer by id, and those among them that IDEFICS adds or that have a meaning."""
     first, added = ["<unk>", "<s>", "</s>"], ["<fake_token_around_image>", "<image>"]
     return [*first, *(f"w{index}" for index in range(len(first), vocabulary)), *added], [*first, *added]
+
+
+def write_llama(folder: Path, settings: Mapping[str, Any], *, shard_bytes: int = 4_900_000_000) -> None:
+    """Llama 3.2 Vision tuned on instructions as it is published: bf16 shards by their published names, index, config.json, the processor's
+    settings, generation_config.json, a chat template and a tokenizer of as many tokens."""
+    from transformers import MllamaConfig, MllamaForConditionalGeneration
+
+    from flamingo_reference.checkpoints.families.llama_vision import plain_name
+
+    config = MllamaConfig(**settings)
+    shapes = {plain_name(name): shape for name, shape in meta_shapes(lambda: MllamaForConditionalGeneration(config)).items()}
+    write_config(folder, config)
+    text, vision = settings["text_config"], settings["vision_config"]
+    write_safetensors(folder, shapes, BF16, shard_bytes=shard_bytes)
+    processor = {
+        "image_processor_type": "MllamaImageProcessor",
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_pad": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "max_image_tiles": vision["max_num_tiles"],
+        "resample": 2,
+        "rescale_factor": 1 / 255,
+        "size": {"height": vision["image_size"], "width": vision["image_size"]},
+    }
+    generation = {name: text[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    for name, content in (("preprocessor_config.json", processor), ("generation_config.json", generation)):
+        (folder / name).write_text(json.dumps(content, indent=1))
+    (folder / "chat_template.jinja").write_text(LLAMA_TEMPLATE)
+    words, special = llama_words(settings)
+    write_tokenizer(folder, words, special)
+
+
+def llama_words(settings: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Words of a tokenizer by id, and those among them that carry structure."""
+    text = settings["text_config"]
+    end, message, turn = text["eos_token_id"]
+    special = {
+        text["bos_token_id"]: "<|begin_of_text|>",
+        end: "<|end_of_text|>",
+        message: "<|eom_id|>",
+        turn: "<|eot_id|>",
+        text["pad_token_id"]: "<|finetune_right_pad_id|>",
+        turn - 2 if turn > 100 else 5: "<|end_header_id|>",
+        turn - 3 if turn > 100 else 6: "<|start_header_id|>",
+        settings["image_token_index"]: "<|image|>",
+    }
+    words = [special.get(index, f"w{index}") for index in range(settings["image_token_index"] + 1)]
+    return words, list(special.values())
 
 
 def write_index(folder: Path, settings: Mapping[str, Any]) -> None:
@@ -278,6 +407,8 @@ def write_config(folder: Path, config: Any) -> None:
 
 
 MODELS: Mapping[str, Callable[[Path], None]] = {
+    "llama-3.2-11b-vision": lambda folder: write_llama(folder, LLAMA_11B),
+    "llama-3.2-vision-tiny": lambda folder: write_llama(folder, LLAMA_TINY, shard_bytes=400_000),
     "idefics-9b": lambda folder: write_idefics(folder, IDEFICS_9B),
     "idefics-80b-index": lambda folder: write_index(folder, IDEFICS_80B),
     "idefics-tiny": lambda folder: write_idefics(folder, IDEFICS_TINY, shard_bytes=150_000),

@@ -199,8 +199,16 @@ def _make(source: WeightSource, weight: Weight, precision: Precision, calibratio
     digests: dict[str, str] = {}
     bad: list[str] = []
     largest = 0.0
-    for name in weight.sources:
-        array = source.read(name)
+    arrays = [source.read(name) for name in weight.sources]
+    if (
+        how is not None
+        and weight.moves_only
+        and all(array.dtype == arrays[0].dtype for array in arrays)
+        and arrays[0].dtype.itemsize == 2
+    ):
+        # Moved as they are, and widened block by block where they are quantised: half the memory of the largest matrix.
+        dtype = arrays[0].dtype
+    for name, array in zip(weight.sources, arrays, strict=True):
         if source.digested:
             digests[name] = tensor_digest(array)
         top = peak(array)
@@ -221,7 +229,7 @@ def _make(source: WeightSource, weight: Weight, precision: Precision, calibratio
         raise AssertionError(f"{weight.name} was made in shape {result.shape}, expected {weight.shape}")
     if not math.isfinite(float(cast(np.array([largest]), dtype)[0])):
         return _Made((), digests, overflow=f"{weight.name} (up to {largest:.3g})")
-    del inputs
+    del inputs, arrays
     found = (result,) if how is None else _quantised(weight, result, how, calibration)
     return _Made((*found, *(_scale_of(name, calibration) for name in weight.operands(precision))), digests)
 

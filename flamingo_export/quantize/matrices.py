@@ -35,6 +35,8 @@ _TILE = 512
 def quantised(matrix: Array, how: Quantisation, importance: Array | None = None) -> tuple[Array, Array]:
     """Codes as they are stored (fp8 and int8 [in, out], int4 uint8 [in, out / 2]) and scales (fp32 [out] or [in / block, out]).
 
+    matrix: of any float type; it is widened to fp32 a piece at a time.
+
     importance: of each input channel [in], the mean square of what it is multiplied with; scales of int4 are chosen by the error so
     weighted, by the plain error without it. Raises ValueError if the matrix does not divide into blocks or pairs.
     """
@@ -90,12 +92,14 @@ def _fp8(matrix: Array) -> tuple[Array, Array]:
     codes = np.empty(matrix.shape, FP8)
     for columns in _tiles(matrix.shape[1]):
         # Division by a power of two is exact, and 448 times the scale is at least the peak: nothing overflows into NaN.
-        codes[:, columns] = (matrix[:, columns] / scales[columns]).astype(FP8)
+        codes[:, columns] = (np.asarray(matrix[:, columns], np.float32) / scales[columns]).astype(FP8)
     return codes, scales
 
 
 def _column_peaks(matrix: Array) -> Array:
-    return np.concatenate([np.abs(matrix[:, columns]).max(axis=0) for columns in _tiles(matrix.shape[1])])
+    return np.concatenate(
+        [np.abs(np.asarray(matrix[:, columns], np.float32)).max(axis=0) for columns in _tiles(matrix.shape[1])]
+    )
 
 
 def _blocks(matrix: Array, how: Quantisation, importance: Array | None) -> tuple[Array, Array]:
