@@ -9,18 +9,22 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import msgspec
 import numpy as np
 import pytest
 import torch
-from transformers import CLIPVisionModel, IdeficsForVisionText2Text, MptForCausalLM
+from transformers import CLIPVisionModel, IdeficsForVisionText2Text, MllamaForConditionalGeneration, MptForCausalLM
 
 from flamingo_export.errors import CheckpointError
 from flamingo_export.pipeline import plan as build_plan
 from flamingo_export.pipeline import run as pipeline
 from flamingo_export.pipeline.request import BuildRequest
 from flamingo_export.sources.choice import CheckpointFolder
+from flamingo_reference.checkpoints.families.llama_vision import config_from, plain_name
 from flamingo_reference.checkpoints.families.recognition import recognise
 from flamingo_reference.checkpoints.files.folder import open_tensors
+from flamingo_reference.checkpoints.loading import CheckpointFiles, load
+from flamingo_reference.config import PRESETS
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -107,3 +111,28 @@ runpy.run_path({str(BENCHMARKS / "write_checkpoint.py")!r}, run_name="__main__")
     assert done.stderr.startswith(f"write_checkpoint.py: there is no {absent}. ")
     assert "PyTorch and transformers are needed" in done.stderr
     assert not (tmp_path / "x").exists()
+
+
+def test_llama(script: ModuleType, tmp_path: Path) -> None:
+    script.MODELS["llama-3.2-vision-tiny"](tmp_path)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    checkpoint = load(CheckpointFiles(path=tmp_path))
+    assert checkpoint.family.name == "llama_vision"
+    assert (checkpoint.config.tokens.eoc, checkpoint.config.tokens.ends) == (3, (1, 2))
+    assert checkpoint.inputs.prompts.template == script.LLAMA_TEMPLATE
+    model, loading = MllamaForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16, output_loading_info=True)
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+    assert not loading["mismatched_keys"]
+    read = checkpoint.published.read
+    for name, tensor in model.state_dict().items():
+        found = read(plain_name(name)).astype(np.float32)
+        assert torch.equal(tensor, torch.from_numpy(found).to(torch.bfloat16)), name
+
+
+def test_the_11b_is_the_published_size(script: ModuleType) -> None:
+    """Its config.json is read as the preset of that name."""
+    config = config_from(script.LLAMA_11B, name="llama-3.2-11b-vision")
+    preset = PRESETS["llama-3.2-11b-vision"]
+    tokens = msgspec.structs.replace(config.tokens, eoc=preset.tokens.eoc, ends=preset.tokens.ends)
+    assert msgspec.structs.replace(config, tokens=tokens) == preset

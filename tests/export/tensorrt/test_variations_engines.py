@@ -12,7 +12,7 @@ from flamingo_export.bundle.manifest import read_manifest
 from flamingo_export.precision import Precision
 from flamingo_export.sources import LiveSource
 from flamingo_export.specs import SUBGRAPHS
-from flamingo_reference.config import ModelConfig, RotaryPositions, ViTConfig
+from flamingo_reference.config import ModelConfig, RotaryPositions, TiledViTConfig, ViTConfig
 
 # Heads of the published models: TensorRT has no kernels for the tiny ones of other tests. Vision (0: NFNet), resampler, gated block, LM.
 HEADS = {
@@ -20,6 +20,7 @@ HEADS = {
     "openflamingo-mpt-like": (64, 64, 64, 128),
     "openflamingo-neox-like": (64, 64, 64, 80),
     "grouped-heads": (0, 96, 128, 64),
+    "llama-vision-like": (80, 0, 128, 128),
 }
 
 pytestmark = pytest.mark.tensorrt
@@ -32,6 +33,8 @@ def with_real_heads(config: ModelConfig, sizes: tuple[int, int, int, int]) -> Mo
     if isinstance(vision, ViTConfig):
         vision = replace(vision, width=vision.num_heads * sizes[0])
         resampler = replace(resampler, width=vision.width)
+    elif isinstance(vision, TiledViTConfig):
+        vision = replace(vision, width=vision.num_heads * sizes[0])
     positions = lm.positions
     if isinstance(positions, RotaryPositions):
         positions = replace(positions, size=positions.size * sizes[3] // lm.head_size)
@@ -51,7 +54,7 @@ def test_every_subgraph(rtx, bundle_writer, tmp_path, kind):
     bundle = bundle_writer(LiveSource(drawn_model(config)), tmp_path / "v.bundle", precision=Precision(storage="fp16"))
     manifest = read_manifest(bundle)
     backend = TensorRTBackend(RTX, target="sm89", module=rtx)
-    vision_layers = getattr(config.vision, "num_layers", 0)
+    vision_layers = getattr(config.vision, "num_layers", 0) + getattr(config.vision, "num_global_layers", 0)
     attentions = {
         "vision_encoder": vision_layers,
         "resampler": config.resampler.num_layers,
