@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -120,7 +121,8 @@ def test_llama(script: ModuleType, tmp_path: Path) -> None:
     assert checkpoint.family.name == "llama_vision"
     assert (checkpoint.config.tokens.eoc, checkpoint.config.tokens.ends) == (3, (1, 2))
     assert checkpoint.inputs.prompts.template == script.LLAMA_TEMPLATE
-    model, loading = MllamaForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16, output_loading_info=True)
+    loaded: Any = MllamaForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16, output_loading_info=True)
+    model, loading = loaded
     assert not loading["missing_keys"]
     assert not loading["unexpected_keys"]
     assert not loading["mismatched_keys"]
