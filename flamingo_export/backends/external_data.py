@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from flamingo_export.errors import BundleError
 from flamingo_export.weights import WEIGHTS_FOLDER
@@ -30,7 +31,17 @@ def loadable(bundle: Path, graph: Path) -> tuple[Path | bytes, Path | None]:
         model = onnx.load(graph, load_external_data=False)
     except (OSError, DecodeError) as error:
         raise BundleError(f"{graph} cannot be read: {error}. Build the bundle again.") from error
-    folder = Path(os.path.commonpath([path.parent for path in weights.values()] or [root]))
+    folder = placed(bundle, graph, model)
+    return model.SerializeToString(), folder
+
+
+def placed(bundle: Path, graph: Path, model: Any) -> Path:
+    """Changes an onnx.ModelProto, so that its weights' paths begin at the folder that is returned, links resolved. graph: where it is from.
+
+    Raises BundleError if it reads anything but files in the bundle's `weights` folder.
+    """
+    weights = {f"{WEIGHTS_FOLDER}/{path.name}": path.resolve() for path in (bundle / WEIGHTS_FOLDER).glob("*.safetensors")}
+    folder = Path(os.path.commonpath([path.parent for path in weights.values()] or [bundle.resolve()]))
     for tensor in model.graph.initializer:
         for entry in tensor.external_data:
             if entry.key != "location":
@@ -40,4 +51,4 @@ def loadable(bundle: Path, graph: Path) -> tuple[Path | bytes, Path | None]:
                     f"{graph} reads {entry.value!r}, which is not among the bundle's weights. Build the bundle again."
                 )
             entry.value = os.path.relpath(weights[entry.value], folder)
-    return model.SerializeToString(), folder
+    return folder

@@ -1,12 +1,13 @@
 """ONNX Runtime: runs the portable graphs as they are, on the CPU or through the CUDA provider.
 
 Buffers live in host memory and are shared with ONNX Runtime, not copied: `OrtValue.ortvalue_from_numpy` keeps the array's memory, and one
-value bound both as cache input and as its aliased output makes TensorScatter write in place. The CUDA provider copies them to the
-device and back at each call, which is right but slow: TensorRT is the backend for speed on GPUs.
+value bound both as cache input and as its aliased output makes TensorScatter write in place. On a GPU (`--device cuda`) nothing of this holds:
+`onnxruntime_device` lowers the graphs to 16 bits and keeps all in the device's memory.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from flamingo_export.backends.base import (
     Buffer,
     Capabilities,
     HostSession,
+    Session,
     SessionOptions,
     Tensor,
     check_feeds,
@@ -48,6 +50,10 @@ class OnnxRuntimeBackend:
     capabilities = Capabilities(fp8_products=False, widens_weights=True)
     native_functions: frozenset[str] = frozenset()
 
+    def __init__(self) -> None:
+        self._places: dict[int, Any] = {}
+        """GPUs in use, by number: `onnxruntime_device.Place`."""
+
     def availability(self) -> Availability:
         """Usable where an onnxruntime is installed that can run bundles; `detail` names version and providers."""
         try:
@@ -63,14 +69,14 @@ class OnnxRuntimeBackend:
         return Availability(usable=True, detail=f"onnxruntime {onnxruntime.__version__}, providers: {', '.join(providers)}")
 
     def arithmetic(self, manifest: Manifest, options: SessionOptions) -> StorageType:
-        """fp32, whatever type weights are stored in."""
-        return "fp32"
+        """fp32 on the CPU, whatever type weights are stored in; on a GPU the storage type."""
+        return "fp32" if options.gpu is None else manifest.precision.storage
 
     def build(self, bundle: Path, manifest: Manifest, graph: GraphRecord) -> EngineRecord | None:
         """None: the portable graph is run as it is."""
         return None
 
-    def open(self, bundle: Path, manifest: Manifest, graph: GraphRecord, options: SessionOptions) -> OnnxRuntimeSession:
+    def open(self, bundle: Path, manifest: Manifest, graph: GraphRecord, options: SessionOptions) -> Session:
         """Opens a graph of the bundle.
 
         Raises BackendError if onnxruntime or the asked device is missing, it is too old or memory is short, BundleError if the file cannot
@@ -84,12 +90,14 @@ class OnnxRuntimeBackend:
             else decoder_spec(config, range(*graph.layers), name=graph.name, media=manifest.precision.media)
         )
         path = bundle / graph.file
-        settings, providers = session_options(options, manifest.precision.policy), _providers(options)
+        settings = session_options(options, manifest.precision.policy)
+        if (gpu := options.gpu) is not None:
+            return self._on_gpu(gpu, bundle, manifest, graph, options, settings)
         source, folder = loadable(bundle, path)
         if folder is not None:
             settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         try:
-            session = onnxruntime.InferenceSession(source, settings, providers=providers, enable_fallback=False)
+            session = onnxruntime.InferenceSession(source, settings, providers=["CPUExecutionProvider"], enable_fallback=False)
         except MemoryError as error:
             raise BackendError(f"{path} does not fit in memory. {_MEMORY_ADVICE}") from error
         except Exception as error:
@@ -103,9 +111,21 @@ class OnnxRuntimeBackend:
             ) from error
         release()  # opening NFNet-F6 leaves 2.3 GB freed but kept
         tables = [value.name for value in session.get_overridable_initializers()]
-        # Cut ones would be copied to a device at each call; there the whole ones are read.
-        cut = CutTables(bundle, tables) if tables and options.device == "cpu" else None
-        return OnnxRuntimeSession(session, spec, cut)
+        return OnnxRuntimeSession(session, spec, CutTables(bundle, tables) if tables else None)
+
+    def _on_gpu(
+        self, gpu: int, bundle: Path, manifest: Manifest, graph: GraphRecord, options: SessionOptions, settings: Any
+    ) -> Session:
+        """Device memory and 16 bits. Imported when it is asked for: it needs what builds and lowers graphs."""
+        import onnxruntime
+
+        if gpu not in self._places and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+            raise BackendError(f"this onnxruntime {onnxruntime.__version__} has no CUDA provider. {_INSTALL_CUDA}.")
+        device = importlib.import_module("flamingo_export.backends.onnxruntime_device")
+        if gpu not in self._places:
+            self._places[gpu] = device.Place.of(gpu)
+        session: Session = device.open_on_device(self._places[gpu], bundle, manifest, graph, options, settings)
+        return session
 
 
 _MEMORY_ADVICE = "Free memory, or build with 16-bit storage or a smaller size."
@@ -136,16 +156,6 @@ def session_options(wanted: SessionOptions, policy: Policy | None) -> Any:
     # Plans of one shape are of no use to the next: prompts differ in length, the cache grows.
     options.enable_mem_pattern = False
     return options
-
-
-def _providers(options: SessionOptions) -> list[Any]:
-    import onnxruntime
-
-    if (gpu := options.gpu) is None:
-        return ["CPUExecutionProvider"]
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        raise BackendError(f"this onnxruntime {onnxruntime.__version__} has no CUDA provider. {_INSTALL_CUDA}.")
-    return [("CUDAExecutionProvider", {"device_id": str(gpu)}), "CPUExecutionProvider"]
 
 
 class HostBuffer:

@@ -74,7 +74,7 @@ class Rig:
         self.lanes = Lane(self.card.cuda, first=True), Lane(self.card.cuda, first=False)
         agreed = contract(self.head_size)
         self.engine = Engine(self.card, self.lanes[0], agreed, self._compute)
-        self.session = TensorRTSession(self.engine, agreed, asynchronous=False)  # type: ignore[arg-type]
+        self.session = TensorRTSession(self.engine, agreed, asynchronous=False)
         self.held: dict[str, np.ndarray[Any, Any]] = {}
         self.bank: dict[str, DeviceBuffer] = {}
         for name in ("media_k.0", "media_v.0"):

@@ -215,7 +215,7 @@ class TorchBackend:
         computed = TorchGraph(lowered, self.card.device, self.attend)
         decoding = bool(contract.spec.aliases)
         engine = Engine(self.card, self.lanes[0 if decoding else 1], contract, _graph(computed, contract))
-        session = TensorRTSession(engine, contract, asynchronous=not decoding)  # type: ignore[arg-type]
+        session = TensorRTSession(engine, contract, asynchronous=not decoding)
         self.sessions.append(session)
         self.engines.append(engine)
         return session

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 from flamingo_export.backends.tensorrt.cuda import OUT_OF_MEMORY, DeviceMemoryError
 from flamingo_export.backends.tensorrt.engine_contract import Contract, check_engine
@@ -15,6 +15,19 @@ from flamingo_export.bundle.manifest import EngineRecord
 from flamingo_export.errors import BackendError, IncompatibleEngine
 
 _READ_BYTES = 1 << 26
+
+
+class Opened(Protocol):
+    """What computes under a session: a loaded engine, or a stand-in for one."""
+
+    trt: Any
+    """A module by whose name and version errors go; its ILogger is listened to."""
+    lane: Lane
+
+    def context(self, profile: int, *, captured: bool) -> Any:
+        """As TensorRT's IExecutionContext."""
+
+    def close(self) -> None: ...
 
 
 class Loaded:

@@ -27,7 +27,7 @@ from flamingo_export.backends.base import Array, Buffer, Tensor
 from flamingo_export.backends.tensorrt.dtypes import Element, decode, encode
 from flamingo_export.backends.tensorrt.engine_contract import Contract
 from flamingo_export.backends.tensorrt.launch import Call, Result, plan
-from flamingo_export.backends.tensorrt.loading import Loaded, failure, first_error
+from flamingo_export.backends.tensorrt.loading import Opened, failure, first_error
 from flamingo_export.backends.tensorrt.log import Heard, listening
 from flamingo_export.backends.tensorrt.lowering.shapes import DECODE
 from flamingo_export.backends.tensorrt.memory import DeviceBuffer, DeviceTensor, Memory, Pinned
@@ -58,8 +58,8 @@ class TensorRTSession:
 
     reads_bound_media = False  # rows are read where they lie; others cost nothing, and captured steps keep their addresses
 
-    def __init__(self, loaded: Loaded, contract: Contract, *, asynchronous: bool) -> None:
-        """asynchronous: it has a lane that others do not wait for."""
+    def __init__(self, loaded: Opened, contract: Contract, *, asynchronous: bool, captures: bool = True) -> None:
+        """asynchronous: it has a lane that others do not wait for. captures: whether steps may become CUDA graphs."""
         self._loaded, self._contract, self._lane = loaded, contract, loaded.lane
         self._cuda = self._lane.cuda
         self.asynchronous = asynchronous
@@ -77,7 +77,7 @@ class TensorRTSession:
         self._seen: OrderedDict[tuple[Any, ...], int] = OrderedDict()
         """How often a step was run that has no graph yet."""
         self._binding_now: tuple[tuple[int, tuple[int, ...]], ...] | None = None
-        self._capturing = True
+        self._capturing = captures
         self._captured_profiles = frozenset(
             index for index, profile in enumerate(contract.profiles) if profile.name.startswith(DECODE)
         )
