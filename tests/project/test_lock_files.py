@@ -93,16 +93,16 @@ def test_torch_has_one_exact_version():
 
 def test_lowest_versions_that_the_code_names_are_those_of_the_extras():
     from flamingo_export.backends import onnxruntime_library
-    from flamingo_export.validate.expected.transformers import streamed
+    from flamingo_export.validate.expected.transformers import theirs
 
     assert EXTRAS["cpu"] == [f"onnxruntime>={onnxruntime_library.lowest()}"]
     assert f"onnxruntime-gpu>={onnxruntime_library.lowest()}" in EXTRAS["gpu"]
     assert set(EXTRAS["tensorrt"]) < set(EXTRAS["gpu"])  # cuda-bindings, for device memory
-    assert f"transformers>={streamed.LOWEST}" in EXTRAS["transformers"]
+    assert f"transformers>={theirs.LOWEST}" in EXTRAS["transformers"]
 
 
 def test_onnx_runtime_comes_by_extra():
     base = {Requirement(line).name for line in PYPROJECT["project"]["dependencies"]}
     assert not [name for name in base if name.startswith("onnxruntime")]
     names = {extra: {Requirement(line).name for line in EXTRAS[extra]} for extra in ("cpu", "gpu")}
-    assert names == {"cpu": {"onnxruntime"}, "gpu": {"onnxruntime-gpu"}}
+    assert names == {"cpu": {"onnxruntime"}, "gpu": {"onnxruntime-gpu", "cuda-bindings"}}

@@ -22,7 +22,9 @@ OPTIONS = SessionOptions(threads=1)
 
 def open_graph(bundle: Path, name: str) -> OnnxRuntimeSession:
     manifest = read_manifest(bundle)
-    return OnnxRuntimeBackend().open(bundle, manifest, manifest.graph(name), OPTIONS)
+    session = OnnxRuntimeBackend().open(bundle, manifest, manifest.graph(name), OPTIONS)
+    assert isinstance(session, OnnxRuntimeSession)
+    return session
 
 
 @pytest.fixture(scope="module")

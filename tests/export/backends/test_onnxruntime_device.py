@@ -47,11 +47,11 @@ def on_device(memory: int = 1 << 32) -> tuple[OnnxRuntimeBackend, FakeCuda]:
     cuda = FakeCuda(memory)
     backend = OnnxRuntimeBackend()
     lanes = Lane(cuda, first=True), Lane(cuda, first=False)
-    backend._places[0] = HostPlace(cuda, lanes, provider=CPU_PROVIDER, device="cpu")  # type: ignore[arg-type]
+    backend._places[0] = HostPlace(cuda, lanes, provider=CPU_PROVIDER, device="cpu")
     return backend, cuda
 
 
-def nano(folder: Path, storage: str = "fp32", **settings: Any) -> Path:
+def nano(folder: Path, storage: Any = "fp32", **settings: Any) -> Path:
     path = folder / f"{storage}.bundle"
     flamingo_export.build(source_for_size("nano"), out=path, storage=storage, limits=LIMITS, parity="skip", **settings)
     return path
@@ -125,7 +125,7 @@ def steps(bundle: Path, cuda: FakeCuda, backend: OnnxRuntimeBackend, count: int)
     for tensor in spec.inputs:
         if tensor.name.startswith(("past_", "media_k", "media_v")):
             sizes = {"B": 1, "C": capacity, "N": 2}
-            buffer = session.allocate(tensor.name, tuple(sizes.get(dim, dim) for dim in tensor.shape))  # type: ignore[arg-type,misc]
+            buffer = session.allocate(tensor.name, tuple(sizes.get(dim, dim) for dim in tensor.shape))  # type: ignore[arg-type]
             session.bind(tensor.name, buffer)
             caches[tensor.name] = buffer
     for step in range(count):
@@ -182,7 +182,7 @@ def session_with(*nodes: tuple[str, str], providers: tuple[str, ...] = (CUDA_PRO
 
 def test_a_heavy_operator_on_the_cpu_is_an_error_that_names_the_version() -> None:
     cuda = FakeCuda()
-    place = Place(cuda, (Lane(cuda, first=True), Lane(cuda, first=False)))  # type: ignore[arg-type]
+    place = Place(cuda, (Lane(cuda, first=True), Lane(cuda, first=False)))
     contract: Any = SimpleNamespace(spec=SimpleNamespace(name="decoder"), compute="bf16")
     check_placement(session_with((CUDA_PROVIDER, "Attention"), (CPU_PROVIDER, "Shape")), place, contract, "1.32.0")
     left = ((CPU_PROVIDER, "Attention"), (CPU_PROVIDER, "Attention"))

@@ -135,9 +135,10 @@ class Altered:
 
 class AlteredBackend(OnnxRuntimeBackend):
     def __init__(self, change: Callable[[dict[str, Array]], None]) -> None:
+        super().__init__()
         self._change = change
 
-    def open(self, bundle: Path, manifest: Manifest, graph: GraphRecord, options: SessionOptions) -> Session:  # type: ignore[override]
+    def open(self, bundle: Path, manifest: Manifest, graph: GraphRecord, options: SessionOptions) -> Session:
         return Altered(super().open(bundle, manifest, graph, options), self._change)  # type: ignore[return-value]
 
 
