@@ -96,7 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="3b", choices=("nano", "3b", "9b", "80b"))
     parser.add_argument("--folder", type=Path, default=Path(), help="where to write; default: here")
-    parser.add_argument("--no-baseline", action="store_true", help="the build alone")
+    parser.add_argument("--no-baseline", action="store_true", help="only the build")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--save", action="store_true", help="keep the result in benchmarks/results/")
     parser.add_argument("--only", choices=("built", "baseline"), help=argparse.SUPPRESS)

@@ -103,7 +103,7 @@ def built(size: str, layers: range | None, target: str, folder: Path) -> dict[st
 
 
 class Anonymous:
-    """The most anonymous memory of this process, looked at ten times a second (Linux)."""
+    """The most anonymous memory of this process, looked at ten times per second (Linux)."""
 
     def __init__(self) -> None:
         self._peak, self._stop = 0, threading.Event()

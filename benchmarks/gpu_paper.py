@@ -3,7 +3,7 @@
     python benchmarks/gpu_paper.py [--size 9b] [--precision bf16|fp8] [--max-length 4096] [--json]
 
 An engine reads its weights once a step, whatever the batch; of each row the slots that its attentions read, keys and values of every layer; and
-of each row the keys and values of one medium in every gated layer. Attentions that are told the slots in use read these (TensorRT for RTX,
+of each row the keys and values of one medium in every gated layer. Attentions that know the slots in use read these (TensorRT for RTX,
 TensorRT 11), others the whole capacity. Beams share their row's slots and medium, and add the slots that they wrote. Bandwidths are data
 sheets' times what copies reach of them; no card has confirmed it (docs/gpu.md).
 """
@@ -48,7 +48,7 @@ class Step:
         return self.weights + self.caches_without_lengths + self.media < 0.92 * memory
 
     def milliseconds(self, bandwidth: float, *, lengths: bool) -> float:
-        """At a bandwidth in bytes a second."""
+        """At a bandwidth in bytes per second."""
         caches = self.caches if lengths else self.caches_without_lengths
         return (self.weights + caches + self.media) / bandwidth * 1e3
 

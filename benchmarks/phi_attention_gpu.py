@@ -31,7 +31,7 @@ from phi_rivals import Call, NotAtHand, Problem  # noqa: E402
 
 HEADS, HEAD_SIZE, LATENTS, IMAGES = 32, 128, 64, 32
 TOKENS, SEQUENCES, BEAMS = 2048, 64, 3
-NOMINAL = {  # bytes a second, by the vendor's data sheets; the first name found in the device's own
+NOMINAL = {  # bytes per second, by the vendor's data sheets; the first name found in the device's own
     "H200": 4.8e12, "H100 PCIe": 2.0e12, "H100 NVL": 3.9e12, "H100": 3.35e12, "B200": 8.0e12, "A100-SXM4-80GB": 2.04e12, "A100 80GB": 1.94e12,
     "A100": 1.56e12, "L40S": 0.864e12, "L4": 0.3e12, "A10": 0.6e12, "RTX 4090": 1.008e12, "RTX 5090": 1.79e12, "RTX 3090": 0.936e12,
 }  # fmt: skip

@@ -40,14 +40,14 @@ def main() -> None:
     floors = {name: size / bandwidth for name, size in sizes.items()}
     for name, value in times.items():
         floor = floors[name.split(",")[0]]
-        print(f"{name} beams: {value * 1e3:.1f} ms a step, {floor / value:.0%} of its floor ({floor * 1e3:.1f} ms)")
+        print(f"{name} beams: {value * 1e3:.1f} ms per step, {floor / value:.0%} of its floor ({floor * 1e3:.1f} ms)")
     ratios = {
         f"{name} over fp32, {beams} beams": times[f"fp32, {beams}"] / times[f"{name}, {beams}"]
         for name in POLICIES[1:]
         for beams in (1, 3)
     }
     for name, ratio in ratios.items():
-        print(f"{name}: {ratio:.2f} times the tokens a second")
+        print(f"{name}: {ratio:.2f} times the tokens per second")
     if arguments.save:
         result = {
             "milliseconds": {name: value * 1e3 for name, value in times.items()},

@@ -1,4 +1,4 @@
-"""9b in int4 on the CPU: time to the first token with 4 images, time a step, and the memory floor.
+"""9b in int4 on the CPU: time to the first token with 4 images, time per step, and the memory floor.
 
     python benchmarks/quantized_real.py BUNDLE [--threads 0] [--tokens 12] [--rounds 4] [--save]
 
@@ -81,7 +81,7 @@ def main() -> None:
     for name, each in found.items():
         print(
             f"{name}: first token {each['first_token_s']:.1f} s ({IMAGES} images {each['media_s']:.1f}, {each['prompt_tokens']} tokens "
-            f"{each['prefill_s']:.1f}), then {each['step_s'] * 1e3:.0f} ms a step ({1 / each['step_s']:.2f} a second), "
+            f"{each['prefill_s']:.1f}), then {each['step_s'] * 1e3:.0f} ms per step ({1 / each['step_s']:.2f} per second), "
             f"{floor / each['step_s']:.0%} of the floor"
         )
     if arguments.save:

@@ -2,7 +2,7 @@
 
     python benchmarks/serving_cpu.py [--threads 1] [--clients 8] [--prompt 512] [--new-tokens 128] [--rounds 3] [--work DIR] [--save]
 
-Closed-loop clients, each in a thread of its own, ask for prompts that are in the cache; decode tokens a second, both ways in turns in one
+Closed-loop clients, each in a thread of its own, ask for prompts that are in the cache; decode tokens per second, both ways in turns in one
 run. Also: the loop's share of a step beside the decoder's, and the time between tokens of other streams while a prompt with 8 images joins.
 """
 
@@ -38,13 +38,13 @@ def prompts(model: Model, count: int, *, length: int, shared: int, seed: int) ->
 
 
 def one_by_one(model: Model, requests: Sequence[Request], settings: dict[str, Any]) -> float:
-    """Decode tokens a second of requests that wait for each other, prefill not counted."""
+    """Decode tokens per second of requests that wait for each other, prefill not counted."""
     found = [model.generate(request, **settings) for request in requests]
     return sum(len(each.token_ids) - 1 for each in found) / sum(sum(each.timings.steps) for each in found)
 
 
 def together(model: Model, requests: Sequence[Request], settings: dict[str, Any]) -> float:
-    """Decode tokens a second of clients side by side, from the first token of the last to begin on."""
+    """Decode tokens per second of clients side by side, from the first token of the last to begin on."""
     found: list[Any] = [None] * len(requests)
     barrier = threading.Barrier(len(requests))
 
@@ -99,7 +99,7 @@ def overhead(model: Model, requests: Sequence[Request], settings: dict[str, Any]
 
 
 def joining(model: Model, requests: Sequence[Request], settings: dict[str, Any], length: int) -> dict[str, float]:
-    """Seconds between tokens of streams, alone and while a prompt with images joins; and of one chunk of it."""
+    """Seconds between tokens of streams, by themselves and while a prompt with images joins; and of one chunk of it."""
     side = model.config.vision.image_size
     rng = np.random.default_rng(0)
     pictures = list(rng.integers(0, 256, (IMAGES, side, side, 3), dtype=np.uint8))
@@ -117,7 +117,7 @@ def joining(model: Model, requests: Sequence[Request], settings: dict[str, Any],
         while loop.tick():
             pass
     return {
-        "alone, median": float(np.median(quiet)),
+        "by itself, median": float(np.median(quiet)),
         "while a prompt joins, median": float(np.median(busy)),
         "while a prompt joins, longest": max(busy),
     }
@@ -171,7 +171,7 @@ def main(arguments: Sequence[str]) -> None:
                     result["seconds between tokens"] = joining(model, requests[:4], settings, asked.prompt)
             result[name] = row
             print(
-                f"{name}: {row['one by one']:.1f} and {row['together']:.1f} tokens a second, {row['ratio']:.2f} times",
+                f"{name}: {row['one by one']:.1f} and {row['together']:.1f} tokens per second, {row['ratio']:.2f} times",
                 flush=True,
             )
     for part in ("loop", "seconds between tokens"):

@@ -1,7 +1,7 @@
 """Writes a checkpoint of random weights in a published layout and size, to build, measure and test with where the real one is not at hand.
 
     python benchmarks/write_checkpoint.py idefics-9b --out idefics-9b/                 # 18 GB: bf16 safetensors in shards, index, config.json
-    python benchmarks/write_checkpoint.py idefics-80b-index --out idefics-80b/     # config.json and index alone, for build --plan
+    python benchmarks/write_checkpoint.py idefics-80b-index --out idefics-80b/     # only config.json and the index, for build --plan
     python benchmarks/write_checkpoint.py llama-3.2-11b-vision --out Llama-3.2-11B-Vision-Instruct/   # 21 GB: bf16 shards, chat template
     python benchmarks/write_checkpoint.py openflamingo-9b --out OpenFlamingo-9B/       # checkpoint.pt (fp32), mpt/ (bf16), clip/ (fp32)
 

@@ -59,12 +59,12 @@ def build(
         rest. (A live model has it as its `vision_encoder`.)
     parity: "auto" compares with PyTorch where it is installed, "skip" does not.
     overwrite: replaces a bundle at `out`.
-    resume: goes on with what an interrupted build of the same request has finished.
+    resume: takes up what an interrupted build of the same request has finished.
     backend: "onnxruntime" runs the graphs as they are; "tensorrt-rtx" and "tensorrt" compile engines beside them.
     target: the GPU that engines are for, such as "sm89"; None for this machine's.
     progress: hears how far it is.
 
-    Returns the bundle's path, its manifest and what a user should know about it. An interrupted build goes on where it stopped.
+    Returns the bundle's path, its manifest and what a user should know about it. An interrupted build resumes where it stopped.
 
     Raises CheckpointError (weights missing, unknown, misshapen or not finite), UnsupportedModel (a live model with parts that are not
     known), CalibrationError (a table that does not fit, activations that give none), BuildError (output taken, no space, another build to
@@ -137,7 +137,7 @@ def load(
         else ONNX Runtime. PyTorch is not needed.
     device: `cpu`, `cuda` or one GPU of several, `cuda:1`. Engines run on GPU 0 unless another is named.
     threads: 0 takes the physical cores.
-    fallback: a backend to go on with where the other one cannot run the bundle, which is logged as a warning.
+    fallback: a backend to use where the other one cannot run the bundle, which is logged as a warning.
     rows: requests that run at once; None takes 16, or as many as the engines were built for or as fit in memory.
     queue: requests that may wait beside them; None is any number.
 
@@ -165,7 +165,7 @@ def load(
             fitting = _fitting_rows(path, manifest, other, options, rows)
         except BackendError as short:
             raise BackendError(f"{error} --fallback {fallback}: {short}") from error
-        _log.warning("going on with %s: %s", other.name, error)
+        _log.warning("using %s instead: %s", other.name, error)
         return _opened(path, manifest, other, options, fitting, queue)
 
 
@@ -192,7 +192,7 @@ def load_encoder(
         if fallback is None:
             raise
         chosen = get_backend(fallback, manifest)
-        _log.warning("going on with %s: %s", chosen.name, error)
+        _log.warning("using %s instead: %s", chosen.name, error)
     return ContrastiveEncoder(path, manifest, chosen, options)
 
 
@@ -204,7 +204,7 @@ def _opened(
     policy = manifest.precision.policy
     if not backend.capabilities.fp8_products and policy is not None and policy.needs_ranges:
         _log.warning(
-            "%s has no products of FP8: it computes them in fp32, at fp32's speed and memory, which is for parity alone. "
+            "%s has no products of FP8: it computes them in fp32, at fp32's speed and memory, which is only for parity. "
             "For speed on a CPU build with --int4 or --int8.", backend.name
         )  # fmt: skip
     return Model(path, manifest, backend, options, rows=rows, queue=queue)

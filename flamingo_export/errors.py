@@ -9,7 +9,7 @@ FlamingoExportError
 ├── CalibrationError      calibration data or a table that cannot be used
 ├── EvaluationError       a task, its data or its metric that cannot be evaluated
 ├── UnsupportedModel      a live model with parts that the builder does not know
-├── BuildError            a build that cannot start or go on: output taken, disk full, another build running
+├── BuildError            a build that cannot start or resume: output taken, disk full, another build running
 ├── BundleError           a bundle that is incomplete, altered or of a newer schema
 ├── BackendError          a backend that is not installed or cannot run here
 │   └── IncompatibleEngine  an engine for another version, device or plugin
@@ -68,7 +68,7 @@ class UnsupportedModel(FlamingoExportError, TypeError):
 
 
 class BuildError(FlamingoExportError, RuntimeError):
-    """A build that cannot start or go on."""
+    """A build that cannot start or resume."""
 
 
 class BundleError(FlamingoExportError, RuntimeError):

@@ -20,7 +20,7 @@ PROGRAM = 300 << 20
 GIB = 1 << 30
 
 _WIDENED = {"fp16": 2, "bf16": 2, "fp8": 4}
-"""How many times its stored bytes a tensor takes once ONNX Runtime has opened it on a CPU: 16 bits and FP8 become fp32, codes of blocks stay."""
+"""By how much a tensor's stored bytes grow once ONNX Runtime has opened it on a CPU: 16 bits and FP8 become fp32, codes of blocks stay."""
 _OPENING = {"fp32": 1.15, "fp16": 1.3, "bf16": 1.3, "fp8": 1.3, "int8": 1.2, "int4": 1.2}
 """Peak while opening over `opened_weights`: benchmarks/open_memory.py finds 1.13 for fp32, 1.29 for bf16, 1.24 for fp8, 1.17 for int8."""
 _CONVOLUTIONS = 2.4
@@ -84,7 +84,10 @@ def quantised_copies(config: ModelConfig, precision: Precision) -> int:
 
 
 def making(weights: Iterable[Weight], *, large: int, threads: int) -> int:
-    """Bytes that writing a bundle's weights takes: the largest is made alone if it has more than `large` numbers, else `threads` at a time."""
+    """Bytes that writing a bundle's weights takes.
+
+    A tensor with more than `large` numbers is made by itself, others `threads` at a time.
+    """
     largest = max(math.prod(weight.shape) for weight in weights)
     return PROGRAM + int(_MAKING_BYTES * largest * (1 if largest > large else threads))
 

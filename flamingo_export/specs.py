@@ -1,6 +1,6 @@
 """The contract of each subgraph: names, element kinds and shapes of its inputs and outputs.
 
-Graph builders declare these (and weights that may be replaced, which are no part of it: `GraphBuilder.replaceable`), the reference's subgraphs
+Graph builders declare these (and weights that may be replaced, which are not part of it: `GraphBuilder.replaceable`), the reference's subgraphs
 take exactly these, sessions bind exactly these.
 
     vision_encoder   pixels -> features                        F frames, I image side, P patches, E feature width

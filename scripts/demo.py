@@ -99,7 +99,7 @@ def main() -> int:
     page = out / "index.html"
     page.write_text(render_html(tasks, report), encoding="utf-8")
     console.print(f"report with pictures: {page}")
-    console.print(f"to go on: .venv/bin/flamingo-export generate {shlex.quote(str(bundle))} --image FILE\n")
+    console.print(f"next: .venv/bin/flamingo-export generate {shlex.quote(str(bundle))} --image FILE\n")
     console.print(report.summary, style="bold green" if report.verdict == "passed" else "bold red")
     return 0 if report.verdict == "passed" else 1
 

@@ -3,12 +3,12 @@
     thresholds, statistics    one tensor: counts of magnitudes, and the clipping thresholds that follow
     data, shipped             samples of a user's file, of the package, of the nano model's generators
     watching                  which tensors of a part are looked at, under which names
-    states                    what is carried from part to part, on the disk, so that a killed calibration goes on
+    states                    what is carried from part to part, on the disk, so that a killed calibration resumes
     walk                      all samples through one part of the model after the other
     run                       calibrate(): the walk, watched
 
 The table itself, which quantisation reads without any of this, is `flamingo_export.weights.calibration_table`. torch is
-imported inside `run` and `walk` alone.
+imported only inside `run` and `walk`.
 """
 
 from __future__ import annotations

@@ -183,7 +183,7 @@ def check_samples(
 ) -> Checked:
     """Encodes the samples and decodes every image once; pixels are not kept.
 
-    Raises CalibrationError naming each sample that cannot be used (unless skip_bad: then each is told of, and counted), and if what is
+    Raises CalibrationError naming each sample that cannot be used (unless skip_bad: then each is reported and counted), and if what is
     left has fewer than MIN_TOKENS positions, or no image.
     """
     ready: list[Ready] = []

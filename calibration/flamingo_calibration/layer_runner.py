@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class Step(msgspec.Struct, frozen=True, kw_only=True):
     """A part of the model on its way: the stream it writes (None: nothing comes out) with the shapes in it, and what makes one of them.
 
-    hidden: the stream of hidden states that it goes on from, None of the parts before the first layer.
+    hidden: the stream of hidden states that it continues from, None of the parts before the first layer.
     """
 
     prefix: str

@@ -72,7 +72,7 @@ class Watch:
 def products(config: ModelConfig, prefix: str) -> dict[str, str]:
     """The products of a part, and the module within it that has each one's input. Matrices that lie side by side have the same one.
 
-    Without the head, which is no module of its own where it is the embedding.
+    Without the head, which is not a module of its own where it is the embedding.
     """
     if prefix == "language_model":  # its layers are parts of their own
         return {}

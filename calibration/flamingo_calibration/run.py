@@ -44,8 +44,8 @@ def calibrate(
     """Statistics of the activations that the fp32 reference has on the samples.
 
     tokenizer: may be None where prompts are token ids. method: what the table names as its own; all methods are worked out. work: a folder
-    of this calibration, where it goes on if it was interrupted; left there, with all that is finished, for the caller to remove once
-    the table is safe (None: a temporary one). skip_bad: samples that cannot be used are left out and told of.
+    of this calibration, where it resumes if it was interrupted; left there, with all that is finished, for the caller to remove once
+    the table is safe (None: a temporary one). skip_bad: samples that cannot be used are left out and reported.
 
     Raises CalibrationError (samples that cannot be used, too few, activations that are constant or not finite, disk full, torch missing).
     """
@@ -57,7 +57,7 @@ def calibrate(
             try:
                 return _Calibration(source, checked, work, progress).run(method)
             except KeyboardInterrupt:
-                progress.note(f"stopped; what is finished is kept in {work}, and the same command goes on from there")
+                progress.note(f"stopped; what is finished is kept in {work}, and the same command resumes from there")
                 raise
     with tempfile.TemporaryDirectory(prefix="flamingo-calibration-") as folder:
         return _Calibration(source, checked, Path(folder), progress).run(method)
@@ -104,7 +104,7 @@ class _Calibration:
         if self.work.discarded:
             self.progress.note(f"the calibration in {self.work.folder} was of other weights, data or versions; starting anew")
         elif journal.parts and all(stream.complete for stream in self.walk.needed(steps, journal.parts)):
-            self.progress.note(f"going on with the interrupted calibration: {journal.parts} of {len(steps)} parts are finished")
+            self.progress.note(f"resuming the interrupted calibration: {journal.parts} of {len(steps)} parts are finished")
         elif journal.parts:
             self.progress.note(f"{self.work.folder} is not complete; starting anew")
             self.work.restart(self.identity)

@@ -1,7 +1,7 @@
 """Statistics of one tensor, gathered piece by piece: what is kept does not grow with the data.
 
 Magnitudes are counted in one bin for each upper half of an fp32 number, that is for each bfloat16: 128 bins to an octave over the whole
-range, so no range has to be guessed or grown, small numbers are told apart as well as large ones, and the order in which pieces come
+range, so no range has to be guessed or grown, small numbers are distinguished as well as large ones, and the order in which pieces come
 changes no count.
 """
 

@@ -4,7 +4,7 @@
     WORK/NAME.f32          the arrays of a stream one after the other, as little-endian fp32
 
 A part reads streams and writes one; the journal names a part only once its stream is on the disk, and older streams go after that. Killed
-at any moment, the folder is that of the last finished part. The vision encoder, which takes longest, goes on after the last medium, unless it
+at any moment, the folder is that of the last finished part. The vision encoder, which takes longest, resumes after the last medium, unless it
 has statistics: those are kept part by part.
 """
 
@@ -32,7 +32,7 @@ JOURNAL, LOCK = "journal.json", "lock"
 
 
 class Finished(Identified, kw_only=True):
-    """Where a calibration stands. parts: how many are finished; items: of the part at work, where it goes on within; digests: of the
+    """Where a calibration stands. parts: how many are finished; items: of the part at work, where it resumes within; digests: of the
     source's tensors, by name."""
 
     parts: int = 0

@@ -22,7 +22,7 @@ Rounding = Callable[[Array, Array], Array]
 PERCENTILE = 99.99
 _PER_OCTAVE, _OCTAVES = 32, 8
 _MOST_CLIPPED = 0.1
-"""Share of the numbers beyond which `entropy` looks no further: such a threshold is no candidate, and trying them all takes time."""
+"""Share of the numbers beyond which `entropy` looks no further: such a threshold is not a candidate, and trying them all takes time."""
 
 
 def e4m3(magnitudes: Array, thresholds: Array) -> Array:
@@ -53,7 +53,7 @@ def mse(values: Array, counts: npt.NDArray[Any], tried: Array, rounding: Roundin
     best, least = float(tried[0]), np.inf
     for threshold in tried:
         if float(counts @ np.maximum(values - threshold, 0) ** 2) > least:
-            break  # what clipping alone costs only grows from here
+            break  # what clipping by itself costs only grows from here
         error = float(counts @ (rounding(values, threshold) - values) ** 2)
         if error < least:
             best, least = float(threshold), error
@@ -64,7 +64,7 @@ def entropy(values: Array, counts: npt.NDArray[Any], tried: Array, rounding: Rou
     """The threshold whose rounding leaves most of the distribution: least Kullback-Leibler divergence, the largest of equals.
 
     values, counts: centre and count of each bin that is not empty [bins], ascending. The distribution holds what is clipped in its last bin;
-    what is compared with it has the numbers below the threshold alone, each step's spread evenly over its bins.
+    what is compared with it has only the numbers below the threshold, each step's spread evenly over its bins.
     """
     best, least, total = float(tried[0]), np.inf, counts.sum()
     for threshold in tried:

@@ -148,7 +148,7 @@ def session_options(wanted: SessionOptions, policy: Policy | None) -> Any:
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if policy is not None and policy.needs_ranges:
         # There is no FP8 product on the CPU. Left to itself ONNX Runtime widens the weights at each call, which takes 25 times as long as
-        # a product of fp32 (or refuses the graph); told to leave the pairs alone it widens them once, when opening.
+        # a product of fp32 (or refuses the graph); set to leave the pairs as they are it widens them once, when opening.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     # Blocks of int4 and int8 are multiplied with activations rounded to 8 bits in blocks: three times as fast as in fp32, and the only
     # level at which 8-bit weights have a kernel of their own.
@@ -344,7 +344,7 @@ def _ort_value(array: Array) -> Any:
 
 def _is_ort_error(error: Exception) -> bool:
     # Errors of loading have classes of their own, those of running with bound inputs and outputs arrive as RuntimeError. A message
-    # that quotes a damaged file's bytes is no text, and arrives as what Python makes of that.
+    # that quotes a damaged file's bytes is not text, and arrives as what Python makes of that.
     return isinstance(error, RuntimeError | UnicodeDecodeError) or type(error).__module__.startswith("onnxruntime.")
 
 

@@ -45,7 +45,7 @@ class EngineSummary(msgspec.Struct, frozen=True, kw_only=True):
     """What the builder said of an engine.
 
     layers of the network before fusion; kernels by kind, over all profiles; attentions in the graph and those that one kernel computes;
-    attentions_with_lengths: those that are told how many slots of their cache are in use, and need not read the others;
+    attentions_with_lengths: those that know how many slots of their cache are in use, and need not read the others;
     output_types: kernels that write a type. quantised_products of the graph, and those whose weights a kernel of their own widens before
     they are multiplied (in the profile with the most of them): bytes are saved on the disk then, not in time.
     """
@@ -105,7 +105,7 @@ class ShapeLimits(msgspec.Struct, frozen=True, kw_only=True):
     bank_rows: int = 64
     """N: media kept encoded."""
     batch: int = 8
-    """B: requests side by side. Bounds engines alone, as do the following."""
+    """B: requests side by side. Bounds only engines, as do the following."""
     beams: int = 8
     """S of a decoding step: beams or samples of a request."""
     branches: int = 1
@@ -220,7 +220,7 @@ class _Version(msgspec.Struct):
 def read_manifest(bundle: Path) -> Manifest:
     """The manifest of the bundle in folder `bundle`.
 
-    Raises BundleError if the folder is not a complete bundle, the manifest is malformed, of a model that cannot be, or its schema is newer
+    Raises BundleError if the folder is not a complete bundle, the manifest is malformed, of an impossible model, or its schema is newer
     than this version.
     """
     path = bundle / MANIFEST_NAME

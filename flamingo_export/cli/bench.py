@@ -75,7 +75,7 @@ def bench(
     run: Running = Running(),
     as_json: AsJson = False,
 ) -> None:
-    """Measure time to first token and time a step, with one beam and several, and what a second question about the same images costs.
+    """Measure time to first token and time per step, with one beam and several, and what a second question about the same images costs.
 
     \b
     flamingo-export bench nano.bundle

@@ -55,7 +55,7 @@ def build(
         Path | None,
         typer.Option(
             "--checkpoint",
-            help="A checkpoint: a folder, or a file of tensors. Its family is told by its files.",
+            help="A checkpoint: a folder, or a file of tensors. Its family is recognised by its files.",
             show_default=False,
         ),
     ] = None,
@@ -102,7 +102,7 @@ def build(
         Compiler,
         typer.Option(
             "--backend",
-            help="onnxruntime: graphs alone. tensorrt-rtx: engines too, on any machine. tensorrt: engines too, on the GPU host.",
+            help="onnxruntime: only graphs. tensorrt-rtx: engines too, on any machine. tensorrt: engines too, on the GPU host.",
         ),
     ] = Compiler.onnxruntime,
     target: Annotated[
@@ -136,7 +136,7 @@ def build(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make a bundle: ONNX graphs, weights, tokenizer and how parity stands. Interrupted, the same command goes on where it was.
+    """Make a bundle: ONNX graphs, weights, tokenizer and how parity stands. Interrupted, the same command resumes.
 
     \b
     flamingo-export build --size nano --out nano.bundle
@@ -209,7 +209,7 @@ def made_by(name: str) -> Any:
         return getattr(importlib.import_module(module), attribute)()
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise typer.BadParameter(
-            f"{name!r} is no callable that makes a module: {error}; expected PACKAGE.MODULE:CALLABLE",
+            f"{name!r} is not a callable that makes a module: {error}; expected PACKAGE.MODULE:CALLABLE",
             param_hint="--vision-module",
         ) from error
     finally:
@@ -284,7 +284,7 @@ def _print_plan(found: BuildPlan, machine: Machine, as_json: bool) -> None:
         f"{verdict[machine.memory_suffices]}"
     )
     if found.absent:
-        print(f"planned from config.json and the index alone: {missing_files(found.absent)}")
+        print(f"planned from config.json and the index: {missing_files(found.absent)}")
 
 
 def _bank(found: BuildPlan) -> str:

@@ -42,7 +42,7 @@ def calibrate(
     data: SampleData = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="The table.")] = Path("calibration.json"),
     method: Annotated[
-        MethodName, typer.Option("--method", help="What quantisation takes unless told otherwise; the table holds all.")
+        MethodName, typer.Option("--method", help="What quantisation takes by default; the table holds all.")
     ] = MethodName.amax,
     seed: Annotated[
         int | None, typer.Option("--seed", min=0, help="Seed of random weights, also for nano.", show_default=False)
@@ -51,7 +51,7 @@ def calibrate(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run samples through the PyTorch reference, one layer in memory at a time. Interrupted, the same command goes on where it was.
+    """Run samples through the PyTorch reference, one layer in memory at a time. Interrupted, the same command resumes.
 
     \b
     flamingo-export calibrate --checkpoint ckpt/ --data calib.jsonl --out calibration.json

@@ -1,4 +1,4 @@
-"""`flamingo-export classify`: an image told apart by labels, zero-shot, by the contrastive encoder."""
+"""`flamingo-export classify`: an image classified by labels, zero-shot, by the contrastive encoder."""
 
 from __future__ import annotations
 

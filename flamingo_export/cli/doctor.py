@@ -42,7 +42,7 @@ def doctor(
     from flamingo_export.cli.output import print_json
 
     if not folder.is_dir():
-        raise typer.BadParameter(f"{folder} is no folder", param_hint="--folder")
+        raise typer.BadParameter(f"{folder} is not a folder", param_hint="--folder")
     report = examine(folder)
     if as_json:
         print_json(report)

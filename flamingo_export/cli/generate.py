@@ -288,7 +288,7 @@ def _print(result: Generation, request: Request, *, eoc: str, streamed: bool, as
         )
     if remarks().is_terminal:
         steps = timings.steps
-        pace = f", {1000 * sum(steps) / len(steps):.1f} ms a step" if steps else ""
+        pace = f", {1000 * sum(steps) / len(steps):.1f} ms per step" if steps else ""
         remarks().print(
             f"({timings.prompt_tokens} prompt tokens, first token after {timings.first_token:.2f} s{pace})", style="dim"
         )

@@ -181,13 +181,13 @@ def _print_engine(console: Console, engine: EngineRecord) -> None:
         return
     rows = [
         ("layers before fusion", str(summary.layers)),
-        ("kernels, all profiles", ", ".join(f"{count} {kind}" for kind, count in summary.kernels.items()) or "not told"),
+        ("kernels, all profiles", ", ".join(f"{count} {kind}" for kind, count in summary.kernels.items()) or "not reported"),
         ("fused attention", f"{summary.fused_attentions} of {summary.attentions}"),
-        ("attention told the slots in use", str(summary.attentions_with_lengths)),
+        ("attention that knows the slots in use", str(summary.attentions_with_lengths)),
         *_quantised_row(summary),
         ("plugin layers", str(summary.plugin_layers)),
         ("cache updates in place", str(summary.cache_updates)),
-        ("kernels that write", ", ".join(f"{name} {count}" for name, count in summary.output_types.items()) or "not told"),
+        ("kernels that write", ", ".join(f"{name} {count}" for name, count in summary.output_types.items()) or "not reported"),
         ("weights", human_bytes(summary.weight_bytes)),
     ]
     console.print(table(("engine", ""), rows))
@@ -195,7 +195,7 @@ def _print_engine(console: Console, engine: EngineRecord) -> None:
         (
             profile.name,
             ", ".join(f"{symbol} {least}..{most} ({usual})" for symbol, (least, usual, most) in profile.bounds.items()),
-            "not told" if profile.activation_bytes is None else human_bytes(profile.activation_bytes),
+            "not reported" if profile.activation_bytes is None else human_bytes(profile.activation_bytes),
         )
         for profile in summary.profiles
     ]
@@ -366,7 +366,7 @@ def _specs(manifest: Manifest) -> dict[str, SubgraphSpec]:
 
 
 def _numbered_together(tensors: tuple[TensorSpec, ...]) -> list[tuple[str, str, str]]:
-    """(name, kind, shape); tensors that differ in their number alone share a line: past_k.0 ... past_k.39."""
+    """(name, kind, shape); tensors that differ only in their number share a line: past_k.0 ... past_k.39."""
     grouped: dict[tuple[str, str, str], list[str]] = {}
     for tensor in tensors:
         stem = tensor.name.split(".")[0]

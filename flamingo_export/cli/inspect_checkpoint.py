@@ -36,7 +36,7 @@ class WouldBuild(msgspec.Struct, frozen=True, kw_only=True):
 class Survey(msgspec.Struct, frozen=True, kw_only=True):
     """What was found. types: number of tensors by element type. ignored: tensors by the reason for which they are left out.
     generation: what generation_config.json adds to the model's own tokens, and what else it says. notes: what a user should know.
-    build: what would be; None where that cannot be told. fault: why it cannot be built, in full; None where it can."""
+    build: what would be; None where that is not known. fault: why it cannot be built, in full; None where it can."""
 
     path: str
     family: str
@@ -171,7 +171,7 @@ def _print(found: Survey) -> None:
     plural = "" if found.files == 1 else "s"
     console.print(f"[bold]{escape(found.path)}[/bold]  {escape(found.title)}", soft_wrap=True)
     lines = [
-        ("told by", "; ".join(found.evidence)),
+        ("recognised by", "; ".join(found.evidence)),
         ("tensors", f"{found.tensors} ({types}) in {found.files} file{plural} of {human_bytes(found.file_bytes)}"),
         ("tokenizer", found.tokenizer or "none found: prompts must be token ids (or name one: --tokenizer)"),
     ]

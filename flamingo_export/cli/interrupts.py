@@ -29,7 +29,7 @@ class Interrupts:
 
 @contextmanager
 def watched() -> Iterator[Interrupts]:
-    """Turns both signals into KeyboardInterrupt, where nothing else was told to take care of them."""
+    """Turns both signals into KeyboardInterrupt, where nothing else was set to take care of them."""
     interrupts = Interrupts()
     before = {}
     if threading.current_thread() is threading.main_thread():

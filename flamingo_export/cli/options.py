@@ -69,7 +69,7 @@ Fallback = Annotated[
     typer.Option(
         "--fallback",
         metavar="BACKEND",
-        help="Go on with this one (onnxruntime) where the engines do not fit.",
+        help="Use this one (onnxruntime) where the engines do not fit.",
         autocompletion=_BACKENDS,
         show_default=False,
     ),
@@ -83,7 +83,7 @@ Frames = Annotated[
 ]
 Fps = Annotated[
     float | None,
-    typer.Option("--fps", help="Frames a second to look at of a video, by time. Default evenly over it.", show_default=False),
+    typer.Option("--fps", help="Frames per second to look at of a video, by time. Default evenly over it.", show_default=False),
 ]
 Clip = Annotated[
     str | None,
@@ -377,5 +377,5 @@ def known_size(name: str) -> ModelConfig:
     from flamingo_reference.config import PRESETS
 
     if name.lower() not in PRESETS:
-        raise typer.BadParameter(f"{name!r} is no size; there are {', '.join(PRESETS)}", param_hint="--size")
+        raise typer.BadParameter(f"{name!r} is not a size; there are {', '.join(PRESETS)}", param_hint="--size")
     return PRESETS[name.lower()]

@@ -14,7 +14,7 @@ _WIDTH_WITHOUT_TERMINAL = 132
 
 
 def results() -> Console:
-    """The console of results: stdout, without colour where it is no terminal."""
+    """The console of results: stdout, without colour where it is not a terminal."""
     from rich.console import Console
 
     class Results(Console):
@@ -51,7 +51,7 @@ def logged_to_stderr() -> Iterator[None]:
 
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """A spinner on stderr while something takes its time; nothing where stderr is no terminal."""
+    """A spinner on stderr while something takes its time; nothing where stderr is not a terminal."""
     console = remarks()
     if not console.is_terminal:
         yield

@@ -1,4 +1,4 @@
-"""`flamingo-export parity --with polygraphy`: what Polygraphy says of a bundle's golden values, and how to go on with it."""
+"""`flamingo-export parity --with polygraphy`: what Polygraphy says of a bundle's golden values, and the next steps with it."""
 
 from __future__ import annotations
 

@@ -171,7 +171,7 @@ def packages() -> Finding:
 
 
 def torch() -> Finding:
-    """PyTorch, by its version alone: importing it takes seconds."""
+    """PyTorch, only by its version: importing it takes seconds."""
     found = package("torch", "torch")
     if found is None:
         return Finding(name="PyTorch", found=False, detail="not installed", remedy=pip_install("torch"))

@@ -27,7 +27,7 @@ def refit(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Put a fine-tuned checkpoint into a bundle without building graphs anew. Interrupted, the same command goes on where it was.
+    """Put a fine-tuned checkpoint into a bundle without building graphs anew. Interrupted, the same command resumes.
 
     \b
     flamingo-export refit my.bundle --checkpoint tuned/ --out tuned.bundle

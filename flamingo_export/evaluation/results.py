@@ -56,7 +56,7 @@ class Cost(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Results(msgspec.Struct, frozen=True, kw_only=True):
-    """A whole run. `cells` and everything above it follow from the identity alone; `costs` do not."""
+    """A whole run. `cells` and everything above it follow from only the identity; `costs` do not."""
 
     schema: int = 1
     task: str

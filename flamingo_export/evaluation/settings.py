@@ -34,7 +34,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     num_frames: int | None = None
 
     def check(self, task: Task) -> None:
-        """Raises EvaluationError naming each setting that cannot be."""
+        """Raises EvaluationError naming each invalid setting."""
         faults = []
         if not self.shots or len(set(self.shots)) < len(self.shots) or any(not 0 <= each <= MAX_SHOTS for each in self.shots):
             faults.append(f"shots are {list(self.shots)}, expected different numbers from 0 to {MAX_SHOTS}")

@@ -25,7 +25,7 @@ class BuildRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     storage: None takes fp32 below a billion parameters, bf16 above. policy: which matrices are quantised, None is none. calibration: the
     table of activation ranges for it; without one the model is calibrated first, unless `uncalibrated`. limits: None takes those of
-    `default_limits`. overwrite: a bundle at `out` is replaced once the new one is complete. resume: go on with what an interrupted build
+    `default_limits`. overwrite: a bundle at `out` is replaced once the new one is complete. resume: take up what an interrupted build
     of the same request has finished. backend: `onnxruntime`, which runs the portable graphs, or `tensorrt-rtx` or `tensorrt`, which
     compile engines beside them. target: the GPU they are for (`sm89`), None for this machine's. parts: graphs that the
     decoder is cut into, 1 to its number of LM layers. graphs_of: a bundle whose graphs (and their parts), limits and, where the source

@@ -103,7 +103,7 @@ class _Job(msgspec.Struct, frozen=True, kw_only=True):
 def build(request: BuildRequest, *, progress: Progress = SILENT) -> BuildResult:
     """Builds and publishes a bundle.
 
-    Killed at any moment it leaves `.NAME.building` beside the output, and the same request goes on from the finished groups of weights.
+    Killed at any moment it leaves `.NAME.building` beside the output, and the same request resumes from the finished groups of weights.
     Raises CheckpointError and UnsupportedModel (weights that cannot be built), BuildError (output, disk, another build), and ParityError
     if the engines do not compute what the reference computes; nothing is published then.
     """
@@ -114,7 +114,7 @@ def build(request: BuildRequest, *, progress: Progress = SILENT) -> BuildResult:
         work_folder.check_output(place, overwrite=request.overwrite)
         journal = Journal(place, _identity(job), resume=request.resume)
         if journal.groups:
-            progress.note(f"going on with the interrupted build in {place.work}: {len(journal.groups)} files are finished")
+            progress.note(f"resuming the interrupted build in {place.work}: {len(journal.groups)} files are finished")
         elif journal.discarded:
             progress.note("an interrupted build to the same path was of other weights or another version; starting anew")
         try:
@@ -131,7 +131,7 @@ def build(request: BuildRequest, *, progress: Progress = SILENT) -> BuildResult:
                 place.discard()  # the same weights or samples would fail again
             raise
         except KeyboardInterrupt:
-            progress.note(f"stopped; what is finished is kept in {place.work}, and the same command goes on from there")
+            progress.note(f"stopped; what is finished is kept in {place.work}, and the same command resumes from there")
             raise
         work_folder.publish(place)
     return result
@@ -225,7 +225,7 @@ def _check_template(source: WeightSource) -> None:
 
 
 def _identity(job: _Job) -> str:
-    """What must be the same for an interrupted build to be gone on with: all that finished weights depend on."""
+    """What must match for an interrupted build to resume: all that finished weights depend on."""
     versions = [importlib.metadata.version(tool) for tool in ("flamingo-export", "numpy")]
     ranges = job.calibration or ("none" if job.request.uncalibrated else "own")
     weights = [job.source.identity, job.source.config, job.precision, ranges, versions]

@@ -134,7 +134,7 @@ def _held_to_contract(model: ir.Model, spec: SubgraphSpec, name: str) -> ir.Mode
     graph = model.graph
     if [value.name for value in graph.inputs] != ["pixels"] or [value.name for value in graph.outputs] != ["features"]:
         found = f"{[value.name for value in graph.inputs]} -> {[value.name for value in graph.outputs]}"
-        raise UnsupportedModel(f"the vision encoder {name} was traced as {found}, expected pixels -> features alone.")
+        raise UnsupportedModel(f"the vision encoder {name} was traced as {found}, expected only pixels -> features.")
     for value, wanted in ((graph.inputs[0], spec.input("pixels")), (graph.outputs[0], spec.output("features"))):
         if value.shape is None or isinstance(value.shape[0], int) or list(value.shape)[1:] != list(wanted.shape)[1:]:
             raise UnsupportedModel(

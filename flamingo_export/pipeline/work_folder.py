@@ -74,7 +74,7 @@ class _Content(Identified, kw_only=True):
 
 
 class Journal:
-    """What a build has finished, kept beside its work folder so that a killed build goes on where it was."""
+    """What a build has finished, kept beside its work folder so that a killed build resumes where it was."""
 
     def __init__(self, place: WorkPlace, identity: str, *, resume: bool = True) -> None:
         """Goes on with the work folder if the journal there is of the same identity, else empties it.

@@ -37,7 +37,7 @@ class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 def preset(name: str) -> Policy:
     """One of PRESETS. Raises BuildError for another name."""
     if name not in PRESETS:
-        raise BuildError(f"{name!r} is no policy; there are {', '.join(PRESETS)}, or a file of your own (docs/precision.md)")
+        raise BuildError(f"{name!r} is not a policy; there are {', '.join(PRESETS)}, or a file of your own (docs/precision.md)")
     return msgspec.toml.decode(preset_text(name), type=Policy)
 
 
@@ -70,7 +70,7 @@ def read_policy(path: Path) -> Policy:
     except OSError as error:
         raise BuildError(f"the policy {path} cannot be read: {error.strerror}") from error
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:  # the last two: numbers too long, tables too deep
-        raise BuildError(f"{path} is no policy: {error}. See docs/precision.md, or start from a preset.") from error
+        raise BuildError(f"{path} is not a policy: {error}. See docs/precision.md, or start from a preset.") from error
     base = preset(found.extends) if found.extends is not None else Policy(name=path.stem)
     policy = Policy(
         name=found.name or path.stem,

@@ -1,4 +1,4 @@
-"""What a search is told of a decoder's results: the best tokens of each branch, or the logits of the whole vocabulary.
+"""What a search gets of a decoder's results: the best tokens of each branch, or the logits of the whole vocabulary.
 
 A decoder whose contract has `top_ids` finds the best tokens itself, and then nothing else leaves its device; of another one's logits they are
 found here. Either way a search sees the same numbers: values as the decoder gives them, and the logarithm of the softmax's denominator.

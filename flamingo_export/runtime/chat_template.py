@@ -76,7 +76,7 @@ class ChatTemplate:
     """A template, compiled."""
 
     def __init__(self, source: str) -> None:
-        """Raises PromptError if it is no template, too long, or calls for what is not offered."""
+        """Raises PromptError if it is not a template, too long, or calls for what is not offered."""
         if len(source) > MAX_SOURCE:
             raise PromptError(f"the chat template has {len(source)} characters, expected at most {MAX_SOURCE}")
         self.source = source
@@ -254,7 +254,7 @@ def _tick() -> bool:
 
 @jinja2.pass_context
 def _written(context: Context, value: Any) -> str:
-    """What `{{ value }}` writes; told the context so that Jinja does not ask it while compiling."""
+    """What `{{ value }}` writes; given the context so that Jinja does not ask it while compiling."""
     return _BUDGET.get().write(plain_text(value))
 
 

@@ -33,7 +33,7 @@ _LIMITS: dict[str, Any] = {
 }
 """Of llguidance, so that no schema takes more than about a second, a step of it tens of milliseconds, or all memory."""
 _SPACING = {"whitespace_flexible": True, "whitespace_pattern": " ?"}
-"""Between the parts of JSON: one blank at most, else a model may go on with blanks for ever."""
+"""Between the parts of JSON: one blank at most, else a model may continue with blanks for ever."""
 
 JsonSchema = Mapping[str, Any] | bool
 Mask = npt.NDArray[np.bool_]

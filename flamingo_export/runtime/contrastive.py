@@ -1,4 +1,4 @@
-"""The contrastive encoder of a bundle by itself: images and texts as embeddings, and images told apart by labels. No decoder is opened."""
+"""The contrastive encoder of a bundle by itself: images and texts as embeddings, and images classified by labels. No decoder is opened."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ callers that have nothing else to do: where nobody else uses the engine, the ste
 threads. In all other cases a thread of the engine's own runs them; it starts when it is needed and ends after a second without work.
 
 Refused at once, before any work: a request that can never fit (CapacityError, InputError), a full queue (QueueFull), a closed engine
-(EngineClosed). A request that fails, say in its backend, fails alone or with those it shared the step with; the engine goes on.
+(EngineClosed). A request that fails, say in its backend, fails by itself or with those it shared the step with; the engine continues.
 """
 
 from __future__ import annotations

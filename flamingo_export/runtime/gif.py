@@ -70,7 +70,7 @@ class GifFrames:
             )
 
     def _decoded(self, frame: _Frame, width: int, height: int) -> Pixels:
-        """The frame's colour numbers, uint8 [H, W]: a GIF of it alone goes through Pillow, with gray for a palette so that the numbers
+        """The frame's colour numbers, uint8 [H, W]: a GIF of only this frame goes through Pillow, with gray for a palette so that the numbers
         are what comes out."""
         offset, length = frame.data
         self._file.seek(offset)

@@ -123,7 +123,7 @@ class Job(Entry):
         self.seen[slot : slot + count] = True
         self.seat.take(count)
         self.done += count
-        if slot == start == len(row.held):  # the row's beginning goes on without a gap
+        if slot == start == len(row.held):  # the row's beginning continues without a gap
             row.held = self.request.keys[: self.done]
 
     def elapsed(self) -> float:
@@ -202,7 +202,7 @@ class Generating(Job):
         self.row.key_positions[first : first + self.width] = self.tree.position
 
     def feeds(self, capacity: int) -> dict[str, Array]:
-        """Inputs of a decoder call for this request alone."""
+        """Inputs of a decoder call for only this request."""
         tree, row = self.tree, self.row
         return {
             "token_ids": self.tokens[None],

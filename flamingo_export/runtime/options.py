@@ -125,7 +125,7 @@ class GenerateOptions:
         return max(DEFAULT_BEAMS, self.num_return) if self.beams is None else self.beams
 
     def check(self, config: ModelConfig) -> None:
-        """Raises InputError naming each setting that cannot be."""
+        """Raises InputError naming each invalid setting."""
         self.check_values()
         unknown = [token for token in self.logit_bias if not 0 <= token < config.language_model.vocab_size]
         if unknown:
@@ -268,7 +268,7 @@ class GenerateOptions:
         return fits
 
     def check_seed(self, seed: int | None) -> None:
-        """Raises InputError if a request's own seed cannot be, or has no effect."""
+        """Raises InputError if a request's own seed is invalid, or has no effect."""
         if seed is not None:
             replace(self, seed=seed).check_values()
 
@@ -350,7 +350,7 @@ def options_from(settings: Settings, others: Collection[str] = ()) -> GenerateOp
     """The options that keyword arguments amount to, checked.
 
     others: keyword arguments that the caller takes besides, to name where one of them was mistyped.
-    Raises InputError for names that there are not, with the nearest there is, and for values that cannot be.
+    Raises InputError for names that there are not, with the nearest there is, and for invalid values.
     """
     known = [field.name for field in fields(GenerateOptions)]
     faults = [unknown_setting(name, (*known, *others)) for name in settings if name not in known]

@@ -175,7 +175,7 @@ def _parse_shot(line: str, folder: Path) -> Shot:
             except ImageError as error:
                 raise PromptError(f"{key} {error}") from None
             except (OSError, ValueError) as error:
-                raise PromptError(f"{key} {record[key][:80]!r} is no path ({error})") from None
+                raise PromptError(f"{key} {record[key][:80]!r} is not a path ({error})") from None
             if not there:
                 raise PromptError(f"{key} {place} does not exist")
             medium = place if key == "image" else Video(source=place)
@@ -288,7 +288,7 @@ def _plain(text: str, tags: Tags) -> str:
     if not text:
         raise PromptError("a question or answer is empty")
     if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise PromptError(f"{text!a} holds half of a surrogate pair, which is no character")
+        raise PromptError(f"{text!a} holds half of a surrogate pair, which is not a character")
     for tag in tags.all:
         if tag in text:
             raise PromptError(f"{text!r} contains the tag {tag}; images are placed by the prompt's format, give plain text")

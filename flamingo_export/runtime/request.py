@@ -24,7 +24,7 @@ class Request:
     """A prompt with what it shows.
 
     prompt: text or token ids, with the model's image tag (`<image>`) for each of the media. Blanks at the end of a text are left out: the
-    text that follows brings its own, and a model never saw one alone.
+    text that follows brings its own, and a model never saw one by itself.
     media: images and videos, in the order of their tags.
     seed: of this request's samples, in place of the call's.
     quoted: questions, answers and captions within the prompt, in which no special token may stand; the prompt helpers fill it.
@@ -128,7 +128,7 @@ def _checked_ids(prompt: Sequence[int], config: ModelConfig) -> Ints:
     try:
         ids = np.asarray(prompt)
     except ValueError as error:  # lists of several lengths
-        raise PromptError(f"the prompt is no list of token ids ({error})") from None
+        raise PromptError(f"the prompt is not a list of token ids ({error})") from None
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise PromptError(f"token ids are {ids.dtype} of shape {ids.shape}, expected a list of integers")
     size = config.language_model.embedding_rows

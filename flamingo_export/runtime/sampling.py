@@ -48,7 +48,7 @@ class Sampling:
         self._temperature = min(max(temperature, LEAST_TEMPERATURE), GREATEST_TEMPERATURE) if temperature else 0.0
         self._top_k, self._top_p, self._min_p = top_k, top_p, min_p
         self.width = branches
-        # A generator a branch: what a branch draws does not depend on how long its neighbours go on.
+        # One generator per branch: what a branch draws does not depend on how long its neighbours go on.
         self._generators = [np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(branches)]
         self._tokens: list[list[int]] = [[] for _ in range(branches)]
         self._logprobs: list[list[float]] = [[] for _ in range(branches)]

@@ -78,7 +78,7 @@ class Tokenizer:
         if not text.strip():
             raise PromptError("the prompt is empty. Give at least one word or tag, for example '<image>Output:'.")
         if any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise PromptError(f"the text holds half of a surrogate pair, which is no character: {text[:80]!a}")
+            raise PromptError(f"the text holds half of a surrogate pair, which is not a character: {text[:80]!a}")
         marked = with_tags_around(text, self._tags)
         if self._tags.bos_after_images and add_bos:
             marked = with_bos_after_images(marked, self._tags)
@@ -134,7 +134,7 @@ class Tokenizer:
                 )
 
     def _whole_characters(self, token_ids: list[int]) -> list[int]:
-        """The tokens, bytes that are no character among them replaced by those of U+FFFD: where one byte of a run is broken, the library
+        """The tokens, bytes that do not form a character among them replaced by those of U+FFFD: where one byte of a run is broken, the library
         drops the whole run."""
         if not any(token in self._byte_of for token in token_ids):
             return token_ids

@@ -34,7 +34,7 @@ CONTAINERS = (
 )
 """What is opened. Not all that FFmpeg knows: its playlists would open other files and addresses."""
 MAX_PACKETS = 4_000_000
-"""A day of 46 frames a second; what claims more is refused."""
+"""A day of 46 frames per second; what claims more is refused."""
 _FULL_RANGE = 2  # AVCOL_RANGE_JPEG
 _BT709 = 1  # AVCOL_SPC_BT709; what is not marked is taken for BT.601, as FFmpeg does
 _PLANAR = frozenset(f"yuv{full}{kind}p" for full in ("", "j") for kind in ("420", "422", "444"))

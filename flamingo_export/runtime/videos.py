@@ -1,7 +1,7 @@
 """Videos as frames: a video file, an animated image, a folder of images, or a sequence of images.
 
 Frames are taken evenly over the whole length, first and last included, or by presentation time at a rate. Evenly is by time where the file
-says how long each frame is shown, and by number where all are shown equally long. The paper trains on 8 at 1 frame a second and
+says how long each frame is shown, and by number where all are shown equally long. The paper trains on 8 at 1 frame per second and
 evaluates with 30 at 3 a second, its 8 learned time embeddings interpolated (flamingo_reference.time_weights); the default here is as
 many as there are embeddings.
 """
@@ -46,7 +46,7 @@ VideoSource = EncodedSource | Sequence[ImageSource]
 class Video:
     """A video among the media of a request: a file, a folder of frames, or the frames themselves; `num_frames` are used at most.
 
-    fps: frames a second to look at, by presentation time; where that gives more than `num_frames`, so many of them are taken evenly. None
+    fps: frames per second to look at, by presentation time; where that gives more than `num_frames`, so many of them are taken evenly. None
     takes `num_frames` evenly.
     clip: seconds from the start of the video at which the part to look at begins and ends; None takes all of it.
     Both need times, which video files and animated images have.
@@ -145,7 +145,7 @@ def shown_at(times: Sequence[float], wanted: Sequence[float]) -> list[int]:
 def _check_times(video: Video) -> None:
     fps, clip = video.fps, video.clip
     if fps is not None and not (_is_number(fps) and 0 < fps <= MAX_FPS):
-        raise ImageError(f"{_shown(fps)} frames a second were asked for, expected more than 0 and at most {MAX_FPS}")
+        raise ImageError(f"{_shown(fps)} frames per second were asked for, expected more than 0 and at most {MAX_FPS}")
     if clip is None:
         return
     if not (isinstance(clip, Sequence) and len(clip) == 2 and all(map(_is_number, clip))):

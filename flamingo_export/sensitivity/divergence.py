@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ENCODERS = ("vision_encoder", "resampler")
-"""Layers before the language model: latents change with them, and with them alone."""
+"""Layers before the language model: latents change only with them."""
 
 
 def no_room(config: ModelConfig, precision: Precision, memory: int | None) -> str:
@@ -37,7 +37,7 @@ def divergences(
 ) -> tuple[float, dict[str, float]]:
     """Kullback-Leibler divergence of the quantised model's next-token distribution from the reference's, in nats, mean over all positions.
 
-    layers: what is quantised of each, by its name. Returns it with everything quantised, and with each layer alone.
+    layers: what is quantised of each, by its name. Returns it with everything quantised, and with each layer by itself.
     """
     import torch
 

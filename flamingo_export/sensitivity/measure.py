@@ -81,7 +81,7 @@ def measure(
 ) -> Sensitivity:
     """Errors of all that the precision's policy quantises, against the fp32 reference on the samples.
 
-    The error of a matrix (or operand of attention) is what quantising it alone, with its input where the policy quantises that, changes
+    The error of a matrix (or operand of attention) is what quantising it by itself, with its input where the policy quantises that, changes
     of the output of its layer: rms of the difference over rms of what the layer adds, which is its output minus the hidden states
     that it was given. The resampler and the vision encoder, each one layer here, have no such residual, nor has the head: of them it is the
     rms of the output itself (latents, features, logits). Keys and values of media belong to the gated block that reads them.
@@ -239,7 +239,7 @@ class _Measuring:
         if not np.isfinite(squares).all():
             raise CalibrationError(
                 f"outputs of {layer_name(self.config, step.prefix)} are NaN or infinite, with {', '.join(sorted(names))} quantised or without. "
-                "The weights are damaged, or the calibration table's ranges cannot be."
+                "The weights are damaged, or the calibration table's ranges are invalid."
             )
         change, added_rms, output_rms = (math.sqrt(each / count) for each in squares)
         return _Found(change=change, added=added_rms, output=output_rms)

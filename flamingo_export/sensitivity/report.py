@@ -11,7 +11,7 @@ from flamingo_reference.config import ModelConfig
 
 
 class MatrixError(msgspec.Struct, frozen=True, kw_only=True):
-    """A matrix, or an operand of attention, and the error that quantising it alone adds to its layer.
+    """A matrix, or an operand of attention, and the error that quantising only it adds to its layer.
 
     error: rms of the change of the layer's output over the rms of what the layer adds (see `measure`). keep: the format with more bits
     that it may be kept in, for extra_bytes more in the bundle; the head of tied models has less (negative) where the embedding serves.

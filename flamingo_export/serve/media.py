@@ -62,7 +62,7 @@ class MediaFetcher:
         """allowed: origins or URL prefixes. most: bytes of a medium. seconds: of fetching one.
 
         resolve, permitted: how names become addresses, and which addresses may be spoken to; public ones, unless a test says otherwise.
-        Raises InputError for what is no URL prefix of http or https.
+        Raises InputError for what is not a URL prefix of http or https.
         """
         self._allowed = [_prefix(text) for text in allowed]
         self._most, self._seconds = most, seconds

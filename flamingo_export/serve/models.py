@@ -136,7 +136,7 @@ class Models:
                         continue
                     new = await asyncio.to_thread(self._load, choice)
                 except FlamingoExportError as error:
-                    _log.error("the bundle of %s cannot be opened, the old one goes on: %s", name, error)
+                    _log.error("the bundle of %s cannot be opened, the old one stays in use: %s", name, error)
                     continue
                 self._served[name] = Served(name, new)
                 old.retire()

@@ -107,7 +107,7 @@ def bound(host: str, port: int) -> list[socket.socket]:
 
 
 def serve(server: Server, sockets: list[socket.socket] | None = None) -> int:
-    """Listens until it is told to stop; returns the exit code: 0 if every accepted request was answered.
+    """Listens until it is asked to stop; returns the exit code: 0 if every accepted request was answered.
 
     sockets: bound ones; by default new ones for the settings' host and port.
     """

@@ -25,7 +25,7 @@ class WeightSource(Protocol):
 
     @property
     def identity(self) -> str:
-        """Changes whenever the tensors do: an interrupted build goes on only where it is the same."""
+        """Changes whenever the tensors do: an interrupted build resumes only where it is the same."""
 
     @property
     def digested(self) -> bool:

@@ -84,7 +84,7 @@ def source_for_size(size: str, *, seed: int | None = None) -> Source:
     """
     name = size.lower()
     if name not in PRESETS:
-        raise BuildError(f"{size!r} is no size; there are {', '.join(PRESETS)}")
+        raise BuildError(f"{size!r} is not a size; there are {', '.join(PRESETS)}")
     if name == "nano" and seed is None:
         folder = nano_checkpoint()
         if not (folder / "config.json").is_file():

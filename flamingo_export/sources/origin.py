@@ -101,7 +101,7 @@ def with_place(record: SourceRecord, files: Source, out: Path) -> SourceRecord:
 
 
 def _files_beside(bundle: Path, place: PlaceRecord | None) -> CheckpointFiles | None:
-    """The files that `with_place` told of, where all are still there."""
+    """The files that `with_place` named, where all are still there."""
     if place is None:
         return None
     folder = Path(os.path.abspath(bundle)).parent

@@ -95,7 +95,7 @@ def check_with_polygraphy(bundle: Path, *, export: Path | None = None, progress:
             f"{bundle} has no golden values. Record them where PyTorch is installed: flamingo-export parity {bundle}"
         )
     if manifest.precision.media == "fp8":
-        raise ParityError(f"{bundle} keeps media in FP8, which Polygraphy's runner cannot be fed. Check it by parity alone.")
+        raise ParityError(f"{bundle} keeps media in FP8, which Polygraphy's runner cannot be fed. Check it by parity only.")
     backend = PolygraphyBackend()
     checker = _Collector(bundle, manifest, goldens, FLOATS, backend, SessionOptions(threads=1), progress)
     with _quiet():
@@ -315,7 +315,7 @@ def _export(folder: Path, backend: PolygraphyBackend) -> None:
 
 
 def commands(bundle: Path, manifest: Manifest, folder: Path | None = None) -> tuple[str, ...]:
-    """What to type to go on with Polygraphy itself. folder: where inputs and outputs were exported."""
+    """What to type to use Polygraphy itself. folder: where inputs and outputs were exported."""
     found = [] if folder is not None else [f"flamingo-export parity {shlex.quote(str(bundle))} --with polygraphy"]
     for graph in manifest.graphs:
         path = shlex.quote(str(bundle / graph.file))

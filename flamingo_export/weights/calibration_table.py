@@ -61,7 +61,7 @@ class CalibrationTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """Statistics of a model's activations on some data.
 
     weights_sha256: as in a bundle's `source.sha256`. data_sha256: of token ids and decoded images, in order. method: the one that
-    quantisation takes unless told otherwise. tokens and images: positions and media of all samples.
+    quantisation takes by default. tokens and images: positions and media of all samples.
     """
 
     schema_version: int
@@ -143,7 +143,7 @@ def calibration_record(table: CalibrationTable, origin: Literal["given", "shippe
 
 
 def read_table(path: Path) -> CalibrationTable:
-    """The table in a file. Raises CalibrationError if it cannot be read, is of a newer schema or holds numbers that cannot be."""
+    """The table in a file. Raises CalibrationError if it cannot be read, is of a newer schema or holds invalid numbers."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -157,7 +157,7 @@ def read_table(path: Path) -> CalibrationTable:
             )
         table = msgspec.json.decode(data, type=CalibrationTable)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise CalibrationError(f"{path} is no calibration table: {error}. {CALIBRATE_AGAIN}") from error
+        raise CalibrationError(f"{path} is not a calibration table: {error}. {CALIBRATE_AGAIN}") from error
     if faults := _faults(table):
         raise CalibrationError(f"calibration table {path}: {'; '.join(faults[:_SHOWN_NAMES])}. {CALIBRATE_AGAIN}")
     return table
@@ -196,7 +196,7 @@ def _faults(table: CalibrationTable) -> list[str]:
         try:
             channels = statistics.channels()
         except ValueError as error:
-            faults.append(f"channel_rms of {name} is no base64 of float16 ({error})")
+            faults.append(f"channel_rms of {name} is not base64 of float16 ({error})")
             continue
         if not np.isfinite(channels).all() or (channels < 0).any():
             faults.append(f"channel_rms of {name} holds numbers that are negative or not finite")

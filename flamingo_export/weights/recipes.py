@@ -50,7 +50,7 @@ class Weight(msgspec.Struct, frozen=True, kw_only=True):
         return "fp32" if self.full_precision else precision.element(self.name)
 
     def quantisation(self, precision: Precision) -> Quantisation | None:
-        """How the tensor is quantised, if it is. int4 packs outputs in pairs, so it leaves a matrix with an odd number of them alone."""
+        """How the tensor is quantised, if it is. int4 packs outputs in pairs, so it leaves a matrix with an odd number of them as it is."""
         if not self.product:
             return None
         how = precision.quantisation(self.name, self.shape[0])

@@ -1,4 +1,4 @@
-"""The paper's ablations (Flamingo, arXiv 2204.14198, table 3 and appendix) that are no choices here: what a config calls them, and why they are
+"""The paper's ablations (Flamingo, arXiv 2204.14198, table 3 and appendix) that are not choices here: what a config calls them, and why they are
 refused.
 
 Choices are cross-attention before every k-th layer (`cross_attention.every`, `offset`) and no tanh gate (`cross_attention.gate`): people hold

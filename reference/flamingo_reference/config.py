@@ -177,7 +177,7 @@ class ResamplerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     ffw_width: int
     num_latents: int = 64
     num_time_embeddings: int = 8
-    """0: frames are told apart by nothing, and the subgraph has no `time_weights`."""
+    """0: frames are distinguished by nothing, and the subgraph has no `time_weights`."""
     activation: Activation = "squared_relu"
     input_proj: bool = True
     """Whether features are projected to the resampler's width, or have it already."""
@@ -490,7 +490,7 @@ def _language_model(lm: LanguageModelConfig) -> Iterator[str]:
     if isinstance(lm.positions, RotaryPositions):
         size = lm.positions.size
         if size < 2 or size % 2 or size > lm.head_size:
-            yield f"language_model.positions.size {size} is no even number of channels from 2 to head_size {lm.head_size}"
+            yield f"language_model.positions.size {size} is not an even number of channels from 2 to head_size {lm.head_size}"
         if not 0 < lm.positions.base < math.inf:
             yield f"language_model.positions.base is {lm.positions.base}, expected a positive number"
         if (scaling := lm.positions.scaling) is not None and not (

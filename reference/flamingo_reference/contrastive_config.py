@@ -72,7 +72,7 @@ class TextConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class ContrastiveConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What projects images and texts into the joint space. Without a text tower images alone are embedded."""
+    """What projects images and texts into the joint space. Without a text tower only images are embedded."""
 
     joint_width: int
     """J: width of an embedding."""

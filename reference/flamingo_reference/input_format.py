@@ -1,6 +1,6 @@
 """How images and text become a model's input, as it was trained: the fit of images, the tags in text, the forms of prompts.
 
-Data alone, recorded with every bundle. Sizes, means and standard deviations are the model configuration's.
+Only data, recorded with every bundle. Sizes, means and standard deviations are the model configuration's.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Builds the kernels with nvcc alone, one architecture, and reads what the compiler says of registers and spills."""
+"""Builds the kernels with only nvcc, one architecture, and reads what the compiler says of registers and spills."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def digest_of_sources() -> str:
 
 
 def _key(nvcc: str, architecture: str) -> str:
-    """By which compiled kernels are told from those of other sources, compilers and machines."""
+    """By which compiled kernels are distinguished from those of other sources, compilers and machines."""
     parts = f"{digest_of_sources()} {nvcc_version(nvcc)} {platform.machine()}"
     return f"{architecture}.{hashlib.sha256(parts.encode()).hexdigest()[:12]}"
 

@@ -137,7 +137,7 @@ def engines(backend: str, *, quantised: bool = False) -> tuple[tuple[str, ...], 
 
 
 def fp8_against_fp16(backend: str) -> tuple[tuple[str, ...], ...]:
-    """Commands that build 3b in fp16 and in FP8, and tell bytes and tokens a second of both. Random weights: their ranges do not matter."""
+    """Commands that build 3b in fp16 and in FP8, and tell bytes and tokens per second of both. Random weights: their ranges do not matter."""
     commands: list[tuple[str, ...]] = []
     for name, chosen in (("fp16", ()), ("fp8", ("--fp8", "--uncalibrated"))):
         bundle = f"BUNDLE.3b-{name}"

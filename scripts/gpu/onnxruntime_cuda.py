@@ -5,7 +5,7 @@
 
 Run by scripts/gpu_check in a process of its own, whose path has ONNX Runtime's GPU build before any other. Caches, bank and feeds are tensors of
 the device; past and present are one tensor, so that TensorScatter writes in place. Prints one JSON document: differences from PyTorch, nodes
-that were left to the CPU, steps a second.
+that were left to the CPU, steps per second.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ FILE = build.KERNELS / "resources.json"
 
 
 def compile_all(nvcc: str, workers: int) -> dict[str, Any]:
-    """One compiler call for each source and architecture. What is done is kept under build/, so that the command goes on where it was."""
+    """One compiler call for each source and architecture. What is done is kept under build/, so that the command resumes where it was."""
     digest, version = build.digest_of_sources(), build.nvcc_version(nvcc)
     folder = build.ROOT / "build" / "resources" / f"{digest[:12]}-{version}"
     folder.mkdir(parents=True, exist_ok=True)

@@ -41,7 +41,7 @@ def without_library(context: Context) -> str | None:
 
 
 def emulate(context: Context) -> dict[str, Any]:
-    """The kernels' code on the CPU: fragments, tiles, runs, races. Wants a C++ compiler alone."""
+    """The kernels' code on the CPU: fragments, tiles, runs, races. Needs only a C++ compiler."""
     outputs = {}
     for program, arguments in (("test_layout", []), ("test_blocks", [str(context.seed), "1"])):
         try:

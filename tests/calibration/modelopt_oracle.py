@@ -1,6 +1,6 @@
 """What nvidia-modelopt finds on the same data, recorded: `python tests/calibration/modelopt_oracle.py` writes data/modelopt.json.
 
-modelopt is no dependency of the tests: it imports for 20 seconds and brings a dozen packages. Its figures are recorded with its version,
+modelopt is not a dependency of the tests: it imports for 20 seconds and brings a dozen packages. Its figures are recorded with its version,
 and a test records them anew where it is installed (pip install nvidia-modelopt requests).
 """
 
@@ -23,7 +23,7 @@ DRAWN = ("normal", "heavy", "squared_relu")
 def drawn(kind: str) -> npt.NDArray[np.float32]:
     """Numbers as activations are distributed, without exact zeros: float32 [201, 499].
 
-    99.99 % of them is no whole number, which modelopt's sums of shares would miss by one.
+    99.99 % of them is not a whole number, which modelopt's sums of shares would miss by one.
     """
     rng = np.random.default_rng([7, DRAWN.index(kind)])
     shape = (201, 499)

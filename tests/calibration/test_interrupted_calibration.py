@@ -121,13 +121,13 @@ def test_finished_parts_are_not_run_again(make, monkeypatch):
     stop_at("language_model.layers.1")
     with pytest.raises(KeyboardInterrupt):
         make(progress=heard)
-    assert "same command goes on" in heard.notes[-1]
+    assert "same command resumes" in heard.notes[-1]
     assert loaded == ["vision_encoder", "resampler", "language_model", "language_model.layers.0"]
     loaded.clear()
     stop_at(None)
     make(progress=heard)
     assert loaded == ["language_model.layers.1", "cross_attention.0", "language_model.layers.2", "language_model"]
-    assert "going on with the interrupted calibration: 4 of 8 parts are finished" in heard.notes
+    assert "resuming the interrupted calibration: 4 of 8 parts are finished" in heard.notes
 
 
 def test_the_vision_encoder_goes_on_after_the_last_medium(make, monkeypatch):

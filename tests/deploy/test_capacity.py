@@ -159,7 +159,7 @@ def test_a_day_is_sized_for_its_noon_and_priced_by_its_hours():
 
 
 def test_what_cannot_be_promised_is_refused():
-    with pytest.raises(InputError, match=r"alone takes .* No number of replicas helps"):
+    with pytest.raises(InputError, match=r"a single request takes .* No number of replicas helps"):
         Planner(costs(), Load(prompt=(8, 8), new_tokens=(100, 100), images=0), "poisson", 0.5, Fleet(rows=8, count=100))
     for load, text in (
         (Load(prompt=(1000, 1000)), "cache slots"),

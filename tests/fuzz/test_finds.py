@@ -114,7 +114,7 @@ def test_inspect_of_a_model_that_cannot_be(
 
 
 def test_a_tokenizer_that_panics(bundle: Path, tmp_path: Path, with_file: Copy) -> None:
-    """A damaged table of characters takes the library beyond its end; what it raises then is no Exception."""
+    """A damaged table of characters takes the library beyond its end; what it raises then is not an Exception."""
     tokenizer = FastTokenizer.from_file(str(bundle / "tokenizer" / "tokenizer.json"))
     tokenizer.normalizer = normalizers.Precompiled(b"\0\0\0\0" + b"a" * 20)
     changed = altered(bundle, tmp_path / "b", with_file, "tokenizer/tokenizer.json", tokenizer.to_str().encode())
@@ -173,7 +173,7 @@ def test_sentencepiece_fields_of_another_kind(tmp_path: Path) -> None:
         message((3, message((2, 2**40)))),
     ):
         path.write_bytes(whole + broken)
-        with pytest.raises(CheckpointError, match=r"tokenizer\.model (is no SentencePiece model|makes no tokenizer)"):
+        with pytest.raises(CheckpointError, match=r"tokenizer\.model (is not a SentencePiece model|makes no tokenizer)"):
             read_sentencepiece(path)
     path.write_bytes(whole + message((3, message((2, b"\xff" * 50)))))
     with pytest.raises(CheckpointError, match="makes no tokenizer"):

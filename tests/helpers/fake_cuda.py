@@ -259,7 +259,7 @@ class FakeCuda:
             if self.used + size > self.memory:
                 raise DeviceMemoryError("cudaErrorMemoryAllocation", f"CUDA is out of memory ({size} bytes)")
             self.used += size
-        block = np.full(size + 256, 0xCD, np.uint8)  # what was not written is no zero
+        block = np.full(size + 256, 0xCD, np.uint8)  # what was not written is not zero
         skipped = -block.ctypes.data % 256
         block = block[skipped : skipped + size]
         self._blocks[block.ctypes.data] = (kind, block)

@@ -275,7 +275,7 @@ class FakeTensorRT(ModuleType):
                 try:
                     described = json.loads(data)
                 except ValueError:
-                    trt.error("magicTag Assertion failed: the file is no engine")
+                    trt.error("magicTag Assertion failed: the file is not an engine")
                     return None
                 if trt.said:
                     trt.error(trt.said)

@@ -52,7 +52,7 @@ def test_the_process_environment_by_default(tmp_path: Path, monkeypatch: pytest.
 def test_a_variable_that_names_nothing_is_not_passed_over(tmp_path: Path) -> None:
     package = checkout(tmp_path)
     put(package / "lib" / plugin.LIBRARY)
-    with pytest.raises(BackendError, match=r"FLAMINGO_PLUGIN names .*absent\.so, which is no file"):
+    with pytest.raises(BackendError, match=r"FLAMINGO_PLUGIN names .*absent\.so, which is not a file"):
         plugin.find_plugin({"FLAMINGO_PLUGIN": str(tmp_path / "absent.so")}, package=package)
 
 

@@ -92,7 +92,7 @@ def test_impossible_models_are_refused(parts: dict[str, dict[str, Any]], message
         ("idefics-like", {"resampler": {"num_time_embeddings": -1}}, "num_time_embeddings is -1, expected at least 0"),
         ("idefics-like", {"language_model": {"num_kv_heads": 3}}, "num_kv_heads 3 does not divide num_heads 4"),
         ("idefics-like", {"language_model": {"norm_bias": True}}, "norm_bias is for LayerNorm"),
-        ("idefics-like", {"language_model": {"positions": RotaryPositions(size=5)}}, "positions.size 5 is no even number"),
+        ("idefics-like", {"language_model": {"positions": RotaryPositions(size=5)}}, "positions.size 5 is not an even number"),
         ("idefics-like", {"language_model": {"positions": RotaryPositions(size=14)}}, "from 2 to head_size 12"),
         ("idefics-like", {"language_model": {"positions": RotaryPositions(size=4, base=0.0)}}, "positions.base is 0.0"),
         ("idefics-like", {"tokens": {"reset": 61}}, "tokens.image 61 is also another token"),

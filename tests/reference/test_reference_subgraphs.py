@@ -241,9 +241,9 @@ def test_contract_violations_are_named(tiny: Flamingo, bank: Bank) -> None:
         )
     with pytest.raises(ValueError, match="phi 2 is beyond the request's 1 media"):
         cache.call([[1]], [[0]], [[2]], [[0]], [0], [[[]]])
-    with pytest.raises(ValueError, match="is no run of the 5 LM layers"):
+    with pytest.raises(ValueError, match="is not a run of the 5 LM layers"):
         empty_subgraph(TINY, "decoder", layers=range(3, 6))
-    with pytest.raises(ValueError, match="'encoder' is no subgraph; they are vision_encoder, resampler, media_kv, decoder"):
+    with pytest.raises(ValueError, match="'encoder' is not a subgraph; they are vision_encoder, resampler, media_kv, decoder"):
         empty_subgraph(TINY, "encoder")
 
 

@@ -13,7 +13,7 @@ constexpr int min_blocks() {
     if (Shape::ROW_TILES == 1) return 4;
     if (!Shape::ONE_PASS) return Shape::D <= 80 ? 3 : 2;
 #if __CUDA_ARCH__ == 1000
-    if (Shape::D == 64) return 3;  // 2 registers short of 4 blocks, on this architecture alone
+    if (Shape::D == 64) return 3;  // 2 registers short of 4 blocks, only on this architecture
 #endif
     return Shape::D <= 96 ? 4 : 3;
 }

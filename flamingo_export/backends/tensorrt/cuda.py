@@ -16,7 +16,7 @@ Direction = Literal["to device", "to host", "on device"]
 INSTALL = "pip install 'cuda-bindings>=13,<14'"
 OUT_OF_MEMORY = (
     "Close what else uses the GPU, use smaller batches, build with a smaller --max-batch or --max-length or with 16-bit weights "
-    "(--storage), or go on without it: --fallback onnxruntime"
+    "(--storage), or do without it: --fallback onnxruntime"
 )
 # What CUDA calls an error -> what to do about it.
 _ADVICE = {

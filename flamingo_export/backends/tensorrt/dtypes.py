@@ -59,7 +59,7 @@ def encode(value: Array, into: Array, element: Element) -> None:
     """Writes an array of the host into memory of the same shape laid out as the element; floats are rounded to nearest, ties to even.
 
     Beyond fp16's range they become infinite, as they do in the graph. Raises InputError for a dtype that would lose more; FP8 are codes,
-    which floats become with a scale alone.
+    which floats become with only a scale.
     """
     if element.name == "bf16":
         if value.dtype.kind != "f":

@@ -1,9 +1,9 @@
-"""How many slots of its cache each row has in use, told to the self-attentions, so that they need not read the whole capacity.
+"""How many slots of its cache each row has in use, given to the self-attentions, so that they need not read the whole capacity.
 
     write_index [B] ──────────────┐
     positions [B, S] -> Shape -> S ┴-> + -> Cast int32 -> key_value_lengths of every attention over a cache
 
-ONNX has an input for it that the parser drops, so the lengths are set on the layers after parsing. The mask stays: it alone says which of the
+ONNX has an input for it that the parser drops, so the lengths are set on the layers after parsing. The mask stays: only it says which of the
 slots in use a position sees. Slots from `write_index + S` on hold nothing that a position may see: padded positions are written like others,
 branches of a beam tree write side by side, and rows that are done keep their place (docs/tensorrt.md).
 

@@ -102,7 +102,7 @@ def cuda_python() -> bool:
 
 
 def _there(name: str) -> bool:
-    """Whether it can be imported. A mere folder of that name on the path, which Python takes for a package, is no library."""
+    """Whether it can be imported. A mere folder of that name on the path, which Python takes for a package, is not a library."""
     try:
         spec = None if name in sys.modules else find_spec(name)
     except (ImportError, ValueError):

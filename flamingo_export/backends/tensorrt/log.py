@@ -12,7 +12,7 @@ from flamingo_export.errors import BackendError
 
 _FACTS = ("Total Activation Memory:", "Total Weights Memory:", "LayerType: ")
 
-# What TensorRT says -> what it means here. The first that fits is told.
+# What TensorRT says -> what it means here. The first that fits is reported.
 _MEANINGS = (
     (
         r"out ?of ?memory|bad_alloc|cuMemAlloc|cudaErrorMemoryAllocation|failed to allocate",

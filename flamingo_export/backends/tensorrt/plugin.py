@@ -39,7 +39,7 @@ def find_plugin(environment: Mapping[str, str] | None = None, *, package: Path =
     if named:
         path = Path(named).expanduser()
         if not path.is_file():
-            raise BackendError(f"{VARIABLE} names {named}, which is no file. Correct it or unset it.")
+            raise BackendError(f"{VARIABLE} names {named}, which is not a file. Correct it or unset it.")
         return path.resolve()
     candidates = [package / "lib" / LIBRARY]
     if (package.parent / "trt_plugins").is_dir():
@@ -106,7 +106,7 @@ def _check_rtx_resolves(trt: ModuleType) -> None:
         ctypes.CDLL("libtensorrt_rtx.so")
     except OSError as error:
         raise BackendError(
-            "TensorRT for RTX takes plugins only where the loader finds libtensorrt_rtx.so, and its wheel has libtensorrt_rtx.so.1 alone. "
+            "TensorRT for RTX takes plugins only where the loader finds libtensorrt_rtx.so, and its wheel has only libtensorrt_rtx.so.1. "
             "Put a link of that name into a folder of LD_LIBRARY_PATH, or leave the plugin out: the graph's own function serves."
         ) from error
 

@@ -2,7 +2,7 @@
 
     feed (host, float32) --round--> pinned --copy--> input                        a bound buffer is its input's address,
                                                       |  engine                   and that of the output which aliases it
-    result (host, float32) <--widen-- pinned <--copy-- output (those asked for alone)
+    result (host, float32) <--widen-- pinned <--copy-- output (only those asked for)
 
 Everything between the two pinned blocks is one sequence on the session's lane. In decoding the same sequence comes back at every step, so
 it is captured as a CUDA graph the third time, one for each set of shapes and of rows that are bound, and launched from then on. A graph belongs
@@ -189,7 +189,7 @@ class TensorRTSession:
         }  # fmt: skip
 
     def _wait_for_foreign(self, feeds: Mapping[str, Tensor]) -> None:
-        """Tensors that are not freed in the order of this lane are kept by the caller alone, until it is told that they were read."""
+        """Tensors that are not freed in the order of this lane are kept only by the caller, until it learns that they were read."""
         own = (
             isinstance(value, np.ndarray) or (isinstance(value, DeviceTensor) and value.lane is self._lane)
             for value in feeds.values()

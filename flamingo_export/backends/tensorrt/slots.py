@@ -1,6 +1,6 @@
 """Which slots of the caches a call writes and sees: what an engine would do wrong in silence is refused before it is asked.
 
-"Out-of-bound updates will be ignored silently" (TensorRT's header of cache updates), and attentions that are told the slots in use do not look
+"Out-of-bound updates will be ignored silently" (TensorRT's header of cache updates), and attentions that know the slots in use do not look
 behind them, whatever the mask says.
 """
 

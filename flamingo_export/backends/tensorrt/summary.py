@@ -25,7 +25,7 @@ _ATTENTION = re.compile(r"mha", re.IGNORECASE)
 def summarise(
     facts: Iterable[str], expected: Expected, layers: Counter[str], profiles: tuple[Profile, ...], lengths: int = 0
 ) -> EngineSummary:
-    """facts: messages of the build. layers: of the network by type. lengths: attentions that are told the slots in use. The memory of profile i
+    """facts: messages of the build. layers: of the network by type. lengths: attentions that know the slots in use. The memory of profile i
     is the i-th that the builder names."""
     text = "\n".join(facts)
     kinds: Counter[str] = Counter()

@@ -24,7 +24,7 @@ class StepCosts(msgspec.Struct, frozen=True, kw_only=True):
     frames: images of one call of the vision encoder; `encode` [frames].
     copy_slot: copying one slot of a cache row to another row.
     prepare_image: reading, decoding and scaling one JPEG of 640 x 480, on one core beside the engine.
-    limits: of the bundle. fixed_capacity: whether the cache has one capacity, so that attention is told how much of it is in use.
+    limits: of the bundle. fixed_capacity: whether the cache has one capacity, so that attention knows how much of it is in use.
     asynchronous: whether encoding overlaps with steps; the simulation then counts it as if it did not.
     """
 
@@ -107,7 +107,7 @@ def _is_full(table: object, sides: Sequence[int]) -> bool:
 
 
 def _linear(axes: Sequence[tuple[int, ...]], table: object, point: Sequence[int]) -> float:
-    """Multilinear in the table; beyond an axis' ends the last piece goes on, an axis with one place is constant."""
+    """Multilinear in the table; beyond an axis' ends the last piece continues, an axis with one place is constant."""
     places: list[tuple[tuple[int, float], ...]] = []
     for axis, value in zip(axes, point, strict=True):
         if len(axis) == 1:

@@ -68,7 +68,7 @@ class Load:
 
 
 def arrivals(pattern: str, rate: float, count: int, seed: int) -> npt.NDArray[np.float64]:
-    """Seconds at which `count` requests arrive, float64 [count], growing. rate: of requests a second, on average.
+    """Seconds at which `count` requests arrive, float64 [count], growing. rate: of requests per second, on average.
 
     poisson: independent of each other. bursts: groups of BURST on average arrive at once. day: poisson with a rate that goes through a day
     from night to noon and back in the time that the requests take.

@@ -37,7 +37,7 @@ class Fleet:
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """Replicas for a load, and how its requests fare at the busiest hour. Seconds, requests a second, shares of 1.
+    """Replicas for a load, and how its requests fare at the busiest hour. Seconds, requests per second, shares of 1.
 
     busy: share of a replica's time in which its engine works; decode, prefill, encode, copy: of which on what.
     running: requests in its cache rows, on average. refused: share that finds the queue full.
@@ -86,7 +86,7 @@ class Planner:
         alone = self._observed(1e6 * np.arange(24, dtype=np.float64), self._asked[:24])
         if alone.percentile(0.95) > promise:
             raise InputError(
-                f"a request alone takes {alone.percentile(0.95):.2f} s (95 of 100), more than the {promise:g} s that were asked for. "
+                f"a single request takes {alone.percentile(0.95):.2f} s (95 of 100), more than the {promise:g} s that were asked for. "
                 "No number of replicas helps: ask for fewer tokens or beams, or benchmark faster hardware."
             )
         self._most = self._observed(np.zeros(fleet.count), self._asked, queue=None).throughput
@@ -94,7 +94,7 @@ class Planner:
         self._usual = 0.7 * self._most
 
     def plan(self, rate: float) -> Plan:
-        """The smallest fleet that keeps the promise at `rate` requests a second, on average."""
+        """The smallest fleet that keeps the promise at `rate` requests per second, on average."""
         peak = rate * peak_of(self._pattern)
         tried: dict[int, Observed] = {}
 
@@ -109,7 +109,7 @@ class Planner:
         while not keeps(high):
             low, high = high, math.ceil(high * 1.25) if high > 3 else high + 1
             if high > _MOST_REPLICAS:
-                raise InputError(f"{peak:g} requests a second need more than {_MOST_REPLICAS} replicas.")
+                raise InputError(f"{peak:g} requests per second need more than {_MOST_REPLICAS} replicas.")
         step = max(1, high // 8)
         while high - low > 1:
             middle = max(low + 1, high - step)

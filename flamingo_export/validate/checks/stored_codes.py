@@ -21,7 +21,7 @@ _SHOWN_NAMES = 8
 
 
 def codes_digest(*pieces: AnyArray) -> str:
-    """SHA-256 of a matrix's codes, its scales and, under fp8, its input's scale, as they are stored; of an operand its scale alone."""
+    """SHA-256 of a matrix's codes, its scales and, under fp8, its input's scale, as they are stored; of an operand only its scale."""
     digest = hashlib.sha256()
     for piece in pieces:
         digest.update(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)

@@ -90,7 +90,7 @@ def _generate(engine: Engine, manifest: Manifest, golden: GoldenTrace) -> list[H
 def _judge(golden: GoldenTrace, found: Sequence[Hypothesis]) -> tuple[str, Row]:
     """Equal tokens must have equal log-probabilities; other tokens are right only where the reference itself was about to choose them.
 
-    All hypotheses are compared, not the best alone: beams that lost their ancestors show in the others first.
+    All hypotheses are compared, not only the best: beams that lost their ancestors show in the others first.
     """
     limit = trace_limit(torch_error=golden.torch_error, peak=golden.peak)
     wanted = [GoldenText(tokens=golden.tokens, logprobs=golden.logprobs), *golden.others]

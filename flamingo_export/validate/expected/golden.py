@@ -52,7 +52,7 @@ class GoldenTrace(msgspec.Struct, frozen=True, kw_only=True):
     computed_error: float | None = None
     """PyTorch's error where it computes in the storage type throughout; None where it was not asked."""
     others: tuple[GoldenText, ...] = ()
-    """The other hypotheses, best first: the best beam alone may never have changed its parent."""
+    """The other hypotheses, best first: the best beam by itself may never have changed its parent."""
     text: str | None = None
 
 

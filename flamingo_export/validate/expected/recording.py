@@ -65,9 +65,7 @@ def _errors_in(
     found = Goldens(weights_sha256="", storage=arithmetic, model=source.config.name)
     try:
         record_numbers(parts_of(source, stored, arithmetic=arithmetic), found, progress, media=media)
-    except (
-        RuntimeError
-    ) as error:  # an operator of a vision encoder of the user's own, say, that PyTorch's CPU has in fp32 alone
+    except RuntimeError as error:  # an operator of a vision encoder of the user's own, say, that PyTorch's CPU has only in fp32
         progress.note(f"PyTorch does not compute this model in {arithmetic} here ({first_line(error)})")
         return {}
     return {key: value.torch_error for key, value in found.expected.items()}

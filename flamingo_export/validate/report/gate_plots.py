@@ -35,10 +35,10 @@ def layers_plot(points: Sequence[LayerPoint]) -> str:
         return [math.nan if getattr(point, name) is None else float(getattr(point, name)) for point in points]
 
     curves = [
-        Curve(name="limit, layer alone", values=values("limit"), tone="ink", shape="none", dash="5 4"),
+        Curve(name="limit, single layer", values=values("limit"), tone="ink", shape="none", dash="5 4"),
         Curve(name="PyTorch, carried", values=values("torch_carried"), tone="faint", shape="ring", dash="2 3"),
         Curve(name="engine, carried", values=values("carried"), tone="other", shape="diamond"),
-        Curve(name="engine, layer alone", values=values("alone"), tone="good", shape="dot"),
+        Curve(name="engine, single layer", values=values("alone"), tone="good", shape="dot"),
     ]
     known = [value for curve in curves for value in curve.values]
     wrong = [index for index, point in enumerate(points) if not point.passed]

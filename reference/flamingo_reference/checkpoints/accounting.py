@@ -56,7 +56,7 @@ def account(
     ignored: Sequence[Ignored] = (),
     absent: Collection[str] = (),
 ) -> dict[str, str]:
-    """`check_tensors` of a checkpoint's tensors, which must be floats where they are used. absent: those known by name alone.
+    """`check_tensors` of a checkpoint's tensors, which must be floats where they are used. absent: those known only by name.
 
     Raises CheckpointError.
     """
@@ -73,7 +73,7 @@ def account(
 
 
 class NearestName:
-    """Finds the expected name most like another. Layers' names differ in numbers alone, so their patterns are compared, once each: a
+    """Finds the expected name most like another. Layers' names differ only in numbers, so their patterns are compared, once each: a
     checkpoint of another family has thousands of unknown names."""
 
     def __init__(self, expected: Iterable[str]) -> None:

@@ -31,7 +31,7 @@ def source_shapes(recipes: Mapping[str, Recipe]) -> dict[str, Shape]:
 
 
 class PartFiles(msgspec.Struct, frozen=True, kw_only=True):
-    """The files of a part: path as given, config.json as it says (untrusted), tensors; absent: those of them known by name alone."""
+    """The files of a part: path as given, config.json as it says (untrusted), tensors; absent: those of them known only by name."""
 
     path: Path
     family: str
@@ -99,7 +99,7 @@ class TwinReader:
     """Tensors of which some lie in the files under two names. Reading one under the name in use compares it with the others."""
 
     def __init__(self, reader: TensorReader, twins: Mapping[str, str]) -> None:
-        """twins: second name -> name in use; those whose bytes are the same need not be told."""
+        """twins: second name -> name in use; those whose bytes are the same need not be named."""
         self._reader = reader
         self._twins: dict[str, list[str]] = {}
         for other, kept in twins.items():

@@ -80,7 +80,7 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
 
 def load(files: CheckpointFiles, families: Sequence[Family] = FAMILIES, *, may_be_absent: bool = False) -> Checkpoint:
     """A checkpoint as our model, no number read yet. may_be_absent: shards that an index names need not be there, for a plan say; of their
-    tensors, names alone are checked, and reading one raises CheckpointError.
+    tensors, only names are checked, and reading one raises CheckpointError.
 
     Raises CheckpointError if files are missing, damaged, of an unknown family, of the wrong part, or do not fit each other: every tensor
     that is missing, unknown, misshapen, held twice or no float is named.

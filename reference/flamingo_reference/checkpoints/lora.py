@@ -32,7 +32,7 @@ _PARTS = {
 }
 # What PEFT wraps a module in while it trains: its own tensors within an embedding with LoRA, a copy that is trained whole.
 _WRAPPED = re.compile(r"\.(?:base_layer|modules_to_save(?:\.default)?)\.")
-# Settings that change what is computed in a way that is no W + scale * B A; the values that leave it alone.
+# Settings that change what is computed in a way that is not W + scale * B A; the values that leave it as it is.
 _REFUSED: Mapping[str, tuple[Any, ...]] = {
     "use_dora": (False, None),
     "bias": ("none", None),
@@ -150,7 +150,7 @@ def _settings(path: Path) -> _Settings:
     faults = [f"{key} is {raw[key]!r}" for key, plain in _REFUSED.items() if key in raw and raw[key] not in plain]
     if faults:
         raise CheckpointError(
-            f"{path}: {'; '.join(faults)}: this is no low-rank update of weights alone. Merge it with PEFT (merge_and_unload) and build from "
+            f"{path}: {'; '.join(faults)}: this is not only a low-rank update of weights. Merge it with PEFT (merge_and_unload) and build from "
             "the result."
         )
     start = raw.get("init_lora_weights")
@@ -163,7 +163,7 @@ def _settings(path: Path) -> _Settings:
     try:
         settings = msgspec.convert(raw, _Settings)
     except msgspec.ValidationError as error:
-        raise CheckpointError(f"{path} is no LoRA configuration: {error}.") from error
+        raise CheckpointError(f"{path} is not a LoRA configuration: {error}.") from error
     if settings.peft_type.upper() != "LORA":
         raise CheckpointError(
             f"{path}: peft_type is {settings.peft_type!r}, expected 'LORA'. Merge it with PEFT and build from the result."
@@ -253,12 +253,12 @@ class _Plan:
         return f"{name} changes {target}, which the base does not have" + (f" (nearest: {near})" if near else "")
 
     def _replace(self, name: str, own: str, replaced: dict[str, str]) -> str | None:
-        """Takes a tensor that is no half of an update in place of the base's. Returns what is wrong with it."""
+        """Takes a tensor that is not a LoRA matrix in place of the base's. Returns what is wrong with it."""
         plain = _WRAPPED.sub(".", own)
         target = self._of_base(plain)
         whole = plain != own or target in self._vocabulary or _saved_whole(plain, self._settings)
         if not whole:
-            return f"{name} is no half of an update (lora_A, lora_B) and not in modules_to_save"
+            return f"{name} is neither a LoRA matrix (lora_A, lora_B) nor in modules_to_save"
         shape = self._adapter.shape(name)
         if self._shapes.get(target) != shape:
             found = f"has shape {self._shapes[target]}" if target in self._shapes else "does not have it"

@@ -24,7 +24,7 @@ from flamingo_reference.model.vision import make_vision_encoder
 
 
 def empty_part(config: ModelConfig, prefix: str) -> nn.Module:
-    """A part made from the configuration alone. Raises ValueError for an unknown prefix."""
+    """A part made from only the configuration. Raises ValueError for an unknown prefix."""
     if prefix == "vision_encoder":
         return make_vision_encoder(config.vision)
     if prefix == "resampler":
@@ -39,7 +39,7 @@ def empty_part(config: ModelConfig, prefix: str) -> nn.Module:
         part = getattr(Contrastive(config), prefix.removeprefix("contrastive."), None)
         if isinstance(part, nn.Module):
             return part
-    raise ValueError(f"{prefix!r} is no part of a Flamingo")
+    raise ValueError(f"{prefix!r} is not part of a Flamingo")
 
 
 def load_part(config: ModelConfig, prefix: str, read: Callable[[str], npt.NDArray[Any]]) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Where a position stands, as attention is told of it: sinusoids of relative positions, and rotations.
+"""Where a position stands, as attention sees it: sinusoids of relative positions, and rotations.
 
 Shape suffixes: B requests, S positions, H heads, D head size, W width, X distances, Z turned channels of a head.
 """

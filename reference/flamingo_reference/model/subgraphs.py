@@ -294,7 +294,7 @@ def decoder_of(model: Flamingo, layers: range | None = None, *, in_place: bool =
 
 
 def empty_subgraph(config: ModelConfig, name: str, *, layers: range | None = None) -> Subgraph:
-    """A subgraph made from the configuration alone, holding exactly the parameters it uses. `layers`: a part of the decoder."""
+    """A subgraph made from only the configuration, holding exactly the parameters it uses. `layers`: a part of the decoder."""
     contrastive = Contrastive(config) if config.contrastive is not None else None
     if name == "vision_encoder":
         readout = None if contrastive is None else contrastive.readout
@@ -308,7 +308,7 @@ def empty_subgraph(config: ModelConfig, name: str, *, layers: range | None = Non
     if name == "decoder":
         layers = range(config.language_model.num_layers) if layers is None else layers
         if layers.step != 1 or not 0 <= layers.start < layers.stop <= config.language_model.num_layers:
-            raise ValueError(f"{layers} is no run of the {config.language_model.num_layers} LM layers")
+            raise ValueError(f"{layers} is not a run of the {config.language_model.num_layers} LM layers")
         blocks = [GatedCrossAttention(config) for layer in config.gated_layers if layer in layers]
         for block in blocks:
             del block.k_proj, block.v_proj, block.k_norm  # media_kv's
@@ -319,7 +319,7 @@ def empty_subgraph(config: ModelConfig, name: str, *, layers: range | None = Non
             gated_modules=blocks,
             ends=LanguageModel(msgspec.structs.replace(config.language_model, num_layers=0)),
         )
-    raise ValueError(f"{name!r} is no subgraph; they are {', '.join(SUBGRAPHS)}")
+    raise ValueError(f"{name!r} is not a subgraph; they are {', '.join(SUBGRAPHS)}")
 
 
 def load_subgraph(

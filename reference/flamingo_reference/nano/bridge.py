@@ -143,7 +143,7 @@ def _batch(name: str, rng: np.random.Generator, pool: Pool, frames_of: dict[int,
         return [page(rng, pool) for _ in range(DOCUMENTS[name])]
     kind = {"scene pairs": "scene", "digit pairs": "digit", "videos": "video"}[name]
     documents = [pair(rng, pool, kind) for _ in range(DOCUMENTS[name])]
-    if kind == "video":  # one number of frames a step, so that they stack
+    if kind == "video":  # one number of frames per step, so that they stack
         wanted = int(rng.integers(4, 9))
         if wanted not in {frames_of[index] for index, item in enumerate(pool.items) if item.kind == kind}:
             wanted = frames_of[documents[0][0].medium or 0]  # a small pool need not hold every number

@@ -2,8 +2,8 @@
 
 As the paper's vision encoder (appendix B.1.3): two-way contrastive loss. In small: each batch holds hard negatives, scenes that differ
 from another in one attribute of one object, and the joint space is read from the grid by a small resampler, as the bridge will read it.
-A linear head on the flattened grid lets each position write a code of its own, which a resampler, who is not told positions, reads badly
-(a probe on the frozen grid got 45 % of held-out scenes right; width, head and data changed together, so the head alone is not shown to be why).
+A linear head on the flattened grid lets each position write a code of its own, which a resampler, which does not know positions, reads badly
+(a probe on the frozen grid got 45 % of held-out scenes right; width, head and data changed together, so the cause need not be the head).
 """
 
 from __future__ import annotations

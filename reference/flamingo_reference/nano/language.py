@@ -1,4 +1,4 @@
-"""Stage two: the language model, on text alone.
+"""Stage two: the language model, on text only.
 
 The text is that of the documents, their images left out of sight: `<image>` is no more than markup here. From pages of one format the
 model learns to go on as the examples before it did, which is what few-shot prompts rest on.

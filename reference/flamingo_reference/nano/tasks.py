@@ -1,4 +1,4 @@
-"""Held-out captions and questions about scenes, by which the accuracy of a nano bundle is told: the same items at every call.
+"""Held-out captions and questions about scenes, by which the accuracy of a nano bundle is measured: the same items at every call.
 
 `answers.json` holds what the reference itself, in PyTorch, says to the first COUNT of them (`python -m flamingo_export.validate.accuracy`
 writes it). Scenes come from seeds beyond those that training, evaluation and examples use. No torch import.

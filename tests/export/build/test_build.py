@@ -202,7 +202,7 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(spoken_config: ModelConfig
         with pytest.raises(CheckpointError, match=complaint):
             api.build(LiveModel(model=Flamingo(config), tokenizer=tokenizer_file), out=tmp_path / "b.bundle", parity="skip")
     tokenizer_file.write_text("{")
-    with pytest.raises(CheckpointError, match=r"is no tokenizer\.json"):
+    with pytest.raises(CheckpointError, match=r"is not a tokenizer\.json"):
         api.build(LiveModel(model=Flamingo(spoken_config), tokenizer=tokenizer_file), out=tmp_path / "b.bundle", parity="skip")
 
 
@@ -229,7 +229,7 @@ def test_where_things_go_and_come_from(tmp_path: Path) -> None:
     assert default_out(source_for_size("9b")) == Path("flamingo-9b.bundle")
     assert default_out(CheckpointFolder(path=nano_checkpoint())) == Path("flamingo-nano.bundle")
     assert default_out(CheckpointFolder(path=tmp_path / "mine")) == Path("mine.bundle")
-    with pytest.raises(BuildError, match="'7b' is no size; there are nano, 3b, 9b, 80b"):
+    with pytest.raises(BuildError, match="'7b' is not a size; there are nano, 3b, 9b, 80b"):
         source_for_size("7b")
 
 

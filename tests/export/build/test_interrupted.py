@@ -121,7 +121,7 @@ def test_sigkill_before_any_change_of_the_disk_then_resume(
         for path, mark in before.items():
             now = (out / path.relative_to(place.work)).stat()
             assert (now.st_ino, now.st_mtime_ns) == mark, f"{path.name} was built again"
-        assert bool(before) == any("going on" in note for note in recorder.notes)
+        assert bool(before) == any("resuming" in note for note in recorder.notes)
         assert sorted(path.name for path in out.parent.iterdir()) == ["b.bundle"]
     assert resumed
 
@@ -265,7 +265,7 @@ def test_sigint_leaves_a_build_that_goes_on(spoken_config: ModelConfig, undistur
 
     with in_child(interrupted) as child:
         assert wait(child) == 3
-    assert "the same command goes on" in (tmp_path / "notes").read_text()
+    assert "the same command resumes" in (tmp_path / "notes").read_text()
     place = work_folder.WorkPlace(out)
     assert not out.exists()
     assert not place.lock.exists()
@@ -315,7 +315,7 @@ def test_no_space_in_the_calibration_of_a_build(
             make(spoken_config, out, policy=policy)
     recorder = Recorder()
     make(spoken_config, out, policy=policy, progress=recorder)
-    assert any("going on with the interrupted calibration" in note for note in recorder.notes)
+    assert any("resuming the interrupted calibration" in note for note in recorder.notes)
     whole = make(spoken_config, tmp_path / "whole.bundle", policy=policy)
     assert contents(out) == contents(whole.path)
 

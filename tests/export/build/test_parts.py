@@ -60,7 +60,7 @@ def test_another_number_of_parts_goes_on_with_the_weights(
             make(spoken_config, tmp_path / "b.bundle", parts=3)
     assert (tmp_path / ".b.bundle.building" / "decoder.2.onnx").is_file()
     result = make(spoken_config, tmp_path / "b.bundle", parts=2, progress=recorder)
-    assert any("going on with the interrupted build" in note for note in recorder.notes)
+    assert any("resuming the interrupted build" in note for note in recorder.notes)
     anew = make(spoken_config, tmp_path / "anew.bundle", parts=2)
     found, expected = contents(result.path), contents(anew.path)
     del found["manifest.json"], expected["manifest.json"]

@@ -164,7 +164,7 @@ def test_killed_it_goes_on_where_it_was(
         assert wait(child) == -signal.SIGKILL
     assert not out.exists()
     result = pipeline.build(request, progress=recorder)
-    assert any("going on with the interrupted build" in note for note in recorder.notes)
+    assert any("resuming the interrupted build" in note for note in recorder.notes)
     assert open_bundle(out) == result.manifest
 
 

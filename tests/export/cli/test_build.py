@@ -173,7 +173,7 @@ sys.exit(main({line!r}))
     killed = run("kill")
     assert (killed.returncode, killed.stdout) == (code, "")
     assert killed.stderr.endswith(f"flamingo-export: {word}\n")
-    assert "the same command goes on from there" in killed.stderr
+    assert "the same command resumes from there" in killed.stderr
     assert "Traceback" not in killed.stderr
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == [".x.bundle.building", ".x.bundle.building.json"]

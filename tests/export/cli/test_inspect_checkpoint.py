@@ -29,7 +29,7 @@ def test_what_would_be_built_is_what_build_makes(cli, nano: Path, tmp_path: Path
     assert outcome.code == 0
     for part in (
         "flamingo-export's own format",
-        "told by",
+        "recognised by",
         "float",
         "would be built: nano",
         "language_model",

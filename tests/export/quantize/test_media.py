@@ -153,7 +153,7 @@ def test_tensorrt_without_the_plugin_is_refused_with_the_nearest(built: pipeline
     with pytest.raises(BuildError, match=r'tensorrt-rtx runs without one.*media = "storage".*--backend tensorrt'):
         get_compiler("tensorrt-rtx").check_policy(POLICY, "sm89")
     get_compiler("tensorrt").check_policy(POLICY, None)
-    with pytest.raises(BuildError, match=r"reads media_k\.0, media_v\.0 in FP8, which TensorRT takes in a plugin alone"):
+    with pytest.raises(BuildError, match=r"reads media_k\.0, media_v\.0 in FP8, which TensorRT takes only in a plugin"):
         lint(lowered(built.path, frozenset()), frozenset())
 
 

@@ -137,7 +137,7 @@ def test_line_separators_of_unicode_stay_in_their_text(folder: Path) -> None:
     [
         ("[" * 100_000, "not JSON that can be read"),
         ('{"image": ' + "1" * 5000 + "}", "not JSON that can be read"),
-        ('{"image": "' + "a" * 5000 + '", "caption": "b"}', "is no path"),
+        ('{"image": "' + "a" * 5000 + '", "caption": "b"}', "is not a path"),
         ('{"image": "a.png", "caption": "a\\ud800"}', "surrogate"),
     ],
 )

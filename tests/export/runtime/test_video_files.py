@@ -209,8 +209,8 @@ def load_medium_of(path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"fps": 0.0}, "frames a second"),
-        ({"fps": float("nan")}, "frames a second"),
+        ({"fps": 0.0}, "frames per second"),
+        ({"fps": float("nan")}, "frames per second"),
         ({"clip": (2.0, 1.0)}, "START-END"),
         ({"clip": (5.0, 6.0)}, "the video ends at 2 s"),
     ],

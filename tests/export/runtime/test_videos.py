@@ -168,7 +168,7 @@ def test_what_is_no_video(tmp_path: Path) -> None:
     [
         ({"num_frames": [3]}, r"\[3\] frames were asked for, expected 1 to 30"),
         ({"num_frames": 2.5}, "2.5 frames were asked for"),
-        ({"fps": "3"}, "'3' frames a second were asked for"),
+        ({"fps": "3"}, "'3' frames per second were asked for"),
         ({"clip": 3}, "a clip is 3, expected two numbers of seconds"),
         ({"clip": (1,)}, r"a clip is \(1,\), expected two numbers"),
         ({"clip": (None, 2)}, "expected two numbers of seconds, START and END"),

@@ -216,7 +216,7 @@ def test_going_on_with_another_backend(bundle, monkeypatch, caplog):
         flamingo_export.load(bundle, backend="tensorrt-rtx", fallback="onnxruntime") as model,
     ):
         assert model.backend.name == "onnxruntime"
-    assert "going on with onnxruntime" in caplog.text
+    assert "using onnxruntime instead" in caplog.text
     assert "here is 1.7.1.116" in caplog.text
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 10})())
     with pytest.raises(
@@ -246,7 +246,7 @@ def test_fallback_on_the_command_line(bundle, capfd):
     assert main([*arguments, "--repeat", "1", "--fallback", "onnxruntime"]) == 0
     told = capfd.readouterr()
     assert "onnxruntime" in told.out
-    assert "going on with onnxruntime" in told.err
+    assert "using onnxruntime instead" in told.err
 
 
 def test_compiled_kernels_are_kept(bundle, gpu, tmp_path):

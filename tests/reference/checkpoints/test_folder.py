@@ -81,7 +81,7 @@ def test_all_faults_are_named_at_once(shards: Path) -> None:
     for part in (
         f"{second} is cut short",
         "names files that are not there: model-00009-of-00003.safetensors",
-        "names what are no files of its folder: '../outside.safetensors'",
+        "names what are not files of its folder: '../outside.safetensors'",
         f"{NAMES[0]} in {first.name}, {third.name}",
         f"{first} does not hold moved, which the index places there",
         "the index does not list stray",
@@ -95,7 +95,7 @@ def test_paths_that_leave_the_folder(shards: Path, place: str) -> None:
     content = json.loads(index.read_text())
     content["weight_map"][NAMES[0]] = place
     index.write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match="names what are no files of its folder"):
+    with pytest.raises(CheckpointError, match="names what are not files of its folder"):
         open_tensors(shards)
 
 
@@ -117,7 +117,7 @@ def test_an_index_that_is_none(shards: Path, text: str) -> None:
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/etc/passwd", "a" * 300, "\ud800", "a\0b", "a\\b"])
 def test_names_that_no_file_has(tmp_path: Path, name: str) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
-    with pytest.raises(CheckpointError, match="names what are no files of its folder"):
+    with pytest.raises(CheckpointError, match="names what are not files of its folder"):
         open_tensors(tmp_path, may_be_absent=True)
 
 

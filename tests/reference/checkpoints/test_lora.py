@@ -153,7 +153,7 @@ def test_everything_that_does_not_fit_is_named(base: FileReader, tmp_path: Path)
         f"changes model.layers.0.attn.q_proj.weight, which the base does not have (nearest: {Q}.weight)",
         f"{V}.lora_B.weight (9, 4) and base_model.model.{V}.lora_A.weight (4, 12) for {V}.weight (8, 12), expected (8, 4) and (4, 12)",
         f"{GATE}.lora_A.weight has no other half",
-        "extra is no half of an update",
+        "extra is neither a LoRA matrix",
         "Give the base it was trained on",
     ):
         assert part in message
@@ -170,7 +170,7 @@ def test_files_that_are_missing(base: FileReader, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "named"), [("[]", "holds a list, expected an object"), ("{", "is no JSON"), ("[" * 100_000, "is no JSON")]
+    ("text", "named"), [("[]", "holds a list, expected an object"), ("{", "is not JSON"), ("[" * 100_000, "is not JSON")]
 )
 def test_a_config_that_is_none(base: FileReader, tmp_path: Path, text: str, named: str) -> None:
     adapter = write(tmp_path / "adapter", {}, halves(Q))

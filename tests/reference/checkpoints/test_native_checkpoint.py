@@ -301,7 +301,7 @@ def test_index_that_lies(shards: Path, arrays: Arrays) -> None:
     for change, message in (
         ({names[0]: index["weight_map"][names[-1]]}, f"does not hold {names[0]}, which the index places there"),
         ({names[0]: None}, f"the index does not list {names[0]}"),
-        ({names[0]: "../elsewhere.safetensors"}, r"names what are no files of its folder: '\.\./elsewhere"),
+        ({names[0]: "../elsewhere.safetensors"}, r"names what are not files of its folder: '\.\./elsewhere"),
         ({names[0]: 3}, "is malformed"),
     ):
         weight_map = {name: file for name, file in (index["weight_map"] | change).items() if file is not None}

@@ -45,7 +45,7 @@ def test_files_that_are_none(tmp_path: Path, damage: str) -> None:
             "huge number": b"\x0a" + b"\xff" * 20,
         }[damage]
     )
-    named = "kind unigram, expected byte-pair" if damage == "unigram" else "is no SentencePiece model"
+    named = "kind unigram, expected byte-pair" if damage == "unigram" else "is not a SentencePiece model"
     with pytest.raises(CheckpointError, match=named):
         read_sentencepiece(path)
 
@@ -97,5 +97,5 @@ def test_added_tokens_beside_a_sentencepiece_model(tmp_path: Path) -> None:
 
 def test_no_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"is no tokenizer\.json"):
+    with pytest.raises(CheckpointError, match=r"is not a tokenizer\.json"):
         open_tokenizer(tmp_path / "tokenizer.json")

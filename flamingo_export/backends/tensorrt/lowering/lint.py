@@ -170,7 +170,7 @@ def _call(node: ir.Node, function: ir.Function) -> Iterator[str]:
             yield f"{node.name} does not pass {name}, which {function.name} declares: it would be 0"
     coded = [value.name for value in node.inputs if value is not None and value.dtype == ir.DataType.FLOAT8E4M3FN]
     if coded:
-        yield f"{node.name} reads {', '.join(map(str, coded))} in FP8, which TensorRT takes in a plugin alone: build with media in storage"
+        yield f"{node.name} reads {', '.join(map(str, coded))} in FP8, which TensorRT takes only in a plugin: build with media in storage"
     plugin = [name for name in PLUGIN_ATTRIBUTES if name in node.attributes or name in function.attributes]
     if plugin:
         yield f"{node.name} names a plugin ({', '.join(plugin)}) that this backend does not have"
@@ -180,13 +180,13 @@ def _scales(node: ir.Node) -> Iterator[str]:
     """A plugin's call whose bank is E4M3 has both scales, in fp32, and says so; another has none."""
     bank, scales = node.inputs[1:3], node.inputs[5:]
     coded = sum(value is not None and value.dtype == ir.DataType.FLOAT8E4M3FN for value in bank)
-    told = KV_SCALES in node.attributes and node.attributes[KV_SCALES].as_int() == 1
-    if not coded and not told and not scales:
+    scaled = KV_SCALES in node.attributes and node.attributes[KV_SCALES].as_int() == 1
+    if not coded and not scaled and not scales:
         return
     given = [None if value is None or value.dtype is None else str(value.dtype) for value in scales]
-    if coded != 2 or not told or [value.dtype for value in scales if value is not None] != [ir.DataType.FLOAT] * 2:
+    if coded != 2 or not scaled or [value.dtype for value in scales if value is not None] != [ir.DataType.FLOAT] * 2:
         yield (
-            f"{node.name} has {coded} inputs of the bank in FP8, scales {given} and {KV_SCALES} {int(told)}, "
+            f"{node.name} has {coded} inputs of the bank in FP8, scales {given} and {KV_SCALES} {int(scaled)}, "
             "expected both in FP8 with two scales in fp32, or none of it"
         )
 

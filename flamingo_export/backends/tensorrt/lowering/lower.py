@@ -4,8 +4,8 @@
     weights (bf16) -> Cast -> MatMul                 weights (bf16) -> MatMul              the Cast goes: no second copy of a weight
     x -> LayerNormalization -> y                     x -> Cast fp32 -> LayerNormalization -> Cast bf16 -> y
     past_k [B,H,C,D] -> TensorScatter                past_k [B,H,4096,D] -> TensorScatter  KV_CACHE_UPDATE, in place
-    flamingo::PhiCrossAttention + its body           with the plugin: the call alone, so that a missing plugin is an error
-                                                     without: body alone, nothing left that names a plugin
+    flamingo::PhiCrossAttention + its body           with the plugin: only the call, so that a missing plugin is an error
+                                                     without: only the body, nothing left that names a plugin
     flamingo::PhiRangeCrossAttention                 the same; without, a body that TensorRT compiles, phi_range.py
     relative positions                               with no copies, relative_positions.py
     Attention in fp32                                with TRT_decomposable=1, without which TensorRT has no fp32 implementation

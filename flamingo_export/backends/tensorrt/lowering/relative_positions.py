@@ -30,7 +30,7 @@ def simplify(graph: ir.Graph, capacity: int) -> None:
 
 
 def _cut(graph: ir.Graph, table: ir.Value, capacity: int) -> None:
-    """A table [H,D,blocks,block] is no input any more, and is read as far as the capacity reaches."""
+    """A table [H,D,blocks,block] is not an input any more, and is read as far as the capacity reaches."""
     assert table.const_value is not None
     shape = table.const_value.shape.numpy()
     table.shape = ir.Shape(shape)

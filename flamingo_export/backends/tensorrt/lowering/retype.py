@@ -2,7 +2,7 @@
 
 TensorRT is strongly typed: it computes in the types that the graph says. Every float becomes the compute type, but for
 
-- the statistics of LayerNormalization and RMSNormalization, with scale and bias: the square of a hidden state beyond 256 is no fp16
+- the statistics of LayerNormalization and RMSNormalization, with scale and bias: the square of a hidden state beyond 256 is not an fp16
   number. TensorRT fuses the two Casts around them into its kernel;
 - weights stored in another type, which stay where they are behind a Cast that TensorRT applies when building;
 - scales that a function at the seam is called with, which plugins take in fp32 and bodies cast by themselves.

@@ -1,7 +1,7 @@
 """Sizes that an engine is built for: one table of bounds a profile, in which a dimension has the same bounds wherever its name stands.
 
 A profile is a use of the engine that TensorRT tunes for by itself. The names are those of `specs`: B requests, S positions, M media,
-K logits, N media rows, F and T frames; of a text tower B texts of S tokens. C, the cache's capacity, is no symbol: in-place cache updates
+K logits, N media rows, F and T frames; of a text tower B texts of S tokens. C, the cache's capacity, is not a symbol: in-place cache updates
 want it fixed.
 """
 

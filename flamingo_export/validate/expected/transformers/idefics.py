@@ -66,7 +66,7 @@ class Idefics:
             with streamed.held(block):
                 yield _Gated(block)
         else:
-            raise ValueError(f"{prefix!r} is no part of a Flamingo")
+            raise ValueError(f"{prefix!r} is not part of a Flamingo")
 
     def inputs(
         self,

@@ -112,7 +112,7 @@ class Mllama:
             with streamed.held(block):
                 yield _Gated(block)
         else:
-            raise ValueError(f"{prefix!r} is no part of a Flamingo")
+            raise ValueError(f"{prefix!r} is not part of a Flamingo")
 
     def inputs(
         self,

@@ -29,7 +29,7 @@ def record_transformers(
 ) -> Goldens:
     """Expected values of every case, of `pixel_cases` and, unless `no_traces` says why not, of token traces.
 
-    Layers and subgraphs: transformers' module of each, alone, on the outputs of the last. Cases that begin with pixels: its whole model,
+    Layers and subgraphs: transformers' module of each, by itself, on the outputs of the last. Cases that begin with pixels: its whole model,
     whose weights are read as it runs. Traces: its `generate`, with all weights in memory. Raises ParityError as `TransformersParts` does.
     """
     # An older bundle lets a search generate what a checkpoint bans today.

@@ -121,7 +121,7 @@ def _empty(settings: Mapping[str, Any], dtype: torch.dtype, theirs: Theirs) -> A
     config = config_class.from_dict({**settings, **theirs.settings, "attn_implementation": "eager"})
     with torch.device("meta"):
         model = model_class(config).to(dtype).requires_grad_(False).eval()
-    # Buffers are no part of checkpoints: what transformers' own loading does for them.
+    # Buffers are not part of checkpoints: what transformers' own loading does for them.
     for module in model.modules():
         empty = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
         for name in empty:

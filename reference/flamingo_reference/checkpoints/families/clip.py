@@ -3,7 +3,7 @@
 openai         ViT-L-14.pt and open_clip's files: visual.conv1, visual.transformer.resblocks.0.attn.in_proj_weight (q, k and v joined).
                open_clip's models differ in their activation and heads, which open_clip_config.json says and no tensor does
 transformers   vision_model.embeddings.patch_embedding, vision_model.encoder.layers.0.self_attn.q_proj; also inside of IDEFICS, and, as newer
-               versions save the image encoder alone, without `vision_model.`
+               versions save only the image encoder, without `vision_model.`
 """
 
 from __future__ import annotations

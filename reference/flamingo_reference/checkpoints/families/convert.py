@@ -52,7 +52,7 @@ def adopt_native(parts: Parts) -> Adopted:
 
 
 def adopt_idefics(parts: Parts) -> Adopted:
-    """IDEFICS v1. One tuned on instructions is told by the token that ends its turns."""
+    """IDEFICS v1. One tuned on instructions is recognised by the token that ends its turns."""
     settings, ids = _settings(parts.model), parts.token_ids
     turn = ids.get(IDEFICS_INSTRUCT.tags.eoc)
     inputs = IDEFICS if turn is None else IDEFICS_INSTRUCT
@@ -84,8 +84,10 @@ def adopt_idefics(parts: Parts) -> Adopted:
 
 
 def adopt_llama_vision(parts: Parts) -> Adopted:
-    """Llama 3.2 Vision, by published names or those of transformers' live model. One tuned on instructions is told by its chat template, or by
-    the token that ends a turn among those that end its texts."""
+    """Llama 3.2 Vision, by published names or those of transformers' live model.
+
+    One tuned on instructions is recognised by its chat template, or by the token that ends a turn among those that end its texts.
+    """
     settings, ids, folder = _settings(parts.model), parts.token_ids, parts.model.path
     template = read_chat_template(folder) if folder.is_dir() else None
     config = llama_vision.config_from(settings)

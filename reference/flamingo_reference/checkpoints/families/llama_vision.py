@@ -161,7 +161,7 @@ def _ids(raw: Mapping[str, Any], name: str, default: int) -> tuple[int, ...]:
 
 
 def _schedule(text: Mapping[str, Any], layers: int) -> tuple[int, int, int]:
-    """(every, offset, number of LM layers) of a list of gated layers, numbered among all. Raises ConfigError for a list that is no regular
+    """(every, offset, number of LM layers) of a list of gated layers, numbered among all. Raises ConfigError for a list that is not a regular
     schedule of gated blocks, each before a language model layer."""
     where = "config.json, text_config"
     listed = setting(text, "cross_attention_layers", list, [3, 8, 13, 18, 23, 28, 33, 38], where=where)
@@ -183,7 +183,7 @@ def _schedule(text: Mapping[str, Any], layers: int) -> tuple[int, int, int]:
     every = before[1] - before[0] if len(before) > 1 else count
     if before != list(range(before[0], count, every)) or before[0] >= every:
         raise ConfigError(
-            f"{where}: cross_attention_layers {listed} is no regular schedule: gated blocks would stand before layers {before} of the "
+            f"{where}: cross_attention_layers {listed} is not a regular schedule: gated blocks would stand before layers {before} of the "
             f"language model's {count}."
         )
     return every, before[0], count

@@ -37,7 +37,7 @@ def read_config(path: Path) -> ModelConfig:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}); a checkpoint folder needs one.") from error
     except msgspec.MsgspecError as error:
-        raise CheckpointError(_refused(path) or f"{path} is no model config: {error}") from error
+        raise CheckpointError(_refused(path) or f"{path} is not a model config: {error}") from error
     try:
         config.validate()
     except ConfigError as error:

@@ -231,7 +231,9 @@ def _shape(shapes: Mapping[str, Shape], name: str) -> Shape:
     if name not in shapes:
         near = NearestName(shapes).find(name)
         alike = f" (nearest: {near} {shapes[near]})" if near else ""
-        raise ConfigError(f"checkpoint.pt holds no matrix {name}{alike}; it is no OpenFlamingo checkpoint, or not all of one.")
+        raise ConfigError(
+            f"checkpoint.pt holds no matrix {name}{alike}; it is not an OpenFlamingo checkpoint, or not all of one."
+        )
     if len(shapes[name]) != 2 or min(shapes[name]) < 1:
         raise ConfigError(f"checkpoint.pt: {name} has shape {shapes[name]}, expected a matrix.")
     return shapes[name]

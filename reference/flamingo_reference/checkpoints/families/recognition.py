@@ -1,4 +1,4 @@
-"""Which family a checkpoint is of, from its files alone: config.json, and the names of its tensors. Never from the name of a file."""
+"""Which family a checkpoint is of, from its files only: config.json, and the names of its tensors. Never from the name of a file."""
 
 from __future__ import annotations
 

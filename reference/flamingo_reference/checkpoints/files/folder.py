@@ -46,7 +46,7 @@ def open_file(path: Path) -> dict[str, TensorEntry]:
 def open_tensors(path: Path, names: Iterable[str] = NAMES, *, may_be_absent: bool = False) -> FileReader:
     """The tensors of a checkpoint: a file, or a folder with one of the files `names` or with shards and their index.
 
-    may_be_absent: shards that the index names need not be there; their tensors are known by name alone.
+    may_be_absent: shards that the index names need not be there; their tensors are known only by name.
 
     Raises CheckpointError naming all files that are missing, cut short or malformed, and all tensors that are not where the index says, are
     held twice or not listed.
@@ -74,7 +74,7 @@ def _open_shards(index: Path, *, may_be_absent: bool) -> FileReader:
     missing = {file for file in files if file not in outside and not (index.parent / file).is_file()}
     if outside:
         shown = ", ".join(repr(file[:80]) for file in sorted(outside)[:_SHOWN])
-        faults.append(f"names what are no files of its folder: {shown}{_more(outside)}")
+        faults.append(f"names what are not files of its folder: {shown}{_more(outside)}")
     if missing and not may_be_absent:
         faults.append(f"names files that are not there: {', '.join(sorted(missing)[:_SHOWN])}{_more(missing)}. Fetch them")
     absent = outside | missing

@@ -18,14 +18,14 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         size = path.stat().st_size
         if size > MAX_BYTES:
-            raise CheckpointError(f"{path} has {size} bytes, expected at most {MAX_BYTES}: it is no description of a model.")
+            raise CheckpointError(f"{path} has {size} bytes, expected at most {MAX_BYTES}: it is not a description of a model.")
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}). Fetch it again.") from error
     except (ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{path} is no JSON ({error}). Fetch it again.") from error
+        raise CheckpointError(f"{path} is not JSON ({error}). Fetch it again.") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, expected an object.")
     return content

@@ -39,7 +39,7 @@ class Persistent(msgspec.Struct, eq=False):
 
 
 class MalformedPickle(ValueError):
-    """Bytes that are no pickle, or one with instructions that files of tensors do not have."""
+    """Bytes that are not a pickle, or one with instructions that files of tensors do not have."""
 
 
 class _Mark:
@@ -69,7 +69,7 @@ def read_pickle(data: bytes) -> Any:
             machine.step(opcode.name, argument)
     except MalformedPickle:
         raise
-    except Exception as error:  # an instruction short of operands, text that is no UTF-8, ...
+    except Exception as error:  # an instruction short of operands, text that is not UTF-8, ...
         raise MalformedPickle(f"{type(error).__name__}: {error}") from error
     raise MalformedPickle("it ends before its last instruction")
 
@@ -99,7 +99,7 @@ class _Machine:
         elif name == "STACK_GLOBAL":
             attribute, module = stack.pop(), stack.pop()
             if not (isinstance(module, str) and isinstance(attribute, str)):
-                raise MalformedPickle("it names a global by what is no text")
+                raise MalformedPickle("it names a global by what is not text")
             stack.append(Name(module, attribute))
         elif name == "MARK":
             stack.append(_Mark)
@@ -133,7 +133,7 @@ class _Machine:
         else:
             more = self._above_mark() if name == "APPENDS" else [stack.pop()]
             if not isinstance(stack[-1], list):
-                raise MalformedPickle("it appends to what is no list")
+                raise MalformedPickle("it appends to what is not a list")
             stack[-1].extend(more)
 
     def _object(self, name: str, argument: Any) -> None:
@@ -141,14 +141,14 @@ class _Machine:
         if name in ("REDUCE", "NEWOBJ"):
             arguments, what = stack.pop(), stack.pop()
             if not isinstance(what, Name) or not isinstance(arguments, tuple):
-                raise MalformedPickle("it calls what is no name")
+                raise MalformedPickle("it calls what is not a name")
             stack.append({} if what == _ORDERED and not arguments else Call(what, arguments))
         elif name == "BUILD":
             state = stack.pop()
             if isinstance(stack[-1], Call):
                 stack[-1].state = state
             elif not isinstance(stack[-1], dict):  # an OrderedDict's attributes, such as torch's _metadata, are left out
-                raise MalformedPickle("it sets attributes of what is no object")
+                raise MalformedPickle("it sets attributes of what is not an object")
         elif name == "BINPERSID":
             stack.append(Persistent(stack.pop()))
         elif name == "INST":
@@ -156,7 +156,7 @@ class _Machine:
         elif name == "OBJ":
             what, *rest = self._above_mark()
             if not isinstance(what, Name):
-                raise MalformedPickle("it calls what is no name")
+                raise MalformedPickle("it calls what is not a name")
             stack.append(Call(what, tuple(rest)))
         else:
             raise MalformedPickle(f"it has the instruction {name}")
@@ -171,7 +171,7 @@ class _Machine:
 
 def _fill(target: Any, items: Sequence[Any]) -> None:
     if not isinstance(target, dict) or len(items) % 2:
-        raise MalformedPickle("it sets items of what is no dictionary")
+        raise MalformedPickle("it sets items of what is not a dictionary")
     twice = []
     for key, value in zip(items[::2], items[1::2], strict=True):
         # Other keys are not needed, and hashing a tuple may take forever: its parts may be one and the same tuple, level upon level.

@@ -38,11 +38,11 @@ def read_sentencepiece(path: Path) -> Tokenizer:
     one before a text. Raises CheckpointError if the file is malformed or of another kind than byte-pair encoding.
     """
     if path.stat().st_size > _MAX_BYTES:
-        raise CheckpointError(f"{path} has {path.stat().st_size} bytes, expected at most {_MAX_BYTES}: it is no tokenizer.")
+        raise CheckpointError(f"{path} has {path.stat().st_size} bytes, expected at most {_MAX_BYTES}: it is not a tokenizer.")
     try:
         pieces, trainer, normalizer = _parsed(path.read_bytes())
     except (ValueError, IndexError, TypeError, KeyError, struct.error) as error:
-        raise CheckpointError(f"{path} is no SentencePiece model ({error}). Fetch it again.") from error
+        raise CheckpointError(f"{path} is not a SentencePiece model ({error}). Fetch it again.") from error
     kind = trainer.get(3, 1)
     if kind != _BPE or trainer.get(24, 0):
         names = {1: "unigram", 3: "word", 4: "char"}

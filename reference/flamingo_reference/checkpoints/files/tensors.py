@@ -61,7 +61,7 @@ class FileReader:
 
     def __init__(self, entries: Mapping[str, tuple[Path, TensorEntry]], absent: Mapping[str, Path] | None = None) -> None:
         """entries: tensor name -> its file and its place there. absent: tensors of which no more is known than the file they should be in,
-        which is not there: they have names alone."""
+        which is not there: they have only names."""
         self._entries, self._absent = dict(entries), dict(absent or {})
 
     def plainly_named(self) -> FileReader:

@@ -54,7 +54,7 @@ def _read_json_tokenizer(path: Path) -> Tokenizer:
     except CheckpointError:
         raise
     except Exception as error:  # the library raises bare Exception
-        raise CheckpointError(f"{path} is no tokenizer.json ({error}). {advice}") from error
+        raise CheckpointError(f"{path} is not a tokenizer.json ({error}). {advice}") from error
 
 
 def _with_added_file(path: Path, tokenizer: Tokenizer) -> Tokenizer:

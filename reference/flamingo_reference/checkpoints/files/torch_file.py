@@ -47,7 +47,7 @@ _MAX_MODULES = 100_000
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _ADVICE = "Fetch the file again."
 _BROKEN = (zipfile.BadZipFile, UnicodeDecodeError, NotImplementedError, RuntimeError, EOFError, struct.error, zlib.error)
-"""What zipfile raises for an archive that is not whole: names that are no text, unknown compression, a password, data that end early."""
+"""What zipfile raises for an archive that is not whole: names that are not text, unknown compression, a password, data that end early."""
 
 
 class _Member(msgspec.Struct, frozen=True):
@@ -80,14 +80,16 @@ def _not_an_archive(path: Path, start: bytes) -> str:
             f"{path} is in the format that torch wrote before version 1.6, which cannot be read in parts. Where you trust the file, convert "
             "it once: python -c \"import torch; torch.save(torch.load('OLD.pt', map_location='cpu', weights_only=True), 'NEW.pt')\""
         )
-    return f"{path} is no file that torch wrote (it begins with {start!r}). {_ADVICE}"
+    return f"{path} is not a file that torch wrote (it begins with {start!r}). {_ADVICE}"
 
 
 def _entries(path: Path, archive: zipfile.ZipFile) -> dict[str, TensorEntry]:
     infos = archive.infolist()
     pickles = [info for info in infos if info.filename.endswith("/data.pkl") and info.filename.count("/") == 1]
     if len(pickles) != 1:
-        raise CheckpointError(f"{path} has {len(pickles)} members NAME/data.pkl, expected one: it is no file that torch wrote.")
+        raise CheckpointError(
+            f"{path} has {len(pickles)} members NAME/data.pkl, expected one: it is not a file that torch wrote."
+        )
     root = pickles[0].filename.removesuffix("data.pkl")
     _check_byte_order(path, archive, f"{root}byteorder")
     if pickles[0].file_size > _MAX_PICKLE:
@@ -151,7 +153,7 @@ def _named_tensors(path: Path, value: Any) -> dict[str, Call]:
     if calls:
         raise CheckpointError(
             f"{path} asks for code to be run when it is loaded ({', '.join(calls)}). It was not run, and such a file is not read: weights "
-            "need none of it. If you trust the file, save its tensors alone (torch.save(model.state_dict(), ...)) or as safetensors."
+            "need none of it. If you trust the file, save only its tensors (torch.save(model.state_dict(), ...)) or as safetensors."
         )
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}, expected a dictionary of tensors.")
@@ -193,7 +195,7 @@ def _tensor(content: Any) -> bool:
 
 
 def _rebuild(content: Any) -> Call | None:
-    """The call that makes a tensor from its storage, None if `content` is no tensor or parameter."""
+    """The call that makes a tensor from its storage, None if `content` is not a tensor or parameter."""
     if isinstance(content, Call) and content.what == _PARAMETER and content.arguments:
         content = content.arguments[0]
     return content if isinstance(content, Call) and content.what in _REBUILD else None
@@ -229,7 +231,7 @@ def _placed(call: Call, members: Mapping[str, _Member]) -> TensorEntry | str:
     storage, offset, shape, strides = arguments[:4] if len(arguments) >= 4 else (None,) * 4
     identity = storage.identity if isinstance(storage, Persistent) else None
     if not (isinstance(identity, tuple) and len(identity) == 5 and identity[0] == "storage" and isinstance(identity[1], Name)):
-        return "is no tensor with a storage"
+        return "is not a tensor with a storage"
     kind, key, count = identity[1], identity[2], identity[4]
     if kind.name not in _STORAGES:
         return f"has element type {kind}, expected one of {', '.join(_STORAGES)}"
