@@ -113,6 +113,7 @@ def _there(items: Sequence[Item], skip: bool) -> tuple[list[Item], int]:
         names = "\n".join(f"  {name}" for name in gone[:_SHOWN])
         more = f"\n  and {len(gone) - _SHOWN} more" if len(gone) > _SHOWN else ""
         raise EvaluationError(
-            f"the media of {len(gone)} of {len(items)} items are not there:\n{names}{more}\nBring them, or leave these items out: --skip-missing"
+            f"the media of {len(gone)} of {len(items)} items are not there, or are empty files:\n{names}{more}\n"
+            "Bring them, or leave these items out: --skip-missing"
         )
     return kept, len(gone)

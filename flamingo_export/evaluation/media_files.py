@@ -31,12 +31,14 @@ def video_in(folders: Sequence[Path], stem: str) -> Path:
 
 
 def missing_file(item: Item) -> Path | None:
-    """The file or folder that the item's medium is, if it does not exist; None for media that are there or held in memory."""
+    """The file or folder that the item's medium is, if it does not exist or is a file of 0 bytes, which a download leaves that never began;
+    None for media that are there or held in memory."""
     medium = item.medium.source if isinstance(item.medium, Video) else item.medium
     if isinstance(medium, str | Path):
         path = Path(medium)
         try:
-            return None if path.exists() else path
+            found = path.stat()
+            return path if found.st_size == 0 and path.is_file() else None
         except (OSError, ValueError):
             return path
     return None

@@ -241,7 +241,7 @@ def test_texts_are_shown_without_their_media(vqa: Path) -> None:
     for path in (vqa / "train2014").iterdir():
         path.unlink()
     assert run(Echo(), vqa, settings=Settings(shots=(0,))).cell(0).value == 100
-    with pytest.raises(EvaluationError, match="the media of 4 of 4 items are not there"):
+    with pytest.raises(EvaluationError, match="the media of 4 of 4 items are not there, or are empty files"):
         run(Echo(), vqa, settings=Settings(shots=(0, 1)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,13 +14,18 @@ _IVQA_AGREEMENT = 2
 """An answer that two of the five annotators gave is right."""
 
 
+def composed(text: str) -> str:
+    """Without outer blanks, letters with accents in one form: Unicode has two, which look alike (NFC)."""
+    return unicodedata.normalize("NFC", text).strip()
+
+
 def plain(text: str) -> str:
-    """Lower case, blanks made single ones, none outside."""
-    return " ".join(text.lower().split())
+    """`composed`, in lower case, blanks made single ones."""
+    return " ".join(composed(text).lower().split())
 
 
 class Exact:
-    """100 where the text is a reference to the letter, outer blanks aside."""
+    """100 where the text is a reference to the letter, outer blanks and the form of accents aside."""
 
     title, unit = "exact", "%"
 
@@ -29,7 +35,7 @@ class Exact:
     def score(self, items: Sequence[Item], outcomes: Sequence[Outcome]) -> Mean:
         """Of each item, 0 or 100."""
         right = [
-            outcome.text.strip() in {text.strip() for text in item.references}
+            composed(outcome.text) in {composed(text) for text in item.references}
             for item, outcome in zip(items, outcomes, strict=True)
         ]
         return Mean(items=100.0 * np.asarray(right, np.float64))
