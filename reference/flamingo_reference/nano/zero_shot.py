@@ -1,7 +1,7 @@
 """What nano's contrastive encoder tells apart, measured on held-out items: `python -m flamingo_reference.nano.zero_shot [--card]`.
 
-Classification: labels are captions, the likeliest wins. Retrieval: images and texts of all held-out scenes and digits together; a text is right for
-every image that it describes.
+Classification: labels are captions, the likeliest wins. Retrieval: images and texts of all held-out scenes and digits together; a text is right
+for every image that it describes.
 """
 
 from __future__ import annotations
