@@ -10,21 +10,22 @@ import sys
 from pathlib import Path
 
 from flamingo_export.bundle.manifest import Manifest, SourceRecord, default_limits
-from flamingo_export.errors import FlamingoExportError
+from flamingo_export.errors import FlamingoExportError, ParityError
 from flamingo_export.machine import available_memory
 from flamingo_export.precision import StorageType, default_precision
 from flamingo_export.sources import CheckpointSource
 from flamingo_export.sources.origin import source_digest
-from flamingo_export.validate.expected.golden import Goldens, save_goldens
+from flamingo_export.validate.expected.golden import Goldens, load_goldens, save_goldens
 from flamingo_export.validate.expected.recording import record
 from flamingo_export.validate.parity import GOLDEN_FOLDER
 from flamingo_reference.names import parameter_counts
 
 
-def record_checkpoint(checkpoint: Path, *, storage: StorageType | None = None) -> Goldens:
+def record_checkpoint(checkpoint: Path, *, storage: StorageType | None = None, add: bool = False) -> Goldens:
     """Writes CHECKPOINT/golden for bundles of these weights with default limits, and returns what was written. Needs torch.
 
-    storage: None is the default of the model's size. Raises CheckpointError.
+    storage: None is the default of the model's size. add: values that are there stay to the last bit, only cases that they lack are added, those
+    of a contrastive encoder that was trained later, say. Raises CheckpointError; ParityError if there are none to add to.
     """
     source = CheckpointSource(checkpoint)
     precision = default_precision(sum(parameter_counts(source.config).values()))
@@ -40,6 +41,16 @@ def record_checkpoint(checkpoint: Path, *, storage: StorageType | None = None) -
         files=(),
     )
     goldens = record(source, manifest, digest, tokenizer=source.tokenizer, memory=available_memory())
+    if add:
+        kept = load_goldens(checkpoint / GOLDEN_FOLDER, checkpoint)
+        if kept is None or kept.weights_sha256 != digest:
+            raise ParityError(
+                f"{checkpoint / GOLDEN_FOLDER} holds no golden values of these weights to add to. Leave out --add."
+            )
+        added = goldens.expected.keys() - kept.expected.keys()
+        kept.expected |= {key: goldens.expected[key] for key in sorted(added)}
+        kept.computed |= {key: error for key, error in goldens.computed.items() if key in added}
+        goldens = kept
     save_goldens(checkpoint / GOLDEN_FOLDER, goldens)
     return goldens
 
@@ -48,9 +59,10 @@ def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m flamingo_export.validate.record", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path, help="a checkpoint folder in our own format")
+    parser.add_argument("--add", action="store_true", help="keep the values that are there, and add cases that they lack")
     arguments = parser.parse_args(argv)
     try:
-        goldens = record_checkpoint(arguments.checkpoint)
+        goldens = record_checkpoint(arguments.checkpoint, add=arguments.add)
     except FlamingoExportError as error:
         print(f"record: {error}", file=sys.stderr)
         return 1
