@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from flamingo_export.api import refit as refit
     from flamingo_export.bundle.manifest import ShapeLimits as ShapeLimits
     from flamingo_export.errors import BackendError as BackendError
+    from flamingo_export.errors import BackendLost as BackendLost
     from flamingo_export.errors import BuildError as BuildError
     from flamingo_export.errors import BundleError as BundleError
     from flamingo_export.errors import CalibrationError as CalibrationError
@@ -70,6 +71,7 @@ _HOME = {
     "refit": "api",
     "ShapeLimits": "bundle.manifest",
     "BackendError": "errors",
+    "BackendLost": "errors",
     "BuildError": "errors",
     "BundleError": "errors",
     "CalibrationError": "errors",

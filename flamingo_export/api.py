@@ -154,13 +154,13 @@ def load(
     manifest = completed(path, open_bundle(path))
     options = SessionOptions(threads=threads, device=device)
     try:
-        chosen = get_backend(backend, manifest)
+        chosen = get_backend(backend, manifest, gpu=options.gpu)
         fitting = _fitting_rows(path, manifest, chosen, options, rows)
         return _opened(path, manifest, chosen, options, fitting, queue)
     except BackendError as error:
         if fallback is None:
             raise
-        other = get_backend(fallback, manifest)
+        other = get_backend(fallback, manifest, gpu=options.gpu)
         try:
             fitting = _fitting_rows(path, manifest, other, options, rows)
         except BackendError as short:
@@ -187,11 +187,11 @@ def load_encoder(
     manifest = open_bundle(path)
     options = SessionOptions(threads=threads, device=device)
     try:
-        chosen = get_backend(backend, manifest)
+        chosen = get_backend(backend, manifest, gpu=options.gpu)
     except BackendError as error:
         if fallback is None:
             raise
-        chosen = get_backend(fallback, manifest)
+        chosen = get_backend(fallback, manifest, gpu=options.gpu)
         _log.warning("using %s instead: %s", chosen.name, error)
     return ContrastiveEncoder(path, manifest, chosen, options)
 

@@ -12,7 +12,8 @@ FlamingoExportError
 ├── BuildError            a build that cannot start or resume: output taken, disk full, another build running
 ├── BundleError           a bundle that is incomplete, altered or of a newer schema
 ├── BackendError          a backend that is not installed or cannot run here
-│   └── IncompatibleEngine  an engine for another version, device or plugin
+│   ├── IncompatibleEngine  an engine for another version, device or plugin
+│   └── BackendLost       a device that the process cannot use any more
 ├── RequestRefused        the engine does not take a request now, or gives it up; the same request may succeed later
 │   ├── QueueFull         too many wait already
 │   ├── DeadlineExceeded  it was not finished in time
@@ -97,6 +98,10 @@ class DeadlineExceeded(RequestRefused):
 
 class EngineClosed(RequestRefused, BackendError):
     """A request to a model that is closed, or was closed before it was finished."""
+
+
+class BackendLost(BackendError):
+    """A device that this process cannot use any more, as a GPU after an error that CUDA does not recover from. A new process may."""
 
 
 class ParityError(FlamingoExportError, RuntimeError):

@@ -77,6 +77,9 @@ class Buffer(Protocol):
     @property
     def shape(self) -> tuple[int, ...]: ...
 
+    @property
+    def nbytes(self) -> int: ...
+
     def write(self, index: int, value: Tensor) -> None:
         """Copies `value` [...] into row `index` of the first axis. It may still be under way when this returns, until `publish`."""
 

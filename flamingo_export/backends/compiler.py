@@ -37,8 +37,8 @@ class Ready(Protocol):
 class Compiler(Backend, Protocol):
     """A backend that compiles each graph of a bundle into an engine, for one target."""
 
-    def fits(self, manifest: Manifest) -> bool:
-        """Whether a bundle has an engine of each graph that can be run here."""
+    def fits(self, manifest: Manifest, gpu: int = 0) -> bool:
+        """Whether a bundle has an engine of each graph that can be run here, on the GPU of that number."""
 
     def check_limits(self, limits: ShapeLimits) -> None:
         """Raises BuildError if no engine can have these limits."""

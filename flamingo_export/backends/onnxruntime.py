@@ -171,6 +171,10 @@ class HostBuffer:
     def shape(self) -> tuple[int, ...]:
         return self.array.shape
 
+    @property
+    def nbytes(self) -> int:
+        return self.array.nbytes
+
     def write(self, index: int, value: Tensor) -> None:
         """Copies `value` into row `index`."""
         self.array[index] = on_host("the value", value)

@@ -112,6 +112,10 @@ class TorchBuffer:
     def shape(self) -> tuple[int, ...]:
         return tuple(self.tensor.shape)
 
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.nbytes
+
     def write(self, index: int, value: HostOrDevice) -> None:
         """Copies `value` into row `index`."""
         self.tensor.numpy()[index] = on_host("the value", value)

@@ -26,13 +26,14 @@ PREFERRED = ("tensorrt", "tensorrt-rtx", "onnxruntime")
 """What `auto` tries, best first. The reference is never chosen by itself: it is there to be compared with."""
 
 
-def get_backend(name: str, manifest: Manifest | None = None) -> Backend:
+def get_backend(name: str, manifest: Manifest | None = None, *, gpu: int | None = None) -> Backend:
     """The backend of that name; `auto` is the first of PREFERRED that can run here, TensorRT only for a bundle with engines that fit.
 
-    manifest: of the bundle that is to be run. Raises BackendError if there is no such backend, or it cannot run here (with what to install).
+    manifest: of the bundle that is to be run. gpu: the one that engines must be for, None for the first.
+    Raises BackendError if there is no such backend, or it cannot run here (with what to install).
     """
     if name == "auto":
-        return _first_usable(manifest)
+        return _first_usable(manifest, gpu or 0)
     if name not in BACKEND_NAMES:
         raise BackendError(f"there is no backend {name!r}. Choose one of: auto, {', '.join(BACKEND_NAMES)}.")
     backend = _load(name)
@@ -65,7 +66,7 @@ def availability() -> dict[str, Availability]:
     return {name: _load(name).availability() for name in BACKEND_NAMES}
 
 
-def _first_usable(manifest: Manifest | None) -> Backend:
+def _first_usable(manifest: Manifest | None, gpu: int) -> Backend:
     refused = []
     for name in PREFERRED:
         if name in COMPILERS:
@@ -73,7 +74,7 @@ def _first_usable(manifest: Manifest | None) -> Backend:
             engines = manifest.engines if manifest is not None else ()
             if manifest is not None and any(engine.backend == name for engine in engines):
                 compiler = get_compiler(name)
-                if compiler.fits(manifest):
+                if compiler.fits(manifest, gpu):
                     return compiler
             continue
         backend = _load(name)

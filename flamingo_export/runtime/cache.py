@@ -180,14 +180,23 @@ class Cache:
             self._reallocate(rows, capacity)
         except BaseException as error:
             # Some buffers are grown and some are not: none can be used, the next call begins anew.
+            held = sum(buffer.nbytes for buffer in self._buffers.values())
             self._buffers, self.batch, self.capacity, self.lost = {}, 0, 0, True
             for row in self.rows:
                 row.held = ()
             if isinstance(error, MemoryError):
-                raise CapacityError(
-                    f"no memory for a cache of {rows} x {capacity} slots. Use fewer rows (--rows) or shorter prompts."
-                ) from error
+                raise CapacityError(self._short(rows, capacity, error, held)) from error
             raise
+
+    def _short(self, rows: int, capacity: int, error: MemoryError, held: int) -> str:
+        """How much was needed, and what would fit. held: bytes of buffers that are given back."""
+        text = f"no memory for a cache of {rows} x {capacity} slots"
+        asked, free = (getattr(error, name, None) for name in ("asked", "free"))
+        if asked and free is not None:
+            needed, left = asked * len(self._shapes), free + held  # keys and values of all layers are alike
+            fitting = left * rows // needed
+            text += f": it takes {needed / 2**20:.0f} MiB, of which {left / 2**20:.0f} MiB are there, enough for {fitting} rows"
+        return f"{text}. Use fewer rows (--rows) or shorter prompts."
 
     def _reallocate(self, batch: int, capacity: int) -> None:
         self._bound = None

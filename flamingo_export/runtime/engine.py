@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from flamingo_export.bundle.manifest import ShapeLimits
-from flamingo_export.errors import CapacityError, EngineClosed, InputError, QueueFull
+from flamingo_export.errors import BackendLost, CapacityError, EngineClosed, InputError, QueueFull
 from flamingo_export.runtime.cache import check_positions
 from flamingo_export.runtime.constraints import Forms
 from flamingo_export.runtime.jobs import Generating, Group, Job, Scoring
@@ -263,6 +263,11 @@ class Engine:
             yield self.loop
         self._ensure_driven()
 
+    @property
+    def lost(self) -> BackendLost | None:
+        """Why its device cannot be used any more, in which case requests that run, wait or come fail with it."""
+        return self.loop.lost
+
     def stats(self) -> EngineStats:
         """A snapshot; its parts may be a step apart."""
         loop, counts = self.loop, self.loop.counts
@@ -304,6 +309,8 @@ class Engine:
         with self._submitting:
             if self._closed:
                 raise _closed()
+            if self.lost is not None:
+                raise self.lost
             if self._queue is not None and self.loop.size >= self.rows + self._queue:
                 self._refused += 1
                 waiting = self.loop.size - self.loop.schedule.running

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from flamingo_export.bundle.manifest import ShapeLimits
-from flamingo_export.errors import DeadlineExceeded
+from flamingo_export.errors import BackendLost, DeadlineExceeded
 from flamingo_export.runtime.cache import Cache
 from flamingo_export.runtime.calls import Call, decode_feeds, plan_calls
 from flamingo_export.runtime.candidates import Scores, run_decoder
@@ -56,6 +56,8 @@ class Loop:
         self.revoked: deque[Ticket[Any]] = deque()
         self.counts: Counter[str] = Counter()
         """What has happened since the start, by the names of `EngineStats`."""
+        self.lost: BackendLost | None = None
+        """Why nothing can be computed any more."""
         self.failed_in_a_row = 0
         """Actions that failed since a step succeeded."""
         self._now = now
@@ -71,6 +73,9 @@ class Loop:
     def tick(self) -> bool:
         """One action. False if there was nothing to do."""
         self._take_in()
+        if self.lost is not None:
+            self._fail((), self.lost)
+            return False
         kind, entry = next_action(self.schedule, self._now())
         if kind is Kind.DECODE:
             self._decode()
@@ -173,7 +178,10 @@ class Loop:
             job.ticket.give_up() if error is None else job.ticket.fail(error)
 
     def _fail(self, jobs: Sequence[Job], error: BaseException) -> None:
-        """Requests fail; all that have rows do, if the cache was lost while it was to grow."""
+        """Requests fail; all that have rows do, if the cache was lost while it was to grow, and all there are, if the device was."""
+        if isinstance(error, BackendLost):
+            self.lost = error
+            jobs = list(self._jobs.values())
         if self.cache.lost:
             self.cache.lost = False
             jobs = [*jobs, *(job for job in self._jobs.values() if job.seat is not None)]

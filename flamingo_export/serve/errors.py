@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from flamingo_export.errors import (
+    BackendLost,
     CapacityError,
     DeadlineExceeded,
     EngineClosed,
@@ -61,6 +62,8 @@ def refusal_of(error: FlamingoExportError) -> ApiError | None:
         return ApiError(429, text, code="queue_full", retry=True)
     if isinstance(error, DeadlineExceeded):
         return ApiError(503, text, code="deadline_exceeded", retry=True)
+    if isinstance(error, BackendLost):
+        return ApiError(503, "The server's GPU failed, and needs a new process.", code="device_lost", retry=True)
     if isinstance(error, EngineClosed):
         return ApiError(
             503, "The model is being exchanged or the server is stopping. Try again.", code="unavailable", retry=True

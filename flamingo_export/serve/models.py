@@ -46,8 +46,8 @@ class Served:
 
     @property
     def healthy(self) -> bool:
-        """Whether its backend has not failed several times in a row."""
-        return self._failures < _FAILURES
+        """Whether its backend has neither failed several times in a row nor lost its device."""
+        return self._failures < _FAILURES and self.model.engine.lost is None
 
     @property
     def active(self) -> int:

@@ -28,6 +28,7 @@ from flamingo_export.backends.base import (
     check_feeds,
     on_host,
 )
+from flamingo_export.backends.external_data import loadable
 from flamingo_export.bundle.manifest import EngineRecord, GraphRecord, Manifest
 from flamingo_export.bundle.verify import open_bundle
 from flamingo_export.errors import BackendError, InputError, ParityError, pip_install
@@ -207,7 +208,7 @@ class PolygraphyBackend:
             if graph.layers is None
             else decoder_spec(manifest.config, range(*graph.layers), name=graph.name, media=manifest.precision.media)
         )
-        return PolygraphySession(bundle / graph.file, spec, self)
+        return PolygraphySession(bundle, bundle / graph.file, spec, self)
 
 
 class _HostArray:
@@ -219,6 +220,10 @@ class _HostArray:
     @property
     def shape(self) -> tuple[int, ...]:
         return self.array.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.array.nbytes
 
     def write(self, index: int, value: Tensor) -> None:
         self.array[index] = on_host("the value", value)
@@ -243,14 +248,26 @@ class _HostArray:
         return _HostArray(self.array.reshape(-1)[: math.prod(shape)].reshape(shape))
 
 
+def _of_links(graph: Path | bytes, folder: Path) -> Any:
+    """A session of ONNX Runtime on weights that lie below a folder, wherever the graph is."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+
 class PolygraphySession(HostSession):
     """A graph in Polygraphy's runner; what is bound is fed and read back at each call."""
 
-    def __init__(self, path: Path, spec: SubgraphSpec, backend: PolygraphyBackend) -> None:
+    def __init__(self, bundle: Path, path: Path, spec: SubgraphSpec, backend: PolygraphyBackend) -> None:
         from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
 
         self._path, self._spec, self._backend = path, spec, backend
-        self._runner = OnnxrtRunner(SessionFromOnnx(str(path), providers=["cpu"]))
+        source, folder = loadable(bundle, path)
+        # Polygraphy's own loader takes no options, which weights behind links need.
+        opened = SessionFromOnnx(str(path), providers=["cpu"]) if folder is None else lambda: _of_links(source, folder)
+        self._runner = OnnxrtRunner(opened)
         self._runner.activate()
         self._bound: dict[str, _HostArray] = {}
 

@@ -257,7 +257,8 @@ class FakeCuda:
             raise Misuse(f"{size} bytes were asked for")
         if kind == "device":
             if self.used + size > self.memory:
-                raise DeviceMemoryError("cudaErrorMemoryAllocation", f"CUDA is out of memory ({size} bytes)")
+                message = f"CUDA is out of memory ({size} bytes)"
+                raise DeviceMemoryError("cudaErrorMemoryAllocation", message, asked=size, free=self.memory - self.used)
             self.used += size
         block = np.full(size + 256, 0xCD, np.uint8)  # what was not written is not zero
         skipped = -block.ctypes.data % 256

@@ -89,6 +89,10 @@ class ArrayBuffer:
     def shape(self) -> tuple[int, ...]:
         return self.array.shape
 
+    @property
+    def nbytes(self) -> int:
+        return self.array.nbytes
+
     def write(self, index: int, value: Any) -> None:
         self.array[index] = value
 

@@ -536,6 +536,21 @@ def test_a_backend_that_fails_fails_its_requests_and_turns_unready(
     server.models.close()
 
 
+def test_a_device_that_is_lost_turns_the_server_unready_at_once(make_server: Callable[..., Server]) -> None:
+    server = make_server()
+    engine = server.models.find("nano").model.engine
+    with running(server) as client:
+        assert client.get("/health/ready").status == 200
+        engine.loop.lost = flamingo_export.errors.BackendLost("secret path of the server")
+        assert client.get("/health/ready").status == 503
+        found = client.chat(messages=user(image_part()))
+        assert (found.status, found.error["code"]) == (503, "device_lost")
+        assert "GPU" in found.error["message"]
+        assert "secret" not in found.error["message"]
+        assert client.get("/health/live").status == 200
+    server.models.close()
+
+
 def _explode(*_: object, **__: object) -> None:
     raise flamingo_export.errors.BackendError("secret path of the server")
 

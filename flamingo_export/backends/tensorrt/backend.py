@@ -79,9 +79,9 @@ class TensorRTBackend:
             )
         return Availability(usable=True, detail=f"{which.title} on a GPU of {here.target}")
 
-    def fits(self, manifest: Manifest) -> bool:
-        """Whether a bundle has an engine of each graph for this machine's GPU and this library's version, and they can be run here."""
-        here = library.device()
+    def fits(self, manifest: Manifest, gpu: int = 0) -> bool:
+        """Whether a bundle has an engine of each graph for a GPU of this machine and this library's version, and they can be run here."""
+        here = library.device(gpu)
         if here is None or not self.availability().usable:
             return False
         try:

@@ -9,7 +9,7 @@ import threading
 from typing import Any, Literal, Protocol
 
 from flamingo_export.backends.tensorrt import dlpack
-from flamingo_export.errors import BackendError
+from flamingo_export.errors import BackendError, BackendLost
 
 Direction = Literal["to device", "to host", "on device"]
 
@@ -24,10 +24,32 @@ _ADVICE = {
     "cudaErrorNoDevice": "There is no NVIDIA GPU, or CUDA_VISIBLE_DEVICES hides it",
     "cudaErrorInvalidDevice": "There is no such GPU",
     "cudaErrorDevicesUnavailable": "Another process has the GPU for itself (exclusive mode)",
-    "cudaErrorIllegalAddress": "The GPU cannot be used by this process any more: start it again, and please report this",
 }
+_LOST = frozenset(
+    {
+        "cudaErrorIllegalAddress",
+        "cudaErrorIllegalInstruction",
+        "cudaErrorInvalidAddressSpace",
+        "cudaErrorInvalidPc",
+        "cudaErrorMisalignedAddress",
+        "cudaErrorHardwareStackError",
+        "cudaErrorLaunchFailure",
+        "cudaErrorLaunchTimeout",
+        "cudaErrorECCUncorrectable",
+        "cudaErrorNvlinkUncorrectable",
+        "cudaErrorContextIsDestroyed",
+        "cudaErrorAssert",
+        "cudaErrorUnknown",
+    }
+)
+"""Errors after which every further call of the process fails, as CUDA documents them; the driver's log has an Xid of most."""
+_WHEN_LOST = (
+    "The GPU cannot be used by this process any more: start it again. The driver's log says why (dmesg | grep -i xid): of hardware (Xid 48, 63, "
+    "64, 74, 79, 94, 95) the GPU must be reset or replaced; else please report this"
+)
 
 
+_OTHERWISE = "See the driver's log"
 _current = threading.local()
 """`device`: what a thread's device was last set to here."""
 
@@ -41,7 +63,15 @@ class CudaError(BackendError):
 
 
 class DeviceMemoryError(CudaError, MemoryError):
-    """Memory of the device, or pinned memory of the host, that is not to be had."""
+    """Memory of the device, or pinned memory of the host, that is not to be had. asked, free: bytes, where they are known."""
+
+    def __init__(self, name: str, message: str, *, asked: int | None = None, free: int | None = None) -> None:
+        super().__init__(name, message)
+        self.asked, self.free = asked, free
+
+
+class DeviceLost(CudaError, BackendLost):
+    """After it every call of the process on its device fails."""
 
 
 class Cuda(Protocol):
@@ -155,12 +185,14 @@ class CudaRuntime:
         name = code.name
         self._cuda.cudaGetLastError()  # an error that is not sticky is not to be met again by the next call
         if name == "cudaErrorMemoryAllocation":
-            raise DeviceMemoryError(name, self._short_of_memory(function, arguments))
+            raise self._short_of_memory(function, arguments)
         _, text = self._cuda.cudaGetErrorString(code)
-        advice = _ADVICE.get(name, "See the driver's log")
-        raise CudaError(name, f"{function} failed with {name} ({bytes(text).decode(errors='replace')}). {advice}.")
+        said = f"{function} failed with {name} ({bytes(text).decode(errors='replace')})"
+        if name in _LOST:
+            raise DeviceLost(name, f"{said}. {_WHEN_LOST}.")
+        raise CudaError(name, f"{said}. {_ADVICE.get(name, _OTHERWISE)}.")
 
-    def _short_of_memory(self, function: str, arguments: tuple[Any, ...]) -> str:
+    def _short_of_memory(self, function: str, arguments: tuple[Any, ...]) -> DeviceMemoryError:
         wanted = f" of {arguments[0] / 2**20:.0f} MiB" if arguments and isinstance(arguments[0], int) else ""
         code, *found = self._cuda.cudaMemGetInfo()
         left = (
@@ -168,7 +200,10 @@ class CudaRuntime:
             if code == self._cuda.cudaError_t.cudaSuccess
             else ""
         )
-        return f"CUDA is out of memory ({function}{wanted}{left}). {OUT_OF_MEMORY}."
+        message = f"CUDA is out of memory ({function}{wanted}{left}). {OUT_OF_MEMORY}."
+        return DeviceMemoryError(
+            "cudaErrorMemoryAllocation", message, asked=arguments[0] if wanted else None, free=int(found[0]) if left else None
+        )
 
     def free_memory(self) -> tuple[int, int]:
         free, total = self._call("cudaMemGetInfo")

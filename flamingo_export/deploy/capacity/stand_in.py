@@ -42,6 +42,10 @@ class _Nothing:
         self.shape, self._clock, self._copy_slot = shape, clock, copy_slot
         self._views: dict[tuple[int, int], _Nothing] = {}
 
+    @property
+    def nbytes(self) -> int:
+        return 0
+
     def write(self, index: int, value: Tensor) -> None:
         pass
 

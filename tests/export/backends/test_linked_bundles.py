@@ -81,6 +81,18 @@ def test_a_bundle_of_links_gives_what_the_plain_one_gives(
         OnnxRuntimeBackend().open(linked, read_manifest(linked), graph, SessionOptions(threads=1)).close()
 
 
+@pytest.mark.parametrize("layout", [hub, dvc, linked_weights])
+def test_polygraphy_runs_a_bundle_of_links(layout: Callable[[Path, Path], Path], tiny_bundle: Path, tmp_path: Path) -> None:
+    pytest.importorskip("polygraphy")
+    from flamingo_export.validate.polygraphy_check import PolygraphyBackend
+
+    linked = layout(tiny_bundle, tmp_path / "there")
+    manifest = open_bundle(linked)
+    session = PolygraphyBackend().open(linked, manifest, manifest.graph("vision_encoder"), SessionOptions(threads=1))
+    np.testing.assert_allclose(session.run({"pixels": FRAMES})["features"], features(tiny_bundle), atol=1e-6)
+    session.close()
+
+
 def test_a_plain_bundle_is_opened_by_its_path(tiny_bundle: Path, tmp_path: Path) -> None:
     graph = tiny_bundle / "vision_encoder.onnx"
     assert loadable(tiny_bundle, graph) == (graph, None)

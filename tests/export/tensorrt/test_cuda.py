@@ -12,8 +12,8 @@ import trt_wheels
 
 from flamingo_export.backends.base import SessionOptions
 from flamingo_export.backends.tensorrt import cuda as cuda_module
-from flamingo_export.backends.tensorrt.cuda import Cuda, CudaError, CudaRuntime, DeviceMemoryError
-from flamingo_export.errors import BackendError
+from flamingo_export.backends.tensorrt.cuda import Cuda, CudaError, CudaRuntime, DeviceLost, DeviceMemoryError
+from flamingo_export.errors import BackendError, BackendLost
 
 CALLS = {
     "use": (), "free_memory": (), "malloc": (64,), "free": (1,), "malloc_async": (64, 5), "free_async": (1, 5), "malloc_host": (64,),
@@ -97,12 +97,21 @@ def test_codes_become_errors(spied):
     with pytest.raises(DeviceMemoryError, match=r"out of memory \(cudaMalloc of 3 MiB, .* are free\).*--fallback onnxruntime"):
         made.malloc(3 << 20)
     assert issubclass(DeviceMemoryError, MemoryError)
+    with pytest.raises(DeviceMemoryError) as short:
+        made.malloc(5)
+    assert (short.value.asked, short.value.free) == (5, 1)
     spy.codes["cudaStreamSynchronize"] = errors.cudaErrorIllegalAddress
-    with pytest.raises(CudaError, match=r"cudaStreamSynchronize failed with cudaErrorIllegalAddress.*start it again") as caught:
+    with pytest.raises(
+        DeviceLost, match=r"cudaStreamSynchronize failed with cudaErrorIllegalAddress.*start it again.*xid"
+    ) as caught:
         made.synchronize(5)
     assert caught.value.name == "cudaErrorIllegalAddress"
     assert "cudaGetLastError" in spy.called
-    assert all(hasattr(errors, name) for name in cuda_module._ADVICE)
+    assert all(hasattr(errors, name) for name in (*cuda_module._ADVICE, *cuda_module._LOST))
+    spy.codes["cudaStreamSynchronize"] = errors.cudaErrorInvalidValue
+    with pytest.raises(CudaError) as mistake:
+        made.synchronize(5)
+    assert not isinstance(mistake.value, BackendLost)
 
 
 def test_a_graph_that_cannot_be_made_is_not_left(spied):

@@ -14,10 +14,10 @@ import flamingo_export
 from flamingo_export.backends.registry import availability, get_backend
 from flamingo_export.backends.tensorrt import backend as backend_module
 from flamingo_export.backends.tensorrt import library, plugin
-from flamingo_export.backends.tensorrt.cuda import DeviceMemoryError
+from flamingo_export.backends.tensorrt.cuda import DeviceLost, DeviceMemoryError
 from flamingo_export.bundle.manifest import read_manifest, write_manifest
 from flamingo_export.bundle.verify import file_record
-from flamingo_export.errors import BackendError, BundleError, CapacityError, IncompatibleEngine
+from flamingo_export.errors import BackendError, BackendLost, BundleError, CapacityError, IncompatibleEngine
 from flamingo_export.runtime.request import Request
 
 REBUILD = r"flamingo-export build .*--backend tensorrt-rtx --target sm89 --out .*x\.bundle --overwrite"
@@ -50,6 +50,13 @@ def test_auto_takes_engines_that_fit(bundle, tiny_bundle, monkeypatch):
     assert get_backend("auto").name == "onnxruntime"
     with monkeypatch.context() as patched:
         patched.setattr(library, "device", lambda index=0: library.Device(target="sm120"))
+        with flamingo_export.load(bundle) as model:
+            assert model.backend.name == "onnxruntime"
+
+    with monkeypatch.context() as patched:
+        patched.setattr(library, "device", lambda index=0: library.Device(target=("sm120", "sm89")[index]))
+        with flamingo_export.load(bundle, device="cuda:1") as model:  # the engines are for the second one
+            assert model.backend.name == "tensorrt-rtx"
         with flamingo_export.load(bundle) as model:
             assert model.backend.name == "onnxruntime"
 
@@ -207,6 +214,36 @@ def test_memory_that_runs_out_for_bank_and_cache(bundle, gpu):
             model.generate([1, 5, 6], max_new_tokens=2)
         gpu.cuda.fail.clear()
         assert model.generate([1, 5, 6], max_new_tokens=2).token_ids
+
+
+def test_a_cache_that_does_not_fit_says_what_would(bundle, gpu):
+    """Of the four rows (a power of two) that a batch of three wants there is room for two, counting what the smaller cache gives back."""
+    with flamingo_export.load(bundle, backend="tensorrt-rtx") as model:
+        model.generate([1, 5, 6], max_new_tokens=2)
+        one = sum(buffer.nbytes for buffer in model.engine.loop.cache._buffers.values())
+        gpu.cuda.memory = gpu.cuda.used + one + one // 2
+        prompts = [Request(prompt=[1, 5, 6 + each]) for each in range(3)]
+        with pytest.raises(
+            CapacityError, match=r"a cache of 4 x 96 slots: it takes \d+ MiB, of which \d+ MiB are there, enough for 2 rows"
+        ):
+            model.generate(prompts, max_new_tokens=2, batch_size=3)
+
+
+def test_a_gpu_that_is_lost_fails_all_requests_with_the_reason(bundle, gpu):
+    """Those that run, those that wait, and those that come later; nothing is asked of the device any more."""
+    reason = DeviceLost("cudaErrorIllegalAddress", "cudaStreamSynchronize failed with cudaErrorIllegalAddress. Start it again.")
+    with flamingo_export.load(bundle, backend="tensorrt-rtx") as model:
+        assert model.generate([1, 5, 6], max_new_tokens=2).token_ids
+        gpu.cuda.fail["synchronize"] = reason
+        with pytest.raises(BackendLost, match="cudaErrorIllegalAddress"):
+            model.generate([Request(prompt=[1, 5, 6 + each]) for each in range(5)], max_new_tokens=2)
+        assert model.engine.lost is reason
+        assert model.engine.stats().running == model.engine.stats().waiting == 0
+        gpu.cuda.fail.clear()
+        before = gpu.cuda.calls.total()
+        with pytest.raises(BackendLost, match="Start it again"):
+            model.generate([1, 5, 6], max_new_tokens=2)
+        assert gpu.cuda.calls.total() == before
 
 
 def test_going_on_with_another_backend(bundle, monkeypatch, caplog):
