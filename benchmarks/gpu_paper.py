@@ -3,9 +3,10 @@
     python benchmarks/gpu_paper.py [--size 9b] [--precision bf16|fp8] [--max-length 4096] [--json]
 
 An engine reads its weights once a step, whatever the batch; of each row the slots that its attentions read, keys and values of every layer; and
-of each row the keys and values of one medium in every gated layer. Attentions that know the slots in use read these (TensorRT for RTX,
-TensorRT 11), others the whole capacity. Beams share their row's slots and medium, and add the slots that they wrote. Bandwidths are data
-sheets' times what copies reach of them; no card has confirmed it (docs/gpu.md).
+of each row the keys and values of one medium, or of an image of as many tiles as can be, in every gated layer. Attentions that know the
+slots in use read these (TensorRT for RTX, TensorRT 11), others the whole capacity. Media are read where they lie by the plugin; without
+it a step copies them first: read, written, read again. Beams share their row's slots and medium, and add the slots that they wrote.
+Bandwidths are data sheets' times what copies reach of them; no card has confirmed it (docs/gpu.md).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "reference")]
 
+from flamingo_export import estimates  # noqa: E402
 from flamingo_export.precision import BYTES_PER_WEIGHT, Precision  # noqa: E402
 from flamingo_export.quantize.policies import preset  # noqa: E402
 from flamingo_export.weights import bundle_weights, stored_bytes  # noqa: E402
@@ -42,6 +44,7 @@ class Step:
     caches: int
     caches_without_lengths: int
     media: int
+    media_without_plugin: int
 
     def fits(self, memory: float) -> bool:
         """Whether weights and caches of the whole capacity lie in a card's memory."""
@@ -55,7 +58,7 @@ class Step:
 
 def step(config: ModelConfig, precision: Precision, *, rows: int, length: int, beams: int, capacity: int) -> Step:
     """The step that writes the last of `length` tokens of each row; the beams' own tokens are the last tenth of them."""
-    lm, block = config.language_model, config.cross_attention
+    lm = config.language_model
     width = BYTES_PER_WEIGHT[precision.storage]
     slot = int(2 * lm.num_layers * lm.kv_heads * lm.head_size * width)
     weights = sum(
@@ -65,7 +68,8 @@ def step(config: ModelConfig, precision: Precision, *, rows: int, length: int, b
     )
     generated = length // 10
     used = min(capacity, length - generated + beams * generated)
-    media = len(config.gated_layers) * 2 * block.num_heads * config.resampler.num_latents * block.head_size
+    tiles = config.tiled.max_tiles if config.tiled is not None else 1
+    media = estimates.media_bytes(config, rows=rows * tiles, width=1) * (1 if precision.media == "fp8" else width)
     return Step(
         rows=rows,
         length=length,
@@ -73,7 +77,8 @@ def step(config: ModelConfig, precision: Precision, *, rows: int, length: int, b
         weights=weights,
         caches=rows * used * slot,
         caches_without_lengths=rows * capacity * slot,
-        media=int(rows * media * (1 if precision.media == "fp8" else width)),
+        media=int(media),
+        media_without_plugin=int(3 * media),
     )
 
 
@@ -106,7 +111,11 @@ def main() -> None:
     print(
         f"{options.size} in {options.precision}, capacity {options.max_length}: GB read by a step, and ms with lengths / without\n"
     )
-    print("| rows | length | beams | weights | caches, with lengths / without | media | " + " | ".join(CARDS) + " |")
+    print(
+        "| rows | length | beams | weights | caches, with lengths / without | media, with the plugin / without | "
+        + " | ".join(CARDS)
+        + " |"
+    )
     print("|---" * (6 + len(CARDS)) + "|")
     for each in found:
         times = [
@@ -117,7 +126,8 @@ def main() -> None:
         ]
         cells = [
             str(each.rows), str(each.length), str(each.beams), f"{each.weights / 1e9:.2f}",
-            f"{each.caches / 1e9:.2f} / {each.caches_without_lengths / 1e9:.2f}", f"{each.media / 1e9:.2f}", *times,
+            f"{each.caches / 1e9:.2f} / {each.caches_without_lengths / 1e9:.2f}",
+            f"{each.media / 1e9:.2f} / {each.media_without_plugin / 1e9:.2f}", *times,
         ]  # fmt: skip
         print("| " + " | ".join(cells) + " |")
 

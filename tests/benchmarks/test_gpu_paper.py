@@ -24,3 +24,11 @@ def test_a_row_of_9b_reads_what_it_holds():
     assert found.milliseconds(1e12, lengths=True) == pytest.approx((found.weights + found.caches + found.media) / 1e9)
     assert not gpu_paper.step(config, precision, rows=64, length=1000, beams=1, capacity=4096).fits(141e9)
     assert found.fits(141e9)
+
+
+def test_a_row_of_llama_reads_the_tiles_of_an_image():
+    """8 gated layers of 8 heads of 128, 4 tiles of 1601 keys: 210 MB in 16 bits; copied first, where there is no plugin, three times that."""
+    config = PRESETS["llama-3.2-11b-vision"]
+    found = gpu_paper.step(config, Precision(storage="bf16"), rows=2, length=1000, beams=1, capacity=4096)
+    assert found.media == 2 * 209_846_272
+    assert found.media_without_plugin == 3 * found.media
