@@ -204,14 +204,14 @@ def test_a_base_model_is_told_by_its_end(llama: tuple[Path, Any], tmp_path: Path
         ({"quantization_config": {"quant_method": "awq"}}, "awq.*published quantised"),
         ({"text_config__cross_attention_layers": [1, 2]}, "1 and 2 next to each other"),
         ({"text_config__cross_attention_layers": [1, 5]}, "ends with the model's last layer, 5"),
-        ({"text_config__cross_attention_layers": [2, 4]}, "no regular schedule"),
+        ({"text_config__cross_attention_layers": [2, 4]}, "not a regular schedule"),
         ({"text_config__cross_attention_layers": []}, "expected layers of 6"),
         ({"vision_config__supported_aspect_ratios": [[1, 1], [2, 2]]}, "supported_aspect_ratios"),
         ({"vision_config__vision_output_dim": 96}, "vision_output_dim is 96"),
         ({"vision_config__intermediate_layers_indices": [1, 2, 7]}, "beyond the 5"),
         ({"image_token_index": 12}, "image_token_index is 12"),
         ({"text_config__tie_word_embeddings": True}, "tie_word_embeddings"),
-        ({"model_type": "mllama_text_model"}, "without its vision encoder"),
+        ({"model_type": "mllama_text_model"}, "without its vision encoder.*Bring the whole checkpoint"),
     ],
 )
 def test_settings_that_are_refused(llama: tuple[Path, Any], tmp_path: Path, settings: dict[str, Any], message: str) -> None:
@@ -254,6 +254,15 @@ def test_embedding_rows_other_than_the_head_and_8(llama: tuple[Path, Any], tmp_p
     name = "language_model.model.embed_tokens.weight"
     folder = rewritten(llama[0], tmp_path / "bad", lambda all_: all_ | {name: all_[name][:-1]})
     with pytest.raises(CheckpointError, match=rf"{name}.*\(77, 48\).*\(78, 48\)"):
+        load(CheckpointFiles(path=folder))
+
+
+def test_a_text_only_llama(llama: tuple[Path, Any], tmp_path: Path) -> None:
+    """Llama 3.2 1B and 3B are language models and nothing else."""
+    rows = {"model.embed_tokens.weight": torch.zeros(70, 48), "model.layers.0.self_attn.q_proj.weight": torch.zeros(48, 48)}
+    folder = rewritten(llama[0], tmp_path / "text", lambda _: rows)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 48}))
+    with pytest.raises(CheckpointError, match=r"is a LLaMA language model .*, a part of a model"):
         load(CheckpointFiles(path=folder))
 
 

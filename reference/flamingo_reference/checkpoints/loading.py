@@ -182,6 +182,8 @@ def find_tokenizer(files: CheckpointFiles) -> Path | None:
 def _check_parts(model: Recognised, given: Mapping[Part, Path | None]) -> None:
     """Raises CheckpointError if a part is missing, or given and not wanted."""
     family = model.family
+    if family.advice:
+        raise CheckpointError(f"{model.path} is {family.title} ({model.evidence[0]}). {family.advice}")
     if family.part != "model":
         raise CheckpointError(
             f"{model.path} is {family.title} ({model.evidence[0]}), a part of a model. Give the model's own checkpoint, and this one "

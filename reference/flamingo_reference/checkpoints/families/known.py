@@ -30,6 +30,7 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
     needs: the parts that it leaves to other files.
     inputs: how it takes images and text. adopt: makes the model of its files, None where it is but a part of one. plain_name: a tensor's name
     without what depends on how the model was put together, by which adapters find the tensors that they were trained on.
+    advice: of a part that no family takes from another file, what to bring in its place.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
     inputs: InputFormat = PAPER
     adopt: Callable[[Parts], Adopted] | None = None
     plain_name: Callable[[str], str] = str
+    advice: str = ""
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -77,6 +79,7 @@ FAMILIES: tuple[Family, ...] = (
         name="llama_vision_text",
         title="the language model of Llama 3.2 Vision without its vision encoder",
         part="language_model",
+        advice="Bring the whole checkpoint, whose config.json says model_type 'mllama' and has a vision_config.",
         model_types=("mllama_text_model",),
         marks=(r"(?:language_model\.)?model\.layers\.\d+\.cross_attn\..+",),
     ),
