@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from llama_chat import TEMPLATE
 from PIL import Image
 
 import flamingo_export
 from flamingo_calibration import BadSample, read_samples
+from flamingo_export.runtime.chat_template import ChatTemplate
 from flamingo_export.runtime.model import Model
 from flamingo_export.runtime.prompts import Shot, caption_prompt, qa_prompt, read_shots
 from flamingo_export.runtime.request import Request
@@ -39,6 +41,37 @@ def model(bundle: Path) -> Iterator[Model]:
 
 def text(rng: random.Random) -> str:
     return "".join(rng.choice(PIECES) for _ in range(rng.choice((0, 1, 2, 3, 6))))
+
+
+TEMPLATE_PIECES = (
+    "{{", "}}", "{%", "%}", "{%-", "-%}", "{#", "#}", "{{ messages }}", "{% for m in messages %}", "{% endfor %}", "{% if m %}", "{% endif %}",
+    "{% set x = messages %}", "{% set ns = namespace(a=1) %}", "{% set ns.a = ns.a ~ ns.a %}", "{{ m['content'] | trim }}", "{{ m.role }}",
+    "{{ x | tojson }}", "{{ x | join(x) }}", "{{ range(99999) | list }}", "{{ x * 99 }}", "{{ raise_exception(x) }}", "{{ strftime_now(x) }}",
+    "{% macro f(x) %}", "{{ f(f) }}", "{% endmacro %}", "{% raw %}", "{{ self }}", "{{ loop }}", "{{ x.__class__ }}", "|", "~", "(", ")",
+    "{{ x[0:9:2] }}", "{{ [x, x] }}", "{{ {x: x} }}", "{% include 'x' %}", "{% block b %}", "{% endblock %}", "{{ 1 // 0 }}", "{{ -x }}",
+    "{{ x < ns }}", "{{ x in x }}", "{{ not x is defined }}", "{% break %}", "{{ 9 ** 9 ** 9 }}", "{{ x | sort(attribute='role') }}",
+)  # fmt: skip
+
+
+def test_chat_templates() -> None:
+    """Templates of pieces, and a whole one with letters changed, about strange messages: a text or an error of ours, within a second."""
+
+    def case(rng: random.Random) -> None:
+        source = "".join(rng.choice(TEMPLATE_PIECES) for _ in range(rng.randrange(1, 8)))
+        if rng.random() < 0.5:
+            letters = list(TEMPLATE)
+            for _ in range(rng.randrange(1, 6)):
+                letters[rng.randrange(len(letters))] = rng.choice("{}%-|~.'\"[]()= \n0a_")
+            source = "".join(letters)
+        messages: Any = [{"role": "user", "content": text(rng)}, {"role": "assistant", "content": [{"type": "image"}]}]
+        if rng.random() < 0.3:
+            messages = [rng.choice(STRANGE), *messages]
+        found = ChatTemplate(source).render(
+            messages, special={"bos_token": "a", "eos_token": "b"}, seconds=1, characters=100_000
+        )
+        assert isinstance(found, str)
+
+    fuzz("chat template", 300, case)
 
 
 def test_prompts(model: Model) -> None:

@@ -8,6 +8,7 @@ import pytest
 from llama_chat import BOS, EOT, REFUSING_TEMPLATE, TEMPLATE, write_tokenizer
 
 from flamingo_export.errors import PromptError
+from flamingo_export.runtime import chat_template, template_filters
 from flamingo_export.runtime.chat_template import MAX_SOURCE, ChatTemplate
 
 SPECIAL = {"bos_token": BOS, "eos_token": EOT}
@@ -137,6 +138,8 @@ def test_nothing_outside_is_reached(source):
 
 
 ENDLESS = [
+    "{% set r = range(99999) %}{% for a in r %}{% for b in r %}{% endfor %}{% endfor %}",
+    "{% set r = range(99999) %}{% for a in r %}{% for b in r if b < 0 %}{% endfor %}{% endfor %}",
     "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "{% for a in range(99999) %}{% for b in range(99999) if false %}{% endfor %}{% endfor %}",
     "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
@@ -180,15 +183,17 @@ def test_what_does_not_end_is_stopped(source):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("source", LARGE)
-def test_what_grows_is_stopped(source):
-    """Before memory is taken: a few texts of the largest size fit."""
+def test_what_grows_is_stopped(source, monkeypatch):
+    """Before memory is taken: a few texts of the largest size fit. (Of a tenth of it here: tracing memory is slow.)"""
     import tracemalloc
 
+    for module in (chat_template, template_filters):
+        monkeypatch.setattr(module, "MAX_SIZE", 100_000)
     tracemalloc.start()
     try:
-        with pytest.raises(PromptError, match=r"the chat template (was stopped|fails|cannot be read)"):
-            rendered(source)
-        assert tracemalloc.get_traced_memory()[1] < 200 * 2**20
+        with pytest.raises(PromptError, match=r"the chat template (was stopped|fails|cannot be read): (?!it does not end)"):
+            rendered(source, seconds=120, characters=100_000)  # time is not what stops it
+        assert tracemalloc.get_traced_memory()[1] < 20 * 2**20
     finally:
         tracemalloc.stop()
 
