@@ -3,6 +3,7 @@
 # make test-fast    the tests that take seconds, in three minutes: the inner loop
 # make lock         the lock files in requirements/, anew with the newest versions (docs/development.md)
 # make test-oldest  nano's build, generate, parity and the command line on the lowest versions admitted; make test-newest: all on the newest
+# make test-deploy  Ray Serve and Triton for real, manifests by KServe's SDK, each in an environment of its own (docs/scaling.md)
 # make wheel-check  builds the wheel, installs it into an empty environment and runs the demo's first steps from there
 # make bench        the figures of the README's results table
 # make docs         the documentation as a site, docs/_build/html/index.html; a broken link fails
@@ -15,7 +16,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast lint lock test-oldest test-newest wheel-check bench docs plugin gpu-wheels release clean
+.PHONY: help demo test test-fast lint lock test-deploy test-oldest test-newest wheel-check bench docs plugin gpu-wheels release clean
 
 # Paths are relative throughout, so the folder's own path may hold spaces. The venv's programs are called through its Python for the same reason.
 PY := .venv/bin/python
@@ -86,12 +87,29 @@ lock: .venv-uv/made
 	$(COMPILE) --extra cpu --extra trace --extra train --extra serve --extra video --extra eval --extra debug --extra faiss \
 		--extra constraints --group dev \
 		-c requirements/base.txt -o requirements/dev.txt
+	$(COMPILE) --extra cpu --extra serve --extra ray --group ray -o requirements/ray.txt
+	.venv-uv/bin/uv pip compile -q --upgrade --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links \
+		--custom-compile-command "make lock" requirements/kserve.in -o requirements/kserve.txt
+	$(subst --universal,--python-platform x86_64-manylinux_2_35,$(COMPILE)) --extra cpu --group triton -o requirements/triton.txt
 
 test-oldest: .venv-uv/made
 	scripts/test_versions lowest "$(TORCH)" $(PYTEST_ARGS)
 
 test-newest: .venv-uv/made
 	scripts/test_versions newest "$(TORCH)" $(PYTEST_ARGS)
+
+# Hosts for real, each in an environment of its own: the server's and engine's own tests are in `make test`.
+.venv-ray/installed .venv-triton/installed .venv-kserve/installed: .venv-%/installed: requirements/%.txt pyproject.toml .venv/made
+	@echo "installing what $* needs (a few minutes the first time)"
+	@test -x .venv-$*/bin/python || $(PY) -m venv .venv-$*
+	@.venv-$*/bin/python $(INSTALL) $(LOCKED) -r requirements/$*.txt
+	@.venv-$*/bin/python $(INSTALL) $(THIS)
+	@touch $@
+
+test-deploy: .venv-ray/installed .venv-triton/installed .venv-kserve/installed
+	.venv-kserve/bin/python -m pytest -m deploy tests/deploy/real/test_kserve_real.py $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 .venv-ray/bin/python -m pytest -m deploy tests/deploy/real/test_ray_real.py --durations=10 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 .venv-triton/bin/python -m pytest -m deploy tests/deploy/real/test_triton_real.py --durations=10 $(PYTEST_ARGS)
 
 wheel-check: .venv/installed
 	scripts/wheel_check
@@ -126,5 +144,5 @@ bench: .venv/installed-dev
 	$(PY) benchmarks/build_memory.py --size 9b
 
 clean:
-	rm -rf .venv .venv-uv .venv-lowest .venv-newest .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .test-cache demo-report dist docs/_build docs/reference/cli.md
+	rm -rf .venv .venv-uv .venv-ray .venv-triton .venv-kserve .venv-lowest .venv-newest .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .test-cache demo-report dist docs/_build docs/reference/cli.md
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

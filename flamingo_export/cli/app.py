@@ -66,7 +66,7 @@ app.command("generate", short_help="Describe images and videos, or answer a ques
 )
 app.command("score", short_help="Rank candidate answers by their log-likelihood.", cls=MediaCommand)(score.score)
 app.command("serve", short_help="Serve bundles over HTTP: OpenAI's API, a web page, metrics.")(serve.serve)
-app.command("package", short_help="Write a folder that runs a bundle in containers or on Kubernetes.", cls=Verb)(
+app.command("package", short_help="Write a folder that runs a bundle in containers, on Kubernetes, Ray or Triton.", cls=Verb)(
     package.package
 )
 app.command("eval", short_help="Score a bundle on a benchmark, few-shot, beside another.")(eval.eval_)

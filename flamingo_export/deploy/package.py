@@ -15,10 +15,12 @@ from flamingo_export.errors import BuildError
 from flamingo_export.files import write_atomically
 from flamingo_export.weights import WeightIndex
 
-Host = Literal["docker", "kubernetes"]
+Host = Literal["docker", "kubernetes", "kserve", "ray", "triton"]
 HOSTS: tuple[str, ...] = get_args(Host)
 _FIELD = re.compile(r"@([a-z_]+)@")
 _GIB = 1 << 30
+_SHARED = {"kserve": ("kubernetes", ("claim.yaml", "loader.yaml"))}
+"""Files that a host takes from another one's templates."""
 
 
 def package(bundle: Path, host: str, out: Path) -> list[Path]:
@@ -41,15 +43,27 @@ def package(bundle: Path, host: str, out: Path) -> list[Path]:
         path = out / name
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, _FIELD.sub(lambda found: fields[found[1]], text).encode())
-        if name == "run":
+        if text.startswith("#!"):
             path.chmod(path.stat().st_mode | stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH)
         written.append(path)
     return written
 
 
 def _templates(host: str) -> list[tuple[str, str]]:
-    folder = resources.files(__package__).joinpath("templates", host)
-    return [(entry.name, entry.read_text(encoding="utf-8")) for entry in folder.iterdir() if entry.is_file()]
+    """Names within the folder, with `/` between, and texts."""
+    found: list[tuple[str, str]] = []
+    left = [("", resources.files(__package__).joinpath("templates", host))]
+    while left:
+        prefix, folder = left.pop()
+        for entry in folder.iterdir():
+            if entry.is_file():
+                found.append((prefix + entry.name, entry.read_text(encoding="utf-8")))
+            elif entry.name != "__pycache__":
+                left.append((f"{prefix}{entry.name}/", entry))
+    if host in _SHARED:
+        other, names = _SHARED[host]
+        found += [(name, text) for name, text in _templates(other) if name in names]
+    return found
 
 
 def _fields(bundle: Path, manifest: Manifest) -> dict[str, str]:

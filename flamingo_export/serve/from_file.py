@@ -176,7 +176,7 @@ def _run(
                 result = future.result()
                 file.write(json.dumps(result, ensure_ascii=False).encode() + b"\n")
                 tally.done += 1
-                tally.failed += _failed(result)
+                tally.failed += failed(result)
                 progress.advance(1)
             file.flush()
     except BaseException:
@@ -187,7 +187,19 @@ def _run(
         raise
 
 
-def _failed(result: dict[str, Any]) -> bool:
+def answer_lines(model: Model, folder: Path, lines: Sequence[bytes], *, first: int = 1) -> list[dict[str, Any]]:
+    """Results of lines in their order, answered side by side as far as the engine has rows. folder: what paths are relative to.
+
+    first: number of the first line, by which one without an id is named. A line that fails is a result with its error.
+    """
+    asked = [_parsed(line, number) for number, line in enumerate(lines, start=first)]
+    tickets: set[Ticket[Any]] = set()
+    with ThreadPoolExecutor(model.engine.rows + _AHEAD) as pool:
+        return list(pool.map(lambda each: _answer(model, folder, each, Settings(), tickets), asked))
+
+
+def failed(result: dict[str, Any]) -> bool:
+    """Whether a line has no answer."""
     return result.get("error") is not None
 
 
@@ -393,5 +405,5 @@ def _resumed(out: Path, identity: dict[str, Any]) -> dict[str, bool]:
     for raw in data[:whole].splitlines():
         record = json.loads(raw)
         name = record.get("custom_id", record.get("id"))
-        keys[name if isinstance(name, str) else json.dumps(name)] = _failed(record)
+        keys[name if isinstance(name, str) else json.dumps(name)] = failed(record)
     return keys

@@ -1,0 +1,107 @@
+"""Answers a file of requests with several workers on Ray Data.
+
+    python -m flamingo_export.deploy.ray.batch BUNDLE --requests in.parquet --out results/ --workers 2
+
+Each worker opens the bundle once and answers blocks of requests through one engine, as `generate --requests` does on one machine. A block's
+results are a file that is there once it is complete, so a run that was stopped, by kill -9 even, does what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from flamingo_export.bundle.identity import bundle_digest
+from flamingo_export.bundle.manifest import read_manifest
+from flamingo_export.deploy.ray.blocks import Block, claim, cut, identity_of, lines
+from flamingo_export.deploy.ray.start import connect
+from flamingo_export.errors import FlamingoExportError
+from flamingo_export.files import write_atomically
+
+
+class Worker:
+    """Answers blocks, in a process of Ray's."""
+
+    def __init__(self, bundle: str, requests: str, out: str, options: dict[str, Any]) -> None:
+        """options: of `flamingo_export.load`."""
+        import flamingo_export
+
+        self._model = flamingo_export.load(Path(bundle), **options)
+        self._requests, self._out = Path(requests), Path(out)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Blocks of the batch, each written when it is complete; returns how many lines were done and failed."""
+        from flamingo_export.serve.from_file import answer_lines, failed
+
+        done = []
+        for number, first, count in zip(batch["number"], batch["first"], batch["count"], strict=True):
+            block = Block(number=int(number), first=int(first), count=int(count))
+            asked = list(islice(lines(self._requests), block.first, block.first + block.count))
+            results = answer_lines(self._model, self._requests.parent, asked, first=block.first + 1)
+            text = b"".join(json.dumps(result, ensure_ascii=False).encode() + b"\n" for result in results)
+            write_atomically(block.path(self._out), text)
+            done.append((len(results), sum(map(failed, results))))
+        return {"done": [each[0] for each in done], "failed": [each[1] for each in done]}
+
+
+def run(bundle: Path, requests: Path, out: Path, *, workers: int, size: int, options: dict[str, Any]) -> tuple[int, int]:
+    """Answers what is missing; returns (requests, how many of them failed), those of earlier runs too. Raises InputError."""
+    import ray
+
+    blocks = cut(requests, size)
+    claim(out, identity_of(requests, bundle_digest(read_manifest(bundle)), size))
+    missing = [block for block in blocks if not block.path(out).exists()]
+    if missing:
+        rows = [{"number": block.number, "first": block.first, "count": block.count} for block in missing]
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+            Worker,
+            fn_constructor_args=(str(bundle.resolve()), str(requests.resolve()), str(out.resolve()), options),
+            batch_size=1,
+            concurrency=workers,
+            num_cpus=1,
+            num_gpus=0 if options["device"] == "cpu" else 1,
+        ).materialize()
+    total = failures = 0
+    for block in blocks:
+        for line in block.path(out).read_bytes().splitlines():
+            total += 1
+            failures += json.loads(line).get("error") is not None
+    return total, failures
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The program; exit code 1 if a line failed, as `generate --requests` has it."""
+    parser = argparse.ArgumentParser(prog="batch", description="Answers a file of requests with several workers on Ray Data.")
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument(
+        "--requests", type=Path, required=True, help="JSON lines, or a parquet file with the same fields as columns"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--block", type=int, default=64, help="requests of a block")
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=0)
+    asked = parser.parse_args(arguments)
+    if asked.workers < 1 or asked.block < 1:
+        parser.error("--workers and --block are at least 1")
+    options = {"backend": asked.backend, "device": asked.device, "threads": asked.threads}
+    try:
+        read_manifest(asked.bundle)
+        connect()
+        total, failures = run(asked.bundle, asked.requests, asked.out, workers=asked.workers, size=asked.block, options=options)
+    except FlamingoExportError as error:
+        print(f"batch: {error}", file=sys.stderr)
+        return 1
+    print(f"{total} requests, {failures} failed: {asked.out}")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

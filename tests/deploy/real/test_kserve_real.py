@@ -1,0 +1,88 @@
+"""The InferenceService as KServe's own SDK reads it: every field is one of its model's, and of the right kind.
+
+make test-deploy
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flamingo_export.deploy.package import package
+
+kserve = pytest.importorskip("kserve", reason="needs KServe's SDK in an environment of its own: make test-deploy")
+yaml = pytest.importorskip("yaml")
+pytestmark = pytest.mark.deploy
+
+
+def model(name: str) -> Any:
+    from kubernetes import client
+
+    return getattr(kserve, name, None) or getattr(client, name)
+
+
+def faults(value: Any, kind: str, path: str) -> list[str]:
+    """Where a value does not fit a type as the SDK writes it: V1Container, list[V1EnvVar], dict(str, str), int."""
+    if kind in ("object", "IntOrString", "datetime") or kind.startswith("dict("):
+        return [] if kind == "object" or isinstance(value, dict | int | str) else [f"{path}: {value!r} is not {kind}"]
+    inner = re.fullmatch(r"list\[(.+)\]", kind)
+    if inner:
+        if not isinstance(value, list):
+            return [f"{path}: {value!r} is not a list"]
+        return [fault for number, each in enumerate(value) for fault in faults(each, inner[1], f"{path}[{number}]")]
+    plain = {"str": str, "int": int, "bool": bool, "float": (int, float)}
+    if kind in plain:
+        right = isinstance(value, plain[kind]) and (kind == "bool" or not isinstance(value, bool))
+        return [] if right else [f"{path}: {value!r} is not {kind}"]
+    types, names = model(kind).openapi_types, model(kind).attribute_map
+    attributes = {name: attribute for attribute, name in names.items()}
+    if not isinstance(value, dict):
+        return [f"{path}: {value!r} is not a {kind}"]
+    found = [f"{path}.{name} is not a field of {kind}" for name in value if name not in attributes]
+    for name, each in value.items():
+        if name in attributes:
+            found += faults(each, types[attributes[name]], f"{path}.{name}")
+    return found
+
+
+@pytest.fixture
+def document(nano_bundle: Path, tmp_path: Path) -> Any:
+    package(nano_bundle, "kserve", tmp_path / "out")
+    return yaml.safe_load((tmp_path / "out" / "inferenceservice.yaml").read_text(encoding="utf-8"))
+
+
+def test_every_field_is_one_of_kserves(document):
+    assert faults(document, "V1beta1InferenceService", "inferenceservice") == []
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda predictor: predictor.update(minReplica=1), "minReplica is not a field"),
+        (lambda predictor: predictor.update(maxReplicas="4"), "is not int"),
+        (lambda predictor: predictor["containers"][0].update(arg=[]), "arg is not a field"),
+    ],
+)
+def test_what_is_wrong_would_be_found(document, change, expected):
+    change(document["spec"]["predictor"])
+    assert expected in "; ".join(faults(document, "V1beta1InferenceService", "inferenceservice"))
+
+
+def test_the_sdk_makes_its_own_object_of_it(document):
+    """Deserialising runs the SDK's own checks of required fields and choices."""
+    import json
+    from types import SimpleNamespace
+
+    from kubernetes.client import ApiClient
+
+    client = ApiClient()
+    for name in dir(kserve):
+        if name.startswith("V1"):
+            setattr(__import__("kubernetes.client.models", fromlist=["x"]), name, getattr(kserve, name))
+    found = client.deserialize(SimpleNamespace(data=json.dumps(document)), "V1beta1InferenceService")
+    assert found.spec.predictor.max_replicas == 4
+    assert found.spec.predictor.containers[0].name == "kserve-container"
+    assert found.kind == kserve.constants.KSERVE_KIND_INFERENCESERVICE

@@ -1,0 +1,273 @@
+"""What Ray's part is made of, without Ray: streams that another replica takes up, seeds, places, the ingress over replicas that die."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
+
+from flamingo_export.deploy.ray import blocks, ingress
+from flamingo_export.deploy.ray.asgi import answered, scope_of
+from flamingo_export.deploy.ray.ingress import Ingress, Lost, Overloaded
+from flamingo_export.deploy.ray.replay import DONE, Diverged, Replay
+from flamingo_export.deploy.ray.requests import belongs_to, ranked, streams, with_seed
+from flamingo_export.deploy.ray.settings import RaySettings, read_settings
+from flamingo_export.errors import InputError
+
+
+def event(body: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(body).encode() + b"\n\n"
+
+
+def chat(pieces: list[str], *, name: str = "a", index: int = 0, logprobs: bool = False, usage: bool = False) -> list[bytes]:
+    """Events of a chat stream whose text comes in these pieces."""
+
+    def chunk(delta: dict[str, Any], values: Any = None, reason: str | None = None) -> bytes:
+        choice = {"index": index, "logprobs": values, "finish_reason": reason, "delta": delta}
+        return event({"id": name, "object": "chat.completion.chunk", "created": len(name), "model": "m", "choices": [choice]})
+
+    made = [chunk({"role": "assistant", "content": ""})]
+    for text in pieces:
+        values = {"content": [{"token": letter, "logprob": -1.0} for letter in text], "refusal": None} if logprobs else None
+        made.append(chunk({"content": text}, values))
+    made.append(chunk({}, None, "stop"))
+    if usage:
+        made.append(event({"id": name, "created": 1, "choices": [], "usage": {"total_tokens": 3}}))
+    return [*made, DONE]
+
+
+def read(events: list[bytes]) -> tuple[str, list[str], list[Any], set[str]]:
+    """Text, tokens with log-probabilities, reasons and ids of what a client read."""
+    bodies = [json.loads(each.removeprefix(b"data: ")) for each in events if each != DONE]
+    choices = [choice for body in bodies for choice in body["choices"]]
+    text = "".join(choice["delta"].get("content", "") if "delta" in choice else choice["text"] for choice in choices)
+    tokens = [token["token"] for choice in choices if choice["logprobs"] for token in choice["logprobs"].get("content", [])]
+    return text, tokens, [c["finish_reason"] for c in choices if c["finish_reason"]], {body["id"] for body in bodies}
+
+
+@pytest.mark.parametrize("logprobs", [False, True])
+@pytest.mark.parametrize("cut", range(7))
+@pytest.mark.parametrize("second", [["a", "b", "c", "d", "e"], ["ab", "cde"], ["abcde"]])
+def test_a_second_try_continues_where_the_first_was_cut(cut, second, logprobs):
+    replay = Replay()
+    sent = replay.push(b"".join(chat(["a", "bc", "de"], logprobs=logprobs, usage=True)[:cut]))
+    replay.begin()
+    data = b"".join(chat(second, name="other", logprobs=logprobs, usage=True))
+    for start in range(0, len(data), 37):  # in pieces that respect no border
+        sent += replay.push(data[start : start + 37])
+    text, tokens, reasons, names = read(sent)
+    assert (text, reasons, sent[-1], len(names)) == ("abcde", ["stop"], DONE, 1)
+    assert tokens == (list("abcde") if logprobs else [])
+    assert sum(b"total_tokens" in each for each in sent) == 1
+    assert sum(b"assistant" in each for each in sent) == 1
+    assert replay.finished
+
+
+def test_completions_and_several_texts_continue_too():
+    def text(index: int, piece: str, reason: str | None = None) -> bytes:
+        return event(
+            {"id": "x", "created": 1, "choices": [{"index": index, "text": piece, "logprobs": None, "finish_reason": reason}]}
+        )
+
+    first = [text(0, "on"), text(1, "tw"), text(0, "e", "stop")]
+    replay = Replay()
+    sent = replay.push(b"".join(first))
+    replay.begin()
+    sent += replay.push(b"".join([text(1, "two"), text(0, "one", "stop"), text(1, "!", "length"), DONE]))
+    bodies = [json.loads(each.removeprefix(b"data: "))["choices"][0] for each in sent if each != DONE]
+    assert ["".join(b["text"] for b in bodies if b["index"] == index) for index in (0, 1)] == ["one", "two!"]
+    assert [b["finish_reason"] for b in bodies if b["finish_reason"]] == ["stop", "length"]
+
+
+@pytest.mark.parametrize("second", [["axc"], ["a"], ["ab", "x"]])
+def test_another_course_is_noticed(second):
+    replay = Replay()
+    replay.push(b"".join(chat(["a", "bc"])[:3]))
+    replay.begin()
+    with pytest.raises(Diverged):
+        replay.push(b"".join(chat(second)))
+
+
+def test_seeds_are_given_where_none_is():
+    body = msgspec.json.encode({"model": "m", "temperature": 1})
+    seeded = [json.loads(with_seed("/v1/completions", body))["seed"] for _ in range(20)]
+    assert len(set(seeded)) > 15
+    assert all(0 <= seed < 1 << 31 for seed in seeded)
+    given = msgspec.json.encode({"seed": 0})
+    assert with_seed("/v1/chat/completions", given) == given
+    assert with_seed("/v1/score", body) == body
+    for wrong in (b"", b"[]", b"{", b"\xff", b"[" * 100_000):
+        assert with_seed("/v1/completions", wrong) == wrong
+        assert belongs_to(wrong) == ""
+        assert not streams(wrong)
+
+
+def test_requests_that_begin_alike_belong_together():
+    def asked(image: str, text: str, **more: Any) -> bytes:
+        parts = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": text}]
+        return msgspec.json.encode({"messages": [{"role": "user", "content": parts}], **more})
+
+    assert belongs_to(asked("data:1", "what?")) == belongs_to(asked("data:1", "where?")) != belongs_to(asked("data:2", "what?"))
+    shots = [{"image": "data:s", "caption": "c"}, {"image": "data:t", "caption": "d"}]
+    assert belongs_to(asked("data:1", "?", shots=shots)) == belongs_to(asked("data:2", "?", shots=shots[:1]))
+    assert belongs_to(msgspec.json.encode({"prompt": "x" * 256 + "a"})) == belongs_to(
+        msgspec.json.encode({"prompt": "x" * 256 + "b"})
+    )
+    assert belongs_to(b'{"messages": [3, {"content": []}]}') == ""
+
+
+def test_a_replica_more_moves_few_requests():
+    names = [f"replica-{number}" for number in range(8)]
+    keys = [str(number) for number in range(2000)]
+    before = [names[ranked(key, names)[0]] for key in keys]
+    assert all(before.count(name) == pytest.approx(250, rel=0.3) for name in names)
+    after = [[*names, "new"][ranked(key, [*names, "new"])[0]] for key in keys]
+    moved = [one for one, other in zip(before, after, strict=True) if one != other]
+    assert len(moved) == after.count("new") == pytest.approx(2000 / 9, rel=0.3)
+
+
+class Replicas:
+    """Tries in order: what each of them brings, an exception at the end where it fails."""
+
+    def __init__(self, *tries: list[Any]) -> None:
+        self.tries, self.asked = list(tries), []
+
+    async def __call__(self, scope: dict[str, Any], body: bytes, key: str) -> AsyncIterator[Any]:
+        self.asked.append((scope, body, key))
+        for piece in self.tries.pop(0):
+            if isinstance(piece, Exception):
+                raise piece
+            yield piece
+
+
+HEAD = (200, [("content-type", "application/json")])
+EVENTS = (200, [("content-type", "text/event-stream; charset=utf-8")])
+
+
+def ask(replicas: Replicas, body: Any = None, *, path: str = "/v1/chat/completions", **settings: Any) -> tuple[int, bytes]:
+    """Status and body of what the ingress answers."""
+
+    async def run() -> tuple[int, bytes]:
+        front = Ingress(replicas, RaySettings(model="m", **settings))
+        raw = body if isinstance(body, bytes) else json.dumps(body or {}).encode()
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": raw, "more_body": False}
+
+        scope = scope_of("POST", path, b"", [("content-type", "application/json"), ("cookie", "secret")], "1.2.3.4")
+        found = await front.respond(Request(scope, receive))
+        if isinstance(found, StreamingResponse):
+            return found.status_code, b"".join([bytes(each) async for each in found.body_iterator])
+        return found.status_code, bytes(found.body)
+
+    return asyncio.run(run())
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch):
+    monkeypatch.setattr(ingress, "_PAUSE", 0)
+
+
+def test_a_lost_answer_is_asked_for_again_with_the_same_seed():
+    replicas = Replicas([Lost()], [HEAD, b'{"a":', Lost()], [HEAD, b'{"a": ', b"1}"])
+    assert ask(replicas, {"temperature": 1}) == (200, b'{"a": 1}')
+    bodies = {body for _, body, _ in replicas.asked}
+    assert len(replicas.asked) == 3
+    assert len(bodies) == 1
+    assert b"seed" in next(iter(bodies))
+    scope = replicas.asked[0][0]
+    assert scope["client"] == ("1.2.3.4", 0)
+    assert {name for name, _ in scope["headers"]} == {b"content-type", b"x-request-id"}
+
+
+def test_a_broken_stream_continues_or_says_that_it_cannot():
+    whole = chat(["a", "bc", "de"])
+    status, raw = ask(Replicas([EVENTS, *whole[:2], Lost()], [EVENTS, *chat(["abcde"], name="b")]), {"stream": True})
+    assert status == 200
+    assert read([part + b"\n\n" for part in raw.split(b"\n\n") if part])[0] == "abcde"
+    _, raw = ask(Replicas([EVENTS, *whole[:3], Lost()], [EVENTS, *chat(["xyz"])]), {"stream": True})
+    assert b"continues differently" in raw
+    assert raw.endswith(DONE)
+    _, raw = ask(Replicas([EVENTS, *whole[:3]], [Lost()]), {"stream": True}, retries=1)  # it ended without an end
+    assert b"no other could take over" in raw
+    _, raw = ask(Replicas([EVENTS, *whole[:3], Lost()], [Overloaded()]), {"stream": True})
+    assert b"have no room" in raw
+
+
+def test_refusals_of_the_ingress(tmp_path):
+    assert ask(Replicas([Overloaded()]))[0] == 429
+    assert ask(Replicas([Lost()], [Lost()]), retries=1)[0] == 503
+    assert ask(Replicas(), b"x" * 100, max_body=50)[0] == 413
+    assert ask(Replicas(), path="/metrics")[0] == 404
+    assert json.loads(
+        ask(Replicas([(400, [("content-type", "application/json")]), b'{"error": {}}']), {"stream": True})[1]
+    ) == {"error": {}}
+    (tmp_path / "keys").write_text("someone 0123456789abcdef\n")
+    assert ask(Replicas(), api_key_file=str(tmp_path / "keys"))[0] == 401
+
+
+def test_an_application_is_run_and_told_when_the_reader_goes():
+    told = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        body = await receive()
+        await send({"type": "http.response.start", "status": 201, "headers": [(b"x", b"y")]})
+        await send({"type": "http.response.body", "body": body["body"], "more_body": True})
+        told.append((await receive())["type"])
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def run() -> Any:
+        pieces = answered(app, scope_of("GET", "/", b"", [], ""), b"hello")
+        found = [await anext(pieces), await anext(pieces)]
+        await pieces.aclose()
+        return found
+
+    assert asyncio.run(run()) == [(201, [("x", "y")]), b"hello"]
+
+    async def fails(scope: Any, receive: Any, send: Any) -> None:
+        raise ValueError("no")
+
+    async def consume() -> None:
+        async for _ in answered(fails, scope_of("GET", "/", b"", [], ""), b""):
+            pass
+
+    with pytest.raises(ValueError, match="no"):
+        asyncio.run(consume())
+
+
+def test_settings_say_what_is_wrong(tmp_path):
+    file = tmp_path / "settings.json"
+    for content, text in (
+        ("{", "not a settings file"),
+        ('{"model": "m", "replica": 1}', "replica"),
+        ('{"model": "m", "replicas_least": 3}', "replicas_least"),
+    ):
+        file.write_text(content)
+        with pytest.raises(InputError, match=text):
+            read_settings(file)
+    with pytest.raises(InputError, match="cannot be read"):
+        read_settings(tmp_path / "none")
+
+
+def test_blocks_cover_a_file_once_and_belong_to_one_run(tmp_path):
+    file = tmp_path / "in.jsonl"
+    file.write_bytes(b'{"id": 1}\n\n{"id": 2}\n  \n{"id": 3}')
+    assert [(block.first, block.count) for block in blocks.cut(file, 2)] == [(0, 2), (2, 1)]
+    assert [json.loads(line)["id"] for line in blocks.lines(file)] == [1, 2, 3]
+    out = tmp_path / "out"
+    blocks.claim(out, blocks.identity_of(file, "digest", 2))
+    blocks.claim(out, blocks.identity_of(file, "digest", 2))
+    with pytest.raises(InputError, match="block differ"):
+        blocks.claim(out, blocks.identity_of(file, "digest", 3))
+    file.write_bytes(b"\n")
+    with pytest.raises(InputError, match="no requests"):
+        blocks.cut(file, 2)
+    with pytest.raises(InputError, match="cannot be read"):
+        blocks.cut(Path(tmp_path / "none"), 2)
