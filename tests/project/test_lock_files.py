@@ -16,6 +16,8 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 EXTRAS: dict[str, list[str]] = PYPROJECT["project"]["optional-dependencies"]
 NOT_LOCKED = {"torch", "torchvision"}
 LOCKED_EXTRAS = {"base": ("cpu", "report"), "dev": ("cpu", "report", "trace", "train", "serve", "video", "eval", "debug")}
+HOSTS = ("ray", "triton", "kserve")
+"""Environments of their own, for Linux."""
 PLATFORMS = {"linux": "Linux", "darwin": "Darwin", "win32": "Windows"}
 
 
@@ -67,17 +69,26 @@ def test_every_requirement_is_locked_once_and_within_its_range(name, python, pla
         )
 
 
-@pytest.mark.parametrize("name", LOCKED_EXTRAS)
+@pytest.mark.parametrize("name", [*LOCKED_EXTRAS, *HOSTS])
 def test_everything_has_hashes_and_an_exact_version(name):
     found = locked(name)
     assert len(found) > 20
     assert all(hashes and [each.operator for each in package.specifier] == ["=="] for package, hashes in found)
 
 
-@pytest.mark.parametrize("name", LOCKED_EXTRAS)
+@pytest.mark.parametrize("name", [*LOCKED_EXTRAS, *HOSTS])
 def test_no_host_index_or_torch_in_a_lock(name):
     assert not re.search(r"://|--(?:extra-)?index|--find-links|^-", text(name), flags=re.MULTILINE)
-    assert not [package for package, _ in locked(name) if re.match(r"torch|nvidia|triton|cuda", package.name)]
+    unwanted = [package.name for package, _ in locked(name) if re.match(r"torch|nvidia|triton|cuda", package.name)]
+    assert unwanted == (["nvidia-pytriton", "tritonclient"] if name == "triton" else [])
+
+
+@pytest.mark.parametrize("name", ["ray", "triton"])
+def test_hosts_are_locked_with_what_the_package_needs(name):
+    there = {found.name: next(iter(found.specifier)).version for found, _ in locked(name)}
+    lines = [*PYPROJECT["project"]["dependencies"], *group(name), *EXTRAS["cpu"], *EXTRAS.get(name, [])]
+    for requirement in map(Requirement, lines):
+        assert there[requirement.name] in requirement.specifier, f"{requirement}: make lock"
 
 
 def test_the_demo_and_the_tests_run_on_the_same_versions():

@@ -23,7 +23,7 @@ from flamingo_export.sources.choice import source_for_size
 def nano_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """nano's trained weights, or those that FLAMINGO_NANO names: a build costs a while."""
     if "FLAMINGO_NANO" in os.environ:
-        return Path(os.environ["FLAMINGO_NANO"])
+        return Path(os.environ["FLAMINGO_NANO"]).resolve()
     path = tmp_path_factory.mktemp("deploy") / "nano.bundle"
     flamingo_export.build(source_for_size("nano"), out=path, parity="skip")
     return path

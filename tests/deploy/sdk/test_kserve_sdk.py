@@ -5,13 +5,14 @@ make test-deploy
 
 from __future__ import annotations
 
+import json
+import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-
-from flamingo_export.deploy.package import package
 
 kserve = pytest.importorskip("kserve", reason="needs KServe's SDK in an environment of its own: make test-deploy")
 yaml = pytest.importorskip("yaml")
@@ -49,9 +50,11 @@ def faults(value: Any, kind: str, path: str) -> list[str]:
 
 
 @pytest.fixture
-def document(nano_bundle: Path, tmp_path: Path) -> Any:
-    package(nano_bundle, "kserve", tmp_path / "out")
-    return yaml.safe_load((tmp_path / "out" / "inferenceservice.yaml").read_text(encoding="utf-8"))
+def document() -> Any:
+    """Of the folder that FLAMINGO_KSERVE names: the SDK and the package want different versions of psutil, so it was written before."""
+    if "FLAMINGO_KSERVE" not in os.environ:
+        pytest.skip("FLAMINGO_KSERVE names no folder of `package --for kserve`: make test-deploy")
+    return yaml.safe_load((Path(os.environ["FLAMINGO_KSERVE"]) / "inferenceservice.yaml").read_text(encoding="utf-8"))
 
 
 def test_every_field_is_one_of_kserves(document):
@@ -73,8 +76,6 @@ def test_what_is_wrong_would_be_found(document, change, expected):
 
 def test_the_sdk_makes_its_own_object_of_it(document):
     """Deserialising runs the SDK's own checks of required fields and choices."""
-    import json
-    from types import SimpleNamespace
 
     from kubernetes.client import ApiClient
 
