@@ -137,7 +137,8 @@ class Replicas:
     """Tries in order: what each of them brings, an exception at the end where it fails."""
 
     def __init__(self, *tries: list[Any]) -> None:
-        self.tries, self.asked = list(tries), []
+        self.tries = list(tries)
+        self.asked: list[tuple[dict[str, Any], bytes, str]] = []
 
     async def __call__(self, scope: dict[str, Any], body: bytes, key: str) -> AsyncIterator[Any]:
         self.asked.append((scope, body, key))
@@ -164,7 +165,7 @@ def ask(replicas: Replicas, body: Any = None, *, path: str = "/v1/chat/completio
         scope = scope_of("POST", path, b"", [("content-type", "application/json"), ("cookie", "secret")], "1.2.3.4")
         found = await front.respond(Request(scope, receive))
         if isinstance(found, StreamingResponse):
-            return found.status_code, b"".join([bytes(each) async for each in found.body_iterator])
+            return found.status_code, b"".join([each async for each in found.body_iterator if isinstance(each, bytes)])
         return found.status_code, bytes(found.body)
 
     return asyncio.run(run())
@@ -226,7 +227,7 @@ def test_an_application_is_run_and_told_when_the_reader_goes():
     async def run() -> Any:
         pieces = answered(app, scope_of("GET", "/", b"", [], ""), b"hello")
         found = [await anext(pieces), await anext(pieces)]
-        await pieces.aclose()
+        await pieces.aclose()  # type: ignore[attr-defined]
         return found
 
     assert asyncio.run(run()) == [(201, [("x", "y")]), b"hello"]

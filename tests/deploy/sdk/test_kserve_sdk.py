@@ -34,7 +34,7 @@ def faults(value: Any, kind: str, path: str) -> list[str]:
         if not isinstance(value, list):
             return [f"{path}: {value!r} is not a list"]
         return [fault for number, each in enumerate(value) for fault in faults(each, inner[1], f"{path}[{number}]")]
-    plain = {"str": str, "int": int, "bool": bool, "float": (int, float)}
+    plain: dict[str, Any] = {"str": str, "int": int, "bool": bool, "float": (int, float)}
     if kind in plain:
         right = isinstance(value, plain[kind]) and (kind == "bool" or not isinstance(value, bool))
         return [] if right else [f"{path}: {value!r} is not {kind}"]
