@@ -130,7 +130,7 @@ def test_modules_saved_whole_take_the_place_of_the_bases(base: FileReader, tmp_p
         ({"trainable_token_indices": [3]}, "trainable_token_indices is"),
         ({"peft_type": "IA3"}, "peft_type is 'IA3', expected 'LORA'"),
         ({"r": 0}, "the rank r is 0"),
-        ({"r": "4"}, r"no LoRA configuration.*\$\.r"),
+        ({"r": "4"}, r"not a LoRA configuration.*\$\.r"),
         ({"alpha_pattern": {"(a+)+": 3}}, r"the pattern '\(a\+\)\+' is a regular expression"),
     ],
 )

@@ -34,6 +34,12 @@ NAMES = {
         "model.perceiver_resampler.latents",
         "model.vision_model.embeddings.class_embedding",
     ],
+    "llama_vision": [
+        "language_model.model.layers.3.cross_attn.q_proj.weight",
+        "vision_model.gated_positional_embedding.gate",
+        "multi_modal_projector.weight",
+    ],
+    "llama_vision_text": ["model.layers.3.cross_attn.q_proj.weight", "model.embed_tokens.weight"],
     "otter": [
         "perceiver.latents",
         "lang_encoder.transformer.blocks.3.gated_cross_attn_layer.feed_forward.0.weight",
@@ -52,6 +58,8 @@ NAMES = {
 }
 MODEL_TYPES = {
     "idefics": "idefics",
+    "llama_vision": "mllama",
+    "llama_vision_text": "mllama_text_model",
     "otter": "otter",
     "openflamingo_folder": "flamingo",
     "llama": "llama",

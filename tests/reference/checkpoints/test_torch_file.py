@@ -222,7 +222,7 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=message):
             open_tensors(path)
     path.write_bytes(b"hello")
-    with pytest.raises(CheckpointError, match="no file that torch wrote"):
+    with pytest.raises(CheckpointError, match="not a file that torch wrote"):
         open_tensors(path)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a.txt", "hello")

@@ -81,7 +81,7 @@ FAMILIES: tuple[Family, ...] = (
         part="language_model",
         advice="Bring the whole checkpoint, whose config.json says model_type 'mllama' and has a vision_config.",
         model_types=("mllama_text_model",),
-        marks=(r"(?:language_model\.)?model\.layers\.\d+\.cross_attn\..+",),
+        marks=(r"model\.layers\.\d+\.cross_attn\..+",),
     ),
     Family(
         name="otter",
