@@ -99,7 +99,7 @@ class TensorRTBackend:
         """All that can fail before work begins: library, GPU or target, plugin. Raises BackendError saying what is missing."""
         trt = self._module or library.load(self._library)
         target = library.resolve_target(self._library, trt, self._target)
-        digest = plugin.load(trt) if self.native_functions else None
+        digest = plugin.load(trt, target=target) if self.native_functions else None
         return Prepared(trt=trt, target=target, plugin_sha256=digest)
 
     def check_limits(self, limits: ShapeLimits) -> None:
@@ -212,7 +212,7 @@ class TensorRTBackend:
         trt = self._module or library.load(self._library)
         path = check_record(bundle, manifest, record, trt.__version__)
         if record.plugin_sha256 is not None:
-            plugin.load(trt, expected=record.plugin_sha256)
+            plugin.load(trt, expected=record.plugin_sha256, target=here.target)
         if index not in self._lanes:
             # CUDA is asked before TensorRT, whose runtime ends the process where there is no driver.
             cuda = CudaRuntime(index)

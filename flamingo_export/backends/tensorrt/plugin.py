@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from flamingo_export.backends.tensorrt.machine_code import check_card
 from flamingo_export.errors import BackendError, IncompatibleEngine
 from flamingo_export.specs import FUNCTION_DOMAIN
 
@@ -56,11 +57,13 @@ def digest(path: Path) -> str:
         raise BackendError(f"the plugin library {path} cannot be read ({error.strerror})") from error
 
 
-def load(trt: ModuleType, path: Path | None = None, *, expected: str | None = None) -> str:
+def load(trt: ModuleType, path: Path | None = None, *, expected: str | None = None, target: str | None = None) -> str:
     """Loads the plugin library into the registry of `trt` unless it is there already, and returns its digest.
 
     path: None looks as find_plugin does. expected: the digest that the manifest of a bundle names, which the library must have.
-    Raises BackendError where there is no library or TensorRT does not take it, IncompatibleEngine where it is another one than expected.
+    target: the GPU (`sm89`) that it must have code for.
+    Raises BackendError where there is no library, it has no such code or TensorRT does not take it, IncompatibleEngine where it is another one
+    than expected.
     """
     path = path or find_plugin()
     if path is None:
@@ -71,6 +74,8 @@ def load(trt: ModuleType, path: Path | None = None, *, expected: str | None = No
             f"{path} has digest {found[:12]}..., the engine was built with {expected[:12]}.... "
             f"Name the library it was built with ({VARIABLE}=...), or build the engine again with this one."
         )
+    if target is not None:
+        check_card(path, found, target)
     registry = trt.get_plugin_registry()
     if _registered(registry):
         _check_same(trt, path, found)

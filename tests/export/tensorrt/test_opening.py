@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from fake_gpu import add_engines
+from fake_gpu import TARGET, add_engines
 from fake_tensorrt import Context
 
 import flamingo_export
@@ -142,7 +142,8 @@ def test_other_limits_than_those_it_was_built_for(bundle):
 def test_another_plugin(bundle, monkeypatch):
     alter(bundle, plugin_sha256="1" * 64)
 
-    def load(trt, path=None, *, expected=None):
+    def load(trt, path=None, *, expected=None, target=None):
+        assert target == TARGET  # the card whose code the library must have
         raise IncompatibleEngine(f"the engine was built with {expected[:4]}")
 
     monkeypatch.setattr(plugin, "load", load)
