@@ -1,9 +1,11 @@
 """What sharing one engine brings on a CPU: clients side by side against one after the other, on a decoder of 110M parameters.
 
-    python benchmarks/serving_cpu.py [--threads 1] [--clients 8] [--prompt 512] [--new-tokens 128] [--rounds 3] [--work DIR] [--save]
+    python benchmarks/serving_cpu.py [--threads 1] [--clients 8] [--prompt 512] [--new-tokens 128] [--rounds 3] [--only shared]
+        [--work DIR] [--save]
 
 Closed-loop clients, each in a thread of its own, ask for prompts that are in the cache; decode tokens per second, both ways in turns in one
-run. Also: the loop's share of a step beside the decoder's, and the time between tokens of other streams while a prompt with 8 images joins.
+run. With shared shots also with a row for each request, the shots copied. Also: the loop's share of a step beside the decoder's, and the
+distribution of the time between tokens of other streams while a prompt with 8 images joins, beside the bound: a step and one piece of work.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ import common
 import numpy as np
 
 import flamingo_export
+from flamingo_export.runtime.cache import Sharing
 from flamingo_export.runtime.loop import Loop
 from flamingo_export.runtime.model import Model
 from flamingo_export.runtime.options import GenerateOptions
@@ -110,31 +114,50 @@ def joining(model: Model, requests: Sequence[Request], settings: dict[str, Any],
     with model.engine.by_hand() as loop:
         while len(loop.schedule.decoding) < len(requests):
             loop.tick()
-        quiet = gaps(loop, 12)
+        quiet = [gap for gap, _ in gaps(loop, 12)]
         joins = Request(prompt=ids.tolist(), media=pictures)
         model.engine.submit(model.prepare(joins), GenerateOptions(beams=1, max_new_tokens=2), wake=False)
-        busy = gaps(loop, IMAGES + -(-length // model.manifest.limits.chunk))
+        work: list[float] = []
+        busy = gaps(loop, IMAGES + -(-length // model.manifest.limits.chunk), work)
         while loop.tick():
             pass
-    return {
-        "by itself, median": float(np.median(quiet)),
-        "while a prompt joins, median": float(np.median(busy)),
-        "while a prompt joins, longest": max(busy),
-    }
-
-
-def gaps(loop: Loop, count: int) -> list[float]:
-    """Seconds between so many decoding steps."""
-    found: list[float] = []
-    last = time.perf_counter()
-    while len(found) < count and loop.schedule.decoding:
-        before = loop.counts["steps"]
-        loop.tick()
-        if loop.counts["steps"] > before:
-            now = time.perf_counter()
-            found.append(now - last)
-            last = now
+    found = {}
+    for name, times in (("by itself", quiet), ("while a prompt joins", [gap for gap, _ in busy])):
+        for label, share in (("median", 50), ("p95", 95), ("longest", 100)):
+            found[f"{name}, {label}"] = float(np.percentile(times, share))
+    found["pieces of work between two steps, at most"] = max(pieces for _, pieces in busy)
+    found["longest piece of work"] = max(work)
     return found
+
+
+def gaps(loop: Loop, count: int, work: list[float] | None = None) -> list[tuple[float, int]]:
+    """Seconds between so many decoding steps, and the pieces of work that lay between them; seconds of each piece go to `work`."""
+    found: list[tuple[float, int]] = []
+    last, pieces = time.perf_counter(), 0
+    while len(found) < count and loop.schedule.decoding:
+        before, working = loop.counts["steps"], bool(loop.schedule.working)
+        started = time.perf_counter()
+        loop.tick()
+        now = time.perf_counter()
+        if loop.counts["steps"] > before:
+            found.append((now - last, pieces))
+            last, pieces = now, 0
+        elif working:
+            pieces += 1
+            if work is not None:
+                work.append(now - started)
+    return found
+
+
+@contextmanager
+def rows_of_their_own(model: Model) -> Iterator[None]:
+    """As an engine without bounds for shared rows: what is alike is copied."""
+    cache = model.engine.loop.cache
+    before, cache.sharing = cache.sharing, Sharing(columns=1, media=1, dense=False)
+    try:
+        yield
+    finally:
+        cache.sharing = before
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -144,6 +167,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--prompt", type=int, default=512, help="tokens of a prompt")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default="", help="cases whose names contain this: 3 beams, shared")
     parser.add_argument("--work", type=Path, help="where the bundle is kept; default: a temporary folder")
     parser.add_argument("--save", action="store_true", help="write results/serving_cpu.json")
     asked = parser.parse_args(arguments)
@@ -156,16 +180,24 @@ def main(arguments: Sequence[str]) -> None:
             ("3 beams", 0, {"beams": 3}),
             ("greedy, shared shots", asked.prompt - 32, {"beams": 1}),
         ):
+            if asked.only not in name:
+                continue
             settings = {**settings, "max_new_tokens": asked.new_tokens}
             with flamingo_export.load(path, threads=asked.threads) as model:
                 requests = prompts(model, asked.clients, length=asked.prompt, shared=shared, seed=1)
                 together(model, requests, settings)  # so that the prompts are in the cache
                 rates: dict[str, list[float]] = {"one by one": [], "together": []}
+                before = model.engine.stats().shared_rows
                 for _ in range(asked.rounds):
                     rates["one by one"].append(one_by_one(model, requests, settings))
                     rates["together"].append(together(model, requests, settings))
+                    if shared:
+                        with rows_of_their_own(model):
+                            own = together(model, requests, settings)
+                        rates.setdefault("together, a row for each", []).append(own)
                 row = {key: float(np.median(values)) for key, values in rates.items()}
                 row["ratio"] = row["together"] / row["one by one"]
+                row["requests in another's row"] = (model.engine.stats().shared_rows - before) / asked.rounds
                 if name == "greedy":
                     result["loop"] = overhead(model, requests, settings)
                     result["seconds between tokens"] = joining(model, requests[:4], settings, asked.prompt)
@@ -174,7 +206,14 @@ def main(arguments: Sequence[str]) -> None:
                 f"{name}: {row['one by one']:.1f} and {row['together']:.1f} tokens per second, {row['ratio']:.2f} times",
                 flush=True,
             )
-    for part in ("loop", "seconds between tokens"):
+            if shared:
+                own, joined = row["together, a row for each"], row["requests in another's row"]
+                print(
+                    f"  {joined:.1f} of {asked.clients} requests in another's row; with a row for each "
+                    f"{own:.1f}, {own / row['one by one']:.2f} times",
+                    flush=True,
+                )
+    for part in ("loop", "seconds between tokens") if "loop" in result else ():
         print("; ".join(f"{key} {value:.3f}" for key, value in result[part].items()))
     if asked.save:
         print(common.save("serving_cpu", result))
