@@ -21,7 +21,7 @@ from flamingo_export.validate.tolerances import RULE
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.model import Flamingo
 
-from .conftest import IMAGE, LoadTiny, Oracle, pictures
+from .conftest import IMAGE, LoadTiny, Oracle, frames_of, pictures
 
 REQUESTS = 160
 WAYS: list[dict[str, Any]] = [
@@ -79,7 +79,7 @@ def drawn(options: GenerateOptions, branch: int, place: int) -> float:
 
 def boundary(oracle: Oracle, request: Request, before: tuple[int, ...], tokens: tuple[int, int], number: float) -> float:
     """How far a number that was drawn lies from the nearest boundary of two tokens' shares."""
-    probabilities = np.exp(oracle.logprobs([*request.prompt, *before], [[image] for image in request.media])[-1])
+    probabilities = np.exp(oracle.logprobs([*request.prompt, *before], frames_of(request))[-1])
     upper = np.cumsum(probabilities)
     edges = [edge for token in tokens for edge in (upper[token - 1] if token else 0.0, upper[token])]
     return min(abs(number - edge) for edge in edges)
