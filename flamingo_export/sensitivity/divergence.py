@@ -12,7 +12,7 @@ from flamingo_export import estimates
 from flamingo_export.machine import available_memory
 from flamingo_export.precision import Precision
 from flamingo_export.progress import Progress
-from flamingo_export.runtime.media import load_medium
+from flamingo_export.runtime.media import Medium, load_medium
 from flamingo_export.sensitivity.quantised_copies import Twins
 from flamingo_export.sources import WeightSource
 from flamingo_reference.config import ModelConfig
@@ -51,13 +51,13 @@ def divergences(
     total = 0.0
     with torch.no_grad():
         for sample in checked.samples:
-            pixels = [load_medium(medium, source.config, source.inputs.fit).pixels for medium in sample.media]
-            latents = _latents(model, pixels)
+            media = [load_medium(medium, source.config, source.inputs.fit) for medium in sample.media]
+            latents = _latents(model, media)
             expected = _log_probabilities(model, sample, latents)
             for name, twin in models.items():
-                seen = _latents(twin, pixels) if name in encoded else latents
+                seen = _latents(twin, media) if name in encoded else latents
                 sums[name] += _divergence(expected, _log_probabilities(twin, sample, seen))
-            seen = _latents(changed, pixels) if encoded else latents
+            seen = _latents(changed, media) if encoded else latents
             total += _divergence(expected, _log_probabilities(changed, sample, seen))
             progress.advance(1)
     return total / checked.num_tokens, {name: found / checked.num_tokens for name, found in sums.items()}
@@ -75,22 +75,27 @@ def _whole(source: WeightSource) -> Any:
     return model.requires_grad_(False).eval()
 
 
-def _latents(model: Any, pixels: list[Any]) -> Tensor:
-    """Latents [N, R, W] of a sample's media."""
+def _latents(model: Any, media: list[Medium]) -> Tensor:
+    """Latents [N, R, W] of a sample's media, a row a tile where these are images of tiles."""
     import torch
 
     resampler = model.config.resampler
     none = torch.zeros(0, resampler.num_latents, resampler.width)
-    return torch.cat([none, *(model.latents(torch.from_numpy(frames[None])) for frames in pixels)])
+    rows = [none]
+    for medium in media:
+        pixels = torch.from_numpy(medium.pixels)
+        rows.append(model.latents(pixels, torch.tensor([medium.aspect])) if medium.aspect else model.latents(pixels[None]))
+    return torch.cat(rows)
 
 
 def _log_probabilities(model: Any, sample: Ready, latents: Tensor) -> Tensor:
     """[S, V] in fp64."""
     import torch
 
-    rows = torch.arange(len(sample.media))[None]
+    rows = torch.arange(len(latents))[None]
     ids, phi = torch.from_numpy(np.asarray(sample.token_ids))[None], torch.from_numpy(sample.phi)[None]
-    logits: Tensor = model(ids, model.media_kv(latents), rows, phi)[0]
+    first = None if sample.first is None else torch.from_numpy(sample.first)[None]
+    logits: Tensor = model(ids, model.media_kv(latents), rows, phi, first)[0]
     return logits.double().log_softmax(-1)
 
 

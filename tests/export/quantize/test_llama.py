@@ -10,7 +10,11 @@ import torch
 from variations import LLAMA, drawn_model
 
 import flamingo_export
-from flamingo_export.quantize.policies import PRESETS
+from flamingo_calibration.shipped import shipped_samples
+from flamingo_export.precision import Precision
+from flamingo_export.quantize.policies import PRESETS, preset
+from flamingo_export.sensitivity import measure
+from flamingo_export.sources import LiveSource
 from flamingo_export.validate.report.parity_report import read_report
 from flamingo_export.weights import SCALE, WeightIndex
 from flamingo_reference.config import projector_config
@@ -54,11 +58,23 @@ def test_parity(policy: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_media_in_fp8(tmp_path: Path) -> None:
     """Keys and values of tiles as E4M3 codes."""
-    from flamingo_export.quantize.policies import preset
-
     torch.set_num_threads(1)
     out = tmp_path / "b.bundle"
     flamingo_export.build(drawn_model(BLOCKS_OF_128), out=out, policy=_replace(preset("fp8"), name="fp8-media", media="fp8"))
     report = read_report(out)
     assert report is not None
     assert report.verdict == "passed", report.summary
+
+
+@pytest.mark.slow
+def test_sensitivity() -> None:
+    """Matrices and layers are measured, and the whole model's logits beside its quantised copies."""
+    torch.set_num_threads(1)
+    source = LiveSource(drawn_model(BLOCKS_OF_128))
+    samples = shipped_samples(BLOCKS_OF_128, None)
+    found = measure(source, samples, tokenizer=None, precision=Precision(storage="fp32", policy=preset("int8")))
+    names = {each.name for each in found.matrices}
+    assert {"resampler/input_proj", "media_kv/layer.1/v_proj", "decoder/layer.3/cross_attention/ffw_down"} <= names
+    assert found.kl is not None
+    assert found.kl > 0
+    assert all(layer.kl is not None for layer in found.layers)
