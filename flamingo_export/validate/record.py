@@ -15,7 +15,7 @@ from flamingo_export.machine import available_memory
 from flamingo_export.precision import StorageType, default_precision
 from flamingo_export.sources import CheckpointSource
 from flamingo_export.sources.origin import source_digest
-from flamingo_export.validate.expected.golden import Goldens, load_goldens, save_goldens
+from flamingo_export.validate.expected.golden import Goldens, add_goldens, load_goldens, save_goldens
 from flamingo_export.validate.expected.recording import record
 from flamingo_export.validate.parity import GOLDEN_FOLDER
 from flamingo_reference.names import parameter_counts
@@ -47,10 +47,7 @@ def record_checkpoint(checkpoint: Path, *, storage: StorageType | None = None, a
             raise ParityError(
                 f"{checkpoint / GOLDEN_FOLDER} holds no golden values of these weights to add to. Leave out --add."
             )
-        added = goldens.expected.keys() - kept.expected.keys()
-        kept.expected |= {key: goldens.expected[key] for key in sorted(added)}
-        kept.computed |= {key: error for key, error in goldens.computed.items() if key in added}
-        goldens = kept
+        return add_goldens(checkpoint / GOLDEN_FOLDER, kept, goldens)
     save_goldens(checkpoint / GOLDEN_FOLDER, goldens)
     return goldens
 

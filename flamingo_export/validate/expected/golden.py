@@ -2,6 +2,7 @@
 
     golden/cases.json            which weights and storage type they belong to; shape, rms, peak and PyTorch's error of each tensor; traces
     golden/tensors.safetensors   the values, fp32: samples of outputs, and the hidden states that each layer is fed with
+    golden/added.safetensors     those that were recorded later, where there are any
 
 Inputs are not stored: they follow from the case's name (`inputs.py`), pictures of token traces excepted.
 """
@@ -21,6 +22,8 @@ from flamingo_export.validate.checks.compare import AnyArray, Expected
 GOLDEN_SCHEMA = 1
 CASES_FILE = "cases.json"
 TENSORS_FILE = "tensors.safetensors"
+ADDED_FILE = "added.safetensors"
+"""Values that were recorded later than TENSORS_FILE, which stays as it was to the last byte (`add_goldens`)."""
 
 
 class GoldenText(msgspec.Struct, frozen=True, kw_only=True):
@@ -118,8 +121,42 @@ def save_goldens(folder: Path, goldens: Goldens) -> None:
     """Writes both files into `folder`, the tensors first: cases.json is there only when all is there."""
     from safetensors.numpy import save
 
-    arrays = {f"expected|{key}": value.values.astype(np.float32) for key, value in goldens.expected.items()}
+    arrays = _expected(goldens.expected)
     arrays |= {f"hidden|{key}": np.ascontiguousarray(value, np.float32) for key, value in goldens.hidden.items()}
+    write_atomically(folder / TENSORS_FILE, save(arrays))
+    (folder / ADDED_FILE).unlink(missing_ok=True)
+    _write_cases(folder, goldens)
+
+
+def add_goldens(folder: Path, goldens: Goldens, more: Goldens) -> Goldens:
+    """Adds to `goldens`, which lie in `folder`, the cases of `more` that they lack; what is there stays to the last byte."""
+    from safetensors.numpy import save
+
+    added = sorted(more.expected.keys() - goldens.expected.keys())
+    arrays = {key: value for key, value in _loaded(folder).items() if key in _stored(folder / ADDED_FILE)}
+    goldens.expected |= {key: more.expected[key] for key in added}
+    goldens.computed |= {key: more.computed[key] for key in added if key in more.computed}
+    write_atomically(folder / ADDED_FILE, save(arrays | _expected({key: more.expected[key] for key in added})))
+    _write_cases(folder, goldens)
+    return goldens
+
+
+def _expected(values: dict[str, Expected]) -> dict[str, AnyArray]:
+    return {f"expected|{key}": value.values.astype(np.float32) for key, value in values.items()}
+
+
+def _loaded(folder: Path) -> dict[str, AnyArray]:
+    """All arrays of a folder. Raises SafetensorError or OSError."""
+    return _stored(folder / TENSORS_FILE) | _stored(folder / ADDED_FILE)
+
+
+def _stored(path: Path) -> dict[str, AnyArray]:
+    from safetensors.numpy import load_file
+
+    return dict(load_file(path)) if path.name == TENSORS_FILE or path.is_file() else {}
+
+
+def _write_cases(folder: Path, goldens: Goldens) -> None:
     entries = {
         key: _Entry(
             shape=value.shape,
@@ -141,7 +178,6 @@ def save_goldens(folder: Path, goldens: Goldens) -> None:
         traces=goldens.traces,
         no_traces=goldens.no_traces,
     )
-    write_atomically(folder / TENSORS_FILE, save(arrays))
     write_atomically(folder / CASES_FILE, msgspec.json.format(msgspec.json.encode(document), indent=1) + b"\n")
 
 
@@ -151,7 +187,6 @@ def load_goldens(folder: Path, bundle: Path | None = None) -> Goldens | None:
     Raises ParityError if they are damaged or of a newer schema.
     """
     from safetensors import SafetensorError
-    from safetensors.numpy import load_file
 
     path = folder / CASES_FILE
     if not path.is_file():
@@ -162,7 +197,7 @@ def load_goldens(folder: Path, bundle: Path | None = None) -> Goldens | None:
         document = msgspec.json.decode(path.read_bytes(), type=_File)
         if document.schema != GOLDEN_SCHEMA:
             raise ParityError(f"{path} has schema {document.schema}, this version reads {GOLDEN_SCHEMA}. {advice}")
-        arrays = load_file(folder / TENSORS_FILE)
+        arrays = _loaded(folder)
         expected = {
             key: Expected(
                 values=arrays[f"expected|{key}"].astype(np.float64),

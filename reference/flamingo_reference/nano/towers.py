@@ -8,6 +8,7 @@ new tensors.
 from __future__ import annotations
 
 import argparse
+import shutil
 import time
 from pathlib import Path
 
@@ -15,9 +16,12 @@ import msgspec
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from flamingo_reference.checkpoints.files.folder import TOWERS as TOWERS_PREFIX
+from flamingo_reference.checkpoints.files.folder import TOWERS_NAME
 from flamingo_reference.config import NANO, ModelConfig
 from flamingo_reference.contrastive_config import ContrastiveConfig, Readout, TextConfig
 from flamingo_reference.model import Flamingo
@@ -155,6 +159,17 @@ def with_towers(config: ModelConfig) -> ModelConfig:
     return msgspec.structs.replace(config, contrastive=TOWERS)
 
 
+def save(towers: Contrastive, config: ModelConfig, checkpoint: Path, out: Path) -> None:
+    """The checkpoint with the towers in a file beside the model's, which is copied as it is."""
+    out.mkdir(parents=True, exist_ok=True)
+    if out.resolve() != checkpoint.resolve():
+        shutil.copyfile(checkpoint / "model.safetensors", out / "model.safetensors")
+        shutil.copytree(checkpoint / "tokenizer", out / "tokenizer", dirs_exist_ok=True)
+    tensors = {f"{TOWERS_PREFIX}{name}": tensor.contiguous() for name, tensor in towers.state_dict().items()}
+    save_file(tensors, out / TOWERS_NAME)
+    (out / "config.json").write_bytes(msgspec.json.format(msgspec.json.encode(with_towers(config)), indent=1) + b"\n")
+
+
 def main() -> None:
     """The command line."""
     shipped = Path(__file__).parent / "checkpoint"
@@ -171,8 +186,7 @@ def main() -> None:
         model = Flamingo(msgspec.structs.replace(model.config, contrastive=None)).requires_grad_(False).eval()
         model.load_state_dict(state)
     towers = train_towers(model, load_tokenizer(arguments.checkpoint / "tokenizer" / "tokenizer.json"))
-    model.config, model.contrastive = with_towers(model.config), towers
-    model.save(arguments.out, tokenizer=arguments.checkpoint / "tokenizer" / "tokenizer.json")
+    save(towers, model.config, arguments.checkpoint, arguments.out)
     print(f"{(time.monotonic() - wall) / 60:.1f} min, {(time.process_time() - cpu) / 60:.1f} min of processor time")
 
 

@@ -15,6 +15,7 @@ from flamingo_reference.names import expected_tensors  # noqa: E402
 from flamingo_reference.nano import CHECKPOINT, pages  # noqa: E402
 from flamingo_reference.nano.evaluate import Reader, few_shot_rates, heldout, rate  # type: ignore[attr-defined]  # noqa: E402
 from flamingo_reference.nano.tokenizer import load_tokenizer  # noqa: E402
+from flamingo_reference.nano.towers import with_towers  # noqa: E402
 
 MIN_SCENE_CAPTIONS, MIN_DIGIT_CAPTIONS, MIN_ANSWERS = 52, 85, 70
 
@@ -31,10 +32,12 @@ def tokenizer():
 
 
 def test_it_is_the_preset_in_full_precision_and_small(model):
-    assert model.config == NANO
-    assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == expected_tensors(NANO)
+    assert model.config == with_towers(NANO)
+    assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == expected_tensors(model.config)
     assert all(tensor.dtype == torch.float32 for tensor in model.state_dict().values())
-    assert sum(file.stat().st_size for file in CHECKPOINT.rglob("*") if file.is_file()) <= 10_000_000
+    sizes = {file.name: file.stat().st_size for file in CHECKPOINT.rglob("*") if file.is_file()}
+    assert sizes.pop("contrastive.safetensors") <= 2_000_000
+    assert sum(sizes.values()) <= 10_000_000
 
 
 def test_the_gates_have_opened(model):

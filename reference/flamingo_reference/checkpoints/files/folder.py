@@ -22,6 +22,8 @@ NAMES = (
     *OPEN_CLIP_NAMES,
 )
 """Files looked for in a folder, safetensors first; each may be shards with an index, whose name is the file's and `.index.json`."""
+TOWERS_NAME, TOWERS = "contrastive.safetensors", "contrastive."
+"""The file of a contrastive encoder beside model.safetensors, and what the names of its tensors begin with."""
 _ARCHIVE = b"PK\x03\x04"
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 _MAX_INDEX = 100_000_000  # bytes
@@ -59,12 +61,24 @@ def open_tensors(path: Path, names: Iterable[str] = NAMES, *, may_be_absent: boo
         if index.is_file():
             return _open_shards(index, may_be_absent=may_be_absent)
         if single.is_file():
-            return FileReader({tensor: (single, entry) for tensor, entry in open_file(single).items()})
+            return FileReader({tensor: (single, entry) for tensor, entry in open_file(single).items()} | _towers(single))
     raise CheckpointError(
         f"{path} has neither {names[0]} nor {names[0]}{INDEX_SUFFIX}"
         + (f" (nor {', '.join(names[1:])})" if names[1:] else "")
         + "; a checkpoint folder needs one."
     )
+
+
+def _towers(single: Path) -> dict[str, tuple[Path, TensorEntry]]:
+    """The tensors of a contrastive encoder beside those of a model in our own format: it may be trained later, the model's file being left
+    as it is. Raises CheckpointError for tensors of anything else."""
+    beside = single.with_name(TOWERS_NAME)
+    if single.name != NAMES[0] or not beside.is_file():
+        return {}
+    entries = open_file(beside)
+    if foreign := [name for name in entries if not name.startswith(TOWERS)]:
+        raise CheckpointError(f"{beside} holds {foreign[0]}, expected tensors of a contrastive encoder only ({TOWERS}...).")
+    return {name: (beside, entry) for name, entry in entries.items()}
 
 
 def _open_shards(index: Path, *, may_be_absent: bool) -> FileReader:
