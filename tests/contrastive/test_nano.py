@@ -29,7 +29,7 @@ def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_towers_pass_against_shipped_golden_values_and_the_reference(nano: Path) -> None:
     for against in ("golden", "reference"):
-        report = check_bundle(nano, against=against)  # type: ignore[arg-type]
+        report = check_bundle(nano, against=against)
         assert report.verdict == "passed"
         measured = {(row.subgraph, row.tensor) for row in report.rows if row.level == "subgraph" and row.passed}
         assert {
