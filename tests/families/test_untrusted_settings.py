@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from llama_models import their_model as llama_model
 from openflamingo_models import Theirs
 from published_files import write_openflamingo
 from safetensors.numpy import save_file
@@ -19,6 +20,7 @@ from flamingo_reference.checkpoints.files.tensors import CheckpointError
 from flamingo_reference.checkpoints.loading import CheckpointFiles, load
 from tests.families.test_idefics_files import flat, write
 from tests.families.test_openflamingo_files import write_open_clip, write_otter
+from tests.families.test_published_llama import write as write_llama
 
 ODD = st.one_of(
     st.none(), st.booleans(), st.integers(-3, 70), st.sampled_from([2**63, -(2**40), 10**400, 0.5, 1e308, float("nan"), float("inf")]),
@@ -63,6 +65,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Checkpoi
     clip = write_open_clip(root / "clip", theirs, "open_clip_model.safetensors", quick_gelu=True)
     of = msgspec.structs.replace(write_openflamingo(root / "of", theirs), vision_encoder=clip)
     plain = CheckpointFiles(path=idefics)
+    llama = write_llama(root / "llama", llama_model().float(), shard="1GB")
     return {
         "generation": (plain, idefics / "generation_config.json"),
         "preprocessor": (plain, idefics / "preprocessor_config.json"),
@@ -70,6 +73,8 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Checkpoi
         "the old IDEFICS": (CheckpointFiles(path=old), old / "config.json"),
         "otter": (otter, otter.path / "config.json"),
         "open_clip": (of, clip / "open_clip_config.json"),
+        "llama": (CheckpointFiles(path=llama), llama / "config.json"),
+        "llama's images": (CheckpointFiles(path=llama), llama / "preprocessor_config.json"),
     }
 
 
@@ -79,7 +84,7 @@ def within(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [place for key, each in inner for place in ((*path, key), *within(each, (*path, key)))]
 
 
-KINDS = ["generation", "preprocessor", "adapter", "the old IDEFICS", "otter", "open_clip"]
+KINDS = ["generation", "preprocessor", "adapter", "the old IDEFICS", "otter", "open_clip", "llama", "llama's images"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

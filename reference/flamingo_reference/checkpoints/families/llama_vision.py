@@ -181,7 +181,8 @@ def _schedule(text: Mapping[str, Any], layers: int) -> tuple[int, int, int]:
     before = [each - i for i, each in enumerate(listed)]
     count = layers - len(listed)
     every = before[1] - before[0] if len(before) > 1 else count
-    if before != list(range(before[0], count, every)) or before[0] >= every:
+    regular = range(before[0], count, every)
+    if len(regular) != len(before) or list(regular) != before or before[0] >= every:
         raise ConfigError(
             f"{where}: cross_attention_layers {listed} is not a regular schedule: gated blocks would stand before layers {before} of the "
             f"language model's {count}."
@@ -227,6 +228,8 @@ def _vision(raw: Mapping[str, Any]) -> TiledViTConfig:
         norm_eps=setting(raw, "norm_eps", float, 1e-5, where=where),
     )
     choice(raw, "num_channels", {3: None}, 3, where=where)
+    if min(vision.image_size, vision.patch_size, vision.width, vision.num_heads) < 1:
+        raise ConfigError(f"{where}: image_size, patch_size, hidden_size and attention_heads must be at least 1.")
     if not 1 <= vision.max_tiles <= 64:
         raise ConfigError(f"{where}: max_num_tiles is {vision.max_tiles}, expected 1 to 64.")
     known = [list(ratio) for ratio in vision.aspect_ratios]
