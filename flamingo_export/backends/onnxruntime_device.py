@@ -22,6 +22,7 @@ from flamingo_export.backends.external_data import placed
 from flamingo_export.backends.tensorrt.cuda import OUT_OF_MEMORY, Cuda, CudaRuntime, DeviceMemoryError
 from flamingo_export.backends.tensorrt.dtypes import Element
 from flamingo_export.backends.tensorrt.engine_contract import Contract, contract_of
+from flamingo_export.backends.tensorrt.loading import check_room
 from flamingo_export.backends.tensorrt.memory import Lane
 from flamingo_export.backends.tensorrt.session import TensorRTSession
 from flamingo_export.bundle.manifest import GraphRecord, Manifest
@@ -89,13 +90,7 @@ def open_on_device(
     decoding = bool(contract.spec.aliases)
     lane = place.lanes[0 if decoding else 1]
     data, folder, size = lowered(bundle, manifest, graph, contract)
-    free, total = place.cuda.free_memory()
-    if size > free:
-        raise DeviceMemoryError(
-            "cudaErrorMemoryAllocation",
-            f"the weights of {graph.name} take {size / 2**20:.0f} MiB on the GPU, {free / 2**20:.0f} of {total / 2**20:.0f} MiB are free. "
-            f"{OUT_OF_MEMORY}.",
-        )
+    check_room(lane, graph.name, size, contract)
     settings.add_session_config_entry(WEIGHTS_FOLDER_KEY, str(folder))
     settings.add_session_config_entry(PLACEMENT, "1")
     try:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flamingo_export.cli.groups import Beside
-from flamingo_export.cli.options import AsJson
+from flamingo_export.cli.options import AsJson, Device
 
 if TYPE_CHECKING:
     from flamingo_export.validate.report.parity_report import ParityReport
@@ -65,6 +65,7 @@ def parity(
     html: Annotated[
         Path | None, typer.Option("--html", help="Write the report as a self-contained page.", show_default=False)
     ] = None,
+    device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
     """Check every subgraph, logits and token traces: against PyTorch where it is installed, else against the bundle's golden values.
@@ -75,6 +76,7 @@ def parity(
     flamingo-export parity nano.bundle
     flamingo-export parity idefics.bundle --against transformers
     flamingo-export parity nano.bundle --with polygraphy
+    flamingo-export parity nano.bundle --backend onnxruntime --device cuda
     """
     from flamingo_export.cli.output import print_json
     from flamingo_export.cli.progress import reported
@@ -83,7 +85,7 @@ def parity(
     if export is not None and with_ is None:
         raise typer.BadParameter("inputs and outputs are exported for Polygraphy: add --with polygraphy", param_hint="--export")
     if with_ is not None:
-        if checkpoint is not None or against is not None or html is not None:
+        if checkpoint is not None or against is not None or html is not None or device != "cpu":
             raise typer.BadParameter("Polygraphy checks the bundle's golden values, and nothing else", param_hint="--with")
         from flamingo_export.cli.polygraphy import second_opinion
 
@@ -94,7 +96,12 @@ def parity(
     files = beside.files(checkpoint) if checkpoint is not None else None
     with reported() as progress:
         report = check_bundle(
-            bundle, backend=backend, checkpoint=files, progress=progress, against=against.value if against else None
+            bundle,
+            backend=backend,
+            checkpoint=files,
+            device=device,
+            progress=progress,
+            against=against.value if against else None,
         )
     if html is not None:
         from flamingo_export.validate.report.parity_page import write_html

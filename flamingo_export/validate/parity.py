@@ -87,6 +87,7 @@ def check_bundle(
     backend: str | Backend = "onnxruntime",
     checkpoint: CheckpointFiles | Path | None = None,
     options: SessionOptions | None = None,
+    device: str = "cpu",
     memory: int | None = None,
     progress: Progress = SILENT,
     against: Against | None = None,
@@ -97,7 +98,8 @@ def check_bundle(
     from pixels to logits, and, where memory allows, in the tokens that its `generate` chooses.
 
     checkpoint: where the bundle's weights came from; not needed for the shipped nano checkpoint and random weights, nor, where `against` is
-    given, for one that still lies beside the bundle as it did when this was built. memory: bytes
+    given, for one that still lies beside the bundle as it did when this was built. device: where engines run that may choose, unless `options`
+    says it. memory: bytes
     to keep to; None is what the machine has free. Writes reports/parity.json and how parity stands into the manifest, and golden
     values where the bundle had none; a bundle that may not be written to is compared all the same.
 
@@ -110,7 +112,8 @@ def check_bundle(
     manifest = open_bundle(bundle)
     chosen = _backend(backend)
     budget = min(memory or 1 << 62, available_memory())
-    arithmetic = chosen.arithmetic(manifest, options or SessionOptions())
+    options = options or SessionOptions(threads=1 if is_small(manifest.config) else 0, device=device)
+    arithmetic = chosen.arithmetic(manifest, options)
     goldens, with_what = _expectation(bundle, manifest, checkpoint, budget, progress, against, arithmetic)
     report = compare_with(
         bundle,
@@ -150,7 +153,7 @@ def compare_with(
     short = shortage("running all engines", estimates.running(manifest.config, WeightIndex.read(bundle)), memory)
     # Compiled engines are there or not: there are none of single layers, and their memory is the device's.
     compiled = any(engine.backend == backend.name for engine in manifest.engines)
-    whole = not short or compiled
+    whole = not short or compiled or options.gpu is not None
     if not whole:
         options = msgspec.structs.replace(options, lean=True)
     cases = decoder_cases(manifest.config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,6 +55,18 @@ class Contract(msgspec.Struct, frozen=True, kw_only=True):
             for which in ("least", "usual", "most")
         )
         return least, usual, most
+
+
+def resident_bytes(contract: Contract) -> tuple[int, int]:
+    """Bytes that calls keep on the device: of the media bank, all its rows, and of one row of the caches. Zero for what is not a decoder."""
+    rows = max((profile.bounds["N"].most for profile in contract.profiles if "N" in profile.bounds), default=0)
+    caches = set(contract.spec.aliases.values())
+    found = [0, 0]
+    for tensor in contract.spec.inputs if caches else ():
+        if tensor.name in caches or tensor.name.startswith(("media_k.", "media_v.")):
+            size = math.prod(contract.shape(tensor, {"N": rows, "B": 1})) * contract.element(tensor).size
+            found[tensor.name in caches] += size
+    return found[0], found[1]
 
 
 def engine_spec(manifest: Manifest, graph: GraphRecord) -> SubgraphSpec:

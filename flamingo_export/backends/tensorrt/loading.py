@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from flamingo_export.backends.tensorrt.cuda import OUT_OF_MEMORY, DeviceMemoryError
-from flamingo_export.backends.tensorrt.engine_contract import Contract, check_engine
+from flamingo_export.backends.tensorrt.engine_contract import Contract, check_engine, resident_bytes
 from flamingo_export.backends.tensorrt.log import Heard, listening, started
 from flamingo_export.backends.tensorrt.memory import Lane
 from flamingo_export.bundle.manifest import EngineRecord
@@ -106,7 +106,7 @@ def load_engine(
 
     Raises IncompatibleEngine (not an engine of this version or GPU, or another one than the contract), DeviceMemoryError.
     """
-    _check_memory(lane, path, record)
+    _check_memory(lane, path, record, contract)
     lane.cuda.use()
     heard = Heard()
     with listening(trt, heard) as logger:
@@ -148,15 +148,31 @@ def _is_memory(text: str) -> bool:
     return any(words in text.lower() for words in ("out of memory", "outofmemory", "memoryallocation"))
 
 
-def _check_memory(lane: Lane, path: Path, record: EngineRecord) -> None:
+def _check_memory(lane: Lane, path: Path, record: EngineRecord, contract: Contract) -> None:
     """Before anything is loaded."""
+    check_room(lane, os.fspath(path), _needed(path, record), contract)
+
+
+def check_room(lane: Lane, what: str, own: int, contract: Contract) -> None:
+    """Raises DeviceMemoryError where there is no room for an engine, the media bank and one row of caches. own: bytes of the engine itself."""
     free, total = lane.cuda.free_memory()
-    needed = _needed(path, record)
-    if needed > free:
-        raise DeviceMemoryError(
-            "cudaErrorMemoryAllocation",
-            f"{path} needs about {needed / 2**20:.0f} MiB on the GPU, {free / 2**20:.0f} of {total / 2**20:.0f} MiB are free. {OUT_OF_MEMORY}.",
+    bank, row = resident_bytes(contract)
+    needed = own + bank + row
+    if needed <= free:
+        return
+    mib = 2.0**20
+    beside = ""
+    if row:
+        beside = (
+            f" ({own / mib:.0f} for itself, {bank / mib:.0f} for the media bank, {row / mib:.0f} for each request's cache of "
+            f"{contract.capacity} slots)"
         )
+    raise DeviceMemoryError(
+        "cudaErrorMemoryAllocation",
+        f"{what} needs about {needed / mib:.0f} MiB on the GPU{beside}, {free / mib:.0f} of {total / mib:.0f} MiB are free. {OUT_OF_MEMORY}.",
+        asked=needed,
+        free=free,
+    )
 
 
 def _needed(path: Path, record: EngineRecord) -> int:

@@ -171,8 +171,21 @@ def test_quantised_graphs_run_in_fp16(policy: str, tmp_path: Path) -> None:
 def test_weights_that_do_not_fit(nano16: Path) -> None:
     backend, _ = on_device(memory=1 << 20)
     manifest = read_manifest(nano16)
-    with pytest.raises(DeviceMemoryError, match=r"the weights of decoder take \d+ MiB on the GPU, 1 of 1 MiB are free\. Close"):
+    with pytest.raises(
+        DeviceMemoryError, match=r"decoder needs about \d+ MiB on the GPU \(\d+ for itself, .* 1 of 1 MiB are free\. Close"
+    ):
         backend.open(nano16, manifest, manifest.graph("decoder"), OPTIONS)
+
+
+def test_parity_on_a_device_is_asked_for_on_the_command_line(nano16: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """As far as this machine goes: its ONNX Runtime has no CUDA provider, and no gate is said to have passed or failed."""
+    from flamingo_export.cli import main
+
+    assert main(["parity", str(nano16), "--backend", "onnxruntime", "--device", "cuda", "--json"]) == 1
+    report = capfd.readouterr().out
+    assert "has no CUDA provider" in report
+    assert '"arithmetic": "fp16"' in report.replace('":"', '": "')
+    assert '"verdict": "not_run"' in report.replace('":"', '": "')
 
 
 def session_with(*nodes: tuple[str, str], providers: tuple[str, ...] = (CUDA_PROVIDER, CPU_PROVIDER)) -> Any:

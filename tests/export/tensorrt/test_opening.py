@@ -15,6 +15,7 @@ from flamingo_export.backends.registry import availability, get_backend
 from flamingo_export.backends.tensorrt import backend as backend_module
 from flamingo_export.backends.tensorrt import library, plugin
 from flamingo_export.backends.tensorrt.cuda import DeviceLost, DeviceMemoryError
+from flamingo_export.backends.tensorrt.engine_contract import contract_of, resident_bytes
 from flamingo_export.bundle.manifest import read_manifest, write_manifest
 from flamingo_export.bundle.verify import file_record
 from flamingo_export.errors import BackendError, BackendLost, BundleError, CapacityError, IncompatibleEngine
@@ -161,6 +162,23 @@ def test_no_driver_no_cuda_python(bundle, monkeypatch):
 def test_a_gpu_that_is_too_small(bundle, gpu):
     gpu.cuda.free_memory = lambda: (10, 1 << 30)
     refused(bundle, r"needs about \d+ MiB on the GPU, \d+ of \d+ MiB are free.*--fallback onnxruntime", DeviceMemoryError)
+
+
+def test_bank_and_caches_are_counted_when_an_engine_is_opened(bundle, gpu):
+    """The engine alone would fit: what a request needs beside it would not."""
+    manifest = read_manifest(bundle)
+    contract = contract_of(manifest, manifest.graph("decoder"))
+    bank, row = resident_bytes(contract)
+    lm, limits = manifest.config.language_model, manifest.limits
+    assert row == 2 * lm.num_layers * lm.kv_heads * limits.max_length * lm.head_size * 4
+    media = manifest.config.cross_attention
+    gated = len(manifest.config.gated_layers)
+    assert bank == 2 * gated * limits.bank_rows * manifest.config.resampler.num_latents * media.num_heads * media.head_size * 4
+    assert resident_bytes(contract_of(manifest, manifest.graph("media_kv"))) == (0, 0)
+    engine = (bundle / manifest.engines[-1].file).stat().st_size
+    words = rf"decoder\.engine needs about .*each request's cache of {limits.max_length} slots\).*are free"
+    gpu.cuda.free_memory = lambda: (engine + bank + row // 2, 1 << 30)
+    refused(bundle, words, DeviceMemoryError)
 
 
 def test_memory_that_runs_out_while_loading(bundle, gpu):
