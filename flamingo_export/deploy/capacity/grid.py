@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 
 import numpy as np
@@ -29,9 +29,21 @@ _JPEG = (640, 480)
 class GridMeter:
     """Measures on one model, which nobody else uses meanwhile."""
 
-    def __init__(self, model: Model, *, widths: Sequence[int], rows: int, repeat: int, seed: int = 0) -> None:
-        """widths: branches of a request. rows: requests side by side at most. repeat: measurements of a shape; their median counts."""
-        self._model, self._repeat = model, repeat
+    def __init__(
+        self,
+        model: Model,
+        *,
+        widths: Sequence[int],
+        rows: int,
+        repeat: int,
+        seed: int = 0,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """widths: branches of a request. rows: requests side by side at most. repeat: measurements of a shape; their median counts.
+
+        clock: of seconds; that of the processor's time leaves out what other programs take.
+        """
+        self._model, self._repeat, self._clock = model, repeat, clock
         self.widths = tuple(sorted(set(widths)))
         self.rows = tuple(sorted({1 << power for power in range(rows.bit_length()) if 1 << power <= rows} | {rows}))
         self._rng = np.random.default_rng(seed)
@@ -96,7 +108,7 @@ class GridMeter:
             while len(loop.schedule.decoding) < rows:
                 loop.tick()
                 loop.schedule.decoded()  # those that run already wait for the others: their steps are counted
-            times = [_tick(loop) for _ in range(_WARM_UP + self._repeat)]
+            times = [self._tick(loop) for _ in range(_WARM_UP + self._repeat)]
             found.append(median(times[_WARM_UP:]))
         self._give_up(loop, tickets)
         return found
@@ -108,7 +120,7 @@ class GridMeter:
             ticket = self._submit(self._prompt(chunk, images=0), 1, 1)
             loop.tick()  # admitted
             loop.tick()  # nothing to encode
-            times.append(_tick(loop))
+            times.append(self._tick(loop))
             assert ticket.done
         return median(times[1:])
 
@@ -121,7 +133,7 @@ class GridMeter:
         for _ in range(self._repeat + 1):
             self._submit(self._prompt(images + 1, images=images), 1, 1)
             loop.tick()  # admitted
-            encoding, following = _tick(loop), _tick(loop)
+            encoding, following = self._tick(loop), self._tick(loop)
             times.append(max(encoding + following - prompt, 1e-6) if waits else encoding)
             while loop.tick():
                 pass
@@ -139,7 +151,7 @@ class GridMeter:
             while not loop.schedule.decoding:
                 loop.tick()
             second = self._submit(prompt, 1, 4)
-            times.append(_tick(loop))
+            times.append(self._tick(loop))
             self._give_up(loop, [first, second])
         return median(times[1:]) / shared
 
@@ -156,9 +168,9 @@ class GridMeter:
         Image.fromarray(picture).save(file, "JPEG", quality=90)
         times = []
         for _ in range(self._repeat + 1):
-            started = time.perf_counter()
+            started = self._clock()
             medium_of([load_image(file.getvalue())], self._model.config)
-            times.append(time.perf_counter() - started)
+            times.append(self._clock() - started)
         return median(times[1:])
 
     def _prompt(self, length: int, *, images: int) -> Prepared:
@@ -183,9 +195,8 @@ class GridMeter:
         while loop.tick() or loop.size:
             pass
 
-
-def _tick(loop: Loop) -> float:
-    """Seconds of one action."""
-    started = time.perf_counter()
-    loop.tick()
-    return time.perf_counter() - started
+    def _tick(self, loop: Loop) -> float:
+        """Seconds of one action."""
+        started = self._clock()
+        loop.tick()
+        return self._clock() - started
