@@ -139,7 +139,7 @@ def refusals(bundle: Path, count: int) -> dict[str, float]:
         for thread in threads:
             thread.start()
         time.sleep(1)
-        times = []
+        times: list[float] = []
         while len(times) < count:
             started = time.perf_counter()
             status, _ = ask(port, "POST", "/v1/chat/completions", large)
@@ -179,7 +179,12 @@ def main(arguments: Sequence[str]) -> None:
                 rates["http"].append(closed_loop(asked.clients, asked.seconds, over_http(port, bodies)))
         found = {name: float(np.median(values)) for name, values in rates.items()}
         ratios = [http / engine for engine, http in zip(rates["engine"], rates["http"], strict=True)]
-        result = {**found, "ratio": float(np.median(ratios)), "ratios": ratios, "refusals": refusals(bundle, asked.refusals)}
+        result: dict[str, Any] = {
+            **found,
+            "ratio": float(np.median(ratios)),
+            "ratios": ratios,
+            "refusals": refusals(bundle, asked.refusals),
+        }
     print(f"engine {found['engine']:.1f}, HTTP {found['http']:.1f} answers a second: {result['ratio']:.2f}")
     late = result["refusals"]
     times = ", ".join(f"p{share} {1000 * late[f'p{share}']:.1f} ms" for share in (50, 95, 99))
