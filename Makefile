@@ -1,5 +1,6 @@
 # make demo         the nano model on real image files, from a fresh clone; PyTorch is not needed
-# make test         every check and test        make lint       the checks alone
+# make test         every check and test        make lint       only the checks
+# make coverage     as make test, and how much of each module the tests run (COVERAGE_ARGS=--strict: under 85 % fails)
 # make test-fast    the tests that take seconds, in three minutes: the inner loop
 # make lock         the lock files in requirements/, anew with the newest versions (docs/development.md)
 # make test-oldest  nano's build, generate, parity and the command line on the lowest versions admitted; make test-newest: all on the newest
@@ -16,7 +17,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast lint lock test-deploy test-oldest test-newest wheel-check bench docs plugin gpu-wheels release clean
+.PHONY: help demo test coverage test-fast lint lock test-deploy test-oldest test-newest wheel-check bench docs plugin gpu-wheels release clean
 
 # Paths are relative throughout, so the folder's own path may hold spaces. The venv's programs are called through its Python for the same reason.
 PY := .venv/bin/python
@@ -70,6 +71,10 @@ lint: .venv/installed-dev
 
 test: lint
 	$(PYTEST) --durations=40 $(PYTEST_ARGS)
+
+coverage: lint
+	$(PYTEST) --durations=40 --cov --cov-report= --cov-report=json:build/coverage.json $(PYTEST_ARGS)
+	$(PY) scripts/coverage_floor.py build/coverage.json $(COVERAGE_ARGS)
 
 test-fast: .venv/installed-dev
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)

@@ -1,0 +1,47 @@
+"""The floor of coverage: modules below it fail unless they are excepted, and exceptions that are not needed fail."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import coverage_floor
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def report(**found: tuple[float, int]) -> dict[str, object]:
+    return {
+        "files": {
+            name: {"summary": {"percent_covered": share, "num_statements": lines}} for name, (share, lines) in found.items()
+        }
+    }
+
+
+@pytest.mark.parametrize(
+    ("found", "exceptions", "wrong"),
+    [
+        ({"a.py": 85.0}, {}, []),
+        ({"a.py": 84.9, "b.py": 99.0}, {}, ["a.py: 85 %"]),
+        ({"gpu/a.py": 10.0, "gpu/b.py": 90.0}, {"gpu/*": "wants a GPU"}, []),
+        ({"gpu/a.py": 90.0}, {"gpu/*": "wants a GPU"}, ["the exception gpu/* is not needed"]),
+        ({"a.py": 90.0}, {"gone.py": "is not there"}, ["the exception gone.py is not needed"]),
+    ],
+)
+def test_faults(found: dict[str, float], exceptions: dict[str, str], wrong: list[str]) -> None:
+    faults = coverage_floor.faults(found, 85, exceptions)
+    assert len(faults) == len(wrong)
+    assert all(line.startswith(begin) for line, begin in zip(faults, wrong, strict=True))
+
+
+def test_empty_modules_have_no_share() -> None:
+    assert coverage_floor.shares(report(a=(50.0, 4), b=(100.0, 0))) == {"a": 50.0}
+
+
+def test_every_exception_names_files_and_a_reason() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["flamingo"]["coverage"]
+    assert settings["floor"] >= 85
+    for pattern, reason in settings["exceptions"].items():
+        assert list(ROOT.glob(pattern)), pattern
+        assert len(reason) > 15
