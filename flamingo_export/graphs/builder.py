@@ -138,7 +138,7 @@ class GraphBuilder:
         as backends look for it to make one kernel of all."""
         if self.holds(weight + SCALE):
             if self.holds(weight + INPUT_SCALE):
-                x = self.through_fp8(x, self.stored(weight + INPUT_SCALE), name=f"{name}/input")
+                x = self.rounded_to_fp8(x, self.stored(weight + INPUT_SCALE), name=f"{name}/input")
             product: ir.Value = self.op("MatMul", x, self._dequantised(weight), name=name)
         else:
             product = self.op("MatMul", x, self.weight(weight), name=name)
@@ -163,7 +163,7 @@ class GraphBuilder:
         self._nodes.append(node)
         return node.outputs[0]
 
-    def through_fp8(self, x: ir.Value, scale: ir.Value, *, name: str) -> ir.Value:
+    def rounded_to_fp8(self, x: ir.Value, scale: ir.Value, *, name: str) -> ir.Value:
         """x rounded to E4M3 times `scale`, as a pair of nodes."""
         codes = self.to_fp8(x, scale, name=f"{name}/quantise")
         zero = self._initializers["fp8/zero"]

@@ -69,7 +69,7 @@ def self_attention(
     k, v = present["k"], present["v"]
     if build.holds(f"{weights}/q{INPUT_SCALE}"):
         q, k, v = (
-            build.through_fp8(x, build.stored(f"{weights}/{name}{INPUT_SCALE}"), name=name)
+            build.rounded_to_fp8(x, build.stored(f"{weights}/{name}{INPUT_SCALE}"), name=name)
             for name, x in zip("qkv", (q, k, v), strict=True)
         )
     else:

@@ -11,7 +11,7 @@ from flamingo_export.bundle.manifest import CalibrationRecord
 from flamingo_export.bundle.verify import file_record
 from flamingo_export.errors import BuildError, pip_install
 from flamingo_export.pipeline.request import BuildRequest
-from flamingo_export.pipeline.work_folder import Finished, Journal, WorkPlace
+from flamingo_export.pipeline.work_folder import BuildPaths, Finished, Journal
 from flamingo_export.precision import Precision
 from flamingo_export.progress import Progress
 from flamingo_export.quantize.policies import check_policy
@@ -71,7 +71,7 @@ def written_ranges(
     source: WeightSource,
     precision: Precision,
     given: CalibrationTable | None,
-    place: WorkPlace,
+    place: BuildPaths,
     journal: Journal,
     progress: Progress,
     *,

@@ -40,7 +40,7 @@ from flamingo_export.pipeline.plan import OTHER_FILES_BYTES, engine_bytes
 from flamingo_export.pipeline.ranges import checked_policy, written_ranges
 from flamingo_export.pipeline.request import BuildRequest, resolve_precision
 from flamingo_export.pipeline.traced_vision import write_traced
-from flamingo_export.pipeline.work_folder import Finished, Journal, WorkPlace
+from flamingo_export.pipeline.work_folder import BuildPaths, Finished, Journal
 from flamingo_export.pipeline.write_weights import write_weights
 from flamingo_export.precision import Precision
 from flamingo_export.progress import SILENT, Progress
@@ -88,7 +88,7 @@ class _Job(msgspec.Struct, frozen=True, kw_only=True):
     request: BuildRequest
     source: WeightSource
     precision: Precision
-    place: WorkPlace
+    place: BuildPaths
     compiler: tuple[Compiler, Ready] | None
     calibration: CalibrationTable | None
     """As it was given; None where none was, whether or not one will be made."""
@@ -186,7 +186,7 @@ def _prepare(request: BuildRequest, progress: Progress) -> _Job:
         request=request,
         source=source,
         precision=precision,
-        place=WorkPlace(request.out),
+        place=BuildPaths(request.out),
         compiler=compiler,
         calibration=calibration,
         tokenizer=tokenizer,

@@ -19,7 +19,7 @@ from flamingo_export.errors import BuildError
 from flamingo_export.files import Identified
 
 
-class WorkPlace(msgspec.Struct, frozen=True):
+class BuildPaths(msgspec.Struct, frozen=True):
     """The paths of a build: where it is published, and its temporary siblings."""
 
     out: Path
@@ -76,7 +76,7 @@ class _Content(Identified, kw_only=True):
 class Journal:
     """What a build has finished, kept beside its work folder so that a killed build resumes where it was."""
 
-    def __init__(self, place: WorkPlace, identity: str, *, resume: bool = True) -> None:
+    def __init__(self, place: BuildPaths, identity: str, *, resume: bool = True) -> None:
         """Goes on with the work folder if the journal there is of the same identity, else empties it.
 
         `discarded` tells whether the work of another build was thrown away.
@@ -121,12 +121,12 @@ class Journal:
                 path.unlink()
 
 
-def _journal_file(place: WorkPlace) -> files.Journal[_Content]:
+def _journal_file(place: BuildPaths) -> files.Journal[_Content]:
     return files.Journal(place.journal, _Content)
 
 
 @contextmanager
-def exclusive(place: WorkPlace) -> Iterator[None]:
+def exclusive(place: BuildPaths) -> Iterator[None]:
     """Holds the lock of an output path. Raises BuildError if another build holds it, or the folder cannot be written."""
 
     def busy(holder: str) -> BuildError:
@@ -139,7 +139,7 @@ def exclusive(place: WorkPlace) -> Iterator[None]:
         yield
 
 
-def recover(place: WorkPlace) -> None:
+def recover(place: BuildPaths) -> None:
     """Finishes what a build that was killed while publishing has left to do."""
     if place.replaced.exists():
         if os.path.lexists(place.out):
@@ -151,7 +151,7 @@ def recover(place: WorkPlace) -> None:
         place.discard()
 
 
-def check_output(place: WorkPlace, *, overwrite: bool) -> None:
+def check_output(place: BuildPaths, *, overwrite: bool) -> None:
     """Raises BuildError if something is at the output path and may not be replaced. An empty folder is nothing."""
     if not os.path.lexists(place.out):
         return
@@ -169,7 +169,7 @@ def check_output(place: WorkPlace, *, overwrite: bool) -> None:
         raise BuildError(f"{place.out} exists. Choose another --out, or replace it with --overwrite.")
 
 
-def check_disk(place: WorkPlace, needed: int) -> None:
+def check_disk(place: BuildPaths, needed: int) -> None:
     """Raises BuildError if the output's disk has fewer than `needed` bytes free."""
     free = shutil.disk_usage(place.out.parent).free
     if free < needed:
@@ -179,7 +179,7 @@ def check_disk(place: WorkPlace, needed: int) -> None:
         )
 
 
-def publish(place: WorkPlace) -> None:
+def publish(place: BuildPaths) -> None:
     """Makes the finished work folder the bundle at `out`. Readers see the old bundle or the new one, wherever the system can exchange
     two folders in one step; elsewhere the old one is set aside for a moment, and put back if the new one does not get there."""
     sync_tree(place.work)

@@ -22,7 +22,7 @@ from flamingo_export.errors import BuildError
 from flamingo_export.precision import SMALLEST_BLOCK, Policy, Rule
 from flamingo_reference.config import ModelConfig
 
-PRESETS = ("fp8", "int8", "int4")
+POLICIES = ("fp8", "int8", "int4")
 _LARGEST_BLOCK = 1024
 
 
@@ -35,9 +35,11 @@ class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 def preset(name: str) -> Policy:
-    """One of PRESETS. Raises BuildError for another name."""
-    if name not in PRESETS:
-        raise BuildError(f"{name!r} is not a policy; there are {', '.join(PRESETS)}, or a file of your own (docs/precision.md)")
+    """One of POLICIES. Raises BuildError for another name."""
+    if name not in POLICIES:
+        raise BuildError(
+            f"{name!r} is not a policy; there are {', '.join(POLICIES)}, or a file of your own (docs/precision.md)"
+        )
     return msgspec.toml.decode(preset_text(name), type=Policy)
 
 
@@ -106,7 +108,7 @@ def policy_text(
     """
     lines: list[str] = []
     rules = list(added)
-    if policy.name in PRESETS and policy == preset(policy.name):
+    if policy.name in POLICIES and policy == preset(policy.name):
         lines.append(f"extends = {_quoted(policy.name)}")
     else:
         rules = [*policy.rules, *added]
@@ -121,7 +123,7 @@ def policy_text(
 
 def check_policy(policy: Policy, matrices: Sequence[str]) -> None:
     """Raises BuildError naming every rule that matches none of a model's matrices. Those of presets may: not every model has all parts."""
-    known = {rule for name in PRESETS for rule in preset(name).rules}
+    known = {rule for name in POLICIES for rule in preset(name).rules}
     idle = [rule for rule in policy.unmatched(matrices) if rule not in known]
     if idle:
         import difflib

@@ -7,7 +7,7 @@ from collections.abc import Container
 from typing import TYPE_CHECKING, Any
 
 from flamingo_export.precision import Precision
-from flamingo_export.validate.expected.rounding import AsStored
+from flamingo_export.validate.expected.rounding import StoredRounding
 from flamingo_export.weights.calibration_table import CalibrationTable
 from flamingo_reference.config import ModelConfig
 
@@ -32,5 +32,5 @@ class Twins:
             id(parameter): torch.nn.Parameter(parameter.data, requires_grad=False) for parameter in module.parameters()
         }
         twin = copy.deepcopy(module, shared)
-        AsStored(self._config, self._precision, self._calibration, only=quantised.__contains__).apply(twin, prefix)
+        StoredRounding(self._config, self._precision, self._calibration, only=quantised.__contains__).apply(twin, prefix)
         return twin

@@ -20,7 +20,7 @@ from flamingo_export.bundle.verify import is_intact
 from flamingo_export.errors import CheckpointError, IncompatibleEngine
 from flamingo_export.machine import user_cache
 from flamingo_export.precision import StorageType
-from flamingo_export.quantize.policies import PRESETS, for_model, preset
+from flamingo_export.quantize.policies import POLICIES, for_model, preset
 from flamingo_export.sources import CheckpointSource
 from flamingo_export.sources.choice import nano_checkpoint
 from flamingo_export.sources.origin import source_digest
@@ -128,7 +128,7 @@ def _policy_options(bundle: Path, manifest: Manifest) -> str:
     policy, calibration = manifest.precision.policy, manifest.calibration
     if policy is None:
         return ""
-    named = policy.name in PRESETS and policy == for_model(preset(policy.name), manifest.config)
+    named = policy.name in POLICIES and policy == for_model(preset(policy.name), manifest.config)
     options = f" --{policy.name}" if named else " --policy FILE"
     if calibration is not None and calibration.origin == "given":
         options += f" --calibration {shlex.quote(str(bundle / CALIBRATION_FILE))}"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from flamingo_export.backends.memory import release
 from flamingo_export.precision import StorageType
 from flamingo_export.sources import LiveSource, WeightSource
-from flamingo_export.validate.expected.rounding import AsStored
+from flamingo_export.validate.expected.rounding import StoredRounding
 from flamingo_reference.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Parts(Protocol):
         """
 
 
-def parts_of(source: WeightSource, stored: AsStored, *, arithmetic: StorageType = "fp32") -> Parts:
+def parts_of(source: WeightSource, stored: StoredRounding, *, arithmetic: StorageType = "fp32") -> Parts:
     """The parts of a source: of the live model itself where it is one. arithmetic: what `narrow` computes in, on the weights as stored."""
     if isinstance(source, LiveSource):
         return LiveParts(source.model, stored, arithmetic)
@@ -49,7 +49,7 @@ def parts_of(source: WeightSource, stored: AsStored, *, arithmetic: StorageType 
 class SourceParts:
     """Parts made from a source of weights, each read when its turn comes."""
 
-    def __init__(self, source: WeightSource, stored: AsStored, arithmetic: StorageType = "fp32") -> None:
+    def __init__(self, source: WeightSource, stored: StoredRounding, arithmetic: StorageType = "fp32") -> None:
         self.config, self.dtype = source.config, torch_dtype(arithmetic)
         self._source, self._stored = source, stored
         self._names = list(source.names())
@@ -75,7 +75,7 @@ class SourceParts:
 class LiveParts:
     """Parts of a model in memory: fp64 on copies, fp32 on the very modules (on copies where they must be rounded or moved)."""
 
-    def __init__(self, model: Flamingo, stored: AsStored, arithmetic: StorageType = "fp32") -> None:
+    def __init__(self, model: Flamingo, stored: StoredRounding, arithmetic: StorageType = "fp32") -> None:
         self.config, self.dtype = model.config, torch_dtype(arithmetic)
         self._model, self._stored = model, stored
 

@@ -16,7 +16,7 @@ from flamingo_export.sources import WeightSource
 from flamingo_export.validate.environment import is_small
 from flamingo_export.validate.expected.golden import Goldens
 from flamingo_export.validate.expected.media import MediaFormat
-from flamingo_export.validate.expected.rounding import AsStored
+from flamingo_export.validate.expected.rounding import StoredRounding
 from flamingo_export.weights.calibration_table import CalibrationTable
 from flamingo_reference.config import ModelConfig
 
@@ -41,7 +41,7 @@ def record(
     from flamingo_export.validate.expected.oracle import record_numbers
     from flamingo_export.validate.expected.trace_oracle import record_traces
 
-    stored = AsStored(source.config, manifest.precision, calibration)
+    stored = StoredRounding(source.config, manifest.precision, calibration)
     goldens = Goldens(weights_sha256=digest, storage=manifest.precision.key, model=source.config.name)
     with torch_threads(source.config):
         record_numbers(parts_of(source, stored), goldens, progress, media=MediaFormat(manifest.precision, calibration))
@@ -56,7 +56,7 @@ def record(
 
 
 def _errors_in(
-    arithmetic: StorageType, source: WeightSource, stored: AsStored, media: MediaFormat, progress: Progress
+    arithmetic: StorageType, source: WeightSource, stored: StoredRounding, media: MediaFormat, progress: Progress
 ) -> dict[str, float]:
     """PyTorch's error in each tensor where it computes in a 16-bit type throughout; empty where it cannot, which is said."""
     from flamingo_export.validate.expected.modules import parts_of

@@ -31,7 +31,7 @@ DISTANCES = "/distances"
 """Of projected distances, which a bundle holds worked out: the table is rounded, not the matrix that it is made with."""
 
 
-class AsStored:
+class StoredRounding:
     """Makes parts of a model what a bundle of this precision holds."""
 
     def __init__(
@@ -133,9 +133,9 @@ class AsStored:
 
     def _rounding(self, weight: Weight, how: Quantisation) -> Any:
         if how.element != "fp8":
-            return lambda x: in_blocks(x, how.block)
+            return lambda x: rounded_in_blocks(x, how.block)
         scale = self._scale(weight.name)
-        return lambda x: through_fp8(x, scale)
+        return lambda x: rounded_to_fp8(x, scale)
 
     def _scale(self, name: str) -> float:
         return range_scale(self._calibration.threshold(name) if self._calibration is not None else E4M3_LARGEST)
@@ -150,7 +150,7 @@ def _round_operands(layer: Any, scales: list[float | None]) -> None:
     """Queries, keys and values as they enter attention, queries with their bias for contents, through E4M3 from now on; None is left."""
 
     def rounded(_: Any, __: Any, operands: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tuple(x if scale is None else through_fp8(x, scale) for x, scale in zip(operands, scales, strict=True))
+        return tuple(x if scale is None else rounded_to_fp8(x, scale) for x, scale in zip(operands, scales, strict=True))
 
     layer.operands.register_forward_hook(rounded)
 
@@ -159,7 +159,7 @@ def _round_media(block: Any, which: int, scale: float) -> None:
     """Keys (0) or values (1) of media through E4M3 from now on."""
 
     def rounded(_: Any, __: Any, found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tuple(through_fp8(x, scale) if index == which else x for index, x in enumerate(found))
+        return tuple(rounded_to_fp8(x, scale) if index == which else x for index, x in enumerate(found))
 
     block.media.register_forward_hook(rounded)
 
@@ -186,14 +186,14 @@ def ungated(weight: Tensor, gated: Tensor, gate: Tensor) -> Tensor:
     return torch.where(factor == 0, weight, gated / factor)
 
 
-def through_fp8(x: Tensor, scale: float) -> Tensor:
+def rounded_to_fp8(x: Tensor, scale: float) -> Tensor:
     """x rounded to E4M3 times scale, what is beyond its range to its largest number."""
     import torch
 
     return (x / scale).clamp(-E4M3_LARGEST, E4M3_LARGEST).to(torch.float8_e4m3fn).to(x.dtype) * scale
 
 
-def in_blocks(x: Tensor, block: int) -> Tensor:
+def rounded_in_blocks(x: Tensor, block: int) -> Tensor:
     """x rounded to 8 bits, each `block` channels with a scale of their own."""
     import torch
 

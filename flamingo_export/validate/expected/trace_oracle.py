@@ -22,7 +22,7 @@ from flamingo_export.runtime.tokenizer import Tokenizer
 from flamingo_export.sources import LiveSource, WeightSource
 from flamingo_export.validate.expected.golden import GoldenText, GoldenTrace
 from flamingo_export.validate.expected.modules import torch_dtype
-from flamingo_export.validate.expected.rounding import AsStored
+from flamingo_export.validate.expected.rounding import StoredRounding
 from flamingo_export.validate.expected.trace_prompts import TracePrompt, to_png, trace_prompts
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.input_format import Tags
@@ -38,7 +38,7 @@ BEAMS = (1, 3)
 
 def record_traces(
     source: WeightSource,
-    stored: AsStored,
+    stored: StoredRounding,
     manifest: Manifest,
     tokenizer: Path | None,
     progress: Progress,
@@ -107,7 +107,7 @@ def traces_of(
     return tuple(traces)
 
 
-def reference_models(source: WeightSource, stored: AsStored) -> tuple[Flamingo, Flamingo]:
+def reference_models(source: WeightSource, stored: StoredRounding) -> tuple[Flamingo, Flamingo]:
     """The whole reference in fp64, and in fp32 with weights as the bundle stores them: the live model itself where that is the same."""
     import torch
 

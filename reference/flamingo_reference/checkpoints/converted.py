@@ -49,7 +49,7 @@ class Parts(msgspec.Struct, frozen=True, kw_only=True):
     token_ids: Mapping[str, int] = msgspec.field(default_factory=dict)
 
 
-class Adopted(msgspec.Struct, frozen=True, kw_only=True):
+class Converted(msgspec.Struct, frozen=True, kw_only=True):
     """A model made of files.
 
     expected: name and shape of each of our tensors. recipes: for each of them, from which tensors of the joined parts it is made; None where
@@ -70,7 +70,7 @@ class Adopted(msgspec.Struct, frozen=True, kw_only=True):
     notes: tuple[str, ...] = ()
 
 
-class AdoptedReader:
+class ConvertedReader:
     """Our tensors, each made of the files' tensors when it is read: in memory of its own size and theirs."""
 
     def __init__(self, reader: TensorReader, expected: Mapping[str, Shape], recipes: Mapping[str, Recipe]) -> None:

@@ -11,8 +11,8 @@ import msgspec
 from flamingo_reference.checkpoints.accounting import account
 from flamingo_reference.checkpoints.conversions import renamed
 from flamingo_reference.checkpoints.converted import (
-    Adopted,
-    AdoptedReader,
+    Converted,
+    ConvertedReader,
     JoinedReader,
     PartFiles,
     Parts,
@@ -88,7 +88,7 @@ def load(files: CheckpointFiles, families: Sequence[Family] = FAMILIES, *, may_b
     model = recognise(files.path, families, may_be_absent=may_be_absent)
     given: dict[Part, Path | None] = {"language_model": files.language_model, "vision_encoder": files.vision_encoder}
     _check_parts(model, given)
-    if model.family.adopt is None:
+    if model.family.convert is None:
         raise CheckpointError(
             f"{files.path} is {model.family.title} ({model.evidence[0]}), which this version cannot build yet."
         )
@@ -111,18 +111,18 @@ def load(files: CheckpointFiles, families: Sequence[Family] = FAMILIES, *, may_b
         token_ids=added_ids(open_tokenizer(tokenizer, model.family.inputs.tags.added)) if tokenizer is not None else {},
     )
     try:
-        adopted = model.family.adopt(parts)
-        adopted.config.validate()
+        converted = model.family.convert(parts)
+        converted.config.validate()
     except ConfigError as error:
         raise CheckpointError(f"{files.path}: {error}") from error
     where = ", ".join(str(found.path) for found in recognised.values())
     absent = {name: path for found in recognised.values() for name, path in found.reader.absent.items()}
-    base = TwinReader(_joined(recognised, where), _unlike(adopted.twins, recognised))
-    adopted, published, adapters = _adapted(adopted, base, files.adapters, model.family)
-    reader, ignored = _accounted(adopted, published, where, absent)
-    if adopted.misfit:
-        raise CheckpointError(adopted.misfit)
-    config, generation = _with_generation(files.path, adopted.config)
+    base = TwinReader(_joined(recognised, where), _unlike(converted.twins, recognised))
+    converted, published, adapters = _adapted(converted, base, files.adapters, model.family)
+    reader, ignored = _accounted(converted, published, where, absent)
+    if converted.misfit:
+        raise CheckpointError(converted.misfit)
+    config, generation = _with_generation(files.path, converted.config)
     used = [path for adapter in adapters for path in adapter.files]
     golden = files.path / "golden"
     return Checkpoint(
@@ -130,17 +130,17 @@ def load(files: CheckpointFiles, families: Sequence[Family] = FAMILIES, *, may_b
         evidence=model.evidence,
         config=config,
         reader=reader,
-        inputs=adopted.inputs,
+        inputs=converted.inputs,
         ignored=ignored,
         files=tuple(sorted({*used, *(path for found in recognised.values() for path in found.reader.files)})),
         tokenizer=tokenizer,
         golden=golden if golden.is_dir() else None,
         settings=model.settings,
         published=published,
-        recipes=adopted.recipes,
+        recipes=converted.recipes,
         absent=tuple(sorted(set(absent.values()))),
         generation=generation,
-        notes=(*adopted.notes, *(note for adapter in adapters for note in adapter.notes)),
+        notes=(*converted.notes, *(note for adapter in adapters for note in adapter.notes)),
         text_tokenizer=_text_tokenizer(files, config, tokenizer),
     )
 
@@ -221,54 +221,54 @@ def _unlike(twins: Mapping[str, str], parts: Mapping[Part, Recognised]) -> dict[
 
 
 def _adapted(
-    adopted: Adopted, base: TensorReader, folders: Sequence[Path], family: Family
-) -> tuple[Adopted, TensorReader, list[LoraReader]]:
+    converted: Converted, base: TensorReader, folders: Sequence[Path], family: Family
+) -> tuple[Converted, TensorReader, list[LoraReader]]:
     """The tensors of all parts with each adapter merged in, and the adapters.
 
     An output that is the embedding becomes a matrix of its own where an adapter changes one of the two: in training the other stayed as it
     was. Raises CheckpointError if an adapter cannot be merged.
     """
-    heads = {head: embedding for head, embedding in adopted.tied.items() if embedding in base.names()}
-    whole = {*heads, *heads.values(), *_vocabulary(adopted)}
+    heads = {head: embedding for head, embedding in converted.tied.items() if embedding in base.names()}
+    whole = {*heads, *heads.values(), *_vocabulary(converted)}
     adapters: list[LoraReader] = []
 
     def merged(start: TensorReader) -> TensorReader:
         adapters.clear()
         for folder in folders:
-            adapters.append(LoraReader(start, folder, family.plain_name, vocabulary=whole, second_names=adopted.twins))
+            adapters.append(LoraReader(start, folder, family.plain_name, vocabulary=whole, second_names=converted.twins))
             start = adapters[-1]
         return start
 
     untied = merged(UntiedReader(base, heads))
     changed = {name for adapter in adapters for name in adapter.changed}
     if not changed & {*heads, *heads.values()}:
-        return adopted, merged(base), adapters
+        return converted, merged(base), adapters
     both = [str(folder) for folder, adapter in zip(folders, adapters, strict=True) if adapter.keeps_tied]
     if both:
         raise CheckpointError(
             f"{', '.join(both)}: ensure_weight_tying is set, so embedding and output were trained as one. Merge it with PEFT "
             "(merge_and_unload) and build from the result."
         )
-    lm = msgspec.structs.replace(adopted.config.language_model, tied_head=False)
-    config = msgspec.structs.replace(adopted.config, language_model=lm)
-    recipes = adopted.recipes
+    lm = msgspec.structs.replace(converted.config.language_model, tied_head=False)
+    config = msgspec.structs.replace(converted.config, language_model=lm)
+    recipes = converted.recipes
     if recipes is not None:
         of_head = {embedding: head for head, embedding in heads.items()}
         embedding = {"language_model.head.weight": recipes["language_model.embedding.weight"]}
         recipes = {**recipes, **renamed(embedding, lambda name: of_head.get(name, name))}
     note = "an adapter changes one of embedding and output, which were one matrix: each is a matrix of its own now, as it was in training"
-    adopted = msgspec.structs.replace(
-        adopted, config=config, expected=expected_tensors(config), recipes=recipes, notes=(*adopted.notes, note)
+    converted = msgspec.structs.replace(
+        converted, config=config, expected=expected_tensors(config), recipes=recipes, notes=(*converted.notes, note)
     )
-    return adopted, untied, adapters
+    return converted, untied, adapters
 
 
-def _vocabulary(adopted: Adopted) -> set[str]:
+def _vocabulary(converted: Converted) -> set[str]:
     """Published names of embedding and output, of which PEFT saves whole copies."""
     ours = ("language_model.embedding.weight", "language_model.head.weight")
-    if adopted.recipes is None:
+    if converted.recipes is None:
         return set(ours)
-    return {source for name in ours if name in adopted.recipes for source in adopted.recipes[name].sources}
+    return {source for name in ours if name in converted.recipes for source in converted.recipes[name].sources}
 
 
 def _with_generation(path: Path, config: ModelConfig) -> tuple[ModelConfig, Generation]:
@@ -299,14 +299,16 @@ def _joined(parts: Mapping[Part, Recognised], where: str) -> TensorReader:
 
 
 def _accounted(
-    adopted: Adopted, joined: TensorReader, where: str, absent: Collection[str]
+    converted: Converted, joined: TensorReader, where: str, absent: Collection[str]
 ) -> tuple[TensorReader, dict[str, str]]:
     """The reader of our tensors, and what is left out. Raises CheckpointError as `account` does."""
-    name = adopted.config.name
-    if adopted.recipes is None:
-        return joined, account(adopted.expected, joined, where=where, model=name, ignored=adopted.ignored, absent=absent)
-    ignored = account(source_shapes(adopted.recipes), joined, where=where, model=name, ignored=adopted.ignored, absent=absent)
-    unmade = sorted(set(adopted.expected) ^ set(adopted.recipes))
+    name = converted.config.name
+    if converted.recipes is None:
+        return joined, account(converted.expected, joined, where=where, model=name, ignored=converted.ignored, absent=absent)
+    ignored = account(
+        source_shapes(converted.recipes), joined, where=where, model=name, ignored=converted.ignored, absent=absent
+    )
+    unmade = sorted(set(converted.expected) ^ set(converted.recipes))
     if unmade:
         raise AssertionError(f"tensors without a recipe, or the other way round: {', '.join(unmade)}")
-    return AdoptedReader(joined, adopted.expected, adopted.recipes), ignored
+    return ConvertedReader(joined, converted.expected, converted.recipes), ignored

@@ -79,7 +79,7 @@ def undisturbed(spoken_config: ModelConfig, tmp_path_factory: pytest.TempPathFac
     return make(spoken_config, tmp_path_factory.mktemp("undisturbed") / "b.bundle").path
 
 
-def finished_files(place: work_folder.WorkPlace) -> dict[Path, tuple[int, int]]:
+def finished_files(place: work_folder.BuildPaths) -> dict[Path, tuple[int, int]]:
     """Files that the journal calls finished, with inode and time of change."""
     journal = work_folder._journal_file(place).read()
     paths = [place.work / record.file.path for record in journal.groups.values()] if journal else []
@@ -109,7 +109,7 @@ def test_sigkill_before_any_change_of_the_disk_then_resume(
 
         with in_child(killed) as child:
             assert wait(child) == -signal.SIGKILL
-        place = work_folder.WorkPlace(out)
+        place = work_folder.BuildPaths(out)
         if out.exists():
             assert contents(out) == contents(undisturbed)
             continue
@@ -214,7 +214,7 @@ def test_the_old_bundle_is_put_back_where_the_new_one_does_not_get_there(
     """Folders cannot be exchanged, the old one was set aside, and then the disk refuses the second rename."""
     out = make(spoken_config, tmp_path / "b.bundle", seed=1).path
     old = contents(out)
-    place = work_folder.WorkPlace(out)
+    place = work_folder.BuildPaths(out)
     rename = os.rename
 
     def refused(source: Any, target: Any, **options: Any) -> None:
@@ -246,7 +246,7 @@ def test_a_finished_group_that_was_cut_short_is_written_again(
 
     with in_child(killed) as child:
         assert wait(child) == -signal.SIGKILL
-    place = work_folder.WorkPlace(out)
+    place = work_folder.BuildPaths(out)
     whole = sorted(finished_files(place))
     os.truncate(place.work / whole[0], left)
     assert contents(make(spoken_config, out).path) == contents(undisturbed)
@@ -266,7 +266,7 @@ def test_sigint_leaves_a_build_that_goes_on(spoken_config: ModelConfig, undistur
     with in_child(interrupted) as child:
         assert wait(child) == 3
     assert "the same command resumes" in (tmp_path / "notes").read_text()
-    place = work_folder.WorkPlace(out)
+    place = work_folder.BuildPaths(out)
     assert not out.exists()
     assert not place.lock.exists()
     assert finished_files(place)
@@ -277,7 +277,7 @@ def test_no_space_in_the_middle(
     spoken_config: ModelConfig, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "b.bundle"
-    write, journal = write_weights._write_all, work_folder.WorkPlace(out).journal
+    write, journal = write_weights._write_all, work_folder.BuildPaths(out).journal
 
     def full(handle: int, data: memoryview) -> None:
         if journal.is_file() and b"safetensors" in journal.read_bytes():  # a group is finished
@@ -290,7 +290,7 @@ def test_no_space_in_the_middle(
             BuildError, match=r"No space left on device.*kept in .*\.b\.bundle\.building.*same command to resume"
         ):
             make(spoken_config, out)
-    place = work_folder.WorkPlace(out)
+    place = work_folder.BuildPaths(out)
     assert not out.exists()
     assert finished_files(place)
     assert not list(place.work.rglob("*.part"))
@@ -356,7 +356,7 @@ def test_two_builds_to_one_path(spoken_config: ModelConfig, tmp_path: Path) -> N
         make(spoken_config, out)
 
     with in_child(slow) as child:
-        place = work_folder.WorkPlace(out)
+        place = work_folder.BuildPaths(out)
         deadline = time.monotonic() + 20
         while not place.journal.exists() and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -380,7 +380,7 @@ def test_another_request_starts_anew(
 
     with in_child(killed) as child:
         assert wait(child) == -signal.SIGKILL
-    before = finished_files(work_folder.WorkPlace(out))
+    before = finished_files(work_folder.BuildPaths(out))
     assert before
     options: dict[str, Any] = {"progress": recorder}
     if change == "seed":

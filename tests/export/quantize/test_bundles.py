@@ -23,7 +23,7 @@ from flamingo_export.pipeline import run as pipeline
 from flamingo_export.pipeline.request import BuildRequest
 from flamingo_export.precision import Policy, Quantisation
 from flamingo_export.quantize.matrices import dequantised, quantised
-from flamingo_export.quantize.policies import PRESETS, preset
+from flamingo_export.quantize.policies import POLICIES, preset
 from flamingo_export.sources.choice import RandomWeights, nano_checkpoint, source_for_size
 from flamingo_export.validate import check_bundle
 from flamingo_export.weights import INPUT_SCALE, SCALE, WeightIndex
@@ -38,7 +38,7 @@ IMAGE = Path(__file__).parents[3] / "examples" / "a.png"
 FP8 = pytest.mark.parametrize("built", ["fp8"], indirect=True)
 
 
-@pytest.fixture(scope="session", params=PRESETS)
+@pytest.fixture(scope="session", params=POLICIES)
 def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> pipeline.BuildResult:
     """Nano under each preset, parity included."""
     torch.set_num_threads(1)

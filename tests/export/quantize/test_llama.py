@@ -12,7 +12,7 @@ from variations import LLAMA, drawn_model
 import flamingo_export
 from flamingo_calibration.shipped import shipped_samples
 from flamingo_export.precision import Precision
-from flamingo_export.quantize.policies import PRESETS, preset
+from flamingo_export.quantize.policies import POLICIES, preset
 from flamingo_export.sensitivity import measure
 from flamingo_export.sources import LiveSource
 from flamingo_export.validate.report.parity_report import read_report
@@ -37,7 +37,7 @@ BLOCKS_OF_128 = _replace(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", PRESETS)
+@pytest.mark.parametrize("policy", POLICIES)
 def test_parity(policy: str, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     out = tmp_path / "b.bundle"

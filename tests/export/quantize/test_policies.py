@@ -10,7 +10,7 @@ import pytest
 from flamingo_export.backends.registry import get_compiler
 from flamingo_export.errors import BuildError
 from flamingo_export.precision import Policy, Precision
-from flamingo_export.quantize.policies import PRESETS, check_policy, preset, read_policy
+from flamingo_export.quantize.policies import POLICIES, check_policy, preset, read_policy
 from flamingo_export.weights import INPUT_SCALE, SCALE, bundle_weights, pieces
 from flamingo_reference.config import PRESETS as SIZES
 
@@ -23,7 +23,7 @@ def stored(policy: Policy, size: str = "9b") -> dict[str, str]:
 
 
 def test_presets_leave_vision_norms_and_embeddings_as_they_are() -> None:
-    for name in PRESETS:
+    for name in POLICIES:
         found = stored(preset(name))
         assert not {found[tensor] for tensor in found if tensor.startswith("vision_encoder/")} & {"fp8", "int8", "int4"}
         assert found["decoder/embedding"] == "bf16"
@@ -50,7 +50,7 @@ def test_every_product_of_the_decoder_is_quantised() -> None:
 
 
 def test_every_rule_of_a_preset_tells_its_reason() -> None:
-    assert all(len(rule.reason) > 20 for name in PRESETS for rule in preset(name).rules)
+    assert all(len(rule.reason) > 20 for name in POLICIES for rule in preset(name).rules)
 
 
 def test_a_file_extends_a_preset_and_its_rules_win(tmp_path: Path) -> None:

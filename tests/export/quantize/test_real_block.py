@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from flamingo_export.precision import Policy, Precision
-from flamingo_export.quantize.policies import PRESETS, preset
-from flamingo_export.validate.expected.rounding import AsStored
+from flamingo_export.quantize.policies import POLICIES, preset
+from flamingo_export.validate.expected.rounding import StoredRounding
 from flamingo_export.weights.calibration_table import CalibrationTable, Statistics
 from flamingo_reference.config import PRESETS as SIZES
 from flamingo_reference.model.cross_attention import GatedCrossAttention
@@ -91,7 +91,7 @@ class Block:
 
     def error(self, policy: Policy) -> float:
         rounded = copy.deepcopy(self.module)
-        AsStored(CONFIG, Precision(storage="bf16", policy=policy), self.table).apply(rounded, self.prefix)
+        StoredRounding(CONFIG, Precision(storage="bf16", policy=policy), self.table).apply(rounded, self.prefix)
         found = self.run(rounded).double().numpy()
         return float(np.sqrt(((found - self.exact) ** 2).mean() / (self.exact**2).mean()))
 
@@ -119,7 +119,7 @@ def block(request: pytest.FixtureRequest) -> Block:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", POLICIES)
 def test_the_price_of_a_policy_is_bounded(block: Block, name: str) -> None:
     error = block.error(preset(name))
     assert BOUNDS[name] / 6 < error < BOUNDS[name], error
@@ -134,7 +134,7 @@ def test_a_range_that_is_too_small_is_far_outside_of_the_bound() -> None:
 
     def error(threshold: float) -> float:
         rounded = copy.deepcopy(block)
-        AsStored(SIZES["nano"], Precision(storage="fp32", policy=preset("fp8")), table(threshold)).apply(
+        StoredRounding(SIZES["nano"], Precision(storage="fp32", policy=preset("fp8")), table(threshold)).apply(
             rounded, "cross_attention.0"
         )
         phi = torch.ones(1, 4, dtype=torch.int64)

@@ -22,7 +22,7 @@ from flamingo_calibration import calibrate, shipped_samples, source_tokenizer
 from flamingo_calibration.data import check_samples
 from flamingo_export.errors import BuildError, CalibrationError
 from flamingo_export.precision import Policy, Precision, Rule
-from flamingo_export.quantize.policies import PRESETS, policy_text, preset, read_policy
+from flamingo_export.quantize.policies import POLICIES, policy_text, preset, read_policy
 from flamingo_export.runtime.media import load_medium
 from flamingo_export.sensitivity import Sensitivity, measure, suggest
 from flamingo_export.sources import CheckpointSource, LiveSource
@@ -145,7 +145,7 @@ def test_divergence_is_that_of_the_whole_model_with_the_layer_quantised(of_nano:
     width = NANO.language_model.width
     block = next(size for size in (128, 64, 32, 16) if width % size == 0)
 
-    def in_blocks(values: np.ndarray) -> np.ndarray:
+    def rounded_in_blocks(values: np.ndarray) -> np.ndarray:
         blocks = values.reshape(*values.shape[:-1], -1, block)
         scale = np.abs(blocks).max(-1, keepdims=True) / 127
         return (np.rint(blocks / np.where(scale > 0, scale, 1)) * scale).reshape(values.shape)
@@ -158,7 +158,8 @@ def test_divergence_is_that_of_the_whole_model_with_the_layer_quantised(of_nano:
             hidden = whole_hidden(model, sample, NANO.language_model.num_layers - 1)[1]
             normed = model.language_model.norm(hidden)[0].numpy()
             expected, actual = (
-                torch.from_numpy(logits).log_softmax(-1) for logits in (normed @ head.T, in_blocks(normed) @ in_blocks(head).T)
+                torch.from_numpy(logits).log_softmax(-1)
+                for logits in (normed @ head.T, rounded_in_blocks(normed) @ rounded_in_blocks(head).T)
             )
             total += float((expected.exp() * (expected - actual)).sum())
     found = of_nano("int8")
@@ -168,7 +169,7 @@ def test_divergence_is_that_of_the_whole_model_with_the_layer_quantised(of_nano:
     assert found.kl > of_head.kl  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", POLICIES)
 def test_every_quantised_matrix_is_measured_once_and_fewer_bits_cost_more(
     of_nano: Callable[[str], Sensitivity], name: str
 ) -> None:

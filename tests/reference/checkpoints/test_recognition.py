@@ -15,7 +15,7 @@ from tiny_models import TINY, tiny_model
 from tokenizers import Tokenizer, models
 
 from flamingo_reference.checkpoints.accounting import Ignored
-from flamingo_reference.checkpoints.converted import Adopted, Parts
+from flamingo_reference.checkpoints.converted import Converted, Parts
 from flamingo_reference.checkpoints.families import native
 from flamingo_reference.checkpoints.families.known import FAMILIES, Family
 from flamingo_reference.checkpoints.families.recognition import recognise
@@ -172,7 +172,7 @@ def test_parts_that_are_missing_or_too_many(tmp_path: Path) -> None:
         match=r"OpenFlamingo, which leaves its language model and vision encoder to other files\. Add --lm FOLDER --vision",
     ):
         load(CheckpointFiles(path=bridge))
-    families = [msgspec.structs.replace(family, adopt=adopt_toy) for family in FAMILIES]
+    families = [msgspec.structs.replace(family, convert=convert_toy) for family in FAMILIES]
     with pytest.raises(CheckpointError, match=r"--vision .*mpt is an MPT language model, expected a vision encoder"):
         load(CheckpointFiles(path=bridge, language_model=lm, vision_encoder=lm), families)
     with pytest.raises(CheckpointError, match=r"is an MPT language model .*, a part of a model\. .* --checkpoint MODEL --lm"):
@@ -230,7 +230,7 @@ class Renamed(msgspec.Struct, frozen=True):
         return arrays[0]
 
 
-def adopt_toy(parts: Parts) -> Adopted:
+def convert_toy(parts: Parts) -> Converted:
     expected = expected_tensors(TINY)
     places = {
         "language_model": "transformer.blocks.",
@@ -241,7 +241,7 @@ def adopt_toy(parts: Parts) -> Adopted:
     recipes = {name: Renamed({places[name.split(".")[0]] + name.split(".", 1)[1]: shape}) for name, shape in expected.items()}
     assert parts.language_model is not None
     assert parts.token_ids == {"<image>": 3}
-    return Adopted(
+    return Converted(
         config=TINY,
         expected=expected,
         recipes=recipes,
@@ -255,7 +255,7 @@ TOY = Family(
     title="a toy",
     marks=(r"perceiver\.latents",),
     needs=("language_model", "vision_encoder"),
-    adopt=adopt_toy,
+    convert=convert_toy,
 )
 TOY_LM = Family(name="toy_lm", title="a toy's LM", part="language_model", marks=(r"transformer\.blocks\.embedding\.weight",))
 TOY_VISION = Family(name="toy_vision", title="a toy's eyes", part="vision_encoder", marks=(r"visual\..+",))
@@ -268,7 +268,7 @@ def toy(tmp_path: Path) -> CheckpointFiles:
         name: np.random.default_rng(i).standard_normal(shape).astype(np.float32)
         for i, (name, shape) in enumerate(expected.items())
     }
-    recipes = adopt_toy(Parts(model=None, language_model=1, token_ids={"<image>": 3})).recipes  # type: ignore[arg-type]
+    recipes = convert_toy(Parts(model=None, language_model=1, token_ids={"<image>": 3})).recipes  # type: ignore[arg-type]
     assert recipes is not None
     files: dict[str, dict[str, Any]] = {"bridge": {}, "lm": {}, "vision": {"logit_scale": np.zeros((), np.float32)}}
     for name, array in arrays.items():

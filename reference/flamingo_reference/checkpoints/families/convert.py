@@ -11,7 +11,7 @@ import msgspec
 
 from flamingo_reference.checkpoints.accounting import Ignored
 from flamingo_reference.checkpoints.conversions import renamed, setting
-from flamingo_reference.checkpoints.converted import Adopted, PartFiles, Parts
+from flamingo_reference.checkpoints.converted import Converted, PartFiles, Parts
 from flamingo_reference.checkpoints.families import (
     clip,
     clip_towers,
@@ -44,14 +44,14 @@ _LLAMA_BOS = "<s>"
 _LLAMA_TAGS = (_LLAMA_BOS, "</s>")
 
 
-def adopt_native(parts: Parts) -> Adopted:
+def convert_native(parts: Parts) -> Converted:
     """Our own format: names are ours already."""
     config = native.read_config(parts.model.path / "config.json")
     tied = {"language_model.head.weight": "language_model.embedding.weight"} if config.language_model.tied_head else {}
-    return _with_twins(Adopted(config=config, expected=expected_tensors(config), tied=tied), parts.model, {})
+    return _with_twins(Converted(config=config, expected=expected_tensors(config), tied=tied), parts.model, {})
 
 
-def adopt_idefics(parts: Parts) -> Adopted:
+def convert_idefics(parts: Parts) -> Converted:
     """IDEFICS v1. One tuned on instructions is recognised by the token that ends its turns."""
     settings, ids = _settings(parts.model), parts.token_ids
     turn = ids.get(IDEFICS_INSTRUCT.tags.eoc)
@@ -71,7 +71,7 @@ def adopt_idefics(parts: Parts) -> Adopted:
         f"the tokenizer is of another model than {parts.model.path}: {', '.join(misplaced)}, and tokens that were added have ids {first} to "
         f"{last} by config.json. Bring the tokenizer that the model was trained with."
     )
-    adopted = Adopted(
+    converted = Converted(
         config=config,
         expected=expected_tensors(config),
         recipes=idefics.recipes(config, additional_vocab=more),
@@ -80,10 +80,10 @@ def adopt_idefics(parts: Parts) -> Adopted:
         misfit=misfit if misplaced else "",
         tied=idefics.TIED if config.language_model.tied_head else {},
     )
-    return _with_twins(adopted, parts.model, {})
+    return _with_twins(converted, parts.model, {})
 
 
-def adopt_llama_vision(parts: Parts) -> Adopted:
+def convert_llama_vision(parts: Parts) -> Converted:
     """Llama 3.2 Vision, by published names or those of transformers' live model.
 
     One tuned on instructions is recognised by its chat template, or by the token that ends a turn among those that end its texts.
@@ -109,7 +109,7 @@ def adopt_llama_vision(parts: Parts) -> Adopted:
     recipes = llama_vision.recipes(config)
     if llama_vision.has_live_names(parts.model.reader.names()):
         recipes = renamed(recipes, llama_vision.live_name)
-    return Adopted(
+    return Converted(
         config=config,
         expected=expected_tensors(config),
         recipes=recipes,
@@ -120,7 +120,7 @@ def adopt_llama_vision(parts: Parts) -> Adopted:
     )
 
 
-def adopt_openflamingo(parts: Parts) -> Adopted:
+def convert_openflamingo(parts: Parts) -> Converted:
     """OpenFlamingo, of its checkpoint.pt, language model and CLIP. Raises CheckpointError if there is no tokenizer: the ids of the tokens
     that were added stand nowhere else."""
     lm, vision = parts.language_model, parts.vision_encoder
@@ -136,14 +136,16 @@ def adopt_openflamingo(parts: Parts) -> Adopted:
     open_clip = _open_clip_config(vision.path)
     encoder = clip.encoder_of(files.vision, vision.settings, open_clip, path=vision.path)
     inputs = with_bos(OPENFLAMINGO, _LLAMA_BOS) if lm.family == "llama" else OPENFLAMINGO
-    adopted = _openflamingo(parts, files, encoder, inputs, where=f"{parts.model.path} or {lm.path}")
+    converted = _openflamingo(parts, files, encoder, inputs, where=f"{parts.model.path} or {lm.path}")
     if files.trained_vision():  # what was trained further is no longer the text tower's counterpart
-        return adopted
-    return _with_towers(adopted, files.vision, clip_towers.towers_of(files.vision, vision.settings, open_clip, encoder.vision))
+        return converted
+    return _with_towers(
+        converted, files.vision, clip_towers.towers_of(files.vision, vision.settings, open_clip, encoder.vision)
+    )
 
 
-def adopt_otter(parts: Parts) -> Adopted:
-    """Otter, and OpenFlamingo as Otter's authors converted it: all parts in one folder. Raises CheckpointError as `adopt_openflamingo`."""
+def convert_otter(parts: Parts) -> Converted:
+    """Otter, and OpenFlamingo as Otter's authors converted it: all parts in one folder. Raises CheckpointError as `convert_openflamingo`."""
     raw = _settings(parts.model)
     text = setting(raw, "text_config", dict)
     files = openflamingo_files.Files(
@@ -155,21 +157,21 @@ def adopt_otter(parts: Parts) -> Adopted:
     encoder = clip.transformers_encoder(setting(raw, "vision_config", dict), parts.model.path)
     llama = files.language_model_config.get("model_type") == "llama"
     inputs = OTTER if raw.get("model_type") == "otter" else OPENFLAMINGO
-    adopted = _openflamingo(
+    converted = _openflamingo(
         parts, files, encoder, with_bos(inputs, _LLAMA_BOS) if llama else inputs, where=str(parts.model.path)
     )
     every = setting(raw, "cross_attn_every_n_layers", int, 4)
-    if every != adopted.config.cross_attention.every:
+    if every != converted.config.cross_attention.every:
         raise CheckpointError(
             f"{parts.model.path}: config.json says a gated block every {every} layers, the tensors have one every "
-            f"{adopted.config.cross_attention.every}. Bring the config.json and the tensors of one model."
+            f"{converted.config.cross_attention.every}. Bring the config.json and the tensors of one model."
         )
-    return adopted
+    return converted
 
 
 def _openflamingo(
     parts: Parts, files: openflamingo_files.Files, encoder: clip.Encoder, inputs: InputFormat, *, where: str
-) -> Adopted:
+) -> Converted:
     """The model of OpenFlamingo's files. where: the places at which a tokenizer was looked for."""
     ids, lm_settings = parts.token_ids, files.language_model_config
     vision, resized = openflamingo.own_size(files, encoder.vision)
@@ -211,7 +213,7 @@ def _openflamingo(
             f"the vision encoder was trained further at another size: it has {vision.grid_size} patches of {vision.patch_size} pixels, so "
             f"images are made {vision.image_size} pixels wide. Pixels beyond the last whole patch, which training may have had, are read by none"
         )
-    adopted = Adopted(
+    converted = Converted(
         config=config,
         expected=expected_tensors(config),
         recipes=openflamingo.recipes(config, files),
@@ -220,31 +222,31 @@ def _openflamingo(
         tied=openflamingo.tied(config, files),
         notes=tuple(notes),
     )
-    return _with_twins(adopted, parts.model, files.twins())
+    return _with_twins(converted, parts.model, files.twins())
 
 
-def _with_towers(adopted: Adopted, shapes: Mapping[str, Shape], towers: clip_towers.Towers) -> Adopted:
+def _with_towers(converted: Converted, shapes: Mapping[str, Shape], towers: clip_towers.Towers) -> Converted:
     """Adds the contrastive encoder that CLIP's file holds, or why it is left out."""
     if towers.config is None:
         note = f"CLIP's projections and text encoder are left out: {towers.note.removesuffix('.')}"
-        return msgspec.structs.replace(adopted, notes=(*adopted.notes, note)) if towers.note else adopted
-    vision = adopted.config.vision
+        return msgspec.structs.replace(converted, notes=(*converted.notes, note)) if towers.note else converted
+    vision = converted.config.vision
     assert isinstance(vision, ViTConfig)
-    config = msgspec.structs.replace(adopted.config, contrastive=towers.config)
+    config = msgspec.structs.replace(converted.config, contrastive=towers.config)
     return msgspec.structs.replace(
-        adopted,
+        converted,
         config=config,
         expected=expected_tensors(config),
-        recipes={**(adopted.recipes or {}), **clip_towers.recipes(towers.config, vision, shapes)},
+        recipes={**(converted.recipes or {}), **clip_towers.recipes(towers.config, vision, shapes)},
     )
 
 
-def _with_twins(adopted: Adopted, model: PartFiles, twins: Mapping[str, str]) -> Adopted:
+def _with_twins(converted: Converted, model: PartFiles, twins: Mapping[str, str]) -> Converted:
     """Adds second names: those given, and an output that is the embedding saved by a name of its own."""
     held = set(model.reader.names())
-    heads = {head: embedding for head, embedding in adopted.tied.items() if head in held and embedding in held}
+    heads = {head: embedding for head, embedding in converted.tied.items() if head in held and embedding in held}
     rules = _rules((re.escape(head), f"the output is the embedding: second name of {name}") for head, name in heads.items())
-    return msgspec.structs.replace(adopted, twins={**twins, **heads}, ignored=(*rules, *adopted.ignored))
+    return msgspec.structs.replace(converted, twins={**twins, **heads}, ignored=(*rules, *converted.ignored))
 
 
 def _open_clip_config(path: Path) -> Mapping[str, Any]:

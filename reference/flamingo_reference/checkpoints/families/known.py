@@ -7,13 +7,13 @@ from typing import Literal
 
 import msgspec
 
-from flamingo_reference.checkpoints.converted import Adopted, Parts
+from flamingo_reference.checkpoints.converted import Converted, Parts
 from flamingo_reference.checkpoints.families.convert import (
-    adopt_idefics,
-    adopt_llama_vision,
-    adopt_native,
-    adopt_openflamingo,
-    adopt_otter,
+    convert_idefics,
+    convert_llama_vision,
+    convert_native,
+    convert_openflamingo,
+    convert_otter,
 )
 from flamingo_reference.checkpoints.families.llama_vision import plain_name as plain_llama_name
 from flamingo_reference.checkpoints.families.openflamingo_files import plain_name
@@ -28,7 +28,7 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
     part: what of a model it holds. model_types: values of model_type in config.json that say so; settings: keys of config.json that say so
     where there is no model_type. marks: regular expressions, each of which matches the whole name of one of its tensors at least.
     needs: the parts that it leaves to other files.
-    inputs: how it takes images and text. adopt: makes the model of its files, None where it is but a part of one. plain_name: a tensor's name
+    inputs: how it takes images and text. convert: makes the model of its files, None where it is but a part of one. plain_name: a tensor's name
     without what depends on how the model was put together, by which adapters find the tensors that they were trained on.
     advice: of a part that no family takes from another file, what to bring in its place.
     """
@@ -41,7 +41,7 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
     marks: tuple[str, ...]
     needs: tuple[Part, ...] = ()
     inputs: InputFormat = PAPER
-    adopt: Callable[[Parts], Adopted] | None = None
+    convert: Callable[[Parts], Converted] | None = None
     plain_name: Callable[[str], str] = str
     advice: str = ""
 
@@ -52,7 +52,7 @@ FAMILIES: tuple[Family, ...] = (
         title="flamingo-export's own format",
         settings=("vision", "resampler", "cross_attention", "language_model"),
         marks=(r"resampler\.latents", r"language_model\.embedding\.weight", r"cross_attention\.\d+\..+"),
-        adopt=adopt_native,
+        convert=convert_native,
     ),
     Family(
         name="idefics",
@@ -60,7 +60,7 @@ FAMILIES: tuple[Family, ...] = (
         model_types=("idefics",),
         inputs=IDEFICS,
         marks=(r"model\.gated_cross_attn_layers\.\d+\..+", r"model\.embed_tokens\.weight"),
-        adopt=adopt_idefics,
+        convert=convert_idefics,
     ),
     Family(
         name="llama_vision",
@@ -72,7 +72,7 @@ FAMILIES: tuple[Family, ...] = (
             r"(?:model\.)?vision_model\.gated_positional_embedding\..+",
             r"(?:model\.)?multi_modal_projector\.weight",
         ),
-        adopt=adopt_llama_vision,
+        convert=convert_llama_vision,
         plain_name=plain_llama_name,
     ),
     Family(
@@ -89,7 +89,7 @@ FAMILIES: tuple[Family, ...] = (
         model_types=("otter",),
         inputs=OTTER,
         marks=(r"lang_encoder\..*gated_cross_attn_layer\.feed_forward\..+", r"perceiver\.latents", r"vision_encoder\..+"),
-        adopt=adopt_otter,
+        convert=convert_otter,
         plain_name=plain_name,
     ),
     Family(
@@ -98,7 +98,7 @@ FAMILIES: tuple[Family, ...] = (
         model_types=("flamingo",),
         inputs=OPENFLAMINGO,
         marks=(r"lang_encoder\..*gated_cross_attn_layer\.feed_forward\..+", r"perceiver\.latents", r"vision_encoder\..+"),
-        adopt=adopt_otter,
+        convert=convert_otter,
         plain_name=plain_name,
     ),
     Family(
@@ -107,7 +107,7 @@ FAMILIES: tuple[Family, ...] = (
         marks=(r"lang_encoder\..*gated_cross_attn_layers?\..+", r"perceiver\.latents"),
         needs=("language_model", "vision_encoder"),
         inputs=OPENFLAMINGO,
-        adopt=adopt_openflamingo,
+        convert=convert_openflamingo,
         plain_name=plain_name,
     ),
     Family(
