@@ -15,7 +15,7 @@ import numpy.typing as npt
 from flamingo_export.backends.base import Backend, Session, SessionOptions
 from flamingo_export.bundle.manifest import Manifest
 from flamingo_export.errors import BundleError, InputError, PromptError
-from flamingo_export.runtime.media import MediumSource, load_pixels
+from flamingo_export.runtime.media import MediumSource, load_medium
 from flamingo_export.runtime.tokenizer import TEXT_TOKENIZER_FILE
 from flamingo_export.specs import IMAGE_TOWER, TEXT_TOWER
 from flamingo_export.weights import WeightIndex
@@ -55,7 +55,7 @@ class ContrastiveEncoder:
         """An embedding of each image or Video, float32 [N, J]; of a video the mean of its frames'. Raises ImageError."""
         found = []
         for image in images:
-            pixels = load_pixels(image, self.manifest.config, self.manifest.inputs.fit)
+            pixels = load_medium(image, self.manifest.config, self.manifest.inputs.fit).pixels
             found.append(self.embed_frames(pixels).mean(axis=0))
         return _unit(np.stack(found)) if found else np.zeros((0, self.config.joint_width), np.float32)
 

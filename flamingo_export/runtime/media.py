@@ -40,19 +40,9 @@ def load_medium(source: MediumSource, config: ModelConfig, fit: ImageFit = "pad"
             raise ImageError(f"a video was given, and {config.name} takes images only. Give it frames of the video as images.")
         return _tiled(load_image(source), config, config.tiled)
     if isinstance(source, Video):
-        return medium_of(_frames(source, config), config, fit)
+        default = config.resampler.num_time_embeddings or DEFAULT_FRAMES
+        return medium_of(load_video(source, default_frames=default), config, fit)
     return medium_of([load_image(source)], config, fit)
-
-
-def load_pixels(source: MediumSource, config: ModelConfig, fit: ImageFit = "pad") -> npt.NDArray[np.float32]:
-    """The pixels of `load_medium`, of a model that takes no tiles, for whoever needs no digest: it takes a fifth of a small image's time.
-    Raises ImageError."""
-    frames: Iterable[Pixels] = [load_image(source)] if not isinstance(source, Video) else _frames(source, config)
-    return np.stack([preprocess(frame, config, fit) for frame in frames])
-
-
-def _frames(video: Video, config: ModelConfig) -> Iterable[Pixels]:
-    return load_video(video, default_frames=config.resampler.num_time_embeddings or DEFAULT_FRAMES)
 
 
 def medium_of(frames: Iterable[Pixels], config: ModelConfig, fit: ImageFit = "pad") -> Medium:

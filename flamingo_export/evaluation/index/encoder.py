@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flamingo_export.evaluation.protocol import Features
-from flamingo_export.runtime.media import Medium, MediumSource, load_medium, load_pixels
+from flamingo_export.runtime.media import Medium, MediumSource, load_medium
 from flamingo_export.specs import IMAGE_TOWER
 
 if TYPE_CHECKING:
@@ -74,8 +74,6 @@ class Encoder:
         """Each medium, in order, the next ones being read while the graph runs."""
 
         def load(medium: MediumSource) -> Medium:
-            if self._config.tiled is None:
-                return Medium(pixels=load_pixels(medium, self._config, self._fit), digest=b"")
             return load_medium(medium, self._config, self._fit)
 
         with ThreadPoolExecutor(READERS) as readers:
