@@ -206,7 +206,8 @@ def rehearse_cli(*commands: Sequence[str]) -> Callable[[Context], Result]:
 
 
 def run_onnxruntime(context: Context) -> Result:
-    """nano and 3b's decoder (its language model has 1.3B parameters) on ONNX Runtime's CUDA provider beside PyTorch, in fp16."""
+    """nano and 3b's decoder (its language model has 1.3B parameters) on ONNX Runtime's CUDA provider beside PyTorch, in fp16; and nano whole, by
+    the package's own commands."""
     return _onnxruntime(context, "CUDAExecutionProvider", {"nano": ((512,), (1, 8)), "3b": ((512, 2048), (1, 8, 32))})
 
 
@@ -240,8 +241,22 @@ def _onnxruntime(
                 raise Failed(f"ONNX Runtime with {size}: exit {done.returncode}: {done.stderr[-1000:]}", results)
             results[size] = json.loads(done.stdout.splitlines()[-1])
             faults = onnxruntime_cuda.failures(results[size])
+            if provider != "CPUExecutionProvider" and size == "nano":
+                commands = results["commands"] = _on_the_gpu(context, bundle, site)
+                faults += [f"{name}: {found['output'][-500:]}" for name, found in commands.items() if found["exit"]]
             if faults:
                 raise Failed("; ".join(faults), results)
+    return results
+
+
+def _on_the_gpu(context: Context, bundle: str, site: Sequence[str]) -> Result:
+    """Parity and an answer of the package's own backend. site: where ONNX Runtime with CUDA is."""
+    where = ["--backend", "onnxruntime", "--device", "cuda"]
+    results: Result = {}
+    for words in (["parity", bundle, *where], ["generate", bundle, "--image", str(PICTURE), *where, "--json"]):
+        done = _python(context, "from flamingo_export.cli import main; sys.exit(main())", words, before=site)
+        said = done.stdout if done.returncode == 0 else f"{done.stdout}{done.stderr}"
+        results[f"flamingo-export {words[0]} {' '.join(where)}"] = {"exit": done.returncode, "output": said[-4000:]}
     return results
 
 

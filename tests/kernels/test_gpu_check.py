@@ -386,3 +386,35 @@ def test_headers_are_those_that_are_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path.parent)  # compilers run in other folders
     monkeypatch.setenv("TENSORRT_ROOT", tmp_path.name)
     assert build.find_headers() == tmp_path / "include"
+
+
+@pytest.mark.parametrize("wrong", [None, "parity"])
+def test_the_packages_own_backend_is_asked_on_onnxruntimes_gpu(wrong, monkeypatch):
+    """After the steps beside PyTorch: its parity and an answer, and what either says where it fails."""
+    asked = []
+
+    def python(context, code, words, before=()):
+        asked.append(words[0])
+        row = {"length": 512, "batch": 1, "difference": {"logits": 1e-3, "caches": 1e-3}}
+        measured = json.dumps(
+            {"model": "nano", "type": "fp16", "onnxruntime": "1.32.0", "operators_on_the_cpu": {}, "rows": [row]}
+        )
+        failing = words[0] == wrong
+        return subprocess.CompletedProcess(
+            words, int(failing), "" if failing else measured, "it left Attention to the CPU" if failing else ""
+        )
+
+    monkeypatch.setattr(engines, "_python", python)
+    monkeypatch.setattr(engines.wheels, "FOLDER", Path("/nowhere"))
+    context = Context(seed=0, rounds=1, architecture=None)
+    if wrong is None:
+        found = engines.run_onnxruntime(context)
+        assert list(found["commands"]) == [
+            "flamingo-export parity --backend onnxruntime --device cuda",
+            "flamingo-export generate --backend onnxruntime --device cuda",
+        ]
+        assert asked.count("parity") == asked.count("generate") == 1
+        assert "3b" in found
+    else:
+        with pytest.raises(Failed, match="it left Attention to the CPU"):
+            engines.run_onnxruntime(context)
