@@ -92,7 +92,7 @@ lock: .venv-uv/made
 	$(COMPILE) --extra cpu --extra trace --extra train --extra serve --extra video --extra eval --extra debug --extra faiss \
 		--extra constraints --group dev \
 		-c requirements/base.txt -o requirements/dev.txt
-	$(COMPILE) --extra cpu --extra serve --extra ray --group ray -o requirements/ray.txt
+	$(COMPILE) --extra cpu --extra serve --extra ray --extra otel --group ray -o requirements/ray.txt
 	.venv-uv/bin/uv pip compile -q --upgrade --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links \
 		--custom-compile-command "make lock" requirements/kserve.in -o requirements/kserve.txt
 	$(subst --universal,--python-platform x86_64-manylinux_2_35,$(COMPILE)) --extra cpu --group triton -o requirements/triton.txt
@@ -117,7 +117,7 @@ test-deploy: .venv-ray/installed .venv-triton/installed .venv-kserve/installed
 	.venv-ray/bin/python -m flamingo_export build --size nano --out build/deploy/nano.bundle --parity skip
 	.venv-ray/bin/python -m flamingo_export package build/deploy/nano.bundle --for kserve --out build/deploy/kserve
 	FLAMINGO_KSERVE=build/deploy/kserve .venv-kserve/bin/python -m pytest -m deploy tests/deploy/sdk $(PYTEST_ARGS)
-	FLAMINGO_NANO=build/deploy/nano.bundle OMP_NUM_THREADS=1 .venv-ray/bin/python -m pytest -m deploy tests/deploy/real/test_ray_real.py --durations=10 $(PYTEST_ARGS)
+	FLAMINGO_NANO=build/deploy/nano.bundle OMP_NUM_THREADS=1 .venv-ray/bin/python -m pytest -m deploy tests/deploy/real/test_ray_real.py tests/deploy/real/test_traces.py --durations=10 $(PYTEST_ARGS)
 	FLAMINGO_NANO=build/deploy/nano.bundle OMP_NUM_THREADS=1 .venv-triton/bin/python -m pytest -m deploy tests/deploy/real/test_triton_real.py --durations=10 $(PYTEST_ARGS)
 
 wheel-check: .venv/installed

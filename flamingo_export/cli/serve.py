@@ -54,6 +54,15 @@ def serve(
     drain: Annotated[
         float, typer.Option("--drain", min=0.0, help="Seconds that accepted requests have after SIGTERM.")
     ] = 120.0,
+    trace_to: Annotated[
+        str | None,
+        typer.Option(
+            "--trace-to",
+            metavar="URL",
+            help="OpenTelemetry collector, OTLP over HTTP: http://127.0.0.1:4318.",
+            show_default=False,
+        ),
+    ] = None,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write the bodies of requests to the log.")] = False,
     run: Running = Running(),
 ) -> None:
@@ -74,6 +83,7 @@ def serve(
         from flamingo_export.serve.models import Models, named
         from flamingo_export.serve.process import bound, set_up_logs
         from flamingo_export.serve.process import serve as run_server
+        from flamingo_export.serve.tracing import traced_to
     except ImportError as error:
         raise BackendError(f"serving needs {error.name}: pip install '.[serve]' (docs/serving.md)") from error
     from flamingo_export.serve.access import read_keys
@@ -113,7 +123,8 @@ def serve(
         remarks().print(f"{served.name}: {served.model.backend.name}, {served.model.engine.rows} rows")
     remarks().print(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
     set_up_logs()
-    code = run_server(Server(models, settings, fetcher=fetcher), sockets)
+    with traced_to(trace_to) as tracing:
+        code = run_server(Server(models, settings, fetcher=fetcher, tracing=tracing), sockets)
     if code:
         raise typer.Exit(code)
 

@@ -27,6 +27,7 @@ from flamingo_export.serve.media import MediaFetcher
 from flamingo_export.serve.metrics import Metrics
 from flamingo_export.serve.models import Models, Served
 from flamingo_export.serve.settings import ServeSettings
+from flamingo_export.serve.tracing import Tracing
 from flamingo_export.serve.transport import ClientGone, read_body
 
 T = TypeVar("T")
@@ -44,8 +45,11 @@ def fetcher_of(settings: ServeSettings) -> MediaFetcher:
 class Server:
     """What the requests of a process share."""
 
-    def __init__(self, models: Models, settings: ServeSettings, *, fetcher: MediaFetcher | None = None) -> None:
-        """fetcher: of media; one by the settings, unless a test brings its own."""
+    def __init__(
+        self, models: Models, settings: ServeSettings, *, fetcher: MediaFetcher | None = None, tracing: Tracing | None = None
+    ) -> None:
+        """fetcher: of media; one by the settings, unless a test brings its own. tracing: none by default."""
+        self.tracing = tracing or Tracing()
         self.models, self.settings = models, settings
         self.access = Access(settings.keys, settings.max_per_caller)
         self.fetcher = fetcher or fetcher_of(settings)
@@ -74,6 +78,7 @@ class Server:
 
     def observe(self, served: Served, timings: Timings) -> None:
         """Counts a finished request's times."""
+        self.tracing.phases(timings)
         self.metrics.first_token.labels(served.name).observe(timings.first_token)
         between = self.metrics.between_tokens.labels(served.name)
         for step in timings.steps:
@@ -129,6 +134,7 @@ def _posted(
         caller, status, model = "", 200, ""
         closing = ExitStack()
         path = request.url.path
+        span, streams = server.tracing.begin("POST", path, request.headers, request_id), False
         closing.callback(lambda: server.metrics.duration.labels(path).observe(time.perf_counter() - started))
         try:
             if server.draining:
@@ -149,6 +155,9 @@ def _posted(
             if not callable(answer):
                 closing.close()
                 answer = _json(answer, {"x-request-id": request_id})
+            else:
+                streams = True
+                closing.callback(lambda: server.tracing.end(span, 200, model))
             return answer
         except ApiError as error:
             closing.close()
@@ -173,6 +182,8 @@ def _posted(
             closing.close()
             raise
         finally:
+            if not streams:
+                server.tracing.end(span, status, model)
             server.metrics.requests.labels(path, str(status)).inc()
             _log.info(
                 "request",
