@@ -1,4 +1,4 @@
-"""Whether one request alone has become slower: this tree against an earlier one, the same bundles, in turns in one run.
+"""Whether a single request has become slower: this tree against an earlier one, the same bundles, in turns in one run.
 
     git worktree add ../before a94ad39
     python benchmarks/lone_request_cpu.py --before ../before [--rounds 9] [--threads 1] [--save]
