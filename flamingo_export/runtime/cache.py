@@ -252,12 +252,20 @@ class Cache:
             seat.row.seats.append(seat)
         elif used:
             giver, longer = max(used, key=lambda found: found[1])
-            if longer >= shared + LEAST_COPY:
-                own.give_up(0)
-                self.reserve(own.index + 1, longer)
-                for buffer in self._buffers.values():
-                    buffer.copy_slots(giver.index, own.index, longer)
-                own.held, own.used, shared = tuple(prompt[:longer]), longer, longer
+            if longer < shared + LEAST_COPY:
+                giver, longer = own, shared
+            # Who joined another left a hole; rows decode in one call where they are side by side.
+            closes = any(len(row.seats) > 1 for row in self.rows)
+            self.release(seat)
+            target = next(row for row in self.rows if not row.busy) if closes else own
+            target.seats.append(seat)
+            if giver is not target:
+                target.give_up(0)
+                self.reserve(target.index + 1, longer)
+                for buffer in self._buffers.values() if longer else ():
+                    buffer.copy_slots(giver.index, target.index, longer)
+            seat.row, shared = target, longer
+            target.held, target.used = tuple(prompt[:longer]), longer
         seat.left = slots - shared
         return shared
 

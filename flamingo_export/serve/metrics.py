@@ -69,6 +69,7 @@ class _Engines(Collector):
             "prompt_tokens": ("flamingo_prompt_tokens", "Tokens of prompts, computed or found in the cache."),
             "reused_tokens": ("flamingo_prompt_tokens_reused", "Tokens of prompts found in the cache."),
             "generated_tokens": ("flamingo_generated_tokens", "Tokens generated."),
+            "shared_rows": ("flamingo_rows_shared", "Requests that were given a place in another's cache row."),
             "media_encoded": ("flamingo_media_encoded", "Media that were encoded."),
             "media_reused": ("flamingo_media_reused", "Media found in the bank."),
             "steps": ("flamingo_decode_steps", "Calls of the decoder that decode."),

@@ -290,6 +290,7 @@ def test_models_and_health_and_metrics(client: Client) -> None:
     assert float(lines['flamingo_requests_running{model="nano"}']) == 0
     assert float(lines['flamingo_cache_rows{model="nano"}']) >= 1
     assert float(lines['flamingo_generated_tokens_total{model="nano"}']) >= 1
+    assert float(lines['flamingo_rows_shared_total{model="nano"}']) >= 0
 
 
 def test_the_page_loads_nothing_from_elsewhere(client: Client) -> None:

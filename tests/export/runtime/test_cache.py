@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -242,3 +243,21 @@ def test_limits(prompt: int, width: int, new: int, message: str | None) -> None:
     else:
         with pytest.raises(CapacityError, match=message):
             check_capacity(prompt=prompt, width=width, new_tokens=new, limits=limits)
+
+
+def test_rows_close_up_where_some_are_shared() -> None:
+    """One that moved into another's row left a hole; the next that stays by itself takes it, with what its own row held."""
+    cache = shared_row(own=40, length=180, dense=False)
+    cache.rows += [Row(index, np.arange(180, dtype=np.int64)) for index in (2, 3)]
+    copied: list[tuple[int, int, int]] = []
+    cache._buffers = {"past_k.0": SimpleNamespace(copy_slots=lambda *places: copied.append(places))}  # type: ignore[dict-item]
+    cache.batch = 4
+    second = cache.take([*range(50), 900], slots=60, columns=1)
+    cache.rows[2].held = (5, 6, 7, 8)
+    third = cache.take([5, 6, 7, 9], slots=10, columns=1)
+    assert (second.row.index, third.row.index) == (1, 2)
+    cache.settle(second, [*range(50), 900], slots=60, looks=[3], steps=9)
+    assert cache.settle(third, [5, 6, 7, 9], slots=10, looks=[3], steps=1) == 3
+    assert (second.row.index, third.row.index, third.row.used, third.row.held) == (0, 1, 3, (5, 6, 7))
+    assert copied == [(2, 1, 3)]
+    assert not cache.rows[2].busy
