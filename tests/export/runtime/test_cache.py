@@ -250,7 +250,7 @@ def test_rows_close_up_where_some_are_shared() -> None:
     cache = shared_row(own=40, length=180, dense=False)
     cache.rows += [Row(index, np.arange(180, dtype=np.int64)) for index in (2, 3)]
     copied: list[tuple[int, int, int]] = []
-    cache._buffers = {"past_k.0": SimpleNamespace(copy_slots=lambda *places: copied.append(places))}  # type: ignore[dict-item]
+    cache._buffers = {"past_k.0": SimpleNamespace(copy_slots=lambda *places: copied.append(places))}
     cache.batch = 4
     second = cache.take([*range(50), 900], slots=60, columns=1)
     cache.rows[2].held = (5, 6, 7, 8)
