@@ -6,7 +6,6 @@ import asyncio
 import datetime
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Unpack, overload
@@ -22,7 +21,6 @@ from flamingo_export.runtime.chat_template import DAY
 from flamingo_export.runtime.constraints import Forms
 from flamingo_export.runtime.engine import Engine
 from flamingo_export.runtime.images import ImageSource
-from flamingo_export.runtime.jobs import Group
 from flamingo_export.runtime.loop import Outcome
 from flamingo_export.runtime.media import Medium, MediumSource
 from flamingo_export.runtime.options import GenerateOptions, Settings, options_from
@@ -32,8 +30,9 @@ from flamingo_export.runtime.search import Hypothesis
 from flamingo_export.runtime.steering import cut_at
 from flamingo_export.runtime.stream import Stream
 from flamingo_export.runtime.subgraphs import Engines
+from flamingo_export.runtime.submission import cancel_all, deadline_of, submit_all
 from flamingo_export.runtime.texts import Generation, Score, Text
-from flamingo_export.runtime.ticket import Ticket, now
+from flamingo_export.runtime.ticket import Ticket
 from flamingo_export.runtime.timings import Timings
 from flamingo_export.runtime.tokenizer import TOKENIZER_FILE, TextStream, Tokenizer
 from flamingo_export.runtime.videos import Video, VideoSource
@@ -161,14 +160,14 @@ class Model:
         def submit() -> None:
             tickets.extend(self._submit(requests, options, batch_size, caller, timeout, wake=True))
             if gone:  # the task was cancelled meanwhile, which does not stop this thread
-                _cancel(tickets)
+                cancel_all(tickets)
 
         try:
             await asyncio.to_thread(submit)
             found = [self.generation(await ticket, options, ticket.timings) for ticket in tickets]
         except BaseException:
             gone = True
-            _cancel(tickets)
+            cancel_all(tickets)
             raise
         return found if many else found[0]
 
@@ -287,7 +286,7 @@ class Model:
         ids = [self.candidate_ids(request, candidate, end) for candidate in candidates]
         timings = Timings(prepare=time.perf_counter() - started)
         (results,) = self.engine.complete(
-            self.engine.submit_score(prepared, ids, timings=timings, caller=caller, deadline=_deadline(timeout), wake=False)
+            self.engine.submit_score(prepared, ids, timings=timings, caller=caller, deadline=deadline_of(timeout), wake=False)
         )
         return [
             Score(
@@ -360,26 +359,11 @@ class Model:
         prepared = [self.prepare(request, known) for request in requests]
         for ready in prepared:
             self.engine.new_tokens(ready, options)
-        each = (time.perf_counter() - started) / len(prepared)
-        group = Group(batch_size) if len(prepared) > batch_size else None
-        tickets: list[Ticket[Outcome]] = []
-        try:
-            for request, ready in zip(requests, prepared, strict=True):
-                ticket = self.engine.submit(
-                    ready,
-                    options if request.seed is None else replace(options, seed=request.seed),
-                    caller=caller,
-                    deadline=_deadline(timeout),
-                    events=events,
-                    wake=wake,
-                    group=group,
-                    timings=Timings(prepare=each),
-                )
-                tickets.append(ticket)
-        except BaseException:
-            _cancel(tickets)
-            raise
-        return tickets
+        seconds = (time.perf_counter() - started) / len(prepared)
+        queue = list(zip(requests, prepared, strict=True))
+        return submit_all(
+            self.engine, queue, options, batch_size, caller=caller, timeout=timeout, wake=wake, events=events, seconds=seconds
+        )
 
     def generation(self, outcome: Outcome, options: GenerateOptions, timings: Timings) -> Generation:
         """What a finished search found."""
@@ -411,12 +395,3 @@ class Model:
     def candidate_ids(self, request: Request, candidate: str | Sequence[int], end: bool) -> list[int]:
         """Token ids of a candidate answer after the request's prompt; end: with `<EOC>`. Raises InputError."""
         return candidate_ids(request, candidate, end, config=self.config, inputs=self.inputs, tokenizer=self.tokenizer)
-
-
-def _cancel(tickets: Sequence[Ticket[Any]]) -> None:
-    for ticket in tickets:
-        ticket.cancel()
-
-
-def _deadline(timeout: float | None) -> float | None:
-    return None if timeout is None else now() + timeout
