@@ -211,7 +211,7 @@ def test_a_base_model_is_told_by_its_end(llama: tuple[Path, Any], tmp_path: Path
         ({"vision_config__intermediate_layers_indices": [1, 2, 7]}, "beyond the 5"),
         ({"image_token_index": 12}, "image_token_index is 12"),
         ({"text_config__tie_word_embeddings": True}, "tie_word_embeddings"),
-        ({"model_type": "mllama_text_model"}, "without its vision encoder.*Bring the whole checkpoint"),
+        ({"model_type": "mllama_text_model"}, "but the tensors look like Llama 3.2 Vision"),
     ],
 )
 def test_settings_that_are_refused(llama: tuple[Path, Any], tmp_path: Path, settings: dict[str, Any], message: str) -> None:
@@ -254,6 +254,18 @@ def test_embedding_rows_other_than_the_head_and_8(llama: tuple[Path, Any], tmp_p
     name = "language_model.model.embed_tokens.weight"
     folder = rewritten(llama[0], tmp_path / "bad", lambda all_: all_ | {name: all_[name][:-1]})
     with pytest.raises(CheckpointError, match=rf"{name}.*\(77, 48\).*\(78, 48\)"):
+        load(CheckpointFiles(path=folder))
+
+
+def test_the_language_model_without_its_vision_encoder(llama: tuple[Path, Any], tmp_path: Path) -> None:
+    """As transformers' MllamaForCausalLM is saved."""
+    front = "language_model."
+    folder = rewritten(
+        llama[0], tmp_path / "text", lambda all_: {n.removeprefix(front): t for n, t in all_.items() if n.startswith(front)}
+    )
+    text = json.loads((folder / "config.json").read_text())["text_config"]
+    (folder / "config.json").write_text(json.dumps(text))
+    with pytest.raises(CheckpointError, match=r"without its vision encoder .*Bring the whole checkpoint"):
         load(CheckpointFiles(path=folder))
 
 

@@ -36,7 +36,7 @@ TURN = 128009
 """Id of `<|eot_id|>`, which ends a turn of the published models that were tuned on instructions."""
 NOTES = (
     "features and tokens before the first image are computed as Meta's own code does and the weights were trained; transformers since 4.57 "
-    "takes other features, and lets such tokens attend to images (docs/checkpoints.md)",
+    "takes other features, and lets such tokens attend to images (docs/llama_vision.md)",
 )
 IGNORED = ((r".*\.rotary_emb\.inv_freq", "frequencies of the rotary positions, which follow from the config"),)
 """Tensors of the files that the model does not need: pattern of the whole name, and why."""
