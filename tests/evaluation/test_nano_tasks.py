@@ -158,7 +158,7 @@ def test_rices_index_search_and_retrieved_shots(nano: Path, tmp_path: Path, caps
     examples = Path(flamingo_export.__file__).parents[1] / "examples"
     index = tmp_path / "index"
     assert main(["index", str(nano), "--data", str(examples / "shots_captions.jsonl"), "--out", str(index)]) == 0
-    assert "4 examples, 192 wide" in capsys.readouterr().out
+    assert "4 examples, 128 wide" in capsys.readouterr().out
     assert (
         main(["search", str(nano), "--index", str(index), "--image", str(examples / "images/shot_scene_2.png"), "--json"]) == 0
     )
@@ -200,7 +200,7 @@ def test_an_index_made_beforehand(nano: Path, tmp_path: Path, capsys: pytest.Cap
     line = ["eval", str(nano), *task, "--shots", "2", "--select", "rices", "--max-new-tokens", "3", "--json"]
     assert main([*line, "--index", str(index)]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["features"] == "mean-pooled features of the vision encoder"
+    assert found["features"] == "image embeddings of the contrastive encoder"
     assert found["left_out"] == {"examples without an answer that can be shown": 1}
     other = tmp_path / "other.bundle"
     flamingo_export.build(source_for_size("nano", seed=1), out=other, parity="skip")

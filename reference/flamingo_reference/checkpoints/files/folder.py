@@ -114,6 +114,7 @@ def _open_shards(index: Path, *, may_be_absent: bool) -> FileReader:
     if faults:
         raise CheckpointError(f"{index}: " + "; ".join(faults) + ".")
     present = {name: (index.parent / file, shards[file][name]) for name, file in weight_map.items() if file not in missing}
+    present |= _towers(index.with_name(index.name.removesuffix(INDEX_SUFFIX)))
     return FileReader(present, {name: index.parent / file for name, file in weight_map.items() if file in missing})
 
 
