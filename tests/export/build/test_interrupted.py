@@ -302,15 +302,15 @@ def test_no_space_in_the_calibration_of_a_build(
 ) -> None:
     """What it has finished is kept, as it says, and gone on with."""
     out, policy = tmp_path / "b.bundle", preset("fp8")
-    put, counter = run.put, itertools.count()  # type: ignore[attr-defined]
+    append, counter = run.append, itertools.count()  # type: ignore[attr-defined]
 
     def full(file: Any, array: Any) -> None:
         if next(counter) == 40:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        put(file, array)
+        append(file, array)
 
     with monkeypatch.context() as patched:
-        patched.setattr(run, "put", full)
+        patched.setattr(run, "append", full)
         with pytest.raises(CalibrationError, match=r"No space left on device.*kept in .*\.b\.bundle\.calibrating"):
             make(spoken_config, out, policy=policy)
     recorder = Recorder()

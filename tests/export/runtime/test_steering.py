@@ -241,9 +241,19 @@ def test_candidates_of_an_engine_give_the_same_where_they_suffice(llama: Any, co
     cuts=st.lists(st.integers(0, 14), max_size=5),
 )
 def test_pieces_join_to_what_stands_before_the_first_stop_text(text: str, stops: list[str], cuts: list[int]) -> None:
+    """A request ends with the piece that brings the first stop text, so what a longer one would have begun with stays."""
     hold, places = HoldBack(stops), sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
     pieces = [hold.push(text[start:stop]) for start, stop in itertools.pairwise(places)]
-    assert ("".join(pieces) + hold.finish()).rstrip() == cut_at(text, stops).rstrip()
+    generated = next((text[:place] for place in places if any(stop in text[:place] for stop in stops)), text)
+    assert ("".join(pieces) + hold.finish()).rstrip() == cut_at(generated, stops).rstrip()
+
+
+def test_a_stop_text_that_another_one_begins_before() -> None:
+    stops = ["a", ".aa"]
+    assert cut_at(".aa", stops) == ""
+    in_pieces, at_once = HoldBack(stops), HoldBack(stops)
+    assert in_pieces.push(".a") + in_pieces.push("a") + in_pieces.finish() == "."
+    assert at_once.push(".aa") + at_once.finish() == ""
 
 
 @pytest.mark.parametrize(
