@@ -324,6 +324,7 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     "GlobalAveragePool": lambda a, x: x.mean((2, 3), keepdim=True),
     "Greater": _elementwise(torch.gt),
     "LayerNormalization": _layer_norm,
+    "Less": _elementwise(torch.lt),
     "Log": _elementwise(torch.log),
     "MatMul": _elementwise(torch.matmul),
     "Max": _folded(torch.maximum),
