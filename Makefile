@@ -117,7 +117,7 @@ test-deploy: .venv-ray/installed .venv-triton/installed .venv-kserve/installed
 	.venv-ray/bin/python -m flamingo_export build --size nano --out build/deploy/nano.bundle --parity skip
 	.venv-ray/bin/python -m flamingo_export package build/deploy/nano.bundle --for kserve --out build/deploy/kserve
 	FLAMINGO_KSERVE=build/deploy/kserve .venv-kserve/bin/python -m pytest -m deploy tests/deploy/sdk $(PYTEST_ARGS)
-	FLAMINGO_NANO=build/deploy/nano.bundle OMP_NUM_THREADS=1 .venv-ray/bin/python -m pytest -m deploy tests/deploy/real/test_ray_real.py tests/deploy/real/test_traces.py --durations=10 $(PYTEST_ARGS)
+	FLAMINGO_NANO=build/deploy/nano.bundle OMP_NUM_THREADS=1 .venv-ray/bin/python -m pytest -m deploy tests/deploy/real/test_ray_real.py tests/deploy/real/test_traces.py tests/deploy/real/test_foreign_clients.py --durations=10 $(PYTEST_ARGS)
 	FLAMINGO_NANO=build/deploy/nano.bundle OMP_NUM_THREADS=1 .venv-triton/bin/python -m pytest -m deploy tests/deploy/real/test_triton_real.py --durations=10 $(PYTEST_ARGS)
 
 wheel-check: .venv/installed

@@ -202,11 +202,18 @@ class Engine:
         return self._submit(ticket, job, **rest)
 
     def submit_score(
-        self, request: Prepared, candidates: Sequence[Sequence[int]], *, timings: Timings | None = None, **rest: Any
+        self,
+        request: Prepared,
+        candidates: Sequence[Sequence[int]],
+        *,
+        timings: Timings | None = None,
+        likeliest: list[list[tuple[int, float]]] | None = None,
+        **rest: Any,
     ) -> Ticket[list[list[float]]]:
         """Hands in candidate answers, at least one token each, for the log-probability of each of their tokens after the request's prompt.
 
         Tokens that are never generated have probability zero. Settings are those of `submit`.
+        likeliest: a list to be filled with the likeliest token (id, log-probability) at each place of each candidate.
         Raises CapacityError before work if prompt and the longest candidate do not fit.
         """
         prompt, limits, largest = len(request.token_ids), self.limits, self.loop.decoder.largest
@@ -230,7 +237,7 @@ class Engine:
         cost = prompt + sum(len(candidate) for candidate in candidates)
 
         def job(**settings: Any) -> Job:
-            return Scoring(candidates, room, banned, reset, request, ticket, cost=cost, **settings)
+            return Scoring(candidates, room, banned, reset, request, ticket, likeliest, cost=cost, **settings)
 
         return self._submit(ticket, job, **rest)
 

@@ -251,10 +251,15 @@ class Scoring(Job):
         reset: int | None,
         request: Prepared,
         ticket: Ticket[Any],
+        likeliest: list[list[tuple[int, float]]] | None = None,
         **rest: Any,
     ) -> None:
-        """candidates: at least one token each, their last ones are predicted and never run. room: tokens of a pass at most."""
+        """candidates: at least one token each, their last ones are predicted and never run. room: tokens of a pass at most.
+
+        likeliest: to be filled with the likeliest token at each place of each candidate, and its log-probability.
+        """
         super().__init__(request, ticket, **rest)
+        self._likeliest = likeliest
         self._candidates, self._banned, self._reset = candidates, banned, reset
         self._groups = [group for group in _groups(candidates, room) if any(len(candidates[index]) > 1 for index in group)]
         self.results: list[list[float]] = [[] for _ in candidates]
@@ -279,7 +284,11 @@ class Scoring(Job):
     def start(self, scores: Scores) -> None:
         """Takes the logits [1, V] after the prompt: of each candidate's first token."""
         firsts = np.array([candidate[0] for candidate in self._candidates])
-        for index, logprob in enumerate(_logprobs(whole(scores), np.zeros_like(firsts), firsts, self._banned)):
+        logits = whole(scores)
+        if self._likeliest is not None:
+            best = _likeliest(logits.copy(), self._banned)
+            self._likeliest += [list(best) for _ in self._candidates]
+        for index, logprob in enumerate(_logprobs(logits, np.zeros_like(firsts), firsts, self._banned)):
             self.results[index].append(logprob)
         self.sees = self.looks(self._reset)
 
@@ -316,7 +325,12 @@ class Scoring(Job):
         """Takes the logits [K, V] of the pass that `feeds` described."""
         group = self._groups.pop(0)
         wanted = np.concatenate([np.asarray(self._candidates[index][1:], np.int64) for index in group])
-        found = iter(_logprobs(whole(scores), np.arange(len(wanted)), wanted, self._banned))
+        logits = whole(scores)
+        if self._likeliest is not None:
+            best = iter(_likeliest(logits.copy(), self._banned))
+            for index in group:
+                self._likeliest[index] += [next(best) for _ in self._candidates[index][1:]]
+        found = iter(_logprobs(logits, np.arange(len(wanted)), wanted, self._banned))
         for index in group:
             self.results[index] += [next(found) for _ in self._candidates[index][1:]]
 
@@ -331,6 +345,13 @@ def _logprobs(logits: Array, rows: Array, tokens: Array, banned: Sequence[int]) 
     top = without(logits, banned)
     values = logits[rows, tokens].astype(np.float64)
     return [float(logprob) for logprob in values - log_sum_exp(logits, top)[rows]]
+
+
+def _likeliest(logits: Array, banned: Sequence[int]) -> list[tuple[int, float]]:
+    """The likeliest token of each row of logits, which are overwritten, and its log-probability."""
+    without(logits, banned)
+    tokens = logits.argmax(axis=1)
+    return list(zip(tokens.tolist(), _logprobs(logits, np.arange(len(logits)), tokens, banned), strict=True))
 
 
 def _groups(candidates: Sequence[Sequence[int]], room: int) -> list[list[int]]:

@@ -249,17 +249,35 @@ def _in_stream_order(pieces: Sequence[Pieces], found: Generation) -> list[Text]:
     return [chosen[index] for index in range(len(pieces))]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Echo:
+    """A prompt that is scored, and what follows it where tokens are wanted. begin: the first position that is scored."""
+
+    ids: list[int]
+    begin: int
+    scored: Ticket[list[list[float]]] | None = None
+    likeliest: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
+    following: Ticket[Outcome] | None = None
+
+    @property
+    def tickets(self) -> list[Ticket[Any] | None]:
+        """What may be given up."""
+        return [self.scored, self.following]
+
+
 async def _echoed(
     call: Call, body: Completion, prompts: Sequence[tuple[str | list[int], tuple[MediumUrl, ...]]], form: Form
 ) -> Any:
-    """A prompt with the log-probabilities of its own tokens, as evaluation harnesses ask for them."""
-    if body.max_tokens not in (0, None):
-        raise ApiError(400, "echo goes with max_tokens 0: the prompt's own log-probabilities", param="max_tokens")
+    """A prompt with the log-probabilities of its own tokens, as evaluation harnesses ask for them, and what follows it."""
+    wanted = body.max_tokens or 0
+    if wanted and (body.n or 1) > 1:
+        raise ApiError(400, "echo goes with one text", param="n")
+    options = options_of(body, wanted, body.logprobs) if wanted else None
     deadline = call.deadline(body.timeout)
     model = call.model
 
-    def submit() -> list[tuple[Ticket[list[list[float]]] | None, list[int], int]]:
-        found: list[tuple[Ticket[list[list[float]]] | None, list[int], int]] = []
+    def submit() -> list[_Echo]:
+        found: list[_Echo] = []
         try:
             for prompt, media in prompts:
                 whole = model.prepare(_request(call, Asked(prompt=prompt, media=media)))
@@ -267,33 +285,56 @@ async def _echoed(
                 # What follows the last image, and the tags around it, is scored; before it a token is a condition.
                 tags = [place for place, token in enumerate(ids) if token in model.config.tokens.never]
                 begin = tags[-1] + 1 if tags else 1
-                ticket = None
+                scored, likeliest = None, list[list[tuple[int, float]]]()
                 if begin < len(ids):
                     head = dataclasses.replace(
                         whole, token_ids=whole.token_ids[:begin], phi=whole.phi[:begin], keys=whole.keys[:begin]
                     )
-                    ticket = model.engine.submit_score(head, [ids[begin:]], caller=call.caller, deadline=deadline)
-                found.append((ticket, ids, begin))
+                    scored = model.engine.submit_score(
+                        head, [ids[begin:]], caller=call.caller, deadline=deadline, likeliest=likeliest
+                    )
+                found.append(_Echo(ids=ids, begin=begin, scored=scored, likeliest=likeliest))
+                if options is not None:
+                    following = model.engine.submit(whole, options, caller=call.caller, deadline=deadline)
+                    found[-1] = dataclasses.replace(found[-1], following=following)
         except BaseException:
-            _cancel([ticket for ticket, _, _ in found])
+            _cancel([ticket for each in found for ticket in each.tickets])
             raise
         return found
 
     with call.closing, _watched(call):
-        preparing = call.server.prepared(call.served, submit, lambda all_of: _cancel([ticket for ticket, _, _ in all_of]))
+        preparing = call.server.prepared(
+            call.served, submit, lambda echoes: _cancel([ticket for each in echoes for ticket in each.tickets])
+        )
         submitted = await unless_gone(call.receive, preparing)
-        choices, count = [], 0
+        choices, prompt_tokens, new_tokens = [], 0, 0
         try:
-            for index, (ticket, ids, begin) in enumerate(submitted):
-                values = (await unless_gone(call.receive, _result(ticket)))[0] if ticket is not None else []
-                logprobs: list[Any] = [None] * begin + list(values)
-                found = form.logprobs_of(ids, logprobs)
-                choices.append({"index": index, "text": form.text(ids), "logprobs": found, "finish_reason": "length"})
-                count += len(ids)
+            for index, echo in enumerate(submitted):
+                values = (await unless_gone(call.receive, _result(echo.scored)))[0] if echo.scored is not None else []
+                ids, logprobs, reason = list(echo.ids), [None] * echo.begin + list(values), "length"
+                top = [()] * echo.begin + _with_own(echo, values) if body.logprobs else []
+                prompt_tokens += len(ids)
+                if echo.following is not None and options is not None:
+                    outcome = await unless_gone(call.receive, _result(echo.following))
+                    text = model.generation(outcome, options, echo.following.timings)
+                    ids += text.token_ids
+                    logprobs += text.token_logprobs
+                    top += text.top_logprobs if body.logprobs else ()
+                    new_tokens += len(text.token_ids)
+                    reason = "stop" if text.finished else "length"
+                found = form.logprobs_of(ids, logprobs, top)
+                choices.append({"index": index, "text": form.text(ids), "logprobs": found, "finish_reason": reason})
         finally:
-            _cancel([ticket for ticket, _, _ in submitted])
+            _cancel([ticket for each in submitted for ticket in each.tickets])
         call.served.succeeded()
-        return form.whole(choices, usage(count, 0, 0), {})
+        return form.whole(choices, usage(prompt_tokens, 0, new_tokens), {})
+
+
+def _with_own(echo: _Echo, values: Sequence[float]) -> list[Any]:
+    """At each scored place of a prompt the likeliest token and the prompt's own, as OpenAI's interface has them."""
+    likeliest = echo.likeliest[0] if echo.likeliest else []
+    own = zip(echo.ids[echo.begin :], values, strict=True)
+    return [tuple(dict([best, mine]).items()) for best, mine in zip(likeliest, own, strict=True)]
 
 
 def _cancel(tickets: Sequence[Ticket[Any] | None]) -> None:

@@ -237,6 +237,35 @@ def test_echo_scores_the_prompt(client: Client, nano: flamingo_export.Model) -> 
     assert values[0] is None
 
 
+def test_echo_as_lm_evaluation_harness_asks(client: Client, nano: flamingo_export.Model) -> None:
+    """It wants one new token, which it drops, and the likeliest at each place: whether an answer is the greedy one."""
+    image = EXAMPLES / "a.png"
+    greedy = nano.generate("<image>Output:", images=[image], beams=1)
+    ids = nano.prepare(flamingo_export.Request(prompt="<image>Output:", media=[image])).token_ids.tolist()
+    body = {
+        "model": "nano",
+        "images": [data_url(image)],
+        "max_tokens": 1,
+        "temperature": 0,
+        "logprobs": 1,
+        "seed": 1,
+        "echo": True,
+    }
+
+    def answer(words: list[int]) -> tuple[list[float], list[float]]:
+        found = client.post("/v1/completions", {**body, "prompt": [[*ids, *words]]}).json
+        values = found["choices"][0]["logprobs"]
+        assert len(values["tokens"]) == len(values["top_logprobs"]) == len(ids) + len(words) + 1
+        assert found["usage"]["completion_tokens"] == 1
+        return values["token_logprobs"][len(ids) : -1], [max(top.values()) for top in values["top_logprobs"][len(ids) : -1]]
+
+    words = list(greedy.token_ids[:-1])
+    own, best = answer(words)
+    assert own == best == pytest.approx(greedy.token_logprobs[:-1], abs=1e-4)
+    own, best = answer([words[1], words[0]])
+    assert own[0] < best[0] == pytest.approx(greedy.token_logprobs[0], abs=1e-4)
+
+
 def test_scores(client: Client, nano: flamingo_export.Model) -> None:
     colours = ["red", "green", "purple"]
     wanted = nano.score(f"<image>Question: {QUESTION} Answer:", colours, images=[EXAMPLES / "q.png"])
