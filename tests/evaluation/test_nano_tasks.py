@@ -205,7 +205,7 @@ def test_an_index_made_beforehand(nano: Path, tmp_path: Path, capsys: pytest.Cap
     other = tmp_path / "other.bundle"
     flamingo_export.build(source_for_size("nano", seed=1), out=other, parity="skip")
     assert main(["eval", str(other), *line[2:], "--index", str(index)]) == 1
-    assert "is an index of something else (bundle differ)" in capsys.readouterr().err
+    assert "is an index of something else (bundle, features differ)" in capsys.readouterr().err
 
 
 @pytest.mark.slow
