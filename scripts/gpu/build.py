@@ -179,17 +179,22 @@ def parse_resources(log: str) -> list[Resources]:
 def readable(name: str) -> str:
     """`prefill bf16, fp8, 128` of a mangled kernel name."""
     words = {"4Half": "fp16", "6Bfloat": "bf16", "4E4m3": "fp8", "6Single": "fp32"}
+    ranges = "range_" if re.search(r"\d+range_(kernel|fp32)", name) else ""
     shape = re.search(r"MmaShapeINS_(4Half|6Bfloat)E(?:S2_|NS_4E4m3E)Li(\d+)ELi(\d)ELb(\d)E", name)
     if shape:
-        kind = "decode" if shape[3] == "1" else "prefill" if shape[4] == "1" else "prefill_sliced"
+        sliced = "prefill" if ranges else "prefill_sliced"
+        kind = ranges + ("decode" if shape[3] == "1" else "prefill" if shape[4] == "1" else sliced)
         kv = "fp8" if "4E4m3" in name else words[shape[1]]
         return f"{kind} {words[shape[1]]}, {kv}, {shape[2]}"
+    joined = re.search(r"join_kernelINS_(4Half|6Bfloat)E(?:S1_|NS_4E4m3E)", name)
+    if joined:
+        return f"range_join {words[joined[1]]}, {'fp8' if '4E4m3' in name else words[joined[1]]}, any"
     single = re.search(r"fp32_kernelINS_(\w+?)E", name)
-    return f"fp32 fp32, {words.get(single[1], single[1])}, any" if single else name
+    return f"{ranges}fp32 fp32, {words.get(single[1], single[1])}, any" if single else name
 
 
 def build_emulation(folder: Path, program: str, *, kernels: Path = KERNELS, flags: Sequence[str] = ("-O1",)) -> Path:
-    """The kernels' code for the CPU with the host's C++ compiler: `test_blocks` or `test_layout`."""
+    """The kernels' code for the CPU with the host's C++ compiler: `test_blocks`, `test_range` or `test_layout`."""
     folder.mkdir(parents=True, exist_ok=True)
     compiler = find_compiler()
     if compiler is None:

@@ -133,3 +133,18 @@ def test_rtx_without_its_short_name_is_an_error_not_an_abort(tmp_path: Path) -> 
     with pytest.raises(BackendError, match=r"libtensorrt_rtx\.so"):
         plugin.load(module(registry, "tensorrt_rtx_bindings"), put(tmp_path / "a.so"))
     assert not registry.loaded
+
+
+def test_a_library_from_before_a_function_came_to_be_offers_the_others() -> None:
+    """Its own version stays what it was, so engines that call it open as before."""
+    both = {"PhiCrossAttention", "PhiRangeCrossAttention"}
+    registry = Registry(there=True)
+    assert plugin.offered(module(registry), both) == {"PhiCrossAttention"}
+    registry.all_creators.append(
+        SimpleNamespace(name="PhiRangeCrossAttention", plugin_version="2", plugin_namespace="flamingo")
+    )
+    assert plugin.offered(module(registry), both) == {"PhiCrossAttention"}
+    registry.all_creators.append(
+        SimpleNamespace(name="PhiRangeCrossAttention", plugin_version="1", plugin_namespace="flamingo")
+    )
+    assert plugin.offered(module(registry), both) == both

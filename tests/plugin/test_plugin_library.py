@@ -37,7 +37,9 @@ def test_two_symbols_out_and_none_of_tensorrt_in(which: str, request: pytest.Fix
         launcher = set()
     else:
         path = request.getfixturevalue("library")
+        ranges = "flamingo_phi_range_cross_attention"
         launcher = {"flamingo_phi_cross_attention", "flamingo_phi_cross_attention_kernel"}
+        launcher |= {ranges, f"{ranges}_kernel", f"{ranges}_workspace"}
     defined = run("nm", "-D", "--defined-only", path).stdout.split("\n")
     assert {line.split()[-1] for line in defined if line} == {"getCreators", "setLoggerFinder"}
     wanted = {line.split()[-1] for line in run("nm", "-D", "--undefined-only", path).stdout.split("\n") if line}

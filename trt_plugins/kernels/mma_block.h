@@ -218,18 +218,77 @@ struct MmaShape {
     static constexpr int SHARED_BYTES = 2 * TILE_BYTES + (SHARES > 1 ? EXCHANGE_BYTES : 0);
 };
 
+// The products of a block, and where its tiles lie in shared memory.
+template <class Machine, class Shape>
+struct MmaProducts {
+    using T = typename Shape::T;
+    using P = Pieces<T, typename Shape::KV>;
+    using Queries = uint32_t[Shape::GROUPS][2][4];  // [32 dimensions][row, row + 8][column]
+    static constexpr uint32_t K_TILE = 0, V_TILE = Shape::TILE_BYTES, EXCHANGE = 2 * Shape::TILE_BYTES;
+
+    // q . k of 16 rows and the 64 keys of the slice; the warps of a shared row tile compute 16 keys each and exchange them.
+    static FLAMINGO_FUNCTION void scores(Machine& m, int share, const Queries& q, float (&s)[SLICE / 8][4]) {
+        float mine[Shape::KEYS16_EACH * 2][4] = {};
+        UNROLL for (int step = 0; step < Shape::STEPS; ++step) {
+            const uint32_t(&x)[2][4] = q[step / 2];
+            const int column = step % 2 * 2;
+            const uint32_t a[4] = {x[0][column], x[1][column], x[0][column + 1], x[1][column + 1]};
+            UNROLL for (int i = 0; i < Shape::KEYS16_EACH; ++i) {
+                uint32_t b[2][2];
+                P::template load_k<Shape::CHUNKS>(m, K_TILE, share * Shape::KEYS16_EACH + i, step, b);
+                UNROLL for (int t = 0; t < 2; ++t) m.mma(T{}, mine[2 * i + t], a, b[t]);
+            }
+        }
+        if constexpr (Shape::SHARES == 1) {
+            UNROLL for (int t = 0; t < SLICE / 8; ++t)
+                UNROLL for (int i = 0; i < 4; ++i) s[t][i] = mine[t][i];
+        } else {
+            exchange(m, share, mine, s);
+        }
+    }
+
+    static FLAMINGO_FUNCTION void exchange(Machine& m, int share, const float (&mine)[Shape::KEYS16_EACH * 2][4], float (&s)[SLICE / 8][4]) {
+        constexpr int TILES = Shape::KEYS16_EACH * 2;
+        UNROLL for (int t = 0; t < TILES; ++t) {
+            UNROLL for (int i = 0; i < 4; i += 2) {
+                const Cell cell = accumulator_cell(m.lane(), i);
+                m.store_shared(EXCHANGE + exchange_offset(cell.row, (share * TILES + t) * 8 + cell.column), mine[t][i], mine[t][i + 1]);
+            }
+        }
+        m.sync();
+        UNROLL for (int t = 0; t < SLICE / 8; ++t) {
+            UNROLL for (int i = 0; i < 4; i += 2) {
+                const Cell cell = accumulator_cell(m.lane(), i);
+                m.load_shared(EXCHANGE + exchange_offset(cell.row, t * 8 + cell.column), s[t][i], s[t][i + 1]);
+            }
+        }
+    }
+
+    // Adds p . v for 32 dimensions.
+    static FLAMINGO_FUNCTION void values(Machine& m, const uint32_t (&p)[Shape::KEYS16][4], int group, float (&sums)[4][4]) {
+        UNROLL for (int u = 0; u < Shape::KEYS16; ++u) {
+            UNROLL for (int half = 0; half < 2; ++half) {
+                if (group * 2 + half >= Shape::STEPS) continue;
+                uint32_t b[2][2];
+                P::template load_v<Shape::CHUNKS>(m, V_TILE, u, group * 2 + half, b);
+                UNROLL for (int t = 0; t < 2; ++t) m.mma(T{}, sums[half * 2 + t], p[u], b[t]);
+            }
+        }
+    }
+};
+
 template <class Machine, class Shape>
 class MmaBlock {
     using T = typename Shape::T;
     using P = Pieces<T, typename Shape::KV>;
-    static constexpr uint32_t K_TILE = 0, V_TILE = Shape::TILE_BYTES, EXCHANGE = 2 * Shape::TILE_BYTES;
+    using Products = MmaProducts<Machine, Shape>;
+    using Queries = typename Products::Queries;
+    static constexpr uint32_t K_TILE = Products::K_TILE, V_TILE = Products::V_TILE;
 
     struct Item {  // a slice of a run's medium
         Run run;
         int key0;
     };
-
-    using Queries = uint32_t[Shape::GROUPS][2][4];  // [32 dimensions][row, row + 8][column]
 
     Machine& m;
     const Args& args;
@@ -277,44 +336,6 @@ class MmaBlock {
         return {runs.next(m, args, batch, first, item.run.stop), 0};
     }
 
-    // q . k of 16 rows and the 64 keys of the slice; the warps of a shared row tile compute 16 keys each and exchange them.
-    FLAMINGO_FUNCTION void scores(const Queries& q, float (&s)[SLICE / 8][4]) {
-        float mine[Shape::KEYS16_EACH * 2][4] = {};
-        UNROLL for (int step = 0; step < Shape::STEPS; ++step) {
-            const uint32_t(&x)[2][4] = q[step / 2];
-            const int column = step % 2 * 2;
-            const uint32_t a[4] = {x[0][column], x[1][column], x[0][column + 1], x[1][column + 1]};
-            UNROLL for (int i = 0; i < Shape::KEYS16_EACH; ++i) {
-                uint32_t b[2][2];
-                P::template load_k<Shape::CHUNKS>(m, K_TILE, share * Shape::KEYS16_EACH + i, step, b);
-                UNROLL for (int t = 0; t < 2; ++t) m.mma(T{}, mine[2 * i + t], a, b[t]);
-            }
-        }
-        if constexpr (Shape::SHARES == 1) {
-            UNROLL for (int t = 0; t < SLICE / 8; ++t)
-                UNROLL for (int i = 0; i < 4; ++i) s[t][i] = mine[t][i];
-        } else {
-            exchange(mine, s);
-        }
-    }
-
-    FLAMINGO_FUNCTION void exchange(const float (&mine)[Shape::KEYS16_EACH * 2][4], float (&s)[SLICE / 8][4]) {
-        constexpr int TILES = Shape::KEYS16_EACH * 2;
-        UNROLL for (int t = 0; t < TILES; ++t) {
-            UNROLL for (int i = 0; i < 4; i += 2) {
-                const Cell cell = accumulator_cell(m.lane(), i);
-                m.store_shared(EXCHANGE + exchange_offset(cell.row, (share * TILES + t) * 8 + cell.column), mine[t][i], mine[t][i + 1]);
-            }
-        }
-        m.sync();
-        UNROLL for (int t = 0; t < SLICE / 8; ++t) {
-            UNROLL for (int i = 0; i < 4; i += 2) {
-                const Cell cell = accumulator_cell(m.lane(), i);
-                m.load_shared(EXCHANGE + exchange_offset(cell.row, t * 8 + cell.column), s[t][i], s[t][i + 1]);
-            }
-        }
-    }
-
     // Scores become exp2 of their distance to the greatest so far. Returns for both rows of the lane what earlier results must be scaled by.
     FLAMINGO_FUNCTION void softmax(float (&s)[SLICE / 8][4], float scale_log2, int keys, float (&greatest)[2], float (&sum)[2], float (&earlier)[2]) {
         const float infinity = m.infinity();
@@ -342,18 +363,6 @@ class MmaBlock {
         UNROLL for (int half = 0; half < 2; ++half) {
             UNROLL for (int other = 1; other < 4; other *= 2) part[half] += m.shuffle_xor(part[half], other);
             sum[half] += part[half];
-        }
-    }
-
-    // Adds p . v for 32 dimensions.
-    FLAMINGO_FUNCTION void values(const uint32_t (&p)[Shape::KEYS16][4], int group, float (&sums)[4][4]) {
-        UNROLL for (int u = 0; u < Shape::KEYS16; ++u) {
-            UNROLL for (int half = 0; half < 2; ++half) {
-                if (group * 2 + half >= Shape::STEPS) continue;
-                uint32_t b[2][2];
-                P::template load_v<Shape::CHUNKS>(m, V_TILE, u, group * 2 + half, b);
-                UNROLL for (int t = 0; t < 2; ++t) m.mma(T{}, sums[half * 2 + t], p[u], b[t]);
-            }
         }
     }
 
@@ -416,7 +425,7 @@ public:
             m.forget();
             m.wait_for_older();
             m.sync();  // K is there
-            if (active) scores(q, s);
+            if (active) Products::scores(m, share, q, s);
             const Item following = next(runs, item);
             const bool more = following.run.row >= 0;
             if (more) {
@@ -444,7 +453,7 @@ public:
                 if constexpr (Shape::ONE_PASS) {
                     ROLL for (int group = share; group < Shape::GROUPS; group += Shape::SHARES) {
                         float sums[4][4] = {};
-                        values(p, group, sums);
+                        Products::values(m, p, group, sums);
                         store(group, sums, factor, mine);
                     }
                 } else {
@@ -453,7 +462,7 @@ public:
                         if (group >= Shape::GROUPS) break;
                         UNROLL for (int t = 0; t < 4; ++t)
                             UNROLL for (int c = 0; c < 4; ++c) o[i][t][c] = first_slice ? 0.0f : o[i][t][c] * earlier[c / 2];
-                        values(p, group, o[i]);
+                        Products::values(m, p, group, o[i]);
                         if (last_slice) store(group, o[i], factor, mine);
                     }
                 }

@@ -10,7 +10,7 @@ namespace flamingo {
 using nvinfer1::PluginField;
 using nvinfer1::PluginFieldType;
 
-static bool read_scale(const PluginField& field, Fields& fields) noexcept {
+static bool read_scale(const PluginField& field, Fields& fields, Refuse refuse) noexcept {
     if (field.type != PluginFieldType::kFLOAT32 || field.length != 1 || !field.data)
         return refuse("field %s is one float32, found type %d and length %d", SCALE, int(field.type), int(field.length));
     const float scale = *static_cast<const float*>(field.data);
@@ -19,7 +19,7 @@ static bool read_scale(const PluginField& field, Fields& fields) noexcept {
     return true;
 }
 
-static bool read_kv_scales(const PluginField& field, Fields& fields) noexcept {
+static bool read_kv_scales(const PluginField& field, Fields& fields, Refuse refuse) noexcept {
     if (field.type != PluginFieldType::kINT32 || field.length != 1 || !field.data)
         return refuse("field %s is one int32, found type %d and length %d", KV_SCALES, int(field.type), int(field.length));
     const int32_t value = *static_cast<const int32_t*>(field.data);
@@ -28,7 +28,7 @@ static bool read_kv_scales(const PluginField& field, Fields& fields) noexcept {
     return true;
 }
 
-bool read_fields(const nvinfer1::PluginFieldCollection* collection, Fields& fields) noexcept {
+bool read_fields(const nvinfer1::PluginFieldCollection* collection, Fields& fields, Refuse refuse) noexcept {
     fields = Fields{};
     if (!collection) return true;
     if (collection->nbFields > 0 && !collection->fields) return refuse("%d fields without data", int(collection->nbFields));
@@ -36,9 +36,9 @@ bool read_fields(const nvinfer1::PluginFieldCollection* collection, Fields& fiel
         const PluginField& field = collection->fields[i];
         const char* name = field.name ? field.name : "";
         if (std::strcmp(name, SCALE) == 0) {
-            if (!read_scale(field, fields)) return false;
+            if (!read_scale(field, fields, refuse)) return false;
         } else if (std::strcmp(name, KV_SCALES) == 0) {
-            if (!read_kv_scales(field, fields)) return false;
+            if (!read_kv_scales(field, fields, refuse)) return false;
         } else {
             return refuse("unknown field '%s'; version %s has %s and %s", name, PLUGIN_VERSION, SCALE, KV_SCALES);
         }

@@ -5,12 +5,15 @@
 
 #include <optional>
 
+#include "log.h"
 #include "version_check.h"
 
 namespace flamingo {
 
 constexpr const char* PLUGIN_NAME = "PhiCrossAttention";
 constexpr const char* PLUGIN_VERSION = "1";
+constexpr const char* RANGE_PLUGIN_NAME = "PhiRangeCrossAttention";
+constexpr const char* RANGE_PLUGIN_VERSION = "1";
 constexpr const char* PLUGIN_NAMESPACE = "flamingo";
 
 constexpr const char* SCALE = "scale";          // float32, of q . k; absent: head_size ** -0.5
@@ -21,7 +24,7 @@ struct Fields {
     bool kv_scales = false;
 };
 
-// False, with the reason logged, for an unknown field, a wrong type or length, a scale that is not positive.
-bool read_fields(const nvinfer1::PluginFieldCollection* collection, Fields& fields) noexcept;
+// False, with the reason logged by `report`, for an unknown field, a wrong type or length, a scale that is not positive.
+bool read_fields(const nvinfer1::PluginFieldCollection* collection, Fields& fields, Refuse report = refuse) noexcept;
 
 }  // namespace flamingo

@@ -20,17 +20,30 @@ static nvinfer1::ILogger* find_logger() noexcept {
     }
 }
 
-bool refuse(const char* format, ...) noexcept {
+static bool report(const char* plugin, const char* format, va_list values) noexcept {
     char text[512];
-    const int prefix = std::snprintf(text, sizeof text, "flamingo::PhiCrossAttention: ");
-    va_list values;
-    va_start(values, format);
+    const int prefix = std::snprintf(text, sizeof text, "flamingo::%s: ", plugin);
     std::vsnprintf(text + prefix, sizeof text - prefix, format, values);
-    va_end(values);
     if (nvinfer1::ILogger* logger = find_logger())
         logger->log(nvinfer1::ILogger::Severity::kERROR, text);
     else
         std::fprintf(stderr, "%s\n", text);
+    return false;
+}
+
+bool refuse(const char* format, ...) noexcept {
+    va_list values;
+    va_start(values, format);
+    report("PhiCrossAttention", format, values);
+    va_end(values);
+    return false;
+}
+
+bool refuse_range(const char* format, ...) noexcept {
+    va_list values;
+    va_start(values, format);
+    report("PhiRangeCrossAttention", format, values);
+    va_end(values);
     return false;
 }
 

@@ -9,6 +9,9 @@ namespace flamingo {
 void set_logger_finder(nvinfer1::ILoggerFinder* finder) noexcept;
 
 // As printf; to stderr where there is no logger. Returns false, so a check can end with `return refuse(...)`.
-__attribute__((format(printf, 1, 2))) bool refuse(const char* format, ...) noexcept;
+__attribute__((format(printf, 1, 2))) bool refuse(const char* format, ...) noexcept;        // in the name of PhiCrossAttention
+__attribute__((format(printf, 1, 2))) bool refuse_range(const char* format, ...) noexcept;  // of PhiRangeCrossAttention
+
+using Refuse = bool (*)(const char* format, ...) noexcept;
 
 }  // namespace flamingo

@@ -29,7 +29,7 @@ bool check_counts(const Fields& fields, int32_t inputs, int32_t outputs) noexcep
                   int(NUM_OUTPUTS), KV_SCALES, int(fields.kv_scales));
 }
 
-static flamingo_dtype to_dtype(DataType type) noexcept {
+flamingo_dtype to_dtype(DataType type) noexcept {
     switch (type) {
         case DataType::kFLOAT: return FLAMINGO_FLOAT32;
         case DataType::kHALF: return FLAMINGO_FLOAT16;

@@ -27,6 +27,8 @@ bool takes_type(const Fields& fields, int32_t index, nvinfer1::DataType type, nv
 // False, with the reason logged, for another number of inputs or outputs.
 bool check_counts(const Fields& fields, int32_t inputs, int32_t outputs) noexcept;
 
+flamingo_dtype to_dtype(nvinfer1::DataType type) noexcept;
+
 // Fills everything but the pointers. False, with the reason logged, where ranks, sizes or types do not fit each other.
 bool to_arguments(
     const Fields& fields, const nvinfer1::PluginTensorDesc* in, const nvinfer1::PluginTensorDesc* out,

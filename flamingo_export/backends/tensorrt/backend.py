@@ -99,8 +99,12 @@ class TensorRTBackend:
         """All that can fail before work begins: library, GPU or target, plugin. Raises BackendError saying what is missing."""
         trt = self._module or library.load(self._library)
         target = library.resolve_target(self._library, trt, self._target)
-        digest = plugin.load(trt, target=target) if self.native_functions else None
-        return Prepared(trt=trt, target=target, plugin_sha256=digest)
+        if not self.native_functions:
+            return Prepared(trt=trt, target=target, plugin_sha256=None)
+        digest = plugin.load(trt, target=target)
+        return Prepared(
+            trt=trt, target=target, plugin_sha256=digest, native_functions=plugin.offered(trt, self.native_functions)
+        )
 
     def check_limits(self, limits: ShapeLimits) -> None:
         """Raises BuildError if no engine can have these limits."""
@@ -142,16 +146,10 @@ class TensorRTBackend:
         """`build` with what `prepare` found; an engine that `finished` knows is not built again."""
         trt, spec, limits = prepared.trt, engine_spec(manifest, graph), manifest.limits
         compute = manifest.precision.storage
-        lowered = lower(
-            ir.load(bundle / graph.file),
-            compute=compute,
-            capacity=limits.max_length,
-            native_functions=self.native_functions,
-        )
+        native = self.native_functions if prepared.native_functions is None else prepared.native_functions
+        lowered = lower(ir.load(bundle / graph.file), compute=compute, capacity=limits.max_length, native_functions=native)
         add_candidates(lowered, spec, banned=manifest.config.banned_logits)
-        expected = check_graph(
-            lowered, spec, compute=compute, capacity=limits.max_length, native_functions=self.native_functions
-        )
+        expected = check_graph(lowered, spec, compute=compute, capacity=limits.max_length, native_functions=native)
         path = bundle / f"{graph.name}.{self.name}.onnx"
         data = save_lowered(lowered, path)
         uses = profiles(spec, limits)
@@ -232,11 +230,13 @@ class TensorRTBackend:
 
 
 class Prepared(msgspec.Struct, frozen=True, kw_only=True):
-    """A library that is ready to build: its module, the GPU it builds for, the digest of the loaded plugin library."""
+    """A library that is ready to build: its module, the GPU it builds for, the digest of the loaded plugin library, and the functions that
+    this computes: one built before PhiRangeCrossAttention came to be leaves that to its body. None: all that the library of TensorRT may."""
 
     trt: ModuleType
     target: str
     plugin_sha256: str | None = None
+    native_functions: frozenset[str] | None = None
 
 
 def _timing_cache(which: Library, trt: ModuleType, target: str) -> Path | None:

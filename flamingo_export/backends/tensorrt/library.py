@@ -49,7 +49,7 @@ DATACENTER = Library(
     install="On the GPU host: pip install tensorrt-cu13, or NVIDIA's container, tar or Debian packages of TensorRT 11",
     ahead_of_time=False,
     oldest=(10, 15),
-    native_functions=frozenset({"PhiCrossAttention"}),
+    native_functions=frozenset({"PhiCrossAttention", "PhiRangeCrossAttention"}),
 )
 LIBRARIES = {library.backend: library for library in (RTX, DATACENTER)}
 

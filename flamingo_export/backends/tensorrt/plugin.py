@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -91,6 +91,16 @@ def _registered(registry: Any) -> bool:
     """By the list: `get_creator` reports an error to the log where there is none."""
     wanted = (NAME, VERSION, NAMESPACE)
     return any((one.name, one.plugin_version, one.plugin_namespace) == wanted for one in registry.all_creators)
+
+
+def offered(trt: ModuleType, functions: Collection[str]) -> frozenset[str]:
+    """Those of the functions that the library in the registry computes: one that was built before a function came to be lacks it."""
+    present = {
+        one.name
+        for one in trt.get_plugin_registry().all_creators
+        if (one.plugin_version, one.plugin_namespace) == (VERSION, NAMESPACE)
+    }
+    return frozenset(name for name in functions if name in present)
 
 
 def _check_same(trt: ModuleType, path: Path, found: str) -> None:

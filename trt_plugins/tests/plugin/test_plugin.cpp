@@ -449,6 +449,103 @@ static void test_enqueue() {
     }
 }
 
+// PhiRangeCrossAttention. No two sizes are equal that could be mixed up: B 2, S 5, H 6 over 3, D 64, N 7, R 11, M 4.
+static std::vector<PluginTensorDesc> range_inputs(DataType type, bool fp8 = false) {
+    const DataType kv = fp8 ? DataType::kFP8 : type;
+    std::vector<PluginTensorDesc> made{tensor({2, 5, 6, 64}, type),         tensor({7, 3, 11, 64}, kv),          tensor({7, 3, 11, 64}, kv),
+                                       tensor({2, 4}, DataType::kINT64),    tensor({2, 5}, DataType::kINT64),    tensor({2, 5}, DataType::kINT64)};
+    if (fp8) made.insert(made.end(), {tensor({}, DataType::kFLOAT), tensor({1}, DataType::kFLOAT)});
+    return made;
+}
+
+static void test_range_shapes(IPluginV3& plugin, const std::vector<PluginTensorDesc>& in) {
+    const int32_t count = int32_t(in.size());
+    const auto refused = [&](int32_t index, std::vector<int64_t> sizes, const char* why) {
+        auto wrong = in;
+        wrong[index].dims = dims(sizes);
+        return runtime(plugin)->onShapeChange(wrong.data(), count, in.data(), 1) != 0 && log_.said(why);
+    };
+    CHECK(runtime(plugin)->onShapeChange(in.data(), count, in.data(), 1) == 0);
+    CHECK(refused(1, {7, 4, 11, 64}, "4 heads of k do not divide 6 heads of q"));
+    CHECK(refused(1, {7, 3, 11, 32}, "k has size 32 on axis 3, expected 64"));
+    CHECK(refused(2, {7, 3, 12, 64}, "v has size 12 on axis 2, expected 11"));
+    CHECK(refused(3, {3, 4}, "media_rows has size 3 on axis 0, expected 2"));
+    CHECK(refused(4, {2, 6}, "first_media has size 6 on axis 1, expected 5"));
+    CHECK(refused(5, {2, 5, 1}, "phi has 3 axes, expected 2"));
+    CHECK(log_.said("flamingo::PhiRangeCrossAttention: "));
+}
+
+static void test_range_enqueue(IPluginV3& plugin, const std::vector<PluginTensorDesc>& in, flamingo_dtype dtype, bool fp8) {
+    int32_t memory[10];
+    const void* pointers[8];
+    for (int i = 0; i < 8; ++i) pointers[i] = &memory[i];
+    void* const outputs[] = {&memory[8]};
+    const auto stream = reinterpret_cast<cudaStream_t>(&memory[9]);
+    const int before = fake_launcher()->range_calls, others = fake_launcher()->calls;
+    fake_launcher()->answer = cudaSuccess;
+    CHECK(runtime(plugin)->enqueue(in.data(), in.data(), pointers, outputs, &memory[9], stream) == 0);
+    CHECK(fake_launcher()->range_calls == before + 1 && fake_launcher()->calls == others && fake_launcher()->stream == stream);
+    const auto& args = fake_launcher()->range_args;
+    CHECK(args.q == pointers[0] && args.k == pointers[1] && args.v == pointers[2] && args.y == outputs[0] && args.workspace == &memory[9]);
+    CHECK(args.media_rows == pointers[3] && args.first_media == pointers[4] && args.phi == pointers[5]);
+    CHECK(args.k_scale == (fp8 ? pointers[6] : nullptr) && args.v_scale == (fp8 ? pointers[7] : nullptr));
+    CHECK(args.batch == 2 && args.positions == 5 && args.heads == 6 && args.kv_heads == 3 && args.head_size == 64);
+    CHECK(args.bank_rows == 7 && args.keys == 11 && args.media == 4 && std::fabs(args.scale - 0.125f) < 1e-7f);
+    CHECK(args.dtype == dtype && args.kv_dtype == (fp8 ? FLAMINGO_FLOAT8_E4M3 : dtype));
+    fake_launcher()->answer = cudaErrorInvalidValue;
+    CHECK(runtime(plugin)->enqueue(in.data(), in.data(), pointers, outputs, nullptr, stream) == cudaErrorInvalidValue);
+    CHECK(log_.said("(cudaErrorInvalidValue) for q [2,5,6,64], k and v [7,3,11,64], 4 media"));
+}
+
+// The workspace is asked for the largest sizes of a profile, whatever the present ones are.
+static void test_range_workspace(IPluginV3& plugin, const std::vector<PluginTensorDesc>& in) {
+    std::vector<DynamicPluginTensorDesc> tensors;
+    for (const PluginTensorDesc& each : in) tensors.push_back({each, each.dims, each.dims, each.dims});
+    for (int32_t i : {0, 4, 5}) tensors[i].max.d[1] = 9;
+    for (int32_t i : {0, 3, 4, 5}) tensors[i].max.d[0] = 3;
+    DynamicPluginTensorDesc y = tensors[0];
+    CHECK(build(plugin)->getWorkspaceSize(tensors.data(), int32_t(tensors.size()), &y, 1) == 3009004);
+    CHECK(build(plugin)->getWorkspaceSize(tensors.data(), 2, &y, 1) == 0);
+}
+
+static void test_range_plugin(IPluginCreatorV3One* ranges) {
+    CHECK(std::strcmp(ranges->getPluginName(), "PhiRangeCrossAttention") == 0);
+    CHECK(std::strcmp(ranges->getPluginVersion(), "1") == 0);
+    CHECK(std::strcmp(ranges->getPluginNamespace(), "flamingo") == 0);
+    CHECK(ranges->getFieldNames()->nbFields == 2);
+    IPluginCreatorV3One* const other = creator;
+    creator = ranges;
+    CHECK(create({{"x", &ONE, PluginFieldType::kINT32, 1}}) == nullptr && log_.said("flamingo::PhiRangeCrossAttention: unknown field 'x'"));
+    const struct {
+        DataType type;
+        flamingo_dtype dtype;
+        bool fp8;
+    } types[] = {{DataType::kFLOAT, FLAMINGO_FLOAT32, false}, {DataType::kHALF, FLAMINGO_FLOAT16, true}, {DataType::kBF16, FLAMINGO_BFLOAT16, false}};
+    for (const auto& each : types) {
+        auto plugin = each.fp8 ? create_fp8() : create();
+        const auto in = range_inputs(each.type, each.fp8);
+        CHECK(std::strcmp(core(*plugin)->getPluginName(), "PhiRangeCrossAttention") == 0);
+        DataType given[8], found = DataType::kINT32;
+        for (size_t i = 0; i < in.size(); ++i) given[i] = in[i].type;
+        CHECK(build(*plugin)->getOutputDataTypes(&found, 1, given, int32_t(in.size())) == 0 && found == each.type);
+        CHECK(build(*plugin)->getOutputDataTypes(&found, 1, given, 5) != 0 && log_.said("5 inputs and 1 outputs"));
+        std::vector<DynamicPluginTensorDesc> tensors;
+        for (const PluginTensorDesc& one : in) tensors.push_back({one, one.dims, one.dims, one.dims});
+        tensors.push_back(tensors[0]);
+        for (int32_t i = 0; i <= int32_t(in.size()); ++i) CHECK(build(*plugin)->supportsFormatCombination(i, tensors.data(), int32_t(in.size()), 1));
+        tensors[4].desc.type = DataType::kINT32;
+        CHECK(!build(*plugin)->supportsFormatCombination(4, tensors.data(), int32_t(in.size()), 1));
+        test_range_shapes(*plugin, in);
+        test_range_enqueue(*plugin, in, each.dtype, each.fp8);
+        test_range_workspace(*plugin, in);
+        std::unique_ptr<IPluginV3> copy(plugin->clone());
+        plugin.reset();
+        const PluginFieldCollection* kept = runtime(*copy)->getFieldsToSerialize();
+        CHECK(kept->nbFields == 1 && *static_cast<const int32_t*>(kept->fields[0].data) == int32_t(each.fp8));
+    }
+    creator = other;
+}
+
 static void test_without_logger(void (*set_finder)(ILoggerFinder*), Finder& finder) {
     // To stderr, and no exception passes.
     const size_t before = log_.errors.size();
@@ -479,7 +576,7 @@ int main(int argc, char** argv) {
     set_finder(&finder);
     int32_t count = 0;
     IPluginCreatorInterface* const* creators = get_creators(count);
-    CHECK(count == 1);
+    CHECK(count == 2);
     creator = static_cast<IPluginCreatorV3One*>(creators[0]);
 
     test_creator_names();
@@ -493,6 +590,7 @@ int main(int argc, char** argv) {
     test_configure();
     test_shapes_that_do_not_fit();
     test_enqueue();
+    test_range_plugin(static_cast<IPluginCreatorV3One*>(creators[1]));
     test_without_logger(set_finder, finder);
     std::printf("%d passed, %d failed\n", passed, failed);
     return failed ? 1 : 0;

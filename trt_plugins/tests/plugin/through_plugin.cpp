@@ -85,12 +85,14 @@ extern "C" const char* flamingo_load_plugin(const char* path) {
     if (!get_creators || !dlsym(library, "setLoggerFinder")) return "it does not export getCreators and setLoggerFinder";
     int32_t count = 0;
     IPluginCreatorInterface* const* creators = get_creators(count);
-    if (count != 1 || std::strcmp(creators[0]->getInterfaceInfo().kind, "PLUGIN CREATOR_V3ONE") != 0)
-        return "it does not have one creator of V3 plugins";
-    auto* found = static_cast<IPluginCreatorV3One*>(creators[0]);
-    const std::string name = std::string(found->getPluginNamespace()) + "::" + found->getPluginName() + " " + found->getPluginVersion();
-    if (name != EXPECTED) return (fault = "it has " + name + ", expected " + EXPECTED).c_str();
-    creator = found;
+    for (int32_t i = 0; i < count; ++i) {
+        if (std::strcmp(creators[i]->getInterfaceInfo().kind, "PLUGIN CREATOR_V3ONE") != 0) return "it has a creator that is not of V3 plugins";
+        auto* found = static_cast<IPluginCreatorV3One*>(creators[i]);
+        const std::string name = std::string(found->getPluginNamespace()) + "::" + found->getPluginName() + " " + found->getPluginVersion();
+        if (name == EXPECTED) creator = found;
+        fault += (i ? ", " : "") + name;
+    }
+    if (!creator) return (fault = "it has " + fault + ", expected " + EXPECTED).c_str();
     return nullptr;
 }
 

@@ -15,6 +15,7 @@ import msgspec
 import onnx
 import onnx_ir as ir
 
+from flamingo_export.backends.tensorrt.lowering import phi_range
 from flamingo_export.backends.tensorrt.lowering.lower import KV_SCALES, PLUGIN_ATTRIBUTES
 from flamingo_export.backends.tensorrt.lowering.retype import DTYPES
 from flamingo_export.backends.tensorrt.lowering.shapes import CAPACITY
@@ -178,7 +179,7 @@ def _call(node: ir.Node, function: ir.Function) -> Iterator[str]:
 
 def _scales(node: ir.Node) -> Iterator[str]:
     """A plugin's call whose bank is E4M3 has both scales, in fp32, and says so; another has none."""
-    bank, scales = node.inputs[1:3], node.inputs[5:]
+    bank, scales = node.inputs[1:3], node.inputs[6 if node.op_type == phi_range.NAME else 5 :]
     coded = sum(value is not None and value.dtype == ir.DataType.FLOAT8E4M3FN for value in bank)
     scaled = KV_SCALES in node.attributes and node.attributes[KV_SCALES].as_int() == 1
     if not coded and not scaled and not scales:
