@@ -6,8 +6,8 @@
 layers of 768 at 560 pixels; fp32. A prompt of 512 tokens about one image of 4 tiles, whose 6404 keys each gated layer reads. transformers
 writes the checkpoint, the bundle is built of it; the two take turns. Measured: a step of 1 and 3 beams; from the image to the first token; a
 second question about the image, beside a prompt of as many tokens without one; 8 callers with a question of 32 tokens each behind a
-beginning that is known, at once and one after the other. Steps of transformers are timed where `generate` calls its logits processors; for those its vision transformer's features
-are kept from one call to the next, as ours are.
+beginning that is known, at once and one after the other. Steps of transformers are timed where `generate` calls its logits processors;
+for those its vision transformer's features are kept from one call to the next, as ours are.
 """
 
 from __future__ import annotations
