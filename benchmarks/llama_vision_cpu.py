@@ -90,7 +90,7 @@ def prompt(seed: int, *, image: bool = True) -> list[int]:
     ids[0] = 1
     if image:
         ids[1] = IMAGE
-    return ids.tolist()  # type: ignore[no-any-return]
+    return ids.tolist()
 
 
 def picture(seed: int) -> np.ndarray[Any, Any]:
