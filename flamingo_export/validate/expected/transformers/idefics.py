@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from flamingo_export.validate.expected.transformers.text_layers import Ends, Layer, hidden_of
 from flamingo_export.validate.expected.transformers.theirs import classes_called
 from flamingo_reference.config import ModelConfig
 
@@ -56,11 +56,11 @@ class Idefics:
             with streamed.held(whole.model.perceiver_resampler):
                 yield lambda features: whole.model.perceiver_resampler(features.flatten(1, 2))
         elif prefix == "language_model":
-            yield _Ends(whole)
+            yield Ends(whole.model, whole.lm_head)
         elif kind == "language_model.layers":
             layer = whole.model.layers[int(index)]
             with streamed.held(layer):
-                yield _Layer(layer)
+                yield Layer(layer)
         elif kind == "cross_attention":
             block = whole.model.gated_cross_attn_layers[int(index)]
             with streamed.held(block):
@@ -87,53 +87,6 @@ class Idefics:
             "pixel_values": pixels.to(dtype)[None].expand(len(token_ids), *pixels.shape),
             "image_attention_mask": mask,
         }
-
-
-class _Ends:
-    """Before the first layer and after the last."""
-
-    def __init__(self, whole: Any) -> None:
-        self._whole = whole
-
-    def embedding(self, token_ids: Tensor) -> Tensor:
-        """[B, S] -> [B, S, W]."""
-        embedded: Tensor = self._whole.model.embed_tokens(token_ids)
-        return embedded
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[B, S, W] -> [B, S, V]."""
-        logits: Tensor = self._whole.lm_head(self._whole.model.norm(hidden))
-        return logits
-
-
-class _Layer:
-    """A decoder layer on a whole text."""
-
-    def __init__(self, layer: Any) -> None:
-        self._layer = layer
-        # transformers 5.24 renamed the argument.
-        self._cache = "cache" if "cache" in inspect.signature(layer.forward).parameters else "past_key_values"
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """[1, S, W] -> [1, S, W]."""
-        return self._run(hidden, None)
-
-    def qkv(self, hidden: Tensor) -> tuple[None, Tensor, Tensor]:
-        """None for the queries, which nobody asks for; keys and values [1, H, S, D] as they are cached."""
-        from transformers import DynamicCache
-
-        cache = DynamicCache()
-        self._run(hidden, cache)
-        written = cache.layers[self._layer.self_attn.layer_idx]
-        return None, written.keys, written.values
-
-    def _run(self, hidden: Tensor, cache: Any) -> Tensor:
-        length = hidden.shape[1]
-        mask = torch.full((length, length), torch.finfo(hidden.dtype).min, dtype=hidden.dtype).triu(1)
-        output = self._layer(
-            hidden, attention_mask=mask[None, None], position_ids=torch.arange(length)[None], **{self._cache: cache}
-        )
-        return _hidden(output)
 
 
 class _Gated:
@@ -181,13 +134,7 @@ class _Gated:
                 image_attention_mask=mask.repeat_interleave(count, dim=1)[None, None],
                 cross_attention_gate=sees.any(dim=1).to(hidden.dtype)[None],
             )
-        return _hidden(output)
-
-
-def _hidden(output: Any) -> Tensor:
-    """What a layer returns: hidden states, which some versions put into a tuple."""
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden
+        return hidden_of(output)
 
 
 def _image_attention_mask(token_ids: Tensor, num_images: int, config: ModelConfig) -> Tensor:

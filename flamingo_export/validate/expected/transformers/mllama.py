@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from flamingo_export.validate.expected.transformers.text_layers import Ends, Layer, hidden_of
 from flamingo_export.validate.expected.transformers.theirs import classes_called
 from flamingo_reference.checkpoints.families import llama_vision
 from flamingo_reference.config import ModelConfig
@@ -102,11 +102,11 @@ class Mllama:
         elif prefix == "resampler":
             yield lambda features: whole.model.multi_modal_projector(_interleaved(features[:, 0], vision.hidden_size))
         elif prefix == "language_model":
-            yield _Ends(whole)
+            yield Ends(whole.model.language_model, whole.lm_head)
         elif kind == "language_model.layers":
             layer = [each for each in text.layers if not hasattr(each, "cross_attn")][int(index)]
             with streamed.held(layer):
-                yield _Layer(layer, text.rotary_emb)
+                yield Layer(layer, text.rotary_emb)
         elif kind == "cross_attention":
             block = [each for each in text.layers if hasattr(each, "cross_attn")][int(index)]
             with streamed.held(block):
@@ -168,58 +168,6 @@ def _interleaved(features: Tensor, width: int) -> Tensor:
     return torch.cat([features[..., :width], layered], dim=-1)
 
 
-class _Ends:
-    """Before the first layer and after the last."""
-
-    def __init__(self, whole: Any) -> None:
-        self._whole = whole
-
-    def embedding(self, token_ids: Tensor) -> Tensor:
-        """[B, S] -> [B, S, W]."""
-        embedded: Tensor = self._whole.model.language_model.embed_tokens(token_ids)
-        return embedded
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[B, S, W] -> [B, S, V]."""
-        logits: Tensor = self._whole.lm_head(self._whole.model.language_model.norm(hidden))
-        return logits
-
-
-class _Layer:
-    """A self-attention layer on a whole text."""
-
-    def __init__(self, layer: Any, rotary: Any) -> None:
-        self._layer, self._rotary = layer, rotary
-        # transformers 5.24 renamed the argument.
-        self._cache = "cache" if "cache" in inspect.signature(layer.forward).parameters else "past_key_values"
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """[1, S, W] -> [1, S, W]."""
-        return self._run(hidden, None)
-
-    def qkv(self, hidden: Tensor) -> tuple[None, Tensor, Tensor]:
-        """None for the queries, which nobody asks for; keys and values [1, G, S, D] as they are cached."""
-        from transformers import DynamicCache
-
-        cache = DynamicCache()
-        self._run(hidden, cache)
-        written = cache.layers[self._layer.self_attn.layer_idx]
-        return None, written.keys, written.values
-
-    def _run(self, hidden: Tensor, cache: Any) -> Tensor:
-        length = hidden.shape[1]
-        mask = torch.full((length, length), torch.finfo(hidden.dtype).min, dtype=hidden.dtype).triu(1)
-        places = torch.arange(length)[None]
-        output = self._layer(
-            hidden,
-            attention_mask=mask[None, None],
-            position_ids=places,
-            position_embeddings=self._rotary(hidden, places),
-            **{self._cache: cache},
-        )
-        return _hidden(output)
-
-
 class _Gated:
     """A gated cross-attention layer. It makes its keys and values of images at each call; here they are taken out and put in by hooks."""
 
@@ -263,10 +211,4 @@ class _Gated:
                 attention_mask=None,
                 full_text_row_masked_out_mask=seeing,
             )
-        return _hidden(output)
-
-
-def _hidden(output: Any) -> Tensor:
-    """What a layer returns: hidden states, which some versions put into a tuple."""
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden
+        return hidden_of(output)
