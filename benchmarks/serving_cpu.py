@@ -1,6 +1,6 @@
 """What sharing one engine brings on a CPU: clients side by side against one after the other, on a decoder of 110M parameters.
 
-    python benchmarks/serving_cpu.py [--threads 1] [--clients 8] [--prompt 512] [--new-tokens 128] [--rounds 3] [--only shared]
+    python benchmarks/serving_cpu.py [--threads 1] [--clients 8] [--prompt 512] [--new-tokens 128] [--rounds 3] [--only shots]
         [--work DIR] [--save]
 
 Closed-loop clients, each in a thread of its own, ask for prompts that are in the cache; decode tokens per second, both ways in turns in one
@@ -102,6 +102,24 @@ def overhead(model: Model, requests: Sequence[Request], settings: dict[str, Any]
     }
 
 
+def step_alone(model: Model, requests: Sequence[Request], settings: dict[str, Any]) -> float:
+    """The processor's seconds of a step in which all of them decode."""
+    options = GenerateOptions(**settings, min_new_tokens=settings["max_new_tokens"])
+    tickets = [model.engine.submit(model.prepare(request), options, wake=False) for request in requests]
+    times = []
+    with model.engine.by_hand() as loop:
+        while len(loop.schedule.decoding) < len(requests):
+            loop.tick()
+        while len(loop.schedule.decoding) == len(requests) and len(times) < 9:
+            started = time.process_time()
+            loop.tick()
+            times.append(time.process_time() - started)
+        loop.revoked.extend(tickets)
+        while loop.tick():
+            pass
+    return float(np.median(times))
+
+
 def joining(model: Model, requests: Sequence[Request], settings: dict[str, Any], length: int) -> dict[str, float]:
     """Seconds between tokens of streams, by themselves and while a prompt with images joins; and of one chunk of it."""
     side = model.config.vision.image_size
@@ -167,7 +185,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--prompt", type=int, default=512, help="tokens of a prompt")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", default="", help="cases whose names contain this: 3 beams, shared")
+    parser.add_argument("--only", default="", help="the case whose name ends so: greedy, beams, shots")
     parser.add_argument("--work", type=Path, help="where the bundle is kept; default: a temporary folder")
     parser.add_argument("--save", action="store_true", help="write results/serving_cpu.json")
     asked = parser.parse_args(arguments)
@@ -180,7 +198,7 @@ def main(arguments: Sequence[str]) -> None:
             ("3 beams", 0, {"beams": 3}),
             ("greedy, shared shots", asked.prompt - 32, {"beams": 1}),
         ):
-            if asked.only not in name:
+            if not name.endswith(asked.only):
                 continue
             settings = {**settings, "max_new_tokens": asked.new_tokens}
             with flamingo_export.load(path, threads=asked.threads) as model:
@@ -196,8 +214,12 @@ def main(arguments: Sequence[str]) -> None:
                             own = together(model, requests, settings)
                         rates.setdefault("together, a row for each", []).append(own)
                 row = {key: float(np.median(values)) for key, values in rates.items()}
-                row["ratio"] = row["together"] / row["one by one"]
                 row["requests in another's row"] = (model.engine.stats().shared_rows - before) / asked.rounds
+                if shared:
+                    row["a step, processor"] = step_alone(model, requests, settings)
+                    with rows_of_their_own(model):
+                        row["a step, a row for each, processor"] = step_alone(model, requests, settings)
+                row["ratio"] = row["together"] / row["one by one"]
                 if name == "greedy":
                     result["loop"] = overhead(model, requests, settings)
                     result["seconds between tokens"] = joining(model, requests[:4], settings, asked.prompt)
@@ -210,7 +232,8 @@ def main(arguments: Sequence[str]) -> None:
                 own, joined = row["together, a row for each"], row["requests in another's row"]
                 print(
                     f"  {joined:.1f} of {asked.clients} requests in another's row; with a row for each "
-                    f"{own:.1f}, {own / row['one by one']:.2f} times",
+                    f"{own:.1f}, {own / row['one by one']:.2f} times; a step takes {1e3 * row['a step, processor']:.0f} ms of the "
+                    f"processor's time, {1e3 * row['a step, a row for each, processor']:.0f} with a row for each",
                     flush=True,
                 )
     for part in ("loop", "seconds between tokens") if "loop" in result else ():
