@@ -106,7 +106,7 @@ def step_alone(model: Model, requests: Sequence[Request], settings: dict[str, An
     """The processor's seconds of a step in which all of them decode."""
     options = GenerateOptions(**settings, min_new_tokens=settings["max_new_tokens"])
     tickets = [model.engine.submit(model.prepare(request), options, wake=False) for request in requests]
-    times = []
+    times: list[float] = []
     with model.engine.by_hand() as loop:
         while len(loop.schedule.decoding) < len(requests):
             loop.tick()
