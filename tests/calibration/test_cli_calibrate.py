@@ -117,7 +117,7 @@ def test_nano_pages(cli, tmp_path):
     [
         ([], "either --size or --checkpoint"),
         (["--size", "nano", "--checkpoint", "x"], "either --size or --checkpoint"),
-        (["--size", "4b"], "no size"),
+        (["--size", "4b"], "is not a size"),
         (["--size", "nano", "--lm", "x"], "add --checkpoint"),
         (["--checkpoint", "x", "--seed", "1"], "a checkpoint has its weights"),
         (["--size", "nano", "--method", "guess"], "guess"),

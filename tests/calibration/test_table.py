@@ -93,7 +93,7 @@ def test_another_number_of_channels_is_refused(table, relative):
         ({"entropy": float("inf")}, "entropy inf"),
         ({"percentile": float("nan")}, "percentile nan"),
         ({"amax": 1e39}, "expected positive numbers within fp32's range"),
-        ({"channel_rms": "AAA"}, "no base64"),
+        ({"channel_rms": "AAA"}, "not base64"),
         ({"channel_rms": "AHw="}, "negative or not finite"),
     ],
 )
@@ -113,7 +113,7 @@ def test_numbers_that_cannot_be_are_neither_written_nor_read(table, tmp_path, fi
         ("schema_version", SCHEMA_VERSION + 1, "Update flamingo-export"),
         ("schema_version", 0, "schema_version is 0"),
         ("weights_sha256", "xyz", "64 hexadecimal digits"),
-        ("method", "guess", "no calibration table"),
+        ("method", "guess", "not a calibration table"),
         ("samples", 0, "samples is 0"),
         ("tokens", 10**30, "tokens is 10{30}, expected 1 to"),
         ("tensors", {}, "no tensors"),
@@ -132,7 +132,7 @@ NESTED = b'{"schema_version": 1, "more": ' + b"[" * 200_000 + b"]" * 200_000 + b
 @pytest.mark.parametrize("content", [b"", b"[1, 2]", b"\xff\xfe", b'{"schema_version": "1"}', NESTED])
 def test_other_files_are_refused(tmp_path, content):
     (tmp_path / "x").write_bytes(content)
-    with pytest.raises(CalibrationError, match="no calibration table"):
+    with pytest.raises(CalibrationError, match="not a calibration table"):
         read_table(tmp_path / "x")
     with pytest.raises(CalibrationError, match="cannot be read"):
         read_table(tmp_path / "missing")

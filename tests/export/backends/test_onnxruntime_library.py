@@ -25,7 +25,7 @@ TWO_EXTRAS = r"For CPUs: pip install '\.\[cpu\]' .*; for NVIDIA GPUs: pip instal
 def test_the_lowest_version_is_what_the_extras_ask_for():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     for extra, name in onnxruntime_library.DISTRIBUTIONS.items():
-        assert extras[extra] == [f"{name}>={onnxruntime_library.lowest()}"]
+        assert f"{name}>={onnxruntime_library.lowest()}" in extras[extra]
 
 
 @pytest.mark.parametrize(
