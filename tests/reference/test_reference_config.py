@@ -115,9 +115,15 @@ def test_impossible_variations_are_refused(name: str, parts: dict[str, dict[str,
 
 
 def test_configs_of_earlier_versions_still_load() -> None:
-    """The shipped checkpoint's file, written before there were variations."""
+    """nano's as it was written before there were variations and towers."""
+    earlier = (Path(__file__).parent / "data" / "nano-0.1.0.json").read_bytes()
+    assert b'positions": {' not in earlier
+    assert b"contrastive" not in earlier
+    assert msgspec.json.decode(earlier, type=ModelConfig) == msgspec.structs.replace(NANO, contrastive=None)
+
+
+def test_the_shipped_checkpoint_is_nano() -> None:
     path = Path(flamingo_reference.__file__).parent / "nano" / "checkpoint" / "config.json"
-    assert b'positions": {' not in path.read_bytes()
     assert msgspec.json.decode(path.read_bytes(), type=ModelConfig) == NANO
 
 
