@@ -119,12 +119,14 @@ def test_configs_of_earlier_versions_still_load() -> None:
     earlier = (Path(__file__).parent / "data" / "nano-0.1.0.json").read_bytes()
     assert b'positions": {' not in earlier
     assert b"contrastive" not in earlier
-    assert msgspec.json.decode(earlier, type=ModelConfig) == msgspec.structs.replace(NANO, contrastive=None)
+    assert msgspec.json.decode(earlier, type=ModelConfig) == NANO
 
 
-def test_the_shipped_checkpoint_is_nano() -> None:
+def test_the_shipped_checkpoint_is_nano_with_towers() -> None:
     path = Path(flamingo_reference.__file__).parent / "nano" / "checkpoint" / "config.json"
-    assert msgspec.json.decode(path.read_bytes(), type=ModelConfig) == NANO
+    shipped = msgspec.json.decode(path.read_bytes(), type=ModelConfig)
+    assert shipped.contrastive is not None
+    assert msgspec.structs.replace(shipped, contrastive=None) == NANO
 
 
 def test_all_faults_are_named_at_once() -> None:
