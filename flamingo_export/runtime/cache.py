@@ -237,21 +237,21 @@ class Cache:
         """Where the request's prompt is about to be computed: how many of its positions are in its row already, which may be another now.
 
         It moves to a row in use where the two beginnings are alike, there is room, and it pays (`_shared`). Else a longer beginning is copied
-        from a row in use. The last position is never reused: its logits are wanted.
+        from another row, in use or left since the request got its own. The last position is never reused: its logits are wanted.
 
         slots: as `take` was given them. looks: bank rows that its steps look at. steps: that it decodes at most. Raises CapacityError.
         """
         own = seat.row
         seat.looks, seat.settled = tuple(looks), True
         shared = self._known(prompt, own)
-        used = [(row, self._known(prompt, row)) for row in self.rows if row.busy and row is not own]
-        joins = [found for found in used if self._shared(*found, seat, slots, shared, steps)]
+        others = [(row, self._known(prompt, row)) for row in self.rows if row is not own]
+        joins = [found for found in others if found[0].busy and self._shared(*found, seat, slots, shared, steps)]
         if joins:
             self.release(seat)
             seat.row, shared = max(joins, key=lambda found: found[1])
             seat.row.seats.append(seat)
-        elif used:
-            giver, longer = max(used, key=lambda found: found[1])
+        elif others:
+            giver, longer = max(others, key=lambda found: found[1])
             if longer < shared + LEAST_COPY:
                 giver, longer = own, shared
             # Who joined another left a hole; rows decode in one call where they are side by side.

@@ -261,3 +261,24 @@ def test_rows_close_up_where_some_are_shared() -> None:
     assert (second.row.index, third.row.index, third.row.used, third.row.held) == (0, 1, 3, (5, 6, 7))
     assert copied == [(2, 1, 3)]
     assert not cache.rows[2].busy
+
+
+def test_the_beginning_of_one_who_has_left_is_found_by_one_who_waited(load_tiny: LoadTiny) -> None:
+    """Two requests come at once and get a row each; the first has its answer before the second one's prompt is begun."""
+    cache = load_tiny(max_length=300).engine.loop.cache
+    prompt = [*range(3, 3 + LEAST_COPY + 4)]
+    first, second = (cache.take(prompt, slots=WHOLE_ROW) for _ in range(2))
+    assert cache.settle(first, prompt, slots=WHOLE_ROW) == 0
+    cache.reserve(1, len(prompt))
+    for buffer in cache._buffers.values():
+        buffer.write(0, np.random.default_rng(1).normal(size=buffer.shape[1:]).astype(np.float32))
+    left = first.row
+    left.held, left.used = tuple(prompt), len(prompt)
+    cache.release(first)
+    known = len(prompt) - 1
+    assert cache.settle(second, prompt, slots=WHOLE_ROW) == known
+    assert second.row is not left
+    assert (second.row.held, second.row.used) == (tuple(prompt[:known]), known)
+    for buffer in cache._buffers.values():
+        values = buffer.read()
+        np.testing.assert_array_equal(values[second.row.index, :, :known], values[left.index, :, :known])
