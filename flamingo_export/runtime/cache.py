@@ -258,13 +258,14 @@ class Cache:
             closes = any(len(row.seats) > 1 for row in self.rows)
             self.release(seat)
             target = next(row for row in self.rows if not row.busy) if closes else own
+            seat.row = target  # before anything can fail: who leaves is looked for there
             target.seats.append(seat)
             if giver is not target:
                 target.give_up(0)
                 self.reserve(target.index + 1, longer)
                 for buffer in self._buffers.values() if longer else ():
                     buffer.copy_slots(giver.index, target.index, longer)
-            seat.row, shared = target, longer
+            shared = longer
             target.held, target.used = tuple(prompt[:longer]), longer
         seat.left = slots - shared
         return shared
@@ -292,13 +293,18 @@ class Cache:
         row = seat.row
         row.seats.remove(seat)
         if not row.seats:
-            row.key_positions[len(row.held) :] = np.arange(len(row.held), len(row.key_positions))
+            _emptied(row)
 
     def clear(self) -> None:
         """No row is in use any more, whatever an interruption has left behind."""
         for row in self.rows:
-            for seat in list(row.seats):
-                self.release(seat)
+            row.seats.clear()
+            _emptied(row)
+
+
+def _emptied(row: Row) -> None:
+    """Slots behind a row's beginning are nobody's."""
+    row.key_positions[len(row.held) :] = np.arange(len(row.held), len(row.key_positions))
 
 
 def _common(one: Sequence[Key], other: Sequence[Key]) -> int:

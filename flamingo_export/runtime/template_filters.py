@@ -53,7 +53,15 @@ def _tojson(
     value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
     """As transformers writes it: letters as they are, nothing escaped for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=_small(indent), separators=separators, sort_keys=sort_keys)
+    encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=_small(indent), separators=separators, sort_keys=sort_keys)
+    # Piece by piece: indents and separators may be far larger than the value.
+    pieces, left = [], MAX_SIZE
+    for piece in encoder.iterencode(value):
+        pieces.append(piece)
+        left -= len(piece)
+        if left < 0:
+            raise TemplateLimit(f"a text grows beyond {MAX_SIZE} characters")
+    return "".join(pieces)
 
 
 def _small(number: int | None) -> int | None:

@@ -288,7 +288,11 @@ async def _echoed(
                 scored, likeliest = None, list[list[tuple[int, float]]]()
                 if begin < len(ids):
                     head = dataclasses.replace(
-                        whole, token_ids=whole.token_ids[:begin], phi=whole.phi[:begin], keys=whole.keys[:begin]
+                        whole,
+                        token_ids=whole.token_ids[:begin],
+                        phi=whole.phi[:begin],
+                        keys=whole.keys[:begin],
+                        first=None if whole.first is None else whole.first[:begin],
                     )
                     scored = model.engine.submit_score(
                         head, [ids[begin:]], caller=call.caller, deadline=deadline, likeliest=likeliest

@@ -19,6 +19,7 @@ from flamingo_export.deploy.ray.ingress import Ingress, Lost, Overloaded
 from flamingo_export.deploy.ray.replay import DONE, Diverged, Replay
 from flamingo_export.deploy.ray.requests import belongs_to, ranked, streams, with_seed
 from flamingo_export.deploy.ray.settings import RaySettings, read_settings
+from flamingo_export.deploy.ray.start import secret_beside
 from flamingo_export.errors import InputError
 
 
@@ -241,6 +242,16 @@ def test_an_application_is_run_and_told_when_the_reader_goes():
 
     with pytest.raises(ValueError, match="no"):
         asyncio.run(consume())
+
+
+def test_an_empty_secret_is_none(tmp_path):
+    """A process that died while it wrote the file; replicas would answer anybody who gives none."""
+    settings = tmp_path / "settings.json"
+    assert secret_beside(settings) == secret_beside(settings) == (tmp_path / "secret").read_text()
+    assert (tmp_path / "secret").stat().st_mode & 0o777 == 0o600
+    (tmp_path / "secret").write_text("")
+    with pytest.raises(InputError, match="Remove it"):
+        secret_beside(settings)
 
 
 def test_settings_say_what_is_wrong(tmp_path):

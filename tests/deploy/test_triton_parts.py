@@ -117,6 +117,21 @@ def test_answers_whole_and_in_pieces(requests, bundle):
     assert len(pieces.sent) > 1
 
 
+def test_pieces_are_the_text_together(requests, bundle):
+    """Where a stop text is cut off, and where the best of several samples is known at the end."""
+    with flamingo_export.load(bundle, threads=1) as model:
+        text = model.caption(png("red"), beams=1).text
+        within = text[len(text) // 2 :][:3]  # begins within a word
+        asked = [{"beams": 1, "stop": within}]
+        asked += [{"temperature": 2.0, "num_return": 3, "seed": seed} for seed in range(4)]
+        expected = [model.caption(png("red"), **settings).text for settings in asked]
+    for settings, wanted in zip(asked, expected, strict=True):
+        pieces = Asked(images=[png("red")], stream=True, **settings)
+        requests.take([pieces])
+        pieces.wait()
+        assert b"".join(response.outputs["text"] for response, _ in pieces.sent).decode() == wanted
+
+
 def test_what_is_wrong_is_the_clients(requests):
     for asked, text in (
         (Asked(), "one image"),

@@ -289,6 +289,17 @@ def test_served_conversations_are_the_models(name: str, client: Any, model: Mode
     assert found["flamingo"]["phi"] == len(images)
 
 
+def test_echo_scores_a_prompt_about_images(client: Any, model: Model) -> None:
+    (wanted,) = model.score(f"{BOS}{IMAGE}What is{IMAGE}this?", [" A bird."], images=[FOUR, ONE], end=False)
+    prompt = f"{BOS}{IMAGE}What is{IMAGE}this? A bird."
+    body = {"model": "llama", "prompt": prompt, "images": [data_url(FOUR), data_url(ONE)], "max_tokens": 0, "logprobs": 1}
+    found = client.post("/v1/completions", json={**body, "echo": True})
+    assert found.status_code == 200
+    values = found.json()["choices"][0]["logprobs"]["token_logprobs"]
+    count = len(wanted.token_logprobs)
+    np.testing.assert_allclose(values[-count:], wanted.token_logprobs, atol=1e-4)
+
+
 def test_a_served_stream(client: Any, model: Model) -> None:
     messages, images = CONVERSATIONS["system, two turns, three images"]
     wanted = model.chat(messages, images=images, beams=1, max_new_tokens=LENGTH)

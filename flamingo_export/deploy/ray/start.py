@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import secrets
 import signal
 import sys
@@ -22,7 +23,7 @@ from flamingo_export.bundle.identity import bundle_digest
 from flamingo_export.bundle.manifest import read_manifest
 from flamingo_export.deploy.ray.ingress import Ingress, Lost, Overloaded
 from flamingo_export.deploy.ray.settings import RaySettings, read_settings
-from flamingo_export.errors import BackendError, FlamingoExportError
+from flamingo_export.errors import BackendError, FlamingoExportError, InputError
 from flamingo_export.runtime.engine import DEFAULT_ROWS
 
 APPLICATION = "flamingo"
@@ -35,6 +36,7 @@ _ENVIRONMENT = {
     "RAY_agent_register_timeout_ms": "200000",
     "RAY_raylet_start_wait_time_s": "240",
 }
+_SECRET = re.compile(rb"[0-9a-f]{64}")
 _SPARE = 4
 """Requests that a replica is given beside its rows, so that the next one is there when a row is free."""
 
@@ -158,14 +160,20 @@ class Front:
 
 
 def secret_beside(settings: Path) -> str:
-    """What replicas know their ingress by: made once and kept beside the settings, so that old and new replicas share it in an exchange."""
+    """What replicas know their ingress by: made once and kept beside the settings, so that old and new replicas share it in an exchange.
+
+    Raises InputError for a file that was cut: with an empty secret replicas would answer anybody.
+    """
     path = settings.with_name("secret")
     try:
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(secrets.token_hex(32))
     except FileExistsError:
         pass
-    return path.read_text(encoding="ascii")
+    found = path.read_bytes()
+    if not _SECRET.fullmatch(found):
+        raise InputError(f"{path} is not a secret of this program. Remove it while nothing runs, and start again.")
+    return found.decode()
 
 
 def deploy(bundle: Path, settings: RaySettings, secret: str) -> None:
@@ -185,6 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = read_settings(asked.settings)
         read_manifest(asked.bundle)
+        secret = secret_beside(asked.settings)
         owner = connect(dashboard=settings.dashboard)
     except FlamingoExportError as error:
         print(f"run: {error}", file=sys.stderr)
@@ -195,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stopped = threading.Event()
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, lambda *_: stopped.set())
-    deploy(asked.bundle, settings, secret_beside(asked.settings))
+    deploy(asked.bundle, settings, secret)
     print(f"http://{settings.host}:{settings.port}", flush=True)
     if not owner:
         return 0

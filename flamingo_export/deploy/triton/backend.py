@@ -16,6 +16,7 @@ from flamingo_export.deploy.triton.requests import Asked, read, result_of
 from flamingo_export.errors import BundleError, DeadlineExceeded, FlamingoExportError, InputError
 from flamingo_export.runtime.loop import Outcome
 from flamingo_export.runtime.model import Model
+from flamingo_export.runtime.steering import HoldBack
 from flamingo_export.runtime.ticket import Ticket, now
 from flamingo_export.runtime.tokenizer import TextStream
 
@@ -119,7 +120,7 @@ class Requests:
         deadline = None if asked.timeout is None else now() + asked.timeout
         ticket = model.engine.submit(model.prepare(asked.request), asked.options, deadline=deadline, events=asked.stream)
         try:
-            pieces = self._pieces(ticket, request, asked.stream, sender)
+            pieces = self._pieces(ticket, request, asked, sender)
             found = model.generation(ticket.result(), asked.options, ticket.timings)
         except BaseException:
             ticket.cancel()
@@ -129,15 +130,17 @@ class Requests:
             text = text[len(pieces) :] if text.startswith(pieces) else text
         self._send(sender, text, final=True, result=result_of(found))
 
-    def _pieces(self, ticket: Ticket[Outcome], request: Any, streams: bool, sender: Any) -> str:
+    def _pieces(self, ticket: Ticket[Outcome], request: Any, asked: Asked, sender: Any) -> str:
         """Sends text as it becomes certain, and looks after the client meanwhile; returns what was sent. Raises _Gone."""
         sent = ""
-        if streams and self._model.tokenizer is not None:
-            stream = TextStream(self._model.tokenizer, strip=True)
+        if asked.stream and self._model.tokenizer is not None:
+            stream, hold = TextStream(self._model.tokenizer, strip=True), HoldBack(asked.options.stops)
+            # Which of several samples is the best is known at the end.
+            one_text = asked.options.width == 1 or not asked.options.samples
             for tokens in ticket:
                 if request.is_cancelled():
                     raise _Gone
-                if tokens.index == 0 and (text := stream.push(tokens.token_ids)):
+                if one_text and (text := hold.push(stream.push(tokens.token_ids))):
                     sent += text
                     self._send(sender, text)
             return sent

@@ -282,3 +282,24 @@ def test_the_beginning_of_one_who_has_left_is_found_by_one_who_waited(load_tiny:
     for buffer in cache._buffers.values():
         values = buffer.read()
         np.testing.assert_array_equal(values[second.row.index, :, :known], values[left.index, :, :known])
+
+
+def test_rows_that_cannot_close_up_are_free_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No memory for the row that a request moves to: it leaves the row where it stands, and an interruption finds nothing left behind."""
+    cache = shared_row(own=40, length=180, dense=False)
+    cache.rows += [Row(index, np.arange(180, dtype=np.int64)) for index in (2, 3)]
+    second = cache.take([*range(50), 900], slots=60, columns=1)
+    third = cache.take([*range(40), 901], slots=WHOLE_ROW, columns=1)
+    cache.settle(second, [*range(50), 900], slots=60, looks=[3], steps=9)
+
+    def no_memory(*_: int) -> None:
+        raise CapacityError("no memory")
+
+    monkeypatch.setattr(cache, "reserve", no_memory)
+    with pytest.raises(CapacityError):
+        cache.settle(third, [*range(40), 901], slots=WHOLE_ROW, looks=[3])
+    cache.release(third)
+    assert [row.busy for row in cache.rows] == [True, False, False, False]
+    cache.rows[1].seats.append(second)  # as after an interruption in the middle
+    cache.clear()
+    assert not any(row.busy for row in cache.rows)

@@ -164,6 +164,9 @@ LARGE = [
     "{% set ns = namespace(x='aa') %}{% for i in range(99) %}{% set ns.x = [ns.x, ns.x] | join(ns.x) %}{% endfor %}",
     "{% set ns = namespace(x='') %}{% for i in range(99) %}{% set ns.x %}{{ ns.x }}more{{ ns.x }}{% endset %}{% endfor %}",
     "{{ [1] | tojson(indent=999999999) }}",
+    "{% set s = '" + "a" * 1000 + "' %}{{ range(50000) | list | tojson(separators=(s, ':')) | length }}",
+    "{% set ns = namespace(x=range(20000) | list) %}{% for i in range(60) %}{% set ns.x = [ns.x] %}{% endfor %}"
+    "{{ ns.x | tojson(indent=16) | length }}",
     "{{ 'a\\nb' | indent(999999999) }}",
     "{{ range(99999999999) | list }}",
     "{% for i in range(99999) %}{% for j in range(99) %}aaaaaaaaaaaaaaaaaaaaaaaa{% endfor %}{% endfor %}",
