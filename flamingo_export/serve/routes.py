@@ -17,6 +17,7 @@ from flamingo_export.runtime.loop import Outcome
 from flamingo_export.runtime.model import Model
 from flamingo_export.runtime.options import GenerateOptions
 from flamingo_export.runtime.request import Prepared, Request
+from flamingo_export.runtime.steering import cut_at
 from flamingo_export.runtime.texts import Generation, Text
 from flamingo_export.runtime.ticket import Ticket, now
 from flamingo_export.runtime.timings import Timings
@@ -320,14 +321,17 @@ async def _echoed(
                 prompt_tokens += len(ids)
                 if echo.following is not None and options is not None:
                     outcome = await unless_gone(call.receive, _result(echo.following))
-                    text = model.generation(outcome, options, echo.following.timings)
-                    ids += text.token_ids
-                    logprobs += text.token_logprobs
-                    top += text.top_logprobs if body.logprobs else ()
-                    new_tokens += len(text.token_ids)
-                    reason = "stop" if text.finished else "length"
+                    new = model.generation(outcome, options, echo.following.timings)
+                    ids += new.token_ids
+                    logprobs += new.token_logprobs
+                    top += new.top_logprobs if body.logprobs else ()
+                    new_tokens += len(new.token_ids)
+                    reason = "stop" if new.finished else "length"
                 found = form.logprobs_of(ids, logprobs, top)
-                choices.append({"index": index, "text": form.text(ids), "logprobs": found, "finish_reason": reason})
+                text, before = form.text(ids), len(form.text(echo.ids))
+                if options is not None:  # a stop text in the prompt ends nothing
+                    text = text[:before] + cut_at(text[before:], options.stops)
+                choices.append({"index": index, "text": text, "logprobs": found, "finish_reason": reason})
         finally:
             _cancel([ticket for each in submitted for ticket in each.tickets])
         call.served.succeeded()

@@ -266,6 +266,16 @@ def test_echo_as_lm_evaluation_harness_asks(client: Client, nano: flamingo_expor
     assert own[0] < best[0] == pytest.approx(greedy.token_logprobs[0], abs=1e-4)
 
 
+def test_echo_cuts_what_follows_at_a_stop_text(client: Client) -> None:
+    """And not the prompt, which may hold one."""
+    body = {"model": "nano", "prompt": "Output: a red", "max_tokens": 12}
+    (whole,) = client.post("/v1/completions", body).json["choices"]
+    for stop in (whole["text"][3:6], "red"):
+        (cut,) = client.post("/v1/completions", {**body, "stop": stop}).json["choices"]
+        (echoed,) = client.post("/v1/completions", {**body, "stop": stop, "echo": True}).json["choices"]
+        assert echoed["text"] == body["prompt"] + cut["text"]
+
+
 def test_scores(client: Client, nano: flamingo_export.Model) -> None:
     colours = ["red", "green", "purple"]
     wanted = nano.score(f"<image>Question: {QUESTION} Answer:", colours, images=[EXAMPLES / "q.png"])
