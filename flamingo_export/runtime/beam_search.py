@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from flamingo_export.errors import InputError
 from flamingo_export.runtime.candidates import (
     Floats,
     Ints,
@@ -25,6 +26,7 @@ from flamingo_export.runtime.candidates import (
     whole,
 )
 from flamingo_export.runtime.search import Certain, Hypothesis, Step, StopRule
+from flamingo_export.runtime.steering import NOTHING_LEFT
 
 NO_SCORE = -1.0e9  # transformers' "not there yet"
 
@@ -72,7 +74,7 @@ class BeamSearch:
                 )
         live = np.flatnonzero(~ends)[:width]
         if len(live) == 0:
-            self._finished = True
+            self._end()
             return None
         if len(live) < width:  # as in transformers, what has ended fills the places of beams, without a chance to be chosen
             dead = np.flatnonzero(ends)[: width - len(live)]
@@ -86,9 +88,15 @@ class BeamSearch:
             self._tops = [(*self._tops[parent], tops[parent]) for parent in parents.tolist()]
         self._scores = totals[live]
         if not (self._scores > NO_SCORE / 2).any() or not self._can_improve():
-            self._finished = True
+            self._end()
             return None
         return Step(parents=parents, tokens=tokens[live])
+
+    def _end(self) -> None:
+        """Raises InputError where all beams have died and none has ended."""
+        if not self._kept:
+            raise InputError(NOTHING_LEFT)
+        self._finished = True
 
     def certain(self) -> list[Certain]:
         """The common beginning of all live beams and of the kept hypotheses: the best one is, or grows from, one of these."""

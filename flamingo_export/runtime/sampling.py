@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from flamingo_export.errors import InputError
 from flamingo_export.runtime.candidates import (
     Floats,
     Ints,
@@ -23,6 +24,7 @@ from flamingo_export.runtime.candidates import (
     without,
 )
 from flamingo_export.runtime.search import Certain, Hypothesis, Step, StopRule
+from flamingo_export.runtime.steering import NOTHING_LEFT
 
 GREATEST_TEMPERATURE = 1e30
 """Above it nothing changes any more, all tokens being as likely, until a number of 32 bits overflows."""
@@ -125,6 +127,8 @@ class Sampling:
                 steered = own.astype(np.float64)
                 rule.steering.apply(steered, self._tokens[branch])
                 own = steered.astype(np.float32)
+                if not np.isfinite(own).any():
+                    raise InputError(NOTHING_LEFT)
             chosen[branch] = self._pick(own, self._generators[branch])
         values = logits[rows, chosen].astype(np.float64)
         return chosen, values - log_sum_exp(logits, top)[rows], tops

@@ -15,6 +15,11 @@ import numpy.typing as npt
 from flamingo_export.errors import InputError
 from flamingo_export.runtime.constraints import Guide
 
+GREATEST = 1e30
+"""Of a score that was punished or preferred: far within the range of fp32, also after a temperature."""
+NOTHING_LEFT = (
+    "the answer cannot go on: no_repeat_ngram, repetition_penalty, logit_bias and min_new_tokens leave no token. Ask for less."
+)
 Floats = npt.NDArray[np.float64]
 Decode = Callable[[Sequence[int]], str]
 
@@ -49,7 +54,10 @@ class Steering:
         if self.repetition_penalty != 1.0:
             seen = np.unique(tokens)
             values = scores[seen]
-            scores[seen] = np.where(values < 0, values * self.repetition_penalty, values / self.repetition_penalty)
+            with np.errstate(over="ignore", invalid="ignore"):
+                punished = np.where(values < 0, values * self.repetition_penalty, values / self.repetition_penalty)
+            # What may be chosen still may; tokens that are never generated stay so.
+            scores[seen] = np.where(np.isfinite(values), np.clip(punished, -GREATEST, GREATEST), values)
         if self.no_repeat_ngram:
             scores[self._repeating(tokens)] = -np.inf
         if len(generated) < self.min_new_tokens:

@@ -283,3 +283,36 @@ def test_settings_that_cannot_be(config: ModelConfig, options: dict[str, Any], m
 def test_stop_texts_want_a_tokenizer(config: ModelConfig) -> None:
     with pytest.raises(InputError, match="no tokenizer, so there is no text in which stop texts could be found"):
         GenerateOptions(stop="x").search(config, 3)
+
+
+def noise(ids: list[int]) -> np.ndarray[Any, Any]:
+    """Logits after any tokens."""
+    return np.random.default_rng(len(ids)).normal(size=VOCAB).astype(np.float32)
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("penalty", [1e-320, 1e-300, 1e9, 1e300])
+@pytest.mark.parametrize("options", [{"beams": 1}, {"temperature": 1.0}, {"temperature": 1e-9}, {"top_p": 0.9}, {"top_k": 3}])
+def test_any_penalty_leaves_a_token_to_choose(config: ModelConfig, options: dict[str, Any], penalty: float) -> None:
+    """All of the vocabulary is in the prompt."""
+    prompt = list(range(VOCAB))
+    settings = GenerateOptions(max_new_tokens=NEW, repetition_penalty=penalty, **options)
+    settings.check(config)
+    (text,) = drive(settings.search(config, NEW, prompt=prompt), noise, prompt)
+    assert text.token_ids
+    assert all(0 < token < VOCAB for token in text.token_ids)
+    assert np.isfinite(text.token_logprobs).all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"no_repeat_ngram": 1, **options} for options in ({"beams": 1}, {"temperature": 1.0}, {"top_p": 0.9}, {"beams": 3})),
+        {"repetition_penalty": 1e300, "beams": 2},
+    ],
+)
+def test_where_nothing_is_left_to_choose_the_settings_are_to_blame(config: ModelConfig, options: dict[str, Any]) -> None:
+    prompt = list(range(VOCAB))
+    search = GenerateOptions(max_new_tokens=NEW, **options).search(config, NEW, prompt=prompt)
+    with pytest.raises(InputError, match="leave no token"):
+        drive(search, noise, prompt)
