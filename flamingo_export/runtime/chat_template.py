@@ -20,6 +20,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from functools import lru_cache
+from types import GeneratorType
 from typing import Any, NoReturn
 
 import jinja2
@@ -30,7 +31,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from flamingo_export.errors import PromptError, first_line
-from flamingo_export.runtime.template_filters import FILTERS, MAX_SIZE, TESTS, TemplateLimit, measured, plain_text
+from flamingo_export.runtime.template_filters import FILTERS, MAX_SIZE, TESTS, TemplateLimit, bounded, measured, plain_text
 
 MAX_SOURCE = 200_000
 """Characters of a template. Published ones have a few thousand."""
@@ -243,7 +244,8 @@ def _counted(function: Any) -> Any:
     @wraps(function)
     def counted(*args: Any, **kwargs: Any) -> Any:
         _tick()
-        return measured(function(*args, **kwargs))
+        found = function(*args, **kwargs)
+        return bounded(found) if isinstance(found, GeneratorType) else measured(found)
 
     return counted
 

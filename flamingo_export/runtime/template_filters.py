@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import GeneratorType
 from typing import Any
 
@@ -15,6 +15,7 @@ from jinja2.utils import Namespace
 MAX_SIZE = 1_000_000
 """Characters and elements of one value."""
 _MAX_INDENT = 16
+_MAX_TRIMMED = 1000
 
 
 class TemplateLimit(Exception):
@@ -24,12 +25,28 @@ class TemplateLimit(Exception):
 def measured(value: Any) -> Any:
     """The value itself. Raises TemplateLimit if it is larger than one may be, everything within counted as often as it stands there: a list
     that holds a list twice is twice as long to write, however little memory it takes."""
-    left, pending = MAX_SIZE, [value]
+    _size(value, MAX_SIZE)
+    return value
+
+
+def bounded(values: Iterator[Any]) -> Iterator[Any]:
+    """What a filter gives one at a time, all of it together no larger than one value may be: others keep it in lists."""
+    left = MAX_SIZE
+    for value in values:
+        left -= 1 + _size(value, left)
+        if left < 0:
+            raise TemplateLimit(f"a list grows beyond {MAX_SIZE} characters and elements")
+        yield value
+
+
+def _size(value: Any, most: int) -> int:
+    """Characters and elements of a value. Raises TemplateLimit for more than `most`."""
+    size, pending = 0, [value]
     while pending:
         item = pending.pop()
         if isinstance(item, str | Mapping | list | tuple):
-            left -= len(item)
-            if left < 0:
+            size += len(item)
+            if size > most:
                 raise TemplateLimit(f"a value grows beyond {MAX_SIZE} characters and elements")
         if isinstance(item, Mapping):
             pending += [*item.keys(), *item.values()]
@@ -37,7 +54,7 @@ def measured(value: Any) -> Any:
             pending += item
         elif isinstance(item, Namespace) and item is not value:
             raise TemplateLimit("a list holds a namespace")
-    return value
+    return size
 
 
 def plain_text(value: Any) -> str:
@@ -101,6 +118,8 @@ def _join(environment: jinja2.Environment, values: Any, d: Any = "", attribute: 
 
 
 def _trim(text: Any, chars: str | None = None) -> str:
+    if chars is not None and len(chars) > _MAX_TRIMMED:
+        raise TemplateLimit(f"trim is given {len(chars)} characters, expected at most {_MAX_TRIMMED}")
     return plain_text(text).strip(chars)
 
 

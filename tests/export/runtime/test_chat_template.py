@@ -147,6 +147,8 @@ ENDLESS = [
     "{% for x in [1] recursive %}{{ loop([1]) }}{% endfor %}",
     "{% for a in range(99999) %}{{ range(99999) | map('abs') | list | length }}{% endfor %}",
     "{% for a in range(99999) %}{{ range(99999) | sort | last }}{% endfor %}",
+    "{% set ns = namespace(a='a', b='b') %}{% for i in range(19) %}{% set ns.a = ns.a ~ ns.a %}{% set ns.b = ns.b ~ ns.b %}{% endfor %}"
+    "{{ ns.a | trim(ns.b ~ 'a') }}",
 ]
 LARGE = [
     "{{ 'a' * 999999999999 }}",
@@ -163,6 +165,17 @@ LARGE = [
     "{% set ns = namespace(x='aa') %}{% for i in range(99) %}{% set ns.x = ns.x | replace('', 'aa') %}{% endfor %}",
     "{% set ns = namespace(x='aa') %}{% for i in range(99) %}{% set ns.x = [ns.x, ns.x] | join(ns.x) %}{% endfor %}",
     "{% set ns = namespace(x='') %}{% for i in range(99) %}{% set ns.x %}{{ ns.x }}more{{ ns.x }}{% endset %}{% endfor %}",
+    *(
+        "{% set b = '" + "a" * 20000 + "' %}{% set all = range(5000) | map('replace', '1', b) %}" + rest
+        for rest in (
+            "{{ all | list | length }}",
+            "{{ all | sort | length }}",
+            "{{ all | unique | list | length }}",
+            "{{ all | reverse | first }}",
+            "{{ all | select('ne', '') | list }}",
+            "{% for x in all %}{{ loop.length }}{% endfor %}",
+        )
+    ),
     "{{ [1] | tojson(indent=999999999) }}",
     "{% set s = '" + "a" * 1000 + "' %}{{ range(50000) | list | tojson(separators=(s, ':')) | length }}",
     "{% set ns = namespace(x=range(20000) | list) %}{% for i in range(60) %}{% set ns.x = [ns.x] %}{% endfor %}"
