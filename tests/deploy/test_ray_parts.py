@@ -96,6 +96,35 @@ def test_another_course_is_noticed(second):
         replay.push(b"".join(chat(second)))
 
 
+def test_what_a_second_try_fails_with_is_said():
+    """It is not another course."""
+    replay = Replay()
+    assert replay.push(b"".join(chat(["a ", "bird"])[:2]))
+    replay.begin()
+    said, done = replay.push(event({"error": {"message": "too late"}}) + DONE)
+    assert b"too late" in said
+    assert done == DONE
+    assert replay.finished
+
+
+def test_a_reader_that_goes_leaves_no_task():
+    async def quiet(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await asyncio.sleep(60)
+
+    async def goes() -> None:
+        pieces = answered(quiet, scope_of("GET", "/", b"", [], "caller"), b"")
+        assert await anext(pieces) == (200, [])
+        reading = asyncio.ensure_future(anext(pieces))
+        await asyncio.sleep(0.01)
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+        await asyncio.sleep(0.01)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(goes())
+
+
 def test_seeds_are_given_where_none_is():
     body = msgspec.json.encode({"model": "m", "temperature": 1})
     seeded = [json.loads(with_seed("/v1/completions", body))["seed"] for _ in range(20)]

@@ -50,6 +50,7 @@ async def answered(app: Any, scope: dict[str, Any], body: bytes) -> AsyncIterato
             await pieces.put(message["body"])
 
     running = asyncio.ensure_future(app(scope, receive, send))
+    getting = None
     try:
         while True:
             getting = asyncio.ensure_future(pieces.get())
@@ -63,6 +64,8 @@ async def answered(app: Any, scope: dict[str, Any], body: bytes) -> AsyncIterato
         await running  # raises what it failed with
     finally:
         gone.set()
+        if getting is not None:
+            getting.cancel()
         if not running.done():
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)

@@ -39,11 +39,13 @@ class Replay:
     _head: dict[str, Any] = field(default_factory=dict)
     _now: dict[int, _Said] = field(default_factory=dict)
     _usage: bool = False
+    _failed: bool = False
+    """Whether the present try said that it cannot continue, and why."""
     _left: bytes = b""
 
     def begin(self) -> None:
         """Another try."""
-        self._now, self._left = {}, b""
+        self._now, self._left, self._failed = {}, b"", False
 
     def push(self, data: bytes) -> list[bytes]:
         """Events that a try brings, as bytes in any pieces; returns those that the client has not read yet. Raises Diverged."""
@@ -55,12 +57,15 @@ class Replay:
 
     def _event(self, raw: bytes) -> list[bytes]:
         if raw == b"[DONE]":
-            if any(said.text and not self._now.get(index, _Said()).text for index, said in self.sent.items()):
+            if not self._failed and any(
+                said.text and not self._now.get(index, _Said()).text for index, said in self.sent.items()
+            ):
                 raise Diverged
             self.finished = True
             return [DONE]
         body = msgspec.json.decode(raw)
         if "error" in body:
+            self._failed = True
             return [_event(body)]
         if not self._head:
             self._head = {name: body.get(name) for name in ("id", "created")}
