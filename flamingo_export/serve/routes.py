@@ -229,25 +229,29 @@ async def _stream(
     call.served.succeeded()
     call.server.observe(call.served, ticket.timings)
     texts = _in_stream_order(pieces, found)
-    for each, text in zip(pieces, texts, strict=True):
-        for chunk in each.finish(text):
+    for index, text in sorted(texts.items()):
+        for chunk in pieces[index].finish(text):
             yield event(chunk)
     if include_usage:
-        count = usage(len(prepared.token_ids), ticket.timings.reused_tokens, sum(len(text.token_ids) for text in texts))
+        count = usage(
+            len(prepared.token_ids), ticket.timings.reused_tokens, sum(len(text.token_ids) for text in texts.values())
+        )
         yield event({**form.head(True), "choices": [], "usage": count, "flamingo": extras(found, _last_phi(prepared))})
     yield DONE
 
 
-def _in_stream_order(pieces: Sequence[Pieces], found: Generation) -> list[Text]:
-    """The texts, which come best first, in the order in which the stream began them: samples have an index of their own."""
+def _in_stream_order(pieces: Sequence[Pieces], found: Generation) -> dict[int, Text]:
+    """The texts, which come best first, by the number under which the stream began them: samples have an index of their own. There may be
+    fewer than were asked for, where the form of the answer allows no more."""
     left: list[Text] = [found, *found.alternatives]
     chosen: dict[int, Text] = {}
     # Those that have given out the most tokens fit the fewest texts.
     for index in sorted(range(len(pieces)), key=lambda index: -pieces[index].given):
-        text = next(text for text in left if pieces[index].is_of(text))
-        left.remove(text)
-        chosen[index] = text
-    return [chosen[index] for index in range(len(pieces))]
+        text = next((text for text in left if pieces[index].is_of(text)), None)
+        if text is not None:
+            left.remove(text)
+            chosen[index] = text
+    return chosen
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

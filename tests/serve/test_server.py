@@ -266,6 +266,20 @@ def test_echo_as_lm_evaluation_harness_asks(client: Client, nano: flamingo_expor
     assert own[0] < best[0] == pytest.approx(greedy.token_logprobs[0], abs=1e-4)
 
 
+def test_fewer_texts_than_were_asked_for_stream_as_they_are_answered(client: Client) -> None:
+    """There are three ways to write one letter: with a blank before it, with the two as one token, and without."""
+    body = {"model": "nano", "prompt": "a", "regex": "a", "beams": 8, "n": 8, "max_tokens": 5}
+    whole = client.post("/v1/completions", body).json["choices"]
+    *events, done = client.post("/v1/completions", {**body, "stream": True}).events
+    assert 0 < len(whole) < 8
+    assert done == "[DONE]"
+    pieces = [choice for event in events for choice in event["choices"]]
+    for choice in whole:
+        own = [piece for piece in pieces if piece["index"] == choice["index"]]
+        assert "".join(piece["text"] for piece in own) == choice["text"]
+        assert own[-1]["finish_reason"] == choice["finish_reason"]
+
+
 def test_echo_cuts_what_follows_at_a_stop_text(client: Client) -> None:
     """And not the prompt, which may hold one."""
     body = {"model": "nano", "prompt": "Output: a red", "max_tokens": 12}
