@@ -26,7 +26,7 @@ from flamingo_export.quantize.matrices import dequantised
 from flamingo_export.weights.calibration_table import CALIBRATE_AGAIN, CalibrationTable
 from flamingo_export.weights.components import bundle_weights
 from flamingo_export.weights.layout import SCALE, WeightIndex
-from flamingo_reference.config import FeedForward, ModelConfig, RelativePositions
+from flamingo_reference.config import FeedForward, ModelConfig, RelativePositions, TiledViTConfig, ViTConfig
 
 Array = npt.NDArray[np.float64]
 _ABOVE = 1.2
@@ -54,6 +54,7 @@ class _Bounds:
 
     def faults(self) -> Iterator[str]:
         config, lm = self._config, self._config.language_model
+        yield from self._vision()
         for layer in range(config.resampler.num_layers):
             name = f"resampler/layer.{layer}"
             yield from self._normed(f"{name}/q_proj", f"{name}/latent_norm")
@@ -62,8 +63,7 @@ class _Bounds:
             name = f"decoder/layer.{layer}"
             if layer in config.gated_layers:
                 media, block = f"media_kv/layer.{config.gated_layers.index(layer)}", f"{name}/cross_attention"
-                if config.resampler.kind == "perceiver":  # a projector's latents went through no norm
-                    yield from self._media(media)
+                yield from self._media(media)
                 yield from self._normed(f"{block}/q_proj", f"{block}/norm", self._table.tokens)
                 yield from self._at_most(
                     f"{block}/out_proj", self._amax(f"{media}/v"), "which is the largest of the media's values"
@@ -80,13 +80,32 @@ class _Bounds:
             yield from self._up_and_down(name, f"{name}/ffw_norm", lm.feed_forward, self._table.tokens)
         yield from self._normed("decoder/head", "decoder/norm", self._table.tokens)
 
+    def _vision(self) -> Iterator[str]:
+        """A vision transformer's layers; a convolution's inputs follow no norm of this kind."""
+        vision = self._config.vision
+        names: list[str] = []
+        if isinstance(vision, ViTConfig | TiledViTConfig):
+            names = [f"vision_encoder/layer.{layer}" for layer in range(vision.num_layers)]
+        if isinstance(vision, TiledViTConfig):
+            names += [f"vision_encoder/global_layer.{layer}" for layer in range(vision.num_global_layers)]
+        for name in names:
+            norm = f"{name}/attention_norm"
+            yield from self._normed(f"{name}/qkv_proj", norm)
+            yield from self._at_most(f"{name}/out_proj", self._after(f"{name}/qkv_proj", norm))
+            yield from self._up_and_down(name, f"{name}/ffw_norm", "gelu")  # no activation of theirs grows a number
+
     def _media(self, media: str) -> Iterator[str]:
-        """What a gated layer makes of latents that left the resampler's norm."""
-        for kind in "kv":
-            yield from self._normed(f"{media}/{kind}_proj", "resampler/norm")
-        if not self._config.cross_attention.qk_norm:
+        """What a gated layer makes of latents. A perceiver's left its norm; a projector's went through none."""
+        perceiver = self._config.resampler.kind == "perceiver"
+        if perceiver:
+            for kind in "kv":
+                yield from self._normed(f"{media}/{kind}_proj", "resampler/norm")
+            yield from self._at_most(f"{media}/v", self._after(f"{media}/v_proj", "resampler/norm"))
+        if self._config.cross_attention.qk_norm:
+            gain, _ = self._norm(f"{media}/k_norm")
+            yield from self._at_most(f"{media}/k", float(gain.max()) * math.sqrt(len(gain)), "by its norm")
+        elif perceiver:
             yield from self._at_most(f"{media}/k", self._after(f"{media}/k_proj", "resampler/norm"))
-        yield from self._at_most(f"{media}/v", self._after(f"{media}/v_proj", "resampler/norm"))
 
     def _normed(self, name: str, norm: str, positions: int | None = None) -> Iterator[str]:
         """The input of a product that follows a norm. positions: how many the table counted, None where that is not known."""
