@@ -86,15 +86,15 @@ def test_a_users_program_is_checked(tmp_path: Path) -> None:
     line = [sys.executable, "-m", "mypy", "--config-file", config, "--cache-dir", tmp_path / "cache", program]
     done = subprocess.run(line, capture_output=True, text=True, timeout=600, cwd=tmp_path)  # type: ignore[arg-type]
     revealed = re.findall(r'Revealed type is "([^"]+)"', done.stdout)
-    model = "flamingo_export.runtime.model"
+    model, texts = "flamingo_export.runtime.model", "flamingo_export.runtime.texts"
     assert revealed == [
         f"{model}.Model",
-        f"{model}.Generation",
+        f"{texts}.Generation",
         "str",
-        f"list[{model}.Generation]",
-        f"{model}.Generation",
-        f"{model}.Generation",
-        f"list[{model}.Score]",
+        f"list[{texts}.Generation]",
+        f"{texts}.Generation",
+        f"{texts}.Generation",
+        f"list[{texts}.Score]",
         "str",
     ], done.stdout
     errors = [line for line in done.stdout.splitlines() if ": error: " in line]

@@ -49,7 +49,7 @@ RANGE_MUTANTS = {
     "a medium that one position sees is seen by its tile": (
         "present.medium <= range[half].last",
         "present.medium <= hi",
-        "should be",
+        "should be|without a medium is not zero",
     ),
     "shares of splits not weighed": (
         "total += weight * m.load_f32(statistics + 1)",

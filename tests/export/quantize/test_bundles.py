@@ -23,12 +23,11 @@ from flamingo_export.pipeline import run as pipeline
 from flamingo_export.pipeline.request import BuildRequest
 from flamingo_export.precision import Policy, Quantisation
 from flamingo_export.quantize.matrices import dequantised, quantised
-from flamingo_export.quantize.policies import POLICIES, preset
+from flamingo_export.quantize.policies import POLICIES, for_model, preset
 from flamingo_export.sources.choice import RandomWeights, nano_checkpoint, source_for_size
 from flamingo_export.validate import check_bundle
 from flamingo_export.weights import INPUT_SCALE, SCALE, WeightIndex
 from flamingo_export.weights.calibration_table import CALIBRATION_FILE, METHODS, read_table, write_table
-from flamingo_reference.config import PRESETS as SIZES
 
 pytestmark = pytest.mark.slow
 
@@ -77,7 +76,8 @@ def test_parity_passes_and_the_manifest_tells_of_policy_and_calibration(built: p
     assert built.parity.verdict == "passed", built.parity.summary
     manifest = read_manifest(built.path)
     policy = manifest.precision.policy
-    assert policy == preset(policy.name if policy else "")
+    assert policy is not None
+    assert policy == for_model(preset(policy.name), manifest.config)
     assert manifest.calibration is not None
     if policy is not None and policy.name == "fp8":
         assert manifest.calibration.origin == "shipped"
@@ -196,7 +196,7 @@ def test_a_calibration_without_a_policy_is_refused(tmp_path: Path) -> None:
 
 
 def test_refit_keeps_the_policy_and_its_layout(built: pipeline.BuildResult, tmp_path: Path) -> None:
-    other = RandomWeights(config=SIZES["nano"], seed=3)
+    other = RandomWeights(config=built.manifest.config, seed=3)
     result = api.refit(built.path, other, out=tmp_path / "r.bundle", parity="skip")
     assert result.manifest.precision == built.manifest.precision
     first, second = WeightIndex.read(built.path), WeightIndex.read(result.path)

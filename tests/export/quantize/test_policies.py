@@ -10,7 +10,9 @@ import pytest
 from flamingo_export.backends.registry import get_compiler
 from flamingo_export.errors import BuildError
 from flamingo_export.precision import Policy, Precision
-from flamingo_export.quantize.policies import POLICIES, check_policy, preset, read_policy
+from flamingo_export.quantize.policies import POLICIES, check_policy, for_model, preset, read_policy
+from flamingo_export.sources import CheckpointSource
+from flamingo_export.sources.choice import nano_checkpoint
 from flamingo_export.weights import INPUT_SCALE, SCALE, bundle_weights, pieces
 from flamingo_reference.config import PRESETS as SIZES
 
@@ -101,6 +103,15 @@ def test_a_rule_that_matches_nothing_is_named_with_what_there_is() -> None:
     wrong = msgspec.structs.replace(policy.rules[0], weights="decoder/layers.0/*")
     with pytest.raises(BuildError, match=r"decoder/layers\.0/\*.*there are decoder/layer\.0/"):
         check_policy(msgspec.structs.replace(policy, rules=(*policy.rules, wrong)), names)
+
+
+def test_a_preset_for_a_text_tower_serves_a_model_without_one() -> None:
+    """As when weights without towers are put into a bundle's policy."""
+    with_towers = CheckpointSource(nano_checkpoint()).config
+    policy = for_model(preset("int8"), with_towers)
+    assert policy != preset("int8")
+    without = [weight.name for weight in bundle_weights(SIZES["nano"]) if weight.product]
+    check_policy(policy, without)
 
 
 def test_fp8_is_refused_where_the_target_has_none() -> None:

@@ -45,7 +45,13 @@ def test_every_subgraph_of_nano(rtx, nano_bundles, name, storage):
     assert summary.plugin_layers == 0
     assert summary.cache_updates == (2 * lm.num_layers if name == "decoder" else 0)
     gated = len(manifest.config.gated_layers)
-    attentions = {"decoder": lm.num_layers + gated, "resampler": manifest.config.resampler.num_layers}.get(name, 0)
+    contrastive = manifest.config.contrastive
+    assert contrastive is not None
+    attentions = {
+        "decoder": lm.num_layers + gated,
+        "resampler": manifest.config.resampler.num_layers,
+        "vision_encoder": contrastive.pooling.num_layers,  # of the image head, which reads features
+    }.get(name, 0)
     assert summary.attentions == attentions
     assert summary.attentions_with_lengths == (lm.num_layers if name == "decoder" else 0)
     assert summary.fused_attentions == (0 if storage == "fp32" else attentions)  # TensorRT has no fused one in fp32
