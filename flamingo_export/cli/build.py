@@ -48,7 +48,10 @@ def build(
     size: Annotated[
         str | None,
         typer.Option(
-            "--size", help="nano (trained weights), 3b, 9b or 80b (random weights).", autocompletion=SIZES, show_default=False
+            "--size",
+            help="nano (trained weights), or random weights: 3b, 9b, 80b, llama-3.2-11b-vision, llama-3.2-90b-vision.",
+            autocompletion=SIZES,
+            show_default=False,
         ),
     ] = None,
     checkpoint: Annotated[

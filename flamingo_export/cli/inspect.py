@@ -27,7 +27,12 @@ def inspect(
     ] = None,
     size: Annotated[
         str | None,
-        typer.Option("--size", help="Show a size instead: nano, 3b, 9b or 80b.", autocompletion=SIZES, show_default=False),
+        typer.Option(
+            "--size",
+            help="Show a size instead: nano, 3b, 9b, 80b, llama-3.2-11b-vision, llama-3.2-90b-vision.",
+            autocompletion=SIZES,
+            show_default=False,
+        ),
     ] = None,
     engine: Annotated[
         str | None,

@@ -31,7 +31,9 @@ class SecondOpinion(StrEnum):
 
 def parity(
     bundle: Annotated[Path, typer.Argument(help="A bundle.", show_default=False)],
-    backend: Annotated[str, typer.Option("--backend", help="Whose engines to check: auto or onnxruntime.")] = "auto",
+    backend: Annotated[
+        str, typer.Option("--backend", help="Whose engines to check: auto, onnxruntime, tensorrt-rtx or tensorrt.")
+    ] = "auto",
     checkpoint: Annotated[
         Path | None,
         typer.Option(

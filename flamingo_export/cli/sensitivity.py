@@ -44,7 +44,7 @@ def sensitivity(
         str | None,
         typer.Option(
             "--size",
-            help="In place of a bundle: nano (trained weights), 3b, 9b or 80b (random weights).",
+            help="In place of a bundle: nano (trained weights), or random weights: 3b, 9b, 80b, llama-3.2-11b-vision, llama-3.2-90b-vision.",
             autocompletion=SIZES,
             show_default=False,
         ),
