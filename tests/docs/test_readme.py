@@ -14,6 +14,7 @@ from flamingo_export.cli.app import app
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [page for page in PAGES if page.name != "cli.md"]  # which `make docs` writes from the commands themselves
 
 
 def commands(page: Path) -> list[str]:
