@@ -32,9 +32,9 @@ def write_weights(size: str, layers: range | None, folder: Path) -> int:
     """The decoder's weights in bf16, in the files of a bundle; returns their bytes."""
     from flamingo_export.precision import Precision
     from flamingo_export.weights import bundle_weights, group_file, groups, layout, stored_bytes
-    from flamingo_reference.config import PRESETS
+    from flamingo_reference.config import SIZES
 
-    config, precision = PRESETS[size], Precision(storage="bf16")
+    config, precision = SIZES[size], Precision(storage="bf16")
     (folder / "weights").mkdir()
     rng, total = np.random.default_rng(0), 0
     for group, weights in groups(bundle_weights(config)).items():
@@ -68,9 +68,9 @@ def built(size: str, layers: range | None, target: str, folder: Path) -> dict[st
     from flamingo_export.graphs import build_graph, save_graph
     from flamingo_export.precision import Precision
     from flamingo_export.weights import WeightIndex
-    from flamingo_reference.config import PRESETS
+    from flamingo_reference.config import SIZES
 
-    config = PRESETS[size]
+    config = SIZES[size]
     name = "decoder" if layers is None else f"decoder.{layers.start}"
     save_graph(build_graph(config, name, WeightIndex.read(folder), layers=layers), folder / f"{name}.onnx")
     span = (0, config.language_model.num_layers) if layers is None else (layers.start, layers.stop)

@@ -24,7 +24,7 @@ from flamingo_export import estimates  # noqa: E402
 from flamingo_export.precision import BYTES_PER_WEIGHT, Precision  # noqa: E402
 from flamingo_export.quantize.policies import preset  # noqa: E402
 from flamingo_export.weights import bundle_weights, stored_bytes  # noqa: E402
-from flamingo_reference.config import PRESETS, ModelConfig  # noqa: E402
+from flamingo_reference.config import SIZES, ModelConfig  # noqa: E402
 
 CARDS = {"H200": (4.8e12, 141e9), "L4": (0.3e12, 24e9), "RTX 4090": (1.008e12, 24e9), "Jetson AGX Thor": (0.273e12, 128e9)}
 """Bytes a second and bytes of memory, by the vendor's data sheets."""
@@ -95,12 +95,12 @@ def steps(config: ModelConfig, precision: Precision, capacity: int) -> list[Step
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=sorted(PRESETS), default="9b")
+    parser.add_argument("--size", choices=sorted(SIZES), default="9b")
     parser.add_argument("--precision", choices=("fp16", "bf16", "fp8"), default="bf16")
     parser.add_argument("--max-length", type=int, default=4096)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    config = PRESETS[options.size]
+    config = SIZES[options.size]
     precision = (
         Precision(storage="bf16", policy=preset("fp8")) if options.precision == "fp8" else Precision(storage=options.precision)
     )

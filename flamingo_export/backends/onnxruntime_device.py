@@ -20,10 +20,10 @@ from flamingo_export.backends import onnxruntime_library
 from flamingo_export.backends.base import SessionOptions
 from flamingo_export.backends.external_data import placed
 from flamingo_export.backends.tensorrt.cuda import OUT_OF_MEMORY, Cuda, CudaRuntime, DeviceMemoryError
-from flamingo_export.backends.tensorrt.dtypes import Element
+from flamingo_export.backends.tensorrt.dtypes import ElementType
 from flamingo_export.backends.tensorrt.engine_contract import Contract, contract_of
 from flamingo_export.backends.tensorrt.loading import check_room
-from flamingo_export.backends.tensorrt.memory import Lane
+from flamingo_export.backends.tensorrt.memory import DeviceStream
 from flamingo_export.backends.tensorrt.session import TensorRTSession
 from flamingo_export.bundle.manifest import GraphRecord, Manifest
 from flamingo_export.errors import BackendError, BundleError, first_line
@@ -43,10 +43,10 @@ _ONNX_NUMBERS = MappingProxyType({"bf16": 16, "fp8": 17})
 
 @dataclass
 class Place:
-    """A device: its memory and lanes, and what ONNX Runtime calls it."""
+    """A device: its memory and streams, and what ONNX Runtime calls it."""
 
     cuda: Cuda
-    lanes: tuple[Lane, Lane]
+    streams: tuple[DeviceStream, DeviceStream]
     """Of the decoder, and of media that are encoded meanwhile."""
     provider: str = CUDA_PROVIDER
     device: str = "cuda"
@@ -56,15 +56,15 @@ class Place:
     def of(cls, index: int) -> Place:
         """A GPU by its number. Raises BackendError without CUDA provider, cuda-python, driver or such a GPU."""
         cuda = CudaRuntime(index)
-        return cls(cuda, (Lane(cuda, first=True), Lane(cuda, first=False)), index=index)
+        return cls(cuda, (DeviceStream(cuda, first=True), DeviceStream(cuda, first=False)), index=index)
 
     def enqueue(self, stream: int, work: Callable[[], None]) -> None:
         """Asks work of a stream: ONNX Runtime's kernels go to the stream that its session was opened with."""
         work()
 
-    def providers(self, lane: Lane) -> list[Any]:
+    def providers(self, stream: DeviceStream) -> list[Any]:
         """As InferenceSession takes them."""
-        return [(self.provider, provider_options(self.index, lane.stream)), CPU_PROVIDER]
+        return [(self.provider, provider_options(self.index, stream.handle)), CPU_PROVIDER]
 
 
 def provider_options(index: int, stream: int) -> dict[str, str]:
@@ -88,13 +88,13 @@ def open_on_device(
     onnxruntime = onnxruntime_library.load()
     contract = contract_of(manifest, graph)
     decoding = bool(contract.spec.aliases)
-    lane = place.lanes[0 if decoding else 1]
+    stream = place.streams[0 if decoding else 1]
     data, folder, size = lowered(bundle, manifest, graph, contract)
-    check_room(lane, graph.name, size, contract)
+    check_room(stream, graph.name, size, contract)
     settings.add_session_config_entry(WEIGHTS_FOLDER_KEY, str(folder))
     settings.add_session_config_entry(PLACEMENT, "1")
     try:
-        session = onnxruntime.InferenceSession(data, settings, providers=place.providers(lane), enable_fallback=False)
+        session = onnxruntime.InferenceSession(data, settings, providers=place.providers(stream), enable_fallback=False)
     except Exception as error:
         if not isinstance(error, RuntimeError | MemoryError) and not type(error).__module__.startswith("onnxruntime."):
             raise
@@ -107,7 +107,7 @@ def open_on_device(
             "Check the bundle (flamingo-export inspect) or build it again."
         ) from error
     check_placement(session, place, contract, onnxruntime.__version__)
-    engine = DeviceEngine(place, lane, contract, session, onnxruntime)
+    engine = DeviceEngine(place, stream, contract, session, onnxruntime)
     return TensorRTSession(engine, contract, asynchronous=not decoding, captures=False)
 
 
@@ -182,9 +182,9 @@ def short_of_memory(error: Exception) -> bool:
 class DeviceEngine:
     """Takes the place of a loaded TensorRT engine under a session."""
 
-    def __init__(self, place: Place, lane: Lane, contract: Contract, session: Any, onnxruntime: Any) -> None:
+    def __init__(self, place: Place, stream: DeviceStream, contract: Contract, session: Any, onnxruntime: Any) -> None:
         self.trt = SimpleNamespace(__name__="onnxruntime", __version__=onnxruntime.__version__, ILogger=object)
-        self.place, self.lane, self.contract, self.session = place, lane, contract, session
+        self.place, self.stream, self.contract, self.session = place, stream, contract, session
         self.tensors: dict[str, TensorSpec] = {t.name: t for t in (*contract.spec.inputs, *contract.spec.outputs)}
         # What the stream was asked is waited for where results are wanted, and not at the end of each run.
         self.how = onnxruntime.RunOptions()
@@ -253,5 +253,5 @@ class DeviceContext:
             raise BackendError(f"{what}. The bundle may be damaged: flamingo-export parity checks it.") from error
 
 
-def _type(element: Element) -> Any:
+def _type(element: ElementType) -> Any:
     return _ONNX_NUMBERS.get(element.name, element.storage.type)

@@ -12,7 +12,7 @@ import typer
 
 from flamingo_export.cli.groups import Beside, Quantised
 from flamingo_export.cli.options import (
-    SIZES,
+    SIZE_NAMES,
     AsJson,
     Overwrite,
     Parity,
@@ -50,7 +50,7 @@ def build(
         typer.Option(
             "--size",
             help="nano (trained weights), or random weights: 3b, 9b, 80b, llama-3.2-11b-vision, llama-3.2-90b-vision.",
-            autocompletion=SIZES,
+            autocompletion=SIZE_NAMES,
             show_default=False,
         ),
     ] = None,

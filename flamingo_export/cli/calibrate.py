@@ -10,7 +10,7 @@ import typer
 
 from flamingo_export.cli.groups import Beside
 from flamingo_export.cli.options import (
-    SIZES,
+    SIZE_NAMES,
     AsJson,
     Overwrite,
     SampleData,
@@ -34,7 +34,7 @@ def calibrate(
         typer.Option(
             "--size",
             help="nano (trained weights), or random weights: 3b, 9b, 80b, llama-3.2-11b-vision, llama-3.2-90b-vision.",
-            autocompletion=SIZES,
+            autocompletion=SIZE_NAMES,
             show_default=False,
         ),
     ] = None,

@@ -20,10 +20,10 @@ class Component(msgspec.Struct, frozen=True, kw_only=True):
 
 def components(config: ModelConfig) -> list[Component]:
     """Parameters per component, computed from the shapes, and their total."""
-    from flamingo_reference.config import PRESETS, QUOTED_PARAMETERS
+    from flamingo_reference.config import QUOTED_PARAMETERS, SIZES
     from flamingo_reference.names import parameter_counts
 
     counts = parameter_counts(config)
     counts["total"] = sum(counts.values())
-    quoted = QUOTED_PARAMETERS.get(config.name, {}) if PRESETS.get(config.name) == config else {}
+    quoted = QUOTED_PARAMETERS.get(config.name, {}) if SIZES.get(config.name) == config else {}
     return [Component(name=name, parameters=count, quoted=quoted.get(name)) for name, count in counts.items()]

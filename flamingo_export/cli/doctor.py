@@ -165,11 +165,11 @@ def _sizes(found: Hardware) -> list[SizeFit]:
     from flamingo_export import estimates
     from flamingo_export.precision import default_precision
     from flamingo_export.weights import WeightIndex
-    from flamingo_reference.config import PRESETS
+    from flamingo_reference.config import SIZES
     from flamingo_reference.names import parameter_counts
 
     fits = []
-    for name, config in PRESETS.items():
+    for name, config in SIZES.items():
         index = WeightIndex.planned(config, default_precision(sum(parameter_counts(config).values())))
         stored, running = sum(index.sizes().values()), estimates.resident(config, index)
         fits.append(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flamingo_export.cli.components import Component, components
-from flamingo_export.cli.options import SIZES, AsJson, Loras, OtherLanguageModel, OtherTokenizer, OtherVision
+from flamingo_export.cli.options import SIZE_NAMES, AsJson, Loras, OtherLanguageModel, OtherTokenizer, OtherVision
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,7 +30,7 @@ def inspect(
         typer.Option(
             "--size",
             help="Show a size instead: nano, 3b, 9b, 80b, llama-3.2-11b-vision, llama-3.2-90b-vision.",
-            autocompletion=SIZES,
+            autocompletion=SIZE_NAMES,
             show_default=False,
         ),
     ] = None,

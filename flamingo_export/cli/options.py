@@ -37,7 +37,7 @@ def among(*values: str) -> Callable[[str], list[str]]:
 
 
 _BACKENDS = among("auto", "onnxruntime", "tensorrt-rtx", "tensorrt")
-SIZES = among("nano", "3b", "9b", "80b")
+SIZE_NAMES = among("nano", "3b", "9b", "80b", "llama-3.2-11b-vision", "llama-3.2-90b-vision")
 Images = Annotated[
     list[Path] | None,
     typer.Option(
@@ -374,8 +374,8 @@ def _day(text: str | None) -> datetime.date:
 
 def known_size(name: str) -> ModelConfig:
     """The preset of that name. Raises typer.BadParameter (exit 2) listing the sizes there are."""
-    from flamingo_reference.config import PRESETS
+    from flamingo_reference.config import SIZES
 
-    if name.lower() not in PRESETS:
-        raise typer.BadParameter(f"{name!r} is not a size; there are {', '.join(PRESETS)}", param_hint="--size")
-    return PRESETS[name.lower()]
+    if name.lower() not in SIZES:
+        raise typer.BadParameter(f"{name!r} is not a size; there are {', '.join(SIZES)}", param_hint="--size")
+    return SIZES[name.lower()]

@@ -9,7 +9,7 @@ import msgspec
 
 from flamingo_export.errors import BuildError, CheckpointError
 from flamingo_reference.checkpoints.loading import CheckpointFiles
-from flamingo_reference.config import PRESETS, ModelConfig, OwnVisionConfig
+from flamingo_reference.config import SIZES, ModelConfig, OwnVisionConfig
 from flamingo_reference.input_format import PAPER, InputFormat
 
 
@@ -83,8 +83,8 @@ def source_for_size(size: str, *, seed: int | None = None) -> Source:
     With a seed nano is random too. Raises BuildError for an unknown size.
     """
     name = size.lower()
-    if name not in PRESETS:
-        raise BuildError(f"{size!r} is not a size; there are {', '.join(PRESETS)}")
+    if name not in SIZES:
+        raise BuildError(f"{size!r} is not a size; there are {', '.join(SIZES)}")
     if name == "nano" and seed is None:
         folder = nano_checkpoint()
         if not (folder / "config.json").is_file():
@@ -93,7 +93,7 @@ def source_for_size(size: str, *, seed: int | None = None) -> Source:
                 "(python -m flamingo_reference.nano.train), or give --seed for random weights."
             )
         return CheckpointFolder(path=folder)
-    return RandomWeights(config=PRESETS[name], seed=seed or 0)
+    return RandomWeights(config=SIZES[name], seed=seed or 0)
 
 
 def nano_checkpoint() -> Path:

@@ -603,7 +603,7 @@ def _llama_vision(name: str, *, layers: int, width: int, heads: int, ffw_width: 
     )  # fmt: skip
 
 
-PRESETS: Mapping[str, ModelConfig] = MappingProxyType(
+SIZES: Mapping[str, ModelConfig] = MappingProxyType(
     {
         "nano": NANO,
         "3b": _paper_model("3b", layers=24, width=2048, every=1),

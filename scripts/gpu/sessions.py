@@ -22,7 +22,7 @@ from torch import Tensor
 from flamingo_export.backends.tensorrt.dtypes import encode
 from flamingo_export.backends.tensorrt.engine_contract import Contract
 from flamingo_export.backends.tensorrt.lowering.shapes import Bounds, Profile
-from flamingo_export.backends.tensorrt.memory import DeviceBuffer, DeviceTensor, Lane
+from flamingo_export.backends.tensorrt.memory import DeviceBuffer, DeviceStream, DeviceTensor
 from flamingo_export.backends.tensorrt.session import CAPTURED_AT, MAX_GRAPHS, TensorRTSession
 from flamingo_export.specs import SubgraphSpec, TensorSpec
 from gpu import kernel_cases
@@ -66,14 +66,14 @@ class Rig:
     launch: Launch
     head_size: int = 64
     seed: int = 0
-    lanes: tuple[Lane, Lane] = field(init=False)
+    streams: tuple[DeviceStream, DeviceStream] = field(init=False)
     session: TensorRTSession = field(init=False)
 
     def __post_init__(self) -> None:
         self.random = np.random.default_rng(self.seed)
-        self.lanes = Lane(self.card.cuda, first=True), Lane(self.card.cuda, first=False)
+        self.streams = DeviceStream(self.card.cuda, first=True), DeviceStream(self.card.cuda, first=False)
         agreed = contract(self.head_size)
-        self.engine = Engine(self.card, self.lanes[0], agreed, self._compute)
+        self.engine = Engine(self.card, self.streams[0], agreed, self._compute)
         self.session = TensorRTSession(self.engine, agreed, asynchronous=False)
         self.held: dict[str, np.ndarray[Any, Any]] = {}
         self.bank: dict[str, DeviceBuffer] = {}
@@ -90,18 +90,18 @@ class Rig:
         self.launch(arguments(q, tensors["media_k.0"], tensors["media_v.0"], rows, phi, tensors["y"]), stream)
         tensors["past_k.0"][:, :, 0].copy_(q[:, 0])
 
-    def write_bank(self, row: int, lane: Lane | None = None) -> None:
-        """Fresh keys and values in a row: from the host, or as a tensor that another lane has."""
+    def write_bank(self, row: int, stream: DeviceStream | None = None) -> None:
+        """Fresh keys and values in a row: from the host, or as a tensor that another stream has."""
         for name, buffer in self.bank.items():
             value = self.random.standard_normal(self.held[name].shape[1:]).astype(np.float16)
             self.held[name][row] = value
-            if lane is None:
+            if stream is None:
                 buffer.write(row, value)
                 continue
-            tensor = DeviceTensor.empty(lane, value.shape, buffer.element)
+            tensor = DeviceTensor.empty(stream, value.shape, buffer.element)
             stored = np.empty(value.shape, np.float16)
             encode(value, stored, buffer.element)
-            lane.upload(tensor.address, stored.reshape(-1).view(np.uint8))
+            stream.upload(tensor.address, stored.reshape(-1).view(np.uint8))
             buffer.write(row, tensor)
             buffer.publish()
 
@@ -186,10 +186,10 @@ def many_graphs(rig: Rig) -> int:
     return (CAPTURED_AT + 1) * len(sizes) + MAX_GRAPHS + 1
 
 
-def other_lane(rig: Rig) -> int:
+def other_stream(rig: Rig) -> int:
     """Rows of the bank that the other stream wrote are seen by the steps that follow, replayed ones too."""
     for row in range(ROWS):
-        rig.write_bank(row, rig.lanes[1])
+        rig.write_bank(row, rig.streams[1])
         rig.step(2, 3)
     return ROWS
 
@@ -238,8 +238,8 @@ def memory(rig: Rig) -> int:
     """What a closed session and dropped buffers had is free again."""
     cuda = rig.card.cuda
     gc.collect()
-    for lane in rig.lanes:
-        cuda.synchronize(lane.stream)  # what was given back in the order of a stream is free now
+    for stream in rig.streams:
+        cuda.synchronize(stream.handle)  # what was given back in the order of a stream is free now
     before = cuda.free_memory()[0]
     for _ in range(3):
         buffer = rig.session.allocate("media_k.0", (1 << 14, HEADS, LATENTS, rig.head_size))
@@ -253,12 +253,12 @@ def memory(rig: Rig) -> int:
 
 def overlap(rig: Rig, size: int) -> dict[str, float]:
     """Milliseconds of steps on the first stream, of copies of `size` bytes on the other one, and of both at once, as the host sees them."""
-    cuda, (first, second) = rig.card.cuda, rig.lanes
+    cuda, (first, second) = rig.card.cuda, rig.streams
     source, target = (DeviceTensor.empty(second, (size,), _BYTES) for _ in range(2))
 
     def copies() -> None:
         for _ in range(40):
-            cuda.copy(target.address, source.address, size, "on device", second.stream)
+            cuda.copy(target.address, source.address, size, "on device", second.handle)
 
     def steps() -> None:
         for _ in range(20):
@@ -272,18 +272,18 @@ def overlap(rig: Rig, size: int) -> dict[str, float]:
     def timed(work: Callable[[], None]) -> float:
         started = time.perf_counter()
         work()
-        cuda.synchronize(first.stream)
-        cuda.synchronize(second.stream)
+        cuda.synchronize(first.handle)
+        cuda.synchronize(second.handle)
         return round((time.perf_counter() - started) * 1e3, 2)
 
     for work in (steps, copies):
         work()
-    cuda.synchronize(second.stream)
+    cuda.synchronize(second.handle)
     return {"steps_ms": timed(steps), "copies_ms": timed(copies), "both_ms": timed(both)}
 
 
 class _Bytes:
-    """One byte an element; enough of an Element for memory that nobody reads as numbers."""
+    """One byte an element; enough of an ElementType for memory that nobody reads as numbers."""
 
     size, storage = 1, np.dtype(np.uint8)
 
@@ -294,7 +294,7 @@ CHECKS: dict[str, Callable[[Rig], int]] = {
     "capture and replay": capture,
     "joins": joins,
     "many graphs": many_graphs,
-    "rows written by the other stream": other_lane,
+    "rows written by the other stream": other_stream,
     "row ranges": rows,
     "dlpack": dlpack,
     "memory": memory,

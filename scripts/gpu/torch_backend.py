@@ -24,7 +24,7 @@ from flamingo_export.backends.tensorrt.cuda import Cuda
 from flamingo_export.backends.tensorrt.engine_contract import Contract, contract_of
 from flamingo_export.backends.tensorrt.lowering.candidates import add_candidates
 from flamingo_export.backends.tensorrt.lowering.lower import lower
-from flamingo_export.backends.tensorrt.memory import Lane
+from flamingo_export.backends.tensorrt.memory import DeviceStream
 from flamingo_export.backends.tensorrt.session import TensorRTSession
 from flamingo_export.bundle.manifest import EngineRecord, GraphRecord, Manifest
 from flamingo_export.errors import BackendError
@@ -80,9 +80,9 @@ class RealCard:
 class Engine:
     """Takes the place of a loaded TensorRT engine under a session."""
 
-    def __init__(self, card: Card, lane: Lane, contract: Contract, compute: Compute) -> None:
+    def __init__(self, card: Card, stream: DeviceStream, contract: Contract, compute: Compute) -> None:
         self.trt = SimpleNamespace(__name__="torch", __version__=torch.__version__, ILogger=object)
-        self.card, self.lane, self.contract, self.compute = card, lane, contract, compute
+        self.card, self.stream, self.contract, self.compute = card, stream, contract, compute
         self.tensors: dict[str, TensorSpec] = {t.name: t for t in (*contract.spec.inputs, *contract.spec.outputs)}
         self.enqueued = 0
         """Times that a context was run or captured; launches of captured graphs do not come here."""
@@ -185,7 +185,7 @@ class TorchBackend:
     def __init__(self, card: Card, attend: Attend | None = None) -> None:
         self.card, self.attend = card, attend
         self.native_functions = PLUGIN_FUNCTION if attend is not None else frozenset()
-        self.lanes = Lane(card.cuda, first=True), Lane(card.cuda, first=False)
+        self.streams = DeviceStream(card.cuda, first=True), DeviceStream(card.cuda, first=False)
         self.sessions: list[TensorRTSession] = []
         self.engines: list[Engine] = []
 
@@ -214,7 +214,7 @@ class TorchBackend:
         add_candidates(lowered, contract.spec, banned=manifest.config.banned_logits)
         computed = TorchGraph(lowered, self.card.device, self.attend)
         decoding = bool(contract.spec.aliases)
-        engine = Engine(self.card, self.lanes[0 if decoding else 1], contract, _graph(computed, contract))
+        engine = Engine(self.card, self.streams[0 if decoding else 1], contract, _graph(computed, contract))
         session = TensorRTSession(engine, contract, asynchronous=not decoding)
         self.sessions.append(session)
         self.engines.append(engine)

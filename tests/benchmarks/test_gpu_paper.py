@@ -6,12 +6,12 @@ import gpu_paper
 import pytest
 
 from flamingo_export.precision import Precision
-from flamingo_reference.config import PRESETS
+from flamingo_reference.config import SIZES
 
 
 def test_a_row_of_9b_reads_what_it_holds():
     """40 layers of 32 heads of 128, keys and values, 2 bytes: 655,360 a slot; 10 gated layers of 32 heads, 64 latents, 128."""
-    config, precision = PRESETS["9b"], Precision(storage="bf16")
+    config, precision = SIZES["9b"], Precision(storage="bf16")
     lm, block = config.language_model, config.cross_attention
     slot = 2 * lm.num_layers * lm.kv_heads * lm.head_size * 2
     assert slot == 655_360
@@ -28,7 +28,7 @@ def test_a_row_of_9b_reads_what_it_holds():
 
 def test_a_row_of_llama_reads_the_tiles_of_an_image():
     """8 gated layers of 8 heads of 128, 4 tiles of 1601 keys: 210 MB in 16 bits; copied first, where there is no plugin, three times that."""
-    config = PRESETS["llama-3.2-11b-vision"]
+    config = SIZES["llama-3.2-11b-vision"]
     found = gpu_paper.step(config, Precision(storage="bf16"), rows=2, length=1000, beams=1, capacity=4096)
     assert found.media == 2 * 209_846_272
     assert found.media_without_plugin == 3 * found.media

@@ -25,7 +25,7 @@ from flamingo_reference.checkpoints.families.llama_vision import config_from, pl
 from flamingo_reference.checkpoints.families.recognition import recognise
 from flamingo_reference.checkpoints.files.folder import open_tensors
 from flamingo_reference.checkpoints.loading import CheckpointFiles, load
-from flamingo_reference.config import PRESETS
+from flamingo_reference.config import SIZES
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -135,6 +135,6 @@ def test_llama(script: ModuleType, tmp_path: Path) -> None:
 def test_the_11b_is_the_published_size(script: ModuleType) -> None:
     """Its config.json is read as the preset of that name."""
     config = config_from(script.LLAMA_11B, name="llama-3.2-11b-vision")
-    preset = PRESETS["llama-3.2-11b-vision"]
+    preset = SIZES["llama-3.2-11b-vision"]
     tokens = msgspec.structs.replace(config.tokens, eoc=preset.tokens.eoc, ends=preset.tokens.ends)
     assert msgspec.structs.replace(config, tokens=tokens) == preset

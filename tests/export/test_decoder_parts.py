@@ -17,9 +17,9 @@ from flamingo_export.graphs import build_graph
 from flamingo_export.precision import Precision
 from flamingo_export.weights import WeightIndex
 from flamingo_export.weights.decoder_cuts import check_parts, cut, fewest_parts, graph_bytes, graph_records
-from flamingo_reference.config import PRESETS, ModelConfig
+from flamingo_reference.config import SIZES, ModelConfig
 
-NANO = PRESETS["nano"]
+NANO = SIZES["nano"]
 CONFIGS = {**VARIATIONS, "nano": NANO}
 
 
@@ -77,7 +77,7 @@ def test_a_part_has_the_bytes_of_the_weights_its_graph_reads(config: ModelConfig
 
 def test_sizes_of_the_paper_are_cut_evenly() -> None:
     for name, parts in (("3b", 4), ("9b", 2), ("9b", 4), ("80b", 8)):
-        config = PRESETS[name]
+        config = SIZES[name]
         sizes = WeightIndex.planned(config, Precision(storage="bf16")).sizes()
         bytes_ = [of_layers(config, sizes, layers) for layers in cut(config, sizes, parts)]
         assert max(bytes_) < 1.15 * sum(bytes_) / parts, (name, parts, bytes_)

@@ -20,14 +20,14 @@ from flamingo_export.sources.choice import RandomWeights, source_for_size
 from flamingo_export.validate.environment import is_small
 from flamingo_export.weights import WeightIndex
 from flamingo_reference.checkpoints.families import llama_vision
-from flamingo_reference.config import PRESETS, ModelConfig
+from flamingo_reference.config import SIZES, ModelConfig
 
 MEASURED = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "open_memory.json").read_text())
 
 
 def index(size: str, storage: str, policy: str | None = None) -> WeightIndex:
     precision = Precision(storage=storage, policy=preset(policy) if policy else None)  # type: ignore[arg-type]
-    return WeightIndex.planned(PRESETS[size], precision)
+    return WeightIndex.planned(SIZES[size], precision)
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "int8", "int4", "fp8"])
@@ -42,12 +42,12 @@ def test_9b_in_int4_takes_a_tenth_of_what_its_parameters_would_in_fp32() -> None
     """The weights that `load` opens: 9.2 GB. Parity once went by 8.5 bytes per parameter, whatever the precision: 96 GB."""
     whole = index("9b", "bf16", "int4")
     assert estimates.opened_weights(whole) == pytest.approx(9.2e9, rel=0.01)
-    assert estimates.running(PRESETS["9b"], whole) < 16e9
-    assert estimates.running(PRESETS["9b"], index("9b", "bf16")) > 4 * 10.9e9
+    assert estimates.running(SIZES["9b"], whole) < 16e9
+    assert estimates.running(SIZES["9b"], index("9b", "bf16")) > 4 * 10.9e9
 
 
 def test_the_precision_counts_in_every_estimate_that_it_bears_on() -> None:
-    config = PRESETS["3b"]
+    config = SIZES["3b"]
     sizes = [estimates.running(config, index("3b", "bf16", policy)) for policy in ("int4", "int8", "fp8")]
     assert sizes == sorted(sizes)
     assert sizes[-1] > 2 * sizes[0]
@@ -58,10 +58,8 @@ def test_the_precision_counts_in_every_estimate_that_it_bears_on() -> None:
 
 
 def test_a_cache_by_hand() -> None:
-    lm = PRESETS["nano"].language_model
-    assert (
-        estimates.cache_bytes(PRESETS["nano"], positions=7, width=2) == 7 * 2 * 2 * lm.num_layers * lm.num_heads * lm.head_size
-    )
+    lm = SIZES["nano"].language_model
+    assert estimates.cache_bytes(SIZES["nano"], positions=7, width=2) == 7 * 2 * 2 * lm.num_layers * lm.num_heads * lm.head_size
 
 
 def test_cards_of_a_plan_by_hand() -> None:
@@ -81,7 +79,7 @@ def test_cards_of_a_plan_by_hand() -> None:
 
 def test_seconds_of_a_plan_by_hand() -> None:
     """18 ns per number drawn, hashed and written; int4 16 ns more per number that it quantises."""
-    found = plan(BuildRequest(source=RandomWeights(config=PRESETS["nano"], seed=0), out=Path("b.bundle")))
+    found = plan(BuildRequest(source=RandomWeights(config=SIZES["nano"], seed=0), out=Path("b.bundle")))
     (step,) = found.steps
     numbers = found.weight_bytes / 4
     assert step.seconds == pytest.approx(18e-9 * numbers, rel=0.01)
@@ -90,8 +88,8 @@ def test_seconds_of_a_plan_by_hand() -> None:
 
 
 def test_nano_is_small_and_3b_is_not() -> None:
-    assert is_small(PRESETS["nano"])
-    assert not is_small(PRESETS["3b"])
+    assert is_small(SIZES["nano"])
+    assert not is_small(SIZES["3b"])
 
 
 def test_shortages_are_told_in_one_unit() -> None:
@@ -125,6 +123,6 @@ def test_a_plan_counts_tiles(capsys: pytest.CaptureFixture[str]) -> None:
     assert (found.bank.rows, found.bank.rows_of_image, found.bank.row_bytes) == (32, 4, 52_461_568)
     _print_plan(found, this_machine(found), as_json=False)
     assert "media bank: 32 tiles, 50.0 MiB each, 1.6 GiB in all: 8 images of 4 tiles" in capsys.readouterr().out
-    nano = plan(msgspec.structs.replace(request, source=RandomWeights(config=PRESETS["nano"])))
+    nano = plan(msgspec.structs.replace(request, source=RandomWeights(config=SIZES["nano"])))
     _print_plan(nano, this_machine(nano), as_json=False)
     assert "media bank: 64 images or videos, 24.0 KiB each, 1.5 MiB in all\n" in capsys.readouterr().out

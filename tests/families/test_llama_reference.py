@@ -24,7 +24,7 @@ from llama_models import (
 )
 
 from flamingo_reference.checkpoints.families import llama_vision
-from flamingo_reference.config import PRESETS, TiledViTConfig
+from flamingo_reference.config import SIZES, TiledViTConfig
 from flamingo_reference.names import expected_tensors, parameter_counts
 from flamingo_reference.search import Rules, beam_search, flamingo_next_logits
 
@@ -118,7 +118,7 @@ def test_every_tensor_is_made_of_one_of_theirs() -> None:
 )
 def test_presets(name: str, cross: range, total: float) -> None:
     """Layers as the published config.json lists them, and the parameters that the model cards give (10.6B, 88.8B)."""
-    config = PRESETS[name]
+    config = SIZES[name]
     config.validate()
     assert isinstance(config.vision, TiledViTConfig)
     assert (config.vision.num_patches, config.vision.feature_width) == (1601, 7680)

@@ -142,11 +142,11 @@ def test_the_checks_notice_a_graph_that_replays_old_feeds(monkeypatch):
     made.step(2, 3)
     captured = sessions.TensorRTSession._captured
 
-    def without_feeds(self, context, call, heard):
+    def without_feeds(self, context, call, messages):
         feeds, self._feeds = self._feeds, {}
         fed, call = call.fed, call.__class__(**{**vars(call), "fed": ()})
         try:
-            return captured(self, context, call, heard)
+            return captured(self, context, call, messages)
         finally:
             self._feeds = feeds
             assert fed
@@ -175,7 +175,7 @@ def test_the_collector_within_an_engine_changes_no_result():
 
     made = sessions.Rig(FakeCard(), launch, head_size=32)
     for _ in range(4):
-        held.append(Memory(made.lanes[0], 64))
+        held.append(Memory(made.streams[0], 64))
         made.step(2, 3)
     assert made.card.cuda.calls["free"] >= 4
 

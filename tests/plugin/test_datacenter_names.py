@@ -15,7 +15,7 @@ import pytest
 import trt_wheels
 from fake_cuda import FakeCuda
 
-from flamingo_export.backends.tensorrt.dtypes import ELEMENTS
+from flamingo_export.backends.tensorrt.dtypes import ELEMENT_TYPES
 from flamingo_export.backends.tensorrt.loading import stream_reader
 from tests.plugin.datacenter_names import RTX_ONLY, RUNTIME_CONFIG, SINCE_11, missing, names
 
@@ -124,7 +124,7 @@ def test_names_that_are_not_there_are_told(stubs: Path) -> None:
 
 
 def test_the_rtx_bindings_have_every_name() -> None:
-    types = {f"DataType.{element.trt}" for element in ELEMENTS.values()}
+    types = {f"DataType.{element.trt}" for element in ELEMENT_TYPES.values()}
     assert missing(trt_wheels.rtx(), sorted(names_in_source() | set(names()) | RTX_ONLY | types | set(RUNTIME_CONFIG))) == ()
 
 

@@ -16,8 +16,8 @@ from variations import VARIATIONS
 import flamingo_reference
 from flamingo_reference.config import (
     NANO,
-    PRESETS,
     QUOTED_PARAMETERS,
+    SIZES,
     AlibiPositions,
     ConfigError,
     ModelConfig,
@@ -27,7 +27,7 @@ from flamingo_reference.phi import phi_after, phi_from_tokens
 from flamingo_reference.time_weights import time_weights
 
 
-@pytest.mark.parametrize("config", [TINY, *PRESETS.values()], ids=lambda config: config.name)
+@pytest.mark.parametrize("config", [TINY, *SIZES.values()], ids=lambda config: config.name)
 def test_presets_are_valid_and_survive_json(config: ModelConfig) -> None:
     config.validate()
     assert msgspec.json.decode(msgspec.json.encode(config), type=ModelConfig) == config
@@ -36,7 +36,7 @@ def test_presets_are_valid_and_survive_json(config: ModelConfig) -> None:
 def test_sizes_of_the_paper() -> None:
     """Alayrac et al., table 5; the vision encoder's are F6's (Brock et al., table 6)."""
     for name, layers, width, every in (("3b", 24, 2048, 1), ("9b", 40, 4096, 4), ("80b", 80, 8192, 7)):
-        lm, block = PRESETS[name].language_model, PRESETS[name].cross_attention
+        lm, block = SIZES[name].language_model, SIZES[name].cross_attention
         assert (lm.num_layers, lm.width, lm.ffw_width, lm.num_heads * 128, lm.head_size) == (
             layers,
             width,
@@ -45,17 +45,17 @@ def test_sizes_of_the_paper() -> None:
             128,
         )
         assert (block.every, block.ffw_width, block.num_heads * 128, block.head_size) == (every, 4 * width, width, 128)
-        resampler = PRESETS[name].resampler
+        resampler = SIZES[name].resampler
         assert (resampler.num_layers, resampler.width, resampler.num_heads, resampler.ffw_width) == (6, 1536, 16, 6144)
         assert (resampler.num_latents, resampler.num_time_embeddings) == (64, 8)
-        assert (PRESETS[name].vision.num_patches, PRESETS[name].vision.stride) == (100, 32)  # type: ignore[union-attr]
+        assert (SIZES[name].vision.num_patches, SIZES[name].vision.stride) == (100, 32)  # type: ignore[union-attr]
     assert set(QUOTED_PARAMETERS) == {"3b", "9b", "80b"}
 
 
 def test_gated_layers() -> None:
-    assert PRESETS["3b"].gated_layers == tuple(range(24))
-    assert PRESETS["9b"].gated_layers == (0, 4, 8, 12, 16, 20, 24, 28, 32, 36)
-    assert PRESETS["80b"].gated_layers == (0, 7, 14, 21, 28, 35, 42, 49, 56, 63, 70, 77)
+    assert SIZES["3b"].gated_layers == tuple(range(24))
+    assert SIZES["9b"].gated_layers == (0, 4, 8, 12, 16, 20, 24, 28, 32, 36)
+    assert SIZES["80b"].gated_layers == (0, 7, 14, 21, 28, 35, 42, 49, 56, 63, 70, 77)
     assert NANO.gated_layers == (0, 2, 4)
 
 
@@ -223,8 +223,8 @@ from flamingo_reference import config, phi, search, time_weights
 from flamingo_reference import names
 from flamingo_reference.checkpoints.families import native
 from flamingo_reference.checkpoints.files import writer
-config.PRESETS["nano"].validate()
-assert len(names.expected_tensors(config.PRESETS["80b"])) > 1000
+config.SIZES["nano"].validate()
+assert len(names.expected_tensors(config.SIZES["80b"])) > 1000
 rules = search.Rules(eoc=0, image=1, max_new_tokens=3)
 assert search.greedy(lambda ids: np.eye(4)[[2] * len(ids)], [1], rules).hypotheses[0].token_ids == (2, 2, 2)
 try:

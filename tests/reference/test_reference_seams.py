@@ -7,7 +7,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from flamingo_reference.config import PRESETS, RelativePositions  # noqa: E402
+from flamingo_reference.config import SIZES, RelativePositions  # noqa: E402
 from flamingo_reference.model import Flamingo  # noqa: E402
 from flamingo_reference.model.layers import ACTIVATIONS  # noqa: E402
 
@@ -15,7 +15,7 @@ from flamingo_reference.model.layers import ACTIVATIONS  # noqa: E402
 @pytest.fixture(scope="module")
 def model() -> Flamingo:
     torch.manual_seed(0)
-    nano = PRESETS["nano"]
+    nano = SIZES["nano"]
     return Flamingo(msgspec.structs.replace(nano, name="seams")).eval().requires_grad_(False)
 
 

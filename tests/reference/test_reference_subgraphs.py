@@ -12,7 +12,7 @@ import torch
 from tiny_models import TINY, tiny_model
 from torch import Tensor
 
-from flamingo_reference.config import PRESETS
+from flamingo_reference.config import SIZES
 from flamingo_reference.model import Flamingo, numpy_from_torch, subgraphs
 from flamingo_reference.model.subgraphs import Decoder, Subgraph, decoder_of, empty_subgraph, load_subgraph, subgraphs_of
 from flamingo_reference.names import expected_tensors
@@ -220,7 +220,7 @@ def test_a_part_reads_its_own_weights_only(tiny: Flamingo, bank: Bank) -> None:
 
 def test_parts_of_9b_fit_small_machines() -> None:
     """The largest piece to be loaded at once, in fp32, with one LM layer a part."""
-    config = PRESETS["9b"]
+    config = SIZES["9b"]
     shapes = expected_tensors(config)
     with torch.device("meta"):
         modules = [empty_subgraph(config, "decoder", layers=range(j, j + 1)) for j in (0, 1, 4, 39)]
@@ -250,7 +250,7 @@ def test_contract_violations_are_named(tiny: Flamingo, bank: Bank) -> None:
 def test_names_are_those_of_the_graphs() -> None:
     """flamingo_reference knows nothing of flamingo_export, so this is where they are compared."""
     specs = pytest.importorskip("flamingo_export.specs")
-    for config in (TINY, msgspec.structs.replace(TINY, name="other"), PRESETS["nano"]):
+    for config in (TINY, msgspec.structs.replace(TINY, name="other"), SIZES["nano"]):
         with torch.device("meta"):
             model = Flamingo(config)
         parts: dict[str, Subgraph] = subgraphs_of(model)

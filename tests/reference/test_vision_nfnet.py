@@ -10,7 +10,7 @@ import torch
 from tiny_models import randomise
 from torch import Tensor, nn
 
-from flamingo_reference.config import NFNET_F6, PRESETS, NFNetConfig
+from flamingo_reference.config import NFNET_F6, SIZES, NFNetConfig
 from flamingo_reference.model.vision_nfnet import NFNet, pad_same
 from flamingo_reference.names import parameter_counts, squeeze_width
 
@@ -82,7 +82,7 @@ def test_f6_has_timms_parameters(nfnet_module: ModuleType) -> None:
     wanted = {name: tensor.shape for name, tensor in renamed(theirs.state_dict()).items()}
     assert {name: tensor.shape for name, tensor in ours.state_dict().items()} == wanted
     count = sum(parameter.numel() for parameter in theirs.parameters())
-    assert count == parameter_counts(PRESETS["3b"])["vision_encoder"]
+    assert count == parameter_counts(SIZES["3b"])["vision_encoder"]
     assert round(count / 1e6, 1) == 435.3
 
 
@@ -121,6 +121,6 @@ def test_padding_puts_the_odd_row_last() -> None:
 
 def test_untrained_blocks_pass_their_shortcut_on() -> None:
     """SkipInit: at the start a block is its shortcut."""
-    block = NFNet(PRESETS["nano"].vision).stages[1][1]  # type: ignore[arg-type, index]
-    x = torch.randn(1, PRESETS["nano"].vision.widths[1], 4, 4)  # type: ignore[union-attr]
+    block = NFNet(SIZES["nano"].vision).stages[1][1]  # type: ignore[arg-type, index]
+    x = torch.randn(1, SIZES["nano"].vision.widths[1], 4, 4)  # type: ignore[union-attr]
     assert torch.equal(block(x), x)

@@ -30,7 +30,7 @@ from flamingo_export.backends.tensorrt.lowering.candidates import add_candidates
 from flamingo_export.backends.tensorrt.lowering.lint import check_graph
 from flamingo_export.backends.tensorrt.lowering.lower import lower, save_lowered
 from flamingo_export.backends.tensorrt.lowering.shapes import check_limits, profiles
-from flamingo_export.backends.tensorrt.memory import Lane
+from flamingo_export.backends.tensorrt.memory import DeviceStream
 from flamingo_export.backends.tensorrt.policies import check_policy
 from flamingo_export.backends.tensorrt.session import TensorRTSession
 from flamingo_export.bundle.manifest import EngineRecord, GraphRecord, Manifest, ShapeLimits
@@ -52,7 +52,7 @@ class TensorRTBackend:
 
     def __init__(self, which: Library, *, target: str | None = None, module: ModuleType | None = None) -> None:
         self._library, self._target, self._module = which, target, module
-        self._lanes: dict[int, tuple[Lane, Lane]] = {}
+        self._streams: dict[int, tuple[DeviceStream, DeviceStream]] = {}
         """Where the decoder runs and where media are encoded meanwhile, once an engine was opened."""
 
     @property
@@ -211,15 +211,15 @@ class TensorRTBackend:
         path = check_record(bundle, manifest, record, trt.__version__)
         if record.plugin_sha256 is not None:
             plugin.load(trt, expected=record.plugin_sha256, target=here.target)
-        if index not in self._lanes:
+        if index not in self._streams:
             # CUDA is asked before TensorRT, whose runtime ends the process where there is no driver.
             cuda = CudaRuntime(index)
-            self._lanes[index] = Lane(cuda, first=True), Lane(cuda, first=False)
+            self._streams[index] = DeviceStream(cuda, first=True), DeviceStream(cuda, first=False)
         contract = contract_of(manifest, graph, record)
         decoding = bool(contract.spec.aliases)
         loaded = load_engine(
             trt,
-            self._lanes[index][0 if decoding else 1],
+            self._streams[index][0 if decoding else 1],
             path,
             record,
             contract,

@@ -19,7 +19,7 @@ import msgspec
 
 from flamingo_export.backends.tensorrt.estimate import estimate
 from flamingo_export.backends.tensorrt.lengths import set_lengths
-from flamingo_export.backends.tensorrt.log import Heard, listening, started
+from flamingo_export.backends.tensorrt.log import BuilderMessages, listening, started
 from flamingo_export.backends.tensorrt.lowering.lint import Expected
 from flamingo_export.backends.tensorrt.lowering.shapes import CAPACITY, Profile, shape_of
 from flamingo_export.backends.tensorrt.monitor import UNITS, Phases, monitor, watched
@@ -61,13 +61,13 @@ class Built(msgspec.Struct, frozen=True, kw_only=True):
 
 def check(trt: ModuleType, task: Task) -> None:
     """Parses and checks without compiling. Raises BuildError as `build` does."""
-    heard = Heard()
-    with listening(trt, heard) as logger:
-        builder = started(trt, trt.Builder, logger, heard)
+    messages = BuilderMessages()
+    with listening(trt, messages) as logger:
+        builder = started(trt, trt.Builder, logger, messages)
         network = _network(trt, builder)
-        parser = parse(trt, network, logger, task.graph, heard)
+        parser = parse(trt, network, logger, task.graph, messages)
         set_lengths(trt, network, task.spec)
-        check_network(trt, network, task.spec, task.expected, heard, bundle=task.graph.parent)
+        check_network(trt, network, task.spec, task.expected, messages, bundle=task.graph.parent)
         del network, parser, builder
 
 
@@ -77,29 +77,29 @@ def build(trt: ModuleType, task: Task, *, progress: Progress = SILENT) -> Built:
     Raises BuildError (refused, read otherwise than written, or not compiled, with TensorRT's reason in other words), OSError (disk), and
     KeyboardInterrupt after the build has stopped.
     """
-    heard, cancelled, phases = Heard(), threading.Event(), Phases()
+    messages, cancelled, phases = BuilderMessages(), threading.Event(), Phases()
     progress.stage(f"engine {task.spec.name}", UNITS)
     try:
-        return watched(lambda: _build(trt, task, heard, phases, cancelled), phases, cancelled, progress)
+        return watched(lambda: _build(trt, task, messages, phases, cancelled), phases, cancelled, progress)
     except MemoryError as error:
         raise BuildError(
             f"{task.spec.name}: memory of the host ran out while its engine was built, which takes about "
-            f"{estimate(sum(tensor.nbytes for tensor in task.expected.weights.values())).memory / GIB:.1f} GiB. {heard.explanation()}"
+            f"{estimate(sum(tensor.nbytes for tensor in task.expected.weights.values())).memory / GIB:.1f} GiB. {messages.explanation()}"
         ) from error
 
 
-def _build(trt: ModuleType, task: Task, heard: Heard, phases: Phases, cancelled: threading.Event) -> Built:
-    with listening(trt, heard) as logger, _engine_file(trt, task.engine) as writer:
-        builder = started(trt, trt.Builder, logger, heard)
+def _build(trt: ModuleType, task: Task, messages: BuilderMessages, phases: Phases, cancelled: threading.Event) -> Built:
+    with listening(trt, messages) as logger, _engine_file(trt, task.engine) as writer:
+        builder = started(trt, trt.Builder, logger, messages)
         network = _network(trt, builder)
-        parser = parse(trt, network, logger, task.graph, heard)
-        if not heard.any:
+        parser = parse(trt, network, logger, task.graph, messages)
+        if not messages.any:
             raise BackendError(
                 "other code of this process has given TensorRT its own logger, so its warnings cannot be checked. "
                 "Build in a process of its own: flamingo-export build"
             )
         lengths = set_lengths(trt, network, task.spec)
-        check_network(trt, network, task.spec, task.expected, heard, bundle=task.graph.parent)
+        check_network(trt, network, task.spec, task.expected, messages, bundle=task.graph.parent)
         layers = layer_counts(network)
         config = _config(trt, builder, task)
         config.progress_monitor = held = monitor(trt, phases, cancelled)
@@ -110,12 +110,13 @@ def _build(trt: ModuleType, task: Task, heard: Heard, phases: Phases, cancelled:
         if not done or not writer.size:
             weights = sum(tensor.nbytes for tensor in task.expected.weights.values())
             raise BuildError(
-                f"TensorRT {trt.__version__} did not build {task.spec.name}, whose weights take {weights / GIB:.2f} GiB. {heard.explanation()}"
+                f"TensorRT {trt.__version__} did not build {task.spec.name}, whose weights take {weights / GIB:.2f} GiB. "
+                f"{messages.explanation()}"
             )
-        check_warnings(trt, task.spec, heard)
+        check_warnings(trt, task.spec, messages)
         _save_timing_cache(config, task.timing_cache)
         del cache, held, config, network, parser, builder
-    summary = summarise(heard.facts, task.expected, layers, task.profiles, lengths)
+    summary = summarise(messages.facts, task.expected, layers, task.profiles, lengths)
     return Built(size=writer.size, sha256=writer.digest.hexdigest(), summary=summary)
 
 

@@ -187,10 +187,10 @@ class CudaRuntime:
         if name == "cudaErrorMemoryAllocation":
             raise self._short_of_memory(function, arguments)
         _, text = self._cuda.cudaGetErrorString(code)
-        said = f"{function} failed with {name} ({bytes(text).decode(errors='replace')})"
+        failure = f"{function} failed with {name} ({bytes(text).decode(errors='replace')})"
         if name in _LOST:
-            raise DeviceLost(name, f"{said}. {_WHEN_LOST}.")
-        raise CudaError(name, f"{said}. {_ADVICE.get(name, _OTHERWISE)}.")
+            raise DeviceLost(name, f"{failure}. {_WHEN_LOST}.")
+        raise CudaError(name, f"{failure}. {_ADVICE.get(name, _OTHERWISE)}.")
 
     def _short_of_memory(self, function: str, arguments: tuple[Any, ...]) -> DeviceMemoryError:
         wanted = f" of {arguments[0] / 2**20:.0f} MiB" if arguments and isinstance(arguments[0], int) else ""

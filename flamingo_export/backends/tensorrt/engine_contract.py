@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from flamingo_export.backends.tensorrt.dtypes import Element, element_of
+from flamingo_export.backends.tensorrt.dtypes import ElementType, element_type
 from flamingo_export.backends.tensorrt.lowering.candidates import with_candidates, without_candidates
 from flamingo_export.backends.tensorrt.lowering.shapes import CAPACITY, Profile, profiles, shape_of
 from flamingo_export.bundle.manifest import EngineRecord, FileRecord, GraphRecord, Manifest
@@ -40,9 +40,9 @@ class Contract(msgspec.Struct, frozen=True, kw_only=True):
     compute: StorageType
     offered: SubgraphSpec
 
-    def element(self, tensor: TensorSpec) -> Element:
+    def element(self, tensor: TensorSpec) -> ElementType:
         """The type of a tensor in the engine."""
-        return element_of(tensor.kind, self.compute)
+        return element_type(tensor.kind, self.compute)
 
     def shape(self, tensor: TensorSpec, sizes: dict[str, int]) -> tuple[int, ...]:
         """The shape of a tensor when its symbols have these sizes."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from flamingo_export.backends.base import Array, check_feeds
-from flamingo_export.backends.tensorrt.dtypes import Element
+from flamingo_export.backends.tensorrt.dtypes import ElementType
 from flamingo_export.backends.tensorrt.engine_contract import Contract
 from flamingo_export.backends.tensorrt.memory import DeviceBuffer, DeviceTensor
 from flamingo_export.errors import InputError
@@ -22,7 +22,7 @@ class Result:
 
     name: str
     shape: tuple[int, ...]
-    element: Element
+    element: ElementType
 
     @property
     def nbytes(self) -> int:

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 from flamingo_export.backends.tensorrt.cuda import OUT_OF_MEMORY, DeviceMemoryError
 from flamingo_export.backends.tensorrt.engine_contract import Contract, check_engine, resident_bytes
-from flamingo_export.backends.tensorrt.log import Heard, listening, started
-from flamingo_export.backends.tensorrt.memory import Lane
+from flamingo_export.backends.tensorrt.log import BuilderMessages, listening, started
+from flamingo_export.backends.tensorrt.memory import DeviceStream
 from flamingo_export.bundle.manifest import EngineRecord
 from flamingo_export.errors import BackendError, IncompatibleEngine
 
@@ -22,7 +22,7 @@ class Opened(Protocol):
 
     trt: Any
     """A module by whose name and version errors go; its ILogger is listened to."""
-    lane: Lane
+    stream: DeviceStream
 
     def context(self, profile: int, *, captured: bool) -> Any:
         """As TensorRT's IExecutionContext."""
@@ -33,36 +33,36 @@ class Opened(Protocol):
 class Loaded:
     """An engine on the device, and how its contexts are made.
 
-    All contexts take the lane's memory for activations (USER_MANAGED): they run one after the other. TensorRT for RTX compiles kernels for
+    All contexts take the stream's memory for activations (USER_MANAGED): they run one after the other. TensorRT for RTX compiles kernels for
     this GPU when they are first needed; they are kept in `kernels` for the next process.
     """
 
-    def __init__(self, trt: ModuleType, runtime: Any, engine: Any, lane: Lane, kernels: Path | None) -> None:
-        self.trt, self.engine, self.lane = trt, engine, lane
+    def __init__(self, trt: ModuleType, runtime: Any, engine: Any, stream: DeviceStream, kernels: Path | None) -> None:
+        self.trt, self.engine, self.stream = trt, engine, stream
         self._runtime = runtime
         self._kernels = kernels
         self._cache: Any = None
         self._configs: dict[bool, Any] = {}
         if kernels is not None:
             self._configs = {captured: self._config(captured) for captured in (False, True)}
-        lane.reserve(engine.device_memory_size_v2)
+        stream.reserve(engine.device_memory_size_v2)
 
     def context(self, profile: int, *, captured: bool) -> Any:
         """A context for one profile. captured: for CUDA graphs, whose kernels must be the final ones. Raises BackendError."""
-        trt, lane = self.trt, self.lane
-        heard = Heard()
-        with listening(trt, heard):
+        trt, stream = self.trt, self.stream
+        messages = BuilderMessages()
+        with listening(trt, messages):
             how = self._configs[captured] if self._configs else trt.ExecutionContextAllocationStrategy.USER_MANAGED
             context = self.engine.create_execution_context(how)
             if context is None:
-                raise failure(lane, f"TensorRT {trt.__version__} made no context", heard)
+                raise failure(stream, f"TensorRT {trt.__version__} made no context", messages)
             try:
-                taken = context.set_optimization_profile_async(profile, lane.stream)
+                taken = context.set_optimization_profile_async(profile, stream.handle)
             except RuntimeError as error:  # what the bindings make of a refusal
-                heard.errors.append(str(error))
+                messages.errors.append(str(error))
                 taken = False
             if not taken:
-                raise failure(lane, f"TensorRT {trt.__version__} did not take profile {profile}", heard)
+                raise failure(stream, f"TensorRT {trt.__version__} did not take profile {profile}", messages)
         return context
 
     def close(self) -> None:
@@ -100,47 +100,56 @@ class Loaded:
 
 
 def load_engine(
-    trt: ModuleType, lane: Lane, path: Path, record: EngineRecord, contract: Contract, *, kernels: Path | None, advice: str
+    trt: ModuleType,
+    stream: DeviceStream,
+    path: Path,
+    record: EngineRecord,
+    contract: Contract,
+    *,
+    kernels: Path | None,
+    advice: str,
 ) -> Loaded:
     """Loads an engine file and checks what it is. advice: how to build it again. kernels: file of compiled kernels, for TensorRT for RTX.
 
     Raises IncompatibleEngine (not an engine of this version or GPU, or another one than the contract), DeviceMemoryError.
     """
-    _check_memory(lane, path, record, contract)
-    lane.cuda.use()
-    heard = Heard()
-    with listening(trt, heard) as logger:
-        runtime = started(trt, trt.Runtime, logger, heard)
+    _check_memory(stream, path, record, contract)
+    stream.cuda.use()
+    messages = BuilderMessages()
+    with listening(trt, messages) as logger:
+        runtime = started(trt, trt.Runtime, logger, messages)
         with path.open("rb") as file:
             engine = runtime.deserialize_cuda_engine(stream_reader(trt, file))
         if engine is None:
-            said = first_error(heard)
-            if _is_memory(said):
+            reason = first_error(messages)
+            if _is_memory(reason):
                 raise failure(
-                    lane, f"{path} needs about {_needed(path, record) / 2**20:.0f} MiB on the GPU and was not loaded", heard
+                    stream,
+                    f"{path} needs about {_needed(path, record) / 2**20:.0f} MiB on the GPU and was not loaded",
+                    messages,
                 )
-            raise IncompatibleEngine(f"TensorRT {trt.__version__} does not take {path}: {said}. {advice}")
+            raise IncompatibleEngine(f"TensorRT {trt.__version__} does not take {path}: {reason}. {advice}")
         try:
             check_engine(trt, engine, contract)
         except IncompatibleEngine as error:
             raise IncompatibleEngine(f"{path} is not the engine that this bundle needs: {error}. {advice}") from None
-        return Loaded(trt, runtime, engine, lane, kernels)
+        return Loaded(trt, runtime, engine, stream, kernels)
 
 
-def first_error(heard: Heard) -> str:
+def first_error(messages: BuilderMessages) -> str:
     """What TensorRT said first, on one line."""
-    return " ".join(heard.errors[0].split()) if heard.errors else "it gave no reason"
+    return " ".join(messages.errors[0].split()) if messages.errors else "it gave no reason"
 
 
-def failure(lane: Lane, what: str, heard: Heard) -> BackendError:
+def failure(stream: DeviceStream, what: str, messages: BuilderMessages) -> BackendError:
     """What to raise when TensorRT did not do something: where memory was short, with what is free and what to do about it."""
-    said = first_error(heard)
-    if not _is_memory(said):
-        return BackendError(f"{what}: {said}")
-    free, total = lane.cuda.free_memory()
+    reason = first_error(messages)
+    if not _is_memory(reason):
+        return BackendError(f"{what}: {reason}")
+    free, total = stream.cuda.free_memory()
     return DeviceMemoryError(
         "cudaErrorMemoryAllocation",
-        f"{what}: {said}. {free / 2**20:.0f} of {total / 2**20:.0f} MiB are free. {OUT_OF_MEMORY}.",
+        f"{what}: {reason}. {free / 2**20:.0f} of {total / 2**20:.0f} MiB are free. {OUT_OF_MEMORY}.",
     )
 
 
@@ -148,14 +157,14 @@ def _is_memory(text: str) -> bool:
     return any(words in text.lower() for words in ("out of memory", "outofmemory", "memoryallocation"))
 
 
-def _check_memory(lane: Lane, path: Path, record: EngineRecord, contract: Contract) -> None:
+def _check_memory(stream: DeviceStream, path: Path, record: EngineRecord, contract: Contract) -> None:
     """Before anything is loaded."""
-    check_room(lane, os.fspath(path), _needed(path, record), contract)
+    check_room(stream, os.fspath(path), _needed(path, record), contract)
 
 
-def check_room(lane: Lane, what: str, own: int, contract: Contract) -> None:
+def check_room(stream: DeviceStream, what: str, own: int, contract: Contract) -> None:
     """Raises DeviceMemoryError where there is no room for an engine, the media bank and one row of caches. own: bytes of the engine itself."""
-    free, total = lane.cuda.free_memory()
+    free, total = stream.cuda.free_memory()
     bank, row = resident_bytes(contract)
     needed = own + bank + row
     if needed <= free:

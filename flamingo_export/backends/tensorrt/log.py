@@ -53,7 +53,7 @@ def meaning(text: str) -> str | None:
     return next((words for pattern, words in _MEANINGS if re.search(pattern, text, re.IGNORECASE)), None)
 
 
-class Heard:
+class BuilderMessages:
     """Messages kept of one build: errors, warnings, and those that describe the engine."""
 
     def __init__(self) -> None:
@@ -61,9 +61,9 @@ class Heard:
         self.warnings: list[str] = []
         self.facts: list[str] = []
         self.any = False
-        """Whether anything was heard: nothing is, where other code of the process has given TensorRT its logger before."""
+        """Whether any came: none does, where other code of the process has given TensorRT its logger before."""
 
-    def hear(self, severity: int, text: str) -> None:
+    def add(self, severity: int, text: str) -> None:
         """severity: 0 internal error, 1 error, 2 warning, 3 info, 4 verbose."""
         self.any = True
         if severity <= 1:
@@ -82,41 +82,41 @@ class Heard:
         return f"{known}. TensorRT said: {first}" if known else f"TensorRT said: {first}"
 
 
-def started(trt: ModuleType, kind: Any, logger: Any, heard: Heard) -> Any:
+def started(trt: ModuleType, kind: Any, logger: Any, messages: BuilderMessages) -> Any:
     """TensorRT's `Builder` or `Runtime`. Raises BackendError with its reason where there is none to be had: a driver that is too old, say."""
     try:
         return kind(logger)
     except TypeError as error:  # what the bindings make of a factory that gives nothing
-        raise BackendError(f"TensorRT {trt.__version__} does not start here: {heard.explanation()}") from error
+        raise BackendError(f"TensorRT {trt.__version__} does not start here: {messages.explanation()}") from error
 
 
-class _Ear:
+class _ProcessLogger:
     """The one logger that TensorRT takes in a process, and who listens at the moment."""
 
     def __init__(self, trt: ModuleType) -> None:
-        self.listener: Heard | None = None
-        ear = self
+        self.listener: BuilderMessages | None = None
+        process = self
 
         class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
             def __init__(self) -> None:
                 trt.ILogger.__init__(self)
 
             def log(self, severity: Any, text: str) -> None:
-                if ear.listener is not None:
-                    ear.listener.hear(int(severity), text)
+                if process.listener is not None:
+                    process.listener.add(int(severity), text)
 
         self.logger = Logger()
 
 
-_ears: dict[str, _Ear] = {}
+_loggers: dict[str, _ProcessLogger] = {}
 
 
 @contextmanager
-def listening(trt: ModuleType, heard: Heard) -> Iterator[Any]:
-    """A logger that fills `heard` for the length of a `with` block and prints nothing. It outlives the block, as TensorRT wants."""
-    ear = _ears.setdefault(trt.__name__, _Ear(trt))
-    before, ear.listener = ear.listener, heard
+def listening(trt: ModuleType, messages: BuilderMessages) -> Iterator[Any]:
+    """A logger that fills `messages` for the length of a `with` block and prints nothing. It outlives the block, as TensorRT wants."""
+    process = _loggers.setdefault(trt.__name__, _ProcessLogger(trt))
+    before, process.listener = process.listener, messages
     try:
-        yield ear.logger
+        yield process.logger
     finally:
-        ear.listener = before
+        process.listener = before

@@ -1,4 +1,4 @@
-"""Tensors in device memory and what carries them there and back: lanes (a stream with what belongs to it), tensors, buffers."""
+"""Tensors in device memory and what carries them there and back: streams with what belongs to them, tensors, buffers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from flamingo_export.backends.base import Array, Buffer, Tensor
 from flamingo_export.backends.tensorrt import dlpack
 from flamingo_export.backends.tensorrt.cuda import Cuda
-from flamingo_export.backends.tensorrt.dtypes import Element, decode, encode, kind_of
+from flamingo_export.backends.tensorrt.dtypes import ElementType, decode, element_type_from_dlpack, encode
 from flamingo_export.errors import InputError
 
 _STAGE_BYTES = 1 << 24
@@ -20,15 +20,15 @@ ALIGNMENT = 256
 
 
 class Memory:
-    """Device memory that goes when nothing refers to it any more. ordered: it belongs to what its lane does from now on, and costs no wait."""
+    """Device memory that goes when nothing refers to it any more. ordered: it belongs to what its stream does from now on, and costs no wait."""
 
-    def __init__(self, lane: Lane, size: int, *, ordered: bool = False) -> None:
-        cuda, stream = lane.cuda, lane.stream
-        self.lane, self.size = lane, size
+    def __init__(self, stream: DeviceStream, size: int, *, ordered: bool = False) -> None:
+        cuda, handle = stream.cuda, stream.handle
+        self.stream, self.size = stream, size
         asked = max(size, 1)
-        self.address = cuda.malloc_async(asked, stream) if ordered else cuda.malloc(asked)
+        self.address = cuda.malloc_async(asked, handle) if ordered else cuda.malloc(asked)
         address = self.address
-        give_back = (lambda: cuda.free_async(address, stream)) if ordered else (lambda: cuda.free(address))
+        give_back = (lambda: cuda.free_async(address, handle)) if ordered else (lambda: cuda.free(address))
         # At the end of the process the driver frees everything, and may be gone already.
         weakref.finalize(self, give_back).atexit = False
 
@@ -46,14 +46,14 @@ class Pinned:
         return self.bytes[: math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
 
 
-class Lane:
-    """A stream, an event to wait for it with, memory for activations that sessions on it share (they run one after the other), and pinned
-    memory through which single arrays come and go."""
+class DeviceStream:
+    """A CUDA stream (`handle`) and what belongs to it: an event to wait for it with, memory for activations that its sessions share (they run
+    one after the other), and pinned memory through which single arrays come and go."""
 
     def __init__(self, cuda: Cuda, *, first: bool) -> None:
         self.cuda = cuda
-        self.stream = cuda.stream(first=first)
-        weakref.finalize(self, cuda.destroy_stream, self.stream).atexit = False
+        self.handle = cuda.stream(first=first)
+        weakref.finalize(self, cuda.destroy_stream, self.handle).atexit = False
         self._event = cuda.event()
         weakref.finalize(self, cuda.destroy_event, self._event).atexit = False
         self.activations: Memory | None = None
@@ -65,11 +65,11 @@ class Lane:
             self.activations = None  # the smaller block goes first, and with it waits for what still uses it
             self.activations = Memory(self, size)
 
-    def follow(self, other: Lane) -> None:
-        """What this lane is asked from now on comes after what the other was asked so far."""
+    def follow(self, other: DeviceStream) -> None:
+        """What this stream is asked from now on comes after what the other was asked so far."""
         if other is not self:
-            self.cuda.record(other._event, other.stream)
-            self.cuda.wait(self.stream, other._event)
+            self.cuda.record(other._event, other.handle)
+            self.cuda.wait(self.handle, other._event)
 
     def upload(self, address: int, data: Array) -> None:
         """Copies bytes [n] to the device and waits."""
@@ -77,16 +77,16 @@ class Lane:
         for start in range(0, len(data), _STAGE_BYTES):
             part = data[start : start + _STAGE_BYTES]
             stage.bytes[: len(part)] = part
-            self.cuda.copy(address + start, stage.address, len(part), "to device", self.stream)
-            self.cuda.synchronize(self.stream)
+            self.cuda.copy(address + start, stage.address, len(part), "to device", self.handle)
+            self.cuda.synchronize(self.handle)
 
     def download(self, address: int, size: int) -> Array:
         """Waits, and returns a copy of device memory as bytes."""
         stage, found = self._staging(), np.empty(size, np.uint8)
         for start in range(0, size, _STAGE_BYTES):
             count = min(_STAGE_BYTES, size - start)
-            self.cuda.copy(stage.address, address + start, count, "to host", self.stream)
-            self.cuda.synchronize(self.stream)
+            self.cuda.copy(stage.address, address + start, count, "to host", self.handle)
+            self.cuda.synchronize(self.handle)
             found[start : start + count] = stage.bytes[:count]
         return found
 
@@ -97,23 +97,23 @@ class Lane:
 
 
 class DeviceTensor:
-    """A tensor in device memory, contiguous, kept alive by `owner`; what is in it is known to what `lane` does from now on."""
+    """A tensor in device memory, contiguous, kept alive by `owner`; what is in it is known to what `stream` does from now on."""
 
-    def __init__(self, owner: Any, address: int, shape: tuple[int, ...], element: Element, lane: Lane) -> None:
-        self._owner, self.address, self.shape, self.element, self.lane = owner, address, tuple(shape), element, lane
-
-    @classmethod
-    def empty(cls, lane: Lane, shape: tuple[int, ...], element: Element) -> DeviceTensor:
-        """Fresh memory for what the lane does next."""
-        memory = Memory(lane, math.prod(shape) * element.size, ordered=True)
-        return cls(memory, memory.address, shape, element, lane)
+    def __init__(self, owner: Any, address: int, shape: tuple[int, ...], element: ElementType, stream: DeviceStream) -> None:
+        self._owner, self.address, self.shape, self.element, self.stream = owner, address, tuple(shape), element, stream
 
     @classmethod
-    def taken(cls, value: Any, lane: Lane) -> DeviceTensor:
+    def empty(cls, stream: DeviceStream, shape: tuple[int, ...], element: ElementType) -> DeviceTensor:
+        """Fresh memory for what the stream does next."""
+        memory = Memory(stream, math.prod(shape) * element.size, ordered=True)
+        return cls(memory, memory.address, shape, element, stream)
+
+    @classmethod
+    def taken(cls, value: Any, stream: DeviceStream) -> DeviceTensor:
         """Another library's tensor on the device, through DLPack. Raises InputError."""
-        kind, index = lane.cuda.dlpack_device
-        found = dlpack.take(value, stream=lane.stream, devices=(kind, dlpack.CUDA_MANAGED), index=index)
-        return cls(found, found.address, found.shape, kind_of(found.code, found.bits), lane)
+        kind, index = stream.cuda.dlpack_device
+        found = dlpack.take(value, stream=stream.handle, devices=(kind, dlpack.CUDA_MANAGED), index=index)
+        return cls(found, found.address, found.shape, element_type_from_dlpack(found.code, found.bits), stream)
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -128,7 +128,7 @@ class DeviceTensor:
         """The same memory in another shape. Raises InputError where the sizes differ."""
         if math.prod(shape) != math.prod(self.shape):
             raise InputError(f"a tensor of shape {self.shape} cannot take the shape {shape}")
-        return DeviceTensor(self._owner, self.address, shape, self.element, self.lane)
+        return DeviceTensor(self._owner, self.address, shape, self.element, self.stream)
 
     def __getitem__(self, index: int) -> DeviceTensor:
         """A row of the first axis, sharing memory. Raises IndexError."""
@@ -136,47 +136,47 @@ class DeviceTensor:
             raise IndexError(f"row {index} of a tensor of shape {self.shape}")
         row = self.shape[1:]
         address = self.address + index * math.prod(row) * self.element.size
-        return DeviceTensor(self._owner, address, row, self.element, self.lane)
+        return DeviceTensor(self._owner, address, row, self.element, self.stream)
 
     def read(self) -> Array:
         """A copy on the host; floats in float32."""
-        data = self.lane.download(self.address, self.nbytes)
+        data = self.stream.download(self.address, self.nbytes)
         return decode(data.view(self.element.storage).reshape(self.shape), self.element)
 
     def __dlpack__(self, *, stream: int | None = None, **_: object) -> object:
         """For other libraries, which read it on their stream; None: on CUDA's default one."""
-        cuda = self.lane.cuda
-        if stream in (-1, self.lane.stream):  # the consumer needs no order, or has it
+        cuda = self.stream.cuda
+        if stream in (-1, self.stream.handle):  # the consumer needs no order, or has it
             pass
         elif stream is None or stream in (0, 1, 2):
-            cuda.synchronize(self.lane.stream)  # what the default streams are called differs; waiting is right for all
+            cuda.synchronize(self.stream.handle)  # what the default streams are called differs; waiting is right for all
         else:
             event = cuda.event()
-            cuda.record(event, self.lane.stream)
+            cuda.record(event, self.stream.handle)
             cuda.wait(stream, event)
             cuda.destroy_event(event)
         return dlpack.give(self, self.address, self.shape, self.element.code, self.element.bits, *cuda.dlpack_device)
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        return self.lane.cuda.dlpack_device
+        return self.stream.cuda.dlpack_device
 
 
 class DeviceBuffer:
-    """A tensor that outlives calls: media bank, cache. Written by its own lane or another, read by its own."""
+    """A tensor that outlives calls: media bank, cache. Written by its own stream or another, read by its own."""
 
-    def __init__(self, memory: Memory, shape: tuple[int, ...], element: Element, *, offset: int = 0) -> None:
+    def __init__(self, memory: Memory, shape: tuple[int, ...], element: ElementType, *, offset: int = 0) -> None:
         """offset: bytes of the memory before it."""
         self._memory, self._shape, self.element, self._offset = memory, tuple(shape), element, offset
         self._rows: dict[tuple[int, int], DeviceBuffer] = {}
-        self._written_by: Lane | None = None
+        self._written_by: DeviceStream | None = None
         self._views: dict[tuple[int, ...], DeviceBuffer] = {}
 
     @classmethod
-    def zeroed(cls, lane: Lane, shape: tuple[int, ...], element: Element) -> DeviceBuffer:
+    def zeroed(cls, stream: DeviceStream, shape: tuple[int, ...], element: ElementType) -> DeviceBuffer:
         """Raises DeviceMemoryError."""
-        memory = Memory(lane, math.prod(shape) * element.size)
-        lane.cuda.fill(memory.address, 0, memory.size, lane.stream)
-        lane.cuda.synchronize(lane.stream)  # another lane may be the first to write
+        memory = Memory(stream, math.prod(shape) * element.size)
+        stream.cuda.fill(memory.address, 0, memory.size, stream.handle)
+        stream.cuda.synchronize(stream.handle)  # another stream may be the first to write
         return cls(memory, shape, element)
 
     @property
@@ -192,50 +192,50 @@ class DeviceBuffer:
         return math.prod(self._shape) * self.element.size
 
     def write(self, index: int, value: Tensor) -> None:
-        """Copies `value` into row `index`: from the device by the value's lane, without waiting; from the host, waiting."""
+        """Copies `value` into row `index`: from the device by the value's stream, without waiting; from the host, waiting."""
         row = self._shape[1:]
         if value.shape != row or not 0 <= index < self._shape[0]:
             raise InputError(f"a value of shape {value.shape} for row {index} of a buffer {self._shape}")
         size = math.prod(row) * self.element.size
-        address, lane = self.address + index * size, self._memory.lane
+        address, stream = self.address + index * size, self._memory.stream
         if isinstance(value, np.ndarray):
             encoded = np.empty(row, self.element.storage)
             encode(value, encoded, self.element)
             self.publish()
-            lane.upload(address, encoded.reshape(-1).view(np.uint8))
+            stream.upload(address, encoded.reshape(-1).view(np.uint8))
             return
-        tensor = value if isinstance(value, DeviceTensor) else DeviceTensor.taken(value, lane)
+        tensor = value if isinstance(value, DeviceTensor) else DeviceTensor.taken(value, stream)
         if tensor.element is not self.element:
             raise InputError(f"a value of {tensor.element.name} for a buffer of {self.element.name}")
-        if self._written_by not in (None, tensor.lane):
+        if self._written_by not in (None, tensor.stream):
             self.publish()
-        lane.cuda.copy(address, tensor.address, size, "on device", tensor.lane.stream)
-        self._written_by = tensor.lane
+        stream.cuda.copy(address, tensor.address, size, "on device", tensor.stream.handle)
+        self._written_by = tensor.stream
         if tensor is not value:
-            lane.cuda.synchronize(lane.stream)  # whose memory it is may take it back now
+            stream.cuda.synchronize(stream.handle)  # whose memory it is may take it back now
 
     def publish(self) -> None:
-        """What its lane is asked from now on comes after all writes so far; the host does not wait."""
+        """What its stream is asked from now on comes after all writes so far; the host does not wait."""
         if self._written_by is not None:
-            self._memory.lane.follow(self._written_by)
+            self._memory.stream.follow(self._written_by)
             self._written_by = None
 
     def read(self) -> Array:
         """A copy on the host; floats in float32."""
         self.publish()
-        data = self._memory.lane.download(self.address, self.nbytes)
+        data = self._memory.stream.download(self.address, self.nbytes)
         return decode(data.view(self.element.storage).reshape(self._shape), self.element)
 
     def copy_from(self, other: Buffer) -> None:
         """Copies the whole of `other`, alike but for fewer rows, into the first rows. Raises InputError: an engine's capacity does not grow."""
         if not isinstance(other, DeviceBuffer) or other.shape[1:] != self._shape[1:] or other.shape[0] > self._shape[0]:
             raise InputError(f"a buffer of shape {other.shape} cannot be copied into one of {self._shape}")
-        lane = self._memory.lane
+        stream = self._memory.stream
         self.publish()
         other.publish()
-        lane.follow(other._memory.lane)
-        lane.cuda.copy(self.address, other.address, other.nbytes, "on device", lane.stream)
-        lane.cuda.synchronize(lane.stream)  # the other may go now
+        stream.follow(other._memory.stream)
+        stream.cuda.copy(self.address, other.address, other.nbytes, "on device", stream.handle)
+        stream.cuda.synchronize(stream.handle)  # the other may go now
 
     def rows(self, first: int, count: int) -> DeviceBuffer:
         """Rows from `first` on, sharing memory; the same object each time, so that binding it again is free."""
@@ -250,14 +250,14 @@ class DeviceBuffer:
         return self._rows[first, count]
 
     def copy_slots(self, source: int, target: int, count: int) -> None:
-        """Copies the first `count` slots of row `source` to row `target`, on the device, in the order of its lane; the host does not wait."""
+        """Copies the first `count` slots of row `source` to row `target`, on the device, in the order of its stream; the host does not wait."""
         _, heads, capacity, size = self._shape
         head = capacity * size * self.element.size
         self.publish()
-        lane = self._memory.lane
+        stream = self._memory.stream
         for index in range(heads):
             there, here = (self.address + (row * heads + index) * head for row in (target, source))
-            lane.cuda.copy(there, here, count * size * self.element.size, "on device", lane.stream)
+            stream.cuda.copy(there, here, count * size * self.element.size, "on device", stream.handle)
 
     def view(self, shape: tuple[int, ...]) -> DeviceBuffer:
         """Its beginning in another shape, sharing memory; the same object each time. Raises InputError for a larger one."""

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from flamingo_export.backends.tensorrt.lengths import count_lengths, supported
-from flamingo_export.backends.tensorrt.log import Heard, meaning
+from flamingo_export.backends.tensorrt.log import BuilderMessages, meaning
 from flamingo_export.backends.tensorrt.lowering.lint import Expected
 from flamingo_export.errors import BuildError
 from flamingo_export.specs import SubgraphSpec
@@ -22,7 +22,7 @@ _PLUGINS = ("PLUGIN", "PLUGIN_V2", "PLUGIN_V3")
 _BLOCK = 1 << 24
 
 
-def parse(trt: ModuleType, network: Any, logger: Any, graph: Path, heard: Heard) -> Any:
+def parse(trt: ModuleType, network: Any, logger: Any, graph: Path, messages: BuilderMessages) -> Any:
     """Fills `network` from a file, whose weights TensorRT maps from beside it, and returns the parser: it owns what was mapped.
 
     Raises BuildError naming each node that was refused, and where it is in our graph.
@@ -31,7 +31,7 @@ def parse(trt: ModuleType, network: Any, logger: Any, graph: Path, heard: Heard)
     if not parser.parse_from_file(str(graph)):
         refused = [_refused(parser.get_error(index)) for index in range(parser.num_errors)]
         raise BuildError(
-            f"TensorRT {trt.__version__} does not take {graph.name}: {'; '.join(dict.fromkeys(refused)) or heard.explanation()}"
+            f"TensorRT {trt.__version__} does not take {graph.name}: {'; '.join(dict.fromkeys(refused)) or messages.explanation()}"
         )
     return parser
 
@@ -45,7 +45,9 @@ def _refused(error: Any) -> str:
     return f"{where}: {f'{words} ({text})' if words else text}"
 
 
-def check_network(trt: ModuleType, network: Any, spec: SubgraphSpec, expected: Expected, heard: Heard, *, bundle: Path) -> None:
+def check_network(
+    trt: ModuleType, network: Any, spec: SubgraphSpec, expected: Expected, messages: BuilderMessages, *, bundle: Path
+) -> None:
     """Raises BuildError if parsing lost or changed anything: inputs, outputs, plugin layers, cache updates, attention, weights."""
     faults = [
         *_tensors(network, spec),
@@ -55,9 +57,9 @@ def check_network(trt: ModuleType, network: Any, spec: SubgraphSpec, expected: E
     _refuse(trt, spec, faults)
 
 
-def check_warnings(trt: ModuleType, spec: SubgraphSpec, heard: Heard) -> None:
+def check_warnings(trt: ModuleType, spec: SubgraphSpec, messages: BuilderMessages) -> None:
     """Raises BuildError if the compiler found an input that nothing reads, which it only warns of: the parser has dropped its reader."""
-    _refuse(trt, spec, [" ".join(text.split()) for text in heard.warnings if "unused input" in text.lower()])
+    _refuse(trt, spec, [" ".join(text.split()) for text in messages.warnings if "unused input" in text.lower()])
 
 
 # What the bindings give as an object without its numbers, for want of a type in numpy.

@@ -4,7 +4,7 @@
                                                       |  engine                   and that of the output which aliases it
     result (host, float32) <--widen-- pinned <--copy-- output (only those asked for)
 
-Everything between the two pinned blocks is one sequence on the session's lane. In decoding the same sequence comes back at every step, so
+Everything between the two pinned blocks is one sequence on the session's stream. In decoding the same sequence comes back at every step, so
 it is captured as a CUDA graph the third time, one for each set of shapes and of rows that are bound, and launched from then on. A graph belongs
 to the context that it was captured from, which must not be touched afterwards: each has one of its own, and shapes that come once or twice share
 one. Binding other rows, as requests that join and leave make it, drops no graph: the rows that come back find theirs.
@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 
 from flamingo_export.backends.base import Array, Buffer, Tensor
-from flamingo_export.backends.tensorrt.dtypes import Element, decode, encode
+from flamingo_export.backends.tensorrt.dtypes import ElementType, decode, encode
 from flamingo_export.backends.tensorrt.engine_contract import Contract
 from flamingo_export.backends.tensorrt.launch import Call, Result, plan
 from flamingo_export.backends.tensorrt.loading import Opened, failure, first_error
-from flamingo_export.backends.tensorrt.log import Heard, listening
+from flamingo_export.backends.tensorrt.log import BuilderMessages, listening
 from flamingo_export.backends.tensorrt.lowering.shapes import DECODE
 from flamingo_export.backends.tensorrt.memory import DeviceBuffer, DeviceTensor, Memory, Pinned
 from flamingo_export.backends.tensorrt.slots import check_mask, check_writes
@@ -59,9 +59,9 @@ class TensorRTSession:
     reads_bound_media = False  # rows are read where they lie; others cost nothing, and captured steps keep their addresses
 
     def __init__(self, loaded: Opened, contract: Contract, *, asynchronous: bool, captures: bool = True) -> None:
-        """asynchronous: it has a lane that others do not wait for. captures: whether steps may become CUDA graphs."""
-        self._loaded, self._contract, self._lane = loaded, contract, loaded.lane
-        self._cuda = self._lane.cuda
+        """asynchronous: it has a stream that others do not wait for. captures: whether steps may become CUDA graphs."""
+        self._loaded, self._contract, self._stream = loaded, contract, loaded.stream
+        self._cuda = self._stream.cuda
         self.asynchronous = asynchronous
         spec = contract.spec
         self._inputs = {tensor.name: tensor for tensor in spec.inputs}
@@ -82,7 +82,7 @@ class TensorRTSession:
             index for index, profile in enumerate(contract.profiles) if profile.name.startswith(DECODE)
         )
         """Those of decoding steps: their calls are short, many, and alike."""
-        self._activations = self._lane.activations
+        self._activations = self._stream.activations
         self._copied = self._cuda.event()
         self._in_flight = False
         """Whether what is in the pinned blocks of feeds may still be on its way to the device."""
@@ -102,7 +102,7 @@ class TensorRTSession:
 
     def allocate(self, name: str, shape: tuple[int, ...]) -> DeviceBuffer:
         """A zeroed buffer on the device for input `name`. Raises DeviceMemoryError, which is a MemoryError too."""
-        return DeviceBuffer.zeroed(self._lane, shape, self._element(name))
+        return DeviceBuffer.zeroed(self._stream, shape, self._element(name))
 
     def bind(self, name: str, buffer: Buffer) -> None:
         """Input `name`, and the output that aliases it, or output `name`, are this buffer from now on. Raises InputError for one that
@@ -136,7 +136,7 @@ class TensorRTSession:
             self._wait_for_foreign(feeds)
             return {result.name: np.zeros(result.shape, decode(np.empty(0, result.element.storage), result.element).dtype)
                     for result in call.wanted}  # fmt: skip
-        self._cuda.synchronize(self._lane.stream)
+        self._cuda.synchronize(self._stream.handle)
         self._in_flight = False
         return {
             result.name: decode(self._result(result)[0].view(result.element.storage, result.shape), result.element)
@@ -144,12 +144,12 @@ class TensorRTSession:
         }
 
     def compute(self, feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Results on the device, for what its lane does from now on; returns before they are worked out. Raises as `run` does."""
+        """Results on the device, for what its stream does from now on; returns before they are worked out. Raises as `run` does."""
         taken = self._taken(feeds)
         call = self._call(taken, ())
         self._check_slots(feeds)
         self._fill(call, taken)
-        tensors = {result.name: DeviceTensor.empty(self._lane, result.shape, result.element) for result in call.outputs}
+        tensors = {result.name: DeviceTensor.empty(self._stream, result.shape, result.element) for result in call.outputs}
         self._ask(call, taken, {name: tensor.address for name, tensor in tensors.items()}, lasting=not tensors)
         self._in_flight = True
         self._wait_for_foreign(feeds)
@@ -160,7 +160,7 @@ class TensorRTSession:
         if self._closed:
             return
         self._closed = True
-        self._cuda.synchronize(self._lane.stream)
+        self._cuda.synchronize(self._stream.handle)
         self._forget_graphs()
         self._contexts = {}
         self._loaded.close()
@@ -173,7 +173,7 @@ class TensorRTSession:
         if self._closed:
             raise BackendError(f"{self.spec.name}: the session is closed. Load the bundle again.")
 
-    def _element(self, name: str) -> Element:
+    def _element(self, name: str) -> ElementType:
         tensor = self._inputs.get(name) or self._outputs.get(name)
         if tensor is None:
             raise InputError(f"{self.spec.name}: {name} is not an input, nor an output with memory of its own")
@@ -184,18 +184,18 @@ class TensorRTSession:
         return {
             name: value
             if isinstance(value, np.ndarray | DeviceTensor)
-            else DeviceTensor.taken(value, self._lane)
+            else DeviceTensor.taken(value, self._stream)
             for name, value in feeds.items()
         }  # fmt: skip
 
     def _wait_for_foreign(self, feeds: Mapping[str, Tensor]) -> None:
-        """Tensors that are not freed in the order of this lane are kept only by the caller, until it learns that they were read."""
+        """Tensors that are not freed in the order of this stream are kept only by the caller, until it learns that they were read."""
         own = (
-            isinstance(value, np.ndarray) or (isinstance(value, DeviceTensor) and value.lane is self._lane)
+            isinstance(value, np.ndarray) or (isinstance(value, DeviceTensor) and value.stream is self._stream)
             for value in feeds.values()
         )
         if not all(own):
-            self._cuda.synchronize(self._lane.stream)
+            self._cuda.synchronize(self._stream.handle)
 
     def _call(self, feeds: Mapping[str, Array | DeviceTensor], wanted: Collection[str] | None) -> Call:
         """The call that feeds of these shapes are; the contract is checked once for each set of shapes, not at each step."""
@@ -231,7 +231,7 @@ class TensorRTSession:
         """Pinned and device memory of an input that is fed, as large as any profile wants it: its address never changes."""
         if name not in self._feeds:
             size = max(self._most(self._inputs[name], index) for index in range(len(self._contract.profiles)))
-            self._feeds[name] = (Pinned(self._cuda, size), Memory(self._lane, size))
+            self._feeds[name] = (Pinned(self._cuda, size), Memory(self._stream, size))
         return self._feeds[name]
 
     def _result(self, result: Result) -> tuple[Pinned, Memory]:
@@ -243,17 +243,17 @@ class TensorRTSession:
             profiles = self._captured_profiles or {len(self._contract.profiles) - 1}
             size = max(result.nbytes, *(self._most(tensor, index) for index in profiles))
             self._results.pop(result.name, None)
-            held = self._results[result.name] = (Pinned(self._cuda, size), Memory(self._lane, size))
+            held = self._results[result.name] = (Pinned(self._cuda, size), Memory(self._stream, size))
         return held
 
     def _addresses(self, feeds: Mapping[str, Array | DeviceTensor], outputs: dict[str, int]) -> dict[str, int]:
-        """Where each input and output lies. A tensor of another lane is waited for."""
+        """Where each input and output lies. A tensor of another stream is waited for."""
         found = {name: self._bound[name].address for name in self._outputs if name in self._bound} | outputs
         for name in self._inputs:
             value = feeds.get(name)
             if isinstance(value, DeviceTensor):
                 found[name] = value.address
-                self._lane.follow(value.lane)
+                self._stream.follow(value.stream)
             elif value is not None:
                 found[name] = self._feed(name)[1].address
             else:
@@ -279,35 +279,35 @@ class TensorRTSession:
     # Running.
 
     def _ask(self, call: Call, feeds: Mapping[str, Array | DeviceTensor], outputs: dict[str, int], *, lasting: bool) -> None:
-        """Asks a call of the lane. lasting: the outputs' addresses are the same at the next call of these shapes, so it may be captured."""
+        """Asks a call of the stream. lasting: the outputs' addresses are the same at the next call of these shapes, so it may be captured."""
         self._cuda.use()  # steps may run on another thread than the one that opened the engine
-        if self._activations is not self._lane.activations:
+        if self._activations is not self._stream.activations:
             self._forget_graphs()
-            self._activations = self._lane.activations
-        with listening(self._loaded.trt, heard := Heard()):
+            self._activations = self._stream.activations
+        with listening(self._loaded.trt, messages := BuilderMessages()):
             if lasting and call.profile in self._captured_profiles and len(call.fed) == len(feeds) and not call.empty:
-                self._step(call, feeds, outputs, heard)
+                self._step(call, feeds, outputs, messages)
             else:
-                self._run(call, feeds, outputs, heard)
+                self._run(call, feeds, outputs, messages)
 
     def _context(self, profile: int) -> Any:
         if profile not in self._contexts:
             self._contexts[profile] = self._loaded.context(profile, captured=False)
         return self._contexts[profile]
 
-    def _set(self, context: Any, call: Call, addresses: dict[str, int], heard: Heard) -> None:
+    def _set(self, context: Any, call: Call, addresses: dict[str, int], messages: BuilderMessages) -> None:
         """Shapes, addresses and memory of a context."""
         done = all(context.set_input_shape(name, shape) for name, shape in call.shapes.items())
         done = done and all(context.set_tensor_address(name, address) for name, address in addresses.items())
         if not done:
-            raise BackendError(f"{self.spec.name}: TensorRT did not take a shape or an address: {first_error(heard)}")
-        memory = self._lane.activations
+            raise BackendError(f"{self.spec.name}: TensorRT did not take a shape or an address: {first_error(messages)}")
+        memory = self._stream.activations
         if memory is not None:
             context.set_device_memory(memory.address, memory.size)
 
-    def _perform(self, context: Any, call: Call, heard: Heard, *, mark: bool = True) -> None:
-        """Feeds to the device, the engine, wanted results to the host: asked of the lane, not waited for. mark: when feeds are copied."""
-        cuda, stream = self._cuda, self._lane.stream
+    def _perform(self, context: Any, call: Call, messages: BuilderMessages, *, mark: bool = True) -> None:
+        """Feeds to the device, the engine, wanted results to the host: asked of the stream, not waited for. mark: when feeds are copied."""
+        cuda, stream = self._cuda, self._stream.handle
         for name in call.fed:
             pinned, memory = self._feeds[name]
             size = math.prod(call.shapes[name]) * self._element(name).size
@@ -315,45 +315,49 @@ class TensorRTSession:
         if mark:
             cuda.record(self._copied, stream)
         if not context.execute_async_v3(stream):
-            raise failure(self._lane, f"{self.spec.name} failed in TensorRT {self._loaded.trt.__version__}", heard)
+            raise failure(self._stream, f"{self.spec.name} failed in TensorRT {self._loaded.trt.__version__}", messages)
         if not call.empty:
             for result in call.wanted:
                 pinned, memory = self._results[result.name]
                 cuda.copy(pinned.address, memory.address, result.nbytes, "to host", stream)
 
-    def _step(self, call: Call, feeds: Mapping[str, Array | DeviceTensor], outputs: dict[str, int], heard: Heard) -> None:
+    def _step(
+        self, call: Call, feeds: Mapping[str, Array | DeviceTensor], outputs: dict[str, int], messages: BuilderMessages
+    ) -> None:
         """A call that may come again and again: run twice as any other, then in a context of its own and captured, then launched."""
         key = (call.key, self._binding())
         step = self._steps.get(key)
         if step is not None:
             self._steps.move_to_end(key)
-            self._cuda.launch(step.graph, self._lane.stream)
-            self._cuda.record(self._copied, self._lane.stream)
+            self._cuda.launch(step.graph, self._stream.handle)
+            self._cuda.record(self._copied, self._stream.handle)
             return
         count = self._seen.pop(key, 0) + 1
         if count < CAPTURED_AT or not self._capturing:
             self._seen[key] = count
             if len(self._seen) > MAX_SEEN:
                 self._seen.popitem(last=False)
-            self._run(call, feeds, outputs, heard)
+            self._run(call, feeds, outputs, messages)
             return
         self._make_room()
         context = self._loaded.context(call.profile, captured=True)
-        self._set(context, call, self._addresses(feeds, outputs), heard)
-        self._perform(context, call, heard)  # which TensorRT wants before a capture
-        graph = self._captured(context, call, heard)
+        self._set(context, call, self._addresses(feeds, outputs), messages)
+        self._perform(context, call, messages)  # which TensorRT wants before a capture
+        graph = self._captured(context, call, messages)
         if graph is not None:
             self._steps[key] = Step(context=context, graph=graph)
 
-    def _run(self, call: Call, feeds: Mapping[str, Array | DeviceTensor], outputs: dict[str, int], heard: Heard) -> None:
+    def _run(
+        self, call: Call, feeds: Mapping[str, Array | DeviceTensor], outputs: dict[str, int], messages: BuilderMessages
+    ) -> None:
         """A call as it is, in the context that all calls of its profile share."""
         context = self._context(call.profile)
-        self._set(context, call, self._addresses(feeds, outputs), heard)
-        self._perform(context, call, heard)
+        self._set(context, call, self._addresses(feeds, outputs), messages)
+        self._perform(context, call, messages)
 
-    def _captured(self, context: Any, call: Call, heard: Heard) -> int | None:
+    def _captured(self, context: Any, call: Call, messages: BuilderMessages) -> int | None:
         """The call as a graph, or None where it cannot be one, which is said once."""
-        cuda, stream = self._cuda, self._lane.stream
+        cuda, stream = self._cuda, self._stream.handle
         # What the garbage collector frees within a capture would end it: freeing device memory waits, which a capture may not.
         collecting = gc.isenabled()
         gc.disable()
@@ -361,7 +365,7 @@ class TensorRTSession:
             cuda.begin_capture(stream)
             try:
                 # An event that was recorded in a capture cannot be waited for.
-                self._perform(context, call, heard, mark=False)
+                self._perform(context, call, messages, mark=False)
             except BackendError:
                 cuda.abandon_capture(stream)
                 raise
@@ -376,7 +380,7 @@ class TensorRTSession:
 
     def _make_room(self) -> None:
         if len(self._steps) >= MAX_GRAPHS:
-            self._cuda.synchronize(self._lane.stream)  # after `compute` it may be under way
+            self._cuda.synchronize(self._stream.handle)  # after `compute` it may be under way
         while len(self._steps) >= MAX_GRAPHS:
             _, oldest = self._steps.popitem(last=False)
             self._drop(oldest)
@@ -384,7 +388,7 @@ class TensorRTSession:
     def _forget_graphs(self) -> None:
         """Graphs hold addresses and shapes: when one changes, they are captured anew."""
         if self._steps:
-            self._cuda.synchronize(self._lane.stream)
+            self._cuda.synchronize(self._stream.handle)
         while self._steps:
             self._drop(self._steps.popitem()[1])
 

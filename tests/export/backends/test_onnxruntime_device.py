@@ -20,7 +20,7 @@ from flamingo_export.backends.base import SessionOptions
 from flamingo_export.backends.onnxruntime import OnnxRuntimeBackend, session_options
 from flamingo_export.backends.onnxruntime_device import CPU_PROVIDER, CUDA_PROVIDER, Place, check_placement
 from flamingo_export.backends.tensorrt.cuda import DeviceMemoryError
-from flamingo_export.backends.tensorrt.memory import Lane
+from flamingo_export.backends.tensorrt.memory import DeviceStream
 from flamingo_export.bundle.manifest import ShapeLimits, read_manifest
 from flamingo_export.errors import BackendError
 from flamingo_export.quantize.policies import preset
@@ -39,15 +39,15 @@ class HostPlace(Place):
     def enqueue(self, stream: int, work: Callable[[], None]) -> None:
         self.cuda.ask(stream, work)  # type: ignore[attr-defined]
 
-    def providers(self, lane: Lane) -> list[Any]:
+    def providers(self, stream: DeviceStream) -> list[Any]:
         return [CPU_PROVIDER]
 
 
 def on_device(memory: int = 1 << 32) -> tuple[OnnxRuntimeBackend, FakeCuda]:
     cuda = FakeCuda(memory)
     backend = OnnxRuntimeBackend()
-    lanes = Lane(cuda, first=True), Lane(cuda, first=False)
-    backend._places[0] = HostPlace(cuda, lanes, provider=CPU_PROVIDER, device="cpu")
+    streams = DeviceStream(cuda, first=True), DeviceStream(cuda, first=False)
+    backend._places[0] = HostPlace(cuda, streams, provider=CPU_PROVIDER, device="cpu")
     return backend, cuda
 
 
@@ -195,7 +195,7 @@ def session_with(*nodes: tuple[str, str], providers: tuple[str, ...] = (CUDA_PRO
 
 def test_a_heavy_operator_on_the_cpu_is_an_error_that_names_the_version() -> None:
     cuda = FakeCuda()
-    place = Place(cuda, (Lane(cuda, first=True), Lane(cuda, first=False)))
+    place = Place(cuda, (DeviceStream(cuda, first=True), DeviceStream(cuda, first=False)))
     contract: Any = SimpleNamespace(spec=SimpleNamespace(name="decoder"), compute="bf16")
     check_placement(session_with((CUDA_PROVIDER, "Attention"), (CPU_PROVIDER, "Shape")), place, contract, "1.32.0")
     left = ((CPU_PROVIDER, "Attention"), (CPU_PROVIDER, "Attention"))

@@ -27,7 +27,7 @@ from flamingo_export.runtime.tokenizer import Tokenizer
 from flamingo_export.sources.choice import CheckpointFolder, LiveModel, RandomWeights, nano_checkpoint, source_for_size
 from flamingo_export.validate.expected.golden import Goldens, save_goldens
 from flamingo_export.weights import WeightIndex
-from flamingo_reference.config import PRESETS, ModelConfig
+from flamingo_reference.config import SIZES, ModelConfig
 from flamingo_reference.model import Flamingo
 
 from .conftest import contents
@@ -213,7 +213,7 @@ def test_the_placeholder_spells_any_text(spoken_config: ModelConfig, tmp_path: P
     assert ids[:2] == [spoken_config.tokens.bos, spoken_config.tokens.image]
     assert ids[-1] == spoken_config.tokens.eoc
     assert tokenizer.decode(ids) == "Output: Zażółć 😀"
-    paper = json.loads(placeholder_tokenizer(PRESETS["9b"]) or "")
+    paper = json.loads(placeholder_tokenizer(SIZES["9b"]) or "")
     assert len(paper["model"]["vocab"]) == 32000
 
 
@@ -224,8 +224,8 @@ def test_too_small_a_vocabulary_gets_no_placeholder(tiny_config: ModelConfig, tm
 
 
 def test_where_things_go_and_come_from(tmp_path: Path) -> None:
-    assert source_for_size("9B") == RandomWeights(config=PRESETS["9b"], seed=0)
-    assert source_for_size("nano", seed=4) == RandomWeights(config=PRESETS["nano"], seed=4)
+    assert source_for_size("9B") == RandomWeights(config=SIZES["9b"], seed=0)
+    assert source_for_size("nano", seed=4) == RandomWeights(config=SIZES["nano"], seed=4)
     assert default_out(source_for_size("9b")) == Path("flamingo-9b.bundle")
     assert default_out(CheckpointFolder(path=nano_checkpoint())) == Path("flamingo-nano.bundle")
     assert default_out(CheckpointFolder(path=tmp_path / "mine")) == Path("mine.bundle")
@@ -258,7 +258,7 @@ def test_a_plan_tells_of_steps_and_cards(tmp_path: Path) -> None:
     assert plan.steps[1].memory < 4 << 30
     counts = [card.count for card in plan.cards]
     assert counts == sorted(counts, reverse=True)
-    lm = PRESETS["80b"].language_model
+    lm = SIZES["80b"].language_model
     caches = 2 * lm.num_layers * lm.width * 4096 * 8 * 2  # keys and values of 8 requests of 4096 slots in bf16
     assert plan.weight_bytes + caches < plan.device_bytes < 1.2 * (plan.weight_bytes + caches)
     given = build_plan.plan(msgspec.structs.replace(request, uncalibrated=True, backend="tensorrt-rtx", target="sm89"))
@@ -282,7 +282,7 @@ def test_limits_and_storage_are_as_asked(spoken_config: ModelConfig, tmp_path: P
     manifest = api.build(source, out=tmp_path / "b.bundle", storage="fp16", limits=limits, parity="skip").manifest
     assert (manifest.limits, manifest.precision.storage) == (limits, "fp16")
     assert default_limits(spoken_config).max_length == 2048
-    assert default_limits(PRESETS["9b"]).max_length == 4096
+    assert default_limits(SIZES["9b"]).max_length == 4096
 
 
 @pytest.mark.parametrize("out", [".", "/", "a\0b"])

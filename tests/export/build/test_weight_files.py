@@ -23,7 +23,7 @@ from flamingo_export.sources import LiveSource
 from flamingo_export.sources.choice import LiveModel, RandomWeights
 from flamingo_export.weights import bundle_weights
 from flamingo_reference.checkpoints.families.native import save_native
-from flamingo_reference.config import PRESETS, ModelConfig
+from flamingo_reference.config import SIZES, ModelConfig
 from flamingo_reference.model import Flamingo
 
 from .conftest import contents, in_child, wait
@@ -171,7 +171,7 @@ def test_progress_adds_up(spoken_config: ModelConfig, tmp_path: Path, recorder: 
 
 def test_memory_stays_bounded(tmp_path: Path) -> None:
     """A model whose layers together are far larger than each: resident memory grows by a few tensors, not by the model."""
-    nano = PRESETS["nano"]
+    nano = SIZES["nano"]
     lm = msgspec.structs.replace(
         nano.language_model, num_layers=24, width=512, ffw_width=2048, head_size=128, vocab_size=1000, max_positions=64
     )

@@ -16,7 +16,7 @@ from flamingo_export.cli.build import parity_hint
 from flamingo_export.pipeline import plan
 from flamingo_export.pipeline.run import BuildResult
 from flamingo_export.precision import Precision
-from flamingo_reference.config import PRESETS
+from flamingo_reference.config import SIZES
 
 
 def test_default_name_and_what_is_said(cli, tmp_path, monkeypatch):
@@ -138,7 +138,7 @@ def test_the_parity_command_that_is_named_works(cli, tmp_path):
 @pytest.mark.parametrize(("place", "named"), [(PlaceRecord(path="here"), "--against reference"), (None, "--checkpoint DIR")])
 def test_the_parity_command_names_the_checkpoint(place, named):
     manifest = Manifest(
-        config=PRESETS["nano"],
+        config=SIZES["nano"],
         precision=Precision(storage="fp32"),
         limits=ShapeLimits(max_length=256),
         source=SourceRecord(kind="checkpoint", place=place),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from flamingo_export.cli.components import components
-from flamingo_reference.config import NANO, PRESETS, QUOTED_PARAMETERS
+from flamingo_reference.config import NANO, QUOTED_PARAMETERS, SIZES
 
 
 def by_name(parts):
@@ -32,14 +32,14 @@ LLAMA_3_1 = {"llama-3.2-11b-vision": 8_030_261_248 + 8 * 4096, "llama-3.2-90b-vi
 """Their language models are Llama 3.1's 8B and 70B, whose parameters Meta counts, and eight more rows of embeddings."""
 
 
-@pytest.mark.parametrize("size", PRESETS)
+@pytest.mark.parametrize("size", SIZES)
 def test_json_has_the_same_counts(cli, size):
     outcome = cli("inspect", "--size", size, "--json")
     data = json.loads(outcome.out)
     assert data["size"] == size
     parts = {part["name"]: part for part in data["parameters"]}
     assert parts["total"]["parameters"] == sum(part["parameters"] for name, part in parts.items() if name != "total")
-    lm = PRESETS[size].language_model
+    lm = SIZES[size].language_model
     inner = lm.num_heads * lm.head_size
     layer = 5 * lm.width * inner + 2 * inner + 2 * lm.width + 2 * lm.width * lm.ffw_width
     expected = LLAMA_3_1.get(size, lm.vocab_size * lm.width + lm.num_layers * layer + lm.width)
@@ -48,7 +48,7 @@ def test_json_has_the_same_counts(cli, size):
 
 
 def test_a_changed_preset_is_not_compared_with_the_paper():
-    nine = PRESETS["9b"]
+    nine = SIZES["9b"]
     changed = msgspec.structs.replace(nine, language_model=msgspec.structs.replace(nine.language_model, num_layers=32))
     assert by_name(components(changed))["total"].quoted is None
     assert by_name(components(nine))["total"].quoted == 9.3e9

@@ -14,7 +14,7 @@ from flamingo_export.graphs import build_graph, save_graph
 from flamingo_export.precision import default_precision
 from flamingo_export.specs import SUBGRAPHS, SubgraphSpec, decoder_spec, subgraph_specs
 from flamingo_export.weights import WeightIndex
-from flamingo_reference.config import PRESETS, ModelConfig
+from flamingo_reference.config import SIZES, ModelConfig
 from flamingo_reference.names import parameter_counts
 
 TYPES = {"float": onnx.TensorProto.FLOAT, "int64": onnx.TensorProto.INT64, "bool": onnx.TensorProto.BOOL}
@@ -47,9 +47,9 @@ def every_node(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", list(PRESETS))
+@pytest.mark.parametrize("size", list(SIZES))
 def test_graphs_of_every_size_are_small_and_load_no_weight(size: str, tmp_path: Path) -> None:
-    config = PRESETS[size]
+    config = SIZES[size]
     tracemalloc.start()
     index = planned(config)
     for name in SUBGRAPHS:
@@ -74,7 +74,7 @@ def test_graphs_of_every_size_are_small_and_load_no_weight(size: str, tmp_path: 
 
 
 def test_every_weight_is_used_by_one_graph() -> None:
-    config = PRESETS["nano"]
+    config = SIZES["nano"]
     index = planned(config)
     used = [
         name
@@ -103,7 +103,7 @@ def test_the_checker_and_shape_inference_accept_them(tiny_bundle: Path, name: st
 
 @pytest.mark.parametrize("layers", [range(27), range(27, 54), range(54, 80)])
 def test_parts_keep_the_numbers_of_the_whole(layers: range, tmp_path: Path) -> None:
-    config = PRESETS["80b"]
+    config = SIZES["80b"]
     save_graph(build_graph(config, "decoder.0", planned(config), layers=layers), tmp_path / "part.onnx")
     model = onnx.load(tmp_path / "part.onnx", load_external_data=False)
     assert_contract(model, decoder_spec(config, layers, name="decoder.0"))
@@ -113,7 +113,7 @@ def test_parts_keep_the_numbers_of_the_whole(layers: range, tmp_path: Path) -> N
 
 def test_unknown_subgraphs_are_refused() -> None:
     with pytest.raises(ValueError, match="no subgraph 'encoder', expected one of vision_encoder"):
-        build_graph(PRESETS["nano"], "encoder", planned(PRESETS["nano"]))
+        build_graph(SIZES["nano"], "encoder", planned(SIZES["nano"]))
 
 
 class TestDecoder:
@@ -176,7 +176,7 @@ class TestDecoder:
 
 
 def test_saving_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = PRESETS["nano"]
+    config = SIZES["nano"]
     model = build_graph(config, "media_kv", planned(config))
     path = tmp_path / "media_kv.onnx"
     path.write_bytes(b"old")

@@ -19,7 +19,7 @@ from flamingo_export.precision import Precision
 from flamingo_export.sources import LiveSource
 from flamingo_export.specs import SubgraphSpec, TensorSpec
 from flamingo_export.weights import WeightIndex
-from flamingo_reference.config import PRESETS
+from flamingo_reference.config import SIZES
 from flamingo_reference.model.subgraphs import subgraphs_of
 from tests.export.graphs.conftest import Calls, Run, assert_as_exact, open_graph, reference
 
@@ -58,7 +58,7 @@ def test_slices_are_the_whole(num_tokens: int) -> None:
 
 def test_an_image_of_the_published_size_goes_in_slices() -> None:
     """6432 tokens in 13 slices of queries: the scores of a slice take 204 MB in fp32, all of them 2.6 GB."""
-    config = PRESETS["llama-3.2-11b-vision"]
+    config = SIZES["llama-3.2-11b-vision"]
     graph = build_graph(config, "vision_encoder", WeightIndex.planned(config, Precision(storage="bf16")))
     (function,) = graph.functions.values()
     attentions = [node for node in function if node.op_type == "Attention"]

@@ -26,7 +26,7 @@ from flamingo_export.weights import (
     groups,
     layout,
 )
-from flamingo_reference.config import NANO, PRESETS, ModelConfig
+from flamingo_reference.config import NANO, SIZES, ModelConfig
 from flamingo_reference.model import Flamingo, vision_nfnet
 from flamingo_reference.names import expected_tensors, parameter_counts
 
@@ -46,9 +46,9 @@ def parameter(model: Flamingo, name: str) -> Any:
     return model.get_parameter(name).detach().double().numpy()
 
 
-@pytest.mark.parametrize("size", list(PRESETS))
+@pytest.mark.parametrize("size", list(SIZES))
 def test_every_tensor_of_a_checkpoint_is_used_once(size: str) -> None:
-    config = PRESETS[size]
+    config = SIZES[size]
     made = bundle_weights(config)
     used = [source for weight in made for source in weight.sources]
     assert sorted(set(used)) == sorted(expected_tensors(config))
@@ -150,9 +150,9 @@ def test_files_are_read_by_the_safetensors_library(
     assert seen == len(list(planned))
 
 
-@pytest.mark.parametrize("size", list(PRESETS))
+@pytest.mark.parametrize("size", list(SIZES))
 def test_groups_are_files_of_bearable_size(size: str) -> None:
-    config = PRESETS[size]
+    config = SIZES[size]
     precision = default_precision(sum(parameter_counts(config).values()))
     for group, members in groups(bundle_weights(config)).items():
         header, placed = layout(members, precision)

@@ -15,7 +15,7 @@ from flamingo_export import api
 from flamingo_export.backends.base import SessionOptions
 from flamingo_export.backends.onnxruntime import HostBuffer, OnnxRuntimeBackend
 from flamingo_export.backends.registry import get_compiler
-from flamingo_export.backends.tensorrt.dtypes import element_of, encode
+from flamingo_export.backends.tensorrt.dtypes import element_type, encode
 from flamingo_export.backends.tensorrt.lowering.lint import check_graph
 from flamingo_export.backends.tensorrt.lowering.lower import lower
 from flamingo_export.bundle.manifest import read_manifest
@@ -31,7 +31,7 @@ from flamingo_export.specs import subgraph_specs
 from flamingo_export.validate import check_bundle
 from flamingo_export.weights import WeightIndex
 from flamingo_export.weights.calibration_table import CALIBRATION_FILE, METHODS, read_table, write_table
-from flamingo_reference.config import PRESETS as SIZES
+from flamingo_reference.config import SIZES
 from tests.export.quantize.test_bundles import IMAGE, edited
 
 POLICY = Policy(name="media in fp8", media="fp8")
@@ -82,7 +82,11 @@ def test_the_bank_is_a_byte_a_number(built: pipeline.BuildResult) -> None:
     session.close()
     assert isinstance(buffer, HostBuffer)
     assert buffer.array.nbytes == math.prod(map(int, shape))
-    assert (element_of("float", "fp32").size, element_of("float", "fp16").size, element_of("fp8", "fp16").size) == (4, 2, 1)
+    assert (element_type("float", "fp32").size, element_type("float", "fp16").size, element_type("fp8", "fp16").size) == (
+        4,
+        2,
+        1,
+    )
 
 
 def test_scales_are_those_of_the_table_by_name(built: pipeline.BuildResult) -> None:
@@ -170,7 +174,7 @@ def test_a_file_says_so_and_the_key_tells_it_apart(tmp_path: Path) -> None:
 
 
 def test_engines_take_codes_and_no_floats() -> None:
-    element = element_of("fp8", "bf16")
+    element = element_type("fp8", "bf16")
     assert (element.trt, element.code, element.bits, element.size) == ("FP8", 10, 8, 1)
     into = np.zeros(3, FP8)
     encode(np.array([1.0, -448.0, 0.0], FP8), into, element)
@@ -178,7 +182,7 @@ def test_engines_take_codes_and_no_floats() -> None:
     with pytest.raises(InputError, match="float32 was given"):
         encode(np.ones(3, np.float32), into, element)
     with pytest.raises(InputError, match="float8_e4m3fn was given"):
-        encode(np.ones(3, FP8), np.zeros(3, np.float32), element_of("float", "fp32"))
+        encode(np.ones(3, FP8), np.zeros(3, np.float32), element_type("float", "fp32"))
 
 
 def test_plan_and_inspect_count_a_byte_a_number(built: pipeline.BuildResult, tmp_path: Path) -> None:

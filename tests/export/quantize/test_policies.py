@@ -14,7 +14,7 @@ from flamingo_export.quantize.policies import POLICIES, check_policy, for_model,
 from flamingo_export.sources import CheckpointSource
 from flamingo_export.sources.choice import nano_checkpoint
 from flamingo_export.weights import INPUT_SCALE, SCALE, bundle_weights, pieces
-from flamingo_reference.config import PRESETS as SIZES
+from flamingo_reference.config import SIZES
 
 
 def stored(policy: Policy, size: str = "9b") -> dict[str, str]:

@@ -19,7 +19,7 @@ from flamingo_export.precision import Policy, Precision
 from flamingo_export.quantize.policies import POLICIES, preset
 from flamingo_export.validate.expected.rounding import StoredRounding
 from flamingo_export.weights.calibration_table import CalibrationTable, Statistics
-from flamingo_reference.config import PRESETS as SIZES
+from flamingo_reference.config import SIZES
 from flamingo_reference.model.cross_attention import GatedCrossAttention
 from flamingo_reference.model.decoder import LanguageModelLayer
 

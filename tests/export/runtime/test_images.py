@@ -18,7 +18,7 @@ from PIL import Image, ImageCms
 from flamingo_export.errors import ImageError
 from flamingo_export.runtime.images import MAX_PIXELS, load_image, preprocess
 from flamingo_export.runtime.videos import Video, load_video
-from flamingo_reference.config import NANO, PRESETS
+from flamingo_reference.config import NANO, SIZES
 
 RNG = np.random.default_rng(0)
 PHOTO = RNG.integers(0, 256, (12, 20, 3), dtype=np.uint8)
@@ -418,7 +418,7 @@ def test_arrays_that_are_no_images(array: object, message: str) -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (32, 128), (200, 50), (7, 3), (1, 1000)])
 def test_aspect_is_kept_and_padding_is_exactly_the_mean(height: int, width: int) -> None:
-    config = PRESETS["3b"]
+    config = SIZES["3b"]
     side = config.vision.image_size
     square = preprocess(np.full((height, width, 3), 255, np.uint8), config)
     assert square.shape == (3, side, side)

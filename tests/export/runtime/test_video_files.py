@@ -201,9 +201,9 @@ def test_what_is_no_video_is_refused(tmp_path: Path) -> None:
 
 
 def load_medium_of(path: Path) -> None:
-    from flamingo_reference.config import PRESETS
+    from flamingo_reference.config import SIZES
 
-    load_medium(Video(source=path), PRESETS["nano"])
+    load_medium(Video(source=path), SIZES["nano"])
 
 
 @pytest.mark.parametrize(

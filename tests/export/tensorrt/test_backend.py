@@ -13,7 +13,7 @@ from flamingo_export.backends.base import SessionOptions
 from flamingo_export.backends.registry import availability, get_backend, get_compiler
 from flamingo_export.backends.tensorrt import library
 from flamingo_export.backends.tensorrt.estimate import GIB, check_memory  # type: ignore[attr-defined]
-from flamingo_export.backends.tensorrt.log import Heard, meaning
+from flamingo_export.backends.tensorrt.log import BuilderMessages, meaning
 from flamingo_export.backends.tensorrt.lowering.lint import Expected
 from flamingo_export.backends.tensorrt.lowering.shapes import Bounds, Profile
 from flamingo_export.backends.tensorrt.monitor import UNITS, Phases, watched
@@ -21,7 +21,7 @@ from flamingo_export.backends.tensorrt.summary import summarise
 from flamingo_export.bundle.manifest import GraphRecord
 from flamingo_export.errors import BackendError, BuildError
 from flamingo_export.progress import SILENT
-from flamingo_reference.config import PRESETS
+from flamingo_reference.config import SIZES
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -76,28 +76,28 @@ def test_a_folder_of_the_same_name_is_no_library(tmp_path, monkeypatch):
     assert not library._there("tensorrt_rtx")
 
 
-NANO = PRESETS["nano"]
-SIZES = {"media_kv/layer.0/k_proj": 4 * GIB, **{f"decoder/layer.{layer}/ffw_up": GIB for layer in range(6)}}
+NANO = SIZES["nano"]
+WEIGHT_BYTES = {"media_kv/layer.0/k_proj": 4 * GIB, **{f"decoder/layer.{layer}/ffw_up": GIB for layer in range(6)}}
 
 
 def test_memory_that_cannot_suffice_is_refused_before_work():
     decoder, half = (GraphRecord(name="decoder", file="", layers=(0, stop)) for stop in (6, 3))
-    needed = check_memory(NANO, decoder, SIZES, 18 * GIB)
+    needed = check_memory(NANO, decoder, WEIGHT_BYTES, 18 * GIB)
     assert needed.weight_bytes == 6 * GIB
     assert 15 * GIB < needed.memory < 18 * GIB
-    assert check_memory(NANO, half, SIZES, 12 * GIB).weight_bytes == 3 * GIB
+    assert check_memory(NANO, half, WEIGHT_BYTES, 12 * GIB).weight_bytes == 3 * GIB
     with pytest.raises(
         BuildError,
         match=r"engine of decoder takes about 1\d\.\d GiB .* 10\.0 GiB are available\. In 2 parts it fits: --parts 2\.",
     ):
-        check_memory(NANO, decoder, SIZES, 10 * GIB)
+        check_memory(NANO, decoder, WEIGHT_BYTES, 10 * GIB)
     # Parts that are too large still: three layers, where one fits.
     with pytest.raises(BuildError, match=r"5\.0 GiB are available\. In 6 parts it fits: --parts 6\."):
-        check_memory(NANO, half, SIZES, 5 * GIB)
+        check_memory(NANO, half, WEIGHT_BYTES, 5 * GIB)
     with pytest.raises(BuildError, match=r"3\.0 GiB are available\. Even parts of one LM layer would not fit\. Free some"):
-        check_memory(NANO, decoder, SIZES, 3 * GIB)
+        check_memory(NANO, decoder, WEIGHT_BYTES, 3 * GIB)
     with pytest.raises(BuildError, match=r"engine of media_kv .* 8\.0 GiB are available\. Free some"):
-        check_memory(NANO, GraphRecord(name="media_kv", file=""), SIZES, 8 * GIB)
+        check_memory(NANO, GraphRecord(name="media_kv", file=""), WEIGHT_BYTES, 8 * GIB)
 
 
 @pytest.mark.parametrize(
@@ -117,10 +117,10 @@ def test_memory_that_cannot_suffice_is_refused_before_work():
 )
 def test_messages_in_other_words(text, words):
     assert words in (meaning(text) or "")
-    heard = Heard()
-    heard.hear(1, text)
-    assert words in heard.explanation()
-    assert text in heard.explanation()
+    messages = BuilderMessages()
+    messages.add(1, text)
+    assert words in messages.explanation()
+    assert text in messages.explanation()
     assert meaning("something else") is None
 
 

@@ -21,7 +21,7 @@ from flamingo_export.sources.choice import source_for_size
 from flamingo_export.specs import SUBGRAPHS
 from flamingo_export.weights import WeightIndex, bundle_weights, group_file, groups, layout, stored_bytes
 from flamingo_export.weights.decoder_cuts import graph_bytes
-from flamingo_reference.config import PRESETS
+from flamingo_reference.config import SIZES
 
 TARGET = "sm89"
 
@@ -93,7 +93,7 @@ def test_every_part_of_nano(rtx, tmp_path):
 
 def block_bundle(name: str, layer: int, folder: Path) -> Path:
     """A bundle that holds one LM layer with its gated block, in fp16, of random numbers of magnitude 2^-7."""
-    config, precision = PRESETS[name], Precision(storage="fp16")
+    config, precision = SIZES[name], Precision(storage="fp16")
     rng = np.random.default_rng(0)
     (folder / "weights").mkdir()
     wanted = (f"decoder.layer.{layer:03d}", f"decoder.cross_attention.{config.gated_layers.index(layer):03d}")
@@ -121,7 +121,7 @@ def block_bundle(name: str, layer: int, folder: Path) -> Path:
 @pytest.mark.parametrize(("name", "layer"), [("3b", 1), ("9b", 4), ("80b", 7)])
 def test_a_block_in_its_real_size(rtx, tmp_path, name, layer):
     """A part of the decoder, as a host with little memory would build it."""
-    config = PRESETS[name]
+    config = SIZES[name]
     lm = config.language_model
     weights = 2 * (12 * lm.width**2 + lm.width * lm.max_positions + 10 * lm.width**2)
     needed = engine_building(weights) + weights  # the files, in the page cache or in a folder in memory

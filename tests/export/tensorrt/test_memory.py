@@ -1,4 +1,4 @@
-"""Element types against ml_dtypes, DLPack against numpy and torch, buffers and lanes on the fake device, and what that forbids."""
+"""ElementType types against ml_dtypes, DLPack against numpy and torch, buffers and streams on the fake device, and what that forbids."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from fake_cuda import FakeCuda, Misuse
 
 from flamingo_export.backends.tensorrt import dlpack
 from flamingo_export.backends.tensorrt.cuda import CudaError
-from flamingo_export.backends.tensorrt.dtypes import ELEMENTS, decode, element_of, encode, kind_of
-from flamingo_export.backends.tensorrt.memory import DeviceBuffer, DeviceTensor, Lane
+from flamingo_export.backends.tensorrt.dtypes import ELEMENT_TYPES, decode, element_type, element_type_from_dlpack, encode
+from flamingo_export.backends.tensorrt.memory import DeviceBuffer, DeviceStream, DeviceTensor
 from flamingo_export.errors import InputError
 
-FP32, FP16, BF16, INT64 = (ELEMENTS[name] for name in ("fp32", "fp16", "bf16", "int64"))
+FP32, FP16, BF16, INT64 = (ELEMENT_TYPES[name] for name in ("fp32", "fp16", "bf16", "int64"))
 
 
 @pytest.fixture
@@ -24,11 +24,11 @@ def cuda() -> FakeCuda:
 
 
 @pytest.fixture
-def lane(cuda) -> Lane:
-    return Lane(cuda, first=True)
+def stream(cuda) -> DeviceStream:
+    return DeviceStream(cuda, first=True)
 
 
-# Element types.
+# ElementType types.
 
 
 def test_bf16_is_rounded_as_ml_dtypes_does():
@@ -48,8 +48,8 @@ def test_bf16_is_rounded_as_ml_dtypes_does():
 
 
 def test_every_element_comes_back():
-    for element in ELEMENTS.values():
-        assert kind_of(element.code, element.bits) is element
+    for element in ELEMENT_TYPES.values():
+        assert element_type_from_dlpack(element.code, element.bits) is element
         value = np.array([[1, 0], [3, 1]]).astype(
             np.float32 if element.storage.kind == "f" or element is BF16 else element.storage
         )
@@ -57,8 +57,8 @@ def test_every_element_comes_back():
         encode(value, stored, element)
         assert decode(stored, element).dtype == value.dtype
         assert np.array_equal(decode(stored, element), value)
-    assert element_of("float", "bf16") is BF16
-    assert element_of("fp32", "bf16") is FP32
+    assert element_type("float", "bf16") is BF16
+    assert element_type("fp32", "bf16") is FP32
     over = np.empty(1, np.float16)
     encode(np.array([1e6], np.float32), over, FP16)
     assert np.isinf(over).all()
@@ -67,7 +67,7 @@ def test_every_element_comes_back():
     with pytest.raises(InputError, match="int64 was given, floats are expected"):
         encode(np.ones(1, np.int64), np.empty(1, np.uint16), BF16)
     with pytest.raises(InputError, match="type code 2 with 64 bits"):
-        kind_of(2, 64)
+        element_type_from_dlpack(2, 64)
 
 
 # DLPack.
@@ -129,20 +129,20 @@ def test_torch_reads_our_capsules():
     assert torch.equal(torch.from_dlpack(OnHost(array)), torch.from_numpy(array))
 
 
-def test_what_others_have_is_taken_on_our_stream(lane):
+def test_what_others_have_is_taken_on_our_stream(stream):
     other = Exported(np.ones((2, 3), np.float32))
-    tensor = DeviceTensor.taken(other, lane)
-    assert other.streams == [lane.stream]
+    tensor = DeviceTensor.taken(other, stream)
+    assert other.streams == [stream.handle]
     assert (tensor.shape, tensor.element, tensor.address) == ((2, 3), FP32, other.array.ctypes.data)
     with pytest.raises(InputError, match=r"DLPack device \(1, 0\)"):
-        DeviceTensor.taken(np.ones(3), lane)
+        DeviceTensor.taken(np.ones(3), stream)
     with pytest.raises(InputError, match="neither an array of the host nor"):
-        DeviceTensor.taken("text", lane)
+        DeviceTensor.taken("text", stream)
 
 
-def test_others_wait_for_our_stream(cuda, lane):
-    tensor = DeviceTensor.empty(lane, (2, 3), FP32)
-    cuda.fill(tensor.address, 0, tensor.nbytes, lane.stream)
+def test_others_wait_for_our_stream(cuda, stream):
+    tensor = DeviceTensor.empty(stream, (2, 3), FP32)
+    cuda.fill(tensor.address, 0, tensor.nbytes, stream.handle)
     theirs = cuda.stream(first=False)
     seen = []
     taken = dlpack.take(Handed(tensor), stream=theirs)
@@ -159,13 +159,13 @@ class Handed:
         self.__dlpack__, self.__dlpack_device__ = tensor.__dlpack__, tensor.__dlpack_device__
 
 
-# Buffers, tensors and lanes.
+# Buffers, tensors and streams.
 
 
 @pytest.mark.parametrize("element", [FP32, FP16, BF16])
-def test_buffers_hold_what_is_written(cuda, lane, element):
-    other = Lane(cuda, first=False)
-    buffer = DeviceBuffer.zeroed(lane, (3, 2, 4), element)
+def test_buffers_hold_what_is_written(cuda, stream, element):
+    other = DeviceStream(cuda, first=False)
+    buffer = DeviceBuffer.zeroed(stream, (3, 2, 4), element)
     assert not buffer.read().any()
     rows = np.arange(24, dtype=np.float32).reshape(3, 2, 4)
     for index in range(2):
@@ -183,7 +183,7 @@ def test_buffers_hold_what_is_written(cuda, lane, element):
     assert middle is buffer.rows(1, 2)
     assert np.array_equal(middle.read(), rows[1:])
     assert np.array_equal(middle.rows(1, 1).read(), rows[2:])
-    cache = DeviceBuffer.zeroed(lane, (2, 3, 5, 4), element)
+    cache = DeviceBuffer.zeroed(stream, (2, 3, 5, 4), element)
     values = np.arange(60, dtype=np.float32).reshape(3, 5, 4)
     cache.write(0, values)
     cache.rows(0, 2).copy_slots(0, 1, 2)
@@ -191,56 +191,56 @@ def test_buffers_hold_what_is_written(cuda, lane, element):
     assert not cache.read()[1, :, 2:].any()
     with pytest.raises(InputError, match="rows 2 to 3 of a buffer"):
         buffer.rows(2, 2)
-    grown = DeviceBuffer.zeroed(lane, (5, 2, 4), element)
+    grown = DeviceBuffer.zeroed(stream, (5, 2, 4), element)
     grown.copy_from(buffer)
     assert np.array_equal(grown.read()[:3], rows)
     for value in (rows[0, 0], rows):
         with pytest.raises(InputError, match="for row 0 of a buffer"):
             buffer.write(0, value)
     with pytest.raises(InputError, match="cannot be copied into"):
-        buffer.copy_from(DeviceBuffer.zeroed(lane, (2, 2, 5), element))
+        buffer.copy_from(DeviceBuffer.zeroed(stream, (2, 2, 5), element))
     with pytest.raises(InputError, match="cannot take the shape"):
         tensor.reshape(3, 3)
     with pytest.raises(IndexError):
         tensor[1]
 
 
-def test_what_another_lane_wrote_is_waited_for_once_published(cuda, lane):
+def test_what_another_lane_wrote_is_waited_for_once_published(cuda, stream):
     """The fake does what a stream is asked when it is waited for: without `publish` the reader would see zeros."""
-    other = Lane(cuda, first=False)
-    buffer = DeviceBuffer.zeroed(lane, (1, 4), FP32)
+    other = DeviceStream(cuda, first=False)
+    buffer = DeviceBuffer.zeroed(stream, (1, 4), FP32)
     tensor = DeviceTensor.empty(other, (1, 4), FP32)
-    cuda.fill(tensor.address, 1, tensor.nbytes, other.stream)
+    cuda.fill(tensor.address, 1, tensor.nbytes, other.handle)
     buffer.write(0, tensor[0])
     seen = []
     peek = lambda: seen.append(cuda.view(buffer.address, 16)[0])  # noqa: E731
-    cuda.ask(lane.stream, peek)
-    cuda.synchronize(lane.stream)
+    cuda.ask(stream.handle, peek)
+    cuda.synchronize(stream.handle)
     buffer.publish()
-    cuda.ask(lane.stream, peek)
-    cuda.synchronize(lane.stream)
+    cuda.ask(stream.handle, peek)
+    cuda.synchronize(stream.handle)
     assert seen == [0, 1]
 
 
-def test_memory_comes_back_in_the_order_of_its_lane(cuda, lane):
+def test_memory_comes_back_in_the_order_of_its_lane(cuda, stream):
     used = cuda.used
-    tensor = DeviceTensor.empty(lane, (1000,), FP32)
-    cuda.fill(tensor.address, 0, tensor.nbytes, lane.stream)
+    tensor = DeviceTensor.empty(stream, (1000,), FP32)
+    cuda.fill(tensor.address, 0, tensor.nbytes, stream.handle)
     assert cuda.used == used + 4000
     del tensor
     gc.collect()
     assert cuda.used == used + 4000  # what was asked before is still to come
-    cuda.synchronize(lane.stream)
+    cuda.synchronize(stream.handle)
     assert cuda.used == used
 
 
-def test_lanes_share_one_block_of_activations(cuda, lane):
-    lane.reserve(1000)
-    first = lane.activations
-    lane.reserve(500)
-    assert lane.activations is first
-    lane.reserve(2000)
-    assert lane.activations.size == 2000
+def test_lanes_share_one_block_of_activations(cuda, stream):
+    stream.reserve(1000)
+    first = stream.activations
+    stream.reserve(500)
+    assert stream.activations is first
+    stream.reserve(2000)
+    assert stream.activations.size == 2000
     del first
     gc.collect()
     assert cuda.used == 2000

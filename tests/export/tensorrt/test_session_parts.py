@@ -149,7 +149,7 @@ def test_hidden_states_lie_in_one_place_whatever_the_shape(both: Load, gpu):
         assert decoder._hidden == [hidden]  # type: ignore[attr-defined]
         assert first._bound["hidden_out"] is last._bound["hidden"]
         assert first._bound["hidden_out"].address == hidden.address
-    assert first._lane is last._lane  # one stream: what the second part reads the first has written
+    assert first._stream is last._stream  # one stream: what the second part reads the first has written
 
 
 def test_graphs_of_many_shapes_go_one_after_the_other(both: Load, gpu):

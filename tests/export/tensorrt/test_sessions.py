@@ -253,7 +253,7 @@ def test_prefetching_neither_waits_nor_disturbs_the_stream_of_steps(both: Load, 
     decode(loop, 3)
     second = submit(131)
     loop._take_in()
-    encoding = engines.engines.vision_encoder._lane.stream  # type: ignore[attr-defined]
+    encoding = engines.engines.vision_encoder._stream.handle  # type: ignore[attr-defined]
     waited, pinned = gpu.cuda.calls["synchronize"], dict(loop.bank._pins)
     loop._prefetch()
     assert gpu.cuda.calls["synchronize"] == waited

@@ -11,7 +11,7 @@ import pytest
 
 from flamingo_export.backends.tensorrt import builder as builder_module
 from flamingo_export.backends.tensorrt.builder import Task, build, check
-from flamingo_export.backends.tensorrt.log import Heard, listening
+from flamingo_export.backends.tensorrt.log import BuilderMessages, listening
 from flamingo_export.backends.tensorrt.lowering.lint import check_graph
 from flamingo_export.backends.tensorrt.lowering.lower import lower, save_lowered
 from flamingo_export.backends.tensorrt.lowering.shapes import profiles
@@ -176,7 +176,7 @@ def test_a_corrupt_graph_file(rtx, task):
 
 def test_engines_may_not_allocate_while_they_run(rtx, task):
     """Without the flag TensorRT for RTX may, and then a step cannot be captured as a CUDA graph."""
-    with listening(rtx, Heard()) as logger:
+    with listening(rtx, BuilderMessages()) as logger:
         config = builder_module._config(rtx, rtx.Builder(logger), task("decoder"))
         assert config.get_flag(rtx.BuilderFlag.REQUIRE_USER_ALLOCATION)
 

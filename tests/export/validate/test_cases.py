@@ -8,7 +8,7 @@ import pytest
 from flamingo_export.validate.expected import inputs
 from flamingo_export.validate.expected.cases import PHI_CASES, TREE_CASE, decoder_cases, encoder_cases
 from flamingo_export.validate.expected.plan import Plan, plan_case, strips
-from flamingo_reference.config import PRESETS, ModelConfig
+from flamingo_reference.config import SIZES, ModelConfig
 from flamingo_reference.phi import phi_from_tokens
 
 
@@ -36,7 +36,7 @@ def test_integers_stay_in_their_range() -> None:
 
 @pytest.mark.parametrize("size", ["nano", "3b", "9b", "80b"])
 def test_every_size_has_every_case(size: str) -> None:
-    config = PRESETS[size]
+    config = SIZES[size]
     names = [case.name for case in decoder_cases(config)]
     assert len(names) == len(set(names))
     assert set(PHI_CASES) <= set(names)

@@ -20,7 +20,7 @@ from tiny_models import TINY, tiny_model
 from flamingo_reference.checkpoints.families.native import load_native, save_native
 from flamingo_reference.checkpoints.files.folder import open_tensors
 from flamingo_reference.checkpoints.files.tensors import CheckpointError
-from flamingo_reference.config import PRESETS, ModelConfig
+from flamingo_reference.config import SIZES, ModelConfig
 from flamingo_reference.model import Flamingo, numpy_from_torch
 from flamingo_reference.names import expected_tensors, parameter_counts
 
@@ -45,7 +45,7 @@ def shards(tmp_path: Path, arrays: Arrays) -> Path:
     return tmp_path / "shards"
 
 
-@pytest.mark.parametrize("config", [SMALL, *PRESETS.values()], ids=lambda config: config.name)
+@pytest.mark.parametrize("config", [SMALL, *SIZES.values()], ids=lambda config: config.name)
 def test_names_are_the_models_parameters(config: ModelConfig) -> None:
     with torch.device("meta"):
         model = Flamingo(config)
@@ -57,14 +57,14 @@ def test_names_are_the_models_parameters(config: ModelConfig) -> None:
 
 def test_counts_computed_from_the_papers_shapes() -> None:
     """facts/paper.md: what its table of shapes comes to, in billions."""
-    counts = {name: parameter_counts(PRESETS[name]) for name in ("3b", "9b", "80b")}
+    counts = {name: parameter_counts(SIZES[name]) for name in ("3b", "9b", "80b")}
     assert list(counts["3b"]) == ["vision_encoder", "resampler", "cross_attention", "language_model"]
     assert [round(counts[name]["language_model"] / 1e9, 2) for name in counts] == [1.37, 8.86, 70.06]
     assert [round(counts[name]["cross_attention"] / 1e9, 2) for name in counts] == [1.16, 1.80, 8.36]
     assert {counts[name]["vision_encoder"] for name in counts} == {435_286_116}
     # 174.7M without the projection from 3072 to 1536 (ours), which is 4.7M of these.
     assert {round(counts[name]["resampler"] / 1e6, 1) for name in counts} == {174.8}
-    assert [len(PRESETS[name].gated_layers) for name in counts] == [24, 10, 12]
+    assert [len(SIZES[name].gated_layers) for name in counts] == [24, 10, 12]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
