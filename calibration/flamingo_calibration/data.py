@@ -19,9 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from flamingo_export.bundle.tokenizer import checked_tokenizer, placeholder_tokenizer
 from flamingo_export.errors import CalibrationError, InputError, PromptError
 from flamingo_export.progress import SILENT, Progress
@@ -31,14 +28,13 @@ from flamingo_export.runtime.request import Request, prepare
 from flamingo_export.runtime.tokenizer import Tokenizer
 from flamingo_export.runtime.videos import Video
 from flamingo_export.sources import RandomSource, WeightSource
+from flamingo_reference.arrays import Ints
 from flamingo_reference.input_format import PAPER, InputFormat
 
 MIN_TOKENS = 256
 """Positions of all samples together, below which statistics are left to chance and calibration is refused."""
 _SHOWN_FAULTS = 20
 _KEYS = ("prompt", "text", "images", "videos")
-
-Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,10 @@ import msgspec
 import numpy as np
 
 from flamingo_calibration.data import Checked
-from flamingo_calibration.streams import Array, Shapes, Stream, Work
+from flamingo_calibration.streams import Shapes, Stream, Work
 from flamingo_export.runtime.media import load_medium
 from flamingo_export.sources import WeightSource
+from flamingo_reference.arrays import Floats32
 from flamingo_reference.time_weights import time_weights
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class Walk:
             return features
         return torch.cat([module(torch.from_numpy(frame[None])) for frame in medium.pixels])
 
-    def _resample(self, module: Any, features: Array) -> Tensor:
+    def _resample(self, module: Any, features: Floats32) -> Tensor:
         import torch
 
         embeddings = self.config.resampler.num_time_embeddings

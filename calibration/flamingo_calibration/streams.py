@@ -19,14 +19,13 @@ from typing import IO
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from flamingo_export import files
 from flamingo_export.errors import CalibrationError
 from flamingo_export.files import PART, Identified, Journal, sync
 from flamingo_export.weights.calibration_table import Statistics
+from flamingo_reference.arrays import Floats32
 
-Array = npt.NDArray[np.float32]
 Shapes = Sequence[tuple[int, ...]]
 JOURNAL, LOCK = "journal.json", "lock"
 
@@ -53,7 +52,7 @@ class Stream:
         """Whether the file is there in full."""
         return self.path.is_file() and self.path.stat().st_size == self._offsets[-1]
 
-    def read(self, index: int) -> Array:
+    def read(self, index: int) -> Floats32:
         """One of the arrays."""
         shape = self._shapes[index]
         numbers = np.fromfile(self.path, "<f4", math.prod(shape), offset=self._offsets[index])
@@ -81,7 +80,7 @@ class Stream:
         self._unfinished.replace(self.path)
 
 
-def append(file: IO[bytes], array: Array) -> None:
+def append(file: IO[bytes], array: Floats32) -> None:
     """Appends the next array of a stream."""
     file.write(np.ascontiguousarray(array, "<f4").tobytes())
 

@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from flamingo_export.precision import E4M3_LARGEST
+from flamingo_reference.arrays import Floats
 
-Array = npt.NDArray[np.float64]
-Rounding = Callable[[Array, Array], Array]
+Rounding = Callable[[Floats, Floats], Floats]
 """(magnitudes, thresholds) -> what is left of the magnitudes; broadcasts."""
 
 PERCENTILE = 99.99
@@ -25,27 +25,27 @@ _MOST_CLIPPED = 0.1
 """Share of the numbers beyond which `entropy` looks no further: such a threshold is not a candidate, and trying them all takes time."""
 
 
-def e4m3(magnitudes: Array, thresholds: Array) -> Array:
+def e4m3(magnitudes: Floats, thresholds: Floats) -> Floats:
     """Magnitudes clipped to a threshold and rounded to E4M3, the threshold being its largest number."""
     scales = np.asarray(thresholds) / E4M3_LARGEST
     kept = np.minimum(magnitudes / scales, E4M3_LARGEST).astype(ml_dtypes.float8_e4m3fn)
-    rounded: Array = kept.astype(np.float64) * scales
+    rounded: Floats = kept.astype(np.float64) * scales
     return rounded
 
 
-def candidates(amax: float) -> Array:
+def candidates(amax: float) -> Floats:
     """Thresholds that are tried: 32 to an octave, from `amax` eight octaves down."""
-    tried: Array = amax * 2.0 ** (-np.arange(_PER_OCTAVE * _OCTAVES + 1) / _PER_OCTAVE)
+    tried: Floats = amax * 2.0 ** (-np.arange(_PER_OCTAVE * _OCTAVES + 1) / _PER_OCTAVE)
     return tried
 
 
-def percentile(edges: Array, counts: npt.NDArray[Any], share: float = PERCENTILE) -> float:
+def percentile(edges: Floats, counts: npt.NDArray[Any], share: float = PERCENTILE) -> float:
     """Upper edge of the bin that this share (per cent) of the numbers is reached in. edges, counts: [bins], ascending."""
     reached = np.cumsum(counts)
     return float(edges[np.searchsorted(reached, share / 100 * reached[-1])])
 
 
-def mse(values: Array, counts: npt.NDArray[Any], tried: Array, rounding: Rounding = e4m3) -> float:
+def mse(values: Floats, counts: npt.NDArray[Any], tried: Floats, rounding: Rounding = e4m3) -> float:
     """The threshold with the least squared error, the largest of equals.
 
     values, counts: centre and count of each bin [bins]. tried: thresholds, descending; rounding clips to them.
@@ -60,7 +60,7 @@ def mse(values: Array, counts: npt.NDArray[Any], tried: Array, rounding: Roundin
     return best
 
 
-def entropy(values: Array, counts: npt.NDArray[Any], tried: Array, rounding: Rounding = e4m3) -> float:
+def entropy(values: Floats, counts: npt.NDArray[Any], tried: Floats, rounding: Rounding = e4m3) -> float:
     """The threshold whose rounding leaves most of the distribution: least Kullback-Leibler divergence, the largest of equals.
 
     values, counts: centre and count of each bin that is not empty [bins], ascending. The distribution holds what is clipped in its last bin;

@@ -10,13 +10,11 @@ from typing import Any, Protocol
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from flamingo_export.bundle.manifest import EngineRecord, GraphRecord, Manifest
 from flamingo_export.precision import StorageType
 from flamingo_export.specs import SubgraphSpec, TensorSpec
-
-Array = npt.NDArray[Any]
+from flamingo_reference.arrays import Array
 
 
 class DeviceArray(Protocol):

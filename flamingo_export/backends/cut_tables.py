@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from flamingo_export.backends.base import Array
 from flamingo_export.errors import BundleError
 from flamingo_export.weights import DISTANCE_BLOCK, WeightIndex
+from flamingo_reference.arrays import Array
 
 
 class CutTables:

@@ -18,7 +18,6 @@ import numpy as np
 
 from flamingo_export.backends import onnxruntime_library
 from flamingo_export.backends.base import (
-    Array,
     Availability,
     Buffer,
     Capabilities,
@@ -37,6 +36,7 @@ from flamingo_export.errors import BackendError, BundleError, InputError, first_
 from flamingo_export.machine import physical_cores
 from flamingo_export.precision import Policy, StorageType
 from flamingo_export.specs import KIND_DTYPES, SubgraphSpec, decoder_spec, subgraph_specs
+from flamingo_reference.arrays import Array
 
 # Types that numpy has no name for, as TensorProto numbers them: onnx is not needed to run a bundle.
 _ONNX_TYPES = {np.dtype(ml_dtypes.bfloat16): 16, np.dtype(ml_dtypes.float8_e4m3fn): 17}

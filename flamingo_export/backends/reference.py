@@ -15,22 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flamingo_export.backends.base import (
-    Array,
-    Availability,
-    Buffer,
-    Capabilities,
-    HostSession,
-    SessionOptions,
-    check_feeds,
-    on_host,
-)
+from flamingo_export.backends.base import Availability, Buffer, Capabilities, HostSession, SessionOptions, check_feeds, on_host
 from flamingo_export.backends.base import Tensor as HostOrDevice
 from flamingo_export.bundle.manifest import EngineRecord, GraphRecord, Manifest
 from flamingo_export.errors import BackendError, CheckpointError, InputError, pip_install
 from flamingo_export.precision import StorageType
 from flamingo_export.sources.origin import find_origin
 from flamingo_export.specs import KIND_DTYPES, SubgraphSpec, decoder_spec, subgraph_specs
+from flamingo_reference.arrays import Array
 from flamingo_reference.config import RelativePositions
 
 if TYPE_CHECKING:

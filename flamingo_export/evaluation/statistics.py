@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flamingo_export.evaluation.metrics.base import Floats, Indices, Scored
+from flamingo_export.evaluation.metrics.base import Indices, Scored
+from flamingo_reference.arrays import Floats
 
 RESAMPLES = 1000
 LEVEL = 95

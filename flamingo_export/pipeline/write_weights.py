@@ -27,8 +27,9 @@ from flamingo_export.pipeline.work_folder import Finished, Journal
 from flamingo_export.precision import E4M3_LARGEST, Precision, Quantisation
 from flamingo_export.progress import Progress
 from flamingo_export.quantize.matrices import quantised, range_scale
-from flamingo_export.sources.base import Array, WeightSource, tensor_digest
+from flamingo_export.sources.base import WeightSource, tensor_digest
 from flamingo_export.weights import STORAGE_DTYPES, Weight, group_file, groups, layout, stored_bytes
+from flamingo_reference.arrays import Array
 
 if TYPE_CHECKING:
     from flamingo_export.weights.calibration_table import CalibrationTable

@@ -14,15 +14,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import ml_dtypes
 import numpy as np
-import numpy.typing as npt
 
 from flamingo_export.precision import E4M3_LARGEST, Quantisation
-
-Array = npt.NDArray[Any]
+from flamingo_reference.arrays import Array
 
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 SMALLEST_SCALE = 2.0**-20

@@ -14,8 +14,6 @@ import numpy as np
 
 from flamingo_export.errors import InputError
 from flamingo_export.runtime.candidates import (
-    Floats,
-    Ints,
     Scores,
     Top,
     candidates_of,
@@ -27,6 +25,7 @@ from flamingo_export.runtime.candidates import (
 )
 from flamingo_export.runtime.search import Certain, Hypothesis, Step, StopRule
 from flamingo_export.runtime.steering import NOTHING_LEFT
+from flamingo_reference.arrays import Floats, Ints
 
 NO_SCORE = -1.0e9  # transformers' "not there yet"
 

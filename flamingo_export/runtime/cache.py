@@ -14,7 +14,7 @@ import numpy as np
 from flamingo_export.backends.base import Buffer, Session
 from flamingo_export.bundle.manifest import ShapeLimits
 from flamingo_export.errors import CapacityError
-from flamingo_export.runtime.tree import Ints
+from flamingo_reference.arrays import Ints
 
 BUCKET = 128
 """Capacity grows in steps of this many slots: attention reads the whole capacity, growing copies it once. A compiled decoder has one."""

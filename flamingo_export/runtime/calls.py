@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flamingo_export.backends.base import Array
 from flamingo_export.runtime.cache import Row
 from flamingo_export.runtime.candidates import Scores
 from flamingo_export.runtime.jobs import Generating
+from flamingo_reference.arrays import Array
 
 MOST_PADDING = 4
 """At most one of so many columns of a call is padding."""

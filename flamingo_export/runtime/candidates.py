@@ -18,10 +18,9 @@ import numpy.typing as npt
 from flamingo_export.backends.base import Session, Tensor
 from flamingo_export.errors import BundleError
 from flamingo_export.specs import LOG_SUM_EXP, TOP_IDS, TOP_VALUES
+from flamingo_reference.arrays import Floats, Ints
 
 Logits = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
 Top = tuple[tuple[int, float], ...]
 """The likeliest tokens at a place, best first, with their log-probabilities."""
 _NOT_FINITE = "the model's logits are not finite numbers. Check its weights: flamingo-export parity"

@@ -16,9 +16,10 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
-from flamingo_export.backends.base import Array, Buffer, Session, Tensor, check_feeds
+from flamingo_export.backends.base import Buffer, Session, Tensor, check_feeds
 from flamingo_export.errors import InputError
 from flamingo_export.specs import HIDDEN, HIDDEN_OUT, SubgraphSpec
+from flamingo_reference.arrays import Array
 
 
 class DecoderParts:

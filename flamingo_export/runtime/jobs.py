@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flamingo_export.backends.base import Array
 from flamingo_export.runtime.candidates import Scores, log_sum_exp, whole, without
 from flamingo_export.runtime.media_encoder import Encoding
 from flamingo_export.runtime.request import Prepared
 from flamingo_export.runtime.scheduler import Entry
 from flamingo_export.runtime.search import Search, Step
 from flamingo_export.runtime.ticket import Ticket, Tokens
-from flamingo_export.runtime.tree import BeamTree, Ints, Mask
+from flamingo_export.runtime.tree import BeamTree, Mask
+from flamingo_reference.arrays import Array, Ints
 from flamingo_reference.phi import phi_after
 
 if TYPE_CHECKING:

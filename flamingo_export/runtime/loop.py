@@ -26,7 +26,7 @@ from flamingo_export.runtime.scheduler import Kind, Schedule, next_action, overd
 from flamingo_export.runtime.search import Hypothesis
 from flamingo_export.runtime.subgraphs import Engines
 from flamingo_export.runtime.ticket import Ticket
-from flamingo_export.runtime.tree import Ints
+from flamingo_reference.arrays import Ints
 from flamingo_reference.config import ModelConfig
 
 NONE: Ints = np.zeros(0, np.int64)

@@ -9,14 +9,12 @@ from collections import OrderedDict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from flamingo_export.backends.base import Buffer, Session, Tensor
 from flamingo_export.errors import CapacityError
 from flamingo_export.runtime.media import Medium
 from flamingo_export.runtime.media_views import MediaViews
-
-Ints = npt.NDArray[np.int64]
+from flamingo_reference.arrays import Ints
 
 
 class MediaBank:

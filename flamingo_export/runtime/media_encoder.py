@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from flamingo_export.backends.base import Array, Session, Tensor
+from flamingo_export.backends.base import Session, Tensor
 from flamingo_export.errors import InputError
 from flamingo_export.runtime.media import Medium
+from flamingo_reference.arrays import Array
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.time_weights import time_weights
 

@@ -12,11 +12,8 @@ from collections import OrderedDict
 from collections.abc import Mapping
 
 import numpy as np
-import numpy.typing as npt
 
 from flamingo_export.backends.base import Buffer, Session, Tensor
-
-Ints = npt.NDArray[np.int64]
 
 MOST_SPAN = 1.5
 """Rows from the first to the last that a call looks at, for each of these, up to which the part of the bank is bound as it is."""

@@ -11,9 +11,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from flamingo_export.backends.base import Array
 from flamingo_export.errors import CapacityError, InputError
-from flamingo_export.runtime.tree import Ints, Mask
+from flamingo_export.runtime.tree import Mask
+from flamingo_reference.arrays import Array, Ints
 
 
 def check_phi(phi: Ints, num_media: int) -> None:

@@ -6,17 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 from flamingo_export.errors import PromptError
 from flamingo_export.runtime.cache import Key
 from flamingo_export.runtime.media import Medium, MediumSource, load_medium
 from flamingo_export.runtime.tokenizer import Tokenizer, without_last_blanks
+from flamingo_reference.arrays import Ints
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.input_format import PAPER, ImageFit, PromptForms
 from flamingo_reference.phi import media_ranges, phi_from_tokens
-
-Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,6 @@ import numpy.typing as npt
 
 from flamingo_export.errors import InputError
 from flamingo_export.runtime.candidates import (
-    Floats,
-    Ints,
     Logits,
     Scores,
     Top,
@@ -25,6 +23,7 @@ from flamingo_export.runtime.candidates import (
 )
 from flamingo_export.runtime.search import Certain, Hypothesis, Step, StopRule
 from flamingo_export.runtime.steering import NOTHING_LEFT
+from flamingo_reference.arrays import Floats, Ints
 
 GREATEST_TEMPERATURE = 1e30
 """Above it nothing changes any more, all tokens being as likely, until a number of 32 bits overflows."""

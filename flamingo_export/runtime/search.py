@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
-from flamingo_export.runtime.candidates import Ints, Scores, Top
+from flamingo_export.runtime.candidates import Scores, Top
 from flamingo_export.runtime.steering import Steering
+from flamingo_reference.arrays import Ints
 
 
 @dataclass(frozen=True, kw_only=True)

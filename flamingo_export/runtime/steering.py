@@ -10,17 +10,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 from flamingo_export.errors import InputError
 from flamingo_export.runtime.constraints import Guide
+from flamingo_reference.arrays import Floats
 
 GREATEST = 1e30
 """Of a score that was punished or preferred: far within the range of fp32, also after a temperature."""
 NOTHING_LEFT = (
     "the answer cannot go on: no_repeat_ngram, repetition_penalty, logit_bias and min_new_tokens leave no token. Ask for less."
 )
-Floats = npt.NDArray[np.float64]
 Decode = Callable[[Sequence[int]], str]
 
 

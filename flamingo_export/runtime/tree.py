@@ -13,7 +13,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-Ints = npt.NDArray[np.int64]
+from flamingo_reference.arrays import Ints
+
 Mask = npt.NDArray[np.bool_]
 
 

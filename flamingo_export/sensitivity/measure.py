@@ -23,7 +23,7 @@ import numpy as np
 from flamingo_calibration.data import BadSample, Checked, Sample, check_samples
 from flamingo_calibration.layer_runner import Step, Walk
 from flamingo_calibration.run import calibrate
-from flamingo_calibration.streams import Array, Stream, Work, append
+from flamingo_calibration.streams import Stream, Work, append
 from flamingo_export.backends.memory import release
 from flamingo_export.errors import BuildError, CalibrationError, pip_install
 from flamingo_export.precision import Policy, Precision, QuantisedType
@@ -39,6 +39,7 @@ from flamingo_export.sources.origin import source_digest
 from flamingo_export.validate.expected.rounding import HEAD
 from flamingo_export.weights import bundle_weights
 from flamingo_export.weights.calibration_table import CalibrationTable, check_fits
+from flamingo_reference.arrays import Floats32
 from flamingo_reference.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -194,7 +195,7 @@ class _Measuring:
             return [target for target in self.targets if target.name == HEAD and step.output is None]
         return [target for target in self.targets if target.name != HEAD and target.source.startswith(f"{step.prefix}.")]
 
-    def _expected(self, step: Step, module: nn.Module) -> Callable[[int], Array]:
+    def _expected(self, step: Step, module: nn.Module) -> Callable[[int], Floats32]:
         """What the reference makes of each item: written for the next part, but for logits, which are worked out again."""
         if step.output is None:
             return lambda index: _logits(step, module, index)
@@ -206,7 +207,7 @@ class _Measuring:
         return stream.read
 
     def _part(
-        self, step: Step, module: nn.Module, found: Sequence[_Target], expected: Callable[[int], Array]
+        self, step: Step, module: nn.Module, found: Sequence[_Target], expected: Callable[[int], Floats32]
     ) -> tuple[list[MatrixError], LayerError]:
         layer = layer_name(self.config, step.prefix)
         errors = {target.name: self._error(step, module, {target.name}, expected) for target in found}
@@ -225,7 +226,7 @@ class _Measuring:
         ]
         return matrices, LayerError(name=layer, error=whole.error, share=whole.added / whole.output if whole.output else 0.0)
 
-    def _error(self, step: Step, module: nn.Module, names: set[str], expected: Callable[[int], Array]) -> _Found:
+    def _error(self, step: Step, module: nn.Module, names: set[str], expected: Callable[[int], Floats32]) -> _Found:
         twin = self.twins.of(module, step.prefix, names)
         residual: Stream | None = step.hidden if step.output is not None else None
         squares, count = np.zeros(3), 0
@@ -245,12 +246,12 @@ class _Measuring:
         return _Found(change=change, added=added_rms, output=output_rms)
 
 
-def _logits(step: Step, module: Any, index: int) -> Array:
+def _logits(step: Step, module: Any, index: int) -> Floats32:
     """Logits [S, V] of an item's last hidden states."""
     import torch
 
     assert step.hidden is not None  # of the head's step it never is
-    logits: Array = module.logits(torch.from_numpy(step.hidden.read(index))).numpy()
+    logits: Floats32 = module.logits(torch.from_numpy(step.hidden.read(index))).numpy()
     return logits
 
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from flamingo_export.bundle.manifest import SourceRecord
+from flamingo_reference.arrays import Array
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.input_format import InputFormat
-
-Array = npt.NDArray[Any]
 
 
 class WeightSource(Protocol):

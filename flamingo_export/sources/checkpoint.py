@@ -11,7 +11,8 @@ import msgspec
 
 from flamingo_export.bundle.manifest import SourceRecord
 from flamingo_export.errors import CheckpointError
-from flamingo_export.sources.base import TOWERS, Array, combined_digest, towers_digest
+from flamingo_export.sources.base import TOWERS, combined_digest, towers_digest
+from flamingo_reference.arrays import Array
 from flamingo_reference.checkpoints.files.tensors import CheckpointError as UnreadableCheckpoint
 from flamingo_reference.checkpoints.loading import CheckpointFiles, load
 

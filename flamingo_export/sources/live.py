@@ -14,7 +14,8 @@ import numpy as np
 
 from flamingo_export.bundle.manifest import SourceRecord
 from flamingo_export.errors import UnsupportedModel
-from flamingo_export.sources.base import Array, combined_digest, tensor_digest, towers_digest
+from flamingo_export.sources.base import combined_digest, tensor_digest, towers_digest
+from flamingo_reference.arrays import Array
 from flamingo_reference.config import OwnVisionConfig
 from flamingo_reference.input_format import PAPER, InputFormat
 from flamingo_reference.names import expected_tensors

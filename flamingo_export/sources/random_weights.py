@@ -11,7 +11,7 @@ import numpy as np
 
 from flamingo_export.bundle.manifest import SourceRecord
 from flamingo_export.errors import CheckpointError
-from flamingo_export.sources.base import Array
+from flamingo_reference.arrays import Array
 from flamingo_reference.config import ConfigError, ModelConfig
 from flamingo_reference.input_format import PAPER
 from flamingo_reference.names import expected_tensors

@@ -18,7 +18,6 @@ import msgspec
 import numpy as np
 
 from flamingo_export.backends.base import (
-    Array,
     Availability,
     Buffer,
     Capabilities,
@@ -39,6 +38,7 @@ from flamingo_export.validate.checks.checker import Checker
 from flamingo_export.validate.expected.golden import load_goldens
 from flamingo_export.validate.expected.media import FLOATS
 from flamingo_export.validate.tolerances import Tolerance, tolerance
+from flamingo_reference.arrays import Array
 
 GOLDEN_FOLDER = "golden"
 _KINDS: dict[str, Any] = {"float": np.float32, "fp32": np.float32, "int64": np.int64, "bool": np.bool_}

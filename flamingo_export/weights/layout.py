@@ -15,7 +15,8 @@ from flamingo_export.errors import BundleError
 from flamingo_export.precision import ElementType, Precision
 from flamingo_export.quantize.matrices import code_shape, scale_shape
 from flamingo_export.weights.components import bundle_weights
-from flamingo_export.weights.recipes import Array, Weight
+from flamingo_export.weights.recipes import Weight
+from flamingo_reference.arrays import Array
 from flamingo_reference.checkpoints.files.safetensors_file import open_header
 from flamingo_reference.checkpoints.files.tensors import CheckpointError
 from flamingo_reference.config import ModelConfig

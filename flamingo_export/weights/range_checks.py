@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from flamingo_export.errors import CalibrationError
 from flamingo_export.precision import Precision
@@ -26,9 +25,9 @@ from flamingo_export.quantize.matrices import dequantised
 from flamingo_export.weights.calibration_table import CALIBRATE_AGAIN, CalibrationTable
 from flamingo_export.weights.components import bundle_weights
 from flamingo_export.weights.layout import SCALE, WeightIndex
+from flamingo_reference.arrays import Floats
 from flamingo_reference.config import FeedForward, ModelConfig, RelativePositions, TiledViTConfig, ViTConfig
 
-Array = npt.NDArray[np.float64]
 _ABOVE = 1.2
 """What a largest number may be above its bound: matrices are read as stored, rounded to as few as 4 bits."""
 _BELOW = 0.7
@@ -154,7 +153,7 @@ class _Bounds:
         added = self._read(f"{name}/bias") if f"{name}/bias" in self._index else np.zeros(1)
         return float(np.linalg.norm(self._read(name), axis=0).max()) * length + float(np.abs(added).max())
 
-    def _norm(self, name: str) -> tuple[Array, Array]:
+    def _norm(self, name: str) -> tuple[Floats, Floats]:
         """Magnitudes of a norm's gain and bias."""
         gain = np.abs(self._read(f"{name}/weight"))
         return gain, np.abs(self._read(f"{name}/bias")) if f"{name}/bias" in self._index else np.zeros_like(gain)
@@ -162,7 +161,7 @@ class _Bounds:
     def _amax(self, name: str) -> float:
         return self._table.tensors[name].amax
 
-    def _read(self, name: str) -> Array:
+    def _read(self, name: str) -> Floats:
         stored, how = self._index.read_tensor(self._bundle, name), self._quantised.get(name)
         if how is None:
             return stored.astype(np.float32).astype(np.float64)

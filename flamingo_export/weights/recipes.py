@@ -5,16 +5,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from flamingo_export.precision import Precision, Quantisation, StorageType
+from flamingo_reference.arrays import Array
 from flamingo_reference.config import FeedForward, Norm, RotaryPositions
 
-Array = npt.NDArray[Any]
 Recipe = Callable[[Sequence[Array]], Array]
 
 # Rows and columns moved at a time: a block of the source and of the target lie in the cache together.

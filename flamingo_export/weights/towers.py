@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from flamingo_export.weights.recipes import Array, Weight, as_is, feed_forward_up, linear, linear_bias, norm, plain
+from flamingo_export.weights.recipes import Weight, as_is, feed_forward_up, linear, linear_bias, norm, plain
+from flamingo_reference.arrays import Array
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.contrastive_config import TextConfig
 from flamingo_reference.names import pooled_width

@@ -9,7 +9,6 @@ import numpy as np
 
 from flamingo_export.weights.recipes import (
     GELU_GAIN,
-    Array,
     Weight,
     as_is,
     branch_scale,
@@ -21,6 +20,7 @@ from flamingo_export.weights.recipes import (
     norm,
     standardised,
 )
+from flamingo_reference.arrays import Array
 from flamingo_reference.config import ModelConfig, NFNetConfig, TiledViTConfig, ViTConfig
 from flamingo_reference.names import needs_downsample, squeeze_width
 

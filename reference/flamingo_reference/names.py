@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import msgspec
 
+from flamingo_reference.arrays import Shape
 from flamingo_reference.config import (
     FeedForward,
     ModelConfig,
@@ -20,7 +21,6 @@ from flamingo_reference.config import (
 )
 from flamingo_reference.contrastive_config import ContrastiveConfig, Readout, TextConfig
 
-Shape = tuple[int, ...]
 Named = Iterator[tuple[str, Shape]]
 
 

@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from flamingo_reference.arrays import Floats
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from flamingo_reference.model import Flamingo, MediaKV
 
-Floats = npt.NDArray[np.float64]
 NextLogits = Callable[[npt.NDArray[np.int64]], npt.NDArray[Any]]
 """token ids int64 [B, S] -> logits [B, V] of the token that follows each row."""
 

@@ -8,10 +8,10 @@ import ml_dtypes
 import msgspec
 import numpy as np
 
-from flamingo_export.backends.base import Array
 from flamingo_export.errors import InputError
 from flamingo_export.precision import StorageType
 from flamingo_export.specs import ElementKind
+from flamingo_reference.arrays import Array
 
 
 class ElementType(msgspec.Struct, frozen=True, kw_only=True):

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from flamingo_export.backends.base import Array, Buffer, Tensor
+from flamingo_export.backends.base import Buffer, Tensor
 from flamingo_export.backends.tensorrt import dlpack
 from flamingo_export.backends.tensorrt.cuda import Cuda
 from flamingo_export.backends.tensorrt.dtypes import ElementType, decode, element_type_from_dlpack, encode
 from flamingo_export.errors import InputError
+from flamingo_reference.arrays import Array
 
 _STAGE_BYTES = 1 << 24
 ALIGNMENT = 256

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from flamingo_export.backends.base import Array, Buffer, Tensor
+from flamingo_export.backends.base import Buffer, Tensor
 from flamingo_export.backends.tensorrt.dtypes import ElementType, decode, encode
 from flamingo_export.backends.tensorrt.engine_contract import Contract
 from flamingo_export.backends.tensorrt.launch import Call, Result, plan
@@ -34,6 +34,7 @@ from flamingo_export.backends.tensorrt.memory import DeviceBuffer, DeviceTensor,
 from flamingo_export.backends.tensorrt.slots import check_mask, check_writes
 from flamingo_export.errors import BackendError, InputError
 from flamingo_export.specs import SubgraphSpec, TensorSpec
+from flamingo_reference.arrays import Array
 
 MAX_GRAPHS = 16
 """CUDA graphs kept at once, the one launched longest ago going first: rows leave a batch one by one, each time with other shapes."""

@@ -11,8 +11,9 @@ import numpy as np
 
 from flamingo_export.deploy.capacity.costs import StepCosts
 from flamingo_export.deploy.capacity.load import Load, arrivals, day_curve, peak_of
-from flamingo_export.deploy.capacity.simulate import Asked, Floats, Observed, requests, simulate
+from flamingo_export.deploy.capacity.simulate import Asked, Observed, requests, simulate
 from flamingo_export.errors import InputError
+from flamingo_reference.arrays import Floats
 
 _REFUSED = 0.001
 """Of the requests, how many may find the queue full."""

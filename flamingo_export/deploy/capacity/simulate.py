@@ -17,9 +17,9 @@ from flamingo_export.runtime.engine import Engine
 from flamingo_export.runtime.media import Medium
 from flamingo_export.runtime.request import Prepared, prepared_from_ids
 from flamingo_export.runtime.search import Certain, Hypothesis, Step
+from flamingo_reference.arrays import Floats
 from flamingo_reference.config import NANO
 
-Floats = npt.NDArray[np.float64]
 _WARM_UP = 0.1
 """Of the requests, those at the start: the engine is empty when they come."""
 

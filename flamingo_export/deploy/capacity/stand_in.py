@@ -10,10 +10,11 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 
-from flamingo_export.backends.base import Array, Buffer, HostSession, Tensor
+from flamingo_export.backends.base import Buffer, HostSession, Tensor
 from flamingo_export.deploy.capacity.costs import StepCosts
 from flamingo_export.runtime.subgraphs import Engines
 from flamingo_export.specs import SubgraphSpec, TensorSpec
+from flamingo_reference.arrays import Array
 
 
 class Clock:

@@ -16,8 +16,9 @@ from flamingo_export.runtime.media import Medium, MediumSource, load_medium
 from flamingo_export.specs import IMAGE_TOWER
 
 if TYPE_CHECKING:
-    from flamingo_export.backends.base import Array, Backend, Session
+    from flamingo_export.backends.base import Backend, Session
     from flamingo_export.bundle.manifest import Manifest
+    from flamingo_reference.arrays import Array
 
 FRAMES_AT_ONCE = 8
 READERS = 2

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from flamingo_export.evaluation.task import Item
+from flamingo_reference.arrays import Floats
 
-Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
 
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from flamingo_export.errors import EvaluationError, pip_install
-from flamingo_export.evaluation.metrics.base import Floats, Indices, Mean, Outcome
+from flamingo_export.evaluation.metrics.base import Indices, Mean, Outcome
 from flamingo_export.evaluation.task import Item
+from flamingo_reference.arrays import Floats
 
 RECALLS = (1, 5, 10)
 

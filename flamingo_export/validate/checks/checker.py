@@ -16,7 +16,7 @@ from flamingo_export.bundle.manifest import Manifest
 from flamingo_export.errors import named_line
 from flamingo_export.progress import Progress
 from flamingo_export.specs import towers_of
-from flamingo_export.validate.checks.compare import AnyArray, gate, unmeasured
+from flamingo_export.validate.checks.compare import gate, unmeasured
 from flamingo_export.validate.checks.engines import (
     bank_of,
     cached,
@@ -39,6 +39,7 @@ from flamingo_export.validate.expected.oracle import encoder_feeds, features_of_
 from flamingo_export.validate.expected.plan import plan_case
 from flamingo_export.validate.report.parity_report import LayerPoint, Level, Row
 from flamingo_export.validate.tolerances import PRICES, Tolerance, coarsest, logits_tolerance, tolerance
+from flamingo_reference.arrays import Array
 
 LAYER_BY_LAYER = "layer by layer, for want of memory"
 
@@ -66,7 +67,7 @@ class Checker:
         self.first_diverging: str | None = None
         self._cases = decoder_cases(self.config) if cases is None else cases
         self._plans = {case.name: plan_case(self.config, case) for case in self._cases}
-        self._encoded: dict[str, AnyArray] | None = None
+        self._encoded: dict[str, Array] | None = None
         self._arithmetic = backend.arithmetic(manifest, options)
 
     def run(self, *, whole: bool, layers: Path | None) -> None:
@@ -93,7 +94,7 @@ class Checker:
         case: str,
         subgraph: str,
         tensor: str,
-        actual: AnyArray | None,
+        actual: Array | None,
         *,
         kind: str,
         note: str = "",
@@ -154,7 +155,7 @@ class Checker:
                         self._encoded = {name: self.media.numbers(name, values) for name, values in encoded.items()}
             self.progress.advance(1)
 
-    def _end_to_end_latents(self, session: Session, features: AnyArray) -> AnyArray | None:
+    def _end_to_end_latents(self, session: Session, features: Array) -> Array | None:
         with self._guarded("end_to_end", END_TO_END_CASE, "resampler"):
             latents = session.run(resampler_feeds(self.config, features_of_media(self.config, features)))["latents"]
             self._gate("end_to_end", END_TO_END_CASE, "resampler", "latents", latents, kind="resampler of encoded frames")
@@ -167,7 +168,7 @@ class Checker:
     # Decoder.
 
     def _whole_decoder(self) -> None:
-        hidden: dict[str, Mapping[int, AnyArray]] = {}
+        hidden: dict[str, Mapping[int, Array]] = {}
         broken: set[str] = set()
         with self._guarded("subgraph", "decoder, opening", "decoder"):
             for record, layers in self.manifest.decoder_graphs():
@@ -184,15 +185,15 @@ class Checker:
                     self._logits(case, hidden[case.name])
 
     def _stage(
-        self, session: Session, case: DecoderCase, layers: range, hidden: Mapping[int, AnyArray] | None
-    ) -> dict[int, AnyArray]:
+        self, session: Session, case: DecoderCase, layers: range, hidden: Mapping[int, Array] | None
+    ) -> dict[int, Array]:
         """All of a case; where an engine has bounds, its requests in batches that it takes, prefilled in calls that it takes."""
         bank = bank_of(self.config, case, self.media, self._encoded)
         if not session.largest:
             return run_stage(
                 session, self.config, self._plans[case.name], self.media, bank, layers=layers, hidden=hidden
             ).output
-        output: dict[int, AnyArray] = {}
+        output: dict[int, Array] = {}
         at_once = session.largest.get("B", len(case.requests))
         for first in range(0, len(case.requests), at_once):
             batch = msgspec.structs.replace(case, requests=case.requests[first : first + at_once])
@@ -202,7 +203,7 @@ class Checker:
             output |= {first + index: values for index, values in found.items()}
         return output
 
-    def _logits(self, case: DecoderCase, output: Mapping[int, AnyArray], note: str = "") -> None:
+    def _logits(self, case: DecoderCase, output: Mapping[int, Array], note: str = "") -> None:
         fed = fed_positions(self._plans[case.name])
         logits = np.concatenate([output[sequence][positions] for sequence, positions in fed.items()])
         carried = self.goldens.get(LAYERS_CASE, f"layer.{self.config.language_model.num_layers - 1}.carried")
@@ -214,7 +215,7 @@ class Checker:
 
     def _layers(self, folder: Path, *, all_cases: bool) -> None:
         carried_cases = [case for case in self._cases if all_cases or case.name == LAYERS_CASE]
-        hidden: dict[str, Mapping[int, AnyArray]] = {}
+        hidden: dict[str, Mapping[int, Array]] = {}
         broken: set[str] = set()
         count = self.config.language_model.num_layers
         for layer in range(count):
@@ -292,7 +293,7 @@ class Checker:
         if not passed and self.first_diverging is None:
             self.first_diverging = name
 
-    def _point(self, layer: int, alone: list[Row], carried: Mapping[int, AnyArray] | None) -> None:
+    def _point(self, layer: int, alone: list[Row], carried: Mapping[int, Array] | None) -> None:
         expected = self.goldens.get(LAYERS_CASE, f"layer.{layer}.carried")
         row = gate(
             expected,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -11,8 +10,8 @@ import numpy.typing as npt
 
 from flamingo_export.validate.report.parity_report import Level, Row
 from flamingo_export.validate.tolerances import Tolerance
+from flamingo_reference.arrays import Array
 
-AnyArray = npt.NDArray[Any]
 Float64 = npt.NDArray[np.float64]
 
 NUM_SAMPLES = 8192
@@ -35,7 +34,7 @@ class Expected(msgspec.Struct, frozen=True, kw_only=True):
         return self.peak / self.rms if self.rms else 1.0
 
 
-def expect(reference: AnyArray, torch_output: AnyArray, *, num_samples: int = NUM_SAMPLES) -> Expected:
+def expect(reference: Array, torch_output: Array, *, num_samples: int = NUM_SAMPLES) -> Expected:
     """What is expected of an engine, from the fp64 reference and PyTorch's output of the same shape."""
     if reference.shape != torch_output.shape:
         raise ValueError(f"reference {reference.shape} and PyTorch's output {torch_output.shape} differ in shape")
@@ -57,7 +56,7 @@ def error(reference: Float64, actual: Float64, rms: float) -> float:
 
 def gate(
     expected: Expected | None,
-    actual: AnyArray | None,
+    actual: Array | None,
     *,
     tolerance: Tolerance,
     level: Level,

@@ -14,26 +14,26 @@ from flamingo_export.backends.memory import release
 from flamingo_export.bundle.manifest import GraphRecord, Manifest
 from flamingo_export.errors import ParityError
 from flamingo_export.specs import gated_in
-from flamingo_export.validate.checks.compare import AnyArray
 from flamingo_export.validate.expected.cases import DecoderCase, image_rows
 from flamingo_export.validate.expected.media import MediaFormat
 from flamingo_export.validate.expected.plan import Plan
+from flamingo_reference.arrays import Array
 from flamingo_reference.config import ModelConfig
 
-Bank = Callable[[int], tuple[AnyArray, AnyArray]]
+Bank = Callable[[int], tuple[Array, Array]]
 """media_k.i and media_v.i float32 [N, Hx, R, Dx] of gated layer i."""
-Hidden = Mapping[int, AnyArray]
+Hidden = Mapping[int, Array]
 """For each sequence, hidden states [its length, W]; NaN where nothing was fed."""
 
 
 class StageResult(msgspec.Struct, frozen=True, kw_only=True):
     """output: for each sequence [its length, W or V], NaN at positions that were not fed. caches: past_k.j, past_v.j at the end."""
 
-    output: dict[int, AnyArray]
-    caches: dict[str, AnyArray]
+    output: dict[int, Array]
+    caches: dict[str, Array]
 
 
-def bank_of(config: ModelConfig, case: DecoderCase, media: MediaFormat, encoded: Mapping[str, AnyArray] | None) -> Bank:
+def bank_of(config: ModelConfig, case: DecoderCase, media: MediaFormat, encoded: Mapping[str, Array] | None) -> Bank:
     """The bank that a case's requests share: drawn, or what the engine's media_kv made of the end-to-end case's frames."""
     if not case.from_pixels:
         return lambda i: media.drawn(config, i, image_rows(config, case.bank_rows - 1).stop)
@@ -68,7 +68,7 @@ def run_stage(
     }
     for call in plan.calls:
         batch, width = call.token_ids.shape
-        feeds: dict[str, AnyArray] = {name: _widened(name, call.feeds[name], capacity) for name in call.feeds if name in wanted}
+        feeds: dict[str, Array] = {name: _widened(name, call.feeds[name], capacity) for name in call.feeds if name in wanted}
         if hidden is None:
             feeds["token_ids"] = call.token_ids
         else:
@@ -85,13 +85,13 @@ def run_stage(
     return StageResult(output=output, caches={name: cache.read() for name, cache in caches.items()})
 
 
-def _widened(name: str, value: AnyArray, capacity: int) -> AnyArray:
+def _widened(name: str, value: Array, capacity: int) -> Array:
     """Mask and key positions of a case for a cache with more slots, which nothing sees."""
     missing = capacity - value.shape[-1] if name in ("mask", "key_positions") else 0
     return np.pad(value, [(0, 0)] * (value.ndim - 1) + [(0, missing)]) if missing > 0 else value
 
 
-def _gathered(origin: AnyArray, hidden: Hidden, width: int) -> AnyArray:
+def _gathered(origin: Array, hidden: Hidden, width: int) -> Array:
     batch, length = origin.shape[:2]
     gathered = np.zeros((batch, length, width), np.float32)
     for b, s in np.argwhere(origin[:, :, 0] >= 0).tolist():
@@ -100,7 +100,7 @@ def _gathered(origin: AnyArray, hidden: Hidden, width: int) -> AnyArray:
     return gathered
 
 
-def cached(plan: Plan, cache: AnyArray, sequence: int) -> AnyArray:
+def cached(plan: Plan, cache: Array, sequence: int) -> Array:
     """What the cache [B, H, C, D] holds of a sequence's own positions, in order: [H, positions, D]."""
     where = [
         (position, b, c) for b, c in np.argwhere(plan.slots[:, :, 0] == sequence).tolist() for position in [plan.slots[b, c, 1]]

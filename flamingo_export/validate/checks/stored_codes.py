@@ -11,16 +11,17 @@ from pathlib import Path
 
 import numpy as np
 
-from flamingo_export.validate.checks.compare import AnyArray, failed
+from flamingo_export.validate.checks.compare import failed
 from flamingo_export.validate.expected.golden import Goldens
 from flamingo_export.validate.report.parity_report import Row
 from flamingo_export.weights import INPUT_SCALE, SCALE, WeightIndex
+from flamingo_reference.arrays import Array
 
 TENSOR = "codes and scales"
 _SHOWN_NAMES = 8
 
 
-def codes_digest(*pieces: AnyArray) -> str:
+def codes_digest(*pieces: Array) -> str:
     """SHA-256 of a matrix's codes, its scales and, under fp8, its input's scale, as they are stored; of an operand only its scale."""
     digest = hashlib.sha256()
     for piece in pieces:

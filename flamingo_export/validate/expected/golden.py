@@ -17,7 +17,8 @@ import numpy as np
 
 from flamingo_export.errors import ParityError
 from flamingo_export.files import write_atomically
-from flamingo_export.validate.checks.compare import AnyArray, Expected
+from flamingo_export.validate.checks.compare import Expected
+from flamingo_reference.arrays import Array
 
 GOLDEN_SCHEMA = 1
 CASES_FILE = "cases.json"
@@ -69,7 +70,7 @@ class Goldens(msgspec.Struct, kw_only=True):
     computed: dict[str, float] = msgspec.field(default_factory=dict)
     """PyTorch's error in each tensor where it computes in the storage type throughout, not in fp32 on weights of that type: engines that compute
     in 16 bits are judged by it. Empty where it was not asked."""
-    hidden: dict[str, AnyArray] = msgspec.field(default_factory=dict)
+    hidden: dict[str, Array] = msgspec.field(default_factory=dict)
     """float32 [S, W] inputs of each layer, of each sequence of the case followed layer by layer: `layer|sequence`."""
     prices: dict[str, float] = msgspec.field(default_factory=dict)
     """What storing each LM layer (and the gated block before it) as the bundle does costs in PyTorch: rms of the difference from fp64 over the
@@ -141,16 +142,16 @@ def add_goldens(folder: Path, goldens: Goldens, more: Goldens) -> Goldens:
     return goldens
 
 
-def _expected(values: dict[str, Expected]) -> dict[str, AnyArray]:
+def _expected(values: dict[str, Expected]) -> dict[str, Array]:
     return {f"expected|{key}": value.values.astype(np.float32) for key, value in values.items()}
 
 
-def _loaded(folder: Path) -> dict[str, AnyArray]:
+def _loaded(folder: Path) -> dict[str, Array]:
     """All arrays of a folder. Raises SafetensorError or OSError."""
     return _stored(folder / TENSORS_FILE) | _stored(folder / ADDED_FILE)
 
 
-def _stored(path: Path) -> dict[str, AnyArray]:
+def _stored(path: Path) -> dict[str, Array]:
     from safetensors.numpy import load_file
 
     return dict(load_file(path)) if path.name == TENSORS_FILE or path.is_file() else {}

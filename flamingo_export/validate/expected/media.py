@@ -10,9 +10,9 @@ import numpy as np
 
 from flamingo_export.precision import E4M3_LARGEST, Precision
 from flamingo_export.quantize.matrices import FP8, range_scale
-from flamingo_export.validate.checks.compare import AnyArray
 from flamingo_export.validate.expected import inputs
 from flamingo_export.weights.calibration_table import CalibrationTable
+from flamingo_reference.arrays import Array
 from flamingo_reference.config import ModelConfig
 
 BANK_ROWS = 32
@@ -27,26 +27,26 @@ class MediaFormat:
         self._fp8 = precision.media == "fp8"
         self._calibration = calibration
 
-    def drawn(self, config: ModelConfig, i: int, rows: int) -> tuple[AnyArray, AnyArray]:
+    def drawn(self, config: ModelConfig, i: int, rows: int) -> tuple[Array, Array]:
         """media_k.i and media_v.i float32 [rows, G, R, Dx] of cases whose media are drawn; small enough for the bank."""
         block = config.cross_attention
         shape = (BANK_ROWS, block.kv_heads, config.resampler.num_latents, block.head_size)
         k, v = (self._fitting(i, kind) * inputs.normal(f"bank/{kind}.{i}", shape)[:rows] for kind in "kv")
         return k, v
 
-    def codes(self, name: str, values: AnyArray) -> AnyArray:
+    def codes(self, name: str, values: Array) -> Array:
         """Numbers of media_k.i or media_v.i as E4M3 codes, what is beyond their range as the largest."""
-        codes: AnyArray = np.clip(values / self._scale(name), -E4M3_LARGEST, E4M3_LARGEST).astype(FP8)
+        codes: Array = np.clip(values / self._scale(name), -E4M3_LARGEST, E4M3_LARGEST).astype(FP8)
         return codes
 
-    def numbers(self, name: str, held: AnyArray) -> AnyArray:
+    def numbers(self, name: str, held: Array) -> Array:
         """What an engine gave of media_k.i or media_v.i in float32, whichever way the bank holds it."""
         if held.dtype != ml_dtypes.float8_e4m3fn:
             return held
-        numbers: AnyArray = held.astype(np.float32) * np.float32(self._scale(name))
+        numbers: Array = held.astype(np.float32) * np.float32(self._scale(name))
         return numbers
 
-    def rounded(self, name: str, values: AnyArray) -> AnyArray:
+    def rounded(self, name: str, values: Array) -> Array:
         """Numbers of media_k.i or media_v.i as the bank gives them back."""
         return self.numbers(name, self.codes(name, values)) if self._fp8 else values
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from flamingo_export.progress import SILENT, Progress
 from flamingo_export.specs import IMAGE_TOWER, TEXT_TOWER
-from flamingo_export.validate.checks.compare import AnyArray, expect
+from flamingo_export.validate.checks.compare import expect
 from flamingo_export.validate.expected import inputs
 from flamingo_export.validate.expected.cases import (
     END_TO_END_CASE,
@@ -30,6 +30,7 @@ from flamingo_export.validate.expected.golden import Goldens
 from flamingo_export.validate.expected.media import BANK_ROWS, FLOATS, MediaFormat
 from flamingo_export.validate.expected.modules import Parts
 from flamingo_export.validate.expected.plan import Plan, plan_case
+from flamingo_reference.arrays import Array
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.contrastive_config import ClassToken, Readout
 from flamingo_reference.names import pooled_width
@@ -42,7 +43,7 @@ Key = tuple[str, int]
 """Case and sequence."""
 
 
-def encoder_feeds(config: ModelConfig, case: EncoderCase) -> dict[str, AnyArray]:
+def encoder_feeds(config: ModelConfig, case: EncoderCase) -> dict[str, Array]:
     """Inputs of a case of vision_encoder, resampler, media_kv or a tower."""
     vision, resampler, contrastive = config.vision, config.resampler, config.contrastive
     key = f"{case.subgraph}/{case.name}"
@@ -75,7 +76,7 @@ def features_of_media(config: ModelConfig, features: Any) -> Any:
     return features[[image for image, _ in places], [tile for _, tile in places]][:, None]
 
 
-def resampler_feeds(config: ModelConfig, features: AnyArray) -> dict[str, AnyArray]:
+def resampler_feeds(config: ModelConfig, features: Array) -> dict[str, Array]:
     """Inputs of the resampler for features [N, T, P, E]: time weights only where frames have time embeddings."""
     embeddings = config.resampler.num_time_embeddings
     times = {"time_weights": time_weights(features.shape[1], embeddings)} if embeddings else {}
@@ -276,7 +277,7 @@ class _Recorder:
         held = [self.media.rounded(f"media_{kind}.{i}", values) for kind, values in zip("kv", drawn, strict=True)]
 
         def run(
-            module: Any, bank: Sequence[AnyArray], latents: Tensor, *streams: dict[Key, Tensor]
+            module: Any, bank: Sequence[Array], latents: Tensor, *streams: dict[Key, Tensor]
         ) -> tuple[list[dict[Key, Tensor]], Any, Any]:
             given = [torch.from_numpy(array).to(latents) for array in bank]
             encoded = module.media_kv(latents)

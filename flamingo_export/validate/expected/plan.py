@@ -16,10 +16,9 @@ import numpy.typing as npt
 
 from flamingo_export.validate.expected.cases import BeamSteps, DecoderCase, Request, image_rows
 from flamingo_export.validate.report.parity_report import Strip
+from flamingo_reference.arrays import Ints
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.phi import media_ranges, phi_from_tokens
-
-Ints = npt.NDArray[np.int64]
 
 
 class TokenSequence(msgspec.Struct, frozen=True, kw_only=True):

@@ -8,7 +8,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import msgspec
 
-from flamingo_reference.checkpoints.files.tensors import FLOATS, CheckpointError, Shape, TensorReader
+from flamingo_reference.arrays import Shape
+from flamingo_reference.checkpoints.files.tensors import FLOATS, CheckpointError, TensorReader
 
 _NUMBER = re.compile(r"\d+")
 

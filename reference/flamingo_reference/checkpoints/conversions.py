@@ -9,14 +9,12 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
+from flamingo_reference.arrays import Array, Shape
 from flamingo_reference.checkpoints.converted import Recipe as Made
 from flamingo_reference.config import ConfigError
 
-Shape = tuple[int, ...]
-AnyArray = npt.NDArray[Any]
-Make = Callable[[Sequence[AnyArray]], AnyArray]
+Make = Callable[[Sequence[Array]], Array]
 
 
 class Recipe(msgspec.Struct, frozen=True):
@@ -101,23 +99,23 @@ def choice(raw: Mapping[str, Any], name: str, known: Mapping[Any, Any], default:
     return known[value]
 
 
-def _first(sources: Sequence[AnyArray]) -> AnyArray:
+def _first(sources: Sequence[Array]) -> Array:
     return sources[0]
 
 
-def _reshaped(sources: Sequence[AnyArray], *, shape: Shape) -> AnyArray:
+def _reshaped(sources: Sequence[Array], *, shape: Shape) -> Array:
     return sources[0].reshape(shape)
 
 
-def _transposed(sources: Sequence[AnyArray]) -> AnyArray:
+def _transposed(sources: Sequence[Array]) -> Array:
     return sources[0].T
 
 
-def _rows(sources: Sequence[AnyArray], *, start: int, stop: int) -> AnyArray:
+def _rows(sources: Sequence[Array], *, start: int, stop: int) -> Array:
     return sources[0][start:stop]
 
 
-def _padded(sources: Sequence[AnyArray], *, total: int) -> AnyArray:
+def _padded(sources: Sequence[Array], *, total: int) -> Array:
     (matrix,) = sources
     return np.concatenate([matrix, np.zeros((total - len(matrix), *matrix.shape[1:]), matrix.dtype)])
 
@@ -130,5 +128,5 @@ def renamed(recipes: Mapping[str, Made], rename: Callable[[str], str]) -> dict[s
     }
 
 
-def _joined(sources: Sequence[AnyArray]) -> AnyArray:
+def _joined(sources: Sequence[Array]) -> Array:
     return np.concatenate(sources)

@@ -9,8 +9,9 @@ from typing import Any, Protocol
 import msgspec
 import numpy as np
 
+from flamingo_reference.arrays import Array, Shape
 from flamingo_reference.checkpoints.accounting import Ignored
-from flamingo_reference.checkpoints.files.tensors import AnyArray, CheckpointError, Shape, TensorReader
+from flamingo_reference.checkpoints.files.tensors import CheckpointError, TensorReader
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.input_format import PAPER, InputFormat
 
@@ -22,7 +23,7 @@ class Recipe(Protocol):
     def sources(self) -> Mapping[str, Shape]: ...
 
     @property
-    def make(self) -> Callable[[Sequence[AnyArray]], AnyArray]: ...
+    def make(self) -> Callable[[Sequence[Array]], Array]: ...
 
 
 def source_shapes(recipes: Mapping[str, Recipe]) -> dict[str, Shape]:
@@ -89,7 +90,7 @@ class ConvertedReader:
         dtype: np.dtype[Any] = np.result_type(*(self._reader.dtype(source) for source in self._recipes[name].sources))
         return dtype
 
-    def read(self, name: str) -> AnyArray:
+    def read(self, name: str) -> Array:
         """A tensor, made of its sources."""
         recipe = self._recipes[name]
         return recipe.make([self._reader.read(source) for source in recipe.sources])
@@ -117,7 +118,7 @@ class TwinReader:
         """Element type of a tensor."""
         return self._reader.dtype(name)
 
-    def read(self, name: str) -> AnyArray:
+    def read(self, name: str) -> Array:
         """A tensor. Raises CheckpointError if it has other numbers under its second name: nobody knows which of them was meant."""
         array = self._reader.read(name)
         for other in self._twins.get(name, ()):
@@ -150,7 +151,7 @@ class UntiedReader:
         """Element type of a tensor."""
         return self._reader.dtype(self._heads.get(name, name))
 
-    def read(self, name: str) -> AnyArray:
+    def read(self, name: str) -> Array:
         """A tensor."""
         return self._reader.read(self._heads.get(name, name))
 
@@ -173,6 +174,6 @@ class JoinedReader:
         """Element type of a tensor."""
         return self._by_name[name].dtype(name)
 
-    def read(self, name: str) -> AnyArray:
+    def read(self, name: str) -> Array:
         """A tensor of whichever part has it."""
         return self._by_name[name].read(name)

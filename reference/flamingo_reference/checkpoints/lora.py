@@ -15,10 +15,11 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from flamingo_reference.arrays import Array, Shape
 from flamingo_reference.checkpoints.accounting import NearestName
 from flamingo_reference.checkpoints.files.folder import open_tensors
 from flamingo_reference.checkpoints.files.json_file import read_json
-from flamingo_reference.checkpoints.files.tensors import FLOATS, AnyArray, CheckpointError, FileReader, Shape, TensorReader
+from flamingo_reference.checkpoints.files.tensors import FLOATS, CheckpointError, FileReader, TensorReader
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -131,16 +132,16 @@ class LoraReader:
             return np.dtype(np.float32)
         return self._adapter.dtype(self._replaced[name]) if name in self._replaced else self._base.dtype(name)
 
-    def read(self, name: str) -> AnyArray:
+    def read(self, name: str) -> Array:
         """A tensor, merged where the adapter changes it."""
         weight = self._adapter.read(self._replaced[name]) if name in self._replaced else self._base.read(name)
         update = self._updates.get(name)
         if update is None:
             return weight
         down, up = (self._adapter.read(part).astype(np.float32) for part in (update.down, update.up))
-        delta: AnyArray = up @ down
+        delta: Array = up @ down
         delta *= np.float32(update.scale)
-        merged: AnyArray = delta.T if update.transposed else delta
+        merged: Array = delta.T if update.transposed else delta
         merged += weight  # in place: a large matrix is not held a third time
         return merged
 

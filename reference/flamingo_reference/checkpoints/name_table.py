@@ -17,7 +17,8 @@ from collections.abc import Mapping
 
 import msgspec
 
-from flamingo_reference.checkpoints.conversions import Recipe, Shape, as_is, rows
+from flamingo_reference.arrays import Shape
+from flamingo_reference.checkpoints.conversions import Recipe, as_is, rows
 
 _LINE = re.compile(r"(\S+)\s+(\S+)\s+([\w,]+)((?:\s+(?:bias|exact|part \d+ of \d+))*)")
 _PART = re.compile(r"part (\d+) of (\d+)")

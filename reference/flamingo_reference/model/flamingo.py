@@ -13,8 +13,8 @@ import ml_dtypes
 import torch
 from torch import Tensor, nn
 
+from flamingo_reference.arrays import Array
 from flamingo_reference.checkpoints.families import native
-from flamingo_reference.checkpoints.files.tensors import AnyArray
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.model.contrastive import Contrastive
 from flamingo_reference.model.cross_attention import GatedCrossAttention
@@ -113,7 +113,7 @@ class Flamingo(nn.Module):
         native.save_native(Path(path), self.config, tensors, tokenizer=tokenizer)
 
 
-def numpy_from_torch(tensor: Tensor) -> AnyArray:
+def numpy_from_torch(tensor: Tensor) -> Array:
     """An array of the same numbers, sharing memory where the tensor lies on the host; bfloat16 is that of ml_dtypes."""
     tensor = tensor.detach().cpu().contiguous()
     if tensor.dtype == torch.bfloat16:
@@ -121,7 +121,7 @@ def numpy_from_torch(tensor: Tensor) -> AnyArray:
     return tensor.numpy()
 
 
-def torch_from_numpy(array: AnyArray) -> Tensor:
+def torch_from_numpy(array: Array) -> Tensor:
     """A tensor of the same numbers; bfloat16, which numpy lacks, is reinterpreted."""
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view("int16").copy()).view(torch.bfloat16)

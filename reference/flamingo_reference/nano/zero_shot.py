@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from flamingo_reference.arrays import Floats32
 from flamingo_reference.model import Flamingo
 from flamingo_reference.model.contrastive import features_and_pooled
 from flamingo_reference.nano import data
@@ -23,7 +24,6 @@ from flamingo_reference.nano.heldout import COUNTS, heldout
 from flamingo_reference.nano.tokenizer import load_tokenizer
 from flamingo_reference.nano.towers import encoded
 
-Floats = npt.NDArray[np.float32]
 RANKS = (1, 5, 10)
 BEGIN, END = "<!-- zero-shot -->", "<!-- /zero-shot -->"
 DIGIT_LABELS = tuple(f"the digit {name}" for name in data.NUMBERS)
@@ -41,7 +41,7 @@ class Encoder:
             raise ValueError(f"{checkpoint} has no text tower; python -m flamingo_reference.nano.towers trains one")
 
     @torch.no_grad()
-    def images(self, items: Sequence[Item]) -> Floats:
+    def images(self, items: Sequence[Item]) -> Floats32:
         """Embeddings [N, J] of items of one frame."""
         towers = self.model.contrastive
         assert towers is not None
@@ -53,21 +53,21 @@ class Encoder:
         return torch.cat(found).numpy()
 
     @torch.no_grad()
-    def texts(self, texts: Sequence[str]) -> Floats:
+    def texts(self, texts: Sequence[str]) -> Floats32:
         """Embeddings [N, J]."""
         towers = self.model.contrastive
         assert towers is not None
         assert towers.text is not None
-        found: Floats = towers.text(*encoded(self.tokenizer, list(texts))).numpy()
+        found: Floats32 = towers.text(*encoded(self.tokenizer, list(texts))).numpy()
         return found
 
 
-def accuracy(images: Floats, labels: Floats, right: Sequence[int]) -> float:
+def accuracy(images: Floats32, labels: Floats32, right: Sequence[int]) -> float:
     """Percent of images whose likeliest label is the right one."""
     return 100 * float(np.mean(np.argmax(images @ labels.T, axis=1) == np.asarray(right)))
 
 
-def recall(cosines: Floats, true: npt.NDArray[np.bool_], rank: int) -> float:
+def recall(cosines: Floats32, true: npt.NDArray[np.bool_], rank: int) -> float:
     """Percent of rows that have one of their true columns among the `rank` largest."""
     best = np.argsort(-cosines, axis=1, kind="stable")[:, :rank]
     return 100 * float(np.mean(np.take_along_axis(true, best, axis=1).any(axis=1)))

@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flamingo_export.backends.base import Array, Session, SessionOptions
+from flamingo_export.backends.base import Session, SessionOptions
 from flamingo_export.backends.onnxruntime import OnnxRuntimeBackend
 from flamingo_export.bundle.manifest import GraphRecord, Manifest
 from flamingo_export.runtime.tree import BeamTree
 from flamingo_export.validate import ParityReport
 from flamingo_export.validate.expected.cases import PHI_CASES, TREE_CASE
 from flamingo_export.weights import WeightIndex
+from flamingo_reference.arrays import Array
 
 Compare = Callable[..., ParityReport]
 

@@ -19,12 +19,11 @@ from flamingo_export.validate.expected.oracle import encoder_feeds, fed_position
 from flamingo_export.validate.expected.plan import plan_case
 from flamingo_export.validate.expected.trace_prompts import TracePrompt
 from flamingo_export.validate.expected.transformers.streamed import StreamedModel
+from flamingo_reference.arrays import Floats
 from flamingo_reference.config import ModelConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-Floats = npt.NDArray[np.float64]
 
 
 def record_whole(

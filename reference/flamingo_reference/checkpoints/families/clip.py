@@ -15,7 +15,8 @@ from typing import Any
 
 import msgspec
 
-from flamingo_reference.checkpoints.conversions import Recipe, Shape, choice, setting
+from flamingo_reference.arrays import Shape
+from flamingo_reference.checkpoints.conversions import Recipe, choice, setting
 from flamingo_reference.checkpoints.families.preprocessor import Colour, Images, read_images, three_numbers
 from flamingo_reference.checkpoints.name_table import Table, filled, table
 from flamingo_reference.config import Activation, ConfigError, ViTConfig

@@ -14,7 +14,8 @@ from typing import Any
 
 import msgspec
 
-from flamingo_reference.checkpoints.conversions import Recipe, Shape, choice, setting, transposed
+from flamingo_reference.arrays import Shape
+from flamingo_reference.checkpoints.conversions import Recipe, choice, setting, transposed
 from flamingo_reference.checkpoints.families.clip import (
     HEAD_SIZE,
     OPEN_CLIP_CONFIG,

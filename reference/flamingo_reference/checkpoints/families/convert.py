@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from flamingo_reference.arrays import Shape
 from flamingo_reference.checkpoints.accounting import Ignored
 from flamingo_reference.checkpoints.conversions import renamed, setting
 from flamingo_reference.checkpoints.converted import Converted, PartFiles, Parts
@@ -25,7 +26,7 @@ from flamingo_reference.checkpoints.families.preprocessor import BILINEAR, Image
 from flamingo_reference.checkpoints.files.chat_template import read_chat_template
 from flamingo_reference.checkpoints.files.folder import OPEN_CLIP_NAMES
 from flamingo_reference.checkpoints.files.json_file import read_json
-from flamingo_reference.checkpoints.files.tensors import CheckpointError, Shape
+from flamingo_reference.checkpoints.files.tensors import CheckpointError
 from flamingo_reference.config import TokenIds, ViTConfig
 from flamingo_reference.input_format import (
     IDEFICS,

@@ -11,7 +11,8 @@ from typing import Any
 
 import msgspec
 
-from flamingo_reference.checkpoints.conversions import AnyArray, Recipe, choice, positive, setting, with_bias
+from flamingo_reference.arrays import Array
+from flamingo_reference.checkpoints.conversions import Recipe, choice, positive, setting, with_bias
 from flamingo_reference.checkpoints.name_table import Table, filled, table
 from flamingo_reference.config import AlibiPositions, ConfigError, LanguageModelConfig, RotaryPositions
 
@@ -170,7 +171,7 @@ def _neox_queries_keys_values(lm: LanguageModelConfig, ours: str, theirs: str) -
     return found
 
 
-def _of_each_head(sources: Sequence[AnyArray], *, part: int, num_heads: int) -> AnyArray:
+def _of_each_head(sources: Sequence[Array], *, part: int, num_heads: int) -> Array:
     """GPT-NeoX stores each head's query, key and value next to each other: one of the three, heads joined."""
     joined = sources[0]
     split = joined.reshape(num_heads, 3, -1, *joined.shape[1:])[:, part]

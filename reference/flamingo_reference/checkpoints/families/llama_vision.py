@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from flamingo_reference.checkpoints.conversions import AnyArray, Recipe, Shape, as_is, choice, positive, reshaped, setting
+from flamingo_reference.arrays import Array, Shape
+from flamingo_reference.checkpoints.conversions import Recipe, as_is, choice, positive, reshaped, setting
 from flamingo_reference.checkpoints.families import clip
 from flamingo_reference.checkpoints.name_table import filled, table
 from flamingo_reference.config import (
@@ -312,7 +313,7 @@ def recipes(config: ModelConfig) -> dict[str, Recipe]:
     }
 
 
-def side_by_side(sources: Sequence[AnyArray], *, width: int) -> AnyArray:
+def side_by_side(sources: Sequence[Array], *, width: int) -> Array:
     """Columns of the projector in our order of features: the final state, then each chosen layer's whole input. In the files the chosen
     layers are interleaved, channel by channel."""
     (matrix,) = sources

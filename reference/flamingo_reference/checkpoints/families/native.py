@@ -11,9 +11,10 @@ from pathlib import Path
 import msgspec
 
 from flamingo_reference import ablations
+from flamingo_reference.arrays import Array, Shape
 from flamingo_reference.checkpoints import accounting
 from flamingo_reference.checkpoints.files.folder import open_tensors
-from flamingo_reference.checkpoints.files.tensors import AnyArray, CheckpointError, FileReader, Shape
+from flamingo_reference.checkpoints.files.tensors import CheckpointError, FileReader
 from flamingo_reference.checkpoints.files.writer import SINGLE, writing
 from flamingo_reference.config import ConfigError, ModelConfig
 from flamingo_reference.names import expected_tensors
@@ -62,7 +63,7 @@ def check_tensors(config: ModelConfig, shapes: Mapping[str, Shape], *, where: st
 def save_native(
     folder: Path,
     config: ModelConfig,
-    tensors: Iterable[tuple[str, AnyArray]],
+    tensors: Iterable[tuple[str, Array]],
     *,
     tokenizer: Path | None = None,
     max_file_bytes: int | None = None,

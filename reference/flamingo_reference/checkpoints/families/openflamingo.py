@@ -18,16 +18,9 @@ from typing import Any, Literal
 
 import msgspec
 
+from flamingo_reference.arrays import Shape
 from flamingo_reference.checkpoints.accounting import NearestName
-from flamingo_reference.checkpoints.conversions import (
-    Recipe,
-    Shape,
-    as_is,
-    padded,
-    renamed,
-    reshaped,
-    rows,
-)
+from flamingo_reference.checkpoints.conversions import Recipe, as_is, padded, renamed, reshaped, rows
 from flamingo_reference.checkpoints.converted import source_shapes
 from flamingo_reference.checkpoints.families import clip, language_models
 from flamingo_reference.checkpoints.families.language_models import Family

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from flamingo_reference.checkpoints.conversions import Shape
+from flamingo_reference.arrays import Shape
 from flamingo_reference.checkpoints.families.language_models import Family, family_of
 
 PLAIN = (

@@ -11,8 +11,9 @@ import ml_dtypes
 import msgspec
 import numpy as np
 
+from flamingo_reference.arrays import Shape
 from flamingo_reference.checkpoints.files.json_file import decode_once
-from flamingo_reference.checkpoints.files.tensors import CheckpointError, Shape, TensorEntry
+from flamingo_reference.checkpoints.files.tensors import CheckpointError, TensorEntry
 
 _DTYPES: Mapping[str, Any] = {
     "F64": np.float64,

@@ -12,10 +12,9 @@ from typing import Any, Protocol
 import ml_dtypes
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
-Shape = tuple[int, ...]
-AnyArray = npt.NDArray[Any]
+from flamingo_reference.arrays import Array, Shape
+
 FLOATS = tuple(np.dtype(kind) for kind in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16))
 """Element types that weights may have. bfloat16 is that of ml_dtypes, which needs no torch."""
 
@@ -52,7 +51,7 @@ class TensorReader(Protocol):
 
     def dtype(self, name: str) -> np.dtype[Any]: ...
 
-    def read(self, name: str) -> AnyArray:
+    def read(self, name: str) -> Array:
         """A tensor's numbers, not to be written to. May be called from several threads at once."""
 
 
@@ -106,16 +105,16 @@ class FileReader:
         dtype: np.dtype[Any] = self._place(name)[1].dtype
         return dtype
 
-    def read(self, name: str) -> AnyArray:
+    def read(self, name: str) -> Array:
         """A tensor's numbers, mapped from the file (read-only), in the file's element type."""
         path, entry = self._place(name)
         if math.prod(entry.shape) == 0:
             return np.zeros(entry.shape, entry.dtype)
         raw = np.memmap(path, mode="r", offset=entry.start, shape=(entry.size,), dtype=np.uint8)
         if entry.strides is None:
-            array: AnyArray = raw.view(entry.dtype).reshape(entry.shape)
+            array: Array = raw.view(entry.dtype).reshape(entry.shape)
             return array
-        strided: AnyArray = np.ndarray(entry.shape, entry.dtype, buffer=raw, strides=entry.strides)
+        strided: Array = np.ndarray(entry.shape, entry.dtype, buffer=raw, strides=entry.strides)
         return strided
 
     def _place(self, name: str) -> tuple[Path, TensorEntry]:

@@ -9,9 +9,9 @@ from typing import IO, Any
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
-AnyArray = npt.NDArray[Any]
+from flamingo_reference.arrays import Array
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _PARTIAL = ".partial-"
@@ -29,7 +29,7 @@ class _File:
         self._file: IO[bytes] = path.open("wb")
         self._file.seek(8 + header_room)
 
-    def add(self, name: str, array: AnyArray) -> None:
+    def add(self, name: str, array: Array) -> None:
         """Appends a tensor."""
         if array.dtype.name not in _TYPES:
             raise ValueError(f"{name} has element type {array.dtype}, expected one of {', '.join(_TYPES)}")
@@ -70,7 +70,7 @@ class TensorWriter:
         self._room = room + -room % 64 + 56  # with the 8 bytes of its length, tensors begin on a cache line
         self._files: list[_File] = []
 
-    def add(self, name: str, array: AnyArray) -> None:
+    def add(self, name: str, array: Array) -> None:
         """Writes a tensor. Raises ValueError for an element type other than float64, float32, float16, bfloat16."""
         current = self._files[-1] if self._files else None
         full = (
