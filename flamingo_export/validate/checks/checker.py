@@ -24,7 +24,7 @@ from flamingo_export.validate.checks.engines import (
     opened,
     run_stage,
 )
-from flamingo_export.validate.checks.stored_codes import check_codes
+from flamingo_export.validate.checks.stored_codes import check_codes, check_roundings
 from flamingo_export.validate.expected.cases import (
     END_TO_END_CASE,
     LAYERS_CASE,
@@ -38,7 +38,7 @@ from flamingo_export.validate.expected.media import MediaFormat
 from flamingo_export.validate.expected.oracle import encoder_feeds, features_of_media, fed_positions, resampler_feeds
 from flamingo_export.validate.expected.plan import plan_case
 from flamingo_export.validate.report.parity_report import LayerPoint, Level, Row
-from flamingo_export.validate.tolerances import PRICES, Tolerance, coarsest, logits_tolerance, tolerance
+from flamingo_export.validate.tolerances import PRICES, Tolerance, coarsest, layer_tolerance, logits_tolerance, tolerance
 from flamingo_reference.arrays import Array
 
 LAYER_BY_LAYER = "layer by layer, for want of memory"
@@ -74,7 +74,7 @@ class Checker:
         """All gates. whole: the decoder is run in one piece, and layer by layer besides; else only layer by layer. layers: a folder for
         the layers' graphs; None where there are no engines of single layers, or no such folder."""
         self.progress.stage("engines", 4 + len(towers_of(self.config)) + self.config.language_model.num_layers)
-        self.rows += check_codes(self.bundle, self.goldens)
+        self.rows += [*check_codes(self.bundle, self.goldens), *check_roundings(self.goldens)]
         self.first_diverging = next((row.subgraph for row in self.rows if not row.passed), None)
         self._encoders()
         if whole:
@@ -103,7 +103,7 @@ class Checker:
         row = gate(
             self.goldens.get(case, tensor),
             actual,
-            tolerance=limits or tolerance(kind, self.manifest.precision, self._arithmetic),
+            tolerance=limits or self._tolerance(kind),
             level=level,
             case=case,
             subgraph=subgraph,
@@ -120,6 +120,12 @@ class Checker:
         ):
             self.first_diverging = subgraph
         return row
+
+    def _tolerance(self, kind: str) -> Tolerance:
+        if kind == "layer":
+            checked = self.goldens.codes.keys() <= self.goldens.roundings.keys()
+            return layer_tolerance(self.manifest.precision, self._arithmetic, weights_checked=checked)
+        return tolerance(kind, self.manifest.precision, self._arithmetic)
 
     @contextmanager
     def _guarded(self, level: Level, case: str, subgraph: str) -> Iterator[None]:
@@ -298,7 +304,7 @@ class Checker:
         row = gate(
             expected,
             carried[0] if carried else None,
-            tolerance=tolerance("layer", self.manifest.precision, self._arithmetic),
+            tolerance=self._tolerance("layer"),
             level="layer",
             case=LAYERS_CASE,
             subgraph="decoder",

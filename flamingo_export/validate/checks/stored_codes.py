@@ -2,6 +2,9 @@
 
 Gates on numbers allow for what a policy costs, and where that is much (int4) a wrong scale of one matrix hides below it. Not here.
 Quantisation is comparisons, roundings and sums in a fixed order, the same on every machine.
+
+Codes that checkpoint and policy give are still wrong where the function that makes them is, since both sides call it. In int8 there is one right
+answer, whatever makes it: `int8_rounding` measures each number of a matrix against it.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from flamingo_export.quantize.matrices import SMALLEST_SCALE
 from flamingo_export.validate.checks.compare import failed
 from flamingo_export.validate.expected.golden import Goldens
 from flamingo_export.validate.report.parity_report import Row
@@ -18,6 +22,10 @@ from flamingo_export.weights import INPUT_SCALE, SCALE, WeightIndex
 from flamingo_reference.arrays import Array
 
 TENSOR = "codes and scales"
+ROUNDING = "rounding to int8"
+INT8_STEPS = 127
+LARGEST_ROUNDING = 1.001
+"""Most that `int8_rounding` may be: scales and products are fp32 numbers."""
 _SHOWN_NAMES = 8
 
 
@@ -27,6 +35,41 @@ def codes_digest(*pieces: Array) -> str:
     for piece in pieces:
         digest.update(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
+
+
+def int8_rounding(matrix: Array, found: Array, block: int) -> float:
+    """The largest difference of two matrices [in, out] over half a step of int8: what a block's largest number allows, `block` consecutive input
+    channels of an output channel. 1 at most where `found` is the nearest that int8 has under the smallest scale that clips nothing."""
+    worst = 0.0
+    for start in range(0, len(matrix), block):
+        part = np.asarray(matrix[start : start + block], np.float64)
+        half_step = np.maximum(np.abs(part).max(axis=0) / INT8_STEPS, SMALLEST_SCALE) / 2
+        worst = max(worst, float((np.abs(part - found[start : start + block]).max(axis=0) / half_step).max()))
+    return worst
+
+
+def check_roundings(goldens: Goldens) -> list[Row]:
+    """A gate for each part of the model that holds matrices in int8: the largest `int8_rounding` of them. None where none was recorded."""
+    parts: dict[str, dict[str, float]] = {}
+    for name, found in goldens.roundings.items():
+        parts.setdefault(_part(name), {})[name] = found
+    rows = []
+    for part, roundings in parts.items():
+        name, worst = max(roundings.items(), key=lambda item: item[1])
+        passed = worst <= LARGEST_ROUNDING
+        rows.append(
+            Row(
+                level="weights",
+                case="all",
+                subgraph=part,
+                tensor=ROUNDING,
+                error=worst,
+                limit=LARGEST_ROUNDING,
+                passed=passed,
+                note="" if passed else f"{name} is further from the checkpoint's numbers than int8 has to be: a wrong scale",
+            )
+        )
+    return rows
 
 
 def check_codes(bundle: Path, goldens: Goldens) -> list[Row]:

@@ -77,6 +77,8 @@ class Goldens(msgspec.Struct, kw_only=True):
     rms of what the layer adds to its input."""
     codes: dict[str, str] = msgspec.field(default_factory=dict)
     """Of each quantised matrix and operand: `stored_codes.codes_digest` of what the bundle must hold."""
+    roundings: dict[str, float] = msgspec.field(default_factory=dict)
+    """Of each matrix in int8: `stored_codes.int8_rounding` of its codes. Empty in values that earlier versions recorded."""
     traces: tuple[GoldenTrace, ...] = ()
     no_traces: str = ""
     """Why there are none, where they were left out on purpose."""
@@ -114,6 +116,7 @@ class _File(msgspec.Struct, frozen=True, kw_only=True):
     tensors: dict[str, _Entry]
     prices: dict[str, float] = msgspec.field(default_factory=dict)
     codes: dict[str, str] = msgspec.field(default_factory=dict)
+    roundings: dict[str, float] = msgspec.field(default_factory=dict)
     traces: tuple[GoldenTrace, ...]
     no_traces: str = ""
 
@@ -176,6 +179,7 @@ def _write_cases(folder: Path, goldens: Goldens) -> None:
         tensors=entries,
         prices=goldens.prices,
         codes=goldens.codes,
+        roundings=goldens.roundings,
         traces=goldens.traces,
         no_traces=goldens.no_traces,
     )
@@ -221,6 +225,7 @@ def load_goldens(folder: Path, bundle: Path | None = None) -> Goldens | None:
         hidden={key.removeprefix("hidden|"): value for key, value in arrays.items() if key.startswith("hidden|")},
         prices=document.prices,
         codes=document.codes,
+        roundings=document.roundings,
         traces=document.traces,
         no_traces=document.no_traces,
     )

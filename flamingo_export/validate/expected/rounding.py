@@ -17,7 +17,7 @@ import numpy as np
 
 from flamingo_export.precision import E4M3_LARGEST, Precision, Quantisation, StorageType
 from flamingo_export.quantize.matrices import dequantised, quantised, range_scale
-from flamingo_export.validate.checks.stored_codes import codes_digest
+from flamingo_export.validate.checks.stored_codes import codes_digest, int8_rounding
 from flamingo_export.weights import Weight, bundle_weights
 from flamingo_export.weights.calibration_table import CalibrationTable
 from flamingo_reference.config import ModelConfig
@@ -52,6 +52,8 @@ class StoredRounding:
         self._tied = config.language_model.tied_head
         self.codes: dict[str, str] = {}
         """Of each quantised matrix and operand that was applied so far: digest of what the bundle must hold (`stored_codes`)."""
+        self.roundings: dict[str, float] = {}
+        """Of each matrix in int8 that was applied so far: `stored_codes.int8_rounding`."""
 
     @property
     def exact(self) -> bool:
@@ -108,6 +110,8 @@ class StoredRounding:
         inputs = [np.array(self._scale(weight.name), np.float32)] if how.element == "fp8" else []
         self.codes[weight.name] = codes_digest(codes, scales, *inputs)
         matrix = dequantised(codes, scales, how)
+        if how.element == "int8":
+            self.roundings[weight.name] = int8_rounding(weight.make(sources), matrix, how.block)
         names = [name for name in weight.sources if name.endswith(".weight")]
         gate = next((parameters[name].data for name in weight.sources if name.endswith(_GATE)), None)
         found = torch.from_numpy(np.ascontiguousarray(matrix.T)).split([len(parameters[name]) for name in names])

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 import torch
+from llama_chat import BOS, EOT, IMAGE, special_tokens
+from llama_models import our_model, their_config, their_model
 from variations import LLAMA, drawn_model
 
 import flamingo_export
 from flamingo_calibration.shipped import shipped_samples
-from flamingo_export.precision import Precision
+from flamingo_export.errors import ParityError
+from flamingo_export.precision import Precision, Quantisation
+from flamingo_export.quantize import matrices
 from flamingo_export.quantize.policies import POLICIES, preset
 from flamingo_export.sensitivity import measure
 from flamingo_export.sources import LiveSource
+from flamingo_export.validate.checks.stored_codes import ROUNDING
 from flamingo_export.validate.report.parity_report import read_report
+from flamingo_export.validate.tolerances import TABLE
 from flamingo_export.weights import SCALE, WeightIndex
 from flamingo_reference.config import projector_config
 
@@ -53,6 +61,39 @@ def test_parity(policy: str, tmp_path: Path) -> None:
     } <= quantised
     assert not any(name.startswith("vision_encoder/") for name in quantised)
     assert ("resampler/input_proj" in quantised) == (policy != "fp8")  # its input has outliers that one scale does not cover
+
+
+def heavy_tailed() -> Any:
+    """A model of 48 channels, whose blocks have 16. In int8 the largest error of its first layer is 6.8 times the rms."""
+    config, ids = their_config(), special_tokens(300)
+    config.image_token_index = ids[IMAGE]
+    text: Any = config.text_config
+    text.vocab_size, text.max_position_embeddings, text.bos_token_id, text.eos_token_id = 300, 1024, ids[BOS], ids[EOT]
+    return our_model(their_model(config, seed=5)).float()
+
+
+@pytest.mark.slow
+def test_int8_is_held_to_the_nearest_code_of_each_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a layer's largest error is judged by the reference's own; a scale that is wrong in bundle and reference alike fails by name."""
+    torch.set_num_threads(1)
+    out = tmp_path / "b.bundle"
+    flamingo_export.build(heavy_tailed(), out=out, policy="int8")
+    report = read_report(out)
+    assert report is not None
+    assert report.verdict == "passed", report.summary
+    roundings = [row for row in report.rows if row.tensor == ROUNDING]
+    assert {"media_kv", "resampler", "decoder", "decoder/layer.0"} <= {row.subgraph for row in roundings}
+    assert all(0.9 < (row.error or 0.0) <= 1.001 for row in roundings)
+    assert max(row.error or 0.0 for row in report.rows if row.level == "layer") > TABLE["quantised layer, int8"].most
+
+    def coarse(matrix: Any, how: Quantisation, importance: Any = None) -> Any:
+        codes, scales = matrices.quantised(matrix, how, importance)
+        return (np.rint(codes / 2).astype(np.int8), 2 * scales) if codes.shape == (48, 96) else (codes, scales)
+
+    for module in ("flamingo_export.pipeline.write_weights", "flamingo_export.validate.expected.rounding"):
+        monkeypatch.setattr(f"{module}.quantised", coarse)
+    with pytest.raises(ParityError, match=r"first diverging layer: decoder/layer\.0"):
+        flamingo_export.build(heavy_tailed(), out=tmp_path / "spoilt.bundle", policy="int8")
 
 
 @pytest.mark.slow

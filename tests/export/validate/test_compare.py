@@ -8,8 +8,18 @@ import pytest
 from flamingo_export.precision import Policy, Precision, Rule
 from flamingo_export.quantize.policies import preset
 from flamingo_export.validate.checks.compare import NUM_SAMPLES, expect, gate
+from flamingo_export.validate.checks.stored_codes import int8_rounding
 from flamingo_export.validate.report.parity_report import Row
-from flamingo_export.validate.tolerances import FP32_ULP, RULE, TABLE, logits_tolerance, tie_margin, tolerance, trace_limit
+from flamingo_export.validate.tolerances import (
+    FP32_ULP,
+    RULE,
+    TABLE,
+    layer_tolerance,
+    logits_tolerance,
+    tie_margin,
+    tolerance,
+    trace_limit,
+)
 
 REFERENCE = np.linspace(-1.0, 1.0, 1001).reshape(7, 143)
 RMS = np.sqrt(np.mean(REFERENCE**2))
@@ -111,6 +121,27 @@ def test_a_policy_is_judged_by_its_coarsest_format_and_its_price_is_bounded() ->
     for name in ("quantised layer, int8", "quantised, int8"):
         row = TABLE[name]
         assert row.limit(torch_error=row.most, peak=1.0) == row.most < row.factor * row.most
+
+
+def test_layers_in_int8_are_judged_by_pytorchs_own_error_where_each_weight_was_checked() -> None:
+    def precision(form: str) -> Precision:
+        return Precision(storage="fp32", policy=Policy(name="all", rules=(Rule(weights="*", format=form, block=32),)))  # type: ignore[arg-type]
+
+    row = TABLE["quantised layer, int8"]
+    assert layer_tolerance(precision("int8"), weights_checked=False) is row
+    found = layer_tolerance(precision("int8"), weights_checked=True)
+    assert (found.factor, found.floor_ulps) == (row.factor, row.floor_ulps)
+    assert found.limit(torch_error=0.2, peak=1.0) == pytest.approx(0.3, rel=1e-4)
+    for form in ("int4", "fp8"):
+        assert layer_tolerance(precision(form), weights_checked=True) is TABLE[f"quantised layer, {form}"]
+
+
+def test_int8_rounding_by_hand() -> None:
+    """Blocks of 2 channels: steps of 2 and 4, numbers off by half a step, by all of it, and exact."""
+    matrix = np.array([[254.0, 508.0], [3.0, 2.0], [0.0, 0.0], [0.0, 0.0]])
+    assert int8_rounding(matrix, np.array([[254.0, 508.0], [4.0, 4.0], [0.0, 0.0], [0.0, 0.0]]), 2) == 1.0
+    assert int8_rounding(matrix, np.array([[254.0, 508.0], [4.0, 6.0], [0.0, 0.0], [0.0, 0.0]]), 2) == 2.0
+    assert int8_rounding(matrix, matrix, 2) == 0.0
 
 
 def test_logits_in_int4_may_err_as_far_as_what_arrives_at_the_head() -> None:
