@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flamingo_export.pipeline.request import BuildRequest, resolve_precision
+from flamingo_export.pipeline.build_request import BuildRequest, resolve_precision
 from flamingo_export.sources.choice import source_for_size
 
 GIB = 1 << 30

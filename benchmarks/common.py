@@ -51,7 +51,7 @@ def model_config(
 
 def bundle(config: ModelConfig, folder: Path, *, policy: str | None = None) -> Path:
     """A bundle of seeded random weights in fp32, or quantised by a preset."""
-    from flamingo_export.pipeline.request import BuildRequest
+    from flamingo_export.pipeline.build_request import BuildRequest
     from flamingo_export.pipeline.run import build
     from flamingo_export.quantize.policies import preset
     from flamingo_export.sources.choice import RandomWeights

@@ -25,7 +25,7 @@ from PIL import Image
 
 import flamingo_export
 from flamingo_export.evaluation.bundles import BundleModel
-from flamingo_export.evaluation.index.search import nearest
+from flamingo_export.evaluation.index.exact_search import nearest
 from flamingo_export.evaluation.index.similarity import index_of
 from flamingo_export.evaluation.index.store import IndexedItem, build_index
 from flamingo_export.evaluation.protocol import Answer

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "benchmarks")]
 
 import phi_rivals  # noqa: E402
-from gpu.library import Args, Kernels, arguments  # noqa: E402
+from gpu.kernel_library import Args, Kernels, arguments  # noqa: E402
 from phi_rivals import Call, NotAtHand, Problem  # noqa: E402
 
 HEADS, HEAD_SIZE, LATENTS, IMAGES = 32, 128, 64, 32
@@ -223,7 +223,7 @@ def measure(kernels: Kernels, rounds: int = 20) -> dict[str, Any]:
 
 
 def main() -> None:
-    from gpu.build import build_library, find_nvcc
+    from gpu.kernel_build import build_library, find_nvcc
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20)

@@ -19,7 +19,7 @@ import msgspec
 from flamingo_export import api
 from flamingo_export.backends.registry import get_backend
 from flamingo_export.bundle.manifest import read_manifest
-from flamingo_export.pipeline.request import BuildRequest
+from flamingo_export.pipeline.build_request import BuildRequest
 from flamingo_export.pipeline.run import build
 from flamingo_export.quantize.policies import preset
 from flamingo_export.sources.choice import source_for_size

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from flamingo_export.backends.base import Backend, SessionOptions
     from flamingo_export.bundle.manifest import Manifest, ShapeLimits
-    from flamingo_export.pipeline.request import BuildBackend, ParityMode
+    from flamingo_export.pipeline.build_request import BuildBackend, ParityMode
     from flamingo_export.pipeline.run import BuildResult
     from flamingo_export.precision import Policy, StorageType
     from flamingo_export.runtime.contrastive import ContrastiveEncoder
@@ -72,7 +72,7 @@ def build(
     """
     from flamingo_export.errors import BuildError
     from flamingo_export.pipeline import run
-    from flamingo_export.pipeline.request import BuildRequest, default_out
+    from flamingo_export.pipeline.build_request import BuildRequest, default_out
     from flamingo_export.quantize.policies import preset
     from flamingo_export.sources.choice import with_vision_encoder
 
@@ -115,7 +115,7 @@ def refit(
     Raises what `build` raises; BundleError if `bundle` is damaged; CheckpointError naming every setting in which the two differ.
     """
     from flamingo_export.pipeline import run
-    from flamingo_export.pipeline.request import refit_request
+    from flamingo_export.pipeline.build_request import refit_request
 
     request = refit_request(Path(bundle), _source(model, None), Path(out), parity=parity, overwrite=overwrite)
     return run.build(request, progress=progress)

@@ -13,8 +13,8 @@ imported only inside `run` and `walk`.
 
 from __future__ import annotations
 
-from flamingo_calibration.data import BadSample, Sample, read_samples, source_tokenizer
 from flamingo_calibration.run import calibrate
+from flamingo_calibration.samples import BadSample, Sample, read_samples, source_tokenizer
 from flamingo_calibration.shipped import nano_samples, shipped_samples
 from flamingo_calibration.streams import discard
 

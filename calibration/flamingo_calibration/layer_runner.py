@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from flamingo_calibration.data import Checked
+from flamingo_calibration.samples import Checked
 from flamingo_calibration.streams import Shapes, Stream, Work
 from flamingo_export.runtime.media import load_medium
 from flamingo_export.sources import WeightSource

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from flamingo_calibration.statistics import Collector
+from flamingo_calibration.activation_statistics import Collector
 from flamingo_export.weights import bundle_weights
 from flamingo_export.weights.calibration_table import Statistics, calibrated_tensors
 from flamingo_reference.config import ModelConfig

@@ -13,11 +13,11 @@ from typing import Any
 
 import msgspec
 
-from flamingo_calibration.data import BadSample, Checked, Sample, check_samples
 from flamingo_calibration.layer_runner import Step, Walk
 from flamingo_calibration.observers import Watch, products
+from flamingo_calibration.samples import BadSample, Checked, Sample, check_samples
 from flamingo_calibration.streams import Stream, Work, append, exclusive
-from flamingo_export.backends.memory import release
+from flamingo_export.backends.host_memory import release
 from flamingo_export.errors import CalibrationError, pip_install
 from flamingo_export.files import sync
 from flamingo_export.progress import SILENT, Progress

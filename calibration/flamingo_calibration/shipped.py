@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flamingo_calibration.data import Sample
+from flamingo_calibration.samples import Sample
 from flamingo_export.runtime.prompts import Shot, caption_prompt, qa_prompt
 from flamingo_export.runtime.request import Request
 from flamingo_export.runtime.tokenizer import Tokenizer
 from flamingo_export.runtime.videos import Video
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.input_format import PAPER, InputFormat
-from flamingo_reference.nano import data
+from flamingo_reference.nano import pictures
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -67,7 +67,7 @@ def nano_samples(inputs: InputFormat = PAPER) -> list[Sample]:
     samples = []
     for page in range(NANO_PAGES):
         seeds = range(4 * page, 4 * page + 1 + page % 4)
-        items = [(data.video if page % 8 == 7 else data.scene)(seed, split="train") for seed in seeds]
+        items = [(pictures.video if page % 8 == 7 else pictures.scene)(seed, split="train") for seed in seeds]
         made = _page(items, inputs, ask=page % 3 == 1, videos=inputs.fit != "tiles")
         samples.append(Sample(prompt=made.prompt, media=made.media, name=f"nano page {page + 1}"))
     return samples
@@ -75,19 +75,19 @@ def nano_samples(inputs: InputFormat = PAPER) -> list[Sample]:
 
 def _documents(inputs: InputFormat, *, videos: bool) -> Iterator[Sample]:
     for turn in itertools.count():
-        first, second, third = (data.scene(3 * turn + n, split="train") for n in range(3))
+        first, second, third = (pictures.scene(3 * turn + n, split="train") for n in range(3))
         yield _page([first, second], inputs, ask=False, videos=videos)
         yield _page([third], inputs, ask=True, videos=videos)
         caption = _CAPTIONS[turn % len(_CAPTIONS)]
         before = caption_prompt([], picture(turn), inputs)
         yield Sample(prompt=_answered(before, caption), media=before.media)
         yield Sample(prompt=_PASSAGES[turn % len(_PASSAGES)])
-        yield _page([data.video(turn, split="train", num_frames=4)], inputs, ask=False, videos=videos)
+        yield _page([pictures.video(turn, split="train", num_frames=4)], inputs, ask=False, videos=videos)
         passage = _PASSAGES[(turn + 1) % len(_PASSAGES)]
         yield Sample(prompt=f"{passage} {inputs.tags.image} {caption}", media=[picture(turn + 100)])
 
 
-def _page(items: Sequence[data.Item], inputs: InputFormat, *, ask: bool, videos: bool) -> Sample:
+def _page(items: Sequence[pictures.Item], inputs: InputFormat, *, ask: bool, videos: bool) -> Sample:
     """Examples, then a query with its answer. videos: whether the model takes them; of one the first frame is shown otherwise."""
     shots = []
     for item in items:
@@ -108,7 +108,7 @@ def _answered(request: Request, answer: str) -> str:
     return f"{prompt}{answer}" if prompt.endswith("\n") else f"{prompt} {answer}"
 
 
-def _medium(item: data.Item, videos: bool) -> Any:
+def _medium(item: pictures.Item, videos: bool) -> Any:
     return Video(source=item.frames) if videos and len(item.frames) > 1 else item.frames[0]
 
 

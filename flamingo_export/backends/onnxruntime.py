@@ -30,7 +30,7 @@ from flamingo_export.backends.base import (
 )
 from flamingo_export.backends.cut_tables import CutTables
 from flamingo_export.backends.external_data import loadable
-from flamingo_export.backends.memory import release
+from flamingo_export.backends.host_memory import release
 from flamingo_export.bundle.manifest import EngineRecord, GraphRecord, Manifest
 from flamingo_export.errors import BackendError, BundleError, InputError, first_line, pip_install
 from flamingo_export.machine import physical_cores

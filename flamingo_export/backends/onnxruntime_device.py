@@ -20,10 +20,10 @@ from flamingo_export.backends import onnxruntime_library
 from flamingo_export.backends.base import SessionOptions
 from flamingo_export.backends.external_data import placed
 from flamingo_export.backends.tensorrt.cuda import OUT_OF_MEMORY, Cuda, CudaRuntime, DeviceMemoryError
+from flamingo_export.backends.tensorrt.device_memory import DeviceStream
 from flamingo_export.backends.tensorrt.dtypes import ElementType
 from flamingo_export.backends.tensorrt.engine_contract import Contract, contract_of
-from flamingo_export.backends.tensorrt.loading import check_room
-from flamingo_export.backends.tensorrt.memory import DeviceStream
+from flamingo_export.backends.tensorrt.engine_loading import check_room
 from flamingo_export.backends.tensorrt.session import TensorRTSession
 from flamingo_export.bundle.manifest import GraphRecord, Manifest
 from flamingo_export.errors import BackendError, BundleError, first_line

@@ -157,10 +157,10 @@ def build(
     if calibration is not None and uncalibrated:
         raise typer.BadParameter("goes without --calibration", param_hint="--uncalibrated")
     from flamingo_export.bundle.manifest import BRANCH_MEDIA, BRANCHES, ShapeLimits, default_limits
-    from flamingo_export.cli.progress import reported
+    from flamingo_export.cli.progress_bars import reported
     from flamingo_export.pipeline import plan as build_plan
     from flamingo_export.pipeline import run as pipeline
-    from flamingo_export.pipeline.request import BuildRequest, default_out
+    from flamingo_export.pipeline.build_request import BuildRequest, default_out
     from flamingo_export.sources import open_source
     from flamingo_export.sources.choice import with_vision_encoder
 

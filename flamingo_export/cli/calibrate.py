@@ -62,7 +62,7 @@ def calibrate(
     named = beside.source(size, checkpoint, seed)
     import flamingo_calibration
     from flamingo_export.cli.output import print_json
-    from flamingo_export.cli.progress import reported
+    from flamingo_export.cli.progress_bars import reported
     from flamingo_export.errors import CalibrationError
     from flamingo_export.sources import open_source
     from flamingo_export.weights.calibration_table import write_table

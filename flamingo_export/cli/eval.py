@@ -104,7 +104,7 @@ def eval_(
     flamingo-export eval --compare results/ cost/
     """
     from flamingo_export.cli.output import print_json
-    from flamingo_export.cli.progress import reported
+    from flamingo_export.cli.progress_bars import reported
 
     places = list(targets or ())
     if listed:

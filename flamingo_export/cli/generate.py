@@ -211,7 +211,7 @@ def _run_file(model: Model, requests: Path, out: Path, settings: Settings) -> No
     import time
 
     from flamingo_export.cli.output import remarks
-    from flamingo_export.cli.progress import reported
+    from flamingo_export.cli.progress_bars import reported
     from flamingo_export.serve.from_file import run_file
 
     started = time.perf_counter()
@@ -230,7 +230,7 @@ def _run_file(model: Model, requests: Path, out: Path, settings: Settings) -> No
 def _with_similar(model: Model, index: Path, count: int, medium: MediumSource, question: str | None) -> Request:
     """The request with the examples of an index that are most like the medium."""
     from flamingo_export.evaluation.bundles import BundleModel
-    from flamingo_export.evaluation.index.examples import retrieved_shots
+    from flamingo_export.evaluation.index.index_entries import retrieved_shots
     from flamingo_export.runtime.prompts import caption_prompt, qa_prompt
 
     shots = retrieved_shots(BundleModel(model), index, medium, count)

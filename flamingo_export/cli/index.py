@@ -56,9 +56,9 @@ def index(
             "an index is made of a bundle's features: give the bundle, --data and --out", param_hint="BUNDLE"
         )
     from flamingo_export.cli.output import human_bytes, print_json, results
-    from flamingo_export.cli.progress import reported
+    from flamingo_export.cli.progress_bars import reported
     from flamingo_export.evaluation.bundles import BundleModel
-    from flamingo_export.evaluation.index.examples import examples_of
+    from flamingo_export.evaluation.index.index_entries import examples_of
     from flamingo_export.evaluation.index.similarity import index_of
 
     examples = examples_of(data, task, split)
@@ -74,7 +74,7 @@ def index(
 
 def _print_pairs(folders: list[Path], above: float, as_json: bool) -> None:
     from flamingo_export.cli.output import print_json, results, table
-    from flamingo_export.evaluation.index.search import pairs_alike
+    from flamingo_export.evaluation.index.exact_search import pairs_alike
     from flamingo_export.evaluation.index.store import Index
 
     if len(folders) != 2:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flamingo_export.cli.components import Component, components
 from flamingo_export.cli.options import SIZE_NAMES, AsJson, Loras, OtherLanguageModel, OtherTokenizer, OtherVision
+from flamingo_export.cli.parameter_table import Component, components
 
 if TYPE_CHECKING:
     from rich.console import Console

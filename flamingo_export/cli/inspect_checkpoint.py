@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 if TYPE_CHECKING:
-    from flamingo_export.cli.components import Component
+    from flamingo_export.cli.parameter_table import Component
     from flamingo_export.precision import StorageType
     from flamingo_export.sources.choice import CheckpointFolder
     from flamingo_reference.checkpoints.families.recognition import Recognised
@@ -134,10 +134,10 @@ def _survey(
 def _would_build(source: CheckpointFolder) -> tuple[WouldBuild, Checkpoint, tuple[Path, ...]]:
     """With the checkpoint, and the files that are missing."""
     from flamingo_export import estimates
-    from flamingo_export.bundle.tokenizer import checked_tokenizer
-    from flamingo_export.cli.components import components
+    from flamingo_export.bundle.bundled_tokenizer import checked_tokenizer
+    from flamingo_export.cli.parameter_table import components
     from flamingo_export.pipeline import plan as build_plan
-    from flamingo_export.pipeline.request import BuildRequest, default_out
+    from flamingo_export.pipeline.build_request import BuildRequest, default_out
     from flamingo_export.sources import CheckpointSource
     from flamingo_export.weights import WeightIndex
 

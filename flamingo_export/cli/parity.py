@@ -81,7 +81,7 @@ def parity(
     flamingo-export parity nano.bundle --backend onnxruntime --device cuda
     """
     from flamingo_export.cli.output import print_json
-    from flamingo_export.cli.progress import reported
+    from flamingo_export.cli.progress_bars import reported
     from flamingo_export.validate import check_bundle
 
     if export is not None and with_ is None:

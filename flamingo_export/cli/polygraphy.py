@@ -11,7 +11,7 @@ def second_opinion(bundle: Path, export: Path | None, *, as_json: bool) -> None:
     """Runs, prints, and exits with 1 unless everything passed."""
     from flamingo_export.bundle.manifest import read_manifest
     from flamingo_export.cli.output import print_json, results, table
-    from flamingo_export.cli.progress import reported
+    from flamingo_export.cli.progress_bars import reported
     from flamingo_export.validate.polygraphy_check import check_with_polygraphy, commands
 
     with reported() as progress:

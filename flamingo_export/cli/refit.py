@@ -33,9 +33,9 @@ def refit(
     flamingo-export refit my.bundle --checkpoint tuned/ --out tuned.bundle
     """
     from flamingo_export.cli.build import print_result
-    from flamingo_export.cli.progress import reported
+    from flamingo_export.cli.progress_bars import reported
     from flamingo_export.pipeline import run as pipeline
-    from flamingo_export.pipeline.request import refit_request
+    from flamingo_export.pipeline.build_request import refit_request
 
     source = beside.files(checkpoint)
     request = refit_request(bundle, source, out, parity=parity.value, overwrite=overwrite)

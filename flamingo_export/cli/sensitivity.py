@@ -90,7 +90,7 @@ def sensitivity(
     """
     from flamingo_calibration import source_tokenizer
     from flamingo_export.cli.output import print_json
-    from flamingo_export.cli.progress import reported
+    from flamingo_export.cli.progress_bars import reported
     from flamingo_export.errors import BuildError
     from flamingo_export.sensitivity import measure, suggest
     from flamingo_export.weights.calibration_table import read_table
@@ -136,7 +136,7 @@ def sensitivity(
 
 
 def _of_weights(named: Any, policy: Policy | None) -> _Subject:
-    from flamingo_export.pipeline.request import resolve_precision
+    from flamingo_export.pipeline.build_request import resolve_precision
     from flamingo_export.sources import open_source
 
     source = open_source(named)

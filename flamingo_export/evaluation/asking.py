@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from flamingo_export.evaluation.predictions import Prediction, Unit
-from flamingo_export.evaluation.prompts import request_for
 from flamingo_export.evaluation.protocol import Answer, EvaluatedModel
 from flamingo_export.evaluation.selection import Selector
 from flamingo_export.evaluation.settings import Settings
 from flamingo_export.evaluation.task import Item, Task
+from flamingo_export.evaluation.task_prompts import request_for
 from flamingo_export.runtime.request import Request
 
 _FEW = 32

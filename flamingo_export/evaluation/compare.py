@@ -9,9 +9,9 @@ import msgspec
 import numpy as np
 
 from flamingo_export.errors import EvaluationError
+from flamingo_export.evaluation.bootstrap import difference
 from flamingo_export.evaluation.metrics.base import Mean
 from flamingo_export.evaluation.results import ALL, Cell, Results, read_results, read_scores
-from flamingo_export.evaluation.statistics import difference
 
 
 class Compared(msgspec.Struct, frozen=True, kw_only=True):

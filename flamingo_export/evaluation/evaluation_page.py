@@ -22,7 +22,7 @@ from flamingo_export.runtime.media import MediumSource
 from flamingo_export.runtime.videos import Video, load_video
 
 if TYPE_CHECKING:
-    from flamingo_export.evaluation.data import Data
+    from flamingo_export.evaluation.items import Data
 
 PAGE_FILE = "report.html"
 _SHOWN = 6

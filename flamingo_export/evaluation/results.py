@@ -12,11 +12,11 @@ import msgspec
 import numpy as np
 
 from flamingo_export.errors import EvaluationError
+from flamingo_export.evaluation.bootstrap import Estimate, difference, estimate
 from flamingo_export.evaluation.metrics.base import Metric, Outcome, Scored
 from flamingo_export.evaluation.paper import FIGURES, PaperFigures
 from flamingo_export.evaluation.predictions import Prediction
 from flamingo_export.evaluation.settings import Settings
-from flamingo_export.evaluation.statistics import Estimate, difference, estimate
 from flamingo_export.evaluation.task import Item, Task
 from flamingo_export.files import write_atomically
 

@@ -14,8 +14,8 @@ import msgspec
 from flamingo_export.errors import EvaluationError, FlamingoExportError
 from flamingo_export.evaluation.asking import Interview
 from flamingo_export.evaluation.bundles import BundleModel
-from flamingo_export.evaluation.data import Data, read_data
 from flamingo_export.evaluation.evaluation_page import write_page
+from flamingo_export.evaluation.items import Data, read_data
 from flamingo_export.evaluation.metrics.registry import metric_of
 from flamingo_export.evaluation.predictions import Prediction, PredictionFile, Unit, read_predictions
 from flamingo_export.evaluation.protocol import EvaluatedModel, HasFeatures

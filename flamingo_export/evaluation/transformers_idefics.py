@@ -167,7 +167,7 @@ def _seen(token_ids: Tensor, num_images: int, tokens: Any) -> Tensor:
 def _tokenizer(source: Any) -> Tokenizer:
     from tokenizers import Tokenizer as FastTokenizer
 
-    from flamingo_export.bundle.tokenizer import checked_tokenizer
+    from flamingo_export.bundle.bundled_tokenizer import checked_tokenizer
 
     if source.tokenizer is None:
         raise EvaluationError("the checkpoint has no tokenizer, so no prompt can be encoded")

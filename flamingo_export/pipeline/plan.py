@@ -16,7 +16,7 @@ from flamingo_export.backends.registry import compiler_of
 from flamingo_export.bundle.manifest import default_limits
 from flamingo_export.estimates import ENGINE_RATIO
 from flamingo_export.machine import available_memory
-from flamingo_export.pipeline.request import BuildRequest, resolve_precision
+from flamingo_export.pipeline.build_request import BuildRequest, resolve_precision
 from flamingo_export.pipeline.write_weights import LARGE, THREADS
 from flamingo_export.precision import Precision
 from flamingo_export.quantize.policies import check_policy

@@ -10,7 +10,7 @@ from flamingo_export.backends.compiler import Compiler
 from flamingo_export.bundle.manifest import CalibrationRecord
 from flamingo_export.bundle.verify import file_record
 from flamingo_export.errors import BuildError, pip_install
-from flamingo_export.pipeline.request import BuildRequest
+from flamingo_export.pipeline.build_request import BuildRequest
 from flamingo_export.pipeline.work_folder import BuildPaths, Finished, Journal
 from flamingo_export.precision import Precision
 from flamingo_export.progress import Progress
@@ -90,8 +90,8 @@ def written_ranges(
         return kept, calibration_record(kept, origin)
     table = given
     if table is None:
-        from flamingo_calibration.data import source_tokenizer
         from flamingo_calibration.run import calibrate
+        from flamingo_calibration.samples import source_tokenizer
         from flamingo_calibration.shipped import shipped_samples
 
         tokenizer = source_tokenizer(source)

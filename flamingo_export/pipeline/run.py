@@ -19,6 +19,7 @@ import msgspec
 
 from flamingo_export.backends.compiler import Compiler, Ready
 from flamingo_export.backends.registry import compiler_of
+from flamingo_export.bundle.bundled_tokenizer import checked_text_tokenizer, checked_tokenizer, placeholder_tokenizer
 from flamingo_export.bundle.manifest import (
     MANIFEST_NAME,
     EngineRecord,
@@ -29,16 +30,15 @@ from flamingo_export.bundle.manifest import (
     default_limits,
     write_manifest,
 )
-from flamingo_export.bundle.tokenizer import checked_text_tokenizer, checked_tokenizer, placeholder_tokenizer
 from flamingo_export.bundle.verify import file_record
 from flamingo_export.errors import BuildError, CalibrationError, CheckpointError, ParityError, PromptError
 from flamingo_export.files import disk_errors
 from flamingo_export.graphs import build_graph, save_graph
 from flamingo_export.pipeline import work_folder
+from flamingo_export.pipeline.build_request import BuildRequest, resolve_precision
 from flamingo_export.pipeline.donor import as_graphs_have, fitting
 from flamingo_export.pipeline.plan import OTHER_FILES_BYTES, engine_bytes
 from flamingo_export.pipeline.ranges import checked_policy, written_ranges
-from flamingo_export.pipeline.request import BuildRequest, resolve_precision
 from flamingo_export.pipeline.traced_vision import write_traced
 from flamingo_export.pipeline.work_folder import BuildPaths, Finished, Journal
 from flamingo_export.pipeline.write_weights import write_weights
@@ -56,7 +56,7 @@ from flamingo_export.weights.calibration_table import (
 from flamingo_export.weights.decoder_cuts import check_parts, graph_records
 from flamingo_export.weights.range_checks import check_ranges
 from flamingo_reference.checkpoints.families import native
-from flamingo_reference.checkpoints.files.chat_template import TEMPLATE_FILE
+from flamingo_reference.checkpoints.files.chat_template_files import TEMPLATE_FILE
 from flamingo_reference.config import OwnVisionConfig
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ torch is imported inside functions.
 
 from __future__ import annotations
 
+from flamingo_export.sensitivity.findings import LayerError, MatrixError, Sensitivity
 from flamingo_export.sensitivity.measure import measure
-from flamingo_export.sensitivity.report import LayerError, MatrixError, Sensitivity
 from flamingo_export.sensitivity.suggest import Suggestion, suggest
 
 __all__ = ["LayerError", "MatrixError", "Sensitivity", "Suggestion", "measure", "suggest"]

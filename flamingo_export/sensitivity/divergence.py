@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flamingo_calibration.data import Checked, Ready
+from flamingo_calibration.samples import Checked, Ready
 from flamingo_export import estimates
 from flamingo_export.machine import available_memory
 from flamingo_export.precision import Precision

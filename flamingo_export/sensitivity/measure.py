@@ -20,19 +20,19 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 import numpy as np
 
-from flamingo_calibration.data import BadSample, Checked, Sample, check_samples
 from flamingo_calibration.layer_runner import Step, Walk
 from flamingo_calibration.run import calibrate
+from flamingo_calibration.samples import BadSample, Checked, Sample, check_samples
 from flamingo_calibration.streams import Stream, Work, append
-from flamingo_export.backends.memory import release
+from flamingo_export.backends.host_memory import release
 from flamingo_export.errors import BuildError, CalibrationError, pip_install
 from flamingo_export.precision import Policy, Precision, QuantisedType
 from flamingo_export.progress import SILENT, Progress
 from flamingo_export.quantize.policies import check_policy
 from flamingo_export.runtime.tokenizer import Tokenizer
 from flamingo_export.sensitivity.divergence import divergences, no_room
+from flamingo_export.sensitivity.findings import LayerError, MatrixError, Sensitivity
 from flamingo_export.sensitivity.quantised_copies import Twins
-from flamingo_export.sensitivity.report import LayerError, MatrixError, Sensitivity
 from flamingo_export.sensitivity.suggest import extra_bytes, kept_format
 from flamingo_export.sources import WeightSource
 from flamingo_export.sources.origin import source_digest

@@ -7,7 +7,7 @@ from pathlib import Path
 from flamingo_export.files import write_atomically
 from flamingo_export.pages.plots import bars_plot
 from flamingo_export.pages.template import render
-from flamingo_export.sensitivity.report import Sensitivity
+from flamingo_export.sensitivity.findings import Sensitivity
 from flamingo_export.sensitivity.suggest import STANDS_OUT, Suggestion
 
 _PLOTTED = 40

@@ -10,7 +10,7 @@ import msgspec
 
 from flamingo_export.precision import Policy, Precision, QuantisedType, Rule
 from flamingo_export.quantize.policies import policy_text
-from flamingo_export.sensitivity.report import MatrixError, Sensitivity
+from flamingo_export.sensitivity.findings import MatrixError, Sensitivity
 from flamingo_export.weights import bundle_weights, stored_bytes
 from flamingo_reference.config import ModelConfig
 

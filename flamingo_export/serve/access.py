@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flamingo_export.errors import InputError
-from flamingo_export.serve.errors import ApiError
+from flamingo_export.serve.refusals import ApiError
 
 _LEAST = 16
 

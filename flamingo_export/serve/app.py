@@ -22,10 +22,10 @@ from flamingo_export.runtime.timings import Timings
 from flamingo_export.serve import routes
 from flamingo_export.serve.access import Access
 from flamingo_export.serve.bodies import Chat, Completion, Scored, parse
-from flamingo_export.serve.errors import ApiError, refusal_of
-from flamingo_export.serve.media import MediaFetcher
 from flamingo_export.serve.metrics import Metrics
 from flamingo_export.serve.models import Models, Served
+from flamingo_export.serve.refusals import ApiError, refusal_of
+from flamingo_export.serve.remote_media import MediaFetcher
 from flamingo_export.serve.settings import ServeSettings
 from flamingo_export.serve.tracing import Tracing
 from flamingo_export.serve.transport import ClientGone, read_body

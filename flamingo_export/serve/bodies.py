@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from flamingo_export.serve.errors import ApiError
+from flamingo_export.serve.refusals import ApiError
 
 T = TypeVar("T")
 

@@ -39,10 +39,10 @@ from flamingo_export.runtime.ticket import Ticket, now
 from flamingo_export.runtime.videos import Video
 from flamingo_export.serve.answers import Form, extras, usage
 from flamingo_export.serve.bodies import Chat, parse
-from flamingo_export.serve.chat import chat_prompt
-from flamingo_export.serve.errors import ApiError, refusal_of
-from flamingo_export.serve.media import decode_data_url
-from flamingo_export.serve.options import check_offered, options_of, seconds_of
+from flamingo_export.serve.body_options import check_offered, options_of, seconds_of
+from flamingo_export.serve.chat_messages import chat_prompt
+from flamingo_export.serve.refusals import ApiError, refusal_of
+from flamingo_export.serve.remote_media import decode_data_url
 
 _MAX_MEDIUM = 64 << 20
 _AHEAD = 4

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from flamingo_export.errors import FlamingoExportError, InputError
 from flamingo_export.runtime.model import Model
-from flamingo_export.serve.errors import ApiError
+from flamingo_export.serve.refusals import ApiError
 from flamingo_export.serve.settings import ModelChoice
 
 _FAILURES = 3

@@ -24,10 +24,10 @@ from flamingo_export.runtime.timings import Timings
 from flamingo_export.runtime.videos import Video
 from flamingo_export.serve.answers import DONE, Form, Pieces, event, extras, usage
 from flamingo_export.serve.bodies import Chat, Completion, Sampled, Scored
-from flamingo_export.serve.chat import ChatPrompt, MediumUrl, chat_prompt
-from flamingo_export.serve.errors import ApiError, refusal_of
+from flamingo_export.serve.body_options import check_offered, options_of, seconds_of
+from flamingo_export.serve.chat_messages import ChatPrompt, MediumUrl, chat_prompt
 from flamingo_export.serve.models import Served
-from flamingo_export.serve.options import check_offered, options_of, seconds_of
+from flamingo_export.serve.refusals import ApiError, refusal_of
 from flamingo_export.serve.transport import EventStream, unless_gone
 
 if TYPE_CHECKING:

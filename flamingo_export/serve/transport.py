@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable
 from contextlib import ExitStack, aclosing
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from flamingo_export.serve.errors import ApiError
+from flamingo_export.serve.refusals import ApiError
 
 if TYPE_CHECKING:
     from starlette.requests import Request

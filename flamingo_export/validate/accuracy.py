@@ -19,11 +19,11 @@ import numpy.typing as npt
 from flamingo_export.backends.base import Backend, SessionOptions
 from flamingo_export.bundle.manifest import Manifest
 from flamingo_export.progress import SILENT, Progress
-from flamingo_export.validate.checks.engines import opened, run_stage
+from flamingo_export.validate.checks.engine_runs import opened, run_stage
 from flamingo_export.validate.expected.cases import DecoderCase, Request
-from flamingo_export.validate.expected.media import MediaFormat
+from flamingo_export.validate.expected.decoder_calls import plan_case
+from flamingo_export.validate.expected.media_rounding import MediaFormat
 from flamingo_export.validate.expected.oracle import resampler_feeds
-from flamingo_export.validate.expected.plan import plan_case
 from flamingo_export.validate.report.parity_report import Row
 from flamingo_export.validate.tolerances import coarsest
 from flamingo_export.weights.calibration_table import CALIBRATION_FILE, read_table
@@ -188,9 +188,9 @@ def record() -> Answers:
     from flamingo_export.sources.origin import source_digest
     from flamingo_reference.model import Flamingo
     from flamingo_reference.nano import pages
-    from flamingo_reference.nano.data import Item
     from flamingo_reference.nano.evaluate import Reader
-    from flamingo_reference.nano.tokenizer import load_tokenizer
+    from flamingo_reference.nano.pictures import Item
+    from flamingo_reference.nano.train_tokenizer import load_tokenizer
 
     items = tasks(COUNT)
     shown = [

@@ -28,9 +28,9 @@ from flamingo_export.sources.origin import find_origin, source_digest
 from flamingo_export.validate.checks.checker import Checker
 from flamingo_export.validate.environment import environment, is_small, torch_found
 from flamingo_export.validate.expected.cases import decoder_cases, pixel_cases
+from flamingo_export.validate.expected.decoder_calls import strips
 from flamingo_export.validate.expected.golden import CASES_FILE, TENSORS_FILE, Goldens, load_goldens, save_goldens
-from flamingo_export.validate.expected.media import MediaFormat
-from flamingo_export.validate.expected.plan import strips
+from flamingo_export.validate.expected.media_rounding import MediaFormat
 from flamingo_export.validate.expected.recording import no_room, record, torch_threads
 from flamingo_export.validate.expected.transformers import KNOWN, corrections_of
 from flamingo_export.validate.report.parity_report import Against, NotRun, ParityReport, Trace, Verdict, write_report
@@ -305,8 +305,8 @@ def _transformers(
     progress: Progress,
 ) -> Goldens:
     """What transformers' own model expects. Raises ParityError if it is not installed, or the bundle is of another family."""
-    from flamingo_export.validate.expected.transformers.record import record_transformers
     from flamingo_export.validate.expected.transformers.theirs import theirs_of
+    from flamingo_export.validate.expected.transformers.transformers_recording import record_transformers
 
     family = manifest.source.family
     if family not in KNOWN:

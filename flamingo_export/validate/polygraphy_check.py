@@ -36,7 +36,7 @@ from flamingo_export.progress import SILENT, Progress
 from flamingo_export.specs import SubgraphSpec, decoder_spec, subgraph_specs
 from flamingo_export.validate.checks.checker import Checker
 from flamingo_export.validate.expected.golden import load_goldens
-from flamingo_export.validate.expected.media import FLOATS
+from flamingo_export.validate.expected.media_rounding import FLOATS
 from flamingo_export.validate.tolerances import Tolerance, tolerance
 from flamingo_reference.arrays import Array
 

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from gpu import build, wheels
+from gpu import kernel_build, wheels
 from gpu.stage import Context, Failed, NoDevice, NoTime, Result
 
 
@@ -65,7 +65,7 @@ def without_tensorrt(context: Context) -> str | None:
     if (
         context.plugin is None
         and PLUGIN_VARIABLE not in os.environ
-        and not (build.ROOT / "build" / "libflamingo_plugins.so").exists()
+        and not (kernel_build.ROOT / "build" / "libflamingo_plugins.so").exists()
     ):
         return f"the plugin library: build it with TensorRT's headers, or name one with {PLUGIN_VARIABLE}"
     return None
@@ -98,7 +98,7 @@ def without_cuda_provider(context: Context) -> str | None:
     )
 
 
-PICTURE = build.ROOT / "docs" / "images" / "demo.png"
+PICTURE = kernel_build.ROOT / "docs" / "images" / "demo.png"
 POLICY = Path(__file__).with_name("fp8_media.toml")
 
 
@@ -275,7 +275,7 @@ def _cli(context: Context, words: Sequence[str]) -> subprocess.CompletedProcess[
 
 def _python(context: Context, code: str, words: Sequence[str], before: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
     """Python in a process of its own, with what this one found: the plugin, the wheels. before: folders that come first. Raises NoTime."""
-    own = [str(build.ROOT), str(build.ROOT / "reference"), str(build.ROOT / "calibration")]
+    own = [str(kernel_build.ROOT), str(kernel_build.ROOT / "reference"), str(kernel_build.ROOT / "calibration")]
     paths = [*before, *own, *filter(None, [os.environ.get(WHEELS)])]
     built = {PLUGIN_VARIABLE: str(context.plugin)} if context.plugin is not None else {}
     environment = built | os.environ | {"PYTHONPATH": os.pathsep.join(paths)}

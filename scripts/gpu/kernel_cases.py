@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu import oracle
-from gpu.library import Kernels, arguments
+from gpu import kernel_oracle
+from gpu.kernel_library import Kernels, arguments
 
 FLOOR = {torch.float32: 4e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 FP8 = torch.float8_e4m3fn
@@ -116,7 +116,7 @@ def make(case: Case, generator: torch.Generator, device: str = "cuda") -> Inputs
         draw(batch, positions, heads, case.head_size),
         *(draw(rows, heads, case.latents, case.head_size) for _ in range(2)),
     )
-    seen = oracle.rows_seen(media_rows, phi, rows)
+    seen = kernel_oracle.rows_seen(media_rows, phi, rows)
     q[seen < 0] = torch.nan
     unread = torch.ones(rows, dtype=torch.bool)
     unread[seen[seen >= 0]] = False
@@ -145,8 +145,8 @@ def compare(inputs: Inputs, y: Tensor) -> dict[str, float]:
     dtype = inputs.q.dtype
     k_scale, v_scale = (float(scale) if scale is not None else 1.0 for scale in (inputs.k_scale, inputs.v_scale))
     tensors = (inputs.q, inputs.k, inputs.v, inputs.media_rows, inputs.phi)
-    right, usual = (oracle.attend(*tensors, dtype=t, k_scale=k_scale, v_scale=v_scale) for t in (torch.float64, dtype))
-    empty = oracle.rows_seen(inputs.media_rows, inputs.phi, inputs.k.shape[0]) < 0
+    right, usual = (kernel_oracle.attend(*tensors, dtype=t, k_scale=k_scale, v_scale=v_scale) for t in (torch.float64, dtype))
+    empty = kernel_oracle.rows_seen(inputs.media_rows, inputs.phi, inputs.k.shape[0]) < 0
     assert bool((y[empty] == 0).all()), "a position without a medium is not exactly zero"
     assert bool(y.isfinite().all()), "a result is not finite, or was never written"
     floor = FLOOR[dtype] * float(right.abs().amax()) if right.numel() else 0.0
@@ -229,7 +229,7 @@ def check_shapes(kernels: Kernels, seed: int) -> dict[str, Any]:
 
 def check_refusals(kernels: Kernels) -> dict[str, Any]:
     """Arguments that the kernels do not take come back as cudaErrorInvalidValue and leave the device usable."""
-    from gpu.library import CudaFailed
+    from gpu.kernel_library import CudaFailed
 
     inputs = make(Case("ragged", torch.float16, torch.float16, 64, 64), torch.Generator().manual_seed(0))
     y = torch.empty_like(inputs.q)

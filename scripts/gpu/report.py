@@ -9,9 +9,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from gpu import build
+from gpu import kernel_build
 
-RESULTS = build.ROOT / "benchmarks" / "results"
+RESULTS = kernel_build.ROOT / "benchmarks" / "results"
 RATIOS = (
     "prefill bf16, share of the copy bandwidth",
     "prefill, SDPA image by image over ours",
@@ -40,10 +40,10 @@ def machine(nvcc: str | None) -> dict[str, Any]:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "cuda_of_torch": torch.version.cuda,
-            "nvcc": build.nvcc_version(nvcc) if nvcc else None,
+            "nvcc": kernel_build.nvcc_version(nvcc) if nvcc else None,
         },
         "commit": _commit(),
-        "kernel_sources": build.digest_of_sources(),
+        "kernel_sources": kernel_build.digest_of_sources(),
     }
     if torch.cuda.is_available():
         found["device"] = torch.cuda.get_device_name()
@@ -59,7 +59,7 @@ def _commit() -> str | None:
     """Of the checkout; None where it is none, or there is no git."""
     command = ["git", "rev-parse", "--short", "HEAD"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=build.ROOT, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=kernel_build.ROOT, check=False)
     except OSError:
         return None
     return done.stdout.strip() or None

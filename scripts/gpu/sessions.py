@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flamingo_export.backends.tensorrt.device_memory import DeviceBuffer, DeviceStream, DeviceTensor
 from flamingo_export.backends.tensorrt.dtypes import encode
 from flamingo_export.backends.tensorrt.engine_contract import Contract
 from flamingo_export.backends.tensorrt.lowering.shapes import Bounds, Profile
-from flamingo_export.backends.tensorrt.memory import DeviceBuffer, DeviceStream, DeviceTensor
 from flamingo_export.backends.tensorrt.session import CAPTURED_AT, MAX_GRAPHS, TensorRTSession
 from flamingo_export.specs import SubgraphSpec, TensorSpec
 from gpu import kernel_cases
-from gpu.library import arguments
+from gpu.kernel_library import arguments
 from gpu.torch_backend import Card, Engine
 
 ROWS, LATENTS, HEADS, CAPACITY, BATCH, MEDIA = 6, 64, 2, 8, 4, 3

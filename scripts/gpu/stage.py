@@ -44,7 +44,7 @@ class Context:
     """That are left when a stage starts; processes that it starts end before."""
     dry: bool = False
     """A dry run: stages go as far as a machine without a GPU lets them."""
-    library: Path | None = None
+    kernels_file: Path | None = None
     kernels: Any = None
     plugin: Path | None = None
     through_plugin: Any = None

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from typing import Any
 
-from gpu import build
+from gpu import kernel_build
 from gpu.engines import (
     engines,
     fp8_against_fp16,
@@ -25,7 +25,7 @@ from gpu.engines import (
 from gpu.runtime import judged, rehearse_nano, rehearse_sessions, run_nano, run_sessions, without_runtime
 from gpu.stage import Context, Failed, NoDevice, NoTime, NotPossible, Stage
 
-FOLDER = build.ROOT / "build" / "gpu_check"
+FOLDER = kernel_build.ROOT / "build" / "gpu_check"
 
 
 def nothing_missing(_: Context) -> str | None:
@@ -37,7 +37,7 @@ def without_nvcc(context: Context) -> str | None:
 
 
 def without_library(context: Context) -> str | None:
-    return None if context.library else "the kernels' library, for want of nvcc or because it did not build"
+    return None if context.kernels_file else "the kernels' library, for want of nvcc or because it did not build"
 
 
 def emulate(context: Context) -> dict[str, Any]:
@@ -45,8 +45,10 @@ def emulate(context: Context) -> dict[str, Any]:
     outputs = {}
     for program, arguments in (("test_layout", []), ("test_blocks", [str(context.seed), "1"])):
         try:
-            outputs[program] = build.run([str(build.build_emulation(FOLDER, program)), *arguments], timeout=1800).strip()
-        except build.BuildFailed as error:
+            outputs[program] = kernel_build.run(
+                [str(kernel_build.build_emulation(FOLDER, program)), *arguments], timeout=1800
+            ).strip()
+        except kernel_build.BuildFailed as error:
             raise Failed(str(error)) from error
     return outputs
 
@@ -56,8 +58,8 @@ def compile_kernels(context: Context) -> dict[str, Any]:
     assert context.nvcc
     architecture = context.architecture or "90"
     try:
-        context.library, resources = build.build_library(context.nvcc, architecture, FOLDER)
-    except build.BuildFailed as error:
+        context.kernels_file, resources = kernel_build.build_library(context.nvcc, architecture, FOLDER)
+    except kernel_build.BuildFailed as error:
         raise Failed(str(error)) from error
     result = {"architecture": architecture, "kernels": [r.as_json() for r in resources]}
     spilled = [r.kernel for r in resources if r.spilled]
@@ -67,9 +69,9 @@ def compile_kernels(context: Context) -> dict[str, Any]:
 
 
 def without_headers(context: Context) -> str | None:
-    if context.library is None:
+    if context.kernels_file is None:
         return without_library(context)
-    if os.environ.get("TENSORRT_ROOT") or build.find_headers():
+    if os.environ.get("TENSORRT_ROOT") or kernel_build.find_headers():
         return None
     return "TensorRT's headers (docs/plugin.md says where to get them; TENSORRT_ROOT=folder that holds include/)"
 
@@ -77,15 +79,15 @@ def without_headers(context: Context) -> str | None:
 def compile_plugin(context: Context) -> dict[str, Any]:
     """The plugin library around those kernels, taken as TensorRT takes it up to the point where a GPU is wanted."""
     from gpu import kernel_cases
-    from gpu.library import ThroughPlugin
+    from gpu.kernel_library import ThroughPlugin
 
     assert context.nvcc
     try:
-        headers = build.find_headers()
+        headers = kernel_build.find_headers()
         assert headers
-        context.plugin, driver = build.build_plugin(context.nvcc, context.architecture or "90", headers, FOLDER)
+        context.plugin, driver = kernel_build.build_plugin(context.nvcc, context.architecture or "90", headers, FOLDER)
         context.through_plugin = ThroughPlugin(driver, context.plugin)
-    except (build.BuildFailed, OSError, ValueError) as error:
+    except (kernel_build.BuildFailed, OSError, ValueError) as error:
         raise Failed(str(error)) from error
     found = kernel_cases.check_shapes(context.through_plugin, context.seed)
     if found["failures"]:
@@ -97,10 +99,10 @@ def call_device(context: Context) -> dict[str, Any]:
     """The first CUDA calls: a launch through the library, then the device's name. Raises NoDevice."""
     import ctypes
 
-    from gpu.library import Args, Kernels
+    from gpu.kernel_library import Args, Kernels
 
-    assert context.library
-    context.kernels = Kernels(context.library)
+    assert context.kernels_file
+    context.kernels = Kernels(context.kernels_file)
     if context.architecture is None:
         address = (
             ctypes.addressof(ctypes.create_string_buffer(64)) // 16 * 16 + 16
@@ -123,7 +125,7 @@ def call_device(context: Context) -> dict[str, Any]:
 
 
 def _refusal(kernels: Any, args: Any) -> Exception | None:
-    from gpu.library import CudaFailed
+    from gpu.kernel_library import CudaFailed
 
     try:
         kernels.launch(args)
@@ -162,7 +164,7 @@ def test_kernels(context: Context) -> dict[str, Any]:
 
 
 def without_sanitizer(context: Context) -> str | None:
-    if context.library is None:
+    if context.kernels_file is None:
         return without_library(context)
     return None if find_sanitizer() else "compute-sanitizer (with the CUDA toolkit)"
 
@@ -184,7 +186,7 @@ def sanitize(context: Context) -> dict[str, Any]:
     sanitizer = find_sanitizer()
     assert sanitizer
     results, failures = {}, []  # type: ignore[var-annotated]
-    script = [sys.executable, str(build.ROOT / "scripts" / "gpu_check"), "--few-cases", str(context.library)]
+    script = [sys.executable, str(kernel_build.ROOT / "scripts" / "gpu_check"), "--few-cases", str(context.kernels_file)]
     for tool in ("memcheck", "racecheck", "synccheck"):
         own = ["--report-api-errors", "no"] if tool == "memcheck" else []
         command = [sanitizer, "--tool", tool, *own, "--error-exitcode", "9", "--kernel-regex", "kns=flamingo", *script]
@@ -211,7 +213,7 @@ def sanitize(context: Context) -> dict[str, Any]:
 
 def benchmark(context: Context) -> dict[str, Any]:
     """Times and ratios. Targets that are not reached are reported, and fail nothing: they belong to the card."""
-    sys.path.insert(0, str(build.ROOT / "benchmarks"))
+    sys.path.insert(0, str(kernel_build.ROOT / "benchmarks"))
     import phi_attention_gpu
 
     try:

@@ -21,16 +21,16 @@ from torch import Tensor
 from flamingo_export.backends.base import Availability, SessionOptions
 from flamingo_export.backends.tensorrt import dlpack
 from flamingo_export.backends.tensorrt.cuda import Cuda
+from flamingo_export.backends.tensorrt.device_memory import DeviceStream
 from flamingo_export.backends.tensorrt.engine_contract import Contract, contract_of
 from flamingo_export.backends.tensorrt.lowering.candidates import add_candidates
 from flamingo_export.backends.tensorrt.lowering.lower import lower
-from flamingo_export.backends.tensorrt.memory import DeviceStream
 from flamingo_export.backends.tensorrt.session import TensorRTSession
 from flamingo_export.bundle.manifest import EngineRecord, GraphRecord, Manifest
 from flamingo_export.errors import BackendError
 from flamingo_export.precision import StorageType
 from flamingo_export.specs import TensorSpec
-from gpu.library import arguments
+from gpu.kernel_library import arguments
 from gpu.torch_graph import Attend, TorchGraph
 
 PLUGIN_FUNCTION = frozenset({"PhiCrossAttention"})

@@ -19,7 +19,7 @@ from transformers import CLIPVisionModel, IdeficsForVisionText2Text, MllamaForCo
 from flamingo_export.errors import CheckpointError
 from flamingo_export.pipeline import plan as build_plan
 from flamingo_export.pipeline import run as pipeline
-from flamingo_export.pipeline.request import BuildRequest
+from flamingo_export.pipeline.build_request import BuildRequest
 from flamingo_export.sources.choice import CheckpointFolder
 from flamingo_reference.checkpoints.families.llama_vision import config_from, plain_name
 from flamingo_reference.checkpoints.families.recognition import recognise

@@ -13,7 +13,7 @@ from PIL import Image
 from variations import IDEFICS, MPT, NEOX, drawn_model
 
 from flamingo_calibration import BadSample, Sample, calibrate, nano_samples, read_samples, shipped_samples, source_tokenizer
-from flamingo_calibration.data import check_samples
+from flamingo_calibration.samples import check_samples
 from flamingo_calibration.shipped import _documents
 from flamingo_export.errors import CalibrationError
 from flamingo_export.runtime.videos import Video

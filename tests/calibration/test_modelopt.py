@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from flamingo_calibration import thresholds
-from flamingo_calibration.statistics import Collector
+from flamingo_calibration.activation_statistics import Collector
 from tests.calibration import modelopt_oracle as oracle
 
 RECORDED = json.loads(oracle.RECORDED.read_text())

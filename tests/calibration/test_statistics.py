@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from flamingo_calibration import thresholds
-from flamingo_calibration.statistics import Collector
+from flamingo_calibration.activation_statistics import Collector
 from flamingo_export.errors import CalibrationError
 
 

@@ -20,8 +20,8 @@ from flamingo_export.bundle.manifest import read_manifest
 from flamingo_export.cli import main
 from flamingo_export.errors import BundleError, CheckpointError, EvaluationError, InputError, PromptError
 from flamingo_export.evaluation.index.encoder import EMBEDDINGS, MEAN_FEATURES
+from flamingo_export.evaluation.index.exact_search import nearest
 from flamingo_export.evaluation.index.looking import found_by_image, found_by_text
-from flamingo_export.evaluation.index.search import nearest
 from flamingo_export.evaluation.index.store import Index, IndexedItem, build_index
 from flamingo_export.runtime.contrastive import ContrastiveEncoder
 from flamingo_export.runtime.media import load_medium

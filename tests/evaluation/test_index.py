@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from flamingo_export.errors import EvaluationError
 from flamingo_export.evaluation.index import store
-from flamingo_export.evaluation.index.search import nearest, pairs_alike
+from flamingo_export.evaluation.index.exact_search import nearest, pairs_alike
 from flamingo_export.evaluation.index.store import Index, IndexedItem, build_index
 
 WIDTH = 6

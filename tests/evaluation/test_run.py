@@ -271,7 +271,7 @@ def test_a_tag_in_a_question_is_named(vqa: Path) -> None:
 
 
 def test_videos_are_looked_at_as_the_settings_say(tmp_path: Path) -> None:
-    from flamingo_export.evaluation.data import read_data
+    from flamingo_export.evaluation.items import read_data
     from flamingo_export.evaluation.tasks import task_of
     from flamingo_export.runtime.videos import Video
 

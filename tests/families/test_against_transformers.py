@@ -25,10 +25,10 @@ from flamingo_export.errors import CheckpointError, ParityError
 from flamingo_export.sources import CheckpointSource
 from flamingo_export.validate import check_bundle
 from flamingo_export.validate.expected.cases import RESET_CASE, decoder_cases, encoder_cases, phi_cases, pixel_cases
+from flamingo_export.validate.expected.decoder_calls import plan_case
 from flamingo_export.validate.expected.golden import Goldens
 from flamingo_export.validate.expected.oracle import encoder_feeds, record_numbers
-from flamingo_export.validate.expected.plan import plan_case
-from flamingo_export.validate.expected.transformers.modules import TransformersParts
+from flamingo_export.validate.expected.transformers.transformers_parts import TransformersParts
 from flamingo_export.validate.expected.transformers.whole import record_whole
 from flamingo_reference.checkpoints.files.safetensors_file import open_header
 

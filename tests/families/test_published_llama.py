@@ -41,7 +41,7 @@ from flamingo_export.validate import check_bundle
 from flamingo_export.validate.expected.cases import decoder_cases, pixel_cases
 from flamingo_export.validate.expected.golden import Goldens
 from flamingo_export.validate.expected.oracle import record_numbers
-from flamingo_export.validate.expected.transformers.modules import TransformersParts
+from flamingo_export.validate.expected.transformers.transformers_parts import TransformersParts
 from flamingo_export.validate.expected.transformers.whole import record_whole
 from flamingo_reference.checkpoints.families import llama_vision
 from flamingo_reference.checkpoints.files.tensors import CheckpointError

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 import flamingo_export
 from flamingo_export.errors import CheckpointError
 from flamingo_export.pipeline import plan as build_plan
-from flamingo_export.pipeline.request import BuildRequest
+from flamingo_export.pipeline.build_request import BuildRequest
 from flamingo_export.sources.choice import CheckpointFolder
 from flamingo_reference.checkpoints.files.tensors import CheckpointError as UnreadableCheckpoint
 from flamingo_reference.checkpoints.loading import load

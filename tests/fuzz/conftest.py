@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import flamingo_export
+from flamingo_export.bundle.bundled_tokenizer import placeholder_tokenizer
 from flamingo_export.bundle.manifest import ShapeLimits
-from flamingo_export.bundle.tokenizer import placeholder_tokenizer
 from flamingo_export.sources import RandomSource
 from flamingo_export.sources.choice import RandomWeights
 from flamingo_reference.checkpoints.families.native import save_native

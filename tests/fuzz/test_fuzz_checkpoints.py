@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from flamingo_export.bundle.tokenizer import checked_tokenizer
+from flamingo_export.bundle.bundled_tokenizer import checked_tokenizer
 from flamingo_export.cli import main
 from flamingo_export.sources.checkpoint import CheckpointSource
 from flamingo_export.sources.choice import CheckpointFolder

@@ -6,21 +6,21 @@ import shutil
 import subprocess
 
 import pytest
-from gpu import build
+from gpu import kernel_build
 
-pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="no C++ compiler (g++)")
+pytestmark = pytest.mark.skipif(kernel_build.find_compiler() is None, reason="no C++ compiler (g++)")
 
 
 def test_layout(tmp_path):
     done = subprocess.run(
-        [build.build_emulation(tmp_path, "test_layout", flags=["-O0"])], capture_output=True, text=True, check=False
+        [kernel_build.build_emulation(tmp_path, "test_layout", flags=["-O0"])], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.slow
 def test_every_shape_against_the_oracle(tmp_path):
-    program = build.build_emulation(tmp_path, "test_blocks", flags=["-O1"])
+    program = kernel_build.build_emulation(tmp_path, "test_blocks", flags=["-O1"])
     done = subprocess.run([program, "11", "1"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
     assert "34 cases" in done.stdout
@@ -28,7 +28,7 @@ def test_every_shape_against_the_oracle(tmp_path):
 
 @pytest.mark.slow
 def test_every_range_shape_against_the_oracle(tmp_path):
-    program = build.build_emulation(tmp_path, "test_range", flags=["-O1"])
+    program = kernel_build.build_emulation(tmp_path, "test_range", flags=["-O1"])
     done = subprocess.run([program, "11", "1"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
     assert "24 cases" in done.stdout
@@ -81,11 +81,11 @@ def test_emulation_notices_in_ranges(mutant, tmp_path):
 def assert_noticed(tests, mutant, tmp_path):
     line, instead, complaint = mutant
     kernels = tmp_path / "kernels"
-    shutil.copytree(build.KERNELS, kernels)
+    shutil.copytree(kernel_build.KERNELS, kernels)
     sources = [path for path in kernels.glob("*.h") if line in path.read_text()]
     assert len(sources) == 1, f"{line!r} is to be in one header"
     sources[0].write_text(sources[0].read_text().replace(line, instead))
-    program = build.build_emulation(tmp_path, tests, kernels=kernels, flags=["-O0", "-DONE_SHAPE"])
+    program = kernel_build.build_emulation(tmp_path, tests, kernels=kernels, flags=["-O0", "-DONE_SHAPE"])
     done = subprocess.run([program, "1", "6"], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert any(part in done.stdout for part in complaint.split("|")), done.stdout

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu import build, engines, kernel_cases, oracle, report, stages
-from gpu.library import Args
+from gpu import engines, kernel_build, kernel_cases, kernel_oracle, report, stages
+from gpu.kernel_library import Args
 from gpu.stage import Choice, Context, Failed, NoDevice, NoTime, NotPossible, Stage
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,24 +33,28 @@ ptxas info    : Used 40 registers
 
 
 def test_resources_are_read_from_the_compilers_log():
-    assert build.parse_resources(LOG) == [
-        build.Resources("decode bf16, fp8, 96", "90", 124, 37376, 16, 20),
-        build.Resources("prefill fp16, fp16, 128", "120", 96, 32768, 0, 0),
-        build.Resources("fp32 fp32, fp32, any", "80", 40, 0, 0, 0),
+    assert kernel_build.parse_resources(LOG) == [
+        kernel_build.Resources("decode bf16, fp8, 96", "90", 124, 37376, 16, 20),
+        kernel_build.Resources("prefill fp16, fp16, 128", "120", 96, 32768, 0, 0),
+        kernel_build.Resources("fp32 fp32, fp32, any", "80", 40, 0, 0, 0),
     ]
 
 
 def test_recorded_resources_are_of_these_sources_and_nothing_spills():
-    recorded = json.loads((build.KERNELS / "resources.json").read_text())
-    assert recorded["kernel_sources"] == build.digest_of_sources(), "run scripts/gpu/resources.py: the kernels have changed"
+    recorded = json.loads((kernel_build.KERNELS / "resources.json").read_text())
+    assert recorded["kernel_sources"] == kernel_build.digest_of_sources(), (
+        "run scripts/gpu/resources.py: the kernels have changed"
+    )
     kernels = recorded["kernels"]
     # 3 kinds and 2 of ranges x 4 types x 5 head sizes on tensor cores, those that join ranges' parts, fp32 with K and V in fp32 and FP8
-    assert len({(k["kernel"], k["architecture"]) for k in kernels}) == (5 * 4 * 5 + 4 + 2 * 2) * len(build.ALL_ARCHITECTURES)
+    assert len({(k["kernel"], k["architecture"]) for k in kernels}) == (5 * 4 * 5 + 4 + 2 * 2) * len(
+        kernel_build.ALL_ARCHITECTURES
+    )
     assert {k["kernel"] for k in kernels if k["spilled"] or k["stack"]} == set()
     assert max(k["shared"] for k in kernels) <= 48 << 10  # more would want an attribute, and leave sm_86 with one block
 
 
-@pytest.mark.skipif(build.find_compiler() is None, reason="no C++ compiler (g++)")
+@pytest.mark.skipif(kernel_build.find_compiler() is None, reason="no C++ compiler (g++)")
 def test_ctypes_lay_out_the_arguments_as_the_header_does(tmp_path):
     names = [name for name, _ in Args._fields_]
     prints = "".join(f'printf("%zu ", offsetof(A, {name}));' for name in names)
@@ -59,8 +63,8 @@ def test_ctypes_lay_out_the_arguments_as_the_header_does(tmp_path):
         f'#include <cstdio>\n#include "phi_cross_attention.h"\nusing A = flamingo_phi_cross_attention_args;\n'
         f'int main() {{ {prints} printf("%zu", sizeof(A)); }}\n'
     )
-    include = ["-I", build.EMULATION / "without_cuda", "-I", build.KERNELS]
-    subprocess.run([build.find_compiler(), *include, source, "-o", tmp_path / "offsets"], check=True)
+    include = ["-I", kernel_build.EMULATION / "without_cuda", "-I", kernel_build.KERNELS]
+    subprocess.run([kernel_build.find_compiler(), *include, source, "-o", tmp_path / "offsets"], check=True)
     offsets = subprocess.run([tmp_path / "offsets"], capture_output=True, text=True, check=True).stdout.split()
     assert [int(x) for x in offsets] == [*(getattr(Args, name).offset for name in names), ctypes.sizeof(Args)]
 
@@ -69,7 +73,7 @@ def test_ctypes_lay_out_the_arguments_as_the_header_does(tmp_path):
 def test_oracle_is_the_definition(layout):
     case = kernel_cases.Case(layout, torch.float32, torch.float32, 32, 16)
     inputs = kernel_cases.make(case, torch.Generator().manual_seed(3), device="cpu")
-    y = oracle.attend(inputs.q, inputs.k, inputs.v, inputs.media_rows, inputs.phi, dtype=torch.float64)
+    y = kernel_oracle.attend(inputs.q, inputs.k, inputs.v, inputs.media_rows, inputs.phi, dtype=torch.float64)
     picked = torch.randperm(inputs.phi.numel(), generator=torch.Generator().manual_seed(4))[:25]
     for b, s in ((int(i) // inputs.phi.shape[1], int(i) % inputs.phi.shape[1]) for i in picked):
         medium = int(inputs.phi[b, s])
@@ -89,7 +93,7 @@ def test_oracle_is_the_definition(layout):
 def test_comparison_takes_torchs_result_and_refuses_wrong_ones():
     case = kernel_cases.Case("ragged", torch.bfloat16, torch.float8_e4m3fn, 64, 64)
     inputs = kernel_cases.make(case, torch.Generator().manual_seed(5), device="cpu")
-    y = oracle.attend(
+    y = kernel_oracle.attend(
         inputs.q, inputs.k, inputs.v, inputs.media_rows, inputs.phi, dtype=torch.bfloat16, k_scale=0.75, v_scale=1.5
     )
     shares = kernel_cases.compare(inputs, y)
@@ -109,7 +113,7 @@ def test_comparison_takes_torchs_result_and_refuses_wrong_ones():
 def test_cases_leave_nothing_to_read_but_what_is_seen():
     case = kernel_cases.Case("prompt of 32 images", torch.float16, torch.float16, 32, 16)
     inputs = kernel_cases.make(case, torch.Generator().manual_seed(6), device="cpu")
-    seen = oracle.rows_seen(inputs.media_rows, inputs.phi, 32)
+    seen = kernel_oracle.rows_seen(inputs.media_rows, inputs.phi, 32)
     assert set(seen.unique().tolist()) == {-1, *range(32)}
     assert bool(inputs.q[seen < 0].isnan().all())
     assert not bool(inputs.q[seen >= 0].isnan().any())
@@ -221,7 +225,7 @@ def sanitizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> C
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o755)
     monkeypatch.setattr(stages, "find_sanitizer", lambda: str(path))
-    return Context(seed=0, rounds=1, architecture="90", library=tmp_path / "kernels.so")
+    return Context(seed=0, rounds=1, architecture="90", kernels_file=tmp_path / "kernels.so")
 
 
 def test_memcheck_leaves_other_peoples_calls_alone(tmp_path, monkeypatch):
@@ -249,7 +253,7 @@ def test_a_sanitizer_that_refuses_the_device_is_no_failure(tmp_path, monkeypatch
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(build.find_nvcc() is None, reason="no nvcc (the CUDA toolkit)")
+@pytest.mark.skipif(kernel_build.find_nvcc() is None, reason="no nvcc (the CUDA toolkit)")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: run scripts/gpu_check itself")
 def test_without_a_gpu_the_first_cuda_call_says_so(tmp_path):
     """The library is built (no kernel spills on sm_90), loads, and its launch fails with a reason; exit code 3. So does the plugin's, where
@@ -259,7 +263,7 @@ def test_without_a_gpu_the_first_cuda_call_says_so(tmp_path):
     assert done.returncode == 3, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].split()[:2] == ["build", "passed"]
-    headers = build.find_headers() is not None
+    headers = kernel_build.find_headers() is not None
     assert lines[1].split()[:2] == (["plugin-build", "passed"] if headers else ["plugin-build", "not"])
     assert lines[2].split()[:3] == ["device", "no", "device:"]
     assert "first CUDA call failed, of the kernels with cudaError" in lines[2]
@@ -279,7 +283,7 @@ def test_a_dry_run_goes_through_every_stage_up_to_its_first_cuda_call(tmp_path):
     reached = {name for name, line in found.items() if "no device:" in line}
     assert {"runtime", "nano"} <= reached, done.stdout
     assert {stage.name for stage in stages.STAGES if stage.name.startswith("tensorrt")} <= reached
-    if build.find_nvcc() is not None:
+    if kernel_build.find_nvcc() is not None:
         assert {"device", "kernels", "benchmark"} <= reached
     assert not [line for line in found.values() if " failed " in line]
     assert list(tmp_path.iterdir()) == []
@@ -378,14 +382,14 @@ def test_stages_of_engines_build_the_plugin_that_they_want():
 
 def test_headers_are_those_that_are_named(tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORRT_ROOT", str(tmp_path))
-    with pytest.raises(build.BuildFailed, match=r"has no include/NvInferRuntime\.h"):
-        build.find_headers()
+    with pytest.raises(kernel_build.BuildFailed, match=r"has no include/NvInferRuntime\.h"):
+        kernel_build.find_headers()
     (tmp_path / "include").mkdir()
     (tmp_path / "include" / "NvInferRuntime.h").touch()
-    assert build.find_headers() == tmp_path / "include"
+    assert kernel_build.find_headers() == tmp_path / "include"
     monkeypatch.chdir(tmp_path.parent)  # compilers run in other folders
     monkeypatch.setenv("TENSORRT_ROOT", tmp_path.name)
-    assert build.find_headers() == tmp_path / "include"
+    assert kernel_build.find_headers() == tmp_path / "include"
 
 
 @pytest.mark.parametrize("wrong", [None, "parity"])

@@ -10,16 +10,16 @@ import onnxruntime
 import pytest
 import torch
 from fake_card import FakeCard
-from gpu import build, nano, onnxruntime_cuda, oracle, sessions
-from gpu.library import Args, Kernels
+from gpu import kernel_build, kernel_oracle, nano, onnxruntime_cuda, sessions
+from gpu.kernel_library import Args, Kernels
 from gpu.torch_backend import kernel_attend
 from gpu.torch_graph import TorchGraph, UnknownOperator
 
 import flamingo_export
+from flamingo_export.backends.tensorrt.device_memory import Memory
 from flamingo_export.backends.tensorrt.engine_contract import contract_of
 from flamingo_export.backends.tensorrt.lowering.candidates import add_candidates
 from flamingo_export.backends.tensorrt.lowering.lower import lower
-from flamingo_export.backends.tensorrt.memory import Memory
 from flamingo_export.bundle.manifest import read_manifest
 from flamingo_export.sources.choice import source_for_size
 
@@ -27,9 +27,9 @@ from flamingo_export.sources.choice import source_for_size
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory) -> Kernels:
     """The kernels of head size 32, block by block on the CPU."""
-    if build.find_compiler() is None:
+    if kernel_build.find_compiler() is None:
         pytest.skip("no C++ compiler (g++)")
-    return Kernels(build.build_emulated_library(tmp_path_factory.mktemp("emulated")))
+    return Kernels(kernel_build.build_emulated_library(tmp_path_factory.mktemp("emulated")))
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def by_oracle(args: Args, stream: int, *, wrong: bool = False) -> None:
     bank = [array(each, np.float16, args.bank_rows, heads, args.latents, size) for each in (args.k, args.v)]
     rows, phi = array(args.media_rows, np.int64, batch, args.media), array(args.phi, np.int64, batch, positions)
     given = [torch.from_numpy(x.copy()) for x in (q, *bank, (rows + wrong) % args.bank_rows, phi)]
-    y = oracle.attend(*given, dtype=torch.float32).half()
+    y = kernel_oracle.attend(*given, dtype=torch.float32).half()
     array(args.y, np.float16, *q.shape)[...] = y.numpy()
 
 

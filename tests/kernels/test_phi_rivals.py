@@ -7,7 +7,7 @@ import inspect
 import phi_rivals
 import pytest
 import torch
-from gpu import oracle
+from gpu import kernel_oracle
 
 
 def problem(phi: torch.Tensor, media: int) -> phi_rivals.Problem:
@@ -36,7 +36,7 @@ def test_rivals_are_the_definition(rival, given):
         with pytest.raises(phi_rivals.NotAtHand, match="runs of one length"):
             rival(given)
         return
-    right = oracle.attend(given.q, given.k, given.v, given.media_rows, given.phi, dtype=torch.float64)
+    right = kernel_oracle.attend(given.q, given.k, given.v, given.media_rows, given.phi, dtype=torch.float64)
     torch.testing.assert_close(rival(given)().double(), right, atol=2e-6, rtol=0)
 
 

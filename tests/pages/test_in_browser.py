@@ -22,7 +22,7 @@ from flamingo_export.evaluation.settings import Settings
 from flamingo_export.pages import template
 from flamingo_export.precision import Precision
 from flamingo_export.quantize.policies import preset
-from flamingo_export.sensitivity.report import LayerError, MatrixError, Sensitivity
+from flamingo_export.sensitivity.findings import LayerError, MatrixError, Sensitivity
 from flamingo_export.sensitivity.sensitivity_page import render_html as sensitivity_html
 from flamingo_export.sensitivity.suggest import suggest
 from flamingo_export.serve.app import page as ask_page

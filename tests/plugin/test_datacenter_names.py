@@ -16,7 +16,7 @@ import trt_wheels
 from fake_cuda import FakeCuda
 
 from flamingo_export.backends.tensorrt.dtypes import ELEMENT_TYPES
-from flamingo_export.backends.tensorrt.loading import stream_reader
+from flamingo_export.backends.tensorrt.engine_loading import stream_reader
 from tests.plugin.datacenter_names import RTX_ONLY, RUNTIME_CONFIG, SINCE_11, missing, names
 
 from .conftest import ROOT, run

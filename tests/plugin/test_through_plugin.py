@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from gpu import kernel_cases
-from gpu.library import Args, CudaFailed, ThroughPlugin, arguments
+from gpu.kernel_library import Args, CudaFailed, ThroughPlugin, arguments
 
 pytestmark = pytest.mark.tensorrt
 

@@ -8,7 +8,7 @@ import pytest
 
 from flamingo_export.errors import InputError
 from flamingo_export.serve.access import Access, read_keys
-from flamingo_export.serve.errors import ApiError
+from flamingo_export.serve.refusals import ApiError
 
 KEY, OTHER = "a" * 16, "b" * 20
 

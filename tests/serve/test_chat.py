@@ -8,8 +8,8 @@ import msgspec
 import pytest
 
 from flamingo_export.serve.bodies import Chat, Message, Shot, parse
-from flamingo_export.serve.chat import chat_prompt
-from flamingo_export.serve.errors import ApiError
+from flamingo_export.serve.chat_messages import chat_prompt
+from flamingo_export.serve.refusals import ApiError
 from flamingo_reference.input_format import IDEFICS_INSTRUCT, OPENFLAMINGO, PAPER
 
 

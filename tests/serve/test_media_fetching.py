@@ -11,8 +11,8 @@ from typing import ClassVar
 import pytest
 
 from flamingo_export.errors import InputError
-from flamingo_export.serve.errors import ApiError
-from flamingo_export.serve.media import MediaFetcher, decode_data_url, is_public
+from flamingo_export.serve.refusals import ApiError
+from flamingo_export.serve.remote_media import MediaFetcher, decode_data_url, is_public
 
 
 class Host(http.server.BaseHTTPRequestHandler):

@@ -13,8 +13,9 @@ import onnx_ir as ir
 from flamingo_export.backends.base import Availability, Capabilities, SessionOptions
 from flamingo_export.backends.compiler import Estimate, Finished
 from flamingo_export.backends.tensorrt import lengths, library, plugin
-from flamingo_export.backends.tensorrt.builder import Task, build
 from flamingo_export.backends.tensorrt.cuda import INSTALL, CudaRuntime
+from flamingo_export.backends.tensorrt.device_memory import DeviceStream
+from flamingo_export.backends.tensorrt.engine_builder import Task, build
 from flamingo_export.backends.tensorrt.engine_contract import (
     check_record,
     contract_of,
@@ -23,15 +24,14 @@ from flamingo_export.backends.tensorrt.engine_contract import (
     rebuild_command,
     runtime_cache_file,
 )
+from flamingo_export.backends.tensorrt.engine_loading import load_engine
+from flamingo_export.backends.tensorrt.engine_policies import check_policy
 from flamingo_export.backends.tensorrt.estimate import check_memory, estimate
 from flamingo_export.backends.tensorrt.library import Library
-from flamingo_export.backends.tensorrt.loading import load_engine
 from flamingo_export.backends.tensorrt.lowering.candidates import add_candidates
 from flamingo_export.backends.tensorrt.lowering.lint import check_graph
 from flamingo_export.backends.tensorrt.lowering.lower import lower, save_lowered
 from flamingo_export.backends.tensorrt.lowering.shapes import check_limits, profiles
-from flamingo_export.backends.tensorrt.memory import DeviceStream
-from flamingo_export.backends.tensorrt.policies import check_policy
 from flamingo_export.backends.tensorrt.session import TensorRTSession
 from flamingo_export.bundle.manifest import EngineRecord, GraphRecord, Manifest, ShapeLimits
 from flamingo_export.errors import BackendError

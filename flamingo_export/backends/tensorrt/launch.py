@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from flamingo_export.backends.base import check_feeds
+from flamingo_export.backends.tensorrt.device_memory import DeviceBuffer, DeviceTensor
 from flamingo_export.backends.tensorrt.dtypes import ElementType
 from flamingo_export.backends.tensorrt.engine_contract import Contract
-from flamingo_export.backends.tensorrt.memory import DeviceBuffer, DeviceTensor
 from flamingo_export.errors import InputError
 from flamingo_reference.arrays import Array
 

@@ -24,13 +24,13 @@ from typing import Any
 import numpy as np
 
 from flamingo_export.backends.base import Buffer, Tensor
+from flamingo_export.backends.tensorrt.device_memory import DeviceBuffer, DeviceTensor, Memory, Pinned
 from flamingo_export.backends.tensorrt.dtypes import ElementType, decode, encode
 from flamingo_export.backends.tensorrt.engine_contract import Contract
+from flamingo_export.backends.tensorrt.engine_loading import Opened, failure, first_error
 from flamingo_export.backends.tensorrt.launch import Call, Result, plan
-from flamingo_export.backends.tensorrt.loading import Opened, failure, first_error
 from flamingo_export.backends.tensorrt.log import BuilderMessages, listening
 from flamingo_export.backends.tensorrt.lowering.shapes import DECODE
-from flamingo_export.backends.tensorrt.memory import DeviceBuffer, DeviceTensor, Memory, Pinned
 from flamingo_export.backends.tensorrt.slots import check_mask, check_writes
 from flamingo_export.errors import BackendError, InputError
 from flamingo_export.specs import SubgraphSpec, TensorSpec

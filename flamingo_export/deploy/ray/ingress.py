@@ -18,7 +18,7 @@ from flamingo_export.deploy.ray.replay import DONE, Diverged, Replay
 from flamingo_export.deploy.ray.requests import belongs_to, streams, with_seed
 from flamingo_export.deploy.ray.settings import RaySettings
 from flamingo_export.serve.access import Access, read_keys
-from flamingo_export.serve.errors import ApiError
+from flamingo_export.serve.refusals import ApiError
 from flamingo_export.serve.transport import ClientGone, read_body
 
 _BODY_SECONDS = 30.0

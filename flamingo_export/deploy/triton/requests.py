@@ -16,8 +16,8 @@ from flamingo_export.runtime.options import GenerateOptions, Settings
 from flamingo_export.runtime.prompts import caption_prompt, qa_prompt
 from flamingo_export.runtime.request import Request
 from flamingo_export.runtime.texts import Generation, Text
-from flamingo_export.serve.errors import ApiError
-from flamingo_export.serve.media import decode_data_url
+from flamingo_export.serve.refusals import ApiError
+from flamingo_export.serve.remote_media import decode_data_url
 
 MAX_IMAGE = 64 << 20
 

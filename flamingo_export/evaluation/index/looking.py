@@ -9,7 +9,7 @@ from flamingo_export.bundle.identity import bundle_digest
 from flamingo_export.bundle.manifest import Manifest
 from flamingo_export.errors import EvaluationError
 from flamingo_export.evaluation.index.encoder import EMBEDDINGS, Encoder
-from flamingo_export.evaluation.index.search import nearest
+from flamingo_export.evaluation.index.exact_search import nearest
 from flamingo_export.evaluation.index.store import Index, IndexedItem
 from flamingo_export.evaluation.protocol import Features
 from flamingo_export.runtime.media import MediumSource

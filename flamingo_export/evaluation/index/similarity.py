@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flamingo_export.errors import EvaluationError
-from flamingo_export.evaluation.index.search import nearest
+from flamingo_export.evaluation.index.exact_search import nearest
 from flamingo_export.evaluation.index.store import Index, IndexedItem, build_index
 from flamingo_export.evaluation.protocol import Features, HasFeatures
 from flamingo_export.evaluation.task import Item

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from flamingo_export.errors import EvaluationError, pip_install
-from flamingo_export.evaluation.index.search import Rows, normalised
+from flamingo_export.evaluation.index.exact_search import Rows, normalised
 from flamingo_export.evaluation.index.store import Index
 from flamingo_export.evaluation.protocol import Features
 

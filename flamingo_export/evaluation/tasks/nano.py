@@ -17,10 +17,11 @@ from flamingo_export.errors import EvaluationError, pip_install
 from flamingo_export.evaluation.task import ZERO_SHOT_TEXTS, Form, Item, MetricName, Mode, Split, Task
 from flamingo_export.runtime.media import MediumSource
 from flamingo_export.runtime.videos import Video
+from flamingo_reference.nano import pictures
 
 if TYPE_CHECKING:
-    from flamingo_reference.nano.data import Item as Source
     from flamingo_reference.nano.pages import Piece
+    from flamingo_reference.nano.pictures import Item as Source
 
 Both = tuple[Split, Split]
 """What is asked, and the examples."""
@@ -165,13 +166,12 @@ def labels() -> Both:
 
     Held-out scenes are asked about, training scenes are the examples; candidates are the six words.
     """
-    from flamingo_reference.nano import data
 
-    def scenes(split: data.Split, count: int, first: int) -> Split:
+    def scenes(split: pictures.Split, count: int, first: int) -> Split:
         items: list[Item] = []
         seed = first
         while len(items) < count:
-            scene = data.scene(seed, split=split)
+            scene = pictures.scene(seed, split=split)
             seed += 1
             if scene.num_objects != 1:
                 continue

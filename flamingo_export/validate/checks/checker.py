@@ -16,8 +16,7 @@ from flamingo_export.bundle.manifest import Manifest
 from flamingo_export.errors import named_line
 from flamingo_export.progress import Progress
 from flamingo_export.specs import towers_of
-from flamingo_export.validate.checks.compare import gate, unmeasured
-from flamingo_export.validate.checks.engines import (
+from flamingo_export.validate.checks.engine_runs import (
     bank_of,
     cached,
     layer_session,
@@ -25,6 +24,7 @@ from flamingo_export.validate.checks.engines import (
     run_stage,
 )
 from flamingo_export.validate.checks.stored_codes import check_codes, check_roundings
+from flamingo_export.validate.checks.tensor_checks import gate, unmeasured
 from flamingo_export.validate.expected.cases import (
     END_TO_END_CASE,
     LAYERS_CASE,
@@ -33,10 +33,10 @@ from flamingo_export.validate.expected.cases import (
     encoder_cases,
     phi_cases,
 )
+from flamingo_export.validate.expected.decoder_calls import plan_case
 from flamingo_export.validate.expected.golden import Goldens
-from flamingo_export.validate.expected.media import MediaFormat
+from flamingo_export.validate.expected.media_rounding import MediaFormat
 from flamingo_export.validate.expected.oracle import encoder_feeds, features_of_media, fed_positions, resampler_feeds
-from flamingo_export.validate.expected.plan import plan_case
 from flamingo_export.validate.report.parity_report import LayerPoint, Level, Row
 from flamingo_export.validate.tolerances import PRICES, Tolerance, coarsest, layer_tolerance, logits_tolerance, tolerance
 from flamingo_reference.arrays import Array

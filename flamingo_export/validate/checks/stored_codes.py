@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from flamingo_export.quantize.matrices import SMALLEST_SCALE
-from flamingo_export.validate.checks.compare import failed
+from flamingo_export.validate.checks.tensor_checks import failed
 from flamingo_export.validate.expected.golden import Goldens
 from flamingo_export.validate.report.parity_report import Row
 from flamingo_export.weights import INPUT_SCALE, SCALE, WeightIndex

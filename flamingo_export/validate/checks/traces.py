@@ -20,7 +20,7 @@ from flamingo_export.runtime.request import prepared_from_ids
 from flamingo_export.runtime.search import Hypothesis
 from flamingo_export.runtime.subgraphs import Engines
 from flamingo_export.runtime.tokenizer import TOKENIZER_FILE, Tokenizer
-from flamingo_export.validate.checks.compare import unmeasured
+from flamingo_export.validate.checks.tensor_checks import unmeasured
 from flamingo_export.validate.expected.golden import Goldens, GoldenText, GoldenTrace
 from flamingo_export.validate.expected.trace_prompts import from_png
 from flamingo_export.validate.report.parity_report import Row, TokenStep, Trace

@@ -17,7 +17,7 @@ import numpy as np
 
 from flamingo_export.errors import ParityError
 from flamingo_export.files import write_atomically
-from flamingo_export.validate.checks.compare import Expected
+from flamingo_export.validate.checks.tensor_checks import Expected
 from flamingo_reference.arrays import Array
 
 GOLDEN_SCHEMA = 1

@@ -14,7 +14,7 @@ import numpy as np
 
 from flamingo_export.progress import SILENT, Progress
 from flamingo_export.specs import IMAGE_TOWER, TEXT_TOWER
-from flamingo_export.validate.checks.compare import expect
+from flamingo_export.validate.checks.tensor_checks import expect
 from flamingo_export.validate.expected import inputs
 from flamingo_export.validate.expected.cases import (
     END_TO_END_CASE,
@@ -26,10 +26,10 @@ from flamingo_export.validate.expected.cases import (
     image_aspect,
     image_rows,
 )
+from flamingo_export.validate.expected.decoder_calls import Plan, plan_case
 from flamingo_export.validate.expected.golden import Goldens
-from flamingo_export.validate.expected.media import BANK_ROWS, FLOATS, MediaFormat
-from flamingo_export.validate.expected.modules import Parts
-from flamingo_export.validate.expected.plan import Plan, plan_case
+from flamingo_export.validate.expected.media_rounding import BANK_ROWS, FLOATS, MediaFormat
+from flamingo_export.validate.expected.reference_parts import Parts
 from flamingo_reference.arrays import Array
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.contrastive_config import ClassToken, Readout

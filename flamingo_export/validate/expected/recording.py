@@ -15,7 +15,7 @@ from flamingo_export.progress import SILENT, Progress
 from flamingo_export.sources import WeightSource
 from flamingo_export.validate.environment import is_small
 from flamingo_export.validate.expected.golden import Goldens
-from flamingo_export.validate.expected.media import MediaFormat
+from flamingo_export.validate.expected.media_rounding import MediaFormat
 from flamingo_export.validate.expected.rounding import StoredRounding
 from flamingo_export.weights.calibration_table import CalibrationTable
 from flamingo_reference.config import ModelConfig
@@ -37,8 +37,8 @@ def record(
     calibration: the table that a quantised bundle was made with. arithmetic: a 16-bit type that engines compute in, for which PyTorch's errors
     are recorded as well.
     """
-    from flamingo_export.validate.expected.modules import parts_of
     from flamingo_export.validate.expected.oracle import record_numbers
+    from flamingo_export.validate.expected.reference_parts import parts_of
     from flamingo_export.validate.expected.trace_oracle import record_traces
 
     stored = StoredRounding(source.config, manifest.precision, calibration)
@@ -59,8 +59,8 @@ def _errors_in(
     arithmetic: StorageType, source: WeightSource, stored: StoredRounding, media: MediaFormat, progress: Progress
 ) -> dict[str, float]:
     """PyTorch's error in each tensor where it computes in a 16-bit type throughout; empty where it cannot, which is said."""
-    from flamingo_export.validate.expected.modules import parts_of
     from flamingo_export.validate.expected.oracle import record_numbers
+    from flamingo_export.validate.expected.reference_parts import parts_of
 
     found = Goldens(weights_sha256="", storage=arithmetic, model=source.config.name)
     try:

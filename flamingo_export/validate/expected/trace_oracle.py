@@ -21,7 +21,7 @@ from flamingo_export.runtime.media import Medium, medium_of
 from flamingo_export.runtime.tokenizer import Tokenizer
 from flamingo_export.sources import LiveSource, WeightSource
 from flamingo_export.validate.expected.golden import GoldenText, GoldenTrace
-from flamingo_export.validate.expected.modules import torch_dtype
+from flamingo_export.validate.expected.reference_parts import torch_dtype
 from flamingo_export.validate.expected.rounding import StoredRounding
 from flamingo_export.validate.expected.trace_prompts import TracePrompt, to_png, trace_prompts
 from flamingo_reference.config import ModelConfig

@@ -40,14 +40,14 @@ def trace_prompts(config: ModelConfig, tokenizer: Path | None) -> list[TraceProm
 
 
 def _nano_prompts(config: ModelConfig, tokenizer: Tokenizer) -> Iterator[TracePrompt]:
-    from flamingo_reference.nano import data
+    from flamingo_reference.nano import pictures
 
     def prompt(case: str, request: Request, media: Sequence[Sequence[Pixels]]) -> TracePrompt:
         text = str(request.prompt)
         tokens = tuple(tokenizer.encode(text))
         return TracePrompt(case=case, text=text, tokens=tokens, media=tuple(tuple(frames) for frames in media), new_tokens=16)
 
-    first, second, third, fourth = (data.scene(seed, split="test") for seed in SCENES)
+    first, second, third, fourth = (pictures.scene(seed, split="test") for seed in SCENES)
     image: Any = first.frames[0]
     yield prompt("caption of a scene", caption_prompt([], image), [first.frames])
     question, _ = second.questions[0]
@@ -56,11 +56,11 @@ def _nano_prompts(config: ModelConfig, tokenizer: Tokenizer) -> Iterator[TracePr
     yield prompt("caption after two shots", caption_prompt(shots, image), [third.frames, fourth.frames, first.frames])
     again = [Shot(answer=item.caption, medium=image) for item in (third, fourth)]
     yield prompt("an image shown again (A, B, A)", caption_prompt(again, image), [third.frames, fourth.frames, third.frames])
-    clip = data.video(CLIP, split="test")
+    clip = pictures.video(CLIP, split="test")
     yield prompt("caption of a video", caption_prompt([], image), [clip.frames])
     yield prompt("text without an image", caption_prompt([], None), [])
     try:
-        digit = data.digit(DIGIT, split="test")
+        digit = pictures.digit(DIGIT, split="test")
     except ImportError:  # the scans come from scikit-learn
         return
     yield prompt("caption of a digit", caption_prompt([], image), [digit.frames])

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from flamingo_reference.config import ModelConfig
-from flamingo_reference.nano import data, pages
+from flamingo_reference.nano import pages, pictures
 
 
-def to_pixels(images: list[data.Pixels], config: ModelConfig) -> Tensor:
+def to_pixels(images: list[pictures.Pixels], config: ModelConfig) -> Tensor:
     """uint8 images [I, I, 3] to normalised float32 [F, 3, I, I]."""
     stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
     return (stacked - torch.tensor(config.pixel_mean)[:, None, None]) / torch.tensor(config.pixel_std)[:, None, None]

@@ -21,7 +21,6 @@ from tokenizers import Tokenizer
 from flamingo_reference.model import Flamingo
 from flamingo_reference.nano import CHECKPOINT, pages
 from flamingo_reference.nano.batches import collate, to_pixels
-from flamingo_reference.nano.data import Item
 from flamingo_reference.nano.heldout import (
     COUNTS,
     FEW_SHOT,
@@ -33,8 +32,9 @@ from flamingo_reference.nano.heldout import (
     texts_pool,
     that_fit,
 )
+from flamingo_reference.nano.pictures import Item
 from flamingo_reference.nano.pool import Pool
-from flamingo_reference.nano.tokenizer import load_tokenizer
+from flamingo_reference.nano.train_tokenizer import load_tokenizer
 from flamingo_reference.search import Rules, beam_search, flamingo_next_logits
 from flamingo_reference.time_weights import time_weights
 

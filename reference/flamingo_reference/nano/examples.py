@@ -13,8 +13,8 @@ from pathlib import Path
 import msgspec
 from PIL import Image
 
-from flamingo_reference.nano import data
-from flamingo_reference.nano.data import Item
+from flamingo_reference.nano import pictures
+from flamingo_reference.nano.pictures import Item
 
 SEED = 5_000_000  # beyond the seeds that training and evaluation use
 Line = dict[str, str]
@@ -63,7 +63,7 @@ def write_examples(folder: Path) -> None:
 
 
 def _write_videos(folder: Path) -> None:
-    first, second = (data.video(SEED + seed, split="test", num_frames=8) for seed in range(2))
+    first, second = (pictures.video(SEED + seed, split="test", num_frames=8) for seed in range(2))
     frames = [Image.fromarray(frame).convert("P", palette=Image.Palette.ADAPTIVE) for frame in first.frames]
     frames[0].save(folder / "clip.gif", save_all=True, append_images=frames[1:], duration=250, loop=0, disposal=2)
     clip = folder / "clip_frames"
@@ -74,19 +74,19 @@ def _write_videos(folder: Path) -> None:
     _write_lines(folder / "truth_videos.jsonl", lines)
 
 
-def _scene(split: data.Split, seed: int, *, objects: int | None = None) -> Item:
+def _scene(split: pictures.Split, seed: int, *, objects: int | None = None) -> Item:
     """The first scene from 10,000 * seed on with that many objects."""
     for candidate in range(10_000 * seed, 10_000 * (seed + 1)):
-        item = data.scene(candidate, split=split)
+        item = pictures.scene(candidate, split=split)
         if objects is None or item.num_objects == objects:
             return item
     raise AssertionError("no such scene")
 
 
-def _digit(split: data.Split, value: int) -> Item:
+def _digit(split: pictures.Split, value: int) -> Item:
     """The first digit of that value from SEED + 100 * value on."""
     for seed in range(SEED + 100 * value, SEED + 100 * value + 1000):
-        item = data.digit(seed, split=split)
+        item = pictures.digit(seed, split=split)
         if item.formats["numeral"] == str(value):
             return item
     raise AssertionError("no such digit")

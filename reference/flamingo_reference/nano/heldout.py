@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from flamingo_reference.nano import data
-from flamingo_reference.nano.data import Item
+from flamingo_reference.nano import pictures
+from flamingo_reference.nano.pictures import Item
 from flamingo_reference.nano.pool import Pool
 
 SHOTS = (0, 1, 2, 4, 8, 16, 32)
@@ -19,12 +19,12 @@ FEW_SHOT = 25
 def heldout(kind: str, count: int) -> list[Item]:
     """Held-out items: scenes (half of them with two or more objects), digits, videos; the same ones at every call."""
     if kind == "digit":
-        return [data.digit(index, split="test") for index in range(count)]
+        return [pictures.digit(index, split="test") for index in range(count)]
     if kind == "video":
-        return [data.video(index, split="test") for index in range(count)]
+        return [pictures.video(index, split="test") for index in range(count)]
     several, single, items = 0, 0, []
     for seed in range(100 * count):
-        item = data.scene(seed, split="test")
+        item = pictures.scene(seed, split="test")
         if item.num_objects > 1 and several < count // 2:
             several += 1
         elif item.num_objects == 1 and single < count - count // 2:

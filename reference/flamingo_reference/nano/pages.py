@@ -14,7 +14,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from flamingo_reference.config import TokenIds
-from flamingo_reference.nano.data import Item
+from flamingo_reference.nano.pictures import Item
 
 MAX_IMAGES = 5  # a page of the paper's training data keeps its first five images
 

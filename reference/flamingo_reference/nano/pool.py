@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from flamingo_reference.nano import data, pages
-from flamingo_reference.nano.data import Item, Split
+from flamingo_reference.nano import pages, pictures
+from flamingo_reference.nano.pictures import Item, Split
 
 KINDS = ("scene", "digit", "video")
 
@@ -15,9 +15,9 @@ class Pool:
 
     def __init__(self, *, scenes: int, digits: int, videos: int, split: Split = "train", seed: int = 0) -> None:
         offset = seed * 10_000_000
-        self.items: list[Item] = [data.scene(offset + index, split=split) for index in range(scenes)]
-        self.items += [data.digit(offset + index, split=split) for index in range(digits)]
-        self.items += [data.video(offset + index, split=split) for index in range(videos)]
+        self.items: list[Item] = [pictures.scene(offset + index, split=split) for index in range(scenes)]
+        self.items += [pictures.digit(offset + index, split=split) for index in range(digits)]
+        self.items += [pictures.video(offset + index, split=split) for index in range(videos)]
         self._by_format: dict[tuple[str, str | None], list[int]] = {}
         for index, item in enumerate(self.items):
             for style in (None, *item.formats):

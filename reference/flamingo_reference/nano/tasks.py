@@ -12,7 +12,7 @@ from typing import Literal
 
 import msgspec
 
-from flamingo_reference.nano import data
+from flamingo_reference.nano import pictures
 
 SEED = 9_000_000
 COUNT = 400
@@ -23,7 +23,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     """A medium uint8 RGB [64, 64, 3], what is asked about it (without the `<image>` before) and what is right."""
 
     kind: Literal["caption", "question"]
-    frame: data.Pixels
+    frame: pictures.Pixels
     asked: str
     expected: str
 
@@ -48,7 +48,7 @@ def tasks(count: int) -> list[Task]:
 def _all() -> Iterator[Task]:
     number = 0
     while True:
-        item = data.scene(SEED + number, split="test")
+        item = pictures.scene(SEED + number, split="test")
         question, answer = item.questions[number % len(item.questions)]
         yield Task(kind="caption", frame=item.frames[0], asked="Output:", expected=item.caption)
         yield Task(kind="question", frame=item.frames[0], asked=f"Question: {question} Answer:", expected=answer)

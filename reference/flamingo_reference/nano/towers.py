@@ -26,10 +26,10 @@ from flamingo_reference.config import NANO, ModelConfig
 from flamingo_reference.contrastive_config import ContrastiveConfig, Readout, TextConfig
 from flamingo_reference.model import Flamingo
 from flamingo_reference.model.contrastive import Contrastive, pooled_of
-from flamingo_reference.nano import data
+from flamingo_reference.nano import pictures
 from flamingo_reference.nano.batches import to_pixels
-from flamingo_reference.nano.data import Item
-from flamingo_reference.nano.tokenizer import load_tokenizer
+from flamingo_reference.nano.pictures import Item
+from flamingo_reference.nano.train_tokenizer import load_tokenizer
 
 SEED = 20220430
 MOST_TOKENS = 48
@@ -66,14 +66,14 @@ def training_items(seed: int) -> tuple[list[Item], list[Item]]:
     rng = np.random.default_rng([seed, 1])
     scenes: list[Item] = []
     for _ in range(FAMILIES):
-        family = [data.draw_things(rng, num_groups=1 if rng.random() < 0.6 else 2, split="train")]
+        family = [pictures.draw_things(rng, num_groups=1 if rng.random() < 0.6 else 2, split="train")]
         while len(family) < VARIANTS:
-            varied = data.vary(rng, family[int(rng.integers(len(family)))])
-            if not data.is_test(sorted(thing.describe() for thing in varied)):
+            varied = pictures.vary(rng, family[int(rng.integers(len(family)))])
+            if not pictures.is_test(sorted(thing.describe() for thing in varied)):
                 family.append(varied)
-        scenes += [data.scene_of(rng, things) for things in family]
-    count = len(data.scan_indices("train"))
-    digits = [data.digit(view * count + index, split="train") for view in range(DIGIT_VIEWS) for index in range(count)]
+        scenes += [pictures.scene_of(rng, things) for things in family]
+    count = len(pictures.scan_indices("train"))
+    digits = [pictures.digit(view * count + index, split="train") for view in range(DIGIT_VIEWS) for index in range(count)]
     return scenes, digits
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from flamingo_reference.config import NANO, ModelConfig
 from flamingo_reference.model import Flamingo
-from flamingo_reference.nano.tokenizer import load_tokenizer, train_tokenizer
+from flamingo_reference.nano.train_tokenizer import load_tokenizer, train_tokenizer
 
 STAGES = ("tokenizer", "vision", "language", "bridge")
 SEED = 20220429  # the day the paper appeared
@@ -53,7 +53,7 @@ class Run:
 
 def train(folder: Path, *, config: ModelConfig = NANO, until: str = "bridge") -> Flamingo | None:
     """Runs the stages up to `until`; the finished model, or None where the bridge was not asked for."""
-    from flamingo_reference.nano import bridge, contrastive, language
+    from flamingo_reference.nano import bridge, language, train_vision
 
     run = Run(folder)
     tokenizer = _tokenizer(folder / "tokenizer.json", config)
@@ -63,7 +63,7 @@ def train(folder: Path, *, config: ModelConfig = NANO, until: str = "bridge") ->
         run.stage(
             "vision",
             nn.ModuleDict({"vision_encoder": model.vision_encoder, "resampler": model.resampler}),
-            lambda: contrastive.train_vision(config, tokenizer, steps=6000, batch=120, seed=SEED, log=run.log),
+            lambda: train_vision.train_vision(config, tokenizer, steps=6000, batch=120, seed=SEED, log=run.log),
         )
     if last >= STAGES.index("language"):
         run.stage(

@@ -17,17 +17,17 @@ import torch
 from flamingo_reference.arrays import Floats32
 from flamingo_reference.model import Flamingo
 from flamingo_reference.model.contrastive import features_and_pooled
-from flamingo_reference.nano import data
+from flamingo_reference.nano import pictures
 from flamingo_reference.nano.batches import to_pixels
-from flamingo_reference.nano.data import Item
 from flamingo_reference.nano.heldout import COUNTS, heldout
-from flamingo_reference.nano.tokenizer import load_tokenizer
+from flamingo_reference.nano.pictures import Item
 from flamingo_reference.nano.towers import encoded
+from flamingo_reference.nano.train_tokenizer import load_tokenizer
 
 RANKS = (1, 5, 10)
 BEGIN, END = "<!-- zero-shot -->", "<!-- /zero-shot -->"
-DIGIT_LABELS = tuple(f"the digit {name}" for name in data.NUMBERS)
-SCENE_LABELS = tuple(f"a {colour} {shape}" for colour in data.COLOURS for shape in data.SHAPES)
+DIGIT_LABELS = tuple(f"the digit {name}" for name in pictures.NUMBERS)
+SCENE_LABELS = tuple(f"a {colour} {shape}" for colour in pictures.COLOURS for shape in pictures.SHAPES)
 
 
 class Encoder:

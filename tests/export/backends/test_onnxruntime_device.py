@@ -20,7 +20,7 @@ from flamingo_export.backends.base import SessionOptions
 from flamingo_export.backends.onnxruntime import OnnxRuntimeBackend, session_options
 from flamingo_export.backends.onnxruntime_device import CPU_PROVIDER, CUDA_PROVIDER, Place, check_placement
 from flamingo_export.backends.tensorrt.cuda import DeviceMemoryError
-from flamingo_export.backends.tensorrt.memory import DeviceStream
+from flamingo_export.backends.tensorrt.device_memory import DeviceStream
 from flamingo_export.bundle.manifest import ShapeLimits, read_manifest
 from flamingo_export.errors import BackendError
 from flamingo_export.quantize.policies import preset

@@ -14,7 +14,7 @@ import pytest
 from recorder import Recorder
 
 from flamingo_export.bundle import verify
-from flamingo_export.bundle.tokenizer import placeholder_tokenizer
+from flamingo_export.bundle.bundled_tokenizer import placeholder_tokenizer
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.model import Flamingo
 

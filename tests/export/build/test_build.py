@@ -14,13 +14,13 @@ import pytest
 from recorder import Recorder
 
 from flamingo_export import api
+from flamingo_export.bundle.bundled_tokenizer import placeholder_tokenizer
 from flamingo_export.bundle.manifest import ShapeLimits, default_limits
-from flamingo_export.bundle.tokenizer import placeholder_tokenizer
 from flamingo_export.bundle.verify import file_record, open_bundle
 from flamingo_export.errors import BuildError, CheckpointError, ParityError, UnsupportedModel
 from flamingo_export.pipeline import plan as build_plan
 from flamingo_export.pipeline import run as pipeline
-from flamingo_export.pipeline.request import BuildRequest, default_out
+from flamingo_export.pipeline.build_request import BuildRequest, default_out
 from flamingo_export.precision import Rule
 from flamingo_export.quantize.policies import preset
 from flamingo_export.runtime.tokenizer import Tokenizer

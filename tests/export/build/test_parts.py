@@ -16,7 +16,7 @@ from flamingo_export.cli import main
 from flamingo_export.errors import BuildError
 from flamingo_export.pipeline import plan as build_plan
 from flamingo_export.pipeline import run as pipeline
-from flamingo_export.pipeline.request import BuildRequest
+from flamingo_export.pipeline.build_request import BuildRequest
 from flamingo_export.sources.choice import RandomWeights
 from flamingo_export.validate import check_bundle
 from flamingo_reference.config import ModelConfig

@@ -22,7 +22,7 @@ from flamingo_export.bundle.verify import open_bundle
 from flamingo_export.cli import main
 from flamingo_export.errors import BuildError, BundleError, CheckpointError
 from flamingo_export.pipeline import run as pipeline
-from flamingo_export.pipeline.request import refit_request
+from flamingo_export.pipeline.build_request import refit_request
 from flamingo_export.sources.choice import CheckpointFolder, RandomWeights
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.model import Flamingo

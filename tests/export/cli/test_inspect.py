@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from flamingo_export.cli.components import components
+from flamingo_export.cli.parameter_table import components
 from flamingo_reference.config import NANO, QUOTED_PARAMETERS, SIZES
 
 

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
-from flamingo_export.cli.progress import _Bars, _Lines
+from flamingo_export.cli.progress_bars import _Bars, _Lines
 from flamingo_export.progress import Phase
 
 

@@ -20,7 +20,7 @@ from flamingo_export.backends.onnxruntime import session_options
 from flamingo_export.bundle.manifest import read_manifest
 from flamingo_export.errors import BackendError, BuildError, CalibrationError, CheckpointError, ParityError
 from flamingo_export.pipeline import run as pipeline
-from flamingo_export.pipeline.request import BuildRequest
+from flamingo_export.pipeline.build_request import BuildRequest
 from flamingo_export.precision import Policy, Quantisation
 from flamingo_export.quantize.matrices import dequantised, quantised
 from flamingo_export.quantize.policies import POLICIES, for_model, preset

@@ -22,7 +22,7 @@ from flamingo_export.bundle.manifest import read_manifest
 from flamingo_export.errors import BuildError, InputError, ParityError
 from flamingo_export.pipeline import plan as build_plan
 from flamingo_export.pipeline import run as pipeline
-from flamingo_export.pipeline.request import BuildRequest
+from flamingo_export.pipeline.build_request import BuildRequest
 from flamingo_export.precision import Policy, Precision
 from flamingo_export.quantize.matrices import FP8, range_scale
 from flamingo_export.quantize.policies import read_policy

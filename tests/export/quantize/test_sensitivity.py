@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from flamingo_calibration import calibrate, shipped_samples, source_tokenizer
-from flamingo_calibration.data import check_samples
+from flamingo_calibration.samples import check_samples
 from flamingo_export.errors import BuildError, CalibrationError
 from flamingo_export.precision import Policy, Precision, Rule
 from flamingo_export.quantize.policies import POLICIES, policy_text, preset, read_policy

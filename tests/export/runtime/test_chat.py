@@ -19,7 +19,7 @@ from flamingo_export.runtime.prompts import Shot, caption_prompt, qa_prompt
 from flamingo_export.runtime.request import Request, prepare
 from flamingo_export.runtime.tokenizer import Tokenizer
 from flamingo_export.runtime.videos import Video
-from flamingo_reference.checkpoints.files.chat_template import read_chat_template
+from flamingo_reference.checkpoints.files.chat_template_files import read_chat_template
 from flamingo_reference.checkpoints.files.tensors import CheckpointError
 from flamingo_reference.config import NANO, ModelConfig, TokenIds
 from flamingo_reference.input_format import LLAMA_VISION, LLAMA_VISION_INSTRUCT, PAPER, InputFormat, with_template

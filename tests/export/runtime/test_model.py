@@ -20,8 +20,8 @@ import pytest
 from PIL import Image
 
 import flamingo_export
+from flamingo_export.bundle.bundled_tokenizer import placeholder_tokenizer
 from flamingo_export.bundle.manifest import read_manifest, write_manifest
-from flamingo_export.bundle.tokenizer import placeholder_tokenizer
 from flamingo_export.bundle.verify import file_record
 from flamingo_export.errors import BackendError, DeadlineExceeded, EngineClosed, ImageError, InputError, PromptError, QueueFull
 from flamingo_export.estimates import opened_weights

@@ -15,7 +15,7 @@ import flamingo_export
 from flamingo_export import estimates
 from flamingo_export.backends.tensorrt import backend as backend_module
 from flamingo_export.backends.tensorrt import estimate, library
-from flamingo_export.backends.tensorrt.builder import Built
+from flamingo_export.backends.tensorrt.engine_builder import Built
 from flamingo_export.backends.tensorrt.engine_contract import rebuild_command
 from flamingo_export.backends.tensorrt.lowering.lint import Expected
 from flamingo_export.backends.tensorrt.summary import summarise
@@ -24,7 +24,7 @@ from flamingo_export.bundle.manifest import CalibrationRecord, ShapeLimits, Sour
 from flamingo_export.errors import BuildError
 from flamingo_export.pipeline import plan as build_plan
 from flamingo_export.pipeline import run as pipeline
-from flamingo_export.pipeline.request import BuildRequest
+from flamingo_export.pipeline.build_request import BuildRequest
 from flamingo_export.precision import Policy, Precision
 from flamingo_export.quantize.policies import preset, read_policy
 from flamingo_export.sources.choice import source_for_size

@@ -14,8 +14,8 @@ import pytest
 from fake_cuda import FakeCuda
 
 import flamingo_export
-from flamingo_export.backends.tensorrt import builder, lengths, library, parsing, slots
-from flamingo_export.backends.tensorrt.builder import Task
+from flamingo_export.backends.tensorrt import engine_builder, lengths, library, parsing, slots
+from flamingo_export.backends.tensorrt.engine_builder import Task
 from flamingo_export.backends.tensorrt.engine_contract import contract_of
 from flamingo_export.backends.tensorrt.lowering.candidates import add_candidates
 from flamingo_export.backends.tensorrt.lowering.lint import check_graph
@@ -44,33 +44,33 @@ def test_every_attention_over_a_cache_has_lengths_and_no_other(rtx, nano_bundles
     """Six self-attentions have; the attentions over media, whose keys are gathered from the bank, have none."""
     task = task_of(nano_bundles["fp16"], tmp_path)
     assert (task.expected.attentions_over_caches, task.expected.attentions) == (6, 9)
-    builder.check(rtx, task)
-    monkeypatch.setattr(builder, "set_lengths", lambda *_: 0)
+    engine_builder.check(rtx, task)
+    monkeypatch.setattr(engine_builder, "set_lengths", lambda *_: 0)
     with pytest.raises(BuildError, match="0 attentions with the lengths in use, expected 6"):
-        builder.check(rtx, task)
+        engine_builder.check(rtx, task)
 
 
 def test_subgraphs_without_caches_have_none(rtx, nano_bundles, tmp_path):
     task = task_of(nano_bundles["fp16"], tmp_path, "resampler")
     assert task.expected.attentions_over_caches == 0
-    builder.check(rtx, task)
+    engine_builder.check(rtx, task)
 
 
 def test_a_version_without_lengths_reads_the_capacity(rtx, nano_bundles, tmp_path, monkeypatch):
     """TensorRT 10.x: nothing is set, and nothing is missed."""
     monkeypatch.setattr(lengths, "ATTRIBUTE", "no_such_attribute")
     assert not lengths.supported(rtx)
-    builder.check(rtx, task_of(nano_bundles["fp16"], tmp_path))
+    engine_builder.check(rtx, task_of(nano_bundles["fp16"], tmp_path))
 
 
 @pytest.mark.slow
 def test_an_engine_with_lengths_is_fused_and_as_large_as_without(rtx, nano_bundles, tmp_path, monkeypatch):
     task = task_of(nano_bundles["fp16"], tmp_path)
-    told = builder.build(rtx, task)
+    told = engine_builder.build(rtx, task)
     assert told.summary.attentions_with_lengths == 6
-    monkeypatch.setattr(builder, "set_lengths", lambda *_: 0)
+    monkeypatch.setattr(engine_builder, "set_lengths", lambda *_: 0)
     monkeypatch.setattr(parsing, "count_lengths", lambda trt, network: 6)
-    untold = builder.build(rtx, task)
+    untold = engine_builder.build(rtx, task)
     assert told.summary.fused_attentions == untold.summary.fused_attentions == 9
     assert told.size == pytest.approx(untold.size, rel=0.01)
 
@@ -111,7 +111,7 @@ def test_slots_in_use_are_dense_with_holes_retired_rows_and_padded_prefill(
     from fake_gpu import LIMITS, add_engines
 
     from flamingo_export.validate.expected.cases import decoder_cases
-    from flamingo_export.validate.expected.plan import plan_case
+    from flamingo_export.validate.expected.decoder_calls import plan_case
 
     seen = Seen(monkeypatch)
     rng = np.random.default_rng(0)

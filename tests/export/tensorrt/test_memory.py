@@ -11,8 +11,8 @@ from fake_cuda import FakeCuda, Misuse
 
 from flamingo_export.backends.tensorrt import dlpack
 from flamingo_export.backends.tensorrt.cuda import CudaError
+from flamingo_export.backends.tensorrt.device_memory import DeviceBuffer, DeviceStream, DeviceTensor
 from flamingo_export.backends.tensorrt.dtypes import ELEMENT_TYPES, decode, element_type, element_type_from_dlpack, encode
-from flamingo_export.backends.tensorrt.memory import DeviceBuffer, DeviceStream, DeviceTensor
 from flamingo_export.errors import InputError
 
 FP32, FP16, BF16, INT64 = (ELEMENT_TYPES[name] for name in ("fp32", "fp16", "bf16", "int64"))

@@ -9,8 +9,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from flamingo_export.backends.tensorrt import builder as builder_module
-from flamingo_export.backends.tensorrt.builder import Task, build, check
+from flamingo_export.backends.tensorrt import engine_builder as builder_module
+from flamingo_export.backends.tensorrt.engine_builder import Task, build, check
 from flamingo_export.backends.tensorrt.log import BuilderMessages, listening
 from flamingo_export.backends.tensorrt.lowering.lint import check_graph
 from flamingo_export.backends.tensorrt.lowering.lower import lower, save_lowered

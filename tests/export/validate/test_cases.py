@@ -7,7 +7,7 @@ import pytest
 
 from flamingo_export.validate.expected import inputs
 from flamingo_export.validate.expected.cases import PHI_CASES, TREE_CASE, decoder_cases, encoder_cases
-from flamingo_export.validate.expected.plan import Plan, plan_case, strips
+from flamingo_export.validate.expected.decoder_calls import Plan, plan_case, strips
 from flamingo_reference.config import SIZES, ModelConfig
 from flamingo_reference.phi import phi_from_tokens
 

@@ -7,8 +7,8 @@ import pytest
 
 from flamingo_export.precision import Policy, Precision, Rule
 from flamingo_export.quantize.policies import preset
-from flamingo_export.validate.checks.compare import NUM_SAMPLES, expect, gate
 from flamingo_export.validate.checks.stored_codes import int8_rounding
+from flamingo_export.validate.checks.tensor_checks import NUM_SAMPLES, expect, gate
 from flamingo_export.validate.report.parity_report import Row
 from flamingo_export.validate.tolerances import (
     FP32_ULP,

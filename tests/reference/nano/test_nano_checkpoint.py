@@ -14,8 +14,8 @@ from flamingo_reference.model import Flamingo  # noqa: E402
 from flamingo_reference.names import expected_tensors  # noqa: E402
 from flamingo_reference.nano import CHECKPOINT, pages  # noqa: E402
 from flamingo_reference.nano.evaluate import Reader, few_shot_rates, heldout, rate  # type: ignore[attr-defined]  # noqa: E402
-from flamingo_reference.nano.tokenizer import load_tokenizer  # noqa: E402
 from flamingo_reference.nano.towers import with_towers  # noqa: E402
+from flamingo_reference.nano.train_tokenizer import load_tokenizer  # noqa: E402
 
 MIN_SCENE_CAPTIONS, MIN_DIGIT_CAPTIONS, MIN_ANSWERS = 52, 85, 70
 

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flamingo_reference.nano import data
+from flamingo_reference.nano import pictures
 from flamingo_reference.nano.examples import write_examples
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 
 
-def scene_key(item: data.Item) -> tuple[str, ...]:
+def scene_key(item: pictures.Item) -> tuple[str, ...]:
     return tuple(sorted(item.description.split(", ")))
 
 
-@pytest.mark.parametrize("make", [data.scene, data.digit, data.video])
+@pytest.mark.parametrize("make", [pictures.scene, pictures.digit, pictures.video])
 def test_an_item_follows_from_its_seed(make):
     first, again, other = (make(seed, split="train") for seed in (5, 5, 6))
     assert first.caption == again.caption
@@ -29,7 +29,7 @@ def test_an_item_follows_from_its_seed(make):
 
 
 def test_frames_are_rgb_of_the_models_size():
-    for item in (data.scene(1, split="test"), data.digit(1, split="test"), data.video(1, split="test")):
+    for item in (pictures.scene(1, split="test"), pictures.digit(1, split="test"), pictures.video(1, split="test")):
         for frame in item.frames:
             assert frame.shape == (64, 64, 3)
             assert frame.dtype == np.uint8
@@ -37,22 +37,22 @@ def test_frames_are_rgb_of_the_models_size():
 
 @pytest.mark.slow
 def test_splits_share_no_scene_no_scan_and_no_motion():
-    train = {scene_key(data.scene(seed, split="train")) for seed in range(1500)}
-    test = {scene_key(data.scene(seed, split="test")) for seed in range(1500)}
+    train = {scene_key(pictures.scene(seed, split="train")) for seed in range(1500)}
+    test = {scene_key(pictures.scene(seed, split="test")) for seed in range(1500)}
     assert not train & test
-    assert not set(data.scan_indices("train")) & set(data.scan_indices("test"))
-    assert len(data.scan_indices("train")) + len(data.scan_indices("test")) == 1797
+    assert not set(pictures.scan_indices("train")) & set(pictures.scan_indices("test"))
+    assert len(pictures.scan_indices("train")) + len(pictures.scan_indices("test")) == 1797
     for seed in range(50):
-        item = data.digit(seed, split="test")
-        assert item.caption == f"the digit {data.NUMBERS[int(item.formats['numeral'])]}"
+        item = pictures.digit(seed, split="test")
+        assert item.caption == f"the digit {pictures.NUMBERS[int(item.formats['numeral'])]}"
 
 
 def test_texts_agree_with_what_is_drawn():
     for seed in range(200):
-        item = data.scene(seed, split="train")
+        item = pictures.scene(seed, split="train")
         things = [text.split() for text in item.description.split(", ")]
         assert item.num_objects == len(things)
-        assert dict(item.questions)["How many shapes are there?"] == data.NUMBERS[len(things)]
+        assert dict(item.questions)["How many shapes are there?"] == pictures.NUMBERS[len(things)]
         for _, colour, shape, *_ in things:
             assert colour in item.caption
             assert shape in item.caption
@@ -61,19 +61,19 @@ def test_texts_agree_with_what_is_drawn():
 def test_colours_are_where_the_description_says():
     """Independent of the drawing code: the pixel in the middle of the named cell has the named colour."""
     for seed in range(60):
-        item = data.scene(seed, split="train", num_groups=1)
+        item = pictures.scene(seed, split="train", num_groups=1)
         for text in item.description.split(", "):
             _, colour, _, *place = text.split()
-            row, column = divmod(data.PLACES.index(" ".join(place)), 3)
+            row, column = divmod(pictures.PLACES.index(" ".join(place)), 3)
             centre = item.frames[0][int(32 + (row - 1) * 20.5), int(32 + (column - 1) * 20.5)].astype(int)
-            assert np.abs(centre - np.array(data.COLOURS[colour])).max() < 40, item.description
+            assert np.abs(centre - np.array(pictures.COLOURS[colour])).max() < 40, item.description
 
 
 def test_a_hard_negative_differs_in_one_attribute_of_one_thing():
     rng = np.random.default_rng(0)
     for _ in range(100):
-        things = data.draw_things(rng, num_groups=2, split="train")
-        varied = data.vary(rng, things)
+        things = pictures.draw_things(rng, num_groups=2, split="train")
+        varied = pictures.vary(rng, things)
         changed = [(a, b) for a, b in zip(things, varied, strict=True) if a != b]
         assert len(changed) == 1
         before, after = changed[0]
@@ -83,7 +83,7 @@ def test_a_hard_negative_differs_in_one_attribute_of_one_thing():
 @pytest.mark.parametrize(("direction", "axis", "sign"), [("left", 1, -1), ("right", 1, 1), ("up", 0, -1), ("down", 0, 1)])
 def test_a_video_moves_as_its_caption_says(direction, axis, sign):
     for seed in range(200):
-        item = data.video(seed, split="train", num_frames=6)
+        item = pictures.video(seed, split="train", num_frames=6)
         if not item.caption.endswith(direction):
             continue
         centres = []

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from flamingo_reference.config import NANO, PAPER_TOKENS
-from flamingo_reference.nano import data, pages
-from flamingo_reference.nano.tokenizer import SPECIAL, train_tokenizer
+from flamingo_reference.nano import pages, pictures
+from flamingo_reference.nano.train_tokenizer import SPECIAL, train_tokenizer
 from flamingo_reference.phi import phi_from_tokens
 
 VOCABULARY = NANO.language_model.vocab_size
@@ -20,7 +20,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def items():
-    return [data.scene(seed, split="train") for seed in range(6)]
+    return [pictures.scene(seed, split="train") for seed in range(6)]
 
 
 def test_special_tokens_have_the_ids_of_the_config(tokenizer):

@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from flamingo_reference.nano import CHECKPOINT, data  # noqa: E402
+from flamingo_reference.nano import CHECKPOINT, pictures  # noqa: E402
 from flamingo_reference.nano.heldout import heldout  # noqa: E402
 from flamingo_reference.nano.towers import texts_of, training_items, with_towers  # noqa: E402
 from flamingo_reference.nano.zero_shot import (  # noqa: E402
@@ -64,8 +64,8 @@ def test_training_items_are_of_the_training_split(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("flamingo_reference.nano.towers.FAMILIES", 20)
     scenes, digits = training_items(5)
     assert len(scenes) == 20 * 6
-    assert not any(data.is_test(sorted(item.description.split(", "))) for item in scenes)
-    assert len(digits) == 3 * len(data.scan_indices("train"))
+    assert not any(pictures.is_test(sorted(item.description.split(", "))) for item in scenes)
+    assert len(digits) == 3 * len(pictures.scan_indices("train"))
     assert training_items(5)[0][7].description == scenes[7].description
     assert texts_of(digits[0]) == (digits[0].caption,)
     assert len(texts_of(scenes[0])) == 2

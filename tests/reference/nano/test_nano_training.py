@@ -11,7 +11,7 @@ from torch import nn  # noqa: E402
 
 from flamingo_reference.config import NANO, PAPER_TOKENS  # noqa: E402
 from flamingo_reference.model import Flamingo  # noqa: E402
-from flamingo_reference.nano import bridge, contrastive, data, language, pages  # noqa: E402
+from flamingo_reference.nano import bridge, language, pages, pictures, train_vision  # noqa: E402  # noqa: E402
 from flamingo_reference.nano.evaluate import (  # type: ignore[attr-defined]  # noqa: E402
     CARD_END,
     CARD_START,
@@ -24,8 +24,8 @@ from flamingo_reference.nano.evaluate import (  # type: ignore[attr-defined]  # 
     write_card,
 )
 from flamingo_reference.nano.pool import Pool  # noqa: E402
-from flamingo_reference.nano.tokenizer import train_tokenizer  # noqa: E402
 from flamingo_reference.nano.train import Run  # noqa: E402
+from flamingo_reference.nano.train_tokenizer import train_tokenizer  # noqa: E402
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,7 +46,7 @@ def pool():
 @pytest.mark.slow
 def test_contrastive_steps_lower_the_loss(tokenizer):
     lines: list[str] = []
-    contrastive.train_vision(NANO, tokenizer, steps=21, batch=30, seed=0, log=lines.append)
+    train_vision.train_vision(NANO, tokenizer, steps=21, batch=30, seed=0, log=lines.append)
     losses = [float(line.split("loss ")[1].split()[0]) for line in lines if " images " in line]
     assert losses[-1] < losses[0] - 0.3
     assert any(" clips " in line for line in lines)
@@ -54,11 +54,11 @@ def test_contrastive_steps_lower_the_loss(tokenizer):
 
 def test_no_held_out_scene_or_motion_is_trained_on():
     rng = np.random.default_rng(3)
-    images, clips = contrastive.image_batch(rng, 120), contrastive.clip_batch(rng, 40)
+    images, clips = train_vision.image_batch(rng, 120), train_vision.clip_batch(rng, 40)
     scenes = [sorted(item.description.split(", ")) for item in images if item.kind == "scene"]
     assert len(images) == 120
     assert len(scenes) > 90
-    assert not any(data.is_test(scene) for scene in scenes)
+    assert not any(pictures.is_test(scene) for scene in scenes)
     assert {len(item.frames) for item in clips} == {len(clips[0].frames)}
     assert 40 * 4 * 0.7 < len(clips) < 160  # one motion in eight is held out
 

@@ -12,11 +12,11 @@ import torch
 
 from flamingo_export.progress import SILENT, Progress
 from flamingo_export.runtime.media import medium_of
-from flamingo_export.validate.checks.compare import expect
+from flamingo_export.validate.checks.tensor_checks import expect
 from flamingo_export.validate.expected.cases import DecoderCase, encoder_cases
+from flamingo_export.validate.expected.decoder_calls import plan_case
 from flamingo_export.validate.expected.golden import Goldens
 from flamingo_export.validate.expected.oracle import encoder_feeds, fed_positions
-from flamingo_export.validate.expected.plan import plan_case
 from flamingo_export.validate.expected.trace_prompts import TracePrompt
 from flamingo_export.validate.expected.transformers.streamed import StreamedModel
 from flamingo_reference.arrays import Floats

@@ -23,7 +23,7 @@ from flamingo_reference.checkpoints.families import (
     openflamingo_files,
 )
 from flamingo_reference.checkpoints.families.preprocessor import BILINEAR, Images, read_images
-from flamingo_reference.checkpoints.files.chat_template import read_chat_template
+from flamingo_reference.checkpoints.files.chat_template_files import read_chat_template
 from flamingo_reference.checkpoints.files.folder import OPEN_CLIP_NAMES
 from flamingo_reference.checkpoints.files.json_file import read_json
 from flamingo_reference.checkpoints.files.tensors import CheckpointError

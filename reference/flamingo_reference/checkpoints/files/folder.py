@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 
+from flamingo_reference.checkpoints.files.failed_downloads import refuse_stand_in
 from flamingo_reference.checkpoints.files.json_file import decode_once
 from flamingo_reference.checkpoints.files.safetensors_file import open_header
-from flamingo_reference.checkpoints.files.stand_in import refuse_stand_in
 from flamingo_reference.checkpoints.files.tensors import CheckpointError, FileReader, TensorEntry
 from flamingo_reference.checkpoints.files.torch_file import open_torch_file
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from flamingo_reference.checkpoints.files.stand_in import refuse_stand_in
+from flamingo_reference.checkpoints.files.failed_downloads import refuse_stand_in
 from flamingo_reference.checkpoints.files.tensors import CheckpointError
 
 MAX_BYTES = 10_000_000

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flamingo_reference.checkpoints.files.failed_downloads import refuse_stand_in
 from flamingo_reference.checkpoints.files.json_file import read_json
 from flamingo_reference.checkpoints.files.sentencepiece_model import read_sentencepiece
-from flamingo_reference.checkpoints.files.stand_in import refuse_stand_in
 from flamingo_reference.checkpoints.files.tensors import CheckpointError
 
 if TYPE_CHECKING:

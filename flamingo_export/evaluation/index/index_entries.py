@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flamingo_export.errors import EvaluationError
-from flamingo_export.evaluation.index.search import nearest
+from flamingo_export.evaluation.index.exact_search import nearest
 from flamingo_export.evaluation.index.similarity import medium_of
 from flamingo_export.evaluation.index.store import Index
 from flamingo_export.evaluation.protocol import HasFeatures

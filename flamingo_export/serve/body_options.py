@@ -6,7 +6,7 @@ from typing import Any
 
 from flamingo_export.runtime.options import GenerateOptions
 from flamingo_export.serve.bodies import Chat, Sampled
-from flamingo_export.serve.errors import ApiError
+from flamingo_export.serve.refusals import ApiError
 
 MAX_CHOICES = 128
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.model.resampler import PerceiverResampler
 from flamingo_reference.model.vision import make_vision_encoder
-from flamingo_reference.nano import data
+from flamingo_reference.nano import pictures
 from flamingo_reference.nano.batches import to_pixels
 from flamingo_reference.time_weights import time_weights
 
@@ -70,34 +70,34 @@ class ImageHead(nn.Module):
         return self.out(latents.flatten(1))  # type: ignore[no-any-return]
 
 
-def image_batch(rng: np.random.Generator, size: int) -> list[data.Item]:
+def image_batch(rng: np.random.Generator, size: int) -> list[pictures.Item]:
     """Training images: digits, shapes anywhere, and families of like scenes."""
-    items = [data.digit(int(rng.integers(1 << 40)), split="train") for _ in range(round(size * DIGITS))]
-    items += [data.roaming(rng) for _ in range(round(size * ROAMING))]
+    items = [pictures.digit(int(rng.integers(1 << 40)), split="train") for _ in range(round(size * DIGITS))]
+    items += [pictures.roaming(rng) for _ in range(round(size * ROAMING))]
     while len(items) < size:
-        things = data.draw_things(rng, num_groups=1 if rng.random() < 0.5 else 2, split="train")
+        things = pictures.draw_things(rng, num_groups=1 if rng.random() < 0.5 else 2, split="train")
         family = [things]
         while len(family) < VARIANTS:
-            varied = data.vary(rng, family[int(rng.integers(len(family)))])
-            if not data.is_test(sorted(thing.describe() for thing in varied)):
+            varied = pictures.vary(rng, family[int(rng.integers(len(family)))])
+            if not pictures.is_test(sorted(thing.describe() for thing in varied)):
                 family.append(varied)
-        items += [data.scene_of(rng, member) for member in family]
+        items += [pictures.scene_of(rng, member) for member in family]
     return items[:size]
 
 
-def clip_batch(rng: np.random.Generator, num_things: int) -> list[data.Item]:
+def clip_batch(rng: np.random.Generator, num_things: int) -> list[pictures.Item]:
     """Training videos of equal length: each of some things moving each way that is not held out."""
     num_frames = int(rng.integers(4, 9))
     items = []
     for _ in range(num_things):
-        thing = data.lone_thing(rng)
-        for direction in data.DIRECTIONS:
-            if not data.is_test_motion(thing, direction):
-                items.append(data.video_of(rng, thing, direction, num_frames))
+        thing = pictures.lone_thing(rng)
+        for direction in pictures.DIRECTIONS:
+            if not pictures.is_test_motion(thing, direction):
+                items.append(pictures.video_of(rng, thing, direction, num_frames))
     return items
 
 
-def _batch(seed: int, step: int, size: int) -> list[data.Item]:
+def _batch(seed: int, step: int, size: int) -> list[pictures.Item]:
     rng = np.random.default_rng([seed, step])
     return clip_batch(rng, size // 30) if step % CLIPS_EVERY == CLIPS_EVERY - 1 else image_batch(rng, size)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from flamingo_reference.nano import data
+from flamingo_reference.nano import pictures
 
 SPECIAL = ("<PAD>", "<BOS>", "<EOC>", "<image>")
 """In the order of `config.PAPER_TOKENS`."""
@@ -19,11 +19,11 @@ def _texts(count: int) -> Iterator[str]:
     for seed in range(count):
         draw = rng.random()
         if draw < 0.7:
-            item = data.scene(seed, split="train")
+            item = pictures.scene(seed, split="train")
         elif draw < 0.85:
-            item = data.digit(seed, split="train")
+            item = pictures.digit(seed, split="train")
         else:
-            item = data.video(seed, split="train", num_frames=1)
+            item = pictures.video(seed, split="train", num_frames=1)
         for text in item.formats.values():
             yield f"Output: {text}"
         yield item.caption

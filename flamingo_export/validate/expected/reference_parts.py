@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from flamingo_export.backends.memory import release
+from flamingo_export.backends.host_memory import release
 from flamingo_export.precision import StorageType
 from flamingo_export.sources import LiveSource, WeightSource
 from flamingo_export.validate.expected.rounding import StoredRounding

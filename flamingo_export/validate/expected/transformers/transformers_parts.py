@@ -10,7 +10,7 @@ import torch
 from flamingo_export.errors import ParityError
 from flamingo_export.precision import StorageType
 from flamingo_export.sources import CheckpointSource
-from flamingo_export.validate.expected.modules import Narrow, Wide
+from flamingo_export.validate.expected.reference_parts import Narrow, Wide
 from flamingo_export.validate.expected.rounding import as_stored, rounded_names
 from flamingo_export.validate.expected.transformers.streamed import StreamedModel
 from flamingo_export.validate.expected.transformers.theirs import theirs_of

@@ -10,7 +10,7 @@ from flamingo_export.errors import PromptError
 from flamingo_export.runtime.chat import Role, Shown, Turn, written
 from flamingo_export.runtime.chat_template import DAY
 from flamingo_export.serve.bodies import AudioPart, ImagePart, Message, Part, Shot, TextPart, VideoPart
-from flamingo_export.serve.errors import ApiError
+from flamingo_export.serve.refusals import ApiError
 from flamingo_reference.input_format import InputFormat
 
 

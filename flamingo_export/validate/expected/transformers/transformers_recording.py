@@ -14,7 +14,7 @@ from flamingo_export.validate.expected.cases import decoder_cases, pixel_cases
 from flamingo_export.validate.expected.golden import Goldens
 from flamingo_export.validate.expected.oracle import record_numbers
 from flamingo_export.validate.expected.trace_oracle import traces_of
-from flamingo_export.validate.expected.transformers.modules import TransformersParts
+from flamingo_export.validate.expected.transformers.transformers_parts import TransformersParts
 from flamingo_export.validate.expected.transformers.whole import WholeModel, record_whole
 
 

@@ -10,13 +10,13 @@ import msgspec
 import numpy as np
 
 from flamingo_export.backends.base import Backend, Buffer, Session, SessionOptions
-from flamingo_export.backends.memory import release
+from flamingo_export.backends.host_memory import release
 from flamingo_export.bundle.manifest import GraphRecord, Manifest
 from flamingo_export.errors import ParityError
 from flamingo_export.specs import gated_in
 from flamingo_export.validate.expected.cases import DecoderCase, image_rows
-from flamingo_export.validate.expected.media import MediaFormat
-from flamingo_export.validate.expected.plan import Plan
+from flamingo_export.validate.expected.decoder_calls import Plan
+from flamingo_export.validate.expected.media_rounding import MediaFormat
 from flamingo_reference.arrays import Array
 from flamingo_reference.config import ModelConfig
 

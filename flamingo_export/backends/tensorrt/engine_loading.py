@@ -8,9 +8,9 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from flamingo_export.backends.tensorrt.cuda import OUT_OF_MEMORY, DeviceMemoryError
+from flamingo_export.backends.tensorrt.device_memory import DeviceStream
 from flamingo_export.backends.tensorrt.engine_contract import Contract, check_engine, resident_bytes
 from flamingo_export.backends.tensorrt.log import BuilderMessages, listening, started
-from flamingo_export.backends.tensorrt.memory import DeviceStream
 from flamingo_export.bundle.manifest import EngineRecord
 from flamingo_export.errors import BackendError, IncompatibleEngine
 
