@@ -299,16 +299,68 @@ def test_settings_say_what_is_wrong(tmp_path):
 
 def test_blocks_cover_a_file_once_and_belong_to_one_run(tmp_path):
     file = tmp_path / "in.jsonl"
-    file.write_bytes(b'{"id": 1}\n\n{"id": 2}\n  \n{"id": 3}')
-    assert [(block.first, block.count) for block in blocks.cut(file, 2)] == [(0, 2), (2, 1)]
-    assert [json.loads(line)["id"] for line in blocks.lines(file)] == [1, 2, 3]
+    file.write_bytes(b'{"id": 1}\n\n{"id": \r 2}\n  \n{"id": 3}')
+    found = blocks.cut(file, 2)
+    assert [(block.first, block.count) for block in found] == [(0, 2), (2, 1)]
+    assert [json.loads(line)["id"] for block in found for line in block.read(file)] == [1, 2, 3]
     out = tmp_path / "out"
     blocks.claim(out, blocks.identity_of(file, "digest", 2))
+    found[0].path(out).touch()
     blocks.claim(out, blocks.identity_of(file, "digest", 2))
     with pytest.raises(InputError, match="block differ"):
         blocks.claim(out, blocks.identity_of(file, "digest", 3))
     file.write_bytes(b"\n")
     with pytest.raises(InputError, match="no requests"):
         blocks.cut(file, 2)
-    with pytest.raises(InputError, match="cannot be read"):
-        blocks.cut(Path(tmp_path / "none"), 2)
+    for reads in (lambda: blocks.cut(tmp_path / "none", 2), lambda: blocks.identity_of(tmp_path / "none", "digest", 2)):
+        with pytest.raises(InputError, match="cannot be read"):
+            reads()
+
+
+def test_a_run_without_results_does_not_hold_its_folder(tmp_path):
+    """A file that could not be read, mended and tried again."""
+    file, out = tmp_path / "in.jsonl", tmp_path / "out"
+    for text in ("{", '{"id": 1}'):
+        file.write_text(text)
+        blocks.claim(out, blocks.identity_of(file, "digest", 2))
+    (out / "block-000000.jsonl").touch()
+    file.write_text('{"id": 2}')
+    with pytest.raises(InputError, match="requests differ"):
+        blocks.claim(out, blocks.identity_of(file, "digest", 2))
+
+
+def test_a_block_reads_its_own_bytes_only(tmp_path):
+    """Whatever else is in the file is not looked at: a hundred blocks read the file once, not fifty times."""
+    file = tmp_path / "in.jsonl"
+    made = [json.dumps({"id": number, "prompt": "x" * (number % 7)}).encode() + b"\n" for number in range(1000)]
+    file.write_bytes(b"".join(made))
+    found = blocks.cut(file, 10)
+    assert [(one.end, one.first + one.count) for one in found[:-1]] == [(other.start, other.first) for other in found[1:]]
+    assert sum(block.end - block.start for block in found) == file.stat().st_size
+    for block in found:
+        own = b"".join(made[block.first : block.first + block.count])
+        file.write_bytes(b"\0" * block.start + own)
+        assert b"".join(line + b"\n" for line in block.read(file)) == own
+    file.write_bytes(b"".join(made[1:]))
+    with pytest.raises(InputError, match="has changed"):
+        [block.read(file) for block in found]
+
+
+def test_a_parquet_file_is_read_once(tmp_path, monkeypatch):
+    """Its rows become lines that every block finds by their place; what is null was not said."""
+    read = []
+
+    def rows(path: Path) -> Any:
+        read.append(path)
+        yield from (b'{"id": %d}' % number for number in range(5))
+
+    monkeypatch.setattr(blocks, "rows", rows)
+    file = tmp_path / "in.parquet"
+    file.touch()
+    for _ in range(3):
+        lines = blocks.as_json_lines(file, tmp_path)
+        got = [json.loads(line)["id"] for block in blocks.cut(lines, 2) for line in block.read(lines)]
+        assert (got, read) == ([0, 1, 2, 3, 4], [file])
+    blocks.finished(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.parquet"]
+    assert blocks.as_json_lines(tmp_path / "in.jsonl", tmp_path) == tmp_path / "in.jsonl"

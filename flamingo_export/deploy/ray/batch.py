@@ -12,37 +12,38 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from itertools import islice
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from flamingo_export.bundle.identity import bundle_digest
 from flamingo_export.bundle.manifest import read_manifest
-from flamingo_export.deploy.ray.blocks import Block, claim, cut, identity_of, lines
+from flamingo_export.deploy.ray.blocks import Block, as_json_lines, claim, cut, finished, identity_of
 from flamingo_export.deploy.ray.start import connect
-from flamingo_export.errors import FlamingoExportError
-from flamingo_export.files import write_atomically
+from flamingo_export.errors import FlamingoExportError, InputError
+from flamingo_export.files import exclusive, write_atomically
+
+_FIELDS = tuple(field.name for field in fields(Block))
 
 
 class Worker:
     """Answers blocks, in a process of Ray's."""
 
-    def __init__(self, bundle: str, requests: str, out: str, options: dict[str, Any]) -> None:
-        """options: of `flamingo_export.load`."""
+    def __init__(self, bundle: str, requests: str, folder: str, out: str, options: dict[str, Any]) -> None:
+        """requests: JSON lines. folder: what their paths are relative to. options: of `flamingo_export.load`."""
         import flamingo_export
 
         self._model = flamingo_export.load(Path(bundle), **options)
-        self._requests, self._out = Path(requests), Path(out)
+        self._requests, self._folder, self._out = Path(requests), Path(folder), Path(out)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Blocks of the batch, each written when it is complete; returns how many lines were done and failed."""
         from flamingo_export.serve.from_file import answer_lines, failed
 
         done = []
-        for number, first, count in zip(batch["number"], batch["first"], batch["count"], strict=True):
-            block = Block(number=int(number), first=int(first), count=int(count))
-            asked = list(islice(lines(self._requests), block.first, block.first + block.count))
-            results = answer_lines(self._model, self._requests.parent, asked, first=block.first + 1)
+        for values in zip(*(batch[name] for name in _FIELDS), strict=True):
+            block = Block(**{name: int(value) for name, value in zip(_FIELDS, values, strict=True)})
+            results = answer_lines(self._model, self._folder, block.read(self._requests), first=block.first + 1)
             text = b"".join(json.dumps(result, ensure_ascii=False).encode() + b"\n" for result in results)
             write_atomically(block.path(self._out), text)
             done.append((len(results), sum(map(failed, results))))
@@ -53,25 +54,37 @@ def run(bundle: Path, requests: Path, out: Path, *, workers: int, size: int, opt
     """Answers what is missing; returns (requests, how many of them failed), those of earlier runs too. Raises InputError."""
     import ray
 
-    blocks = cut(requests, size)
-    claim(out, identity_of(requests, bundle_digest(read_manifest(bundle)), size))
-    missing = [block for block in blocks if not block.path(out).exists()]
-    if missing:
-        rows = [{"number": block.number, "first": block.first, "count": block.count} for block in missing]
-        ray.data.DataContext.get_current().enable_progress_bars = False
-        ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-            Worker,
-            fn_constructor_args=(str(bundle.resolve()), str(requests.resolve()), str(out.resolve()), options),
-            batch_size=1,
-            concurrency=workers,
-            num_cpus=1,
-            num_gpus=0 if options["device"] == "cpu" else 1,
-        ).materialize()
-    total = failures = 0
-    for block in blocks:
-        for line in block.path(out).read_bytes().splitlines():
-            total += 1
-            failures += json.loads(line).get("error") is not None
+    identity = identity_of(requests, bundle_digest(read_manifest(bundle)), size)
+    with exclusive(
+        out.with_name(out.name + ".lock"),
+        busy=lambda holder: InputError(
+            f"another command (process {holder}) writes to {out}. Wait for it, or name another --out."
+        ),
+        unwritable=lambda error: InputError(f"{out} cannot be written: {error.strerror}"),
+    ):
+        claim(out, identity)
+        lines = as_json_lines(requests, out)
+        blocks = cut(lines, size)
+        missing = [block for block in blocks if not block.path(out).exists()]
+        if missing:
+            ray.data.DataContext.get_current().enable_progress_bars = False
+            ray.data.from_items([asdict(block) for block in missing], override_num_blocks=len(missing)).map_batches(
+                Worker,
+                fn_constructor_args=tuple(
+                    map(str, (bundle.resolve(), lines.resolve(), requests.resolve().parent, out.resolve()))
+                ),
+                fn_constructor_kwargs={"options": options},
+                batch_size=1,
+                concurrency=workers,
+                num_cpus=1,
+                num_gpus=0 if options["device"] == "cpu" else 1,
+            ).materialize()
+        total = failures = 0
+        for block in blocks:
+            for line in block.path(out).read_bytes().splitlines():
+                total += 1
+                failures += json.loads(line).get("error") is not None
+        finished(out)
     return total, failures
 
 

@@ -6,20 +6,25 @@ import asyncio
 import logging
 import uuid
 from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from flamingo_export.deploy.ray.asgi import Head, scope_of
+from flamingo_export.deploy.ray.bounds import Held, counted, declared
 from flamingo_export.deploy.ray.replay import DONE, Diverged, Replay
 from flamingo_export.deploy.ray.requests import belongs_to, streams, with_seed
 from flamingo_export.deploy.ray.settings import RaySettings
 from flamingo_export.serve.access import Access, read_keys
 from flamingo_export.serve.refusals import ApiError
 from flamingo_export.serve.transport import ClientGone, read_body
+
+if TYPE_CHECKING:
+    from starlette.types import Receive, Scope, Send
 
 _BODY_SECONDS = 30.0
 _READY_SECONDS = 5.0
@@ -50,9 +55,17 @@ class Ingress:
         self._ask, self._settings = ask, settings
         keys = read_keys(Path(settings.api_key_file)) if settings.api_key_file is not None else {}
         self._access = Access(keys, None)
+        self._held = Held(settings.limits)
 
     async def respond(self, request: Request) -> Response:
-        """The answer to a client."""
+        """The answer to a client. Its body is held until the answer is out, since it may be asked of another replica."""
+        with ExitStack() as holding:
+            answer = await self._respond(request, holding)
+            if isinstance(answer, _Stream):
+                answer.holding = holding.pop_all()
+            return answer
+
+    async def _respond(self, request: Request, holding: ExitStack) -> Response:
         request_id = request.headers.get("x-request-id") or uuid.uuid4().hex
         path = request.url.path
         try:
@@ -63,6 +76,9 @@ class Ingress:
             address = request.client.host if request.client is not None else ""
             given = request.headers.get("authorization")
             caller = address if path in _OPEN else self._access.caller(given, address)
+            size = declared(request.headers)
+            if size is not None:
+                request = Request(request.scope, counted(request.receive, holding.enter_context(self._held.body(size))))
             body = await read_body(request, most=self._settings.max_body, seconds=_BODY_SECONDS)
             headers = [
                 (name, value) for name, value in request.headers.items() if name in _UNCHANGED and name != "x-request-id"
@@ -106,9 +122,7 @@ class Ingress:
                 status, headers = head
                 if status != 200 or not dict(headers).get("content-type", "").startswith("text/event-stream"):
                     return _response([head, *[piece async for piece in pieces]])
-                return StreamingResponse(
-                    self._events(pieces, scope, body, key, attempt), status_code=status, headers=_headers(headers)
-                )
+                return _Stream(self._events(pieces, scope, body, key, attempt), status_code=status, headers=_headers(headers))
             except (Lost, StopAsyncIteration):
                 await self._again(attempt, scope)
         raise Lost
@@ -148,6 +162,19 @@ class Ingress:
         if attempt >= self._settings.retries:
             raise Lost
         await asyncio.sleep(_PAUSE * (attempt + 1))
+
+
+class _Stream(StreamingResponse):
+    """A stream that lets go of what it holds once it is out, or its reader has gone."""
+
+    holding: ExitStack | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            if self.holding is not None:
+                self.holding.close()
 
 
 def _response(pieces: list[Head | bytes]) -> Response:

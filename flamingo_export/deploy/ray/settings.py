@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 
+from flamingo_export.deploy.ray.bounds import Limits
 from flamingo_export.errors import InputError
 
 
@@ -18,7 +19,8 @@ class RaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     rows: requests that a replica runs at once, None: as many as its engine has. target: requests under way of a replica, on average, that
     their number aims at. queue: requests that wait for a replica before more are refused.
     backend, device, threads: as `serve` has them.
-    max_body: bytes. timeout: seconds of a request. drain: seconds that a replica has to finish when it is taken out.
+    max_body: bytes of a request. held_requests, held_bytes: requests under way, and bytes of their bodies, that the proxy of a node and the
+    ingress hold at most. timeout: seconds of a request. drain: seconds that a replica has to finish when it is taken out.
     api_key_file: keys that are let in, as `serve` has them. allow_media_from: origins of media.
     retries: times that a request is asked of another replica when its own died.
     dashboard: whether Ray's dashboard runs, on a loopback address.
@@ -38,12 +40,19 @@ class RaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     device: str = "cpu"
     threads: int = 0
     max_body: int = 64 << 20
+    held_requests: int = 1024
+    held_bytes: int = 256 << 20
     timeout: float = 300.0
     drain: float = 120.0
     api_key_file: str | None = None
     allow_media_from: tuple[str, ...] = ()
     retries: int = 3
     dashboard: bool = False
+
+    @property
+    def limits(self) -> Limits:
+        """What is held at once."""
+        return Limits(body=self.max_body, requests=self.held_requests, bytes=self.held_bytes)
 
 
 def read_settings(path: Path) -> RaySettings:
@@ -60,6 +69,7 @@ def read_settings(path: Path) -> RaySettings:
         "rows": found.rows is None or found.rows >= 1,
         "target, timeout and max_body": found.target > 0 and found.timeout > 0 and found.max_body > 0,
         "queue, drain and retries": found.queue >= 0 and found.drain >= 0 and found.retries >= 0,
+        "held_requests and held_bytes": found.held_requests >= 1 and found.held_bytes >= found.max_body,
         "port": 1 <= found.port <= 65535,
     }
     for name, right in faults.items():

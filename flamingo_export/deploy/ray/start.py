@@ -19,8 +19,11 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from flamingo_export.bundle.identity import bundle_digest
 from flamingo_export.bundle.manifest import read_manifest
+from flamingo_export.deploy.ray.bounds import CALLBACK, LIMITS, Limits
 from flamingo_export.deploy.ray.ingress import Ingress, Lost, Overloaded
 from flamingo_export.deploy.ray.settings import RaySettings, read_settings
 from flamingo_export.errors import BackendError, FlamingoExportError, InputError
@@ -35,24 +38,27 @@ _ENVIRONMENT = {
     # A machine under load starts Ray's processes late.
     "RAY_agent_register_timeout_ms": "200000",
     "RAY_raylet_start_wait_time_s": "240",
+    CALLBACK: "flamingo_export.deploy.ray.bounds:middlewares",
 }
 _SECRET = re.compile(rb"[0-9a-f]{64}")
 _SPARE = 4
 """Requests that a replica is given beside its rows, so that the next one is there when a row is free."""
 
 
-def prepare_environment() -> None:
-    """Before Ray is imported."""
+def prepare_environment(limits: Limits | None = None) -> None:
+    """Before Ray is imported. limits: what the proxies of a cluster hold that is started here."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    if limits is not None:
+        os.environ[LIMITS] = msgspec.json.encode(limits).decode()
 
 
-def connect(*, dashboard: bool = False) -> bool:
+def connect(*, dashboard: bool = False, limits: Limits | None = None) -> bool:
     """Connects to the cluster of RAY_ADDRESS or of this machine, or starts one here. True: it was started.
 
-    Raises BackendError where Ray is not installed, or a cluster does not let us in.
+    limits: what its proxies hold. Raises BackendError where Ray is not installed, or a cluster does not let us in.
     """
-    prepare_environment()
+    prepare_environment(limits)
     try:
         import ray
     except ImportError as error:
@@ -78,7 +84,6 @@ def connect(*, dashboard: bool = False) -> bool:
 
 def application(bundle: Path, settings: RaySettings, secret: str) -> Any:
     """The Serve application: an ingress bound to replicas."""
-    import msgspec
     from ray import serve
     from ray.serve.config import RequestRouterConfig
 
@@ -128,8 +133,6 @@ class Front:
     """The ingress as a deployment of Ray's."""
 
     def __init__(self, replicas: Any, settings: bytes, secret: str) -> None:
-        import msgspec
-
         self._handle = replicas.options(stream=True)
         self._secret = secret
         self._ingress = Ingress(self._ask, msgspec.json.decode(settings, type=RaySettings))
@@ -194,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = read_settings(asked.settings)
         read_manifest(asked.bundle)
         secret = secret_beside(asked.settings)
-        owner = connect(dashboard=settings.dashboard)
+        owner = connect(dashboard=settings.dashboard, limits=settings.limits)
     except FlamingoExportError as error:
         print(f"run: {error}", file=sys.stderr)
         return 1
