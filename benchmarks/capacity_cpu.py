@@ -1,11 +1,13 @@
 """Whether `capacity` foresees what happens: one replica under a real load beside the simulation of the same requests.
 
-    python benchmarks/capacity_cpu.py [--clock wall|cpu] [--threads 1] [--load 0.6] [--requests 120] [--rounds 2] [--work DIR] [--save]
+    python benchmarks/capacity_cpu.py [--clock wall|cpu] [--threads 1] [--load 0.6] [--requests 30] [--windows 4] [--work DIR] [--save]
 
-A decoder of 110M parameters, or of fewer layers. Step costs are measured before and after the real run, which gets its requests at the
-same times as the simulation; a machine with other work on it changes its pace, so each round says how far the two measurements lie
-apart. Asked: throughput and median within 15 %, p95 within 30 %. With `--clock cpu` the costs and the real run are measured in the
-processor's time of one thread, which other programs do not stretch. `--bench BUNDLE` prints such costs in place of all that.
+A decoder of 110M parameters, or of fewer layers. A machine with other work on it changes its pace from one minute to the next. So costs are
+measured before, between and after windows of the real run, and their mean is what the simulation is given: both sides see the same stretch
+of time. Each window gets its requests at the same times as its simulation. Two loads are tried: independent arrivals at `--load` of what
+the replica can carry at most, and all requests at once, whose throughput does not follow from the arrivals. Asked: throughput and median
+within 15 %, p95 within 30 %. With `--clock cpu` the costs and the real run are measured in the processor's time of one thread, which other
+programs do not stretch. `--bench BUNDLE` prints such costs in place of all that.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +60,8 @@ def submitted(model: Model, each: Asked, request: Prepared, beams: int, wake: bo
     return model.engine.submit_search(request, search, cost=len(request.token_ids) + beams * each.new_tokens, wake=wake)
 
 
-def real(model: Model, asked: Sequence[Asked], arrived: Any, beams: int) -> dict[str, float]:
-    """Answers a second and percentiles of seconds to the answer, of requests that arrive on the clock."""
+def real(model: Model, asked: Sequence[Asked], arrived: Any, beams: int) -> Fared:
+    """Of requests that arrive on the clock, at an engine that runs its own thread."""
     ready = [prepared(model, each, {}) for each in asked]
     tickets = []
     started = time.perf_counter()
@@ -69,19 +72,21 @@ def real(model: Model, asked: Sequence[Asked], arrived: Any, beams: int) -> dict
     for ticket, late in tickets:
         ticket.result(timeout=600)
         taken.append(late + ticket.timings.first_token + sum(ticket.timings.steps))
-    return figures(np.array(taken), time.perf_counter() - started - arrived[0])
+    return Fared(np.array(taken), time.perf_counter() - started - arrived[0])
 
 
-def real_in_cpu_time(model: Model, asked: Sequence[Asked], arrived: Any, beams: int) -> dict[str, float]:
+def real_in_cpu_time(model: Model, asked: Sequence[Asked], arrived: Any, beams: int) -> Fared:
     """As `real`, the engine's actions run here and the clock stands still while other programs have the processor: for busy machines."""
     ready = [prepared(model, each, {}) for each in asked]
     now, following = 0.0, 0
+    tickets: list[Any] = []
     running: dict[Any, float] = {}
     taken: dict[Any, float] = {}
     with model.engine.by_hand() as loop:
         while following < len(asked) or running:
             while following < len(asked) and arrived[following] <= now:
-                running[submitted(model, asked[following], ready[following], beams, False)] = arrived[following]
+                tickets.append(submitted(model, asked[following], ready[following], beams, False))
+                running[tickets[-1]] = arrived[following]
                 following += 1
             started = time.process_time()
             worked = loop.tick()
@@ -90,29 +95,42 @@ def real_in_cpu_time(model: Model, asked: Sequence[Asked], arrived: Any, beams: 
                 now = max(now, arrived[following])
             for ticket in [each for each in running if each.done]:
                 taken[ticket] = now - running.pop(ticket)
-    return figures(np.array(list(taken.values())), now - arrived[0])
+    return Fared(np.array([taken[ticket] for ticket in tickets]), now - arrived[0])
 
 
-def figures(taken: Any, seconds: float) -> dict[str, float]:
-    """Of seconds to each answer, those of the first tenth left out."""
-    counted = taken[len(taken) // 10 :]
+@dataclass(frozen=True)
+class Fared:
+    """How a window's requests fared: seconds to each answer, and from the first arrival to the last answer."""
+
+    taken: Any
+    seconds: float
+
+
+def figures(windows: Sequence[Fared]) -> dict[str, float]:
+    """Of all windows together; the first tenth of each, which finds the engine empty, is left out of the percentiles."""
+    counted = np.concatenate([each.taken[len(each.taken) // 10 :] for each in windows])
     return {
-        "throughput": len(taken) / seconds,
+        "throughput": sum(len(each.taken) for each in windows) / sum(each.seconds for each in windows),
         "median": float(np.percentile(counted, 50)),
         "p95": float(np.percentile(counted, 95)),
     }
 
 
-def between(one: StepCosts, other: StepCosts) -> StepCosts:
-    """The mean of two measurements."""
+def mean_of(measured: Sequence[StepCosts]) -> StepCosts:
+    """Of measurements before, between and after windows: each window counts those on both sides of it."""
+    weights = np.array([0.5, *(1.0 for _ in measured[2:]), 0.5]) if len(measured) > 1 else np.ones(1)
 
-    def mean(first: Any, second: Any) -> Any:
-        if isinstance(first, tuple):
-            return tuple(mean(*pair) for pair in zip(first, second, strict=True))
-        return (first + second) / 2
+    def mean(name: str) -> Any:
+        return as_tuples(np.average([np.array(getattr(each, name)) for each in measured], axis=0, weights=weights).tolist())
 
-    changed = {name: mean(getattr(one, name), getattr(other, name)) for name in ("decode", "prefill", "encode", "copy_slot")}
-    return StepCosts(**{name: changed.get(name, getattr(one, name)) for name in one.__struct_fields__})
+    names = ("decode", "prefill", "encode", "copy_slot")
+    return StepCosts(
+        **{name: mean(name) if name in names else getattr(measured[0], name) for name in StepCosts.__struct_fields__}
+    )
+
+
+def as_tuples(value: Any) -> Any:
+    return tuple(map(as_tuples, value)) if isinstance(value, list) else value
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -123,12 +141,12 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--load", type=float, default=0.6, help="of the throughput at which requests never stop waiting")
     parser.add_argument("--layers", type=int, default=12, help="of the decoder; 12 are 110M parameters")
-    parser.add_argument("--requests", type=int, default=120)
+    parser.add_argument("--requests", type=int, default=30, help="of a window")
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--beams", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--repeat", type=int, default=7)
+    parser.add_argument("--windows", type=int, default=4, help="of each load")
+    parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--bench", type=Path, metavar="BUNDLE", help="print this bundle's costs for `capacity --bench`")
     parser.add_argument("--work", type=Path, help="where the bundle is kept; default: a temporary folder")
     parser.add_argument("--save", action="store_true", help="write results/capacity_cpu.json")
@@ -141,7 +159,6 @@ def main(arguments: Sequence[str]) -> None:
             head = Benched(bundle=asked.bench.name, model=model.config.name, backend=model.backend.name, cores=1, grid=grid)
         print(msgspec.json.encode(head).decode())
         return
-    rounds: list[dict[str, Any]] = []
     clock, run = (time.perf_counter, real) if asked.clock == "wall" else (time.process_time, real_in_cpu_time)
     with tempfile.TemporaryDirectory() as folder:
         name = "decoder-110m" if asked.layers == 12 else f"decoder-{asked.layers}-layers"
@@ -150,31 +167,37 @@ def main(arguments: Sequence[str]) -> None:
         load = Load(
             prompt=(asked.prompt // 2, asked.prompt), new_tokens=(asked.new_tokens // 2, asked.new_tokens), beams=asked.beams
         )
-        for number in range(asked.rounds):
-            with flamingo_export.load(path, threads=asked.threads) as model:
-                meter = GridMeter(
-                    model, widths=(1, asked.beams), rows=model.engine.rows, repeat=asked.repeat, seed=number, clock=clock
-                )
-                before = meter.measure(SLOTS)
+        with flamingo_export.load(path, threads=asked.threads) as model:
+            rows = model.engine.rows
+            meter = GridMeter(model, widths=(1, asked.beams), rows=rows, repeat=asked.repeat, clock=clock)
+            costs = [meter.measure(SLOTS)]
+            windows = []
+            for number in range(2 * asked.windows):
                 work = requests(load, asked.requests, number)
-                rows = model.engine.rows
-                most = simulate(before, work, np.zeros(len(work)), beams=asked.beams, rows=rows, queue=None).throughput
-                arrived = arrivals("poisson", asked.load * most, len(work), number)
-                found = run(model, work, arrived, asked.beams)
-                after = meter.measure(SLOTS)
-            foreseen = simulate(between(before, after), work, arrived, beams=asked.beams, rows=rows, queue=None)
-            expected = figures(foreseen.answer, foreseen.seconds)
-            drift = after.decoding(4, 1, SLOTS) / before.decoding(4, 1, SLOTS) - 1
+                if number % 2:
+                    arrived = np.zeros(len(work))
+                else:
+                    most = simulate(costs[-1], work, np.zeros(len(work)), beams=asked.beams, rows=rows, queue=None).throughput
+                    arrived = arrivals("poisson", asked.load * most, len(work), number)
+                windows.append((work, arrived, run(model, work, arrived, asked.beams)))
+                if number % 2:
+                    costs.append(meter.measure(SLOTS))
+        mean = mean_of(costs)
+        drifts = [each.decoding(4, 1, SLOTS) / mean.decoding(4, 1, SLOTS) - 1 for each in costs]
+        print("costs beside their mean: " + ", ".join(f"{100 * each:+.0f} %" for each in drifts))
+        results = {}
+        for kind, chosen in ((f"poisson at {asked.load:g}", windows[::2]), ("all at once", windows[1::2])):
+            foreseen = [simulate(mean, work, at, beams=asked.beams, rows=rows, queue=None) for work, at, _ in chosen]
+            found = figures([fared for *_, fared in chosen])
+            expected = figures([Fared(each.answer, each.seconds) for each in foreseen])
             errors = {name: expected[name] / found[name] - 1 for name in found}
-            rounds.append({"real": found, "simulated": expected, "error": errors, "drift": drift, "busy": foreseen.busy})
+            busy = sum(each.busy * each.seconds for each in foreseen) / sum(each.seconds for each in foreseen)
+            results[kind] = {"real": found, "simulated": expected, "error": errors, "busy": busy}
             texts = (f"{name} {found[name]:.3f} and {expected[name]:.3f} ({100 * errors[name]:+.0f} %)" for name in found)
-            print(
-                f"round {number + 1}, busy {foreseen.busy:.2f}: " + ", ".join(texts) + f"; costs drifted {100 * drift:+.0f} %",
-                flush=True,
-            )
+            print(f"{kind}, busy {busy:.2f}: " + ", ".join(texts), flush=True)
     if asked.save:
-        settings = {key: value for key, value in vars(asked).items() if key not in ("work", "save")}
-        print(common.save("capacity_cpu", {**settings, "rounds": rounds}))
+        settings = {key: value for key, value in vars(asked).items() if key not in ("work", "save", "bench")}
+        print(common.save("capacity_cpu", {**settings, "costs_beside_their_mean": drifts, "loads": results}))
 
 
 if __name__ == "__main__":

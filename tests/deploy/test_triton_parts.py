@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from pathlib import Path
@@ -216,4 +217,10 @@ def test_the_server_is_found_or_named(monkeypatch, tmp_path):
     line = start.command(Path("t"), None, Path("r"), 1, 2, 3)
     assert {argument.partition("=")[2] for argument in line if "-address" in argument} == {"127.0.0.1"}
     assert not any("backend-directory" in argument for argument in line)
-    assert sum("shared-memory,model-repository" in argument for argument in line) == 2
+    closed = [argument for argument in line if "shared-memory,model-repository" in argument]
+    assert len(closed) == 2
+    for argument in closed:
+        name, _, value = argument.rpartition(":")[2].partition("=")
+        assert name != name.lower(), "HTTP/2 must refuse the name"
+        assert re.fullmatch(r"[0-9a-f]{32}\n[0-9a-f]{32}", value), "no header of HTTP has two lines"
+    assert closed != [each for each in start.command(Path("t"), None, Path("r"), 1, 2, 3) if each[:7] == closed[0][:7]]

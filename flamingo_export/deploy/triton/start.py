@@ -68,8 +68,12 @@ def _pytriton() -> str:
 
 
 def command(program: Path, backends: Path | None, repository: Path, http: int, grpc: int, metrics: int) -> list[str]:
-    """The server's arguments: loopback only; shared memory and the model repository need a key that nobody has."""
-    closed = secrets.token_hex(16)
+    """The server's arguments: loopback only; shared memory and the model repository need a header that nobody can send.
+
+    The server takes that header from its arguments only, where every user of the machine reads it (`ps`). So it is one that the protocols
+    do not carry: a value in two lines, which no header of HTTP has, under a name with capitals, which HTTP/2 refuses.
+    """
+    key = f"Closed={secrets.token_hex(16)}\n{secrets.token_hex(16)}"
     return [
         str(program),
         f"--model-repository={repository}",
@@ -84,8 +88,8 @@ def command(program: Path, backends: Path | None, repository: Path, http: int, g
         "--strict-readiness=true",
         "--exit-on-error=true",
         "--exit-timeout-secs=120",
-        f"--http-restricted-api=shared-memory,model-repository,trace,logging:admin-key={closed}",
-        f"--grpc-restricted-protocol=shared-memory,model-repository,trace,logging:admin-key={closed}",
+        f"--http-restricted-api=shared-memory,model-repository,trace,logging:{key}",
+        f"--grpc-restricted-protocol=shared-memory,model-repository,trace,logging:{key}",
     ]
 
 

@@ -5,13 +5,16 @@ make test-deploy
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -75,6 +78,7 @@ def fleet(nano_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     package(nano_bundle, "ray", folder)
     settings = json.loads((folder / "settings.json").read_text())
     settings |= {"port": port, "model": "nano", "replicas_most": 2, "replica_cpus": 0.5, "rows": 2, "queue": 4, "threads": 1}
+    settings |= {"max_body": 2 << 20, "held_bytes": 4 << 20, "held_requests": 60}
     (folder / "settings.json").write_text(json.dumps(settings))
     made = Fleet(folder, port)
     made.start(nano_bundle)
@@ -163,6 +167,43 @@ def test_overload_is_refused(fleet, picture):
     assert post(fleet.port, chat_body(picture(0)))[0] == 200
 
 
+def begun(fleet: Fleet, length: int) -> socket.socket:
+    """A request that says how long its body is, and does not send it yet."""
+    one = socket.create_connection(("127.0.0.1", fleet.port), 30)
+    one.sendall(f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n".encode())
+    return one
+
+
+def refusal(one: socket.socket) -> tuple[int, str | None]:
+    """Status and Retry-After of an answer."""
+    response = http.client.HTTPResponse(one)
+    response.begin()
+    assert "error" in json.loads(response.read())
+    one.close()
+    return response.status, response.getheader("retry-after")
+
+
+def test_bodies_are_bounded_before_they_are_read(fleet, picture):
+    """In Ray's proxy, which would read any number of any length. Clients that do not send what they announced keep a place for it."""
+    assert refusal(begun(fleet, (2 << 20) + 1)) == (413, None)
+    slow = [begun(fleet, 2 << 20) for _ in range(2)]
+    time.sleep(0.5)
+    assert refusal(begun(fleet, 1000)) == (503, "1")
+    for each in slow:
+        each.close()
+    slow = [begun(fleet, 1) for _ in range(60)]
+    time.sleep(0.5)
+    assert refusal(begun(fleet, 1)) == (429, "1")
+    with urllib.request.urlopen(f"http://127.0.0.1:{fleet.port}/health/ready", timeout=30) as found:
+        assert found.status == 200
+    for each in slow:
+        each.close()
+    end = time.monotonic() + 30
+    while post(fleet.port, chat_body(picture(0)))[0] != 200:
+        assert time.monotonic() < end, "places of clients that have gone are not free again"
+        time.sleep(0.2)
+
+
 def test_a_new_bundle_rolls_out_under_load(fleet, picture, nano_bundle, tmp_path):
     import flamingo_export
     from flamingo_export.sources.choice import source_for_size
@@ -172,8 +213,6 @@ def test_a_new_bundle_rolls_out_under_load(fleet, picture, nano_bundle, tmp_path
     old = set(fleet.replicas())
 
     def digest() -> str:
-        import urllib.request
-
         with urllib.request.urlopen(f"http://127.0.0.1:{fleet.port}/v1/models", timeout=60) as found:
             return str(json.loads(found.read())["data"][0]["flamingo"]["digest"])
 

@@ -28,6 +28,7 @@ import pytest
 import flamingo_export
 from flamingo_export.deploy.package import package
 
+from . import raw_protocols
 from .conftest import free_port
 
 grpcclient = pytest.importorskip("tritonclient.grpc", reason="needs Triton in an environment of its own: make test-deploy")
@@ -241,6 +242,27 @@ def test_shared_memory_and_the_repository_are_closed(triton):
             call()
     with grpcclient.InferenceServerClient(f"127.0.0.1:{triton.grpc}") as other, pytest.raises(Exception, match="restricted"):
         other.register_system_shared_memory("a", "/a", 8)
+
+
+def test_what_every_user_of_the_machine_can_read_opens_nothing(triton):
+    """The header that would open them stands in the server's arguments, and cannot be sent: neither as it is nor in a form like it."""
+    arguments = Path(f"/proc/{triton.process.pid}/cmdline").read_bytes().split(b"\0")
+    (given,) = [each for each in arguments if each.startswith(b"--http-restricted-api=")]
+    name, _, value = given.rpartition(b":")[2].partition(b"=")
+    one, other = value.split(b"\n")
+    path = "/v2/systemsharedmemory/status"
+    for between in (b"\n", b"\r\n", b"\n ", b"\r\n ", b"\r\n\t", b"\r", b" ", b"%0a", b"\\n"):
+        for separator in (b": ", b":"):
+            answer = raw_protocols.http(triton.http, path, name + separator + one + between + other)
+            assert not answer or answer.startswith((b"HTTP/1.1 403", b"HTTP/1.1 400")), (between, answer)
+    method, prefix = "/inference.GRPCInferenceService/SystemSharedMemoryStatus", b"triton-grpc-protocol-"
+    for header in (prefix + name, prefix + name.lower(), prefix + name + b"-bin"):
+        for sent in (value, value.replace(b"\n", b" "), one + other):
+            assert raw_protocols.grpc(triton.grpc, method, [(header, sent)]) is None, (header, sent)
+    # The same bytes reach what is open, so it is the header that they fail by.
+    assert raw_protocols.http(triton.http, "/v2/health/live", b"X: y").startswith(b"HTTP/1.1 200")
+    live = "/inference.GRPCInferenceService/ServerLive"
+    assert raw_protocols.grpc(triton.grpc, live, [(prefix + b"x", b"y")]) == b"\0\0\0\0\2\x08\x01"
 
 
 def test_it_listens_on_loopback_only(triton):
