@@ -4,7 +4,7 @@
 # make test-fast    the tests that take seconds, in three minutes: the inner loop
 # make lock         the lock files in requirements/, anew with the newest versions (docs/development.md)
 # make test-oldest  nano's build, generate, parity and the command line on the lowest versions admitted; make test-newest: all on the newest
-# make test-deploy  Ray Serve and Triton for real, manifests by KServe's SDK, each in an environment of its own (docs/scaling.md)
+# make test-deploy  Ray Serve and Triton for real, manifests by KServe's SDK, what images install; each in an environment of its own (docs/scaling.md)
 # make wheel-check  builds the wheel, installs it into an empty environment and runs the demo's first steps from there
 # make bench        the figures of the README's results table
 # make docs         the documentation as a site, docs/_build/html/index.html; a broken link fails
@@ -17,7 +17,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test coverage test-fast lint lock test-deploy test-oldest test-newest wheel-check bench docs plugin gpu-wheels release clean
+.PHONY: help demo test coverage test-fast lint lock test-deploy test-deploy-ray test-deploy-triton test-deploy-kserve test-deploy-image deploy-nano test-oldest test-newest wheel-check bench docs plugin gpu-wheels release clean
 
 # Paths are relative throughout, so the folder's own path may hold spaces. The venv's programs are called through its Python for the same reason.
 PY := .venv/bin/python
@@ -111,14 +111,29 @@ test-newest: .venv-uv/made
 	@[ $* = kserve ] || .venv-$*/bin/python $(INSTALL) $(THIS)
 	@touch $@
 
-# KServe's SDK cannot share an environment with the package, so the folder that it reads is written by another.
-test-deploy: .venv-ray/installed .venv-triton/installed .venv-kserve/installed
+# What CI runs of it is `test-deploy-ray test-deploy-triton` (docs/development.md says why).
+test-deploy: test-deploy-ray test-deploy-triton test-deploy-kserve test-deploy-image
+
+DEPLOY_TEST := -m pytest -m deploy --durations=10 $(PYTEST_ARGS)
+ON_NANO := FLAMINGO_NANO=build/deploy/nano.bundle OMP_NUM_THREADS=1
+
+deploy-nano: .venv-ray/installed
 	rm -rf build/deploy && mkdir -p build/deploy
 	.venv-ray/bin/python -m flamingo_export build --size nano --out build/deploy/nano.bundle --parity skip
+
+test-deploy-ray: deploy-nano
+	$(ON_NANO) .venv-ray/bin/python $(DEPLOY_TEST) tests/deploy/real/test_ray_real.py tests/deploy/real/test_traces.py tests/deploy/real/test_foreign_clients.py
+
+test-deploy-triton: deploy-nano .venv-triton/installed
+	$(ON_NANO) .venv-triton/bin/python $(DEPLOY_TEST) tests/deploy/real/test_triton_real.py
+
+# KServe's SDK cannot share an environment with the package, so the folder that it reads is written by another.
+test-deploy-kserve: deploy-nano .venv-kserve/installed
 	.venv-ray/bin/python -m flamingo_export package build/deploy/nano.bundle --for kserve --out build/deploy/kserve
-	FLAMINGO_KSERVE=build/deploy/kserve .venv-kserve/bin/python -m pytest -m deploy tests/deploy/sdk $(PYTEST_ARGS)
-	FLAMINGO_NANO=build/deploy/nano.bundle OMP_NUM_THREADS=1 .venv-ray/bin/python -m pytest -m deploy tests/deploy/real/test_ray_real.py tests/deploy/real/test_traces.py tests/deploy/real/test_foreign_clients.py --durations=10 $(PYTEST_ARGS)
-	FLAMINGO_NANO=build/deploy/nano.bundle OMP_NUM_THREADS=1 .venv-triton/bin/python -m pytest -m deploy tests/deploy/real/test_triton_real.py --durations=10 $(PYTEST_ARGS)
+	FLAMINGO_KSERVE=build/deploy/kserve .venv-kserve/bin/python $(DEPLOY_TEST) tests/deploy/sdk
+
+test-deploy-image: deploy-nano
+	$(ON_NANO) .venv-ray/bin/python $(DEPLOY_TEST) tests/deploy/real/test_image_steps.py
 
 wheel-check: .venv/installed
 	scripts/wheel_check
