@@ -16,7 +16,7 @@ from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
 
-from flamingo_export.serve.errors import ApiError
+from flamingo_export.serve.refusals import ApiError
 
 if TYPE_CHECKING:
     from starlette.types import Message, Receive, Scope, Send
