@@ -9,9 +9,10 @@ number. The same dtype: weights rounded to the bundle's storage, computed in wha
 For logits, PyTorch's error is the largest over all cases of the decoder: it is one computation, and a case of few numbers does not find its
 largest error by itself.
 
-Of a quantised bundle PyTorch's error is that of the reference with weights and activations rounded as the policy says (as_stored.py), so
-it is the price of the policy, and the engine may not pay much more. The price itself is bounded as well: a wrong scale in a calibration
-table makes both wrong alike. Of a layer by its rms too (PRICES): the largest of a tensor's numbers grows with their count and with outliers.
+Of a quantised bundle PyTorch's error is that of the reference with weights and activations rounded as the policy says (rounding.py), so
+it is the cost of the policy, and the engine may not pay much more. The cost itself is bounded as well: a wrong scale in a calibration
+table makes both wrong alike. Of a layer by its rms too (POLICY_COSTS): the largest of a tensor's numbers grows with their count and with
+outliers.
 In int8, whose weights have one right rounding, each number of a matrix is held to that in place of a bound on what a layer makes of it.
 Of logits by nano's largest error, or by what already arrives at the head (`logits_tolerance`): how far a deep model carries the errors of its
 layers, each within its own bound, depends on depth and weights.
@@ -100,13 +101,13 @@ TABLE = MappingProxyType(
         "quantised layer, fp8": _quantised(0.4, "Largest error of a layer of nano: 0.15 of the rms."),
         "quantised layer, int4": _quantised(
             2.0,
-            "Largest error of a layer: 0.34 of the rms in nano, 1.08 in the first of 9b, whose price by PRICES is 0.16 at most.",
+            "Largest error of a layer: 0.34 of the rms in nano, 1.08 in the first of 9b, whose cost by POLICY_COSTS is 0.16 at most.",
         ),
     }
 )
 """What is compared -> its tolerance. A kind without a row of its own for 16-bit storage has the same in all types."""
 
-PRICES = MappingProxyType({"int8": 0.07, "fp8": 0.14, "int4": 0.42})
+POLICY_COSTS = MappingProxyType({"int8": 0.07, "fp8": 0.14, "int4": 0.42})
 """Most that a policy of this coarsest format may cost in a layer: rms of the difference from fp64 over the rms of what the layer adds.
 A third above what layers of 9b's shapes pay, whose outliers are as hard as trained ones' (tests/export/quantize/test_real_block.py); a range an
 eighth of what it should be costs several times that."""
@@ -129,7 +130,7 @@ def tolerance(kind: str, precision: Precision = FP32, arithmetic: StorageType = 
 
 
 _WEIGHTS_CHECKED = (
-    "Each number of each matrix is held to half a step of int8 (stored_codes.py), and the layer's price by its rms: nothing is left that engine "
+    "Each number of each matrix is held to half a step of int8 (stored_codes.py), and the layer's cost by its rms: nothing is left that engine "
     "and PyTorch could have wrong alike, so the largest number is judged as in 16 bits, by PyTorch's own error with these codes."
 )
 
@@ -139,7 +140,7 @@ def layer_tolerance(precision: Precision, arithmetic: StorageType = "fp32", *, w
 
     weights_checked: whether the rounding of each matrix was measured number by number, which int8 allows. The row's bound is then of no use: it
     stands for a wrong scale that both sides share, and honest largest errors grow with a tensor's tail (SwiGLU's products: 6.8 times their rms
-    in a layer whose price is 0.018, where nano has 4).
+    in a layer whose cost is 0.018, where nano has 4).
     """
     row = tolerance("layer", precision, arithmetic)
     if coarsest(precision) != "int8" or not weights_checked:

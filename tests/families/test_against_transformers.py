@@ -100,11 +100,11 @@ def test_parts_one_after_the_other_are_the_whole(hub: tuple[Path, Path]) -> None
     cases = (*decoder_cases(source.config), *pixel_cases(source.config))
     joined, whole = (Goldens(weights_sha256="", storage="fp32", model="") for _ in range(2))
     record_numbers(parts, joined, cases=cases)
-    record_whole(parts.wide, parts.narrow, source.config, cases, whole)
+    record_whole(parts.fp64, parts.rounded, source.config, cases, whole)
     assert len(whole.expected) == 5
     for key, expected in whole.expected.items():
         assert np.abs(joined.expected[key].values - expected.values).max() < 1e-12 * expected.peak
-    assert not any(parameter.device.type != "meta" for parameter in parts.wide.model.parameters())
+    assert not any(parameter.device.type != "meta" for parameter in parts.fp64.model.parameters())
 
 
 def test_whole_logits_are_those_of_the_model_that_was_saved(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_whole_logits_are_those_of_the_model_that_was_saved(tmp_path: Path) -> N
     source = CheckpointSource(tmp_path)
     parts = TransformersParts(source, "fp32")
     goldens = Goldens(weights_sha256="", storage="fp32", model="")
-    record_whole(parts.wide, parts.narrow, source.config, pixel_cases(source.config), goldens)
+    record_whole(parts.fp64, parts.rounded, source.config, pixel_cases(source.config), goldens)
     pixels = torch.from_numpy(encoder_feeds(source.config, encoder_cases(source.config)[0])["pixels"]).double()
     for case in pixel_cases(source.config):
         (sequence,) = plan_case(source.config, case).sequences

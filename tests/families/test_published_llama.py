@@ -337,7 +337,7 @@ def test_transformers_part_by_part_is_transformers_as_a_whole(llama: tuple[Path,
     cases = (*decoder_cases(source.config), *pixel_cases(source.config))
     joined, whole = (Goldens(weights_sha256="", storage="fp32", model="") for _ in range(2))
     record_numbers(parts, joined, cases=cases)
-    record_whole(parts.wide, parts.narrow, source.config, cases, whole)
+    record_whole(parts.fp64, parts.rounded, source.config, cases, whole)
     assert len(whole.expected) == 4
     for key, expected in whole.expected.items():
         assert np.abs(joined.expected[key].values - expected.values).max() < 1e-12 * expected.peak

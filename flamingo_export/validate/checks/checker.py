@@ -38,7 +38,7 @@ from flamingo_export.validate.expected.golden import Goldens
 from flamingo_export.validate.expected.media_rounding import MediaFormat
 from flamingo_export.validate.expected.oracle import encoder_feeds, features_of_media, fed_positions, resampler_feeds
 from flamingo_export.validate.report.parity_report import LayerPoint, Level, Row
-from flamingo_export.validate.tolerances import PRICES, Tolerance, coarsest, layer_tolerance, logits_tolerance, tolerance
+from flamingo_export.validate.tolerances import POLICY_COSTS, Tolerance, coarsest, layer_tolerance, logits_tolerance, tolerance
 from flamingo_reference.arrays import Array
 
 LAYER_BY_LAYER = "layer by layer, for want of memory"
@@ -123,7 +123,7 @@ class Checker:
 
     def _tolerance(self, kind: str) -> Tolerance:
         if kind == "layer":
-            checked = self.goldens.codes.keys() <= self.goldens.roundings.keys()
+            checked = self.goldens.code_digests.keys() <= self.goldens.roundings.keys()
             return layer_tolerance(self.manifest.precision, self._arithmetic, weights_checked=checked)
         return tolerance(kind, self.manifest.precision, self._arithmetic)
 
@@ -272,18 +272,18 @@ class Checker:
         rows.append(self._gate("layer", LAYERS_CASE, name, f"layer.{layer}.output", result.output[0], kind="layer"))
         if where and not rows[-1].passed:
             rows[-1] = self.rows[-1] = _with_note(rows[-1], where)
-        self._price(layer, name)
+        self._policy_cost(layer, name)
         return rows
 
-    def _price(self, layer: int, name: str) -> None:
+    def _policy_cost(self, layer: int, name: str) -> None:
         """Whether what the policy itself costs is within its bound: engine and reference agree on a wrong range, too."""
-        limit = PRICES.get(coarsest(self.manifest.precision) or "")
+        limit = POLICY_COSTS.get(coarsest(self.manifest.precision) or "")
         if limit is None:
             return
-        found = self.goldens.prices.get(str(layer))
+        found = self.goldens.policy_costs.get(str(layer))
         if found is None:
-            price = f"layer.{layer}.price of the policy"
-            self.rows.append(unmeasured("layer", LAYERS_CASE, name, price, "no price was recorded"))
+            cost = f"layer.{layer}.cost of the policy"
+            self.rows.append(unmeasured("layer", LAYERS_CASE, name, cost, "no cost was recorded"))
             return
         passed = found <= limit
         note = (
@@ -292,7 +292,7 @@ class Checker:
             else "the policy costs too much here: a wrong range in the calibration table, or a layer to keep in more bits"
         )
         row = Row(
-            level="layer", case=LAYERS_CASE, subgraph=name, tensor=f"layer.{layer}.price of the policy",
+            level="layer", case=LAYERS_CASE, subgraph=name, tensor=f"layer.{layer}.cost of the policy",
             error=found if math.isfinite(found) else None, limit=limit, torch_error=None, passed=passed, note=note,
         )  # fmt: skip
         self.rows.append(row)

@@ -78,14 +78,14 @@ def check_codes(bundle: Path, goldens: Goldens) -> list[Row]:
     index = WeightIndex.read(bundle)
     parts: dict[str, list[str]] = {}
     stored = {name.removesuffix(SCALE).removesuffix(INPUT_SCALE) for name in index if name.endswith((SCALE, INPUT_SCALE))}
-    for name in sorted(stored | goldens.codes.keys()):
+    for name in sorted(stored | goldens.code_digests.keys()):
         parts.setdefault(_part(name), []).append(name)
     rows = []
     for part, names in parts.items():
         wrong = []
         for name in names:
             pieces = [index.read_tensor(bundle, piece) for piece in (name, name + SCALE, name + INPUT_SCALE) if piece in index]
-            if codes_digest(*pieces) != goldens.codes.get(name):
+            if codes_digest(*pieces) != goldens.code_digests.get(name):
                 wrong.append(name)
         if wrong:
             more = f" and {len(wrong) - _SHOWN_NAMES} more" if len(wrong) > _SHOWN_NAMES else ""

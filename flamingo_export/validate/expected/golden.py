@@ -72,10 +72,10 @@ class Goldens(msgspec.Struct, kw_only=True):
     in 16 bits are judged by it. Empty where it was not asked."""
     hidden: dict[str, Array] = msgspec.field(default_factory=dict)
     """float32 [S, W] inputs of each layer, of each sequence of the case followed layer by layer: `layer|sequence`."""
-    prices: dict[str, float] = msgspec.field(default_factory=dict)
+    policy_costs: dict[str, float] = msgspec.field(default_factory=dict)
     """What storing each LM layer (and the gated block before it) as the bundle does costs in PyTorch: rms of the difference from fp64 over the
     rms of what the layer adds to its input."""
-    codes: dict[str, str] = msgspec.field(default_factory=dict)
+    code_digests: dict[str, str] = msgspec.field(default_factory=dict)
     """Of each quantised matrix and operand: `stored_codes.codes_digest` of what the bundle must hold."""
     roundings: dict[str, float] = msgspec.field(default_factory=dict)
     """Of each matrix in int8: `stored_codes.int8_rounding` of its codes. Empty in values that earlier versions recorded."""
@@ -114,8 +114,8 @@ class _File(msgspec.Struct, frozen=True, kw_only=True):
     storage: str
     weights_sha256: str
     tensors: dict[str, _Entry]
-    prices: dict[str, float] = msgspec.field(default_factory=dict)
-    codes: dict[str, str] = msgspec.field(default_factory=dict)
+    policy_costs: dict[str, float] = msgspec.field(name="prices", default_factory=dict)
+    code_digests: dict[str, str] = msgspec.field(name="codes", default_factory=dict)
     roundings: dict[str, float] = msgspec.field(default_factory=dict)
     traces: tuple[GoldenTrace, ...]
     no_traces: str = ""
@@ -177,8 +177,8 @@ def _write_cases(folder: Path, goldens: Goldens) -> None:
         storage=goldens.storage,
         weights_sha256=goldens.weights_sha256,
         tensors=entries,
-        prices=goldens.prices,
-        codes=goldens.codes,
+        policy_costs=goldens.policy_costs,
+        code_digests=goldens.code_digests,
         roundings=goldens.roundings,
         traces=goldens.traces,
         no_traces=goldens.no_traces,
@@ -223,8 +223,8 @@ def load_goldens(folder: Path, bundle: Path | None = None) -> Goldens | None:
         expected=expected,
         computed={key: entry.computed_error for key, entry in document.tensors.items() if entry.computed_error is not None},
         hidden={key.removeprefix("hidden|"): value for key, value in arrays.items() if key.startswith("hidden|")},
-        prices=document.prices,
-        codes=document.codes,
+        policy_costs=document.policy_costs,
+        code_digests=document.code_digests,
         roundings=document.roundings,
         traces=document.traces,
         no_traces=document.no_traces,

@@ -117,7 +117,7 @@ class _Recorder:
         self.cases = {case.name: case for case in cases}
         self.plans = {name: plan_case(self.config, case) for name, case in self.cases.items()}
         self.latents: tuple[Any, Any] = (None, None)
-        """Of the end-to-end case, in fp64 and the narrow type."""
+        """Of the end-to-end case, in fp64 and the type of the engines."""
 
     def run(self) -> None:
         self.progress.stage("reference values", self.config.language_model.num_layers + 3)
@@ -146,20 +146,20 @@ class _Recorder:
             found = [module(*(torch.from_numpy(array).to(chained) for array in feed.values())) for feed in feeds]
             return [*found, module(features_of_media(config, chained), *(weights.to(chained) for weights in one))]
 
-        wide, narrow = self.parts.stage("resampler", lambda m: resample(m, features[0]), lambda m: resample(m, features[1]))
-        for case, one_wide, one_narrow in zip(by_subgraph["resampler"], wide, narrow, strict=False):
-            self._put(f"resampler, {case.name}", "latents", one_wide, one_narrow)
-        self._put(END_TO_END_CASE, "latents", wide[-1], narrow[-1])
-        self.latents = wide[-1], narrow[-1]
+        fp64, rounded = self.parts.stage("resampler", lambda m: resample(m, features[0]), lambda m: resample(m, features[1]))
+        for case, one_fp64, one_rounded in zip(by_subgraph["resampler"], fp64, rounded, strict=False):
+            self._put(f"resampler, {case.name}", "latents", one_fp64, one_rounded)
+        self._put(END_TO_END_CASE, "latents", fp64[-1], rounded[-1])
+        self.latents = fp64[-1], rounded[-1]
         self.progress.advance(1)
 
     def _vision(self, name: str, pixels: Tensor, *aspects: Tensor) -> list[Tensor]:
-        """features, and `pooled` of a contrastive encoder, in fp64 and the narrow type."""
+        """features, and `pooled` of a contrastive encoder, in fp64 and the type of the engines."""
         contrastive = self.config.contrastive
-        narrowed = pixels.to(self.parts.dtype)
+        rounded_pixels = pixels.to(self.parts.dtype)
         if contrastive is None:
-            wide, narrow = self.parts.stage(
-                "vision_encoder", lambda m: m(pixels.double(), *aspects), lambda m: m(narrowed, *aspects)
+            fp64, rounded = self.parts.stage(
+                "vision_encoder", lambda m: m(pixels.double(), *aspects), lambda m: m(rounded_pixels, *aspects)
             )
         elif isinstance(contrastive.pooling, ClassToken):
             # The token is taken where the module itself puts it, hooks and all.
@@ -167,21 +167,21 @@ class _Recorder:
                 tokens = module.tokens(x)
                 return module.features_of(tokens), tokens[:, 0]
 
-            (wide, wide_pooled), (narrow, narrow_pooled) = self.parts.stage(
-                "vision_encoder", lambda m: run(m, pixels.double()), lambda m: run(m, narrowed)
+            (fp64, fp64_pooled), (rounded, rounded_pooled) = self.parts.stage(
+                "vision_encoder", lambda m: run(m, pixels.double()), lambda m: run(m, rounded_pixels)
             )
-            self._put(name, "pooled", wide_pooled, narrow_pooled)
+            self._put(name, "pooled", fp64_pooled, rounded_pooled)
         else:
-            wide, narrow = self.parts.stage("vision_encoder", lambda m: m(pixels.double()), lambda m: m(narrowed))
+            fp64, rounded = self.parts.stage("vision_encoder", lambda m: m(pixels.double()), lambda m: m(rounded_pixels))
             if isinstance(contrastive.pooling, Readout):
                 pooled = self.parts.stage(
-                    "contrastive.readout", lambda m: m(wide[:, None]).flatten(1), lambda m: m(narrow[:, None]).flatten(1)
+                    "contrastive.readout", lambda m: m(fp64[:, None]).flatten(1), lambda m: m(rounded[:, None]).flatten(1)
                 )
             else:
-                pooled = wide.mean(1), narrow.mean(1)
+                pooled = fp64.mean(1), rounded.mean(1)
             self._put(name, "pooled", *pooled)
-        self._put(name, "features", wide, narrow)
-        return [wide, narrow]
+        self._put(name, "features", fp64, rounded)
+        return [fp64, rounded]
 
     def _towers(self) -> None:
         """The towers by themselves, on drawn pooled features and tokens."""
@@ -193,7 +193,7 @@ class _Recorder:
             feeds = [torch.from_numpy(array) for array in encoder_feeds(self.config, case).values()]
             part = "contrastive.image" if case.subgraph == IMAGE_TOWER else "contrastive.text"
 
-            def widened(module: Any, given: list[Tensor] = feeds) -> Tensor:
+            def in_fp64(module: Any, given: list[Tensor] = feeds) -> Tensor:
                 found: Tensor = module(*(x.double() if x.is_floating_point() else x for x in given))
                 return found
 
@@ -201,57 +201,57 @@ class _Recorder:
                 found: Tensor = module(*(x.to(self.parts.dtype) if x.is_floating_point() else x for x in given))
                 return found
 
-            wide, narrow = self.parts.stage(part, widened, as_given)
-            self._put(f"{case.subgraph}, {case.name}", f"{case.subgraph.removesuffix('_tower')}_embedding", wide, narrow)
+            fp64, rounded = self.parts.stage(part, in_fp64, as_given)
+            self._put(f"{case.subgraph}, {case.name}", f"{case.subgraph.removesuffix('_tower')}_embedding", fp64, rounded)
 
     def _decoder(self) -> None:
         import torch
 
         config = self.config
-        wide, narrow = self.parts.stage("language_model", self._embed, self._embed)
+        fp64, rounded = self.parts.stage("language_model", self._embed, self._embed)
         gated = {layer: i for i, layer in enumerate(config.gated_layers)}
         last = config.language_model.num_layers - 1
         for j in range(config.language_model.num_layers):
             # The first layer of an engine embeds the tokens itself, with the embedding as it is stored.
             alone = {
-                key: hidden.to(self.parts.dtype) for key, hidden in (wide if j else narrow).items() if key[0] == LAYERS_CASE
+                key: hidden.to(self.parts.dtype) for key, hidden in (fp64 if j else rounded).items() if key[0] == LAYERS_CASE
             }
             before = alone[LAYERS_CASE, 0].double()
             self.goldens.hidden[str(j)] = alone[LAYERS_CASE, 0][0].float().numpy().copy()
             if j in gated:
-                wide, (narrow, alone) = self._gated(gated[j], wide, narrow, alone)
+                fp64, (rounded, alone) = self._gated(gated[j], fp64, rounded, alone)
 
             def layer(module: Any, *streams: dict[Key, Tensor]) -> tuple[list[dict[Key, Tensor]], list[Tensor]]:
                 _, k, v = module.qkv(streams[-1][LAYERS_CASE, 0])
                 return [{key: module(hidden) for key, hidden in stream.items()} for stream in streams], [k[0], v[0]]
 
-            (wides, wide_kv), (narrows, narrow_kv) = self.parts.stage(
+            (fp64s, fp64_kv), (roundeds, rounded_kv) = self.parts.stage(
                 f"language_model.layers.{j}",
-                lambda m, w=wide: layer(m, w),  # type: ignore[misc]
-                lambda m, n=narrow, a=alone: layer(m, n, a),  # type: ignore[misc]
+                lambda m, w=fp64: layer(m, w),  # type: ignore[misc]
+                lambda m, n=rounded, a=alone: layer(m, n, a),  # type: ignore[misc]
             )
-            (wide,), (narrow, alone) = wides, narrows
-            exact, rounded = wide[LAYERS_CASE, 0], alone[LAYERS_CASE, 0].double()
-            self.goldens.prices[str(j)] = _rms(rounded - exact) / (_rms(exact - before) or 1.0)
-            for kind, one_wide, one_narrow in zip("kv", wide_kv, narrow_kv, strict=True):
-                self._put(LAYERS_CASE, f"layer.{j}.{kind}", one_wide, one_narrow)
+            (fp64,), (rounded, alone) = fp64s, roundeds
+            right, stored = fp64[LAYERS_CASE, 0], alone[LAYERS_CASE, 0].double()
+            self.goldens.policy_costs[str(j)] = _rms(stored - right) / (_rms(right - before) or 1.0)
+            for kind, one_fp64, one_rounded in zip("kv", fp64_kv, rounded_kv, strict=True):
+                self._put(LAYERS_CASE, f"layer.{j}.{kind}", one_fp64, one_rounded)
             if j < last:
                 key = (LAYERS_CASE, 0)
-                self._put(LAYERS_CASE, f"layer.{j}.output", wide[key][0], alone[key][0])
-                self._put(LAYERS_CASE, f"layer.{j}.carried", wide[key][0], narrow[key][0])
+                self._put(LAYERS_CASE, f"layer.{j}.output", fp64[key][0], alone[key][0])
+                self._put(LAYERS_CASE, f"layer.{j}.carried", fp64[key][0], rounded[key][0])
             self.progress.advance(1)
 
         def logits(module: Any, *streams: dict[Key, Tensor]) -> list[dict[Key, Tensor]]:
             return [{key: module.logits(hidden)[0] for key, hidden in stream.items()} for stream in streams]
 
-        wides, narrows = self.parts.stage("language_model", lambda m: logits(m, wide), lambda m: logits(m, narrow, alone))
-        (wide,), (narrow, alone) = wides, narrows
+        fp64s, roundeds = self.parts.stage("language_model", lambda m: logits(m, fp64), lambda m: logits(m, rounded, alone))
+        (fp64,), (rounded, alone) = fp64s, roundeds
         key = (LAYERS_CASE, 0)
-        self._put(LAYERS_CASE, f"layer.{last}.output", wide[key], alone[key])
-        self._put(LAYERS_CASE, f"layer.{last}.carried", wide[key], narrow[key])
+        self._put(LAYERS_CASE, f"layer.{last}.output", fp64[key], alone[key])
+        self._put(LAYERS_CASE, f"layer.{last}.carried", fp64[key], rounded[key])
         for name, plan in self.plans.items():
             fed = fed_positions(plan)
-            joined = [torch.cat([stream[name, sequence][at] for sequence, at in fed.items()]) for stream in (wide, narrow)]
+            joined = [torch.cat([stream[name, sequence][at] for sequence, at in fed.items()]) for stream in (fp64, rounded)]
             self._put(name, "logits", *joined)
         self._pool()
         self.progress.advance(1)
@@ -266,7 +266,7 @@ class _Recorder:
         }
 
     def _gated(
-        self, i: int, wide: dict[Key, Tensor], narrow: dict[Key, Tensor], alone: dict[Key, Tensor]
+        self, i: int, fp64: dict[Key, Tensor], rounded: dict[Key, Tensor], alone: dict[Key, Tensor]
     ) -> tuple[dict[Key, Tensor], list[dict[Key, Tensor]]]:
         """One gated block: the media_kv case, and every sequence of every case."""
         import torch
@@ -291,14 +291,14 @@ class _Recorder:
                 )
             return found, module.media_kv(case_latents.to(latents)), encoded
 
-        (wides, wide_kv, _), (narrows, narrow_kv, _) = self.parts.stage(
+        (fp64s, fp64_kv, _), (roundeds, rounded_kv, _) = self.parts.stage(
             f"cross_attention.{i}",
-            lambda m: run(m, drawn, self.latents[0], wide),
-            lambda m: run(m, held, self.latents[1], narrow, alone),
+            lambda m: run(m, drawn, self.latents[0], fp64),
+            lambda m: run(m, held, self.latents[1], rounded, alone),
         )
-        for kind, one_wide, one_narrow in zip("kv", wide_kv, narrow_kv, strict=True):
-            self._put(f"media_kv, {kv_case.name}", f"media_{kind}.{i}", one_wide, one_narrow)
-        return wides[0], narrows
+        for kind, one_fp64, one_rounded in zip("kv", fp64_kv, rounded_kv, strict=True):
+            self._put(f"media_kv, {kv_case.name}", f"media_{kind}.{i}", one_fp64, one_rounded)
+        return fp64s[0], roundeds
 
     def _phi(self, key: Key) -> list[Tensor]:
         """media_rows, phi and, where positions see ranges of media, first_media of a sequence."""
@@ -321,8 +321,8 @@ class _Recorder:
         for name, value in found.items():
             self.goldens.put(name, "logits", msgspec.structs.replace(value, torch_error=largest))
 
-    def _put(self, case: str, tensor: str, wide: Tensor, narrow: Tensor) -> None:
-        self.goldens.put(case, tensor, expect(wide.numpy(), narrow.float().numpy()))
+    def _put(self, case: str, tensor: str, fp64: Tensor, rounded: Tensor) -> None:
+        self.goldens.put(case, tensor, expect(fp64.numpy(), rounded.float().numpy()))
 
 
 def _rms(tensor: Tensor) -> float:

@@ -45,7 +45,7 @@ def record(
     goldens = Goldens(weights_sha256=digest, storage=manifest.precision.key, model=source.config.name)
     with torch_threads(source.config):
         record_numbers(parts_of(source, stored), goldens, progress, media=MediaFormat(manifest.precision, calibration))
-        goldens.codes, goldens.roundings = dict(stored.codes), dict(stored.roundings)
+        goldens.code_digests, goldens.roundings = dict(stored.code_digests), dict(stored.roundings)
         if arithmetic != "fp32":
             goldens.computed = _errors_in(arithmetic, source, stored, MediaFormat(manifest.precision, calibration), progress)
         goldens.no_traces = no_room(source.config, memory)

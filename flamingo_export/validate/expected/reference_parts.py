@@ -1,6 +1,6 @@
 """The reference model one part at a time, first in fp64, then in PyTorch's fp32 (or 16 bits) with weights as the bundle stores them.
 
-A part is read from the checkpoint once, widened and narrowed in place, and dropped: memory is that of the largest part, whatever the model.
+A part is read from the checkpoint once, in fp64 and then rounded in place, and dropped: memory is that of the largest part, whatever the model.
 A live model's own modules are used, hooks and all, not modules made anew from its weights.
 """
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from flamingo_reference.model import Flamingo
 
-Wide = TypeVar("Wide")
-Narrow = TypeVar("Narrow")
+InFp64 = TypeVar("InFp64")
+Rounded = TypeVar("Rounded")
 
 
 class Parts(Protocol):
@@ -30,17 +30,17 @@ class Parts(Protocol):
 
     config: ModelConfig
     dtype: Any
-    """torch.dtype that `narrow` computes in: its inputs must be of it."""
+    """torch.dtype that `rounded` computes in: its inputs must be of it."""
 
-    def stage(self, prefix: str, wide: Callable[[Any], Wide], narrow: Callable[[Any], Narrow]) -> tuple[Wide, Narrow]:
-        """Results of `wide` on the part in fp64 and of `narrow` on it in `dtype` with stored weights.
+    def stage(self, prefix: str, fp64: Callable[[Any], InFp64], rounded: Callable[[Any], Rounded]) -> tuple[InFp64, Rounded]:
+        """Results of `fp64` on the part in fp64 and of `rounded` on it in `dtype` with stored weights.
 
         prefix: vision_encoder, resampler, cross_attention.i, language_model.layers.j, or language_model (embedding and norm only).
         """
 
 
 def parts_of(source: WeightSource, stored: StoredRounding, *, arithmetic: StorageType = "fp32") -> Parts:
-    """The parts of a source: of the live model itself where it is one. arithmetic: what `narrow` computes in, on the weights as stored."""
+    """The parts of a source: of the live model itself where it is one. arithmetic: what `rounded` computes in, on the weights as stored."""
     if isinstance(source, LiveSource):
         return LiveParts(source.model, stored, arithmetic)
     return SourceParts(source, stored, arithmetic)
@@ -54,7 +54,7 @@ class SourceParts:
         self._source, self._stored = source, stored
         self._names = list(source.names())
 
-    def stage(self, prefix: str, wide: Callable[[Any], Wide], narrow: Callable[[Any], Narrow]) -> tuple[Wide, Narrow]:
+    def stage(self, prefix: str, fp64: Callable[[Any], InFp64], rounded: Callable[[Any], Rounded]) -> tuple[InFp64, Rounded]:
         import torch
 
         from flamingo_reference.model.modules import load_part
@@ -62,11 +62,11 @@ class SourceParts:
         module = load_part(self.config, prefix, self._source.read)
         with torch.no_grad():
             undo = _widen(module, at_use=prefix == "vision_encoder")
-            first = wide(module)
+            first = fp64(module)
             undo()
             release()
             self._stored.apply(module, prefix)
-            second = narrow(module.to(self.dtype))
+            second = rounded(module.to(self.dtype))
         del module
         release()
         return first, second
@@ -79,7 +79,7 @@ class LiveParts:
         self.config, self.dtype = model.config, torch_dtype(arithmetic)
         self._model, self._stored = model, stored
 
-    def stage(self, prefix: str, wide: Callable[[Any], Wide], narrow: Callable[[Any], Narrow]) -> tuple[Wide, Narrow]:
+    def stage(self, prefix: str, fp64: Callable[[Any], InFp64], rounded: Callable[[Any], Rounded]) -> tuple[InFp64, Rounded]:
         import torch
 
         module = self._model.get_submodule(prefix)
@@ -93,12 +93,12 @@ class LiveParts:
             and all(tensor.dtype == torch.float32 and tensor.is_cpu for tensor in tensors)
         )
         with torch.no_grad():
-            first = wide(copy.deepcopy(module).cpu().double())
+            first = fp64(copy.deepcopy(module).cpu().double())
             if as_is:
-                return first, narrow(module)
+                return first, rounded(module)
             module = copy.deepcopy(module).cpu().float()
             self._stored.apply(module, prefix)
-            return first, narrow(module.to(self.dtype))
+            return first, rounded(module.to(self.dtype))
 
 
 def torch_dtype(arithmetic: StorageType) -> Any:
@@ -122,14 +122,14 @@ def _widen(module: nn.Module, *, at_use: bool) -> Callable[[], None]:
         for parameter in leaf.parameters():
             parameter.data = parameter.data.double()
 
-    def narrow(leaf: nn.Module, _: Any, __: Any) -> None:
+    def restore(leaf: nn.Module, _: Any, __: Any) -> None:
         for parameter in leaf.parameters():
             parameter.data = parameter.data.float()
 
     handles = []
     for part in module.modules():
         if next(part.children(), None) is None:
-            handles += [part.register_forward_pre_hook(widen), part.register_forward_hook(narrow)]
+            handles += [part.register_forward_pre_hook(widen), part.register_forward_hook(restore)]
         else:
             for parameter in part.parameters(recurse=False):
                 parameter.data = parameter.data.double()

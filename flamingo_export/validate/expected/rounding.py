@@ -50,7 +50,7 @@ class StoredRounding:
         # Quantised ones first: a tied head is made of the embedding as it was, not as it is rounded for itself.
         self._weights = sorted(weights, key=lambda weight: weight.quantisation(precision) is None)
         self._tied = config.language_model.tied_head
-        self.codes: dict[str, str] = {}
+        self.code_digests: dict[str, str] = {}
         """Of each quantised matrix and operand that was applied so far: digest of what the bundle must hold (`stored_codes`)."""
         self.roundings: dict[str, float] = {}
         """Of each matrix in int8 that was applied so far: `stored_codes.int8_rounding`."""
@@ -75,7 +75,7 @@ class StoredRounding:
             operands = [self._scale(name) if self._only(name) else None for name in weight.operands(self.precision)]
             for name, scale in zip(weight.operands(self.precision), operands, strict=True):
                 if scale is not None:
-                    self.codes[name] = codes_digest(np.array(scale, np.float32))
+                    self.code_digests[name] = codes_digest(np.array(scale, np.float32))
             if any(operands):
                 owner = module.get_submodule(matrices[0].rsplit(".", 2)[0].removeprefix(prefix).removeprefix("."))
                 if weight.group == "media_kv":
@@ -108,7 +108,7 @@ class StoredRounding:
             importance = np.square(channels) if channels.size else None
         codes, scales = quantised(np.ascontiguousarray(weight.make(sources)), how, importance)
         inputs = [np.array(self._scale(weight.name), np.float32)] if how.element == "fp8" else []
-        self.codes[weight.name] = codes_digest(codes, scales, *inputs)
+        self.code_digests[weight.name] = codes_digest(codes, scales, *inputs)
         matrix = dequantised(codes, scales, how)
         if how.element == "int8":
             self.roundings[weight.name] = int8_rounding(weight.make(sources), matrix, how.block)

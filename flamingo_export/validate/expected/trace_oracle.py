@@ -51,16 +51,16 @@ def record_traces(
     """
     import torch
 
-    wide, *narrow = reference_models(source, stored)
+    fp64, *rounded = reference_models(source, stored)
     if arithmetic != "fp32":
-        narrow.append(copy.deepcopy(narrow[0]).to(torch_dtype(arithmetic)))
+        rounded.append(copy.deepcopy(rounded[0]).to(torch_dtype(arithmetic)))
     with torch.no_grad():
         return traces_of(
             msgspec.structs.replace(source.config, tokens=manifest.config.tokens),
             manifest.limits,
             tokenizer,
             source.inputs.tags,
-            lambda prompt: [_AskedReference(model, prompt) for model in (wide, *narrow)],
+            lambda prompt: [_AskedReference(model, prompt) for model in (fp64, *rounded)],
             progress,
         )
 
@@ -90,7 +90,7 @@ def traces_of(
     progress.stage("reference token traces", len(prompts) * len(BEAMS))
     traces = []
     for prompt in prompts:
-        wide, *narrow = models(prompt)
+        fp64, *rounded = models(prompt)
         for beams in BEAMS:
             try:
                 check_capacity(prompt=len(prompt.tokens), width=beams, new_tokens=prompt.new_tokens, limits=limits)
@@ -99,7 +99,7 @@ def traces_of(
             except CapacityError:
                 progress.advance(1)
                 continue
-            trace = _trace(config, wide, narrow, prompt, beams)
+            trace = _trace(config, fp64, rounded, prompt, beams)
             if decode is not None:
                 trace = _with_text(trace, decode(trace.tokens).strip())
             traces.append(trace)
@@ -119,27 +119,29 @@ def reference_models(source: WeightSource, stored: StoredRounding) -> tuple[Flam
         with torch.device("meta"):
             model = Flamingo(source.config)
         model.load_state_dict({name: torch_from_numpy(source.read(name)) for name in source.names()}, assign=True)
-    wide = copy.deepcopy(model).cpu().double().eval()
+    fp64 = copy.deepcopy(model).cpu().double().eval()
     parameters = list(model.parameters())
     if stored.exact and all(each.dtype == torch.float32 and each.is_cpu for each in parameters):
-        return wide, model
-    narrow = copy.deepcopy(model).cpu().float().eval()
-    stored.apply(narrow, "")
-    return wide, narrow
+        return fp64, model
+    rounded = copy.deepcopy(model).cpu().float().eval()
+    stored.apply(rounded, "")
+    return fp64, rounded
 
 
-def _trace(config: ModelConfig, wide: AskedModel, narrow: Sequence[AskedModel], prompt: TracePrompt, beams: int) -> GoldenTrace:
+def _trace(
+    config: ModelConfig, fp64: AskedModel, rounded: Sequence[AskedModel], prompt: TracePrompt, beams: int
+) -> GoldenTrace:
     from flamingo_reference import search
 
     ids = config.tokens
     rules = search.Rules(eoc=ids.eoc, image=ids.image, max_new_tokens=prompt.new_tokens, ends=ids.ends, banned=ids.banned)
-    result = search.beam_search(lambda asked: wide.logits(asked)[:, -1], prompt.tokens, rules, beams=beams)
+    result = search.beam_search(lambda asked: fp64.logits(asked)[:, -1], prompt.tokens, rules, beams=beams)
     hypotheses = [GoldenText(tokens=each.token_ids, logprobs=each.token_logprobs) for each in result.hypotheses]
-    generated = wide.generate(prompt.tokens, beams=beams, new_tokens=prompt.new_tokens)
+    generated = fp64.generate(prompt.tokens, beams=beams, new_tokens=prompt.new_tokens)
     if generated is not None:  # the margins of the plain search, which asked the same model, say how close the choices were
-        hypotheses = [_scored(wide, prompt, tokens, ids.never) for tokens in generated]
+        hypotheses = [_scored(fp64, prompt, tokens, ids.never) for tokens in generated]
     best = hypotheses[0]
-    logits = [_following(model, prompt, best.tokens) for model in (wide, *narrow)]
+    logits = [_following(model, prompt, best.tokens) for model in (fp64, *rounded)]
     exact, *own = (search.log_probabilities(each, ids.never) for each in logits)
     finite = np.isfinite(exact)
     errors = [float(np.abs(exact[finite] - each[finite]).max()) for each in own]

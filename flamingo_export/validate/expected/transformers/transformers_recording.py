@@ -39,12 +39,12 @@ def record_transformers(
     goldens = Goldens(weights_sha256=digest, storage=storage, model=config.name)
     cases = (*decoder_cases(config), *pixel_cases(config))
     record_numbers(parts, goldens, progress, cases=cases)
-    record_whole(parts.wide, parts.narrow, config, cases, goldens, progress)
+    record_whole(parts.fp64, parts.rounded, config, cases, goldens, progress)
     if no_traces:
         goldens.no_traces = no_traces
         return goldens
     with contextlib.ExitStack() as held:
-        models = [parts.wide, parts.narrow]
+        models = [parts.fp64, parts.rounded]
         for each in models:
             held.enter_context(each.held(each.model))
         goldens.traces = traces_of(

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 
 def record_whole(
-    wide: StreamedModel,
-    narrow: StreamedModel,
+    fp64: StreamedModel,
+    rounded: StreamedModel,
     config: ModelConfig,
     cases: Sequence[DecoderCase],
     goldens: Goldens,
@@ -46,7 +46,7 @@ def record_whole(
         ((index, fed),) = fed_positions(plan).items()
         sequence = plan.sequences[index]
         images, shown = list(sequence.media), [aspects[image] for image in sequence.media]
-        both = [logits(each, config, [sequence.tokens], pixels[images], shown)[0, fed] for each in (wide, narrow)]
+        both = [logits(each, config, [sequence.tokens], pixels[images], shown)[0, fed] for each in (fp64, rounded)]
         found[case.name] = expect(both[0].numpy(), both[1].numpy())
         progress.advance(1)
     # As for the cases of drawn media: it is one computation, and a case of few numbers does not find its largest error by itself.
