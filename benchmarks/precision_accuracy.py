@@ -50,7 +50,7 @@ def main() -> None:
     items = tasks(arguments.items)
     half = arguments.items // 2
     rows: dict[str, dict[str, float]] = {}
-    said: list[str] = []
+    exact_texts: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         table = None
         for name, settings in BUILDS.items():
@@ -65,8 +65,8 @@ def main() -> None:
                 texts = answers(model, items)
             numbers = logits(bundle, manifest, get_backend("onnxruntime"), items[:LOGIT_ITEMS])
             if name == "fp32":
-                said, exact = texts, numbers
-            outcome, near = compared(items, texts, said), agreement(exact, numbers)
+                exact_texts, exact = texts, numbers
+            outcome, near = compared(items, texts, exact_texts), agreement(exact, numbers)
             decoder = sum(file.size for file in manifest.files if file.path.startswith("weights/decoder"))
             rows[name] = {
                 "captions": 100 * outcome.captions / half,

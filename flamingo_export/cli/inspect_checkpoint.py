@@ -209,6 +209,6 @@ def _generation_lines(generation: Generation | None) -> list[tuple[str, str]]:
         if tokens:
             lines.append((label, f"tokens {', '.join(map(str, tokens))} (generation_config.json)"))
     if generation.not_applied:
-        said = ", ".join(f"{name} {value!r:.60}" for name, value in generation.not_applied.items())
-        lines.append(("not applied", f"{said} (generation_config.json): name them with each request where you want them"))
+        settings = ", ".join(f"{name} {value!r:.60}" for name, value in generation.not_applied.items())
+        lines.append(("not applied", f"{settings} (generation_config.json): name them with each request where you want them"))
     return lines

@@ -83,13 +83,13 @@ class Interview:
         """The best text; with several orders, what each of them finds becomes a candidate, and the likeliest over all orders is taken."""
         requests = [request for each in asked for request in each.requests]
         answers = iter(model.generate(requests, beams=self.settings.beams, max_new_tokens=self.settings.new_tokens(self.task)))
-        said = [[next(answers) for _ in each.requests] for each in asked]
-        texts = [tuple(dict.fromkeys(answer.text for answer in each if answer.text.strip())) for each in said]
+        answered = [[next(answers) for _ in each.requests] for each in asked]
+        texts = [tuple(dict.fromkeys(answer.text for answer in each if answer.text.strip())) for each in answered]
         several = [place for place, candidates in enumerate(texts) if len(candidates) > 1]
         averaged = self._averaged(model, [asked[place] for place in several], [texts[place] for place in several])
         scores = dict(zip(several, averaged, strict=True))
         found = []
-        for place, each in enumerate(said):
+        for place, each in enumerate(answered):
             logprobs = scores.get(place, ())
             best = texts[place][int(np.argmax(logprobs))] if logprobs else each[0].text
             answer = next(answer for answer in each if answer.text == best)

@@ -49,23 +49,23 @@ def write_page(
     out: Path,
     results: Results,
     data: Data,
-    said: Mapping[int, Sequence[Prediction]],
+    predictions: Mapping[int, Sequence[Prediction]],
     others: Mapping[int, Sequence[Prediction]] | None,
     scored: Mapping[int, tuple[Scored, Scored | None]],
 ) -> None:
     """Writes report.html, as a whole or not at all. Raises OSError if it cannot be written."""
-    write_atomically(out / PAGE_FILE, render(results, data, said, others, scored).encode())
+    write_atomically(out / PAGE_FILE, render(results, data, predictions, others, scored).encode())
 
 
 def render(
     results: Results,
     data: Data,
-    said: Mapping[int, Sequence[Prediction]],
+    predictions: Mapping[int, Sequence[Prediction]],
     others: Mapping[int, Sequence[Prediction]] | None,
     scored: Mapping[int, tuple[Scored, Scored | None]],
 ) -> str:
     """The page."""
-    shots = max(said)
+    shots = max(predictions)
     one, _ = scored[shots]
     values = None if one.items is None else one.items.tolist()
     order = [] if values is None else sorted(range(len(values)), key=values.__getitem__)
@@ -75,7 +75,7 @@ def render(
         return [
             _shown(
                 data.queries[place],
-                said[shots][place],
+                predictions[shots][place],
                 None if values is None else values[place],
                 examples,
                 others[shots][place].text if others is not None else "",
@@ -86,7 +86,7 @@ def render(
     changed = [
         place
         for place in range(len(data.queries))
-        if others is not None and said[shots][place].text != others[shots][place].text
+        if others is not None and predictions[shots][place].text != others[shots][place].text
     ]
     half = min(_SHOWN, len(order) // 2)
     return page_of(
@@ -168,15 +168,15 @@ def _curve(results: Results) -> str:
     )
 
 
-def _shown(item: Item, said: Prediction, score: float | None, examples: Mapping[str, Item], other: str) -> Shown:
-    chosen = [examples[name] for name in said.examples if name in examples]
-    unseen = said.shots == 0
+def _shown(item: Item, prediction: Prediction, score: float | None, examples: Mapping[str, Item], other: str) -> Shown:
+    chosen = [examples[name] for name in prediction.examples if name in examples]
+    unseen = prediction.shots == 0
     return Shown(
         id=item.id,
         score=score,
         picture=picture_of(item.medium),
         question=item.question or "",
-        text=said.text,
+        text=prediction.text,
         references=tuple(dict.fromkeys(item.references))[:4],
         examples=tuple(
             (

@@ -104,8 +104,8 @@ def cells_of(
             groups.setdefault(name, []).append(place)
     cells: list[Cell] = []
     scored: dict[int, tuple[Scored, Scored | None]] = {}
-    for shots, said in predictions.items():
-        one = metric.score(items, outcomes(said))
+    for shots, answered in predictions.items():
+        one = metric.score(items, outcomes(answered))
         other = metric.score(items, outcomes(others[shots])) if others is not None else None
         scored[shots] = (one, other)
         for name, places in groups.items():
@@ -119,7 +119,7 @@ def cells_of(
                     "difference": paired.value,
                     "difference_low": paired.low,
                     "difference_high": paired.high,
-                    "changed": sum(said[place].text != others[shots][place].text for place in places),
+                    "changed": sum(answered[place].text != others[shots][place].text for place in places),
                 }
             details = {key: float(values[chosen].mean()) for key, values in one.details.items() if len(chosen)}
             cells.append(
@@ -142,11 +142,11 @@ def costs_of(predictions: Mapping[int, Sequence[Prediction]]) -> tuple[Cost, ...
     return tuple(
         Cost(
             shots=shots,
-            seconds=float(np.mean([each.seconds for each in said])),
-            tokens=float(np.mean([len(each.token_ids) for each in said])),
+            seconds=float(np.mean([each.seconds for each in found])),
+            tokens=float(np.mean([len(each.token_ids) for each in found])),
         )
-        for shots, said in predictions.items()
-        if said
+        for shots, found in predictions.items()
+        if found
     )
 
 
@@ -187,12 +187,12 @@ def read_results(folder: Path) -> Results:
         return msgspec.json.decode(path.read_bytes(), type=Results)
     except FileNotFoundError:
         unfinished = (folder / PREDICTIONS_FILE).exists()
-        said = (
+        advice = (
             "an evaluation that has not ended; run the same eval command to finish it"
             if unfinished
             else "expected the folder of an evaluation"
         )
-        raise EvaluationError(f"{folder} has no {RESULTS_FILE}: {said}") from None
+        raise EvaluationError(f"{folder} has no {RESULTS_FILE}: {advice}") from None
     except (msgspec.MsgspecError, OSError) as error:
         raise EvaluationError(f"{path} cannot be read as results ({error})") from None
 

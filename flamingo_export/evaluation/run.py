@@ -102,12 +102,12 @@ def evaluate(
             second = as_evaluated(against)
         for each in (first, *([second] if second is not None else [])):
             _check_longest(each, interview, found.queries, settings, chosen)
-        said = _predictions(first, interview, units, folder / PREDICTIONS_FILE, identity, progress)
+        predictions = _predictions(first, interview, units, folder / PREDICTIONS_FILE, identity, progress)
         if second is not None:
             others = _predictions(second, interview, units, folder / AGAINST_FILE, identity, progress)
             other_identity = dict(second.identity)
         progress.stage("scores", 1)
-        cells, scored = cells_of(metric, settings, found.queries, said, others)
+        cells, scored = cells_of(metric, settings, found.queries, predictions, others)
         results = Results(
             task=chosen.name,
             title=chosen.title,
@@ -125,11 +125,11 @@ def evaluate(
             left_out=found.left_out,
             cells=tuple(cells),
             paper=paper_of(chosen),
-            costs=costs_of(said),
+            costs=costs_of(predictions),
         )
         write_results(folder, results, found.queries, scored)
         if report and out is not None:
-            write_page(folder, results, found, said, others, scored)
+            write_page(folder, results, found, predictions, others, scored)
         progress.advance(1)
     return results
 
@@ -206,7 +206,7 @@ def _digest(*lists: Sequence[Item]) -> str:
             medium = item.medium.source if isinstance(item.medium, Video) else item.medium
             clip = item.medium.clip if isinstance(item.medium, Video) else None
             name = Path(medium).name if isinstance(medium, str | Path) else type(medium).__name__
-            said = (
+            content = (
                 item.id,
                 name,
                 clip,
@@ -217,7 +217,7 @@ def _digest(*lists: Sequence[Item]) -> str:
                 item.relevance,
                 item.groups,
             )
-            digest.update(repr(said).encode("utf-8", "surrogatepass"))
+            digest.update(repr(content).encode("utf-8", "surrogatepass"))
         digest.update(b"\n")
     return digest.hexdigest()
 

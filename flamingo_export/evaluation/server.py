@@ -124,11 +124,11 @@ class ServerModel:
                 with urllib.request.urlopen(asked, timeout=_TIMEOUT) as answer:
                     return json.loads(answer.read())
             except urllib.error.HTTPError as error:
-                said = _said(error)
+                reason = _reason(error)
                 if error.code in _BUSY and tried + 1 < _TRIES:
                     time.sleep(min(30.0, _seconds(error.headers.get("retry-after")) or 0.2 * 2**tried))
                     continue
-                raise EvaluationError(f"{self._url}{path} answered {error.code}: {said}") from None
+                raise EvaluationError(f"{self._url}{path} answered {error.code}: {reason}") from None
             except (OSError, ValueError) as error:
                 raise EvaluationError(
                     f"{self._url}{path} does not answer ({error}). Is it running? flamingo-export serve BUNDLE"
@@ -152,7 +152,7 @@ def data_url(medium: MediumSource) -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def _said(error: urllib.error.HTTPError) -> str:
+def _reason(error: urllib.error.HTTPError) -> str:
     text = error.read().decode("utf-8", "replace")
     try:
         return str(json.loads(text)["error"]["message"])

@@ -28,8 +28,10 @@ def request_for(task: Task, inputs: InputFormat, examples: Sequence[Item], query
         else:
             request = qa_prompt(shots, query.question or "", query.medium, own)
     except PromptError as error:
-        said = ", ".join(each.id for each in examples)
-        raise EvaluationError(f"item {query.id}{f' with examples {said}' if said else ''} cannot be asked: {error}") from error
+        names = ", ".join(each.id for each in examples)
+        raise EvaluationError(
+            f"item {query.id}{f' with examples {names}' if names else ''} cannot be asked: {error}"
+        ) from error
     # A task's own forms are meant: they are not another family's by mistake.
     return request if task.prompt is None else dataclasses.replace(request, forms=None)
 

@@ -70,13 +70,13 @@ def candidate_ids(
         raise InputError("the bundle has no tokenizer, so text cannot be encoded. Give candidates as token ids.")
     else:
         eoc, tokens = inputs.tags.eoc, config.tokens
-        said = tokens.eoc not in tokens.never
-        ended = candidate if not (end and said) or candidate.endswith(eoc) or not candidate.strip() else candidate + eoc
+        generable = tokens.eoc not in tokens.never
+        ended = candidate if not (end and generable) or candidate.endswith(eoc) or not candidate.strip() else candidate + eoc
         before = request.prompt
         ids = (
             tokenizer.encode_continuation(before, ended) if isinstance(before, str) else tokenizer.encode(ended, add_bos=False)
         )
-        if end and not said:  # the model never says it: a text ends with another token, where it has one
+        if end and not generable:  # the model never says it: a text ends with another token, where it has one
             ids = [*ids, *(token for token in tokens.ends[:1] if token not in tokens.never)]
     size = config.language_model.vocab_size  # a token beyond the output has no likelihood
     if not ids or min(ids) < 0 or max(ids) >= size:

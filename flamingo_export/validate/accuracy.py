@@ -65,28 +65,28 @@ def answers(model: Model, items: Sequence[Task], progress: Progress = SILENT) ->
     """What a bundle says to each item, greedily."""
     from flamingo_export.runtime.request import Request as Prompt
 
-    said: list[str] = []
+    texts: list[str] = []
     progress.stage("tasks", len(items))
     for start in range(0, len(items), BATCH):
         prompts = [Prompt(prompt=f"<image>{item.asked}", media=[item.frame]) for item in items[start : start + BATCH]]
         found = model.generate(prompts, batch_size=BATCH, beams=1, max_new_tokens=MAX_NEW_TOKENS)
-        said += [each.text for each in found]
+        texts += [each.text for each in found]
         progress.advance(len(prompts))
-    return said
+    return texts
 
 
-def compared(items: Sequence[Task], said: Sequence[str], others: Sequence[str]) -> Accuracy:
+def compared(items: Sequence[Task], texts: Sequence[str], others: Sequence[str]) -> Accuracy:
     """One list of answers beside another. Raises ValueError if they are not to the same items."""
 
     def right(texts: Sequence[str], kind: str) -> int:
         return sum(text == item.expected for text, item in zip(texts, items, strict=True) if item.kind == kind)
 
     return Accuracy(
-        captions=right(said, "caption"),
-        questions=right(said, "question"),
+        captions=right(texts, "caption"),
+        questions=right(texts, "question"),
         compared_captions=right(others, "caption"),
         compared_questions=right(others, "question"),
-        same=sum(one == other for one, other in zip(said, others, strict=True)),
+        same=sum(one == other for one, other in zip(texts, others, strict=True)),
         total=len(items),
     )
 
@@ -199,8 +199,8 @@ def record() -> Answers:
     ]
     folder = nano_checkpoint()
     reader = Reader(Flamingo.from_checkpoint(folder), load_tokenizer(folder / "tokenizer" / "tokenizer.json"), shown)
-    said = reader.ask([[pages.Piece(index, item.asked, "")] for index, item in enumerate(items)])
-    found = Answers(weights_sha256=source_digest(CheckpointSource(folder)), said=said)
+    texts = reader.ask([[pages.Piece(index, item.asked, "")] for index, item in enumerate(items)])
+    found = Answers(weights_sha256=source_digest(CheckpointSource(folder)), said=texts)
     ANSWERS.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
     return found
 

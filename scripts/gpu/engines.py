@@ -255,8 +255,8 @@ def _on_the_gpu(context: Context, bundle: str, site: Sequence[str]) -> Result:
     results: Result = {}
     for words in (["parity", bundle, *where], ["generate", bundle, "--image", str(PICTURE), *where, "--json"]):
         done = _python(context, "from flamingo_export.cli import main; sys.exit(main())", words, before=site)
-        said = done.stdout if done.returncode == 0 else f"{done.stdout}{done.stderr}"
-        results[f"flamingo-export {words[0]} {' '.join(where)}"] = {"exit": done.returncode, "output": said[-4000:]}
+        output = done.stdout if done.returncode == 0 else f"{done.stdout}{done.stderr}"
+        results[f"flamingo-export {words[0]} {' '.join(where)}"] = {"exit": done.returncode, "output": output[-4000:]}
     return results
 
 

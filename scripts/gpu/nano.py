@@ -120,14 +120,14 @@ def scores_of(bundle: Path, backend: Backend, count: int) -> np.ndarray[Any, np.
 
 def answers_of(bundle: Path, backend: Backend, count: int) -> dict[str, int]:
     """Answers to held-out tasks: how many are right, and how many are what the reference said when it was recorded, in fp32."""
-    items, said = tasks(count), read_answers().said
+    items, expected = tasks(count), read_answers().said
     requests = [Request(prompt=f"<image>{task.asked}", media=[task.frame]) for task in items]
     with open_model(bundle, backend) as model:
         texts = [result.text for result in model.generate(requests, beams=1, max_new_tokens=24, batch_size=LIMITS.batch)]
     return {
         "tasks": count,
         "right": sum(text == task.expected for text, task in zip(texts, items, strict=True)),
-        "as_recorded": sum(text == recorded for text, recorded in zip(texts, said, strict=False)),
+        "as_recorded": sum(text == recorded for text, recorded in zip(texts, expected, strict=False)),
     }
 
 

@@ -45,8 +45,8 @@ class Cider:
         texts = [text for item in items for text in item.references] + [outcome.text for outcome in outcomes]
         tokens = iter(tokenised(texts))
         references = {index: [next(tokens) for _ in item.references] for index, item in enumerate(items)}
-        said = {index: [next(tokens)] for index in range(len(items))}
-        _, scores = Official().compute_score(references, said)
+        candidates = {index: [next(tokens)] for index in range(len(items))}
+        _, scores = Official().compute_score(references, candidates)
         return Mean(items=100.0 * np.asarray(scores, np.float64))
 
 
@@ -75,9 +75,10 @@ def tokenised(texts: Sequence[str]) -> list[str]:
         )  # fmt: skip
     lines = done.stdout.decode("utf-8", "replace").split("\n")
     if done.returncode or len(lines) < len(texts):
-        said = done.stderr.decode("utf-8", "replace").strip().splitlines()
+        errors = done.stderr.decode("utf-8", "replace").strip().splitlines()
         raise EvaluationError(
-            f"CIDEr's tokenizer gave {len(lines)} lines for {len(texts)} captions (exit {done.returncode}): {said[-1] if said else 'no message'}"
+            f"CIDEr's tokenizer gave {len(lines)} lines for {len(texts)} captions (exit {done.returncode}): "
+            f"{errors[-1] if errors else 'no message'}"
         )
     left_out = set(ptbtokenizer.PUNCTUATIONS)
     return [" ".join(word for word in line.rstrip().split(" ") if word not in left_out) for line in lines[: len(texts)]]

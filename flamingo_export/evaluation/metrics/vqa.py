@@ -62,8 +62,8 @@ def accuracy(text: str, references: Sequence[str]) -> float:
     """0 to 1. references: what each annotator said. 0 where there are none."""
     if not references:
         return 0.0
-    said = normalised(text)
-    agree = [normalised(reference) == said for reference in references]
+    candidate = normalised(text)
+    agree = [normalised(reference) == candidate for reference in references]
     total = sum(agree)
     return sum(min(1.0, (total - one) / _AGREEMENT) for one in agree) / len(agree)
 

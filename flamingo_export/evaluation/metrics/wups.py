@@ -43,12 +43,12 @@ class Wups:
 
         values = []
         for item, outcome in zip(items, outcomes, strict=True):
-            said = _words(wordnet, outcome.text)
+            candidate = _words(wordnet, outcome.text)
             found = [_words(wordnet, reference) for reference in item.references]
             if item.kind in TO_THE_LETTER:
-                values.append(float(said in found))
+                values.append(float(candidate in found))
             else:
-                values.append(max((wups(said, reference, similarity) for reference in found), default=0.0))
+                values.append(max((wups(candidate, reference, similarity) for reference in found), default=0.0))
         return Mean(items=100.0 * np.asarray(values, np.float64))
 
 

@@ -45,8 +45,8 @@ class _Coco(msgspec.Struct):
 
 def caption_item(name: str, medium: Path, captions: tuple[str, ...]) -> Item:
     """An image with its captions; the first of them is what it says as an example."""
-    said = tuple(" ".join(caption.split()) for caption in captions)
-    return Item(id=name, medium=medium, references=said, answer=next((caption for caption in said if caption), ""))
+    cleaned = tuple(" ".join(caption.split()) for caption in captions)
+    return Item(id=name, medium=medium, references=cleaned, answer=next((caption for caption in cleaned if caption), ""))
 
 
 def read_karpathy(file: Path, split: str, folders: list[Path]) -> Split:

@@ -54,8 +54,8 @@ def class_names(file: Path) -> dict[str, str]:
     for number, line in enumerate(text_of(file, "`n01440764 tench, Tinca tinca` a line").split("\n"), start=1):
         if not line.strip():
             continue
-        folder, _, said = line.strip().partition(" ")
-        given = [name.strip() for name in said.split(",") if name.strip()]
+        folder, _, listed = line.strip().partition(" ")
+        given = [name.strip() for name in listed.split(",") if name.strip()]
         if not given:
             faults.add(file, number, "expected a folder's name and the class's names after it")
         elif folder in lines:

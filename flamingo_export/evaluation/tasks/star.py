@@ -41,12 +41,12 @@ def read(data: Path, split: str) -> Split:
         choices = tuple(choice.choice.strip() for choice in entry.choices)
         answer = (entry.answer or "").strip()
         if answer not in choices:
-            said = (
+            fault = (
                 f"answer {answer!r} is none of the choices"
                 if answer
                 else "no answer; those of the test split are not published"
             )
-            faults.add(file, line_of(file, index), f"{entry.question_id}: {said}")
+            faults.add(file, line_of(file, index), f"{entry.question_id}: {fault}")
             continue
         if not 0 <= entry.start < entry.end:
             faults.add(file, line_of(file, index), f"{entry.question_id} goes from {entry.start} to {entry.end} seconds")

@@ -38,8 +38,8 @@ def read(data: Path, split: str) -> Split:
         if not captions:
             faults.add(file, line_of(file, index), f"{entry.videoID} has no English captions")
         video = video_in([data / "videos" / split, data / "videos"], entry.videoID)
-        said = next((caption for caption in captions if caption), "")
-        items.append(Item(id=entry.videoID, medium=Video(source=video), references=captions, answer=said))
+        answer = next((caption for caption in captions if caption), "")
+        items.append(Item(id=entry.videoID, medium=Video(source=video), references=captions, answer=answer))
     faults.check()
     return Split(items=tuple(items))
 

@@ -52,18 +52,18 @@ def read_vqa(
     Raises EvaluationError for questions without annotations, annotations of questions that there are not, ids that occur twice.
     """
     asked_file = first_of(data, questions, "the published questions")
-    said_file = first_of(data, annotations, "the published annotations, without which answers cannot be scored")
+    answers_file = first_of(data, annotations, "the published annotations, without which answers cannot be scored")
     asked = read_json(asked_file, _Questions, '{"questions": [{"question_id", "image_id", "question"}]}').questions
-    said = read_json(said_file, _Annotations, '{"annotations": [{"question_id", "answers": [{"answer"}]}]}').annotations
+    answered = read_json(answers_file, _Annotations, '{"annotations": [{"question_id", "answers": [{"answer"}]}]}').annotations
     faults = Faults()
     for file, name, ids in (
         (asked_file, "questions", [each.question_id for each in asked]),
-        (said_file, "annotations", [each.question_id for each in said]),
+        (answers_file, "annotations", [each.question_id for each in answered]),
     ):
         if len(set(ids)) < len(ids):
             lines = [line_of(file, name, index) for index in range(len(ids))]
             refuse_duplicates(file, [str(each) for each in ids], lines, faults)
-    found = {each.question_id: each for each in said}
+    found = {each.question_id: each for each in answered}
     items = []
     folders = [data / images.format(split=split), data / "images" / images.format(split=split), data / "images", data]
     for index, each in enumerate(asked):
@@ -72,11 +72,11 @@ def read_vqa(
             faults.add(
                 asked_file,
                 line_of(asked_file, "questions", index),
-                f"question {each.question_id} has no annotation in {said_file.name}",
+                f"question {each.question_id} has no annotation in {answers_file.name}",
             )
             continue
         if not annotation.answers:
-            faults.add(said_file, None, f"question {each.question_id} has no answers")
+            faults.add(answers_file, None, f"question {each.question_id} has no answers")
         answers = tuple(answer.answer for answer in annotation.answers)
         items.append(
             Item(
@@ -89,10 +89,10 @@ def read_vqa(
             )
         )
     for surplus in list(found)[:1]:
-        at = next(index for index, each in enumerate(said) if each.question_id == surplus)
+        at = next(index for index, each in enumerate(answered) if each.question_id == surplus)
         faults.add(
-            said_file,
-            line_of(said_file, "annotations", at),
+            answers_file,
+            line_of(answers_file, "annotations", at),
             f"{len(found)} annotations, first that of question {surplus}, are of no question in {asked_file.name}; are both of one split?",
         )
     faults.check()

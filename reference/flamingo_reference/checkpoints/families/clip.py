@@ -102,9 +102,9 @@ def _open_clip_encoder(shapes: Mapping[str, Shape], raw: Mapping[str, Any]) -> E
     if head < 1 or found.width % head:
         raise ConfigError(f"{inner}: head_width {head} does not divide the encoder's width {found.width}.")
     for name, size in (("width", found.width), ("layers", found.num_layers), ("patch_size", found.patch_size)):
-        said = vision.get(name, size)
-        if said != size:
-            raise ConfigError(f"{inner}: {name} is {said!r:.80}, the tensors have {size}. Bring the files of one model.")
+        configured = vision.get(name, size)
+        if configured != size:
+            raise ConfigError(f"{inner}: {name} is {configured!r:.80}, the tensors have {size}. Bring the files of one model.")
     if vision.get("image_size", found.image_size) not in (found.image_size, [found.image_size] * 2):
         raise ConfigError(
             f"{inner}: image_size is {vision['image_size']!r:.80}, the tensors have {found.image_size}. Bring the files of one model."

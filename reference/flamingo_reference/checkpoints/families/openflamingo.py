@@ -136,8 +136,8 @@ def added_without_rows(lm: LanguageModelConfig, files: Files) -> range:
 
 def _without(tokens: TokenIds, unsaid: range, raw: Mapping[str, Any]) -> TokenIds:
     """Bans the tokens, and lets a text end where the language model's own texts do, since `<|endofchunk|>` cannot end it."""
-    said = raw.get("eos_token_id")
-    ends = said if isinstance(said, list) else [said]
+    eos = raw.get("eos_token_id")
+    ends = eos if isinstance(eos, list) else [eos]
     taken = {*tokens.stops, tokens.image}
     own = [end for end in ends if type(end) is int and 0 <= end < unsaid.start and end not in taken]
     banned = (*tokens.banned, *(token for token in unsaid if token not in tokens.never))

@@ -45,14 +45,16 @@ def recognise(path: Path, families: Sequence[Family] = FAMILIES, *, may_be_absen
         )
     settings = _settings(path, families)
     _refuse_quantised(path, settings)
-    said, evidence = _said(path, settings, families)
+    by_config, evidence = _by_config(path, settings, families)
     try:
         names_first = OPEN_CLIP_NAMES if _is_open_clips(path, settings) else ()
         reader = open_tensors(path, dict.fromkeys((*names_first, *NAMES)), may_be_absent=may_be_absent).plainly_named()
     except CheckpointError as error:
-        if said is None:
+        if by_config is None:
             raise
-        raise CheckpointError(f"{path} is {said.title} by its {CONFIG}, but its tensors cannot be read: {error}") from error
+        raise CheckpointError(
+            f"{path} is {by_config.title} by its {CONFIG}, but its tensors cannot be read: {error}"
+        ) from error
     names = reader.names()
     packed = next((name for name in names if name.endswith(_PACKED)), None)
     if packed is not None:
@@ -61,13 +63,13 @@ def recognise(path: Path, families: Sequence[Family] = FAMILIES, *, may_be_absen
     # The first mark tells most.
     shown = shown or next((family for family in families if family.marks[0] not in _lacking(family, names)), None)
     # One mark that is there is enough: what else is missing is named with all the rest when tensors are accounted for.
-    if said is not None and len(_lacking(said, names)) == len(said.marks):
+    if by_config is not None and len(_lacking(by_config, names)) == len(by_config.marks):
         others = f"look like {shown.title}" if shown is not None else f"are {_some(names)}"
         raise CheckpointError(
-            f"{path / CONFIG} says {evidence}, but the tensors {others}, and none is called {' or '.join(_lacking(said, names))}. "
+            f"{path / CONFIG} says {evidence}, but the tensors {others}, and none is called {' or '.join(_lacking(by_config, names))}. "
             "Bring the config.json and the tensors of one model."
         )
-    family = said or shown
+    family = by_config or shown
     if family is None:
         raise CheckpointError(_unknown(path, settings, names, families))
     found = [evidence] if evidence else []
@@ -111,7 +113,7 @@ def _is_open_clips(path: Path, settings: Mapping[str, Any]) -> bool:
     return path.is_dir() and (path / OPEN_CLIP_CONFIG).is_file() and settings.get("model_type") is None
 
 
-def _said(path: Path, settings: Mapping[str, Any], families: Sequence[Family]) -> tuple[Family | None, str]:
+def _by_config(path: Path, settings: Mapping[str, Any], families: Sequence[Family]) -> tuple[Family | None, str]:
     """The family that config.json names, and in which words."""
     model_type = settings.get("model_type")
     if model_type is not None:
@@ -139,9 +141,9 @@ def _unknown(path: Path, settings: Mapping[str, Any], names: Sequence[str], fami
 def _looked_for(families: Sequence[Family]) -> str:
     lines = []
     for family in families:
-        said = f"model_type {' or '.join(family.model_types)}" if family.model_types else ""
-        said = said or (f"{CONFIG} with {', '.join(family.settings)}" if family.settings else "no config.json needed")
-        lines.append(f"{family.title} ({said}; tensors {' and '.join(family.marks)})")
+        config = f"model_type {' or '.join(family.model_types)}" if family.model_types else ""
+        config = config or (f"{CONFIG} with {', '.join(family.settings)}" if family.settings else "no config.json needed")
+        lines.append(f"{family.title} ({config}; tensors {' and '.join(family.marks)})")
     return f"Looked for: {'; '.join(lines)}; in files {', '.join(NAMES)} or their shards."
 
 
