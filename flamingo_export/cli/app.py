@@ -29,9 +29,9 @@ from flamingo_export.cli import (
     sensitivity,
     serve,
 )
+from flamingo_export.cli.common_options import MediaCommand
 from flamingo_export.cli.groups import with_groups
 from flamingo_export.cli.interrupts import EXIT_INTERRUPTED, Interrupts
-from flamingo_export.cli.options import MediaCommand
 from flamingo_export.cli.verb import Verb
 from flamingo_export.errors import FlamingoExportError
 

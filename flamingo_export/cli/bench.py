@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 import typer
 
+from flamingo_export.cli.common_options import AsJson
 from flamingo_export.cli.groups import Running
-from flamingo_export.cli.options import AsJson
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-from flamingo_export.cli.groups import Beside
-from flamingo_export.cli.options import (
+from flamingo_export.cli.common_options import (
     SIZE_NAMES,
     AsJson,
     Overwrite,
@@ -17,6 +16,7 @@ from flamingo_export.cli.options import (
     SkipBad,
     chosen_samples,
 )
+from flamingo_export.cli.groups import Beside
 
 
 class MethodName(StrEnum):

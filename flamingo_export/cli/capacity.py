@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flamingo_export.cli.options import AsJson, among
+from flamingo_export.cli.common_options import AsJson, among
 
 if TYPE_CHECKING:
     from flamingo_export.deploy.capacity.costs import Benched

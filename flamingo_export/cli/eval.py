@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flamingo_export.cli.common_options import AsJson, Fps, Frames
 from flamingo_export.cli.groups import Running
-from flamingo_export.cli.options import AsJson, Fps, Frames
 
 if TYPE_CHECKING:
     from flamingo_export.evaluation.compare import Comparison

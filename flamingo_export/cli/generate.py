@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flamingo_export.cli.groups import Running, VideoCut
-from flamingo_export.cli.options import (
+from flamingo_export.cli.common_options import (
     AsJson,
     Images,
     Shots,
     TextOnly,
     Videos,
 )
+from flamingo_export.cli.groups import Running, VideoCut
 from flamingo_export.cli.search_options import (
     Choice,
     EarlyStopping,
@@ -134,7 +134,7 @@ def generate(
     flamingo-export generate nano.bundle --shots shots.jsonl --image q.png --question "What colour is the square?"
     flamingo-export generate nano.bundle --requests in.jsonl --out out.jsonl
     """
-    from flamingo_export.cli.options import formatted
+    from flamingo_export.cli.common_options import formatted
     from flamingo_export.cli.verb import as_option
     from flamingo_export.errors import InputError
     from flamingo_export.runtime.options import GenerateOptions

@@ -10,8 +10,8 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from flamingo_export.cli import options
-from flamingo_export.cli.options import (
+from flamingo_export.cli import common_options
+from flamingo_export.cli.common_options import (
     BackendName,
     Clip,
     Device,
@@ -55,11 +55,11 @@ class Beside:
 
     def files(self, checkpoint: Path) -> CheckpointFolder:
         """The checkpoint with these."""
-        return options.checkpoint_files(checkpoint, self.language_model, self.vision, self.loras, self.tokenizer)
+        return common_options.checkpoint_files(checkpoint, self.language_model, self.vision, self.loras, self.tokenizer)
 
     def source(self, size: str | None, checkpoint: Path | None, seed: int | None) -> Source:
         """The weights that --size or --checkpoint and these name. Raises typer.BadParameter where they exclude each other."""
-        return options.chosen_source(
+        return common_options.chosen_source(
             size,
             checkpoint,
             seed=seed,
@@ -81,7 +81,7 @@ class Quantised:
 
     def chosen(self) -> Policy | None:
         """The policy that was asked for. Raises typer.BadParameter for more than one."""
-        return options.chosen_policy({"fp8": self.fp8, "int8": self.int8, "int4": self.int4}, self.policy)
+        return common_options.chosen_policy({"fp8": self.fp8, "int8": self.int8, "int4": self.int4}, self.policy)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,11 +95,11 @@ class Running:
 
     def opened(self, bundle: Path) -> AbstractContextManager[Model]:
         """The bundle's model, with a spinner while it loads."""
-        return options.opened(bundle, self.backend, self.device, self.threads, self.fallback)
+        return common_options.opened(bundle, self.backend, self.device, self.threads, self.fallback)
 
     def opened_encoder(self, bundle: Path) -> AbstractContextManager[ContrastiveEncoder]:
         """The bundle's contrastive encoder."""
-        return options.opened_encoder(bundle, self.backend, self.device, self.threads, self.fallback)
+        return common_options.opened_encoder(bundle, self.backend, self.device, self.threads, self.fallback)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +112,7 @@ class VideoCut:
 
     def media(self, ctx: typer.Context, images: Images, videos: Videos) -> list[MediumSource]:
         """Images and videos in the order of the command line. Raises typer.BadParameter."""
-        return options.media_as_typed(ctx, images, videos, self.frames, self.fps, self.clip)
+        return common_options.media_as_typed(ctx, images, videos, self.frames, self.fps, self.clip)
 
 
 def with_groups(verb: Callable[..., None]) -> Callable[..., None]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flamingo_export.cli.options import SIZE_NAMES, AsJson, Loras, OtherLanguageModel, OtherTokenizer, OtherVision
+from flamingo_export.cli.common_options import SIZE_NAMES, AsJson, Loras, OtherLanguageModel, OtherTokenizer, OtherVision
 from flamingo_export.cli.parameter_table import Component, components
 
 if TYPE_CHECKING:
@@ -51,8 +51,8 @@ def inspect(
 
     Exits with 1 for a checkpoint that cannot be built; all that is wrong with it is named.
     """
+    from flamingo_export.cli.common_options import checkpoint_files, known_size
     from flamingo_export.cli.inspect_checkpoint import inspect_checkpoint, looks_like_checkpoint
-    from flamingo_export.cli.options import checkpoint_files, known_size
 
     if (bundle is None) == (size is None):
         raise typer.BadParameter("give either a bundle, a checkpoint or --size", param_hint="BUNDLE")

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flamingo_export.cli.common_options import AsJson, Device
 from flamingo_export.cli.groups import Beside
-from flamingo_export.cli.options import AsJson, Device
 
 if TYPE_CHECKING:
     from flamingo_export.validate.report.parity_report import ParityReport

@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from flamingo_export.cli.groups import Beside
-from flamingo_export.cli.options import (
+from flamingo_export.cli.common_options import (
     AsJson,
     Overwrite,
     Parity,
     ParityChoice,
 )
+from flamingo_export.cli.groups import Beside
 
 
 def refit(

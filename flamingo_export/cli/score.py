@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from flamingo_export.cli.groups import Running, VideoCut
-from flamingo_export.cli.options import (
+from flamingo_export.cli.common_options import (
     AsJson,
     Images,
     Shots,
     TextOnly,
     Videos,
 )
+from flamingo_export.cli.groups import Running, VideoCut
 
 
 def score(
@@ -44,7 +44,7 @@ def score(
     \b
     flamingo-export score nano.bundle --image q.png --question "What colour is the square?" --candidates red,green,blue
     """
-    from flamingo_export.cli.options import formatted
+    from flamingo_export.cli.common_options import formatted
     from flamingo_export.cli.output import print_json, results, table
 
     answers = [answer.strip() for answer in candidates.split(",")]

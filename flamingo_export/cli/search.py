@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
+from flamingo_export.cli.common_options import AsJson
 from flamingo_export.cli.groups import Running
-from flamingo_export.cli.options import AsJson
 
 
 def search(

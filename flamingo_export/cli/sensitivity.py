@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 import typer
 
-from flamingo_export.cli.groups import Beside, Quantised
-from flamingo_export.cli.options import (
+from flamingo_export.cli.common_options import (
     SIZE_NAMES,
     AsJson,
     SampleData,
     SkipBad,
     chosen_samples,
 )
+from flamingo_export.cli.groups import Beside, Quantised
 
 if TYPE_CHECKING:
     from flamingo_export.precision import Policy, Precision

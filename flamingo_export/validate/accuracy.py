@@ -19,7 +19,7 @@ import numpy.typing as npt
 from flamingo_export.backends.base import Backend, SessionOptions
 from flamingo_export.bundle.manifest import Manifest
 from flamingo_export.progress import SILENT, Progress
-from flamingo_export.validate.checks.engine_runs import opened, run_stage
+from flamingo_export.validate.checks.case_runs import opened, run_stage
 from flamingo_export.validate.expected.cases import DecoderCase, Request
 from flamingo_export.validate.expected.decoder_calls import plan_case
 from flamingo_export.validate.expected.media_rounding import MediaFormat

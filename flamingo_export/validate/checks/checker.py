@@ -16,7 +16,7 @@ from flamingo_export.bundle.manifest import Manifest
 from flamingo_export.errors import named_line
 from flamingo_export.progress import Progress
 from flamingo_export.specs import towers_of
-from flamingo_export.validate.checks.engine_runs import (
+from flamingo_export.validate.checks.case_runs import (
     bank_of,
     cached,
     layer_session,

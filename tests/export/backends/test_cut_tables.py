@@ -18,7 +18,7 @@ from flamingo_export.backends.tensorrt.lowering.lower import lower
 from flamingo_export.bundle.manifest import read_manifest
 from flamingo_export.precision import Precision, StorageType
 from flamingo_export.sources.live import LiveSource
-from flamingo_export.validate.checks.engine_runs import layer_session
+from flamingo_export.validate.checks.case_runs import layer_session
 from flamingo_export.validate.checks.layer_graph import layer_graph
 from flamingo_export.weights import DISTANCE_BLOCK, WeightIndex
 from flamingo_reference.config import ModelConfig

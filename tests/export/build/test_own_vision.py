@@ -23,7 +23,7 @@ from flamingo_export.errors import BuildError, CheckpointError, UnsupportedModel
 from flamingo_export.pipeline.traced_vision import WEIGHTS_FILE, trace_vision_encoder
 from flamingo_export.sources.choice import RandomWeights
 from flamingo_export.validate import check_bundle
-from flamingo_export.validate.checks.engine_runs import opened
+from flamingo_export.validate.checks.case_runs import opened
 from flamingo_reference.config import ModelConfig, OwnVisionConfig, ViTConfig
 from flamingo_reference.model import Flamingo
 

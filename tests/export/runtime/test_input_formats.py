@@ -166,7 +166,7 @@ def test_a_tokenizer_without_the_familys_tags() -> None:
 
 def test_shots_file_prompts_use_the_bundles_forms(tmp_path: Path) -> None:
     from flamingo_export.bundle.manifest import Manifest, ShapeLimits, SourceRecord, write_manifest
-    from flamingo_export.cli.options import formatted
+    from flamingo_export.cli.common_options import formatted
     from flamingo_export.precision import Precision
 
     manifest = Manifest(
