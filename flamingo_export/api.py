@@ -135,7 +135,8 @@ def load(
 
     backend: a name of `backends.registry.BACKEND_NAMES`, or `auto`: TensorRT where an engine in the bundle fits this machine,
         else ONNX Runtime. PyTorch is not needed.
-    device: `cpu`, `cuda` or one GPU of several, `cuda:1`. Engines run on GPU 0 unless another is named.
+    device: `cpu`, `cuda`, one GPU of several, `cuda:1`, or several, `cuda:0,cuda:1`, among which the decoder's parts are shared by memory
+        (`build(parts=...)`). Engines run on GPU 0 unless another is named.
     threads: 0 takes the physical cores.
     fallback: a backend to use where the other one cannot run the bundle, which is logged as a warning.
     rows: requests that run at once; None takes 16, or as many as the engines were built for or as fit in memory.
@@ -154,13 +155,13 @@ def load(
     manifest = completed(path, open_bundle(path))
     options = SessionOptions(threads=threads, device=device)
     try:
-        chosen = get_backend(backend, manifest, gpu=options.gpu)
+        chosen = get_backend(backend, manifest, gpus=options.gpus)
         fitting = _fitting_rows(path, manifest, chosen, options, rows)
         return _opened(path, manifest, chosen, options, fitting, queue)
     except BackendError as error:
         if fallback is None:
             raise
-        other = get_backend(fallback, manifest, gpu=options.gpu)
+        other = get_backend(fallback, manifest, gpus=options.gpus)
         try:
             fitting = _fitting_rows(path, manifest, other, options, rows)
         except BackendError as short:
@@ -187,11 +188,11 @@ def load_encoder(
     manifest = open_bundle(path)
     options = SessionOptions(threads=threads, device=device)
     try:
-        chosen = get_backend(backend, manifest, gpu=options.gpu)
+        chosen = get_backend(backend, manifest, gpus=options.gpus)
     except BackendError as error:
         if fallback is None:
             raise
-        chosen = get_backend(fallback, manifest, gpu=options.gpu)
+        chosen = get_backend(fallback, manifest, gpus=options.gpus)
         _log.warning("using %s instead: %s", chosen.name, error)
     return ContrastiveEncoder(path, manifest, chosen, options)
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+import msgspec
+
 from flamingo_export.bundle.manifest import ShapeLimits
 from flamingo_export.precision import BYTES_PER_WEIGHT, Precision
 from flamingo_export.weights import Weight, WeightIndex, bundle_weights, stored_bytes
@@ -109,6 +111,30 @@ def device(config: ModelConfig, precision: Precision, limits: ShapeLimits) -> in
     weights = sum(stored_bytes(weight, precision) for weight in bundle_weights(config, precision))
     caches = cache_bytes(config, positions=limits.max_length * limits.batch, width=width)
     return int(ENGINE_RATIO * weights) + caches + limits.bank_rows * media_row(config, precision)
+
+
+class Resident(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes that a graph keeps on the GPU that runs it: its engine (weights, intermediate results where they are known), the bank of its gated
+    layers, and a row of its layers' caches."""
+
+    engine: int
+    bank: int = 0
+    row: int = 0
+
+    def total(self, rows: int) -> int:
+        """With so many rows of the cache."""
+        return self.engine + self.bank + rows * self.row
+
+
+def graph_on_gpu(config: ModelConfig, precision: Precision, limits: ShapeLimits, layers: range | None, engine: int) -> Resident:
+    """What a graph keeps there. layers: LM layers of (a part of) the decoder, None for another graph. engine: bytes of its engine."""
+    if layers is None:
+        return Resident(engine=engine)
+    gated = sum(layer in layers for layer in config.gated_layers)
+    bank = limits.bank_rows * media_row(config, precision) * gated // max(1, len(config.gated_layers))
+    width = BYTES_PER_WEIGHT[precision.storage]
+    row = cache_bytes(config, positions=limits.max_length, width=width) * len(layers) // config.language_model.num_layers
+    return Resident(engine=engine, bank=bank, row=row)
 
 
 def media_row(config: ModelConfig, precision: Precision) -> int:

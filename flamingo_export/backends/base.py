@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -50,7 +50,8 @@ class Availability(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SessionOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """How a session is opened. `threads` 0 lets the backend choose; `device` is `cpu`, `cuda` or `cuda:1`; `lean` puts memory before speed."""
+    """How a session is opened. `threads` 0 lets the backend choose; `device` is `cpu`, `cuda`, `cuda:1`, or several GPUs for a decoder in parts,
+    `cuda:0,cuda:1`; `lean` puts memory before speed."""
 
     threads: int = 0
     device: str = "cpu"
@@ -58,15 +59,32 @@ class SessionOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def gpu(self) -> int | None:
-        """The number of the GPU that `device` names, None for the CPU. Raises BackendError for what is neither."""
+        """The number of the first GPU that `device` names, None for the CPU. Raises BackendError for what is neither."""
+        return next(iter(self.gpus), None)
+
+    @property
+    def gpus(self) -> tuple[int, ...]:
+        """Numbers of all GPUs that `device` names, in its order; none for the CPU. Raises BackendError for what is neither, or named twice."""
         from flamingo_export.errors import BackendError
 
-        kind, colon, number = self.device.partition(":")
         if self.device == "cpu":
-            return None
-        if kind != "cuda" or (colon and not (number.isascii() and number.isdigit())):
-            raise BackendError(f"there is no device {self.device!r}. Choose cpu, cuda, or a GPU by its number: cuda:1.")
-        return int(number or 0)
+            return ()
+        found = []
+        for name in self.device.split(","):
+            kind, colon, number = name.strip().partition(":")
+            if kind != "cuda" or (colon and not (number.isascii() and number.isdigit())):
+                raise BackendError(
+                    f"there is no device {self.device!r}. Choose cpu, cuda, a GPU by its number, cuda:1, or several for a decoder in parts: "
+                    "cuda:0,cuda:1."
+                )
+            found.append(int(number or 0))
+        if len(set(found)) < len(found):
+            raise BackendError(f"the device {self.device!r} names a GPU twice. Name each once: cuda:0,cuda:1.")
+        return tuple(found)
+
+    def on(self, device: str) -> SessionOptions:
+        """The same on another device."""
+        return msgspec.structs.replace(self, device=device)
 
 
 class Buffer(Protocol):
@@ -88,7 +106,8 @@ class Buffer(Protocol):
         """A copy on the host."""
 
     def copy_from(self, other: Buffer) -> None:
-        """Copies the whole of `other`, equal to or smaller than this along every axis, into the leading corner."""
+        """Copies the whole of `other`, equal to or smaller than this along every axis, into the leading corner. It may lie on another device:
+        what its session was asked before is copied, and runs that start from now on see it."""
 
     def rows(self, first: int, count: int) -> Buffer:
         """Rows first .. first + count - 1 of the first axis, sharing memory; the same object each time, so that binding it is free."""
@@ -114,6 +133,10 @@ class Session(Protocol):
     @property
     def largest(self) -> Mapping[str, int]:
         """Sizes that it cannot go beyond, by their letters; C, if there, is the one capacity that caches have. Empty: no bounds."""
+
+    @property
+    def place(self) -> Hashable:
+        """Where its buffers lie. Sessions of one place may share them."""
 
     @property
     def asynchronous(self) -> bool:
@@ -172,6 +195,10 @@ class Backend(Protocol):
     def arithmetic(self, manifest: Manifest, options: SessionOptions) -> StorageType:
         """The type that it computes a bundle's graphs in; statistics of normalisations and sums may be in a wider one."""
 
+    def placement(self, bundle: Path, manifest: Manifest, options: SessionOptions) -> Mapping[str, str]:
+        """The device that each graph is to be opened on, of those that options name (`backends.placement`). Raises BackendError where several
+        are named and the graphs do not fit on them."""
+
     def build(self, bundle: Path, manifest: Manifest, graph: GraphRecord) -> EngineRecord | None:
         """Compiles a graph into the bundle, or None where the portable graph is run as it is."""
 
@@ -182,6 +209,7 @@ class HostSession(ABC):
     """What sessions whose tensors lie in host memory have in common."""
 
     largest: Mapping[str, int] = MappingProxyType({})
+    place: Hashable = "host"
     asynchronous = False
     reads_bound_media = False
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,8 +37,8 @@ class Ready(Protocol):
 class Compiler(Backend, Protocol):
     """A backend that compiles each graph of a bundle into an engine, for one target."""
 
-    def fits(self, manifest: Manifest, gpu: int = 0) -> bool:
-        """Whether a bundle has an engine of each graph that can be run here, on the GPU of that number."""
+    def fits(self, manifest: Manifest, gpus: Sequence[int] = (0,)) -> bool:
+        """Whether a bundle has an engine of each graph that can be run here, for each GPU of these numbers."""
 
     def check_limits(self, limits: ShapeLimits) -> None:
         """Raises BuildError if no engine can have these limits."""

@@ -31,11 +31,14 @@ from flamingo_export.backends.base import (
 from flamingo_export.backends.cut_tables import CutTables
 from flamingo_export.backends.external_data import loadable
 from flamingo_export.backends.host_memory import release
+from flamingo_export.backends.placement import on_one, placed
 from flamingo_export.bundle.manifest import EngineRecord, GraphRecord, Manifest
 from flamingo_export.errors import BackendError, BundleError, InputError, first_line, pip_install
 from flamingo_export.machine import physical_cores
 from flamingo_export.precision import Policy, StorageType
 from flamingo_export.specs import KIND_DTYPES, SubgraphSpec, decoder_spec, subgraph_specs
+from flamingo_export.weights import WeightIndex
+from flamingo_export.weights.decoder_cuts import graph_bytes
 from flamingo_reference.arrays import Array
 
 # Types that numpy has no name for, as TensorProto numbers them: onnx is not needed to run a bundle.
@@ -71,6 +74,15 @@ class OnnxRuntimeBackend:
     def arithmetic(self, manifest: Manifest, options: SessionOptions) -> StorageType:
         """fp32 on the CPU, whatever type weights are stored in; on a GPU the storage type."""
         return "fp32" if options.gpu is None else manifest.precision.storage
+
+    def placement(self, bundle: Path, manifest: Manifest, options: SessionOptions) -> Mapping[str, str]:
+        """The GPU of each graph. Raises BackendError (no such GPU, no room)."""
+        if len(options.gpus) < 2:
+            return on_one(manifest, options)
+        sizes = WeightIndex.read(bundle).sizes()
+        weights = {graph.name: graph_bytes(manifest.config, sizes, graph) for graph in manifest.graphs}
+        gpus = {gpu: self._place(gpu).cuda.free_memory() for gpu in options.gpus}
+        return placed(manifest, weights, sizes, gpus)
 
     def build(self, bundle: Path, manifest: Manifest, graph: GraphRecord) -> EngineRecord | None:
         """None: the portable graph is run as it is."""
@@ -117,15 +129,20 @@ class OnnxRuntimeBackend:
         self, gpu: int, bundle: Path, manifest: Manifest, graph: GraphRecord, options: SessionOptions, settings: Any
     ) -> Session:
         """Device memory and 16 bits. Imported when it is asked for: it needs what builds and lowers graphs."""
+        place = self._place(gpu)
+        device = importlib.import_module("flamingo_export.backends.onnxruntime_device")
+        session: Session = device.open_on_device(place, bundle, manifest, graph, options, settings)
+        return session
+
+    def _place(self, gpu: int) -> Any:
+        """A GPU's memory and lanes. Raises BackendError."""
         import onnxruntime
 
         if gpu not in self._places and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
             raise BackendError(f"this onnxruntime {onnxruntime.__version__} has no CUDA provider. {_INSTALL_CUDA}.")
-        device = importlib.import_module("flamingo_export.backends.onnxruntime_device")
         if gpu not in self._places:
-            self._places[gpu] = device.Place.of(gpu)
-        session: Session = device.open_on_device(self._places[gpu], bundle, manifest, graph, options, settings)
-        return session
+            self._places[gpu] = importlib.import_module("flamingo_export.backends.onnxruntime_device").Place.of(gpu)
+        return self._places[gpu]
 
 
 _MEMORY_ADVICE = "Free memory, or build with 16-bit storage or a smaller size."

@@ -17,6 +17,7 @@ import numpy as np
 
 from flamingo_export.backends.base import Availability, Buffer, Capabilities, HostSession, SessionOptions, check_feeds, on_host
 from flamingo_export.backends.base import Tensor as HostOrDevice
+from flamingo_export.backends.placement import on_one
 from flamingo_export.bundle.manifest import EngineRecord, GraphRecord, Manifest
 from flamingo_export.errors import BackendError, CheckpointError, InputError, pip_install
 from flamingo_export.precision import StorageType
@@ -54,6 +55,10 @@ class ReferenceBackend:
     def arithmetic(self, manifest: Manifest, options: SessionOptions) -> StorageType:
         """fp32, whatever type weights are stored in."""
         return "fp32"
+
+    def placement(self, bundle: Path, manifest: Manifest, options: SessionOptions) -> Mapping[str, str]:
+        """All where the options say."""
+        return on_one(manifest, options)
 
     def build(self, bundle: Path, manifest: Manifest, graph: GraphRecord) -> EngineRecord | None:
         """None: there is nothing to compile."""

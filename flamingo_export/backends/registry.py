@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -26,14 +27,14 @@ PREFERRED = ("tensorrt", "tensorrt-rtx", "onnxruntime")
 """What `auto` tries, best first. The reference is never chosen by itself: it is there to be compared with."""
 
 
-def get_backend(name: str, manifest: Manifest | None = None, *, gpu: int | None = None) -> Backend:
+def get_backend(name: str, manifest: Manifest | None = None, *, gpus: Sequence[int] = ()) -> Backend:
     """The backend of that name; `auto` is the first of PREFERRED that can run here, TensorRT only for a bundle with engines that fit.
 
-    manifest: of the bundle that is to be run. gpu: the one that engines must be for, None for the first.
+    manifest: of the bundle that is to be run. gpus: those that engines must be for; none: the first.
     Raises BackendError if there is no such backend, or it cannot run here (with what to install).
     """
     if name == "auto":
-        return _first_usable(manifest, gpu or 0)
+        return _first_usable(manifest, gpus or (0,))
     if name not in BACKEND_NAMES:
         raise BackendError(f"there is no backend {name!r}. Choose one of: auto, {', '.join(BACKEND_NAMES)}.")
     backend = _load(name)
@@ -66,7 +67,7 @@ def availability() -> dict[str, Availability]:
     return {name: _load(name).availability() for name in BACKEND_NAMES}
 
 
-def _first_usable(manifest: Manifest | None, gpu: int) -> Backend:
+def _first_usable(manifest: Manifest | None, gpus: Sequence[int]) -> Backend:
     refused = []
     for name in PREFERRED:
         if name in COMPILERS:
@@ -74,7 +75,7 @@ def _first_usable(manifest: Manifest | None, gpu: int) -> Backend:
             engines = manifest.engines if manifest is not None else ()
             if manifest is not None and any(engine.backend == name for engine in engines):
                 compiler = get_compiler(name)
-                if compiler.fits(manifest, gpu):
+                if compiler.fits(manifest, gpus):
                     return compiler
             continue
         backend = _load(name)

@@ -91,7 +91,11 @@ Clip = Annotated[
 ]
 Device = Annotated[
     str,
-    typer.Option("--device", help="cpu, cuda, or a GPU by number: cuda:1.", autocompletion=among("cpu", "cuda", "cuda:1")),
+    typer.Option(
+        "--device",
+        help="cpu, cuda, a GPU by number: cuda:1, or several for a decoder in parts: cuda:0,cuda:1.",
+        autocompletion=among("cpu", "cuda", "cuda:1", "cuda:0,cuda:1"),
+    ),
 ]
 SampleData = Annotated[
     str | None,

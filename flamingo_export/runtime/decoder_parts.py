@@ -5,13 +5,17 @@
 
 Caches and media belong to the part that reads them: it allocates them, where it runs. Hidden states lie in a buffer that is output of one
 part and input of the next, at the same address as long as sizes allow: they never pass through a device's host, and on a GPU each part's
-step can be captured. All but the last part are asked with `compute`, which need not wait, and nobody asks them for results.
+step can be captured. Where the next part runs on another device there is a buffer on either side, and a copy between them after each run:
+
+    decoder.1 on cuda:0 ── hidden_out ── copy, ordered by events ──> hidden ── decoder.2 on cuda:1
+
+All but the last part are asked with `compute`, which need not wait, and nobody asks them for results.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
@@ -39,8 +43,11 @@ class DecoderParts:
         )
         self._bound: dict[str, Buffer] = {}
         self._checked: set[tuple[Any, ...]] = set()
-        self._hidden: list[Buffer] = []
-        """Between each part and the next, for as many positions as were ever asked for."""
+        self._hidden: list[tuple[Buffer, Buffer]] = []
+        """Between each part and the next, for as many positions as were ever asked for: what one writes and the other reads, which is the same
+        buffer where both run in one place."""
+        self._passed: list[tuple[Buffer, Buffer]] = []
+        """The parts of them that are bound."""
         largest = self.largest
         self._connect(largest.get("B", 1), largest.get("S", 1))
 
@@ -52,6 +59,10 @@ class DecoderParts:
             for symbol, size in part.largest.items():
                 found[symbol] = min(found.get(symbol, size), size)
         return MappingProxyType(found)
+
+    @property
+    def place(self) -> Hashable:
+        return tuple(part.place for part in self._parts)
 
     @property
     def asynchronous(self) -> bool:
@@ -85,7 +96,7 @@ class DecoderParts:
         """Frees the parts; bound buffers stay valid."""
         for part in self._parts:
             part.close()
-        self._bound, self._hidden = {}, []
+        self._bound, self._hidden, self._passed = {}, [], []
 
     def _readers(self, name: str) -> list[Session]:
         found = [part for part, reads in zip(self._parts, self._reads, strict=True) if name in reads]
@@ -99,8 +110,10 @@ class DecoderParts:
         tokens = feeds["token_ids"] if "token_ids" in feeds else self._bound["token_ids"]
         self._connect(*tokens.shape)
         *given, last = ({name: value for name, value in feeds.items() if name in reads} for reads in self._reads)
-        for part, each in zip(self._parts, given, strict=False):
+        for part, each, (written, read) in zip(self._parts[:-1], given, self._passed, strict=True):
             part.compute(each)
+            if read is not written:
+                read.copy_from(written)
         return last
 
     def _check(self, feeds: Mapping[str, Tensor]) -> None:
@@ -119,15 +132,22 @@ class DecoderParts:
     def _connect(self, batch: int, length: int) -> None:
         """Hidden states of `batch` x `length` positions from each part to the next, in the memory there is or, where it is too small, in new.
 
-        A part on another device than the next would be given a buffer of its own, copied after it has run: this is the only place
-        where two parts share anything.
+        This is the only place where two parts share anything.
         """
+        self._passed = []
         for index, (giver, taker) in enumerate(pairwise(self._parts)):
             shape = (batch, length, *(int(size) for size in taker.spec.input(HIDDEN).shape[2:]))
             if len(self._hidden) == index:
-                self._hidden.append(taker.allocate(HIDDEN, shape))
-            elif math.prod(self._hidden[index].shape) < math.prod(shape):
-                self._hidden[index] = taker.allocate(HIDDEN, shape)
-            view = self._hidden[index].view(shape)
-            giver.bind(HIDDEN_OUT, view)
-            taker.bind(HIDDEN, view)
+                self._hidden.append(_between(giver, taker, shape))
+            elif math.prod(self._hidden[index][0].shape) < math.prod(shape):
+                self._hidden[index] = _between(giver, taker, shape)
+            written, read = (buffer.view(shape) for buffer in self._hidden[index])
+            giver.bind(HIDDEN_OUT, written)
+            taker.bind(HIDDEN, read)
+            self._passed.append((written, read))
+
+
+def _between(giver: Session, taker: Session, shape: tuple[int, ...]) -> tuple[Buffer, Buffer]:
+    """What a part writes and the next one reads."""
+    read = taker.allocate(HIDDEN, shape)
+    return (read if giver.place == taker.place else giver.allocate(HIDDEN_OUT, shape)), read

@@ -25,9 +25,10 @@ class Engines:
         graphs = [manifest.graph(name) for name in ("vision_encoder", "resampler", "media_kv")]
         graphs += [graph for graph, _ in manifest.decoder_graphs()]
         opened: list[Session] = []
+        devices = backend.placement(bundle, manifest, options)
         try:
             for graph in graphs:
-                opened.append(backend.open(bundle, manifest, graph, options))
+                opened.append(backend.open(bundle, manifest, graph, options.on(devices[graph.name])))
             vision_encoder, resampler, media_kv, *parts = opened
             return cls(
                 vision_encoder=vision_encoder,

@@ -28,6 +28,7 @@ from flamingo_export.backends.base import (
     on_host,
 )
 from flamingo_export.backends.external_data import loadable
+from flamingo_export.backends.placement import on_one
 from flamingo_export.bundle.manifest import EngineRecord, GraphRecord, Manifest
 from flamingo_export.bundle.verify import open_bundle
 from flamingo_export.errors import BackendError, InputError, ParityError, pip_install
@@ -197,6 +198,10 @@ class PolygraphyBackend:
     def arithmetic(self, manifest: Manifest, options: SessionOptions) -> StorageType:
         """fp32: the portable graphs widen what is stored."""
         return "fp32"
+
+    def placement(self, bundle: Path, manifest: Manifest, options: SessionOptions) -> Mapping[str, str]:
+        """All where the options say."""
+        return on_one(manifest, options)
 
     def build(self, bundle: Path, manifest: Manifest, graph: GraphRecord) -> EngineRecord | None:
         """None: the portable graphs are run."""

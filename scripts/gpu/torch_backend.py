@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from flamingo_export.backends.base import Availability, SessionOptions
+from flamingo_export.backends.placement import on_one
 from flamingo_export.backends.tensorrt import dlpack
 from flamingo_export.backends.tensorrt.cuda import Cuda
 from flamingo_export.backends.tensorrt.device_memory import DeviceStream
@@ -195,6 +196,10 @@ class TorchBackend:
     def arithmetic(self, manifest: Manifest, options: SessionOptions) -> StorageType:
         """That of the lowered graphs."""
         return manifest.precision.storage
+
+    def placement(self, bundle: Path, manifest: Manifest, options: SessionOptions) -> Mapping[str, str]:
+        """All on the card."""
+        return on_one(manifest, options)
 
     def build(self, bundle: Path, manifest: Manifest, graph: GraphRecord) -> EngineRecord | None:
         """None: graphs are lowered when they are opened."""

@@ -1,7 +1,8 @@
-"""A CUDA device in host memory, for tests on machines without one: what a stream is asked is done when somebody waits for it, not before.
+"""CUDA devices in host memory, for tests on machines without one: what a stream is asked is done when somebody waits for it, not before.
 
 It refuses what a device would do wrong without a word or crash on: memory that was freed or never allocated, sizes beyond an allocation,
-asynchronous copies from or to memory that is not pinned, a stream or event that is gone, allocating or waiting during a capture.
+asynchronous copies from or to memory that is not pinned, a stream or event that is gone, allocating or waiting during a capture. A machine may
+have several devices: memory, streams and events of one are refused by another, but for what CUDA lets it do with them.
 
 Work that has begun is finished before anything else of its stream: a device is not interrupted by what happens on the host. Python's garbage
 collector may run in the middle of work that is computed here, and what it frees waits for the device, as on a real one; so it is freed once that
@@ -29,8 +30,9 @@ class Misuse(AssertionError):
     """What a program must never do with a device."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Stream:
+    device: int
     queue: list[Work] = field(default_factory=list)
     captured: list[Work] | None = None
     first: bool = False
@@ -38,6 +40,7 @@ class _Stream:
 
 @dataclass
 class _Event:
+    device: int
     stream: _Stream | None = None
     done: bool = True
     in_capture: bool = False
@@ -52,36 +55,56 @@ def _taking_turns(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def call(self: FakeCuda, *args: Any, **kwargs: Any) -> Any:
-        with self._turn:
-            if self._working and method.__name__ not in _WITHIN_WORK:
+        with self.machine.turn:
+            if self.machine.working and method.__name__ not in _WITHIN_WORK:
                 raise Misuse(f"{method.__name__} was called by what a stream was asked to do")
             return method(self, *args, **kwargs)
 
     return call
 
 
+class Machine:
+    """What devices of one machine share. peers: whether they reach each other's memory."""
+
+    def __init__(self, *memory: int, peers: bool = True) -> None:
+        """memory: bytes of each device; none, where a device is put into it that is made by itself."""
+        self.peers = peers
+        self.turn = threading.RLock()
+        self.working = 0
+        """Pieces of work that were begun and are not finished: one, or more where one waits for another stream."""
+        self.postponed: list[Work] = []
+        self.streams: dict[int, _Stream] = {}
+        self.events: dict[int, _Event] = {}
+        self.handles = 1000
+        self.blocks: dict[int, tuple[str, np.ndarray, int]] = {}
+        """Address -> kind of memory, its bytes, and the device that took it."""
+        self.thread = threading.local()
+        self.devices: list[FakeCuda] = []
+        for size in memory:
+            FakeCuda(size, machine=self)
+
+    @property
+    def current(self) -> FakeCuda:
+        """The device that libraries called by this thread work on: 0 until another is set."""
+        return self.devices[getattr(self.thread, "device", 0)]
+
+
 class FakeCuda:
     """Implements backends.tensorrt.cuda.Cuda. `crossed` counts bytes by direction as they are copied, `log` names calls in order."""
 
-    dlpack_device = (2, 0)
-    """As a GPU's. Its memory is the host's, (1, 0), for those who look into it through DLPack."""
-
-    def __init__(self, memory: int = 1 << 32) -> None:
+    def __init__(self, memory: int = 1 << 32, machine: Machine | None = None) -> None:
+        self.machine = machine or Machine()
+        self.index = len(self.machine.devices)
+        self.machine.devices.append(self)
+        self.dlpack_device = (2, self.index)
+        """As a GPU's. Its memory is the host's, (1, 0), for those who look into it through DLPack."""
         self.memory = memory
         self.used = 0
         self.crossed: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
         self.fail: dict[str, BaseException] = {}
         """Name of a call -> what it raises from now on."""
-        self._blocks: dict[int, tuple[str, np.ndarray]] = {}
-        self._streams: dict[int, _Stream] = {}
-        self._events: dict[int, _Event] = {}
         self._graphs: dict[int, list[Work]] = {}
-        self._handles = 1000
-        self._turn = threading.RLock()
-        self._working = 0
-        """Pieces of work that were begun and are not finished: one, or more where one waits for another stream."""
-        self._postponed: list[Work] = []
 
     # Memory.
 
@@ -127,10 +150,12 @@ class FakeCuda:
     @_taking_turns
     def view(self, address: int, size: int, kind: str = "device") -> np.ndarray:
         """The bytes of an allocation from `address` on. Raises Misuse."""
-        for start, (found, block) in self._blocks.items():
+        for start, (found, block, device) in self.machine.blocks.items():
             if start <= address < start + max(len(block), 1):
                 if found != kind:
                     raise Misuse(f"{found} memory at {address:#x} was used as {kind} memory")
+                if kind == "device" and device != self.index:
+                    raise Misuse(f"memory of device {device} at {address:#x} was used on device {self.index}")
                 if address + size > start + len(block):
                     raise Misuse(f"{size} bytes at {address:#x} go beyond an allocation of {len(block)}")
                 return block[address - start : address - start + size]
@@ -149,6 +174,24 @@ class FakeCuda:
         self._ask(stream, work)
 
     @_taking_turns
+    def reaches(self, index: int) -> bool:
+        return self.machine.peers and index != self.index
+
+    @_taking_turns
+    def copy_peer(self, target: int, source: int, size: int, index: int, stream: int) -> None:
+        self._call("copy_peer", allowed_in_capture=True)
+        if not self.machine.peers:
+            raise Misuse(f"device {self.index} does not reach device {index}")
+        other = self.machine.devices[index]
+        other.view(source, size), self.view(target, size)
+
+        def work() -> None:
+            self.view(target, size)[:] = other.view(source, size)
+            self.crossed["from peer"] += size
+
+        self._ask(stream, work)
+
+    @_taking_turns
     def fill(self, address: int, byte: int, size: int, stream: int) -> None:
         self._call("fill", allowed_in_capture=True)
         self._ask(stream, lambda: self.view(address, size).fill(byte))
@@ -158,12 +201,12 @@ class FakeCuda:
     @_taking_turns
     def stream(self, *, first: bool) -> int:
         self._call("stream")
-        return self._new(self._streams, _Stream(first=first))
+        return self._new(self.machine.streams, _Stream(self.index, first=first))
 
     @_taking_turns
     def destroy_stream(self, stream: int) -> None:
         self._stream(stream)
-        self._when_done(lambda: self._streams.pop(stream))  # type: ignore[arg-type]
+        self._when_done(lambda: self.machine.streams.pop(stream))  # type: ignore[arg-type]
 
     @_taking_turns
     def synchronize(self, stream: int) -> None:
@@ -173,19 +216,21 @@ class FakeCuda:
     @_taking_turns
     def event(self) -> int:
         self._call("event")
-        return self._new(self._events, _Event())
+        return self._new(self.machine.events, _Event(self.index))
 
     @_taking_turns
     def destroy_event(self, event: int) -> None:
         self._event(event)
-        del self._events[event]
+        del self.machine.events[event]
 
     @_taking_turns
     def record(self, event: int, stream: int) -> None:
         found, lane = self._event(event), self._stream(stream)
+        if found.device != self.index:
+            raise Misuse(f"an event of device {found.device} was recorded on device {self.index}")
         found.in_capture = lane.captured is not None
         # What waited for the event as it was recorded before goes on waiting for that.
-        self._events[event] = fresh = _Event(lane, done=False)
+        self.machine.events[event] = fresh = _Event(self.index, lane, done=False)
         fresh.in_capture = found.in_capture
         self._ask(stream, lambda: setattr(fresh, "done", True))
 
@@ -247,9 +292,11 @@ class FakeCuda:
 
     def _call(self, name: str, *, allowed_in_capture: bool = False) -> None:
         self.calls[name] += 1
+        self.machine.thread.device = self.index  # as `CudaRuntime` sets it before each call
         if name in self.fail:
             raise self.fail[name]
-        if not allowed_in_capture and name != "begin_capture" and any(s.captured is not None for s in self._streams.values()):
+        capturing = any(stream.captured is not None for stream in self.machine.streams.values())
+        if not allowed_in_capture and name != "begin_capture" and capturing:
             raise CudaError("cudaErrorStreamCaptureUnsupported", f"{name} was called during a capture")
 
     def _allocate(self, kind: str, size: int) -> int:
@@ -263,13 +310,16 @@ class FakeCuda:
         block = np.full(size + 256, 0xCD, np.uint8)  # what was not written is not zero
         skipped = -block.ctypes.data % 256
         block = block[skipped : skipped + size]
-        self._blocks[block.ctypes.data] = (kind, block)
+        self.machine.blocks[block.ctypes.data] = (kind, block, self.index)
         return int(block.ctypes.data)
 
     def _release(self, kind: str, address: int) -> None:
-        if address not in self._blocks or self._blocks[address][0] != kind:
+        found, _, device = self.machine.blocks.get(address, ("", None, self.index))
+        if found != kind:
             raise Misuse(f"{address:#x} was freed, which is no {kind} memory, or not any more")
-        _, block = self._blocks.pop(address)
+        if device != self.index:
+            raise Misuse(f"memory of device {device} at {address:#x} was freed on device {self.index}")
+        _, block, _ = self.machine.blocks.pop(address)
         if kind == "device":
             self.used -= len(block)
 
@@ -278,14 +328,17 @@ class FakeCuda:
         (found.queue if found.captured is None else found.captured).append(work)
 
     def _stream(self, handle: int) -> _Stream:
-        if handle not in self._streams:
+        if handle not in self.machine.streams:
             raise Misuse("a stream that is not there was used")
-        return self._streams[handle]
+        found = self.machine.streams[handle]
+        if found.device != self.index:
+            raise Misuse(f"a stream of device {found.device} was used on device {self.index}")
+        return found
 
     def _event(self, handle: int) -> _Event:
-        if handle not in self._events:
+        if handle not in self.machine.events:
             raise Misuse("an event that is not there was used")
-        return self._events[handle]
+        return self.machine.events[handle]
 
     def _until(self, event: _Event) -> None:
         while not event.done:
@@ -299,25 +352,26 @@ class FakeCuda:
 
     def _perform(self, stream: _Stream) -> None:
         """The next piece of work of a stream, and then what was to wait for it."""
-        work = stream.queue.pop(0)
-        self._working += 1
+        machine, work = self.machine, stream.queue.pop(0)
+        machine.working += 1
         try:
             work()
         finally:
-            self._working -= 1
-        while self._postponed and not self._working:
-            self._when_done(self._postponed.pop(0))
+            machine.working -= 1
+        while machine.postponed and not machine.working:
+            self._when_done(machine.postponed.pop(0))
 
     def _when_done(self, last: Work) -> None:
         """Does all that the streams were asked, then `last`; in the middle of a piece of work, once that is finished."""
-        if self._working:
-            self._postponed.append(last)
+        if self.machine.working:
+            self.machine.postponed.append(last)
             return
-        for stream in list(self._streams.values()):
-            self._run(stream)
+        for stream in list(self.machine.streams.values()):
+            if stream.device == self.index:
+                self._run(stream)
         last()
 
     def _new(self, kind: dict, value: object) -> int:  # type: ignore[type-arg]
-        self._handles += 1
-        kind[self._handles] = value
-        return self._handles
+        self.machine.handles += 1
+        kind[self.machine.handles] = value
+        return self.machine.handles

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import onnx_ir as ir
 import pytest
-from fake_cuda import FakeCuda
+from fake_cuda import Machine
 from fake_tensorrt import VERSION, FakeTensorRT, write_engine
 
 from flamingo_export.backends.tensorrt import backend as backend_module
@@ -29,22 +29,25 @@ LIMITS = {"bank_rows": 8, "chunk": 16, "batch": 3, "beams": 4, "frames": 4, "vid
 
 
 class FakeGpu:
-    """What the tests look at: the device, the library."""
+    """What the tests look at: the device (the first one of several), the machine, the library."""
 
-    def __init__(self) -> None:
-        self.cuda = FakeCuda()
+    def __init__(self, *memory: int, peers: bool = True) -> None:
+        self.machine = Machine(*memory, peers=peers)
+        self.cuda = self.machine.devices[0]
         self.trt = FakeTensorRT(self.cuda)
 
 
-def install(monkeypatch: pytest.MonkeyPatch, home: Path) -> FakeGpu:
-    """Puts the fakes in the place of driver, cuda-python and TensorRT for RTX, and the home folder out of reach."""
-    found = FakeGpu()
+def install(monkeypatch: pytest.MonkeyPatch, home: Path, *memory: int, peers: bool = True) -> FakeGpu:
+    """Puts the fakes in the place of driver, cuda-python and TensorRT for RTX, and the home folder out of reach. memory: of each device."""
+    found = FakeGpu(*(memory or (1 << 32,)), peers=peers)
+    devices = found.machine.devices
     monkeypatch.setattr(session_module, "CHECK_MASKS", True)
     monkeypatch.setattr(library, "installed", lambda which: which is library.RTX)
     monkeypatch.setattr(library, "load", lambda which: found.trt)
-    monkeypatch.setattr(library, "device", lambda index=0: library.Device(target=TARGET))
+    monkeypatch.setattr(library, "device", lambda index=0: library.Device(target=TARGET) if index < len(devices) else None)
+    monkeypatch.setattr(library, "device_count", lambda: len(devices))
     monkeypatch.setattr(library, "cuda_python", lambda: True)
-    monkeypatch.setattr(backend_module, "CudaRuntime", lambda device=0: found.cuda)
+    monkeypatch.setattr(backend_module, "CudaRuntime", lambda device=0: devices[device])
     monkeypatch.setenv("XDG_CACHE_HOME", str(home / ".cache"))
     return found
 

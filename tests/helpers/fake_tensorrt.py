@@ -114,6 +114,8 @@ def write_engine(
 class Engine:
     def __init__(self, trt: FakeTensorRT, described: dict[str, Any]) -> None:
         self._trt = trt
+        self.cuda = trt.cuda.machine.current
+        """The device that it was loaded to."""
         self.aliases = described["aliases"]
         self.profiles = [
             {name: tuple(tuple(shape) for shape in bounds) for name, bounds in profile.items()}
@@ -144,7 +146,7 @@ class Engine:
         self.device_memory_size_v2 = described["activations"]
         self.num_io_tensors = len(self.tensors)
         self.num_optimization_profiles = len(self.profiles)
-        trt.cuda.memory -= 1 << 20  # its weights
+        self.cuda.memory -= 1 << 20  # its weights
 
     def get_tensor_name(self, index: int) -> str:
         return list(self.tensors)[index]
@@ -171,8 +173,16 @@ class Engine:
         strategy = how.strategy if isinstance(how, RuntimeConfig) else how
         if strategy is not ExecutionContextAllocationStrategy.USER_MANAGED:
             raise Misuse("memory of its own for each context")
+        self.check_device()
         self._trt.contexts += 1
         return Context(self._trt, self, how)
+
+    def check_device(self) -> None:
+        """Calls go to the thread's current device, whatever device the engine is on."""
+        if self.cuda is not self._trt.cuda.machine.current:
+            raise Misuse(
+                f"an engine on device {self.cuda.index} was used while {self._trt.cuda.machine.current.index} is current"
+            )
 
 
 class Context:
@@ -207,7 +217,8 @@ class Context:
         self._memory = (address, size)
 
     def execute_async_v3(self, stream: int) -> bool:
-        engine, cuda = self._engine, self._trt.cuda
+        engine, cuda = self._engine, self._engine.cuda
+        engine.check_device()
         absent = [
             name for name, (mode, *_) in engine.tensors.items() if mode is TensorIOMode.INPUT and name not in self._shapes
         ]
@@ -235,7 +246,7 @@ class Context:
         return True
 
     def _compute(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int], memory: tuple[int, int]) -> None:
-        engine, cuda = self._engine, self._trt.cuda
+        engine, cuda = self._engine, self._engine.cuda
         cuda.view(*memory).fill(0xEE)  # activations of whoever ran before are gone
         feeds = {}
         for name, shape in shapes.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from flamingo_export.backends.base import Availability, Capabilities, SessionOptions
 from flamingo_export.backends.compiler import Estimate, Finished
+from flamingo_export.backends.placement import on_one, placed
 from flamingo_export.backends.tensorrt import lengths, library, plugin
 from flamingo_export.backends.tensorrt.cuda import INSTALL, CudaRuntime
 from flamingo_export.backends.tensorrt.device_memory import DeviceStream
@@ -24,7 +25,7 @@ from flamingo_export.backends.tensorrt.engine_contract import (
     rebuild_command,
     runtime_cache_file,
 )
-from flamingo_export.backends.tensorrt.engine_loading import load_engine
+from flamingo_export.backends.tensorrt.engine_loading import activation_bytes, load_engine
 from flamingo_export.backends.tensorrt.engine_policies import check_policy
 from flamingo_export.backends.tensorrt.estimate import check_memory, estimate
 from flamingo_export.backends.tensorrt.library import Library
@@ -79,21 +80,20 @@ class TensorRTBackend:
             )
         return Availability(usable=True, detail=f"{which.title} on a GPU of {here.target}")
 
-    def fits(self, manifest: Manifest, gpu: int = 0) -> bool:
-        """Whether a bundle has an engine of each graph for a GPU of this machine and this library's version, and they can be run here."""
-        here = library.device(gpu)
-        if here is None or not self.availability().usable:
+    def fits(self, manifest: Manifest, gpus: Sequence[int] = (0,)) -> bool:
+        """Whether a bundle has an engine of each graph for these GPUs of this machine and this library's version, and they can be run here."""
+        there = [library.device(gpu) for gpu in gpus]
+        targets = {here.target for here in there if here is not None}
+        if None in there or not self.availability().usable:
             return False
         try:
             version = (self._module or library.load(self._library)).__version__
         except BackendError:  # installed, but it does not load: doctor says why
             return False
         ours = {
-            record.graph
-            for record in manifest.engines
-            if (record.backend, record.target, record.tool_version) == (self.name, here.target, version)
+            (each.graph, each.target) for each in manifest.engines if (each.backend, each.tool_version) == (self.name, version)
         }
-        return all(graph.name in ours for graph in manifest.graphs)
+        return all((graph.name, target) in ours for graph in manifest.graphs for target in targets)
 
     def prepare(self) -> Prepared:
         """All that can fail before work begins: library, GPU or target, plugin. Raises BackendError saying what is missing."""
@@ -193,33 +193,60 @@ class TensorRTBackend:
             summary=built.summary,
         )
 
+    def placement(self, bundle: Path, manifest: Manifest, options: SessionOptions) -> Mapping[str, str]:
+        """The GPU of each graph. Raises BackendError (no such GPU, no room), IncompatibleEngine."""
+        if len(options.gpus) < 2:
+            return on_one(manifest, options)
+        targets = {index: self._device(index).target for index in options.gpus}
+        target = targets[options.gpus[0]]
+        engines = {}
+        for graph in manifest.graphs:
+            record = find_record(bundle, manifest, graph, self.name, target)
+            engines[graph.name] = record.size + activation_bytes(record)
+        gpus = {index: self._on(index)[0].cuda.free_memory() for index in options.gpus}
+        return placed(manifest, engines, WeightIndex.read(bundle).sizes(), gpus)
+
+    def _device(self, index: int) -> library.Device:
+        """The GPU of that number. Raises BackendError where engines cannot be run here, or there is none."""
+        state, here = self.availability(), library.device(index)
+        if not state.usable:
+            advice = state.remedy or "Use --backend onnxruntime: the bundle has it too."
+            raise BackendError(f"engines cannot be opened: {state.detail}. {advice}")
+        if here is None:
+            count = library.device_count()
+            there = ", ".join(f"cuda:{number}" for number in range(count))
+            raise BackendError(
+                f"there is no GPU number {index} here, there are {count}: {there}. They are counted from 0: --device cuda:0"
+            )
+        return here
+
+    def _on(self, index: int) -> tuple[DeviceStream, DeviceStream]:
+        """The streams of a GPU: of a decoder, and of media that are encoded meanwhile."""
+        if index not in self._streams:
+            # CUDA is asked before TensorRT, whose runtime ends the process where there is no driver.
+            cuda = CudaRuntime(index)
+            self._streams[index] = DeviceStream(cuda, first=True), DeviceStream(cuda, first=False)
+        return self._streams[index]
+
     def open(self, bundle: Path, manifest: Manifest, graph: GraphRecord, options: SessionOptions) -> TensorRTSession:
-        """Opens the engine of a graph; what options say of threads and device is for other backends.
+        """Opens the engine of a graph, on the first GPU that options name; what they say of threads is for other backends.
 
         Raises BackendError (library, driver, GPU or plugin missing, out of memory), IncompatibleEngine (none for this GPU, of another
         version, altered, or another than the bundle needs), each with what to do.
         """
         index = options.gpu or 0
-        state, here = self.availability(), library.device(index)
-        if state.usable and here is None:
-            raise BackendError(f"there is no GPU number {index} here. They are counted from 0: --device cuda:0")
-        if not state.usable or here is None:
-            advice = state.remedy or "Use --backend onnxruntime: the bundle has it too."
-            raise BackendError(f"the engine of {graph.name} cannot be opened: {state.detail}. {advice}")
+        here = self._device(index)
         record = find_record(bundle, manifest, graph, self.name, here.target)
         trt = self._module or library.load(self._library)
         path = check_record(bundle, manifest, record, trt.__version__)
         if record.plugin_sha256 is not None:
             plugin.load(trt, expected=record.plugin_sha256, target=here.target)
-        if index not in self._streams:
-            # CUDA is asked before TensorRT, whose runtime ends the process where there is no driver.
-            cuda = CudaRuntime(index)
-            self._streams[index] = DeviceStream(cuda, first=True), DeviceStream(cuda, first=False)
+        streams = self._on(index)
         contract = contract_of(manifest, graph, record)
         decoding = bool(contract.spec.aliases)
         loaded = load_engine(
             trt,
-            self._streams[index][0 if decoding else 1],
+            streams[0 if decoding else 1],
             path,
             record,
             contract,

@@ -5,6 +5,7 @@ Handles (streams, events, graphs) and addresses are plain ints, so that whatever
 
 from __future__ import annotations
 
+import os
 import threading
 from typing import Any, Literal, Protocol
 
@@ -13,10 +14,12 @@ from flamingo_export.errors import BackendError, BackendLost
 
 Direction = Literal["to device", "to host", "on device"]
 
+NO_PEERS = "FLAMINGO_NO_PEERS"
+"""Environment variable; set, copies between GPUs go through the host, for machines whose direct ones are wrong (IOMMU, ACS)."""
 INSTALL = "pip install 'cuda-bindings>=13,<14'"
 OUT_OF_MEMORY = (
     "Close what else uses the GPU, use smaller batches, build with a smaller --max-batch or --max-length or with 16-bit weights "
-    "(--storage), or do without it: --fallback onnxruntime"
+    "(--storage), share a decoder in parts (--parts) among GPUs (--device cuda:0,cuda:1), or do without it: --fallback onnxruntime"
 )
 # What CUDA calls an error -> what to do about it.
 _ADVICE = {
@@ -106,6 +109,12 @@ class Cuda(Protocol):
 
     def copy(self, target: int, source: int, size: int, direction: Direction, stream: int) -> None: ...
 
+    def reaches(self, index: int) -> bool:
+        """Whether copies from the device of that number come straight to this one."""
+
+    def copy_peer(self, target: int, source: int, size: int, index: int, stream: int) -> None:
+        """Copies to memory of this device from memory of the device `index`, which it reaches, in the order of a stream of this one."""
+
     def fill(self, address: int, byte: int, size: int, stream: int) -> None: ...
 
     def stream(self, *, first: bool) -> int:
@@ -164,6 +173,7 @@ class CudaRuntime:
         _, self._greatest = self._call("cudaDeviceGetStreamPriorityRange")
         attribute = runtime.cudaDeviceAttr.cudaDevAttrMemoryPoolsSupported
         (self._pools,) = self._call("cudaDeviceGetAttribute", attribute, device)
+        self._reached: dict[int, bool] = {}
 
     def use(self) -> None:
         """Makes its device the calling thread's, as libraries want it that are called next. Each thread has a device of its own, 0 at first."""
@@ -243,6 +253,28 @@ class CudaRuntime:
             "on device": kinds.cudaMemcpyDeviceToDevice,
         }[direction]
         self._call("cudaMemcpyAsync", target, source, size, kind, stream)
+
+    def reaches(self, index: int) -> bool:
+        if index not in self._reached:
+            self._reached[index] = not os.environ.get(NO_PEERS) and self._enabled(index)
+        return self._reached[index]
+
+    def _enabled(self, index: int) -> bool:
+        """Opens the way from another device, where there is one."""
+        (possible,) = self._call("cudaDeviceCanAccessPeer", self.dlpack_device[1], index)
+        if not possible:
+            return False
+        try:
+            self._call("cudaDeviceEnablePeerAccess", index, 0)
+        except DeviceLost:
+            raise
+        except CudaError as error:  # whoever shares the process may have opened it; a device has a bounded number of peers
+            return error.name == "cudaErrorPeerAccessAlreadyEnabled"
+        return True
+
+    def copy_peer(self, target: int, source: int, size: int, index: int, stream: int) -> None:
+        # Unlike cudaMemcpyAsync it is right for memory of pools too, which peers do not see by themselves.
+        self._call("cudaMemcpyPeerAsync", target, self.dlpack_device[1], source, index, size, stream)
 
     def fill(self, address: int, byte: int, size: int, stream: int) -> None:
         self._call("cudaMemsetAsync", address, byte, size, stream)

@@ -59,6 +59,20 @@ class DeviceStream:
         weakref.finalize(self, cuda.destroy_event, self._event).atexit = False
         self.activations: Memory | None = None
         self._stage: Pinned | None = None
+        self._landing: tuple[Pinned, int] | None = None
+        self._arrivals: DeviceStream | None = None
+
+    @property
+    def device(self) -> tuple[int, int]:
+        """Of its memory, as DLPack names it."""
+        return self.cuda.dlpack_device
+
+    @property
+    def arrivals(self) -> DeviceStream:
+        """Another stream of its device, on which comes what this one is not to wait for yet."""
+        if self._arrivals is None:
+            self._arrivals = DeviceStream(self.cuda, first=False)
+        return self._arrivals
 
     def reserve(self, size: int) -> None:
         """Makes room for the activations of one more session."""
@@ -69,8 +83,36 @@ class DeviceStream:
     def follow(self, other: DeviceStream) -> None:
         """What this stream is asked from now on comes after what the other was asked so far."""
         if other is not self:
-            self.cuda.record(other._event, other.handle)
+            other.cuda.record(other._event, other.handle)
             self.cuda.wait(self.handle, other._event)
+
+    def fetch(self, target: int, other: DeviceStream, source: int, size: int) -> None:
+        """Copies from memory of the other stream's device to this one's: after what the other was asked so far, before what either is asked from
+        now on. The host does not wait. Where devices do not reach each other the bytes go through pinned memory, piece by piece."""
+        if self.device == other.device:
+            self.follow(other)
+            self.cuda.copy(target, source, size, "on device", self.handle)
+            other.follow(self)
+        elif self.cuda.reaches(other.device[1]):
+            self.follow(other)
+            self.cuda.copy_peer(target, source, size, other.device[1], self.handle)
+            other.follow(self)
+        else:
+            self._fetch_by_host(target, other, source, size)
+
+    def _fetch_by_host(self, target: int, other: DeviceStream, source: int, size: int) -> None:
+        if self._landing is None:
+            self._landing = Pinned(self.cuda, _STAGE_BYTES), self.cuda.event()
+            weakref.finalize(self, self.cuda.destroy_event, self._landing[1]).atexit = False
+            self.cuda.record(self._landing[1], self.handle)
+        stage, emptied = self._landing
+        for start in range(0, size, _STAGE_BYTES):
+            count = min(_STAGE_BYTES, size - start)
+            other.cuda.wait(other.handle, emptied)
+            other.cuda.copy(stage.address, source + start, count, "to host", other.handle)
+            self.follow(other)
+            self.cuda.copy(target + start, stage.address, count, "to device", self.handle)
+            self.cuda.record(emptied, self.handle)
 
     def upload(self, address: int, data: Array) -> None:
         """Copies bytes [n] to the device and waits."""
@@ -115,6 +157,14 @@ class DeviceTensor:
         kind, index = stream.cuda.dlpack_device
         found = dlpack.take(value, stream=stream.handle, devices=(kind, dlpack.CUDA_MANAGED), index=index)
         return cls(found, found.address, found.shape, element_type_from_dlpack(found.code, found.bits), stream)
+
+    def near(self, stream: DeviceStream) -> DeviceTensor:
+        """Itself where it lies on the stream's device, else a copy there; the host does not wait."""
+        if self.stream.device == stream.device:
+            return self
+        copied = DeviceTensor.empty(stream, self.shape, self.element)
+        stream.fetch(copied.address, self.stream, self.address, self.nbytes)
+        return copied
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -193,7 +243,8 @@ class DeviceBuffer:
         return math.prod(self._shape) * self.element.size
 
     def write(self, index: int, value: Tensor) -> None:
-        """Copies `value` into row `index`: from the device by the value's stream, without waiting; from the host, waiting."""
+        """Copies `value` into row `index`: from its device by the value's stream, from another by a stream of arrivals, without waiting; from
+        the host, waiting."""
         row = self._shape[1:]
         if value.shape != row or not 0 <= index < self._shape[0]:
             raise InputError(f"a value of shape {value.shape} for row {index} of a buffer {self._shape}")
@@ -208,10 +259,15 @@ class DeviceBuffer:
         tensor = value if isinstance(value, DeviceTensor) else DeviceTensor.taken(value, stream)
         if tensor.element is not self.element:
             raise InputError(f"a value of {tensor.element.name} for a buffer of {self.element.name}")
-        if self._written_by not in (None, tensor.stream):
+        near = tensor.stream.device == stream.device
+        writer = tensor.stream if near else stream.arrivals
+        if self._written_by not in (None, writer):
             self.publish()
-        stream.cuda.copy(address, tensor.address, size, "on device", tensor.stream.handle)
-        self._written_by = tensor.stream
+        if near:
+            stream.cuda.copy(address, tensor.address, size, "on device", writer.handle)
+        else:
+            writer.fetch(address, tensor.stream, tensor.address, size)
+        self._written_by = writer
         if tensor is not value:
             stream.cuda.synchronize(stream.handle)  # whose memory it is may take it back now
 
@@ -228,15 +284,14 @@ class DeviceBuffer:
         return decode(data.view(self.element.storage).reshape(self._shape), self.element)
 
     def copy_from(self, other: Buffer) -> None:
-        """Copies the whole of `other`, alike but for fewer rows, into the first rows. Raises InputError: an engine's capacity does not grow."""
+        """Copies the whole of `other`, alike but for fewer rows, into the first rows; the host does not wait. Raises InputError: an engine's
+        capacity does not grow."""
         if not isinstance(other, DeviceBuffer) or other.shape[1:] != self._shape[1:] or other.shape[0] > self._shape[0]:
             raise InputError(f"a buffer of shape {other.shape} cannot be copied into one of {self._shape}")
         stream = self._memory.stream
         self.publish()
         other.publish()
-        stream.follow(other._memory.stream)
-        stream.cuda.copy(self.address, other.address, other.nbytes, "on device", stream.handle)
-        stream.cuda.synchronize(stream.handle)  # the other may go now
+        stream.fetch(self.address, other._memory.stream, other.address, other.nbytes)  # to free the other waits for it
 
     def rows(self, first: int, count: int) -> DeviceBuffer:
         """Rows from `first` on, sharing memory; the same object each time, so that binding it again is free."""

@@ -186,8 +186,13 @@ def check_room(stream: DeviceStream, what: str, own: int, contract: Contract) ->
 
 def _needed(path: Path, record: EngineRecord) -> int:
     """Bytes on the GPU: an engine takes its file's size, which is all weights, and the activations of its largest profile."""
+    return path.stat().st_size + activation_bytes(record)
+
+
+def activation_bytes(record: EngineRecord) -> int:
+    """Bytes of intermediate results that an engine takes on the GPU."""
     profiles = record.summary.profiles if record.summary is not None else ()
-    return path.stat().st_size + max((profile.activation_bytes or 0 for profile in profiles), default=0)
+    return max((profile.activation_bytes or 0 for profile in profiles), default=0)
 
 
 def stream_reader(trt: ModuleType, file: Any) -> Any:

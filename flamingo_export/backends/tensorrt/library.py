@@ -125,6 +125,14 @@ def device(index: int = 0) -> Device | None:
     return Device(target=f"sm{major.value}{minor.value}")
 
 
+def device_count() -> int:
+    """GPUs that the driver shows to this process."""
+    found = 0
+    while device(found) is not None:
+        found += 1
+    return found
+
+
 def targets(trt: ModuleType) -> tuple[str, ...]:
     """GPUs that a library compiles for ahead of time: sm75, sm80 and so on."""
     names = getattr(trt, "ComputeCapability", None)

@@ -16,7 +16,7 @@ import gc
 import logging
 import math
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -91,6 +91,11 @@ class TensorRTSession:
     @property
     def spec(self) -> SubgraphSpec:
         return self._contract.offered
+
+    @property
+    def place(self) -> Hashable:
+        """Its GPU."""
+        return self._stream.device
 
     @property
     def largest(self) -> Mapping[str, int]:
@@ -181,18 +186,21 @@ class TensorRTSession:
         return self._contract.element(tensor)
 
     def _taken(self, feeds: Mapping[str, Tensor]) -> dict[str, Array | DeviceTensor]:
-        """Feeds of the host as they are, those on the device as ours."""
+        """Feeds of the host as they are, those on the device as ours, those on another GPU copied to it."""
         return {
             name: value
-            if isinstance(value, np.ndarray | DeviceTensor)
-            else DeviceTensor.taken(value, self._stream)
+            if isinstance(value, np.ndarray)
+            else (value if isinstance(value, DeviceTensor) else DeviceTensor.taken(value, self._stream)).near(self._stream)
             for name, value in feeds.items()
         }  # fmt: skip
 
     def _wait_for_foreign(self, feeds: Mapping[str, Tensor]) -> None:
         """Tensors that are not freed in the order of this stream are kept only by the caller, until it learns that they were read."""
         own = (
-            isinstance(value, np.ndarray) or (isinstance(value, DeviceTensor) and value.stream is self._stream)
+            isinstance(value, np.ndarray)
+            or (
+                isinstance(value, DeviceTensor) and (value.stream is self._stream or value.stream.device != self._stream.device)
+            )
             for value in feeds.values()
         )
         if not all(own):

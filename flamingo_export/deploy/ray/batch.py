@@ -77,7 +77,7 @@ def run(bundle: Path, requests: Path, out: Path, *, workers: int, size: int, opt
                 batch_size=1,
                 concurrency=workers,
                 num_cpus=1,
-                num_gpus=0 if options["device"] == "cpu" else 1,
+                num_gpus=0 if options["device"] == "cpu" else options["device"].count(",") + 1,
             ).materialize()
         total = failures = 0
         for block in blocks:

@@ -168,6 +168,8 @@ def test_what_was_opened_is_closed_where_a_part_cannot_be(tiny: Model, monkeypat
     backend = tiny.backend
 
     class Failing:
+        placement = staticmethod(backend.placement)
+
         def open(self, bundle: Path, manifest: object, graph: object, options: object) -> object:
             if len(opened) == 4:
                 raise BackendError("no room")

@@ -17,7 +17,8 @@ from flamingo_export.errors import BackendError, BackendLost
 
 CALLS = {
     "use": (), "free_memory": (), "malloc": (64,), "free": (1,), "malloc_async": (64, 5), "free_async": (1, 5), "malloc_host": (64,),
-    "free_host": (1,), "copy": (1, 2, 3, "to device", 5), "fill": (1, 0, 3, 5), "destroy_stream": (5,), "synchronize": (5,),
+    "free_host": (1,), "copy": (1, 2, 3, "to device", 5), "reaches": (1,),
+    "copy_peer": (1, 2, 3, 1, 5), "fill": (1, 0, 3, 5), "destroy_stream": (5,), "synchronize": (5,),
     "event": (), "destroy_event": (6,), "record": (6, 5), "wait": (5, 6), "wait_on_host": (6,), "begin_capture": (5,),
     "end_capture": (5,), "launch": (7, 5), "destroy_graph": (7,),
 }  # fmt: skip
@@ -59,7 +60,7 @@ def spied(runtime) -> tuple[CudaRuntime, Spy]:
         pytest.skip("there is a GPU, which would take the made-up addresses for real ones")
     made = CudaRuntime.__new__(CudaRuntime)
     spy = Spy(runtime)
-    made._cuda, made._greatest, made.dlpack_device, made._pools = spy, -5, (2, 0), 1
+    made._cuda, made._greatest, made.dlpack_device, made._pools, made._reached = spy, -5, (2, 0), 1, {}
     return made, spy
 
 

@@ -37,10 +37,10 @@ def test_what_is_freed_within_work_does_not_let_later_work_begin(kind):
     cuda = FakeCuda()
     held = [Freed(cuda, kind=kind)]
     stream, result = pipeline(cuda, held.clear)
-    before = cuda.used, len(cuda._blocks)
+    before = cuda.used, len(cuda.machine.blocks)
     cuda.synchronize(stream)
     assert result.tolist() == [7] * 8
-    assert len(cuda._blocks) == before[1] - 1
+    assert len(cuda.machine.blocks) == before[1] - 1
     assert cuda.used == before[0] - (64 if kind == "free" else 0)
 
 

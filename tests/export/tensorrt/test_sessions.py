@@ -257,10 +257,10 @@ def test_prefetching_neither_waits_nor_disturbs_the_stream_of_steps(both: Load, 
     waited, pinned = gpu.cuda.calls["synchronize"], dict(loop.bank._pins)
     loop._prefetch()
     assert gpu.cuda.calls["synchronize"] == waited
-    asked = len(gpu.cuda._streams[encoding].queue)
+    asked = len(gpu.machine.streams[encoding].queue)
     assert asked
     loop.step(loop._plan()[0])
-    assert len(gpu.cuda._streams[encoding].queue) == asked  # the step did not wait for it
+    assert len(gpu.machine.streams[encoding].queue) == asked  # the step did not wait for it
     assert loop.bank._pins == pinned
     loop._leave(loop._jobs[first], None)
     engines.engine.complete(second)
