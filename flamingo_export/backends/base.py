@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Hashable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import msgspec
 import numpy as np
@@ -164,6 +165,55 @@ class Session(Protocol):
 
     def close(self) -> None:
         """Frees the session's memory; bound buffers stay valid."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Draws:
+    """How tokens are drawn from candidates, all [B, S]; float64 but for top_k, int64. temperature 0: the likeliest; top_p, min_p 0: no such
+    bound. uniform: the host's random numbers in [0, 1)."""
+
+    temperature: Array
+    top_k: Array
+    top_p: Array
+    min_p: Array
+    uniform: Array
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Handed:
+    """Tokens that the host does not know yet: they are chosen of the candidates that the run before gives.
+
+    source: int64 [B, S], whose next token it is: a branch of that run, counted through its [B, K]. -1: the token that is fed.
+    draws: None takes the likeliest of all.
+    """
+
+    source: Array
+    draws: Draws | None = None
+
+
+class Running(Protocol):
+    """A run that was asked for."""
+
+    def tokens(self) -> Array | None:
+        """The tokens that it runs, int64 [B, S], where some were drawn on the device. Waits until they are, not until it is done."""
+
+    def result(self) -> Mapping[str, Array]:
+        """Waits, and gives what `Session.run` would have given."""
+
+
+@runtime_checkable
+class RunsAhead(Protocol):
+    """A decoder that can be asked for a step before the step before it is known (decision 18)."""
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether it can on this device."""
+
+    def start(
+        self, feeds: Mapping[str, Tensor], outputs: Collection[str] | None = None, handed: Handed | None = None
+    ) -> Running:
+        """As `Session.run`, but returns at once. handed: tokens in place of those in the feeds, of the run that was asked for last, whose
+        outputs TOP_VALUES and TOP_IDS were wanted. Raises as `run` does; what fails later raises in `Running.result`."""
 
 
 class Capabilities(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,11 +1,28 @@
-"""An engine's loop, carried on a step at a time."""
+"""Requests for the tiny model, and an engine's loop, carried on a step at a time."""
 
 from __future__ import annotations
+
+import numpy as np
 
 from flamingo_export.runtime.loop import Loop
 from flamingo_export.runtime.model import Model
 from flamingo_export.runtime.options import GenerateOptions
 from flamingo_export.runtime.request import Request
+
+
+def pictures(seed: int, count: int) -> list[np.ndarray]:
+    """Images of noise."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 256, (20, 30, 3), dtype=np.uint8) for _ in range(count)]
+
+
+def request(seed: int, length: int, num_media: int, size: int = 70) -> Request:
+    """A prompt of noise for the tiny model."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(4, size, length)
+    ids[0] = 1
+    ids[rng.choice(np.arange(1, length), num_media, replace=False)] = 3
+    return Request(prompt=ids.tolist(), media=pictures(seed, num_media))
 
 
 def submitted(model: Model, asked: Request, width: int) -> Loop:

@@ -278,6 +278,46 @@ class FakeCuda:
     def destroy_graph(self, graph: int) -> None:
         del self._graphs[graph]
 
+    # Our kernels: what they are to do, written down once more.
+
+    step_kernels = True
+
+    @_taking_turns
+    def update(self, updates: int, count: int, stream: int) -> None:
+        self._call("update", allowed_in_capture=True)
+
+        def work() -> None:
+            for where, what in self.view(updates, 16 * count).view(np.uint64).reshape(count, 2).tolist():
+                target = self.view(where & ~1, 8)
+                target[:] = self.view(what, 8) if where & 1 else np.array([what], np.uint64).view(np.uint8)
+
+        self._ask(stream, work)
+
+    @_taking_turns
+    def choose(self, choices: int, count: int, values: int, ids: int, n: int, stream: int) -> None:
+        self._call("choose", allowed_in_capture=True)
+
+        def work() -> None:
+            given = self.view(choices, 56 * count)
+            numbers, parameters = given.view(np.int64).reshape(count, 7), given.view(np.float64).reshape(count, 7)
+            for (target, branch, top_k, *_), (*_, temperature, top_p, min_p, uniform) in zip(
+                numbers.tolist(), parameters.tolist(), strict=True
+            ):
+                own = self.view(values + 4 * n * branch, 4 * n).view(np.float32)[: min(top_k, n)].astype(np.float64)
+                place = 0
+                if temperature:
+                    weights = np.exp(own / temperature - own[0] / temperature)
+                    weights /= weights.sum()
+                    if top_p:
+                        weights = weights[: int(np.searchsorted(np.cumsum(weights), top_p)) + 1]
+                    if min_p:
+                        weights = weights[weights >= min_p * weights[0]]
+                    mass = np.cumsum(weights)
+                    place = int(np.searchsorted(mass, uniform * mass[-1], side="right"))
+                self.view(target, 8)[:] = self.view(ids + 8 * (n * branch + place), 8)
+
+        self._ask(stream, work)
+
     @property
     def graphs(self) -> int:
         """Graphs that are alive."""

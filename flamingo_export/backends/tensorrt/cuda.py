@@ -5,11 +5,13 @@ Handles (streams, events, graphs) and addresses are plain ints, so that whatever
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from typing import Any, Literal, Protocol
 
 from flamingo_export.backends.tensorrt import dlpack
+from flamingo_export.backends.tensorrt.step_kernels import DriverError, StepKernels
 from flamingo_export.errors import BackendError, BackendLost
 
 Direction = Literal["to device", "to host", "on device"]
@@ -53,6 +55,7 @@ _WHEN_LOST = (
 
 
 _OTHERWISE = "See the driver's log"
+_log = logging.getLogger(__name__)
 _current = threading.local()
 """`device`: what a thread's device was last set to here."""
 
@@ -150,6 +153,16 @@ class Cuda(Protocol):
 
     def destroy_graph(self, graph: int) -> None: ...
 
+    @property
+    def step_kernels(self) -> bool:
+        """Whether there are `update` and `choose`. Not to be asked first within a capture."""
+
+    def update(self, updates: int, count: int, stream: int) -> None:
+        """Carries out `count` updates (`step_kernels.UPDATE`) that lie at this address of the device."""
+
+    def choose(self, choices: int, count: int, values: int, ids: int, n: int, stream: int) -> None:
+        """Carries out `count` choices (`step_kernels.CHOICE`) among candidates, fp32 and int64 [..., n] at these addresses."""
+
 
 class CudaRuntime:
     """CUDA's runtime library, through cuda-python, on one device."""
@@ -174,6 +187,8 @@ class CudaRuntime:
         attribute = runtime.cudaDeviceAttr.cudaDevAttrMemoryPoolsSupported
         (self._pools,) = self._call("cudaDeviceGetAttribute", attribute, device)
         self._reached: dict[int, bool] = {}
+        self._kernels: StepKernels | None = None
+        self._kernels_tried = False
 
     def use(self) -> None:
         """Makes its device the calling thread's, as libraries want it that are called next. Each thread has a device of its own, 0 at first."""
@@ -330,3 +345,33 @@ class CudaRuntime:
 
     def destroy_graph(self, graph: int) -> None:
         self._call("cudaGraphExecDestroy", graph)
+
+    @property
+    def step_kernels(self) -> bool:
+        if not self._kernels_tried:
+            self._kernels_tried = True
+            self._call("cudaFree", 0)  # which makes the device's context, if nothing has yet
+            try:
+                from cuda.bindings import driver
+
+                self._kernels = StepKernels(driver)
+            except (DriverError, ImportError, OSError, RuntimeError) as error:
+                _log.warning("steps send masks whole and wait for each other: the driver does not take our kernels (%s)", error)
+        return self._kernels is not None
+
+    def update(self, updates: int, count: int, stream: int) -> None:
+        self._launched("update", updates, count, stream)
+
+    def choose(self, choices: int, count: int, values: int, ids: int, n: int, stream: int) -> None:
+        self._launched("choose", choices, count, values, ids, n, stream)
+
+    def _launched(self, kernel: str, *arguments: int) -> None:
+        assert self._kernels is not None, "no kernels: ask step_kernels first"
+        if getattr(_current, "device", None) != self.dlpack_device[1]:
+            self.use()
+        try:
+            getattr(self._kernels, kernel)(*arguments)
+        except DriverError as error:
+            raise CudaError(
+                "cudaErrorLaunchFailure", f"the step's kernel {kernel!r} was not launched: {error}. {_OTHERWISE}."
+            ) from error

@@ -4,10 +4,12 @@
                                                       |  engine                   and that of the output which aliases it
     result (host, float32) <--widen-- pinned <--copy-- output (only those asked for)
 
-Everything between the two pinned blocks is one sequence on the session's stream. In decoding the same sequence comes back at every step, so
-it is captured as a CUDA graph the third time, one for each set of shapes and of rows that are bound, and launched from then on. A graph belongs
-to the context that it was captured from, which must not be touched afterwards: each has one of its own, and shapes that come once or twice share
-one. Binding other rows, as requests that join and leave make it, drops no graph: the rows that come back find theirs.
+Everything between the two pinned blocks is one sequence on the session's stream. In decoding the same engine with the same shapes and rows comes
+back at every step, so it is captured as a CUDA graph the third time, one for each set of shapes and of rows that are bound, and launched from
+then on. A graph belongs to the context that it was captured from, which must not be touched afterwards: each has one of its own, and shapes
+that come once or twice share one. Binding other rows, as requests that join and leave make it, drops no graph: the rows that come back find
+theirs. Of a step that has a graph only what differs is sent (`sending.py`), and a step can be asked for before the one before it is
+read (`start`): its tokens are then taken from where that one leaves them.
 """
 
 from __future__ import annotations
@@ -23,17 +25,20 @@ from typing import Any
 
 import numpy as np
 
-from flamingo_export.backends.base import Buffer, Tensor
-from flamingo_export.backends.tensorrt.device_memory import DeviceBuffer, DeviceTensor, Memory, Pinned
-from flamingo_export.backends.tensorrt.dtypes import ElementType, decode, encode
+from flamingo_export.backends.base import Buffer, Handed, Tensor
+from flamingo_export.backends.tensorrt.device_memory import DeviceBuffer, DeviceTensor, Memory
+from flamingo_export.backends.tensorrt.dtypes import ElementType, decode
 from flamingo_export.backends.tensorrt.engine_contract import Contract
 from flamingo_export.backends.tensorrt.engine_loading import Opened, failure, first_error
+from flamingo_export.backends.tensorrt.feeds import Feeds, Given, Sent
+from flamingo_export.backends.tensorrt.handing import Hand
 from flamingo_export.backends.tensorrt.launch import Call, Result, plan
 from flamingo_export.backends.tensorrt.log import BuilderMessages, listening
 from flamingo_export.backends.tensorrt.lowering.shapes import DECODE
+from flamingo_export.backends.tensorrt.results import TOKENS, Arrivals, DeviceRun, Slot
 from flamingo_export.backends.tensorrt.slots import check_mask, check_writes
 from flamingo_export.errors import BackendError, InputError
-from flamingo_export.specs import SubgraphSpec, TensorSpec
+from flamingo_export.specs import TOP_IDS, TOP_VALUES, SubgraphSpec, TensorSpec
 from flamingo_reference.arrays import Array
 
 MAX_GRAPHS = 16
@@ -48,10 +53,11 @@ _log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class Step:
-    """The graph of calls of one set of shapes and addresses, and the context that it was captured from."""
+    """The graph of calls of one set of shapes and addresses, the context that it was captured from, and how its feeds are sent."""
 
     context: Any
     graph: int
+    sent: Sent
 
 
 class TensorRTSession:
@@ -70,8 +76,8 @@ class TensorRTSession:
         self._alias_of = {source: output for output, source in spec.aliases.items()}
         self._closed = False
         self._bound: dict[str, DeviceBuffer] = {}
-        self._feeds: dict[str, tuple[Pinned, Memory]] = {}
-        self._results: dict[str, tuple[Pinned, Memory]] = {}
+        self._results: dict[str, Memory] = {}
+        self._arrivals = Arrivals(self._stream)
         self._calls: dict[tuple[Any, ...], Call] = {}
         self._contexts: dict[int, Any] = {}
         self._steps: OrderedDict[tuple[Any, ...], Step] = OrderedDict()
@@ -84,9 +90,7 @@ class TensorRTSession:
         )
         """Those of decoding steps: their calls are short, many, and alike."""
         self._activations = self._stream.activations
-        self._copied = self._cuda.event()
-        self._in_flight = False
-        """Whether what is in the pinned blocks of feeds may still be on its way to the device."""
+        self._feeds = Feeds(self._stream, contract, self._captured_profiles, self._forget_graphs)
 
     @property
     def spec(self) -> SubgraphSpec:
@@ -130,34 +134,66 @@ class TensorRTSession:
             self._binding_now = tuple((buffer.address, buffer.shape) for buffer in self._bound.values())
         return self._binding_now
 
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether a step may be asked for with tokens of the one before."""
+        return TOP_IDS in self._outputs and self._cuda.step_kernels
+
     def run(self, feeds: Mapping[str, Tensor], outputs: Collection[str] | None = None) -> dict[str, Array]:
         """Results on the host. Raises InputError for feeds that break the contract or the profiles, BackendError if running fails."""
-        taken = self._taken(feeds)
-        call = self._call(taken, outputs)
-        self._check_slots(feeds)
-        self._fill(call, taken)
-        self._ask(call, taken, {result.name: self._result(result)[1].address for result in call.outputs}, lasting=True)
-        if call.empty:
-            self._in_flight = True
+        call, asked = self._start(feeds, outputs, None)
+        if asked is None:
             self._wait_for_foreign(feeds)
             return {result.name: np.zeros(result.shape, decode(np.empty(0, result.element.storage), result.element).dtype)
                     for result in call.wanted}  # fmt: skip
         self._cuda.synchronize(self._stream.handle)
-        self._in_flight = False
-        return {
-            result.name: decode(self._result(result)[0].view(result.element.storage, result.shape), result.element)
-            for result in call.wanted
-        }
+        self._feeds.in_flight = False
+        return asked.read()
+
+    def start(
+        self, feeds: Mapping[str, Tensor], outputs: Collection[str] | None = None, handed: Handed | None = None
+    ) -> DeviceRun:
+        """As `run`, returning before it is done. handed: tokens that are chosen of what the last run leaves. Raises as `run` does."""
+        _, asked = self._start(feeds, outputs, handed)
+        if asked is None:
+            raise InputError(f"{self.spec.name}: a step that is not waited for gives results")
+        self._wait_for_foreign(feeds)
+        return asked
+
+    def _start(
+        self, feeds: Mapping[str, Tensor], outputs: Collection[str] | None, handed: Handed | None
+    ) -> tuple[Call, DeviceRun | None]:
+        taken = self._taken(feeds)
+        call = self._call(taken, outputs)
+        self._check_slots(feeds)
+        slot = self._arrivals.next()
+        hand = None if handed is None else self._hand(handed, slot)
+        places = {result.name: self._result(result).address for result in call.outputs}
+        self._ask(call, taken, places, lasting=True, hand=hand)
+        if call.empty:
+            return call, None
+        drawn = call.shapes[TOKENS] if hand is not None and hand.draws else None
+        return call, self._arrivals.fetch(slot, call.wanted, self._results, drawn)
+
+    def _hand(self, handed: Handed, slot: Slot) -> Hand:
+        """Where the tokens that are handed over come from. Raises InputError if no run has left any."""
+        found = [self._results.get(name) for name in (TOP_IDS, TOP_VALUES)]
+        if None in found or not self.runs_ahead:
+            raise InputError(f"{self.spec.name}: no run has left candidates of which tokens could be taken")
+        n = self._outputs[TOP_IDS].shape[-1]
+        assert isinstance(n, int)
+        ids, values = found
+        assert ids is not None
+        assert values is not None
+        return Hand(handed=handed, ids=ids, values=values, n=n, slot=slot)
 
     def compute(self, feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Results on the device, for what its stream does from now on; returns before they are worked out. Raises as `run` does."""
         taken = self._taken(feeds)
         call = self._call(taken, ())
         self._check_slots(feeds)
-        self._fill(call, taken)
         tensors = {result.name: DeviceTensor.empty(self._stream, result.shape, result.element) for result in call.outputs}
         self._ask(call, taken, {name: tensor.address for name, tensor in tensors.items()}, lasting=not tensors)
-        self._in_flight = True
         self._wait_for_foreign(feeds)
         return tensors
 
@@ -170,8 +206,9 @@ class TensorRTSession:
         self._forget_graphs()
         self._contexts = {}
         self._loaded.close()
-        self._cuda.destroy_event(self._copied)
-        self._bound, self._feeds, self._results, self._calls = {}, {}, {}, {}
+        self._feeds.close()
+        self._arrivals.close()
+        self._bound, self._results, self._calls = {}, {}, {}
 
     # What a call is.
 
@@ -206,7 +243,7 @@ class TensorRTSession:
         if not all(own):
             self._cuda.synchronize(self._stream.handle)
 
-    def _call(self, feeds: Mapping[str, Array | DeviceTensor], wanted: Collection[str] | None) -> Call:
+    def _call(self, feeds: Given, wanted: Collection[str] | None) -> Call:
         """The call that feeds of these shapes are; the contract is checked once for each set of shapes, not at each step."""
         key = (
             *((name, value.shape, value.dtype, isinstance(value, DeviceTensor)) for name, value in feeds.items()),
@@ -231,32 +268,26 @@ class TensorRTSession:
     # Memory.
 
     def _most(self, tensor: TensorSpec, profile: int) -> int:
-        """Bytes of a tensor at most in a profile."""
+        """Bytes of an output at most in a profile."""
         bounds = self._contract.profiles[profile].bounds
         shape = self._contract.shape(tensor, {symbol: size.most for symbol, size in bounds.items()})
         return math.prod(shape) * self._contract.element(tensor).size
 
-    def _feed(self, name: str) -> tuple[Pinned, Memory]:
-        """Pinned and device memory of an input that is fed, as large as any profile wants it: its address never changes."""
-        if name not in self._feeds:
-            size = max(self._most(self._inputs[name], index) for index in range(len(self._contract.profiles)))
-            self._feeds[name] = (Pinned(self._cuda, size), Memory(self._stream, size))
-        return self._feeds[name]
-
-    def _result(self, result: Result) -> tuple[Pinned, Memory]:
-        """Those of an output: what the profiles whose calls are captured want at most, or more where a call wants more."""
+    def _result(self, result: Result) -> Memory:
+        """Memory of an output: what the profiles whose calls are captured want at most, or more where a call wants more."""
         held = self._results.get(result.name)
-        if held is None or held[1].size < result.nbytes:
+        if held is None or held.size < result.nbytes:
             self._forget_graphs()
             tensor = self._contract.spec.output(result.name)
             profiles = self._captured_profiles or {len(self._contract.profiles) - 1}
             size = max(result.nbytes, *(self._most(tensor, index) for index in profiles))
             self._results.pop(result.name, None)
-            held = self._results[result.name] = (Pinned(self._cuda, size), Memory(self._stream, size))
+            held = self._results[result.name] = Memory(self._stream, size)
         return held
 
-    def _addresses(self, feeds: Mapping[str, Array | DeviceTensor], outputs: dict[str, int]) -> dict[str, int]:
-        """Where each input and output lies. A tensor of another stream is waited for."""
+    def _addresses(self, feeds: Given, outputs: dict[str, int], fed: Mapping[str, int] | None = None) -> dict[str, int]:
+        """Where each input and output lies. A tensor of another stream is waited for. fed: where feeds of the host lie, if not in memory of
+        their own."""
         found = {name: self._bound[name].address for name in self._outputs if name in self._bound} | outputs
         for name in self._inputs:
             value = feeds.get(name)
@@ -264,30 +295,24 @@ class TensorRTSession:
                 found[name] = value.address
                 self._stream.follow(value.stream)
             elif value is not None:
-                found[name] = self._feed(name)[1].address
+                found[name] = self._feeds.address(name) if fed is None else fed[name]
             else:
                 found[name] = self._bound[name].address
                 if name in self._alias_of:
                     found[self._alias_of[name]] = found[name]
         return found
 
-    def _fill(self, call: Call, feeds: Mapping[str, Array | DeviceTensor]) -> None:
-        """Feeds of the host into their pinned blocks."""
-        if self._in_flight:
-            self._cuda.wait_on_host(self._copied)
-            self._in_flight = False
-        for name in call.fed:
-            value, element = feeds[name], self._element(name)
-            assert isinstance(value, np.ndarray)
-            into = self._feed(name)[0].view(element.storage, call.shapes[name])
-            if call.empty and value.size == 0:
-                into[...] = 0
-            else:
-                encode(value, into, element)
-
     # Running.
 
-    def _ask(self, call: Call, feeds: Mapping[str, Array | DeviceTensor], outputs: dict[str, int], *, lasting: bool) -> None:
+    def _ask(
+        self,
+        call: Call,
+        feeds: Given,
+        outputs: dict[str, int],
+        *,
+        lasting: bool,
+        hand: Hand | None = None,
+    ) -> None:
         """Asks a call of the stream. lasting: the outputs' addresses are the same at the next call of these shapes, so it may be captured."""
         self._cuda.use()  # steps may run on another thread than the one that opened the engine
         if self._activations is not self._stream.activations:
@@ -295,9 +320,9 @@ class TensorRTSession:
             self._activations = self._stream.activations
         with listening(self._loaded.trt, messages := BuilderMessages()):
             if lasting and call.profile in self._captured_profiles and len(call.fed) == len(feeds) and not call.empty:
-                self._step(call, feeds, outputs, messages)
+                self._step(call, feeds, outputs, messages, hand)
             else:
-                self._run(call, feeds, outputs, messages)
+                self._run(call, feeds, outputs, messages, hand)
 
     def _context(self, profile: int) -> Any:
         if profile not in self._contexts:
@@ -314,58 +339,48 @@ class TensorRTSession:
         if memory is not None:
             context.set_device_memory(memory.address, memory.size)
 
-    def _perform(self, context: Any, call: Call, messages: BuilderMessages, *, mark: bool = True) -> None:
-        """Feeds to the device, the engine, wanted results to the host: asked of the stream, not waited for. mark: when feeds are copied."""
-        cuda, stream = self._cuda, self._stream.handle
-        for name in call.fed:
-            pinned, memory = self._feeds[name]
-            size = math.prod(call.shapes[name]) * self._element(name).size
-            cuda.copy(memory.address, pinned.address, size, "to device", stream)
-        if mark:
-            cuda.record(self._copied, stream)
-        if not context.execute_async_v3(stream):
+    def _enqueue(self, context: Any, messages: BuilderMessages) -> None:
+        """Asks the engine of the stream. Raises BackendError."""
+        if not context.execute_async_v3(self._stream.handle):
             raise failure(self._stream, f"{self.spec.name} failed in TensorRT {self._loaded.trt.__version__}", messages)
-        if not call.empty:
-            for result in call.wanted:
-                pinned, memory = self._results[result.name]
-                cuda.copy(pinned.address, memory.address, result.nbytes, "to host", stream)
 
-    def _step(
-        self, call: Call, feeds: Mapping[str, Array | DeviceTensor], outputs: dict[str, int], messages: BuilderMessages
-    ) -> None:
+    def _run(self, call: Call, feeds: Given, outputs: dict[str, int], messages: BuilderMessages, hand: Hand | None) -> None:
+        """A call as it is, in the context that all calls of its profile share."""
+        context = self._context(call.profile)
+        self._set(context, call, self._addresses(feeds, outputs), messages)
+        self._feeds.whole(call, feeds)
+        if hand is not None:
+            self._feeds.hand(call, hand)
+        self._enqueue(context, messages)
+
+    def _step(self, call: Call, feeds: Given, outputs: dict[str, int], messages: BuilderMessages, hand: Hand | None) -> None:
         """A call that may come again and again: run twice as any other, then in a context of its own and captured, then launched."""
         key = (call.key, self._binding())
         step = self._steps.get(key)
         if step is not None:
             self._steps.move_to_end(key)
+            self._feeds.differing(step.sent, call, feeds, hand)
             self._cuda.launch(step.graph, self._stream.handle)
-            self._cuda.record(self._copied, self._stream.handle)
             return
         count = self._seen.pop(key, 0) + 1
         if count < CAPTURED_AT or not self._capturing:
             self._seen[key] = count
             if len(self._seen) > MAX_SEEN:
                 self._seen.popitem(last=False)
-            self._run(call, feeds, outputs, messages)
+            self._run(call, feeds, outputs, messages, hand)
             return
         self._make_room()
+        sent = self._feeds.step(call)
         context = self._loaded.context(call.profile, captured=True)
-        self._set(context, call, self._addresses(feeds, outputs), messages)
-        self._perform(context, call, messages)  # which TensorRT wants before a capture
-        graph = self._captured(context, call, messages)
+        self._set(context, call, self._addresses(feeds, outputs, self._feeds.addresses(sent)), messages)
+        self._feeds.differing(sent, call, feeds, hand)
+        self._enqueue(context, messages)  # which TensorRT wants before a capture
+        graph = self._captured(context, messages)
         if graph is not None:
-            self._steps[key] = Step(context=context, graph=graph)
+            self._steps[key] = Step(context=context, graph=graph, sent=sent)
 
-    def _run(
-        self, call: Call, feeds: Mapping[str, Array | DeviceTensor], outputs: dict[str, int], messages: BuilderMessages
-    ) -> None:
-        """A call as it is, in the context that all calls of its profile share."""
-        context = self._context(call.profile)
-        self._set(context, call, self._addresses(feeds, outputs), messages)
-        self._perform(context, call, messages)
-
-    def _captured(self, context: Any, call: Call, messages: BuilderMessages) -> int | None:
-        """The call as a graph, or None where it cannot be one, which is said once."""
+    def _captured(self, context: Any, messages: BuilderMessages) -> int | None:
+        """The engine as a graph, or None where it cannot be one, which is said once."""
         cuda, stream = self._cuda, self._stream.handle
         # What the garbage collector frees within a capture would end it: freeing device memory waits, which a capture may not.
         collecting = gc.isenabled()
@@ -373,8 +388,7 @@ class TensorRTSession:
         try:
             cuda.begin_capture(stream)
             try:
-                # An event that was recorded in a capture cannot be waited for.
-                self._perform(context, call, messages, mark=False)
+                self._enqueue(context, messages)
             except BackendError:
                 cuda.abandon_capture(stream)
                 raise

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engine_steps import decode, submitted, until_prefilled
+from engine_steps import decode, pictures, request, submitted, until_prefilled
 from fake_gpu import LIMITS, add_engines
 
 import flamingo_export
@@ -41,19 +41,6 @@ def both(gpu, tiny_bundle, tmp_path) -> Iterator[Load]:
             return opened[0], opened[1]
 
         yield load
-
-
-def pictures(seed: int, count: int) -> list[np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return [rng.integers(0, 256, (20, 30, 3), dtype=np.uint8) for _ in range(count)]
-
-
-def request(seed: int, length: int, num_media: int, size: int = 70) -> Request:
-    rng = np.random.default_rng(seed)
-    ids = rng.integers(4, size, length)
-    ids[0] = 1
-    ids[rng.choice(np.arange(1, length), num_media, replace=False)] = 3
-    return Request(prompt=ids.tolist(), media=pictures(seed, num_media))
 
 
 def same(found, expected, tolerance: float = 1e-4) -> None:
@@ -162,29 +149,52 @@ def test_engines_in_16_bits(both: Load, tiny_model, bundle_writer, tmp_path, sto
     assert engines.generate(asked, beams=3, max_new_tokens=5).token_ids
 
 
-def test_a_step_is_one_graph_and_moves_few_bytes(both: Load, gpu):
-    """Greedy and beams: nothing of the vocabulary's size comes back, nothing of the cache's or the bank's goes anywhere."""
+SMALL = ("token_ids", "positions", "media_rows", "phi", "write_index", "logit_positions")
+"""Feeds of a step that go whole, one copy for all; each begins where engines want an address to be."""
+
+
+def differing(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> int:
+    """Words of eight bytes in which the large feeds of two steps differ."""
+    found = 0
+    for name in ("mask", "key_positions"):
+        one, other = (feeds[name].tobytes() for feeds in (before, after))
+        found += sum(one[at : at + 8] != other[at : at + 8] for at in range(0, len(one), 8))
+    return found
+
+
+def test_a_step_is_one_graph_and_moves_few_bytes(both: Load, gpu, monkeypatch):
+    """Greedy and beams: nothing of the vocabulary's size comes back, nothing of the cache's or the bank's goes anywhere, and of the mask
+    what differs."""
     engines, _ = both()
-    lm, capacity = engines.config.language_model, engines.manifest.limits.max_length
+    lm, decoder, fed = engines.config.language_model, engines.engines.decoder, []
+    ask = decoder._start  # type: ignore[attr-defined]
+
+    def noted(feeds, *rest):
+        fed.append({name: value.copy() for name, value in feeds.items()})
+        return ask(feeds, *rest)
+
+    monkeypatch.setattr(decoder, "_start", noted)
     for width in (1, 3):
         asked = request(80 + width, 30, 2)
         loop = submitted(engines, asked, width)
-        decode(loop, 3)  # run, captured, launched
-        graphs, launches = gpu.cuda.graphs, gpu.cuda.calls["launch"]
+        decode(loop, 3)  # run, run, captured
+        graphs, launches, fetched = gpu.cuda.graphs, gpu.cuda.calls["launch"], gpu.cuda.calls["synchronize"]
         before, enqueued, contexts = gpu.cuda.crossed.copy(), gpu.trt.enqueued, gpu.trt.contexts
         steps = 4
         decode(loop, steps)
         moved = gpu.cuda.crossed - before
         candidates = LIMITS["beams"] + 1
-        fed = (
-            width * (8 + 8 + 8 + 8 + capacity) + 8 + 8 + capacity * 8
-        )  # tokens, positions, phi, logit_positions, mask; rows, index, keys
-        assert moved["to device"] == steps * fed
+        changed = sum(differing(*pair) for pair in zip(fed[-steps - 1 : -1], fed[-steps:], strict=True))
+        assert moved["to device"] == steps * len(SMALL) * 256 + 16 * changed
+        assert changed <= steps * (
+            2 * width + 2 * width * width
+        )  # own slots, and what parents see, of beams that change places
         assert moved["to host"] == steps * width * (candidates * (4 + 8) + 4)
         assert moved["on device"] == 0
         assert moved["to host"] / steps < 4 * lm.vocab_size * width
         assert (gpu.cuda.graphs, gpu.trt.enqueued, gpu.trt.contexts) == (graphs, enqueued, contexts)
         assert gpu.cuda.calls["launch"] == launches + steps
+        assert gpu.cuda.calls["synchronize"] == fetched + steps
         loop.abandon(None)
 
 
