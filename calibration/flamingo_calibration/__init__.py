@@ -1,14 +1,14 @@
 """Activation statistics of the PyTorch reference, for quantisation: prompts and images in, a calibration table out.
 
-    thresholds, statistics    one tensor: counts of magnitudes, and the clipping thresholds that follow
-    data, shipped             samples of a user's file, of the package, of the nano model's generators
-    watching                  which tensors of a part are looked at, under which names
-    states                    what is carried from part to part, on the disk, so that a killed calibration resumes
-    walk                      all samples through one part of the model after the other
-    run                       calibrate(): the walk, watched
+    thresholds, activation_statistics    one tensor: counts of magnitudes, and the clipping thresholds that follow
+    samples, shipped, texts              samples of a user's file, of the package, of nano's generators; what of them a text tower reads
+    observers                            which tensors of a part are looked at, under which names
+    streams                              what is carried from part to part, on the disk, so that a killed calibration resumes
+    layer_runner                         all samples through one part of the model after the other
+    run                                  calibrate(): the layer runner, watched
 
 The table itself, which quantisation reads without any of this, is `flamingo_export.weights.calibration_table`. torch is
-imported only inside `run` and `walk`.
+imported only inside `run` and `layer_runner`.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from flamingo_export.weights.calibration_table import SCHEMA_VERSION, Calibratio
 
 SYNC_SECONDS = 10.0
 """What may be lost of the vision encoder's work: a small model's media would wait for the disk longer than for the encoder."""
-RECIPE = 1
+RECIPE = 2
 """Bumped whenever other statistics are found for the same weights and data."""
 
 
@@ -95,6 +95,7 @@ class _Calibration:
             samples=len(self.checked.samples),
             tokens=self.checked.num_tokens,
             images=self.checked.num_media,
+            towers_sha256=self.source.record(journal.digests).towers_sha256,
             tensors=dict(sorted(journal.statistics.items())),
         )
 
@@ -118,6 +119,8 @@ class _Calibration:
         step, journal = steps[number], self.work.journal
         self.read_now = {}
         module = load_part(self.config, step.prefix, self._read)
+        if step.prefix == "contrastive.text":
+            self._read("contrastive.logit_scale")  # no part reads it: for the towers' digest
         watch = Watch(self.config, step.prefix, module)
         with torch.no_grad():
             if step.output is None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flamingo_calibration.texts import tower_texts
 from flamingo_export.bundle.bundled_tokenizer import checked_tokenizer, placeholder_tokenizer
 from flamingo_export.errors import CalibrationError, InputError, PromptError
 from flamingo_export.progress import SILENT, Progress
@@ -71,11 +72,13 @@ class Ready:
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
-    """Samples that can be run. sha256: of token ids and decoded media, in order; skipped: samples that were left out."""
+    """Samples that can be run. sha256: of token ids and decoded media, in order; skipped: samples that were left out; texts: token ids of
+    a text tower, int64 [S] each, where the model has one."""
 
     samples: tuple[Ready, ...]
     sha256: str
     skipped: int
+    texts: tuple[Ints, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -183,6 +186,7 @@ def check_samples(
     left has fewer than MIN_TOKENS positions, or no image.
     """
     ready: list[Ready] = []
+    prompts: list[str] = []
     faults: list[str] = []
     digest = hashlib.sha256()
     every = list(samples)
@@ -193,6 +197,7 @@ def check_samples(
         else:
             try:
                 ready.append(_ready(sample, source, tokenizer, digest))
+                prompts += [sample.prompt] if isinstance(sample.prompt, str) else []
             except InputError as error:
                 faults.append(f"{sample.name}: {error}")
         progress.advance(1)
@@ -204,7 +209,12 @@ def check_samples(
                 f"{len(faults)} of {len(every)} samples cannot be used: {shown}{rest}. Mend them, or leave them out with --skip-bad."
             )
         progress.note(f"{len(faults)} of {len(every)} samples were left out: {shown}{rest}")
-    checked = Checked(samples=tuple(ready), sha256=digest.hexdigest(), skipped=len(faults))
+    texts, note = tower_texts(source, prompts)
+    if note:
+        progress.note(note)
+    for ids in texts:
+        digest.update(f"text {len(ids)} ".encode() + ids.astype("<i8").tobytes())
+    checked = Checked(samples=tuple(ready), sha256=digest.hexdigest(), skipped=len(faults), texts=texts)
     if checked.num_tokens < MIN_TOKENS:
         raise CalibrationError(
             f"{len(ready)} samples with {checked.num_tokens} tokens are too few, at least {MIN_TOKENS} tokens are needed. "

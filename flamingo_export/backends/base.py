@@ -220,11 +220,13 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     """What differs between backends for those who choose one.
 
     fp8_products: multiplies in FP8; else products of FP8 bundles are computed in fp32. widens_weights: the bundle's weights lie in host memory
-    on the device `cpu`, those of 16 bits and FP8 widened to fp32.
+    on the device `cpu`, those of 16 bits and FP8 widened to fp32. host_threads: on the device `cpu` it computes on as many threads as a
+    session is given, so that several sessions run side by side.
     """
 
     fp8_products: bool = True
     widens_weights: bool = False
+    host_threads: bool = False
 
 
 class Backend(Protocol):

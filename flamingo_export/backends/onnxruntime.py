@@ -50,7 +50,7 @@ class OnnxRuntimeBackend:
     """Portable graphs on ONNX Runtime."""
 
     name = "onnxruntime"
-    capabilities = Capabilities(fp8_products=False, widens_weights=True)
+    capabilities = Capabilities(fp8_products=False, widens_weights=True, host_threads=True)
     native_functions: frozenset[str] = frozenset()
 
     def __init__(self) -> None:

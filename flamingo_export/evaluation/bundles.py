@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from flamingo_export.backends.base import SessionOptions
 from flamingo_export.bundle.identity import bundle_digest, precision_of
 from flamingo_export.errors import CapacityError
 from flamingo_export.evaluation.protocol import Answer, Features
@@ -94,4 +95,4 @@ class BundleModel:
     def _encoder(self) -> Encoder:
         from flamingo_export.evaluation.index.encoder import Encoder
 
-        return Encoder(self.model.bundle, self.model.manifest, self.model.backend)
+        return Encoder(self.model.bundle, self.model.manifest, self.model.backend, SessionOptions(threads=self.model.threads))

@@ -18,9 +18,11 @@ from flamingo_export.quantize.policies import check_policy
 from flamingo_export.sources import WeightSource
 from flamingo_export.weights import Weight, bundle_weights
 from flamingo_export.weights.calibration_table import (
+    CALIBRATE_AGAIN,
     CALIBRATION_FILE,
     CalibrationTable,
     calibration_record,
+    has_towers,
     read_table,
     write_table,
 )
@@ -44,15 +46,18 @@ def checked_policy(
             raise BuildError("--uncalibrated only applies to quantised builds; add --fp8, or leave it out")
         return None
     check_policy(policy, [weight.name for weight in bundle_weights(config, precision) if weight.product])
-    if unknown := [weight.name for weight in _in_fp8(config, precision) if weight.name.startswith(OF_TOWERS)]:
-        raise BuildError(
-            f"policy {policy.name!r} keeps {unknown[0]} in fp8, and ranges of a contrastive encoder's activations are not measured. Keep "
-            'image_tower, text_tower and vision_encoder/readout in "int8" or "storage".'
-        )
     if compiler is not None:
         compiler.check_policy(policy, target)
     if request.calibration is not None:
-        return read_table(request.calibration)
+        table = read_table(request.calibration)
+        towers = [weight.name for weight in _in_fp8(config, precision) if weight.name.startswith(OF_TOWERS)]
+        if towers and not has_towers(table):
+            raise BuildError(
+                f"policy {policy.name!r} keeps {towers[0]} in fp8, and the table {request.calibration} has no ranges of a contrastive "
+                f"encoder: it is of the model without one, or of an earlier version. {CALIBRATE_AGAIN}, or keep image_tower, text_tower and "
+                'vision_encoder/readout in "int8" or "storage".'
+            )
+        return table
     if policy.needs_ranges and not request.uncalibrated and importlib.util.find_spec("torch") is None:
         raise BuildError(
             f"policy {policy.name} quantises activations, whose ranges are found by running the reference, and PyTorch is not installed. "

@@ -263,7 +263,7 @@ def _fill(job: _Job, journal: Journal, progress: Progress) -> BuildResult:
     records, digests = write_weights(job.source, weights, job.precision, work, journal, progress, calibration=calibration)
     source = with_place(job.source.record(digests), job.request.source, job.request.out)
     if calibration is not None:
-        check_fits(calibration, config, source.sha256)
+        check_fits(calibration, config, source.sha256, source.towers_sha256)
         if not _proves(job):
             check_ranges(work, config, job.precision, calibration)
     graphs = _write_graphs(job, progress)

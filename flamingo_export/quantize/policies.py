@@ -20,6 +20,7 @@ import msgspec
 
 from flamingo_export.errors import BuildError
 from flamingo_export.precision import SMALLEST_BLOCK, Policy, Rule
+from flamingo_export.specs import towers_of
 from flamingo_reference.config import ModelConfig
 
 POLICIES = ("fp8", "int8", "int4")
@@ -43,21 +44,28 @@ def preset(name: str) -> Policy:
     return msgspec.toml.decode(preset_text(name), type=Policy)
 
 
-_TOWERS = Rule(
-    weights="text_tower/*",
-    format="int8",
-    block=128,
-    reason="products of the usual kind, once a text; 4 bits would save nothing that is felt",
+_IN_BLOCKS = tuple(
+    Rule(weights=f"{tower}/*", format="int8", block=128, reason=f"{why}; 4 bits would save nothing that is felt")
+    for tower, why in (("text_tower", "products of the usual kind, once a text"), ("image_tower", "one product, once an image"))
+)
+_IN_FP8 = tuple(
+    Rule(weights=f"{tower}/*", format="fp8", reason=why)
+    for tower, why in (("text_tower", "products of the usual kind, once a text"), ("image_tower", "one product, once an image"))
 )
 
 
 def for_model(policy: Policy, config: ModelConfig) -> Policy:
-    """The policy as a model gets it: the presets in blocks hold for a text tower as well, where there is one. A policy of a user's own says
-    itself what it quantises."""
-    has_text = config.contrastive is not None and config.contrastive.text is not None
-    if not has_text or policy.name not in ("int8", "int4") or policy != preset(policy.name):
+    """The policy as a model gets it: the presets hold for the towers of a contrastive encoder as well, where there are any. A policy of a user's
+    own says itself what it quantises."""
+    if config.contrastive is None or policy.name not in POLICIES or policy != preset(policy.name):
         return policy
-    return msgspec.structs.replace(policy, rules=(*policy.rules, _TOWERS))
+    towers = _IN_FP8 if policy.name == "fp8" else _IN_BLOCKS
+    return msgspec.structs.replace(policy, rules=(*policy.rules, *(rule for rule in towers if _is_for(rule, config))))
+
+
+def _is_for(rule: Rule, config: ModelConfig) -> bool:
+    """Whether the model has the tower that a rule is for."""
+    return rule.weights.split("/")[0] in towers_of(config)
 
 
 def preset_text(name: str) -> str:
@@ -123,7 +131,7 @@ def policy_text(
 
 def check_policy(policy: Policy, matrices: Sequence[str]) -> None:
     """Raises BuildError naming every rule that matches none of a model's matrices. Those of presets may: not every model has all parts."""
-    known = {_TOWERS, *(rule for name in POLICIES for rule in preset(name).rules)}
+    known = {*_IN_BLOCKS, *_IN_FP8, *(rule for name in POLICIES for rule in preset(name).rules)}
     idle = [rule for rule in policy.unmatched(matrices) if rule not in known]
     if idle:
         import difflib

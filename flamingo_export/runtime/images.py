@@ -7,6 +7,7 @@ normalisation (Flamingo, arXiv 2204.14198, section 3.1: mean padding; filter and
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -66,13 +67,21 @@ def preprocess(pixels: Pixels, config: ModelConfig, fit: ImageFit = "pad") -> np
     pixels: uint8 RGB [H, W, 3], as load_image returns them.
     """
     side = config.vision.image_size
-    image = _fitted(Image.fromarray(pixels), side, fit)
-    mean, std = (np.asarray(values, np.float32) for values in (config.pixel_mean, config.pixel_std))
-    normalised = (np.asarray(image, np.float32) / np.float32(255) - mean) / std
+    shown = pixels if pixels.shape[:2] == (side, side) else np.asarray(_fitted(Image.fromarray(pixels), side, fit))
+    height, width = shown.shape[:2]
     square = np.zeros((3, side, side), np.float32)
-    top, left = (side - image.height) // 2, (side - image.width) // 2
-    square[:, top : top + image.height, left : left + image.width] = normalised.transpose(2, 0, 1)
+    top, left = (side - height) // 2, (side - width) // 2
+    for channel, levels in enumerate(_levels(config.pixel_mean, config.pixel_std)):
+        square[channel, top : top + height, left : left + width] = levels[shown[:, :, channel]]
     return square
+
+
+@lru_cache(maxsize=8)
+def _levels(mean: tuple[float, ...], std: tuple[float, ...]) -> npt.NDArray[np.float32]:
+    """What becomes of each level of each channel, float32 [3, 256]."""
+    shift, scale = (np.asarray(values, np.float32)[:, None] for values in (mean, std))
+    levels: npt.NDArray[np.float32] = (np.arange(256, dtype=np.float32) / np.float32(255) - shift) / scale
+    return levels
 
 
 def _fitted(image: Image.Image, side: int, fit: ImageFit) -> Image.Image:

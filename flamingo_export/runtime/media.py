@@ -33,31 +33,36 @@ class Medium:
     aspect: int = 0
 
 
-def load_medium(source: MediumSource, config: ModelConfig, fit: ImageFit = "pad") -> Medium:
-    """Decodes and prepares one medium, made a square as `fit` says, or cut into tiles where the model takes these. Raises ImageError."""
+def load_medium(source: MediumSource, config: ModelConfig, fit: ImageFit = "pad", *, digest: bool = True) -> Medium:
+    """Decodes and prepares one medium, made a square as `fit` says, or cut into tiles where the model takes these. Raises ImageError.
+
+    digest: False leaves it empty, for who looks nothing up by it.
+    """
     if config.tiled is not None:
         if isinstance(source, Video):
             raise ImageError(f"a video was given, and {config.name} takes images only. Give it frames of the video as images.")
         return _tiled(load_image(source), config, config.tiled)
     if isinstance(source, Video):
         default = config.resampler.num_time_embeddings or DEFAULT_FRAMES
-        return medium_of(load_video(source, default_frames=default), config, fit)
-    return medium_of([load_image(source)], config, fit)
+        return medium_of(load_video(source, default_frames=default), config, fit, digest=digest)
+    return medium_of([load_image(source)], config, fit, digest=digest)
 
 
-def medium_of(frames: Iterable[Pixels], config: ModelConfig, fit: ImageFit = "pad") -> Medium:
+def medium_of(frames: Iterable[Pixels], config: ModelConfig, fit: ImageFit = "pad", *, digest: bool = True) -> Medium:
     """The medium of decoded frames, uint8 RGB [H, W, 3] each; they are taken one at a time, so that large ones are not held together. Of a model
     that takes tiles it is one frame, an image."""
     if config.tiled is not None:
         (image,) = frames
         return _tiled(image, config, config.tiled)
-    digest = hashlib.sha256()
+    seen = hashlib.sha256()
     prepared = []
     for frame in frames:
-        digest.update(repr(frame.shape).encode())
-        digest.update(np.ascontiguousarray(frame).data)
+        if digest:
+            seen.update(repr(frame.shape).encode())
+            seen.update(np.ascontiguousarray(frame).data)
         prepared.append(preprocess(frame, config, fit))
-    return Medium(pixels=np.stack(prepared), digest=digest.digest())
+    pixels = prepared[0][None] if len(prepared) == 1 else np.stack(prepared)
+    return Medium(pixels=pixels, digest=seen.digest() if digest else b"")
 
 
 def _tiled(image: Pixels, config: ModelConfig, vision: TiledViTConfig) -> Medium:

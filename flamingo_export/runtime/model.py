@@ -64,6 +64,7 @@ class Model:
         """
         self.bundle, self.manifest, self.backend = bundle, manifest, backend
         self.config = manifest.config
+        self.threads = options.threads
         self.inputs = manifest.inputs
         has_tokenizer = (bundle / TOKENIZER_FILE).is_file()
         self.tokenizer = Tokenizer.open(bundle, self.config, self.inputs.tags) if has_tokenizer else None

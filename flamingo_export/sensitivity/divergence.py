@@ -15,6 +15,7 @@ from flamingo_export.progress import Progress
 from flamingo_export.runtime.media import Medium, load_medium
 from flamingo_export.sensitivity.quantised_copies import Twins
 from flamingo_export.sources import WeightSource
+from flamingo_export.specs import IMAGE_TOWER, TEXT_TOWER
 from flamingo_reference.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
 
 ENCODERS = ("vision_encoder", "resampler")
 """Layers before the language model: latents change only with them."""
+OF_CONTRASTIVE = {
+    "contrastive.readout": "vision_encoder/readout",
+    "contrastive.image": IMAGE_TOWER,
+    "contrastive.text": TEXT_TOWER,
+}
+"""What the parts of a contrastive encoder are called in a bundle. The language model does not read them."""
 
 
 def no_room(config: ModelConfig, precision: Precision, memory: int | None) -> str:
@@ -37,13 +44,14 @@ def divergences(
 ) -> tuple[float, dict[str, float]]:
     """Kullback-Leibler divergence of the quantised model's next-token distribution from the reference's, in nats, mean over all positions.
 
-    layers: what is quantised of each, by its name. Returns it with everything quantised, and with each layer by itself.
+    layers: what is quantised of each, by its name. Returns it with everything quantised, and with each layer by itself: 0 for the towers of a
+    contrastive encoder, which no logit depends on.
     """
     import torch
 
     model = _whole(source)
     everything = frozenset().union(*layers.values())
-    models = {name: twins.of(model, "", names) for name, names in layers.items()}
+    models = {name: twins.of(model, "", names) for name, names in layers.items() if name not in OF_CONTRASTIVE.values()}
     changed = twins.of(model, "", everything)
     encoded = {name for name in layers if name in ENCODERS}
     progress.stage("logits", len(checked.samples))

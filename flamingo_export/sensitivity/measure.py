@@ -30,7 +30,7 @@ from flamingo_export.precision import Policy, Precision, QuantisedType
 from flamingo_export.progress import SILENT, Progress
 from flamingo_export.quantize.policies import check_policy
 from flamingo_export.runtime.tokenizer import Tokenizer
-from flamingo_export.sensitivity.divergence import divergences, no_room
+from flamingo_export.sensitivity.divergence import OF_CONTRASTIVE, divergences, no_room
 from flamingo_export.sensitivity.findings import LayerError, MatrixError, Sensitivity
 from flamingo_export.sensitivity.quantised_copies import Twins
 from flamingo_export.sensitivity.suggest import extra_bytes, kept_format
@@ -84,8 +84,9 @@ def measure(
 
     The error of a matrix (or operand of attention) is what quantising it by itself, with its input where the policy quantises that, changes
     of the output of its layer: rms of the difference over rms of what the layer adds, which is its output minus the hidden states
-    that it was given. The resampler and the vision encoder, each one layer here, have no such residual, nor has the head: of them it is the
-    rms of the output itself (latents, features, logits). Keys and values of media belong to the gated block that reads them.
+    that it was given. The resampler, the vision encoder and the towers of a contrastive encoder, each one layer here, have no such
+    residual, nor has the head: of them it is the rms of the output itself (latents, features, embeddings, logits). Keys and values of
+    media belong to the gated block that reads them.
 
     calibration: ranges of activations; None measures them on the samples, where the policy needs any. weights_sha256: of the source,
     where it is known; else it is worked out to check the table. memory: bytes for the whole model, whose logits are compared where
@@ -262,4 +263,6 @@ def layer_name(config: ModelConfig, prefix: str) -> str:
         return f"decoder/layer.{config.gated_layers[int(index)]}/cross_attention"
     if kind == "language_model.layers":
         return f"decoder/layer.{index}"
+    if prefix.startswith("contrastive."):
+        return OF_CONTRASTIVE[prefix]
     return HEAD if prefix == "language_model" else prefix

@@ -3,6 +3,7 @@
 Keys are the bundle's names of matrices, and mean what is multiplied with them:
 
     decoder/layer.3/self_attention/qkv_proj     input of the product with this weight, [..., in]; so for every matrix of a bundle
+    text_tower/layer.0/ffw_up                   of a contrastive encoder as well, where the model has one
     decoder/head                                input of the head, also where it is the embedding
     decoder/layer.3/self_attention/q, k, v      operands of attention, as they enter it: turned, biases added
     media_kv/layer.0/k, v                       what the bank keeps of a medium
@@ -27,7 +28,8 @@ from flamingo_export.weights import bundle_weights
 from flamingo_export.weights.towers import OF_TOWERS
 from flamingo_reference.config import ModelConfig
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""2: ranges of a contrastive encoder's towers, and the digest of these."""
 CALIBRATION_FILE = "calibration.json"
 """Where a bundle keeps the table that it was quantised with."""
 Method = Literal["amax", "percentile", "mse", "entropy"]
@@ -60,8 +62,9 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 class CalibrationTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Statistics of a model's activations on some data.
 
-    weights_sha256: as in a bundle's `source.sha256`. data_sha256: of token ids and decoded images, in order. method: the one that
-    quantisation takes by default. tokens and images: positions and media of all samples.
+    weights_sha256, towers_sha256: as in a bundle's `source`; the latter None without a contrastive encoder. data_sha256: of token ids
+    and decoded images, in order. method: the one that quantisation takes by default. tokens and images: positions and media of all
+    samples.
     """
 
     schema_version: int
@@ -73,6 +76,7 @@ class CalibrationTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     tokens: int
     images: int
     tensors: dict[str, Statistics]
+    towers_sha256: str | None = None
 
     def threshold(self, name: str, method: Method | None = None) -> float:
         """The magnitude that the largest quantised number stands for; always positive. method: None takes the table's.
@@ -85,7 +89,8 @@ class CalibrationTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         return value or 1.0
 
     def rms(self, name: str) -> npt.NDArray[np.float32]:
-        """Root mean squares of an input's channels, up to a common factor; empty where only zeros were seen, or nothing (`OF_TOWERS`)."""
+        """Root mean squares of an input's channels, up to a common factor; empty where only zeros were seen, or nothing: towers in tables
+        from before these had ranges."""
         found = self.tensors.get(name)
         return np.empty(0, np.float32) if found is None else found.channels().astype(np.float32)
 
@@ -93,21 +98,38 @@ class CalibrationTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 def calibrated_tensors(config: ModelConfig) -> dict[str, int]:
     """Keys of a model's table, in the order of the bundle's weights, with the number of input channels (0: an operand of attention)."""
     lm = config.language_model
-    every = [weight for weight in bundle_weights(config) if weight.product and not weight.name.startswith(OF_TOWERS)]
-    products = {weight.name: weight.shape[0] for weight in every}
+    products = {weight.name: weight.shape[0] for weight in bundle_weights(config) if weight.product}
     operands = [f"media_kv/layer.{i}/{kind}" for i in range(len(config.gated_layers)) for kind in "kv"]
     operands += [f"decoder/layer.{layer}/self_attention/{kind}" for layer in range(lm.num_layers) for kind in "qkv"]
     return products | {"decoder/head": lm.width} | dict.fromkeys(operands, 0)
 
 
-def check_fits(table: CalibrationTable, config: ModelConfig, weights_sha256: str | None) -> None:
-    """Raises CalibrationError unless the table is of these weights. weights_sha256: the `source.sha256` of their bundle."""
+def has_towers(table: CalibrationTable) -> bool:
+    """Whether the table has ranges of a contrastive encoder. Older ones have none, and serve wherever the policy wants none."""
+    return any(name.startswith(OF_TOWERS) for name in table.tensors)
+
+
+def check_fits(
+    table: CalibrationTable, config: ModelConfig, weights_sha256: str | None, towers_sha256: str | None = None
+) -> None:
+    """Raises CalibrationError unless the table is of these weights: the `source.sha256` and `source.towers_sha256` of their bundle. A table
+    of the model without its contrastive encoder fits the model with it, and the other way round."""
     if table.weights_sha256 != weights_sha256:
         raise CalibrationError(
             f"the calibration table is of other weights ({table.model}, {table.weights_sha256[:12]}) than these "
             f"({config.name}, {(weights_sha256 or 'unknown')[:12]}). {CALIBRATE_AGAIN}"
         )
+    if config.contrastive is not None and table.towers_sha256 and towers_sha256 and table.towers_sha256 != towers_sha256:
+        raise CalibrationError(
+            f"the calibration table is of another contrastive encoder ({table.towers_sha256[:12]}) than this one ({towers_sha256[:12]}), "
+            f"though of the same model. {CALIBRATE_AGAIN}"
+        )
     expected = calibrated_tensors(config)
+    if not has_towers(table):
+        expected = {name: channels for name, channels in expected.items() if not name.startswith(OF_TOWERS)}
+    elif config.contrastive is None:
+        tensors = {name: each for name, each in table.tensors.items() if not name.startswith(OF_TOWERS)}
+        table = msgspec.structs.replace(table, tensors=tensors)
     missing = [name for name in expected if name not in table.tensors]
     unknown = [name for name in table.tensors if name not in expected]
     if missing or unknown:
@@ -178,7 +200,11 @@ class _Versioned(msgspec.Struct):
 def _faults(table: CalibrationTable) -> list[str]:
     faults = [
         f"{field} is {value!r}, expected 64 hexadecimal digits"
-        for field, value in (("weights_sha256", table.weights_sha256), ("data_sha256", table.data_sha256))
+        for field, value in (
+            ("weights_sha256", table.weights_sha256),
+            ("data_sha256", table.data_sha256),
+            *((("towers_sha256", table.towers_sha256),) if table.towers_sha256 is not None else ()),
+        )
         if len(value) != 64 or set(value) - set("0123456789abcdef")
     ]
     counts = {"schema_version": table.schema_version, "samples": table.samples, "tokens": table.tokens, "images": table.images}

@@ -22,11 +22,13 @@ import numpy as np
 from flamingo_export.errors import CalibrationError
 from flamingo_export.precision import Precision
 from flamingo_export.quantize.matrices import dequantised
-from flamingo_export.weights.calibration_table import CALIBRATE_AGAIN, CalibrationTable
+from flamingo_export.weights.calibration_table import CALIBRATE_AGAIN, CalibrationTable, has_towers
 from flamingo_export.weights.components import bundle_weights
 from flamingo_export.weights.layout import SCALE, WeightIndex
 from flamingo_reference.arrays import Floats
 from flamingo_reference.config import FeedForward, ModelConfig, RelativePositions, TiledViTConfig, ViTConfig
+from flamingo_reference.contrastive_config import ContrastiveConfig, Readout, TextConfig
+from flamingo_reference.names import readout_model
 
 _ABOVE = 1.2
 """What a largest number may be above its bound: matrices are read as stored, rounded to as few as 4 bits."""
@@ -54,10 +56,9 @@ class _Bounds:
     def faults(self) -> Iterator[str]:
         config, lm = self._config, self._config.language_model
         yield from self._vision()
-        for layer in range(config.resampler.num_layers):
-            name = f"resampler/layer.{layer}"
-            yield from self._normed(f"{name}/q_proj", f"{name}/latent_norm")
-            yield from self._up_and_down(name, f"{name}/ffw_norm", config.resampler.activation)
+        yield from self._perceiver("resampler", config)
+        if config.contrastive is not None and has_towers(self._table):
+            yield from self._towers(config.contrastive)
         for layer in range(lm.num_layers):
             name = f"decoder/layer.{layer}"
             if layer in config.gated_layers:
@@ -93,6 +94,40 @@ class _Bounds:
             yield from self._at_most(f"{name}/out_proj", self._after(f"{name}/qkv_proj", norm))
             yield from self._up_and_down(name, f"{name}/ffw_norm", "gelu")  # no activation of theirs grows a number
 
+    def _perceiver(self, weights: str, config: ModelConfig) -> Iterator[str]:
+        for layer in range(config.resampler.num_layers):
+            name = f"{weights}/layer.{layer}"
+            yield from self._normed(f"{name}/q_proj", f"{name}/latent_norm")
+            yield from self._up_and_down(name, f"{name}/ffw_norm", config.resampler.activation)
+
+    def _towers(self, contrastive: ContrastiveConfig) -> Iterator[str]:
+        if isinstance(contrastive.pooling, Readout):
+            yield from self._perceiver("vision_encoder/readout", readout_model(self._config, contrastive.pooling))
+        if contrastive.image_norm:
+            yield from self._normed("image_tower/proj", "image_tower/norm")
+        if contrastive.text is not None:
+            yield from self._text(contrastive.text)
+
+    def _text(self, text: TextConfig) -> Iterator[str]:
+        """The norm that a product's input comes from: of its own half of the layer, or where norms come after, of the half before it."""
+        before = "text_tower/embedding_norm" if text.embedding_norm else ""
+        for layer in range(text.num_layers):
+            name = f"text_tower/layer.{layer}"
+            attention, ffw = f"{name}/attention_norm", f"{name}/ffw_norm"
+            read = before if text.post_norm else attention
+            if read:
+                yield from self._normed(f"{name}/qkv_proj", read)
+                yield from self._at_most(f"{name}/out_proj", self._after(f"{name}/qkv_proj", read))
+            yield from self._up_and_down(
+                name, attention if text.post_norm else ffw, "gelu"
+            )  # no activation of theirs grows a number
+            before = ffw
+        last = "text_tower/final_norm" if text.final_norm else before if text.post_norm else ""
+        if last and text.pooling == "mean":  # a mean is no larger than the largest
+            yield from self._at_most("text_tower/proj", self._largest(last), "which a norm gives")
+        elif last:
+            yield from self._normed("text_tower/proj", last)
+
     def _media(self, media: str) -> Iterator[str]:
         """What a gated layer makes of latents. A perceiver's left its norm; a projector's went through none."""
         perceiver = self._config.resampler.kind == "perceiver"
@@ -109,7 +144,7 @@ class _Bounds:
     def _normed(self, name: str, norm: str, positions: int | None = None) -> Iterator[str]:
         """The input of a product that follows a norm. positions: how many the table counted, None where that is not known."""
         gain, bias = self._norm(norm)
-        yield from self._at_most(name, float(np.max(gain * math.sqrt(len(gain)) + bias)))
+        yield from self._at_most(name, self._largest(norm))
         channels = self._table.tensors[name].channels().astype(np.float64)
         if not self._amax(name):
             if np.any(gain) and not np.any(bias):
@@ -152,6 +187,11 @@ class _Bounds:
         length = float(gain.max()) * math.sqrt(len(gain)) + float(np.linalg.norm(bias))
         added = self._read(f"{name}/bias") if f"{name}/bias" in self._index else np.zeros(1)
         return float(np.linalg.norm(self._read(name), axis=0).max()) * length + float(np.abs(added).max())
+
+    def _largest(self, norm: str) -> float:
+        """Largest magnitude that a norm can give."""
+        gain, bias = self._norm(norm)
+        return float(np.max(gain * math.sqrt(len(gain)) + bias))
 
     def _norm(self, name: str) -> tuple[Floats, Floats]:
         """Magnitudes of a norm's gain and bias."""

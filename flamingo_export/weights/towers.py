@@ -17,7 +17,7 @@ LOGIT_SCALE = "text_tower/logit_scale"
 """Logarithm of what products of embeddings are multiplied with before they are compared: [1], read by the runtime, by no graph."""
 
 OF_TOWERS = ("image_tower/", "text_tower/", "vision_encoder/readout/")
-"""What the names of a contrastive encoder's weights begin with. Calibration runs the model, not the towers: they have no ranges."""
+"""What the names of a contrastive encoder's weights begin with."""
 
 
 def towers(config: ModelConfig) -> Iterator[Weight]:

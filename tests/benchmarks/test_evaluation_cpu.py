@@ -11,13 +11,15 @@ import pytest
 
 
 def settings(**given: int) -> argparse.Namespace:
-    return argparse.Namespace(**{"threads": 1, "rounds": 1, "items": 2, **given})
+    return argparse.Namespace(**{"threads": 1, "rounds": 1, "items": 2, "size": "nano", "turns": 2, **given})
 
 
 def test_index(tmp_path: Path, benchmark_script: Callable[[str], ModuleType]) -> None:
-    found = benchmark_script("evaluation_cpu").index(tmp_path, settings(images=24))
-    assert found["index_seconds"] > 0 < found["ratio"]
-    assert (tmp_path / "index" / "features-00000.safetensors").is_file()
+    found = benchmark_script("evaluation_cpu").index(tmp_path, settings(images=48))
+    assert found["seconds"].keys() == found["processor_seconds"].keys() == {"index", "session", "encoder"}
+    assert (found["images"], found["copies"]) == (48, 1)
+    assert found["ratio_to_the_index_encoder"] == found["seconds"]["index"] / found["seconds"]["encoder"]
+    assert (tmp_path / "index1" / "features-00000.safetensors").is_file()
 
 
 def test_rows(tmp_path: Path, benchmark_script: Callable[[str], ModuleType]) -> None:

@@ -5,29 +5,36 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from kinds import CLIP, KINDS, PAPER, READ
+from kinds import CLIP, KEPT, KINDS, PAPER, READ
 from variations import MPT, drawn_model
 
 import flamingo_export
+from flamingo_calibration import calibrate, shipped_samples
 from flamingo_export.backends.tensorrt.lowering.lint import check_graph
 from flamingo_export.backends.tensorrt.lowering.lower import lower, save_lowered
 from flamingo_export.backends.tensorrt.lowering.shapes import TEXTS, Bounds, profiles
-from flamingo_export.bundle.manifest import ShapeLimits, read_manifest
-from flamingo_export.errors import BuildError
+from flamingo_export.bundle.manifest import ShapeLimits
+from flamingo_export.errors import BuildError, CalibrationError
 from flamingo_export.precision import Policy, Rule, StorageType
+from flamingo_export.quantize.matrices import range_scale
 from flamingo_export.quantize.policies import for_model, preset
+from flamingo_export.sources import LiveSource
 from flamingo_export.specs import subgraph_specs, towers_of
+from flamingo_export.validate import check_bundle
 from flamingo_export.validate.report.parity_report import read_report
-from flamingo_export.weights import WeightIndex
-from flamingo_export.weights.calibration_table import calibrated_tensors
+from flamingo_export.weights import WeightIndex, bundle_weights
+from flamingo_export.weights.calibration_table import CALIBRATION_FILE, check_fits, read_table, write_table
+from flamingo_export.weights.layout import INPUT_SCALE
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.model.subgraphs import subgraphs_of
+from tests.export.quantize.test_bundles import edited
 
 each = pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
 NONE: frozenset[str] = frozenset()
@@ -104,52 +111,100 @@ def test_profiles() -> None:
     assert images.bounds == {"F": Bounds(1, 1, limits.frames)}
 
 
-def test_which_policies_a_text_tower_takes() -> None:
-    for name in ("int8", "int4"):
-        made = for_model(preset(name), CLIP)
-        assert made.rules[:-1] == preset(name).rules
-        assert (made.rules[-1].weights, made.rules[-1].format) == ("text_tower/*", "int8")
-        assert for_model(made, CLIP) == made  # a refit says it again
-        assert for_model(preset(name), MPT) == preset(name)
-    assert for_model(preset("fp8"), CLIP) == preset("fp8")
-    mine = Policy(name="mine", rules=preset("int8").rules)
+@pytest.mark.parametrize(("name", "element"), [("int8", "int8"), ("int4", "int8"), ("fp8", "fp8")])
+def test_which_policies_towers_take(name: str, element: str) -> None:
+    made = for_model(preset(name), CLIP)
+    assert made.rules[:-2] == preset(name).rules
+    assert [(rule.weights, rule.format) for rule in made.rules[-2:]] == [("text_tower/*", element), ("image_tower/*", element)]
+    assert for_model(made, CLIP) == made  # a refit says it again
+    assert [rule.weights for rule in for_model(preset(name), KEPT).rules[len(preset(name).rules) :]] == ["image_tower/*"]
+    assert for_model(preset(name), MPT) == preset(name)
+    mine = Policy(name="mine", rules=preset(name).rules)
     assert for_model(mine, CLIP) == mine
-    assert not any(
-        name.startswith(("text_tower", "image_tower", "vision_encoder/readout")) for name in calibrated_tensors(READ)
-    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["int8", "int4", "fp8"])
-@pytest.mark.parametrize("config", [CLIP, PAPER], ids=["clip", "paper"])
+@pytest.mark.parametrize(
+    ("config", "policy"),
+    [
+        *((config, policy) for config in (CLIP, PAPER) for policy in ("int8", "int4", "fp8", "towers")),
+        *((config, policy) for config in (KEPT, READ) for policy in ("int8", "towers")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
 def test_quantised_bundles_pass_parity(config: ModelConfig, policy: str, tmp_path: Path) -> None:
+    """fp8 with the ranges that the build measures itself, of the towers as of all else. `towers`: nothing but these in fp8."""
     out = tmp_path / "q.bundle"
     wide = widened(config)
-    flamingo_export.build(drawn_model(wide), out=out, policy=policy, uncalibrated=policy == "fp8")
+    of_towers = ("text_tower/", "image_tower/", *(("vision_encoder/readout/",) if policy == "towers" else ()))
+    rules = tuple(Rule(weights=f"{tower}*", format="fp8") for tower in of_towers)
+    present = tuple(
+        rule for rule in rules if any(w.product and w.name.startswith(rule.weights[:-1]) for w in bundle_weights(wide))
+    )
+    flamingo_export.build(
+        drawn_model(wide), out=out, policy=Policy(name="mine", rules=present) if policy == "towers" else policy
+    )
     report = read_report(out)
     assert report is not None
     towers = [row for row in report.rows if row.subgraph in ("image_tower", "text_tower") and row.level == "subgraph"]
-    assert len(towers) == 3
+    assert len(towers) == (1 if config is KEPT else 3)
     assert all(row.passed for row in towers), towers
     index = WeightIndex.read(out)
-    stored = {index[name].storage for name in index if name.startswith("text_tower/") and name.endswith("ffw_up")}
-    assert stored == {"fp32" if policy == "fp8" else "int8"}
+    products = [weight.name for weight in bundle_weights(wide) if weight.product and weight.name.startswith(of_towers)]
+    stored = {name: index[name].storage for name in products}
+    widths = {weight.name: weight.shape[0] for weight in bundle_weights(wide)}
+    if policy in ("fp8", "towers"):
+        assert set(stored.values()) == {"fp8"}
+        table = read_table(out / CALIBRATION_FILE)
+        for name in products:
+            assert float(index.read_tensor(out, name + INPUT_SCALE)) == range_scale(table.threshold(name))
+    else:
+        assert stored == {name: "int8" if widths[name] % 16 == 0 else "fp32" for name in products}
 
 
 def widened(config: ModelConfig) -> ModelConfig:
     """With a text tower whose widths have blocks."""
-    import msgspec
-
     assert config.contrastive is not None
-    assert config.contrastive.text is not None
+    if config.contrastive.text is None:
+        return config
     text = msgspec.structs.replace(config.contrastive.text, width=48, num_heads=3, ffw_width=64)
     return msgspec.structs.replace(config, contrastive=msgspec.structs.replace(config.contrastive, text=text))
 
 
-def test_towers_in_fp8_are_refused_by_name(tmp_path: Path) -> None:
-    policy = Policy(name="all", rules=(Rule(weights="*", format="fp8"),))
-    with pytest.raises(BuildError, match=r"keeps image_tower/proj in fp8, and ranges .* are not measured"):
-        flamingo_export.build(drawn_model(CLIP), out=tmp_path / "q.bundle", policy=policy, parity="skip")
+def test_a_wrong_range_of_a_tower_fails_parity(tmp_path: Path) -> None:
+    built = flamingo_export.build(drawn_model(CLIP), out=tmp_path / "q.bundle", policy="fp8").path
+    for number, name in enumerate(("text_tower/layer.1/ffw_down", "image_tower/proj")):
+        report = check_bundle(edited(built, tmp_path / f"{number}.bundle", f"{name}{INPUT_SCALE}", 4.0))
+        failed = {row.subgraph for row in report.rows if not row.passed}
+        assert failed == {name.split("/")[0]}
+
+
+def test_tables_with_and_without_towers(tmp_path: Path) -> None:
+    """A table of the model without its towers serves where no tower is in fp8, and one with them serves the model without."""
+    table = calibrate(LiveSource(drawn_model(CLIP)), shipped_samples(CLIP, None), tokenizer=None)
+    assert table.towers_sha256 is not None
+    bare = msgspec.structs.replace(
+        table, tensors={name: each for name, each in table.tensors.items() if "tower/" not in name}, towers_sha256=None
+    )
+    digest = table.weights_sha256
+    check_fits(bare, CLIP, digest, table.towers_sha256)
+    check_fits(table, msgspec.structs.replace(CLIP, contrastive=None), digest)
+    with pytest.raises(CalibrationError, match=r"of another contrastive encoder \("):
+        check_fits(table, CLIP, digest, "0" * 64)
+    tensors = {name: each for name, each in table.tensors.items() if name != "text_tower/proj"}
+    short = msgspec.structs.replace(table, tensors=tensors)
+    with pytest.raises(CalibrationError, match=r"it lacks text_tower/proj"):
+        check_fits(short, CLIP, digest, table.towers_sha256)
+    write_table(tmp_path / "bare.json", bare)
+    with pytest.raises(
+        BuildError, match=r"keeps image_tower/proj in fp8, and the table .*bare.json has no ranges of a contrastive"
+    ):
+        flamingo_export.build(
+            drawn_model(CLIP), out=tmp_path / "q.bundle", policy="fp8", calibration=tmp_path / "bare.json", parity="skip"
+        )
     assert not (tmp_path / "q.bundle").exists()
-    manifest = read_manifest(flamingo_export.build(drawn_model(MPT), out=tmp_path / "m.bundle", parity="skip").path)
-    assert manifest.config.contrastive is None
+    mine = Policy(name="mine", rules=preset("fp8").rules)
+    out = flamingo_export.build(
+        drawn_model(CLIP), out=tmp_path / "q.bundle", policy=mine, calibration=tmp_path / "bare.json", parity="skip"
+    ).path
+    assert WeightIndex.read(out)["text_tower/proj"].storage == "fp32"

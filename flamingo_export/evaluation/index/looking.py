@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from flamingo_export.backends.base import SessionOptions
 from flamingo_export.bundle.identity import bundle_digest
 from flamingo_export.bundle.manifest import Manifest
 from flamingo_export.errors import EvaluationError
@@ -29,7 +30,7 @@ def found_by_image(bundle: Path, folder: Path, image: MediumSource, count: int, 
     manifest, index = open_bundle(bundle), Index(folder)
     index.check_bundle(bundle_digest(manifest), bundle.name)
     backend = get_backend(options.get("backend", "auto"), manifest)
-    encoder = Encoder(bundle, manifest, backend, threads=options.get("threads", 0))
+    encoder = Encoder(bundle, manifest, backend, SessionOptions(threads=options.get("threads", 0)))
     try:
         return _hits(index, encoder.encode([image]), count, faiss)
     finally:
