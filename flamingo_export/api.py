@@ -47,7 +47,7 @@ def build(
     """Builds a bundle and publishes it at `out` once it is complete and, where PyTorch is installed, parity has passed.
 
     model: a checkpoint folder, a live `flamingo_reference.model.Flamingo`, or a source such as `sources.choice.source_for_size("9b")`.
-    out: the bundle; None takes `pipeline.request.default_out`.
+    out: the bundle; None takes `pipeline.build_request.default_out`.
     storage: how weights are stored, "fp32", "fp16" or "bf16"; None takes fp32 below a billion parameters, bf16 above.
     policy: which matrices are quantised, "fp8", "int8", "int4" or one of `quantize.policies.read_policy`.
     calibration: the table of activation ranges for it; without one the model is calibrated first, unless `uncalibrated`.

@@ -22,7 +22,7 @@ from flamingo_export.weights import WeightIndex
 from flamingo_reference.config import OwnVisionConfig
 
 
-def fitting(bundle: Path, source: WeightSource, *, progress: Progress = SILENT) -> Manifest:
+def donor_for(bundle: Path, source: WeightSource, *, progress: Progress = SILENT) -> Manifest:
     """The manifest of a bundle whose graphs fit the weights of `source`.
 
     Raises BundleError if the bundle is damaged, CheckpointError naming every setting in which the two differ, BuildError if this version
@@ -63,8 +63,8 @@ def _differences(bundle: Any, checkpoint: Any, where: str = "") -> Iterator[str]
     """Settings that differ, by their dotted names. The model's name is not a setting, and no graph depends on the tokens of _CHOICE."""
     if isinstance(bundle, dict) and isinstance(checkpoint, dict):
         for key in [*bundle, *(key for key in checkpoint if key not in bundle)]:
-            place = f"{where}.{key}" if where else key
-            if place != "name" and place not in _CHOICE:
-                yield from _differences(bundle.get(key), checkpoint.get(key), place)
+            path = f"{where}.{key}" if where else key
+            if path != "name" and path not in _CHOICE:
+                yield from _differences(bundle.get(key), checkpoint.get(key), path)
     elif bundle != checkpoint:
         yield f"{where} is {checkpoint!r}, the bundle has {bundle!r}"

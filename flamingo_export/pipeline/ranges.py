@@ -76,7 +76,7 @@ def written_ranges(
     source: WeightSource,
     precision: Precision,
     given: CalibrationTable | None,
-    place: BuildPaths,
+    paths: BuildPaths,
     journal: Journal,
     progress: Progress,
     *,
@@ -84,7 +84,7 @@ def written_ranges(
 ) -> tuple[CalibrationTable | None, CalibrationRecord | None]:
     """The table that quantisation reads, written into the bundle, and what the manifest says of it: as given, or made here of the set
     that ships with the package where activations are quantised."""
-    policy, path = precision.policy, place.work / CALIBRATION_FILE
+    policy, path = precision.policy, paths.work / CALIBRATION_FILE
     if policy is None:
         return None, None
     if given is None and (uncalibrated or not policy.needs_ranges):
@@ -101,8 +101,8 @@ def written_ranges(
 
         tokenizer = source_tokenizer(source)
         samples = shipped_samples(source.config, tokenizer, source.inputs)
-        table = calibrate(source, samples, tokenizer=tokenizer, work=place.calibration, progress=progress)
+        table = calibrate(source, samples, tokenizer=tokenizer, work=paths.calibration, progress=progress)
     write_table(path, table)
-    journal.add(CALIBRATION_FILE, Finished(file=file_record(place.work, path), sources={}))
-    shutil.rmtree(place.calibration, ignore_errors=True)
+    journal.add(CALIBRATION_FILE, Finished(file=file_record(paths.work, path), sources={}))
+    shutil.rmtree(paths.calibration, ignore_errors=True)
     return table, calibration_record(table, origin)

@@ -76,22 +76,22 @@ class _Content(Identified, kw_only=True):
 class Journal:
     """What a build has finished, kept beside its work folder so that a killed build resumes where it was."""
 
-    def __init__(self, place: BuildPaths, identity: str, *, resume: bool = True) -> None:
+    def __init__(self, paths: BuildPaths, identity: str, *, resume: bool = True) -> None:
         """Goes on with the work folder if the journal there is of the same identity, else empties it.
 
         `discarded` tells whether the work of another build was thrown away.
         """
-        self._place, self._file = place, _journal_file(place)
+        self._paths, self._file = paths, _journal_file(paths)
         self.discarded = False
         earlier = self._file.read()
-        fits = earlier is not None and resume and earlier.identity == identity and files.inode(place.work) == earlier.inode
+        fits = earlier is not None and resume and earlier.identity == identity and files.inode(paths.work) == earlier.inode
         if earlier is not None and fits:
             self._content = earlier
         else:
-            self.discarded = earlier is not None and bool(earlier.groups) and place.work.exists()
-            place.discard()
-            place.work.mkdir()
-            self._content = _Content(identity=identity, inode=place.work.stat().st_ino)
+            self.discarded = earlier is not None and bool(earlier.groups) and paths.work.exists()
+            paths.discard()
+            paths.work.mkdir()
+            self._content = _Content(identity=identity, inode=paths.work.stat().st_ino)
         self._tidy()
         self._file.save(self._content)
 
@@ -107,7 +107,7 @@ class Journal:
 
     def _tidy(self) -> None:
         """Leaves nothing in the work folder but the files of finished groups, and no group whose file is not there in full."""
-        work = self._place.work
+        work = self._paths.work
         for group, record in list(self._content.groups.items()):
             path = work / record.file.path
             if not (path.is_file() and path.stat().st_size == record.file.size):
@@ -121,80 +121,80 @@ class Journal:
                 path.unlink()
 
 
-def _journal_file(place: BuildPaths) -> files.Journal[_Content]:
-    return files.Journal(place.journal, _Content)
+def _journal_file(paths: BuildPaths) -> files.Journal[_Content]:
+    return files.Journal(paths.journal, _Content)
 
 
 @contextmanager
-def exclusive(place: BuildPaths) -> Iterator[None]:
+def exclusive(paths: BuildPaths) -> Iterator[None]:
     """Holds the lock of an output path. Raises BuildError if another build holds it, or the folder cannot be written."""
 
     def busy(holder: str) -> BuildError:
-        return BuildError(f"another build to {place.out} is running (process {holder}). Wait for it, or choose another --out.")
+        return BuildError(f"another build to {paths.out} is running (process {holder}). Wait for it, or choose another --out.")
 
     def unwritable(error: OSError) -> BuildError:
-        return BuildError(f"{place.out.parent} cannot be written ({error.strerror}). Choose another --out.")
+        return BuildError(f"{paths.out.parent} cannot be written ({error.strerror}). Choose another --out.")
 
-    with files.exclusive(place.lock, busy=busy, unwritable=unwritable):
+    with files.exclusive(paths.lock, busy=busy, unwritable=unwritable):
         yield
 
 
-def recover(place: BuildPaths) -> None:
+def recover(paths: BuildPaths) -> None:
     """Finishes what a build that was killed while publishing has left to do."""
-    if place.replaced.exists():
-        if os.path.lexists(place.out):
-            shutil.rmtree(place.replaced, ignore_errors=True)
+    if paths.replaced.exists():
+        if os.path.lexists(paths.out):
+            shutil.rmtree(paths.replaced, ignore_errors=True)
         else:
-            place.replaced.rename(place.out)
-    journal = _journal_file(place).read()
-    if journal is not None and journal.inode != files.inode(place.work):
-        place.discard()
+            paths.replaced.rename(paths.out)
+    journal = _journal_file(paths).read()
+    if journal is not None and journal.inode != files.inode(paths.work):
+        paths.discard()
 
 
-def check_output(place: BuildPaths, *, overwrite: bool) -> None:
+def check_output(paths: BuildPaths, *, overwrite: bool) -> None:
     """Raises BuildError if something is at the output path and may not be replaced. An empty folder is nothing."""
-    if not os.path.lexists(place.out):
+    if not os.path.lexists(paths.out):
         return
-    if place.out.is_mount():
+    if paths.out.is_mount():
         raise BuildError(
-            f"{place.out} is where a disk is mounted, which cannot be replaced. Choose a folder in it: --out {place.out}/NAME.bundle"
+            f"{paths.out} is where a disk is mounted, which cannot be replaced. Choose a folder in it: --out {paths.out}/NAME.bundle"
         )
-    if place.out.is_dir() and not place.out.is_symlink() and not any(place.out.iterdir()):
+    if paths.out.is_dir() and not paths.out.is_symlink() and not any(paths.out.iterdir()):
         return
-    if place.out.is_symlink() or not (place.out / MANIFEST_NAME).is_file():
+    if paths.out.is_symlink() or not (paths.out / MANIFEST_NAME).is_file():
         raise BuildError(
-            f"{place.out} exists and is not a bundle; it will not be overwritten. Choose another --out, or remove it."
+            f"{paths.out} exists and is not a bundle; it will not be overwritten. Choose another --out, or remove it."
         )
     if not overwrite:
-        raise BuildError(f"{place.out} exists. Choose another --out, or replace it with --overwrite.")
+        raise BuildError(f"{paths.out} exists. Choose another --out, or replace it with --overwrite.")
 
 
-def check_disk(place: BuildPaths, needed: int) -> None:
+def check_disk(paths: BuildPaths, needed: int) -> None:
     """Raises BuildError if the output's disk has fewer than `needed` bytes free."""
-    free = shutil.disk_usage(place.out.parent).free
+    free = shutil.disk_usage(paths.out.parent).free
     if free < needed:
         raise BuildError(
-            f"the build needs {needed / 2**30:.2f} GiB on the disk of {place.out.parent.resolve()}, which has {free / 2**30:.2f} GiB free. "
+            f"the build needs {needed / 2**30:.2f} GiB on the disk of {paths.out.parent.resolve()}, which has {free / 2**30:.2f} GiB free. "
             "Free some, or choose an --out on another disk."
         )
 
 
-def publish(place: BuildPaths) -> None:
+def publish(paths: BuildPaths) -> None:
     """Makes the finished work folder the bundle at `out`. Readers see the old bundle or the new one, wherever the system can exchange
     two folders in one step; elsewhere the old one is set aside for a moment, and put back if the new one does not get there."""
-    sync_tree(place.work)
-    if not os.path.lexists(place.out):
-        place.work.rename(place.out)
-    elif not _exchange(place.work, place.out):
-        place.out.rename(place.replaced)
+    sync_tree(paths.work)
+    if not os.path.lexists(paths.out):
+        paths.work.rename(paths.out)
+    elif not _exchange(paths.work, paths.out):
+        paths.out.rename(paths.replaced)
         try:
-            place.work.rename(place.out)
+            paths.work.rename(paths.out)
         except BaseException:
-            place.replaced.rename(place.out)
+            paths.replaced.rename(paths.out)
             raise
-        shutil.rmtree(place.replaced, ignore_errors=True)
-    _sync(place.out.parent)
-    place.discard()
+        shutil.rmtree(paths.replaced, ignore_errors=True)
+    _sync(paths.out.parent)
+    paths.discard()
 
 
 def sync_tree(folder: Path) -> None:

@@ -78,7 +78,7 @@ def _is_origin(source: CheckpointSource, manifest: Manifest) -> bool:
     return combined_digest(digests) == recorded.sha256 and towers_digest(digests) == recorded.towers_sha256
 
 
-def with_place(record: SourceRecord, files: Source, out: Path) -> SourceRecord:
+def relative_paths(record: SourceRecord, files: Source, out: Path) -> SourceRecord:
     """The record, with where the checkpoint's files lie from the folder that holds the bundle `out`, if all of them lie in it."""
     if not isinstance(files, CheckpointFiles):
         return record
@@ -101,7 +101,7 @@ def with_place(record: SourceRecord, files: Source, out: Path) -> SourceRecord:
 
 
 def _files_beside(bundle: Path, place: PlaceRecord | None) -> CheckpointFiles | None:
-    """The files that `with_place` named, where all are still there."""
+    """The files that `relative_paths` named, where all are still there."""
     if place is None:
         return None
     folder = Path(os.path.abspath(bundle)).parent
