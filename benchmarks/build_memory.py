@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +31,7 @@ GIB = 1 << 30
 CHUNK = 1 << 20
 
 
-def built(size: str, folder: Path) -> dict[str, object]:
+def built(size: str, folder: Path) -> dict[str, Any]:
     """Builds; called in a process of its own."""
     from flamingo_export.pipeline import run as pipeline
 
@@ -47,17 +48,18 @@ def built(size: str, folder: Path) -> dict[str, object]:
     }
 
 
-def baseline(size: str, folder: Path) -> dict[str, object]:
+def baseline(size: str, folder: Path) -> dict[str, Any]:
     """Draws, casts, hashes and writes the same weights, nothing else; called in a process of its own."""
     from flamingo_export.pipeline.write_weights import cast
     from flamingo_export.sources.random_weights import draw
     from flamingo_export.weights import STORAGE_DTYPES, bundle_weights, groups
 
     source = source_for_size(size, seed=0)
-    precision = resolve_precision(source.config, None)  # type: ignore[union-attr]
+    assert isinstance(source, RandomWeights)
+    precision = resolve_precision(source.config, None)
     spent = dict.fromkeys(("draw", "cast", "hash", "write"), 0.0)
     started = time.perf_counter()
-    for group, members in groups(bundle_weights(source.config)).items():  # type: ignore[union-attr]
+    for group, members in groups(bundle_weights(source.config)).items():
         path = folder / f"{group}.safetensors"
         with path.open("wb", buffering=0) as file:
             digest = hashlib.sha256()
@@ -81,7 +83,7 @@ def baseline(size: str, folder: Path) -> dict[str, object]:
     return {"seconds": time.perf_counter() - started, "parts": {part: round(value, 2) for part, value in spent.items()}}
 
 
-def apart(kind: str, size: str, folder: Path) -> dict[str, object]:
+def apart(kind: str, size: str, folder: Path) -> dict[str, Any]:
     """One of the two in a process of its own, on an empty folder that is removed afterwards."""
     place = Path(tempfile.mkdtemp(prefix=f"build-{kind}-", dir=folder))
     try:
@@ -105,7 +107,7 @@ def main() -> None:
         print(json.dumps({"built": built, "baseline": baseline}[options.only](options.size, options.folder)))
         return
     build = apart("built", options.size, options.folder)
-    result: dict[str, object] = {"size": options.size, "build": build, "cores": os.cpu_count()}
+    result: dict[str, Any] = {"size": options.size, "build": build, "cores": os.cpu_count()}
     if not options.no_baseline:
         bare = apart("baseline", options.size, options.folder)
         result |= {"baseline": bare, "time_ratio": float(str(build["seconds"])) / float(str(bare["seconds"]))}
@@ -119,7 +121,7 @@ def main() -> None:
         common.save(f"build_{options.size}", result)
 
 
-def report(result: dict[str, object]) -> str:
+def report(result: dict[str, Any]) -> str:
     """The result in lines."""
     build = result["build"]
     assert isinstance(build, dict)

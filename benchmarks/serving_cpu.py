@@ -77,9 +77,9 @@ def overhead(model: Model, requests: Sequence[Request], settings: dict[str, Any]
 
         return run
 
-    decoder = model.engines.decoder
+    decoder: Any = model.engines.decoder
     run = decoder.run
-    decoder.run = timed("decoder", run)  # type: ignore[method-assign]
+    decoder.run = timed("decoder", run)
     try:
         options = GenerateOptions(**settings)
         for request in requests:
@@ -87,15 +87,16 @@ def overhead(model: Model, requests: Sequence[Request], settings: dict[str, Any]
         with model.engine.by_hand() as loop:
             while len(loop.schedule.decoding) < len(requests):
                 loop.tick()
+            job: Any
             for job in loop.schedule.decoding:
-                job.search.advance = timed("search", job.search.advance)  # type: ignore[attr-defined]
+                job.search.advance = timed("search", job.search.advance)
             seconds.update(decoder=0.0, search=0.0)
             started = time.perf_counter()
             while loop.tick():
                 pass
             whole = time.perf_counter() - started
     finally:
-        decoder.run = run  # type: ignore[method-assign]
+        decoder.run = run
     return {
         "scheduler, share of a step": 1 - (seconds["decoder"] + seconds["search"]) / whole,
         "search, share of a step": seconds["search"] / whole,

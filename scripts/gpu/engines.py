@@ -168,7 +168,8 @@ def run_cli(*commands: Sequence[str]) -> Callable[[Context], Result]:
 
     def run(context: Context) -> Result:
         results: Result = {}
-        failures, lost = [], set()  # type: ignore[var-annotated]
+        failures: list[str] = []
+        lost: set[str] = set()
         with tempfile.TemporaryDirectory() as folder:
             for command in commands:
                 bundles = {word for word in command if word.startswith("BUNDLE")}

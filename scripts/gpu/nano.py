@@ -23,7 +23,8 @@ from flamingo_export.runtime.model import Model
 from flamingo_export.runtime.request import Request
 from flamingo_export.validate import check_bundle
 from flamingo_reference.nano.tasks import Task, read_answers, tasks
-from gpu.torch_backend import Attend, Card, TorchBackend  # type: ignore[attr-defined]
+from gpu.torch_backend import Card, TorchBackend
+from gpu.torch_graph import Attend
 
 MEDIA_POLICY = Path(__file__).with_name("fp8_bank.toml")
 """The bank in FP8 and nothing else: matrices in FP8 are for compilers."""

@@ -15,7 +15,8 @@ import psutil
 import pytest
 import trt_wheels
 
-from flamingo_export.backends.tensorrt.estimate import GIB, estimate  # type: ignore[attr-defined]
+from flamingo_export.backends.tensorrt.estimate import estimate
+from flamingo_export.estimates import GIB
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 WEIGHTS = 4_763_164_672

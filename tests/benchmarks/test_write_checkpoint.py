@@ -40,11 +40,12 @@ def test_idefics(script: ModuleType, tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("model-*.safetensors"))) == 5
     found = recognise(tmp_path)
     assert found.family.name == "idefics"
-    model, loading = IdeficsForVisionText2Text.from_pretrained(tmp_path, dtype=torch.bfloat16, output_loading_info=True)  # type: ignore[misc]
-    assert not loading["missing_keys"]  # type: ignore[has-type]
-    assert not loading["unexpected_keys"]  # type: ignore[has-type]
-    assert not loading["mismatched_keys"]  # type: ignore[has-type]
-    for name, tensor in model.state_dict().items():  # type: ignore[has-type]
+    kind: Any = IdeficsForVisionText2Text
+    model, loading = kind.from_pretrained(tmp_path, dtype=torch.bfloat16, output_loading_info=True)
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+    assert not loading["mismatched_keys"]
+    for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, torch.from_numpy(found.reader.read(name).astype(np.float32)).to(torch.bfloat16)), name
 
 
@@ -56,8 +57,9 @@ def test_openflamingo(script: ModuleType, tmp_path: Path) -> None:
     for name in reader.names():
         np.testing.assert_array_equal(reader.read(name), saved[f"module.{name}"].numpy())
     assert saved["module.perceiver.layers.0.0.to_q.weight"].std() == pytest.approx(32**-0.5, rel=0.1)
+    kind: Any
     for folder, kind in (("mpt", MptForCausalLM), ("clip", CLIPVisionModel)):
-        _, loading = kind.from_pretrained(tmp_path / folder, output_loading_info=True)  # type: ignore[misc]
+        _, loading = kind.from_pretrained(tmp_path / folder, output_loading_info=True)
         assert not loading["unexpected_keys"]
         assert set(loading["missing_keys"]) <= {"lm_head.weight"}
     assert recognise(tmp_path / "checkpoint.pt").family.name == "openflamingo"

@@ -149,13 +149,14 @@ def run_whole(model: Flamingo, sample: Sample, keep: Callable[[str, torch.Tensor
             seen = list(media_ranges(ids, config.tokens.image, np.array([[one.rows for one in media_shown]], np.int64)))[::-1]
         bounds = [torch.from_numpy(bound) for bound in seen]
         rows = torch.arange(len(joined))[None]
+        layer: Any
         for j, layer in enumerate(model.language_model.layers):
             if j in config.gated_layers:
                 i = config.gated_layers.index(j)
                 hidden = model.gated_blocks()[i](hidden, *media[i], rows, *bounds)
-            q, k, v = layer.qkv(hidden)  # type: ignore[operator]
+            q, k, v = layer.qkv(hidden)
             if isinstance(config.language_model.positions, RelativePositions):
-                q = q + layer.content_bias[None, :, None]  # type: ignore[index]
+                q = q + layer.content_bias[None, :, None]
             for kind, operand in zip("qkv", (q, k, v), strict=True):
                 keep(f"decoder/layer.{j}/self_attention/{kind}", operand)
             hidden = layer(hidden)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -62,6 +63,7 @@ def test_lines_of_every_kind(write, tmp_path, nano):
     samples = read_samples(path)
     assert [sample.name for sample in samples] == ["line 1", "line 3", "line 4", "line 5"]
     assert samples[1] == Sample(prompt="<image><image>Two dogs.", media=[tmp_path / "a.png", tmp_path / "b.png"], name="line 3")
+    assert isinstance(samples[3], Sample)
     assert samples[3].media == [Video(source=tmp_path / "clip.gif")]
     checked = check_samples(samples, nano, source_tokenizer(nano))
     assert [sample.frames for sample in checked.samples] == [(1,), (1, 1), (), (3,)]
@@ -208,22 +210,25 @@ def test_the_digest_of_weights_is_the_manifests():
 
 def test_damaged_weights_name_the_tensor():
     model = drawn_model(MPT)
-    model.language_model.layers[2].ffw_up.weight[3, 4] = float("nan")
+    layer: Any = model.language_model.layers[2]
+    layer.ffw_up.weight[3, 4] = float("nan")
     with pytest.raises(CalibrationError, match=r"decoder/layer\.2/ffw_down are NaN or infinite"):
         calibrate(LiveSource(model), shipped_samples(MPT, None), tokenizer=None)
 
 
 def test_constant_activations_name_the_tensor():
     model = drawn_model(NEOX)
-    model.language_model.layers[1].ffw_norm.weight.zero_()
-    model.language_model.layers[1].ffw_norm.bias.fill_(0.5)
+    layer: Any = model.language_model.layers[1]
+    layer.ffw_norm.weight.zero_()
+    layer.ffw_norm.bias.fill_(0.5)
     with pytest.raises(CalibrationError, match=r"decoder/layer\.1/ffw_up is 0\.5 in all"):
         calibrate(LiveSource(model), shipped_samples(NEOX, None), tokenizer=None)
 
 
 def test_zeros_are_recorded_and_told(recorder):
     model = drawn_model(IDEFICS)
-    model.cross_attention[1].v_proj.weight.zero_()
+    gated: Any = model.cross_attention[1]
+    gated.v_proj.weight.zero_()
     table = calibrate(LiveSource(model), shipped_samples(IDEFICS, None), tokenizer=None, progress=recorder)
     silent = {name for name, found in table.tensors.items() if not found.amax}
     assert silent == {"media_kv/layer.1/v", "decoder/layer.2/cross_attention/out_proj"}
@@ -235,7 +240,8 @@ def test_zeros_are_recorded_and_told(recorder):
 def test_gates_do_not_change_what_their_products_take(relative, calibrated, gate):
     """The gate lies in the weights of the product, behind its input: even where it is zero there is something to scale."""
     model = drawn_model(relative)
-    model.cross_attention[0].attention_gate.fill_(gate)
+    gated: Any = model.cross_attention[0]
+    gated.attention_gate.fill_(gate)
     table = calibrate(LiveSource(model), shipped_samples(relative, None), tokenizer=None)
     name = "decoder/layer.2/cross_attention/out_proj"
     assert msgspec.structs.asdict(table.tensors[name]) == msgspec.structs.asdict(calibrated(relative).tensors[name])

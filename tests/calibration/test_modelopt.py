@@ -69,7 +69,7 @@ def test_entropy_is_modelopts_with_its_bins_and_steps(kind):
         return np.digitize(np.floor(bins), np.linspace(0, threshold, 129))
 
     tried = [stop for stop in range(oracle.BINS, oracle.FIRST - 1, -oracle.STRIDE) if counts[stop - 1] or stop == oracle.BINS]
-    found = thresholds.entropy(filled + 0.5, counts[filled], np.array(tried, np.float64), even)
+    found = thresholds.entropy((filled + 0.5).astype(np.float64), counts[filled], np.array(tried, np.float64), even)
     assert edges[int(found)] == pytest.approx(RECORDED["methods"][kind]["entropy"], rel=1e-6)
 
 

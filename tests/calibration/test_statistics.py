@@ -68,7 +68,7 @@ def test_e4m3_is_the_format_that_onnx_knows():
     )
     values = np.abs(drawn((2000,), kind="heavy")).astype(np.float64)
     threshold = 5.0
-    found = thresholds.e4m3(values, threshold)
+    found = thresholds.e4m3(values, np.array(threshold))
     scaled = np.minimum(values / threshold * 448, 448)
     nearest = np.array(grid)[np.abs(np.array(grid) - scaled[:, None]).argmin(axis=1)] * threshold / 448
     np.testing.assert_allclose(found, nearest, rtol=1e-12)
@@ -86,7 +86,7 @@ def plain_entropy(values, counts, tried):
         given = [float(counts[i]) for i in inside]
         given[-1] += clipped
         scale = threshold / 448
-        steps = {}
+        steps: dict[float, list[int]] = {}
         for i in inside:
             step = float(ml_dtypes.float8_e4m3fn(min(values[i] / scale, 448)))
             steps.setdefault(step, []).append(i)

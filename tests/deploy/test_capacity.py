@@ -83,7 +83,7 @@ def test_rows_side_by_side_share_steps():
 def test_what_is_shared_is_computed_once_and_copied():
     own, shared = (
         simulate(
-            costs(), requests(load, 20, 1), np.arange(20) * 0.02, beams=1, rows=4, queue=None
+            costs(), requests(load, 20, 1), np.arange(20, dtype=np.float64) * 0.02, beams=1, rows=4, queue=None
         )
         for load in (Load(prompt=(200, 200), images=4), Load(prompt=(200, 200), images=4, shared_prompt=190, shared_images=4))
     )  # fmt: skip
@@ -154,6 +154,7 @@ def test_a_day_is_sized_for_its_noon_and_priced_by_its_hours():
     assert day.replicas == pytest.approx(1.8 * flat.replicas, rel=0.2)
     assert flat.replica_hours == 24 * flat.replicas
     assert flat.replica_hours <= day.replica_hours < 24 * day.replicas
+    assert day.price_an_hour is not None
     assert day.price_an_hour == pytest.approx(2.0 * day.replica_hours / 24)
     assert day.price_per_thousand == pytest.approx(day.price_an_hour / 360)
 

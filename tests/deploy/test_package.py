@@ -80,7 +80,8 @@ def test_kubernetes_manifests_are_valid(bundle: Path, tmp_path: Path, host: str,
 def test_containers_start_what_there_is(bundle: Path, tmp_path: Path, host: str) -> None:
     """Arguments are options of `serve`, probes its paths, and the grace period is longer than its drain."""
     package(bundle, host, tmp_path / "out")
-    serve = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
+    group: Any = typer.main.get_command(app)
+    serve = group.commands["serve"]
     options = {option for parameter in serve.params for option in parameter.opts}
     for path, document in documents(tmp_path / "out"):
         spec = document["spec"]

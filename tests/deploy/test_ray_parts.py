@@ -255,9 +255,9 @@ def test_an_application_is_run_and_told_when_the_reader_goes():
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def run() -> Any:
-        pieces = answered(app, scope_of("GET", "/", b"", [], ""), b"hello")
+        pieces: Any = answered(app, scope_of("GET", "/", b"", [], ""), b"hello")
         found = [await anext(pieces), await anext(pieces)]
-        await pieces.aclose()  # type: ignore[attr-defined]
+        await pieces.aclose()
         return found
 
     assert asyncio.run(run()) == [(201, [("x", "y")]), b"hello"]

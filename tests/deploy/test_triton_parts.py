@@ -123,7 +123,7 @@ def test_pieces_are_the_text_together(requests, bundle):
     with flamingo_export.load(bundle, threads=1) as model:
         text = model.caption(png("red"), beams=1).text
         within = text[len(text) // 2 :][:3]  # begins within a word
-        asked = [{"beams": 1, "stop": within}]
+        asked: list[dict[str, Any]] = [{"beams": 1, "stop": within}]
         asked += [{"temperature": 2.0, "num_return": 3, "seed": seed} for seed in range(4)]
         expected = [model.caption(png("red"), **settings).text for settings in asked]
     for settings, wanted in zip(asked, expected, strict=True):
@@ -200,7 +200,7 @@ def test_it_opens_what_the_environment_names(monkeypatch):
 
 
 def test_the_server_is_found_or_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(start.shutil, "which", lambda _: None)
+    monkeypatch.setattr("flamingo_export.deploy.triton.start.shutil.which", lambda _: None)
     monkeypatch.setattr(start, "find_spec", lambda _: None)
     with pytest.raises(BackendError, match=r"25\.07"):
         start.server()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,7 +45,8 @@ def test_paths(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_modules(page: Path) -> None:
-    wrong = []  # type: ignore[var-annotated]
+    wrong: list[str] = []
+    found: Any
     for name in ticked(page):
         if not re.fullmatch(rf"(?:{'|'.join(PACKAGES)})(?:\.\w+)+", name):
             continue
@@ -55,7 +57,7 @@ def test_modules(page: Path) -> None:
             except ImportError:
                 continue
             for attribute in parts[length:]:
-                found = getattr(found, attribute, None)  # type: ignore[assignment]
+                found = getattr(found, attribute, None)
             if found is None:
                 wrong.append(name)
             break

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from made_models import Seeing
@@ -17,9 +19,9 @@ def picture(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 255, (4, 4, 3), dtype=np.uint8)
 
 
-def items(count: int, first: int = 0, **fields: object) -> list[Item]:
+def items(count: int, first: int = 0, **fields: Any) -> list[Item]:
     return [
-        Item(id=str(first + at), medium=picture(first + at), references=("x",), answer=f"answer {at}", **fields)  # type: ignore[arg-type]
+        Item(id=str(first + at), medium=picture(first + at), references=("x",), answer=f"answer {at}", **fields)
         for at in range(count)
     ]
 
@@ -72,10 +74,11 @@ def test_rices_is_brute_force(tmp_path, count: int) -> None:
     similarity = IndexedSimilarity(model, index_of(model, examples, tmp_path / "index", progress=SILENT))
     selector = Selector(examples, "rices", 0, similarity)
     selector.prepare(queries[:6])
-    vectors = model.features([item.medium for item in examples]).astype(np.float64)  # type: ignore[misc]
+    vectors = model.features([item.medium for item in examples if item.medium is not None]).astype(np.float64)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     for query in queries:
-        asked = model.features([query.medium])[0].astype(np.float64)  # type: ignore[list-item]
+        assert query.medium is not None
+        asked = model.features([query.medium])[0].astype(np.float64)
         cosines = vectors @ (asked / np.linalg.norm(asked))
         if query.id == "own":
             cosines[7] = -2

@@ -67,8 +67,8 @@ def test_texts_and_scores_are_the_bundles(checkpoint: Path, bundle: Path, data: 
             for mine, their in zip(one, other, strict=True):
                 np.testing.assert_allclose(mine.token_logprobs, their.token_logprobs, atol=2e-4)
         choices = [["w5", "w6 w7", "w8"], ["w9", "w5 w5 w5"]]
-        for mine, their in zip(ours.score(requests, choices), theirs.score(requests, choices), strict=True):  # type: ignore[assignment]
-            np.testing.assert_allclose(mine, their, atol=2e-4)  # type: ignore[call-overload]
+        for scores, wanted in zip(ours.score(requests, choices), theirs.score(requests, choices), strict=True):
+            np.testing.assert_allclose(scores, wanted, atol=2e-4)
 
 
 def test_the_command_compares_them_pair_by_pair(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -57,7 +58,8 @@ def tiny_model(tiny_config: ModelConfig) -> Flamingo:
                 parameter.copy_(parameter + 0.2 * drawn)
             elif parameter.dim() > 1:
                 parameter.copy_(drawn / parameter[0].numel() ** 0.5)
-        model.cross_attention[1].attention_gate.neg_()  # type: ignore[operator]
+        gated: Any = model.cross_attention[1]
+        gated.attention_gate.neg_()
     return model.eval()
 
 

@@ -25,8 +25,8 @@ from flamingo_reference.config import SIZES, ModelConfig
 MEASURED = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "open_memory.json").read_text())
 
 
-def index(size: str, storage: str, policy: str | None = None) -> WeightIndex:
-    precision = Precision(storage=storage, policy=preset(policy) if policy else None)  # type: ignore[arg-type]
+def index(size: str, storage: StorageType, policy: str | None = None) -> WeightIndex:
+    precision = Precision(storage=storage, policy=preset(policy) if policy else None)
     return WeightIndex.planned(SIZES[size], precision)
 
 

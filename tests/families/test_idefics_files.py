@@ -95,10 +95,10 @@ def test_a_tied_output_under_both_names(tmp_path: Path, second: bool) -> None:
         save_file(tensors, path)
     found = load(CheckpointFiles(path=folder))
     assert found.config.language_model.tied_head
-    embedding = np.concatenate(  # type: ignore[assignment]
+    embedding_rows = np.concatenate(
         [tensors["model.embed_tokens.weight"], tensors["model.embed_tokens.additional_embedding.weight"]]
     )
-    np.testing.assert_array_equal(found.reader.read("language_model.embedding.weight"), embedding)
+    np.testing.assert_array_equal(found.reader.read("language_model.embedding.weight"), embedding_rows)
     assert len([name for name in found.ignored if name.startswith("lm_head")]) == (2 if second else 0)
 
 

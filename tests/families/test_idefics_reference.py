@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,11 +33,11 @@ from flamingo_reference.search import Rules, beam_search, flamingo_next_logits
 KINDS = [(True, False), (False, True), (True, True), (False, False)]
 
 
-def ours(model: object, tokens: list[int], images: torch.Tensor) -> torch.Tensor:
-    config: ModelConfig = model.config  # type: ignore[attr-defined]
-    bank = model.media_kv(model.latents(images[0][:, None]))  # type: ignore[attr-defined]
+def ours(model: Any, tokens: list[int], images: torch.Tensor) -> torch.Tensor:
+    config: ModelConfig = model.config
+    bank = model.media_kv(model.latents(images[0][:, None]))
     phi = torch.from_numpy(phi_from_tokens(np.array([tokens]), config.tokens.image, config.tokens.reset))
-    return model(torch.tensor([tokens]), bank, torch.arange(images.shape[1])[None], phi)[0]  # type: ignore[operator]
+    return model(torch.tensor([tokens]), bank, torch.arange(images.shape[1])[None], phi)[0]
 
 
 @pytest.mark.parametrize(("qk_norm", "vector"), KINDS)
@@ -130,7 +131,7 @@ def test_the_published_sizes() -> None:
         ({"vision_config": {"hidden_act": "tanh"}}, "vision_config: hidden_act is 'tanh'"),
     ],
 )
-def test_configs_that_are_not_supported(change: dict[str, object], message: str) -> None:
+def test_configs_that_are_not_supported(change: dict[str, Any], message: str) -> None:
     raw = published(their_config())
     with pytest.raises(ConfigError, match=message):
         idefics.config_from({**raw, **change})

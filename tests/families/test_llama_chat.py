@@ -28,10 +28,10 @@ LENGTH = 12
 
 def written(folder: Path, *, template: str | None = TEMPLATE, template_file: str = "chat_template.jinja") -> tuple[Path, Any]:
     """A folder as on the hub, and the model that it holds."""
-    config = their_config()
+    config: Any = their_config()
     config.image_token_index = IDS[IMAGE]
-    config.text_config.vocab_size, config.text_config.max_position_embeddings = ROWS, 1024  # type: ignore[union-attr]
-    config.text_config.bos_token_id, config.text_config.eos_token_id = IDS[BOS], STOPS  # type: ignore[union-attr]
+    config.text_config.vocab_size, config.text_config.max_position_embeddings = ROWS, 1024
+    config.text_config.bos_token_id, config.text_config.eos_token_id = IDS[BOS], STOPS
     theirs = their_model(config, seed=5).float()
     theirs.generation_config.eos_token_id, theirs.generation_config.bos_token_id = STOPS, IDS[BOS]
     theirs.save_pretrained(folder, max_shard_size="400KB")

@@ -39,20 +39,21 @@ def trained(model: Any, targets: Any, **changes: Any) -> PeftModel:
     """A PEFT model after some steps: everything that training would change has changed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        config = LoraConfig(target_modules=targets, **({"r": 3, "lora_alpha": 5, "init_lora_weights": "gaussian"} | changes))  # type: ignore[arg-type]
+        settings: dict[str, Any] = {"r": 3, "lora_alpha": 5, "init_lora_weights": "gaussian"} | changes
+        config = LoraConfig(target_modules=targets, **settings)
         found = get_peft_model(copy.deepcopy(model), config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in found.parameters():
             if parameter.requires_grad:
-                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)  # type: ignore[misc]
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     return found.eval()
 
 
 def saved(model: PeftModel, folder: Path) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model.save_pretrained(folder)  # type: ignore[arg-type]
+        model.save_pretrained(str(folder))
     return folder
 
 

@@ -60,7 +60,8 @@ def test_vision_features(ids: list[int]) -> None:
     with corrected(theirs), torch.no_grad():
         wanted = theirs.model.vision_model(images[None], torch.tensor([ids]), mask).last_hidden_state[0]
         found = ours.vision_encoder(images, torch.tensor(ids))
-    width = ours.config.vision.width  # type: ignore[union-attr]
+    assert isinstance(ours.config.vision, TiledViTConfig)
+    width = ours.config.vision.width
     layered = wanted[..., width:].unflatten(-1, (width, -1)).transpose(-1, -2).flatten(-2)
     wanted = torch.cat([wanted[..., :width], layered], dim=-1)
     for image, count in enumerate(tiles_of(ids)):

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 import flamingo_export
 from flamingo_reference.checkpoints.files.tensors import CheckpointError
 from flamingo_reference.checkpoints.loading import Checkpoint, CheckpointFiles, load
-from flamingo_reference.config import AlibiPositions
+from flamingo_reference.config import AlibiPositions, ViTConfig
 from flamingo_reference.input_format import OPENFLAMINGO, OTTER, with_bos
 from flamingo_reference.model import Flamingo, torch_from_numpy
 from flamingo_reference.phi import phi_from_tokens
@@ -370,7 +370,8 @@ def test_open_clip_says_activation_and_heads(tmp_path: Path, name: str, model: A
     wanted = rounded(theirs).logits(PROMPT, images())
     for path in (folder, folder / name):
         found = load(msgspec.structs.replace(source, vision_encoder=path))
-        assert (found.config.vision.activation, found.config.vision.num_heads) == (activation, heads)  # type: ignore[union-attr]
+        assert isinstance(found.config.vision, ViTConfig)
+        assert (found.config.vision.activation, found.config.vision.num_heads) == (activation, heads)
         assert_same(logits(found), wanted)
 
 

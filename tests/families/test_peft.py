@@ -53,7 +53,7 @@ def stepped(found: Any, seed: int = 0) -> PeftModel:
 def saved(model: PeftModel, folder: Path, **how: Any) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model.save_pretrained(folder, **how)  # type: ignore[arg-type]
+        model.save_pretrained(str(folder), **how)
     return folder
 
 
@@ -105,7 +105,8 @@ def test_copies_that_lie_beside_an_update_take_the_bases_place(idefics: tuple[Pa
     model = trained(idefics[1], lora(["embed_tokens"]))
     if rows == "changed":
         with torch.no_grad():
-            model.base_model.model.model.embed_tokens.base_layer.weight[7] += 1.0  # type: ignore[index, operator, union-attr]
+            base: Any = model.base_model
+            base.model.model.embed_tokens.base_layer.weight[7] += 1.0
     adapter = saved(model, tmp_path / "adapter", save_embedding_layers=True)
     loaded = PeftModel.from_pretrained(copy.deepcopy(idefics[1]), adapter)
     assert_merged(CheckpointFiles(path=idefics[0], adapters=(adapter,)), loaded.merge_and_unload(), least=1)
@@ -114,10 +115,10 @@ def test_copies_that_lie_beside_an_update_take_the_bases_place(idefics: tuple[Pa
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
 def test_adapters_that_changed_their_base(idefics: tuple[Path, Any], tmp_path: Path, start: str) -> None:
     """As they were trained they belong to other weights; converted by PEFT they are updates of the base."""
-    first = get_peft_model(copy.deepcopy(idefics[1]), lora(["q_proj", "up_proj"], init_lora_weights=start))
-    first.peft_config["default"].init_lora_weights = True  # type: ignore[attr-defined]  # what conversion needs: where training began
+    first: Any = get_peft_model(copy.deepcopy(idefics[1]), lora(["q_proj", "up_proj"], init_lora_weights=start))
+    first.peft_config["default"].init_lora_weights = True  # what conversion needs: where training began
     beginning = saved(first, tmp_path / "beginning")
-    first.peft_config["default"].init_lora_weights = start  # type: ignore[attr-defined]
+    first.peft_config["default"].init_lora_weights = start
     model = stepped(first)
     whole = saved(model, tmp_path / "whole")
     assert json.loads((whole / "adapter_config.json").read_text())["init_lora_weights"] == start

@@ -122,8 +122,9 @@ def test_from_image_files(llama: tuple[Path, Any], bundle: Path, tmp_path: Path,
     paths = [tmp_path / f"{index}.png" for index in range(len(sizes))]
     for path, picture in zip(paths, pictures, strict=True):
         picture.save(path)
-    settings = {name: value for name, value in PREPROCESSOR.items() if name != "image_processor_type"}
-    theirs = MllamaImageProcessorPil(**settings)([pictures], return_tensors="pt")  # type: ignore[arg-type]
+    settings: dict[str, Any] = {name: value for name, value in PREPROCESSOR.items() if name != "image_processor_type"}
+    processor: Any = MllamaImageProcessorPil(**settings)
+    theirs = processor([pictures], return_tensors="pt")
     ids = theirs["aspect_ratio_ids"][0].tolist()
     assert len(set(ids)) == 3
     tokens = [BOS, 9, IMAGE, 12, IMAGE, IMAGE, 13, 14]

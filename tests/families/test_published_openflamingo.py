@@ -25,6 +25,7 @@ from flamingo_export.pipeline.build_request import BuildRequest
 from flamingo_export.sources.choice import CheckpointFolder
 from flamingo_reference.checkpoints.files.tensors import CheckpointError as UnreadableCheckpoint
 from flamingo_reference.checkpoints.loading import load
+from flamingo_reference.config import ViTConfig
 from flamingo_reference.input_format import OPENFLAMINGO, with_bos
 
 PROMPT = [0, 7, 8, 62, 9, 10, 11, 62, 62, 12, 61, 13, 14]
@@ -104,7 +105,9 @@ def test_heads_of_clip_are_those_of_its_config(tmp_path: Path) -> None:
     assert vision["num_attention_heads"] == 1
     vision["num_attention_heads"] = 4
     (source.vision_encoder / "config.json").write_text(json.dumps(raw))
-    assert load(source).config.vision.num_heads == 4  # type: ignore[union-attr]
+    found = load(source).config.vision
+    assert isinstance(found, ViTConfig)
+    assert found.num_heads == 4
     vision["hidden_size"] = 128
     (source.vision_encoder / "config.json").write_text(json.dumps(raw))
     with pytest.raises(UnreadableCheckpoint, match=r"the perceiver's width in checkpoint\.pt is 64, the other files have 128"):

@@ -144,8 +144,8 @@ def test_video_files(suffix: str, codec: str, tmp_path: Path, capfd: pytest.Capt
 
     def case(rng: random.Random) -> None:
         path.write_bytes(mutated(whole, rng))
-        settings = {"fps": 5.0, "clip": rng.choice((None, (0.2, 0.7)))} if rng.random() < 0.3 else {}
-        frames = list(load_video(Video(source=path, **settings), default_frames=4))  # type: ignore[arg-type]
+        settings: dict[str, Any] = {"fps": 5.0, "clip": rng.choice((None, (0.2, 0.7)))} if rng.random() < 0.3 else {}
+        frames = list(load_video(Video(source=path, **settings), default_frames=4))
         assert 1 <= len(frames) <= 4
 
     fuzz(f"video {suffix}", 40, case)

@@ -41,13 +41,13 @@ class EngineRuns:
         length = len(tokens)
         for tensor in decoder.spec.inputs:
             if tensor.name.startswith(("media_k.", "media_v.")):
-                buffer = decoder.allocate(tensor.name, (max(1, len(rows)), *tensor.shape[1:]))  # type: ignore[arg-type]
+                buffer = decoder.allocate(tensor.name, (max(1, len(rows)), *map(int, tensor.shape[1:])))
                 for row, values in enumerate(rows):
                     buffer.write(row, values[tensor.name])
                 decoder.bind(tensor.name, buffer)
             elif tensor.name.startswith("past_"):
                 _, heads, _, size = tensor.shape
-                decoder.bind(tensor.name, decoder.allocate(tensor.name, (1, heads, length, size)))  # type: ignore[arg-type]
+                decoder.bind(tensor.name, decoder.allocate(tensor.name, (1, int(heads), length, int(size))))
         places = np.arange(length)[None]
         feeds = {
             "token_ids": prepared.token_ids[None],

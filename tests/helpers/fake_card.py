@@ -14,7 +14,7 @@ class FakeCard:
     """Implements gpu.torch_backend.Card."""
 
     def __init__(self) -> None:
-        self.cuda = FakeCuda()
+        self.cuda: Any = FakeCuda()
         self.cuda.dlpack_device = (1, 0)  # PyTorch may look into it
         self.device = torch.device("cpu")
 

@@ -24,7 +24,7 @@ from flamingo_export.bundle.manifest import EngineRecord, read_manifest, write_m
 from flamingo_export.bundle.verify import file_record
 
 TARGET = "sm89"
-LIMITS = {"bank_rows": 8, "chunk": 16, "batch": 3, "beams": 4, "frames": 4, "video_frames": 12}
+LIMITS: dict[str, Any] = {"bank_rows": 8, "chunk": 16, "batch": 3, "beams": 4, "frames": 4, "video_frames": 12}
 """Of engines small enough to run past them."""
 
 
@@ -85,10 +85,10 @@ def add_engines(source: Path, bundle: Path, *, changes: Mapping[str, Mapping[str
     return bundle
 
 
-def fake_library() -> ModuleType:
+def fake_library() -> Any:
     """Enough of TensorRT for RTX to choose a target."""
-    module = ModuleType("tensorrt_rtx")
-    module.__version__ = "1.7.1.116"  # type: ignore[attr-defined]
-    module.Builder = object  # type: ignore[attr-defined]
-    module.ComputeCapability = type("ComputeCapability", (), {"SM80": 80, "SM86": 86, "SM89": 89, "SM120": 120, "NONE": 0})  # type: ignore[attr-defined]
+    module: Any = ModuleType("tensorrt_rtx")
+    module.__version__ = "1.7.1.116"
+    module.Builder = object
+    module.ComputeCapability = type("ComputeCapability", (), {"SM80": 80, "SM86": 86, "SM89": 89, "SM120": 120, "NONE": 0})
     return module

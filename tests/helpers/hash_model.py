@@ -39,10 +39,10 @@ def logits_of(known: int) -> np.ndarray[Any, np.dtype[np.float32]]:
     """Logits [V] of a position that knows this much. Two `<EOC>`s in seven: texts end early and late."""
     numbers = np.arange(VOCAB, dtype=np.uint64)
     bits = (np.uint64(known) ^ (numbers * np.uint64(0x94D049BB133111EB))) * np.uint64(0xBF58476D1CE4E5B9)
-    logits = ((bits >> np.uint64(40)) & np.uint64(1023)).astype(np.float32) / 128
+    logits = ((bits >> np.uint64(40)) & np.uint64(1023)).astype(np.float32) / np.float32(128)
     if known % 7 < 2:
         logits[2] += 6
-    return logits  # type: ignore[return-value]
+    return logits
 
 
 def sight(numbers: Sequence[int]) -> int:
@@ -215,9 +215,10 @@ class First(HashSession):
 
 def hash_engines(largest: Mapping[str, int], *, reads_bound_media: bool = False) -> Engines:
     """The stand-ins of all four subgraphs; largest: bounds of the decoder. reads_bound_media: it wants no rows bound but those looked at."""
-    return Engines(
-        vision_encoder=First("pixels", "features", {}),  # type: ignore[arg-type]
-        resampler=First("features", "latents", {}),  # type: ignore[arg-type]
-        media_kv=First("latents", "media_k.0", {}),  # type: ignore[arg-type]
-        decoder=HashDecoder(largest, reads_bound_media=reads_bound_media),  # type: ignore[arg-type]
-    )
+    sessions: dict[str, Any] = {
+        "vision_encoder": First("pixels", "features", {}),
+        "resampler": First("features", "latents", {}),
+        "media_kv": First("latents", "media_k.0", {}),
+        "decoder": HashDecoder(largest, reads_bound_media=reads_bound_media),
+    }
+    return Engines(**sessions)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 
@@ -58,7 +59,7 @@ class Seeing(Echo):
     """The same with features: the mean colour of each medium."""
 
     def features(self, media: Sequence[MediumSource]) -> Features:
-        means = [np.asarray(load_image(medium), np.float32).mean(axis=(0, 1)) - 90 for medium in media]  # type: ignore[arg-type]
+        means = [np.asarray(load_image(cast("Any", medium)), np.float32).mean(axis=(0, 1)) - 90 for medium in media]
         return np.stack(means).astype(np.float32)
 
     @property

@@ -322,8 +322,10 @@ def as_openai(tensors: dict[str, Any]) -> dict[str, Any]:
 
 def files_of(tensors: dict[str, dict[str, Any]], raw: dict[str, Any]) -> openflamingo_files.Files:
     """Shapes of the three files."""
-    shapes = {file: {name: tuple(tensor.shape) for name, tensor in held.items()} for file, held in tensors.items()}
-    return openflamingo_files.Files(**shapes, language_model_config=raw)  # type: ignore[arg-type]
+    shapes: dict[str, Any] = {
+        file: {name: tuple(tensor.shape) for name, tensor in held.items()} for file, held in tensors.items()
+    }
+    return openflamingo_files.Files(**shapes, language_model_config=raw)
 
 
 def ours(theirs: Theirs, *, layout: str = "openai") -> tuple[Flamingo, openflamingo_files.Files]:

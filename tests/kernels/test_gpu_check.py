@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,7 +57,7 @@ def test_recorded_resources_are_of_these_sources_and_nothing_spills():
 
 @pytest.mark.skipif(kernel_build.find_compiler() is None, reason="no C++ compiler (g++)")
 def test_ctypes_lay_out_the_arguments_as_the_header_does(tmp_path):
-    names = [name for name, _ in Args._fields_]
+    names = [field[0] for field in Args._fields_]
     prints = "".join(f'printf("%zu ", offsetof(A, {name}));' for name in names)
     source = tmp_path / "offsets.cpp"
     source.write_text(
@@ -122,7 +123,7 @@ def test_cases_leave_nothing_to_read_but_what_is_seen():
 MACHINE = {"device": "NVIDIA H200", "commit": "abc1234", "kernel_sources": "1"}
 
 
-def saved(folder: Path, machine: dict = MACHINE, **statuses: dict) -> dict:  # type: ignore[type-arg]
+def saved(folder: Path, machine: dict[str, Any] = MACHINE, **statuses: dict[str, Any]) -> dict[str, Any]:
     """Stages as a run writes them, and what is then in the file."""
     path = report.save({"machine": machine, "stages": statuses}, folder)
     assert path.name == "gpu_check-nvidia-h200.json"
@@ -166,16 +167,19 @@ def test_without_git_there_is_no_commit(monkeypatch, tmp_path):
 # Which stages run.
 
 
-def choice(*wanted: str, skipped: tuple[str, ...] = (), measured: dict | None = None) -> Choice:  # type: ignore[type-arg]
+def choice(*wanted: str, skipped: tuple[str, ...] = (), measured: dict[str, Any] | None = None) -> Choice:
     def nothing(_: Context) -> None:
         return None
 
+    def rehearsed(_: Context) -> dict[str, Any]:
+        return {}
+
     made = [
-        Stage("build", nothing, dict, value=1, seconds=30),  # type: ignore[arg-type]
-        Stage("device", nothing, dict, needs=("build",), value=1, seconds=2),  # type: ignore[arg-type]
-        Stage("kernels", nothing, dict, needs=("build", "device"), value=100, seconds=60),  # type: ignore[arg-type]
-        Stage("long", nothing, dict, needs=("device",), value=90, seconds=300),  # type: ignore[arg-type]
-        Stage("cheap", nothing, dict, value=1, seconds=1),  # type: ignore[arg-type]
+        Stage("build", nothing, rehearsed, value=1, seconds=30),
+        Stage("device", nothing, rehearsed, needs=("build",), value=1, seconds=2),
+        Stage("kernels", nothing, rehearsed, needs=("build", "device"), value=100, seconds=60),
+        Stage("long", nothing, rehearsed, needs=("device",), value=90, seconds=300),
+        Stage("cheap", nothing, rehearsed, value=1, seconds=1),
     ]
     return Choice(made, wanted or [stage.name for stage in made], frozenset(skipped), measured or {})
 
@@ -299,7 +303,7 @@ def test_a_plan_that_this_machine_has_too_little_memory_for_is_a_plan(monkeypatc
         engines, "_cli", lambda context, command: subprocess.CompletedProcess(command, code, printed, "what went wrong")
     )
     with pytest.raises(outcome):
-        engines.rehearse_cli(("build", "--size", "3b", "--out", "BUNDLE"))(None)
+        engines.rehearse_cli(("build", "--size", "3b", "--out", "BUNDLE"))(None)  # type: ignore[arg-type]
 
 
 def test_without_torch_it_says_so():
@@ -316,12 +320,12 @@ def words(stage: str) -> list[list[str]]:
     """The builds of a stage as flamingo-export is given them, of which only the plan is made."""
     ran: list[list[str]] = []
 
-    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         ran.append(command[3:])
         return subprocess.CompletedProcess(command, 0, "", "")
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(engines.subprocess, "run", run)  # type: ignore[attr-defined]
+        patched.setattr("gpu.engines.subprocess.run", run)
         next(each for each in stages.STAGES if each.name == stage).run(Context(seed=0, rounds=1, architecture=None))
     return [command for command in ran if command[0] == "build"]
 
@@ -352,12 +356,12 @@ def test_a_command_that_fails_does_not_end_the_others(monkeypatch):
     """On a card the figures are wanted where parity fails; of a bundle that was not built there is nothing to want."""
     ran: list[list[str]] = []
 
-    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         ran.append(words := command[3:])
         fails = words[0] == "parity" or (words[0] == "build" and words[-1].endswith(".b"))
         return subprocess.CompletedProcess(command, int(fails), "", "reason" if fails else "")
 
-    monkeypatch.setattr(engines.subprocess, "run", run)
+    monkeypatch.setattr("gpu.engines.subprocess.run", run)
     stage = engines.run_cli(
         *[
             (verb, *more, f"BUNDLE{name}")
@@ -409,7 +413,7 @@ def test_the_packages_own_backend_is_asked_on_onnxruntimes_gpu(wrong, monkeypatc
         )
 
     monkeypatch.setattr(engines, "_python", python)
-    monkeypatch.setattr(engines.wheels, "FOLDER", Path("/nowhere"))
+    monkeypatch.setattr("gpu.engines.wheels.FOLDER", Path("/nowhere"))
     context = Context(seed=0, rounds=1, architecture=None)
     if wrong is None:
         found = engines.run_onnxruntime(context)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -103,16 +104,16 @@ def test_sessions_on_the_kernel_pass(emulated):
     assert [part["failures"] for part in found.values() if part.get("failures")] == []
     assert min(part["cases"] for part in found.values() if "cases" in part) >= 3
     assert card.cuda.calls["launch"] > 20
-    assert card.cuda.calls["end_capture"] > sessions.MAX_GRAPHS
+    assert card.cuda.calls["end_capture"] > MAX_GRAPHS
 
 
 def by_oracle(args: Args, stream: int, *, wrong: bool = False) -> None:
     """A launch that the definition computes, in host memory; wrong: one medium further than it should look."""
     import ctypes
 
-    def array(address: int, dtype: type, *shape: int) -> np.ndarray:
+    def array(address: int, dtype: Any, *shape: int) -> np.ndarray:
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        return np.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype).reshape(shape)  # type: ignore[call-overload]
+        return np.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype).reshape(shape)
 
     batch, positions, heads, size = args.batch, args.positions, args.heads, args.head_size
     q = array(args.q, np.float16, batch, positions, heads, size)
@@ -124,7 +125,7 @@ def by_oracle(args: Args, stream: int, *, wrong: bool = False) -> None:
 
 
 def rig(**changes: bool) -> sessions.Rig:
-    return sessions.Rig(FakeCard(), lambda args, stream: by_oracle(args, stream, **changes), head_size=32)  # type: ignore[arg-type]
+    return sessions.Rig(FakeCard(), lambda args, stream: by_oracle(args, stream, **changes), head_size=32)
 
 
 @pytest.mark.parametrize("name", [name for name in sessions.CHECKS if name != "many graphs"])
@@ -155,7 +156,7 @@ def test_the_checks_notice_a_graph_that_replays_old_feeds(monkeypatch):
 def test_the_checks_notice_a_graph_of_other_rows(monkeypatch):
     """As a runtime would that told graphs by shapes alone."""
     made = rig()
-    monkeypatch.setattr(sessions.TensorRTSession, "_binding", lambda self: ())
+    monkeypatch.setattr(TensorRTSession, "_binding", lambda self: ())
     sessions.capture(made)
     with pytest.raises(AssertionError, match="rows that it was given"):
         sessions.rows(made)
@@ -173,7 +174,7 @@ def test_the_collector_within_an_engine_changes_no_result():
     for _ in range(4):
         held.append(Memory(made.streams[0], 64))
         made.step(2, 3)
-    assert made.card.cuda.calls["free"] >= 4
+    assert made.card.cuda.calls["free"] >= 4  # type: ignore[attr-defined]
 
 
 @pytest.mark.slow

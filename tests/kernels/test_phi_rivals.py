@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 
 import phi_rivals
@@ -47,7 +48,7 @@ def test_arguments_of_variable_length_attention_are_those_that_it_takes():
 
 
 def test_a_rival_that_is_not_installed_says_so():
-    if phi_rivals.importlib.util.find_spec("flashinfer") is not None:
+    if importlib.util.find_spec("flashinfer") is not None:
         pytest.skip("flashinfer is installed")
     with pytest.raises(phi_rivals.NotAtHand, match="flashinfer is not installed"):
         phi_rivals.flashinfer(STEP)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import trt_wheels
@@ -14,7 +15,7 @@ from flamingo_export.errors import BackendError, IncompatibleEngine
 
 trt = trt_wheels.lean()
 path = Path(sys.argv[1])
-found: dict[str, object] = {"before": trt.get_plugin_registry().get_creator("PhiCrossAttention", "1", "flamingo") is not None}
+found: dict[str, Any] = {"before": trt.get_plugin_registry().get_creator("PhiCrossAttention", "1", "flamingo") is not None}
 found["digests"] = [plugin.load(trt, path), plugin.load(trt, path, expected=plugin.digest(path))]
 
 registry = trt.get_plugin_registry()  # never a Runtime: it crashes without a driver
@@ -25,7 +26,7 @@ creator = registry.get_creator("PhiCrossAttention", "1", "flamingo")
 found["fields"] = [[field.name, field.type.name] for field in creator.field_names]
 
 
-def creates(phase: trt.TensorRTPhase, **fields: np.ndarray) -> bool:  # type: ignore[name-defined]
+def creates(phase: Any, **fields: np.ndarray) -> bool:
     types = {"float32": trt.PluginFieldType.FLOAT32, "int32": trt.PluginFieldType.INT32}
     collection = trt.PluginFieldCollection(
         [trt.PluginField(name, value, types[value.dtype.name]) for name, value in fields.items()]

@@ -28,10 +28,10 @@ CALLS: dict[str, dict[str, Any]] = {
     "head size 72": {"dtype": FP16, "head_size": 72},
 }
 
-trt = trt_wheels.rtx()
+trt: Any = trt_wheels.rtx()
 
 
-class Log(trt.ILogger):  # type: ignore[misc, name-defined]
+class Log(trt.ILogger):  # type: ignore[misc]
     def __init__(self) -> None:
         trt.ILogger.__init__(self)
         self.errors: list[str] = []
@@ -41,13 +41,13 @@ class Log(trt.ILogger):  # type: ignore[misc, name-defined]
             self.errors.append(text)
 
 
-def call(dtype: int, kv: int | None = None, head_size: int = 64, **attributes: float) -> bytes:
+def call(dtype: int, kv: int | None = None, head_size: int = 64, **attributes: Any) -> bytes:
     """One node as the portable graph writes it, with 3 heads and 11 latents."""
-    bank = ["N", 3, 11, head_size]
+    bank: list[str | int | None] = ["N", 3, 11, head_size]
     inputs = [
         helper.make_tensor_value_info("q", dtype, ["B", "S", 3, head_size]),
-        helper.make_tensor_value_info("k", kv or dtype, bank),  # type: ignore[arg-type]
-        helper.make_tensor_value_info("v", kv or dtype, bank),  # type: ignore[arg-type]
+        helper.make_tensor_value_info("k", kv or dtype, bank),
+        helper.make_tensor_value_info("v", kv or dtype, bank),
         helper.make_tensor_value_info("media_rows", TensorProto.INT64, ["B", "M"]),
         helper.make_tensor_value_info("phi", TensorProto.INT64, ["B", "S"]),
     ]
@@ -56,7 +56,7 @@ def call(dtype: int, kv: int | None = None, head_size: int = 64, **attributes: f
     y = helper.make_tensor_value_info("y", dtype, ["B", "S", 3, head_size])
     node = helper.make_node(
         "PhiCrossAttention", [one.name for one in inputs], ["y"],
-        domain="flamingo", plugin_namespace="flamingo", plugin_version="1", **attributes,  # type: ignore[arg-type]
+        domain="flamingo", plugin_namespace="flamingo", plugin_version="1", **attributes,
     )  # fmt: skip
     opsets = [helper.make_opsetid("", 24), helper.make_opsetid("flamingo", 1)]
     model: onnx.ModelProto = helper.make_model(

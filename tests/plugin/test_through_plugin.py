@@ -52,7 +52,7 @@ def test_arguments_arrive_as_they_were_given(through: ThroughPlugin, recorded: R
         through.launch(given, stream=1234)
         assert recorded.calls == before + 1
         assert recorded.stream == 1234
-        for name, _ in Args._fields_:  # type: ignore[misc]
+        for name in [field[0] for field in Args._fields_]:
             assert getattr(recorded.args, name) == getattr(given, name), (name, dtype, kv_dtype)
 
 

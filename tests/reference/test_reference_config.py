@@ -21,6 +21,7 @@ from flamingo_reference.config import (
     AlibiPositions,
     ConfigError,
     ModelConfig,
+    NFNetConfig,
     RotaryPositions,
 )
 from flamingo_reference.phi import phi_after, phi_from_tokens
@@ -48,7 +49,9 @@ def test_sizes_of_the_paper() -> None:
         resampler = SIZES[name].resampler
         assert (resampler.num_layers, resampler.width, resampler.num_heads, resampler.ffw_width) == (6, 1536, 16, 6144)
         assert (resampler.num_latents, resampler.num_time_embeddings) == (64, 8)
-        assert (SIZES[name].vision.num_patches, SIZES[name].vision.stride) == (100, 32)  # type: ignore[union-attr]
+        vision = SIZES[name].vision
+        assert isinstance(vision, NFNetConfig)
+        assert (vision.num_patches, vision.stride) == (100, 32)
     assert set(QUOTED_PARAMETERS) == {"3b", "9b", "80b"}
 
 

@@ -55,8 +55,8 @@ def test_gated_block(tiny: Flamingo, phi: list[list[int]]) -> None:
     latents = draw(5, TINY.resampler.num_latents, TINY.resampler.width)
     rows = np.array([[4, 0, 4], [2, 4, 1]])
     hidden = draw(2, 6, TINY.language_model.width, seed=1)
-    block = tiny.cross_attention[1]
-    k, v = block.media_kv(torch.from_numpy(latents))  # type: ignore[operator]
+    block: Any = tiny.cross_attention[1]
+    k, v = block.media_kv(torch.from_numpy(latents))
     found = block(torch.from_numpy(hidden), k, v, torch.from_numpy(rows), torch.tensor(phi)).numpy()
     for request in range(2):
         media = [latents[row] for row in rows[request]]
@@ -139,9 +139,10 @@ def test_positions_are_relative(tiny: Flamingo) -> None:
 def test_gates(gate: float) -> None:
     """0: bit for bit the language model. Otherwise a step of tanh(gate) along the block's two directions."""
     model = tiny_model()
+    block: Any
     for block in model.cross_attention:
-        block.attention_gate.fill_(gate)  # type: ignore[operator]
-        block.ffw_gate.fill_(gate)  # type: ignore[operator]
+        block.attention_gate.fill_(gate)
+        block.ffw_gate.fill_(gate)
     tokens = torch.tensor([[1, 3, 9, 10, 3, 11], [1, 12, 13, 3, 14, 15]])
     phi = torch.from_numpy(phi_from_tokens(tokens.numpy(), TINY.tokens.image))
     kv = model.media_kv(torch.from_numpy(draw(3, TINY.resampler.num_latents, TINY.resampler.width)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
 
@@ -21,21 +23,22 @@ def model() -> Flamingo:
 
 def test_attention_by_hand_from_what_its_seam_is_given(model: Flamingo) -> None:
     """Queries carry their bias for contents there; one key gives its value whatever the query."""
-    layer, config = model.language_model.layers[0], model.config.language_model
+    layer: Any = model.language_model.layers[0]
+    config = model.config.language_model
     assert isinstance(config.positions, RelativePositions)
     torch.nn.init.normal_(layer.content_bias)
-    seen: list[tuple[torch.Tensor, ...]] = []  # type: ignore[name-defined]
-    handle = layer.operands.register_forward_hook(lambda _, __, found: seen.append(found))  # type: ignore[union-attr]
+    seen: list[Any] = []
+    handle = layer.operands.register_forward_hook(lambda _, __, found: seen.append(found))
     hidden = torch.randn(1, 1, config.width)
     output = layer(hidden)
     handle.remove()
     ((q, k, v),) = seen
-    plain_q, plain_k, plain_v = layer.qkv(hidden)  # type: ignore[operator]
-    assert torch.equal(q, plain_q + layer.content_bias[:, None, :])  # type: ignore[index]
+    plain_q, plain_k, plain_v = layer.qkv(hidden)
+    assert torch.equal(q, plain_q + layer.content_bias[:, None, :])
     assert torch.equal(k, plain_k)
     assert torch.equal(v, plain_v)
-    summed = hidden + layer.out_proj(v.transpose(1, 2).flatten(2))  # type: ignore[operator]
-    right = summed + layer.ffw_down(ACTIVATIONS[config.feed_forward](layer.ffw_up(layer.ffw_norm(summed))))  # type: ignore[operator]
+    summed = hidden + layer.out_proj(v.transpose(1, 2).flatten(2))
+    right = summed + layer.ffw_down(ACTIVATIONS[config.feed_forward](layer.ffw_up(layer.ffw_norm(summed))))
     assert torch.allclose(output, right, atol=1e-6)
 
 

@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -43,9 +44,9 @@ def table_model(seed: int, vocab: int = VOCAB) -> NextLogits:
 @pytest.fixture(scope="module")
 def gpt2() -> Callable[[int], Any]:
     """Tiny random GPT-2 models that never give `<image>` a chance, as a Flamingo's logits are used."""
-    transformers = pytest.importorskip("transformers")
+    transformers: Any = pytest.importorskip("transformers")
 
-    class WithoutImage(transformers.GPT2LMHeadModel):  # type: ignore[misc, name-defined]
+    class WithoutImage(transformers.GPT2LMHeadModel):  # type: ignore[misc]
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             output = super().forward(*args, **kwargs)
             output.logits[..., IMAGE] = -math.inf
@@ -174,7 +175,7 @@ def test_margins_say_how_far_numbers_may_move() -> None:
         # A log-probability moves by at most twice what logits move by, a sum of six by twelve times that, two sums by twice as much.
         harmless = result.closest / (2 * 2 * 6) * 0.99
         for size, allowed in ((harmless, 0), (1.0, 1)):
-            other = beam_search(lambda ids, size=size: off(ids, size), PROMPT, rules, beams=3)  # type: ignore[misc]
+            other = beam_search(partial(off, size=size), PROMPT, rules, beams=3)
             changed = [hypothesis.token_ids for hypothesis in other.hypotheses] != texts
             assert changed <= allowed
             moved += changed

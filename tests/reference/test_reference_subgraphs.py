@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import numpy as np
@@ -167,10 +167,10 @@ def test_every_dtype(dtype: torch.dtype) -> None:
 
 
 def test_a_row_that_sees_nothing_is_zero_and_not_nan(tiny: Flamingo) -> None:
-    layer = tiny.language_model.layers[0]
+    layer: Any = tiny.language_model.layers[0]
     q = torch.randn(1, LM.num_heads, 2, LM.head_size, dtype=torch.float64)
     mask = torch.tensor([[True, True], [False, False]])[None, None]
-    found = layer.attend(q, q, q, torch.zeros(1, 1, 2, 2, dtype=torch.float64), mask)  # type: ignore[operator]
+    found = layer.attend(q, q, q, torch.zeros(1, 1, 2, 2, dtype=torch.float64), mask)
     assert torch.equal(found[0, 1], torch.zeros(LM.width, dtype=torch.float64))
     assert found[0, 0].abs().min() > 0
 
@@ -260,7 +260,7 @@ def test_names_are_those_of_the_graphs() -> None:
             parts[str(layers)] = Decoder(
                 config,
                 layers,
-                layer_modules=[model.language_model.layers[j] for j in layers],  # type: ignore[misc]
+                layer_modules=[cast("Any", model.language_model.layers[j]) for j in layers],
                 gated_modules=[
                     block for layer, block in zip(config.gated_layers, model.gated_blocks(), strict=True) if layer in layers
                 ],

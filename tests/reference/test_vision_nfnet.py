@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -62,13 +63,13 @@ FOUR_STAGES = NFNetConfig(
 @pytest.mark.parametrize("image_size", [64, 37, 50])
 @pytest.mark.parametrize("config", [THREE_STAGES, FOUR_STAGES], ids=["three stages", "four stages"])
 def test_same_features_as_timm(nfnet_module: ModuleType, config: NFNetConfig, image_size: int) -> None:
-    theirs = timm_twin(nfnet_module, config).double()
+    theirs: Any = timm_twin(nfnet_module, config).double()
     randomise(theirs)
     ours = NFNet(config).double()
     ours.load_state_dict(renamed(theirs.state_dict()), strict=True)
     pixels = torch.randn(2, 3, image_size, image_size, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        wanted = theirs.forward_features(pixels)  # type: ignore[operator]
+        wanted = theirs.forward_features(pixels)
         found = ours(pixels)
     assert found.shape == (2, wanted.shape[2] * wanted.shape[3], config.feature_width)
     assert wanted.std() > 0.05
@@ -121,6 +122,8 @@ def test_padding_puts_the_odd_row_last() -> None:
 
 def test_untrained_blocks_pass_their_shortcut_on() -> None:
     """SkipInit: at the start a block is its shortcut."""
-    block = NFNet(SIZES["nano"].vision).stages[1][1]  # type: ignore[arg-type, index]
-    x = torch.randn(1, SIZES["nano"].vision.widths[1], 4, 4)  # type: ignore[union-attr]
+    config = SIZES["nano"].vision
+    assert isinstance(config, NFNetConfig)
+    stage: Any = NFNet(config).stages[1]
+    block, x = stage[1], torch.randn(1, config.widths[1], 4, 4)
     assert torch.equal(block(x), x)

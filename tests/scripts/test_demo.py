@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def demo(monkeypatch):
     spec = importlib.util.spec_from_file_location("demo", ROOT / "scripts" / "demo.py")
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "demo", module)
     spec.loader.exec_module(module)

@@ -56,7 +56,7 @@ def test_answers_are_those_of_generate(nano: flamingo_export.Model, place: Path)
     found = read(place / "out.jsonl")
     assert (tally.done, tally.failed) == (6, 0)
     shots = [flamingo_export.Shot(answer="two green triangles", medium=place / "a.png")]
-    wanted = {
+    wanted: dict[Any, Any] = {
         "caption": nano.caption(place / "a.png", beams=3),
         "question": nano.ask(place / "q.png", "What colour is the square?", beams=2, num_return=2),
         "prompt": nano.generate("<image>Output:", images=[place / "a.png"], beams=3, max_new_tokens=2),
@@ -65,9 +65,9 @@ def test_answers_are_those_of_generate(nano: flamingo_export.Model, place: Path)
         7: nano.generate("<image>Output:", images=[place / "a.png"], temperature=1.5, seed=3),
     }
     for key, generation in wanted.items():
-        assert (found[key]["text"], tuple(found[key]["token_ids"])) == (generation.text, generation.token_ids), key  # type: ignore[index]
-        assert found[key]["token_logprobs"] == pytest.approx(generation.token_logprobs, abs=1e-4)  # type: ignore[index]
-        assert [other["text"] for other in found[key]["alternatives"]] == [other.text for other in generation.alternatives]  # type: ignore[index]
+        assert (found[key]["text"], tuple(found[key]["token_ids"])) == (generation.text, generation.token_ids), key
+        assert found[key]["token_logprobs"] == pytest.approx(generation.token_logprobs, abs=1e-4)
+        assert [other["text"] for other in found[key]["alternatives"]] == [other.text for other in generation.alternatives]
     assert found["prompt"]["finish_reason"] == "length"
     assert found["caption"]["finish_reason"] == "stop"
 
@@ -133,7 +133,7 @@ def test_a_batch_refuses_what_the_server_refuses(nano: flamingo_export.Model, pl
 def test_a_fault_in_a_batched_line_stays_with_it(
     nano: flamingo_export.Model, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: object, **__: object) -> None:
+    def broken(*_: object, **__: Any) -> None:
         raise ZeroDivisionError("of a library")
 
     monkeypatch.setattr(nano.engine, "submit", broken)

@@ -182,8 +182,8 @@ def test_the_likeliest_tokens_at_each_place(client: Client, nano: flamingo_expor
 def test_search_options_reach_the_search(client: Client, nano: flamingo_export.Model) -> None:
     token = nano.generate("<image>Output:", images=[EXAMPLES / "a.png"], beams=1).token_ids[0]
     settings = {"min_tokens": 8, "repetition_penalty": 1.3, "no_repeat_ngram": 2}
-    own = {"min_new_tokens": 8, "repetition_penalty": 1.3, "no_repeat_ngram": 2}
-    wanted = nano.generate("<image>Output:", images=[EXAMPLES / "a.png"], beams=1, logit_bias={token: -100.0}, **own)  # type: ignore[call-overload]
+    own: dict[str, Any] = {"min_new_tokens": 8, "repetition_penalty": 1.3, "no_repeat_ngram": 2}
+    wanted = nano.generate("<image>Output:", images=[EXAMPLES / "a.png"], beams=1, logit_bias={token: -100.0}, **own)
     found = client.chat(messages=user(image_part()), logit_bias={str(token): -100}, **settings).json["choices"][0]
     assert found["message"]["content"] == wanted.text
     assert client.chat(messages=user(image_part()), logit_bias={"red": 1}).status == 400
@@ -381,7 +381,7 @@ def test_the_description_names_every_route(client: Client) -> None:
         ({"model": 3, "messages": user("a")}, 422, "model"),
     ],
 )
-def test_refusals(client: Client, body: dict[str, object], status: int, said: str) -> None:
+def test_refusals(client: Client, body: dict[str, Any], status: int, said: str) -> None:
     found = client.post("/v1/chat/completions", body)
     assert (found.status, set(found.error)) == (status, {"message", "type", "param", "code"})
     assert said in found.error["message"]
@@ -605,7 +605,7 @@ def test_a_device_that_is_lost_turns_the_server_unready_at_once(make_server: Cal
     server.models.close()
 
 
-def _explode(*_: object, **__: object) -> None:
+def _explode(*_: object, **__: Any) -> None:
     raise flamingo_export.errors.BackendError("secret path of the server")
 
 

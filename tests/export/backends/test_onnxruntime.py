@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -163,7 +164,7 @@ def test_feeds_may_change_shape_from_call_to_call(tiny_bundle: Path, tiny_config
         ({"mask": np.ones((1, 1, 2, 8))}, "mask is float64, expected bool"),
     ],
 )
-def test_feeds_that_break_the_contract(decoder: OnnxRuntimeSession, change: dict, message: str) -> None:  # type: ignore[type-arg]
+def test_feeds_that_break_the_contract(decoder: OnnxRuntimeSession, change: dict[str, Any], message: str) -> None:
     bind_all(decoder, batch=1, capacity=8)
     good = feeds(batch=1, size=2, capacity=8)
     decoder.run(good)  # the good shapes are known, which must not let bad ones pass

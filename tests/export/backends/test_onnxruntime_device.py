@@ -125,7 +125,7 @@ def steps(bundle: Path, cuda: FakeCuda, backend: OnnxRuntimeBackend, count: int)
     for tensor in spec.inputs:
         if tensor.name.startswith(("past_", "media_k", "media_v")):
             sizes = {"B": 1, "C": capacity, "N": 2}
-            buffer = session.allocate(tensor.name, tuple(sizes.get(dim, dim) for dim in tensor.shape))  # type: ignore[arg-type]
+            buffer = session.allocate(tensor.name, tuple(sizes[dim] if isinstance(dim, str) else dim for dim in tensor.shape))
             session.bind(tensor.name, buffer)
             caches[tensor.name] = buffer
     for step in range(count):
@@ -216,7 +216,8 @@ def test_where_nodes_run_is_what_onnxruntime_says(nano16: Path) -> None:
     backend, _ = on_device()
     manifest = read_manifest(nano16)
     session = backend.open(nano16, manifest, manifest.graph("decoder"), OPTIONS)
-    found = onnxruntime_device.on_cpu(session._loaded.session)  # type: ignore[attr-defined]
+    opened: Any = session
+    found = onnxruntime_device.on_cpu(opened._loaded.session)
     layers = manifest.config.language_model.num_layers
     assert found["Attention"] >= layers
     assert found["TensorScatter"] == 2 * layers

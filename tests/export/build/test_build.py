@@ -83,7 +83,8 @@ def test_golden_values_are_handed_on_where_they_are_of_the_same_weights(
     weights: str, storage: str, handed_on: bool, checkpoint: Path, tmp_path: Path, recorder: Recorder
 ) -> None:
     digest = api.build(checkpoint, out=tmp_path / "first.bundle", parity="skip").manifest.source.sha256
-    goldens = Goldens(weights_sha256=digest if weights == "own" else "0" * 64, storage=storage, model="tiny")  # type: ignore[arg-type]
+    assert digest is not None
+    goldens = Goldens(weights_sha256=digest if weights == "own" else "0" * 64, storage=storage, model="tiny")
     save_goldens(checkpoint / "golden", goldens)
     result = api.build(checkpoint, out=tmp_path / "b.bundle", parity="skip", progress=recorder)
     listed = {record.path for record in open_bundle(result.path).files}

@@ -17,7 +17,7 @@ import pytest
 from recorder import Recorder
 
 from flamingo_calibration import run
-from flamingo_export import api
+from flamingo_export import BuildResult, api
 from flamingo_export.bundle import verify
 from flamingo_export.errors import BuildError, CalibrationError
 from flamingo_export.pipeline import work_folder, write_weights
@@ -31,7 +31,7 @@ CALLS = ("write", "fsync", "replace", "rename", "unlink", "mkdir")
 """What a build changes the disk with: it is killed right before one of these."""
 
 
-def make(config: ModelConfig, out: Path, **options: Any) -> api.BuildResult:  # type: ignore[name-defined]
+def make(config: ModelConfig, out: Path, **options: Any) -> BuildResult:
     return api.build(RandomWeights(config=config, seed=options.pop("seed", 5)), out=out, parity="skip", **options)
 
 
@@ -302,7 +302,7 @@ def test_no_space_in_the_calibration_of_a_build(
 ) -> None:
     """What it has finished is kept, as it says, and gone on with."""
     out, policy = tmp_path / "b.bundle", preset("fp8")
-    append, counter = run.append, itertools.count()  # type: ignore[attr-defined]
+    append, counter = getattr(run, "append"), itertools.count()  # noqa: B009
 
     def full(file: Any, array: Any) -> None:
         if next(counter) == 40:
@@ -342,7 +342,7 @@ def test_too_little_space_is_said_before_anything_is_written(
     spoken_config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = type("Usage", (), {"free": 1_000_000})
-    monkeypatch.setattr(work_folder.shutil, "disk_usage", lambda path: usage)  # type: ignore[attr-defined]
+    monkeypatch.setattr("flamingo_export.pipeline.work_folder.shutil.disk_usage", lambda path: usage)
     with pytest.raises(BuildError, match=r"needs 0\.06 GiB .* has 0\.00 GiB free"):
         make(spoken_config, tmp_path / "b.bundle")
     assert not list(tmp_path.rglob("*.safetensors"))
@@ -390,9 +390,7 @@ def test_another_request_starts_anew(
     elif change == "no resume":
         options["resume"] = False
     else:
-        from flamingo_export.pipeline import run as pipeline
-
-        monkeypatch.setattr(pipeline.importlib.metadata, "version", lambda tool: "9.9")  # type: ignore[attr-defined]
+        monkeypatch.setattr("flamingo_export.pipeline.run.importlib.metadata.version", lambda tool: "9.9")
     make(spoken_config, out, **options)
     assert any("starting anew" in note for note in recorder.notes)
     inodes = {path.stat().st_mtime_ns for path in (out / "weights").iterdir()}

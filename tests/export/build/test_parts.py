@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 from recorder import Recorder
 
-from flamingo_export import api
+from flamingo_export import BuildResult, api
 from flamingo_export.bundle.manifest import ShapeLimits, read_manifest
 from flamingo_export.bundle.verify import open_bundle
 from flamingo_export.cli import main
@@ -24,8 +25,8 @@ from flamingo_reference.config import ModelConfig
 from .conftest import contents
 
 
-def make(config: ModelConfig, out: Path, **options: object) -> api.BuildResult:  # type: ignore[name-defined]
-    return api.build(RandomWeights(config=config, seed=5), out=out, parity="skip", **options)  # type: ignore[arg-type]
+def make(config: ModelConfig, out: Path, **options: Any) -> BuildResult:
+    return api.build(RandomWeights(config=config, seed=5), out=out, parity="skip", **options)
 
 
 def test_the_bundle_and_its_plan(spoken_config: ModelConfig, tmp_path: Path) -> None:

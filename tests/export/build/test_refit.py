@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any, cast
 
 import msgspec
 import numpy as np
@@ -37,9 +38,10 @@ def tuned(tiny_model: Flamingo, tmp_path: Path) -> Path:
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)  # type: ignore[misc]
-        model.cross_attention[0].attention_gate.zero_()  # type: ignore[operator]
-        model.cross_attention[1].ffw_gate.neg_()  # type: ignore[operator]
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        first, second = cast("list[Any]", model.cross_attention)
+        first.attention_gate.zero_()
+        second.ffw_gate.neg_()
     model.save(tmp_path / "tuned")
     return tmp_path / "tuned"
 
@@ -151,7 +153,12 @@ def test_killed_it_goes_on_where_it_was(
         from flamingo_export.pipeline import write_weights
 
         make = write_weights._make
-        monkeypatch.setattr(write_weights, "_make", lambda *args: (time.sleep(0.01), make(*args))[1])  # type: ignore[func-returns-value]
+
+        def waiting(*args: Any) -> Any:
+            time.sleep(0.01)
+            return make(*args)
+
+        monkeypatch.setattr(write_weights, "_make", waiting)
         pipeline.build(request)
 
     with in_child(slowly) as child:

@@ -149,7 +149,8 @@ def _parametrized(model: Flamingo) -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x + 0
 
-    layer: Any = model.resampler.layers[0]  # type: ignore[index]
+    resampler: Any = model.resampler
+    layer = resampler.layers[0]
     parametrize.register_parametrization(layer.ffw_up, "weight", Symmetric())
 
 

@@ -6,6 +6,7 @@ import copy
 import math
 import resource
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import msgspec
@@ -19,6 +20,7 @@ from flamingo_export import api
 from flamingo_export.errors import CheckpointError
 from flamingo_export.pipeline import write_weights
 from flamingo_export.pipeline.write_weights import cast, peak
+from flamingo_export.precision import StorageType
 from flamingo_export.sources import LiveSource
 from flamingo_export.sources.choice import LiveModel, RandomWeights
 from flamingo_export.weights import bundle_weights
@@ -36,9 +38,9 @@ def written(bundle: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("storage", ["fp32", "fp16", "bf16"])
-def test_weights_are_the_recipes_numbers_rounded_by_torch(storage: str, tiny_model: Flamingo, tmp_path: Path) -> None:
+def test_weights_are_the_recipes_numbers_rounded_by_torch(storage: StorageType, tiny_model: Flamingo, tmp_path: Path) -> None:
     source = LiveSource(tiny_model)
-    result = api.build(tiny_model, out=tmp_path / "b.bundle", storage=storage, parity="skip")  # type: ignore[arg-type]
+    result = api.build(tiny_model, out=tmp_path / "b.bundle", storage=storage, parity="skip")
     tensors = written(result.path)
     weights = bundle_weights(tiny_model.config)
     assert set(tensors) == {weight.name for weight in weights}
@@ -56,8 +58,9 @@ def test_a_16_bit_checkpoint_keeps_its_bits(tiny_model: Flamingo, tmp_path: Path
     save_native(tmp_path / "half", tiny_model.config, arrays.items())
     q, k, v = (state[f"language_model.layers.1.{kind}_proj.weight"] for kind in "qkv")
     wanted = torch.cat([q, k, v]).T
-    for storage, expected in (("bf16", wanted), ("fp32", wanted.float())):
-        result = api.build(tmp_path / "half", out=tmp_path / storage, storage=storage, parity="skip")  # type: ignore[arg-type]
+    storages: tuple[tuple[StorageType, torch.Tensor], ...] = (("bf16", wanted), ("fp32", wanted.float()))
+    for storage, expected in storages:
+        result = api.build(tmp_path / "half", out=tmp_path / storage, storage=storage, parity="skip")
         assert torch.equal(written(result.path)["decoder/layer.1/self_attention/qkv_proj"], expected)
 
 
@@ -76,14 +79,14 @@ def test_live_checkpoint_and_one_thread_give_the_same_bytes(
 
 
 @pytest.mark.parametrize("storage", ["fp32", "bf16"])
-def test_nan_and_infinity_are_named_wherever_they_are(storage: str, tiny_model: Flamingo, tmp_path: Path) -> None:
+def test_nan_and_infinity_are_named_wherever_they_are(storage: StorageType, tiny_model: Flamingo, tmp_path: Path) -> None:
     state = {name: tensor.clone() for name, tensor in tiny_model.state_dict().items()}
     state["vision_encoder.stem.0.gain"][1] = float("nan")
     state["cross_attention.1.ffw_gate"].fill_(float("inf"))
     state["language_model.layers.2.ffw_down.weight"][-1, -1] = -float("inf")
     save_native(tmp_path / "bad", tiny_model.config, ((name, tensor.numpy()) for name, tensor in state.items()))
     with pytest.raises(CheckpointError, match="NaN or infinite") as caught:
-        api.build(tmp_path / "bad", out=tmp_path / "b.bundle", storage=storage, parity="skip")  # type: ignore[arg-type]
+        api.build(tmp_path / "bad", out=tmp_path / "b.bundle", storage=storage, parity="skip")
     message = str(caught.value)
     assert all(
         name in message
@@ -133,15 +136,16 @@ def test_what_overflows_is_judged_after_folding(tiny_model: Flamingo, tmp_path: 
 def test_a_faulty_live_model_is_refused_too(tiny_model: Flamingo, tmp_path: Path) -> None:
     model = copy.deepcopy(tiny_model)
     with torch.no_grad():
-        model.resampler.latents[0, 0] = float("nan")  # type: ignore[operator]
+        resampler: Any = model.resampler
+        resampler.latents[0, 0] = float("nan")
     with pytest.raises(CheckpointError, match=r"NaN or infinite numbers: resampler\.latents\."):
         api.build(LiveModel(model=model), out=tmp_path / "b.bundle", parity="skip")
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64, ml_dtypes.bfloat16])
-def test_peak(dtype: type) -> None:
+def test_peak(dtype: Any) -> None:
     rng = np.random.default_rng(0)
-    values = rng.standard_normal((300, 1000)).astype(dtype)  # type: ignore[var-annotated]
+    values = rng.standard_normal((300, 1000)).astype(dtype)
     assert peak(values) == float(np.abs(values.astype(np.float64)).max())
     assert peak(values.T) == peak(values)
     assert peak(values[::-1, ::2]) == float(np.abs(values[:, ::2].astype(np.float64)).max())
@@ -156,7 +160,7 @@ def test_peak(dtype: type) -> None:
 def test_cast_rounds_to_nearest_even_like_torch() -> None:
     rng = np.random.default_rng(0)
     bits = rng.integers(0, 2**32, 50_000, dtype=np.uint64).astype(np.uint32)
-    values = np.concatenate([bits.view(np.float32), np.float32([1 + 2**-8, 1 + 3 * 2**-8, 3.4e38, 1e-40, -0.0])])  # type: ignore[arg-type]
+    values = np.concatenate([bits.view(np.float32), np.array([1 + 2**-8, 1 + 3 * 2**-8, 3.4e38, 1e-40, -0.0], np.float32)])
     values = values[np.isfinite(values)]
     wanted = torch.from_numpy(values).bfloat16().view(torch.int16).numpy()
     np.testing.assert_array_equal(cast(values, np.dtype(ml_dtypes.bfloat16)).view(np.int16), wanted)

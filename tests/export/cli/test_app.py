@@ -11,6 +11,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.main import get_command
@@ -19,7 +20,8 @@ import flamingo_export.cli.inspect as inspect_module
 from flamingo_export.cli.app import app
 from flamingo_export.errors import BundleError
 
-VERBS = sorted(get_command(app).commands)  # type: ignore[attr-defined]
+GROUP: Any = get_command(app)
+VERBS = sorted(GROUP.commands)
 HEAVY = ("torch", "onnxruntime", "onnx", "onnx_ir", "matplotlib", "jinja2", "transformers", "PIL", "tokenizers", "numpy")
 
 

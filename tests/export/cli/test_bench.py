@@ -32,6 +32,8 @@ def test_the_table(cli, bundle):
 def test_prompts_differ_in_their_question_alone():
     one, other = make_requests(NANO, images=3, prompt_tokens=64, seed=1)
     assert len(one.prompt) == len(other.prompt) == 64
+    assert isinstance(one.prompt, list)
+    assert isinstance(other.prompt, list)
     assert one.prompt.count(NANO.tokens.image) == len(one.media) == 3
     assert one.prompt[:-16] == other.prompt[:-16]
     assert one.prompt[-16:] != other.prompt[-16:]

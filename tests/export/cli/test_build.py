@@ -98,7 +98,7 @@ def test_a_mounted_folder_is_refused_with_a_place_in_it(cli):
 
 @pytest.mark.parametrize(("disk", "memory"), [(100 << 30, 10 << 30), (10 << 30, 10 << 30), (100 << 30, 1 << 30)])
 def test_a_plan_says_whether_this_machine_can_do_it(cli, tmp_path, monkeypatch, disk, memory):
-    monkeypatch.setattr(plan.shutil, "disk_usage", lambda folder: SimpleNamespace(free=disk))
+    monkeypatch.setattr("flamingo_export.pipeline.plan.shutil.disk_usage", lambda folder: SimpleNamespace(free=disk))
     monkeypatch.setattr(plan, "available_memory", lambda: memory)
     line = ["build", "--size", "9b", "--out", tmp_path / "nine.bundle", "--plan"]
     text, data = cli(*line), cli(*line, "--json")
@@ -114,7 +114,7 @@ def test_a_plan_says_whether_this_machine_can_do_it(cli, tmp_path, monkeypatch, 
 
 
 def test_the_plan_writes_nothing(cli, tmp_path, monkeypatch):
-    monkeypatch.setattr(plan.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1 << 40))
+    monkeypatch.setattr("flamingo_export.pipeline.plan.shutil.disk_usage", lambda folder: SimpleNamespace(free=1 << 40))
     line = ["build", "--size", "9b", "--out", tmp_path / "nine.bundle", "--plan"]
     text, data = cli(*line), json.loads(cli(*line, "--json").out)
     assert text.code == 0, text.err

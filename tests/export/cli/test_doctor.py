@@ -36,9 +36,9 @@ def test_memory_and_disk_decide_which_sizes_fit():
 
 def test_what_is_missing_comes_with_a_remedy(monkeypatch):
     monkeypatch.setattr(probes, "package", lambda name, *modules: None)
-    monkeypatch.setattr(probes.shutil, "which", lambda name: None)
+    monkeypatch.setattr("flamingo_export.cli.probes.shutil.which", lambda name: None)
     monkeypatch.setattr(probes, "_first_file", lambda name, folders: None)
-    monkeypatch.setattr(probes.ctypes.util, "find_library", lambda name: None)
+    monkeypatch.setattr("flamingo_export.cli.probes.ctypes.util.find_library", lambda name: None)
     monkeypatch.setattr(probes, "_wheel_library", lambda module, pattern: None)
     monkeypatch.setattr(library, "installed", lambda which: False)
     monkeypatch.setattr(plugin, "find_plugin", lambda: None)

@@ -23,7 +23,7 @@ def test_inspect(cli, size, layers, width, gated):
 @pytest.mark.parametrize(("size", "policy", "least", "most"), [("11b", "--int4", 7.0, 8.5), ("90b", "--fp8", 82.0, 88.0)])
 def test_plan(cli, tmp_path, monkeypatch, size, policy, least, most):
     """Weights in GiB; nothing is written."""
-    monkeypatch.setattr(plan.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1 << 40))
+    monkeypatch.setattr("flamingo_export.pipeline.plan.shutil.disk_usage", lambda folder: SimpleNamespace(free=1 << 40))
     monkeypatch.setattr(plan, "available_memory", lambda: 1 << 38)
     out = tmp_path / "llama.bundle"
     found = json.loads(cli("build", "--size", f"llama-3.2-{size}-vision", policy, "--plan", "--json", "--out", out).out)

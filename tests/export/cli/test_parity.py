@@ -7,17 +7,17 @@ import json
 import pytest
 
 import flamingo_export.validate
-from flamingo_export.validate.report.parity_report import NotRun, ParityReport, Row
+from flamingo_export.validate.report.parity_report import NotRun, ParityReport, Row, Verdict
 
 
-def report_of(verdict: str, *, passed: bool) -> ParityReport:
+def report_of(verdict: Verdict, *, passed: bool) -> ParityReport:
     rows = tuple(
         Row(level="subgraph", case=case, subgraph="media_kv", tensor="media_k.0", error=error, limit=4e-6, passed=error < 4e-6)
         for case, error in (("two media", 1e-6), ("another", 1e-6 if passed else 9e-2))
     )
     left_out = (NotRun(name="token traces", reason="no memory"),)
     return ParityReport(
-        verdict=verdict, backend="onnxruntime", against="golden", model="nano", storage="fp32", weights="0" * 64, rows=rows, not_run=left_out  # type: ignore[arg-type]
+        verdict=verdict, backend="onnxruntime", against="golden", model="nano", storage="fp32", weights="0" * 64, rows=rows, not_run=left_out
     )  # fmt: skip
 
 

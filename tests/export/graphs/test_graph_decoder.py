@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -178,7 +179,8 @@ def test_parts_chained_equal_the_whole(
     config, index = tiny_model.config, WeightIndex.read(tiny_bundle)
     feeds = {**calls.prompt(2, 5, 8), **calls.bank, **calls.cache(2, 8)}
     feeds["phi"][:, 2:] = 1
-    whole, joined, hidden = decoder(feeds), {}, None  # type: ignore[var-annotated]
+    joined: dict[str, Any] = {}
+    whole, hidden = decoder(feeds), None
     bounds = [0, *cuts, config.language_model.num_layers]
     for part, (start, stop) in enumerate(itertools.pairwise(bounds)):
         model = build_graph(config, f"decoder.{part}", index, layers=range(start, stop))

@@ -86,6 +86,7 @@ def inside_of_a_function(model, **attributes):
     """A call of another function in the body of the first: its declared attributes must be passed there too."""
     body = function_of(model)
     relu = ir.node("Relu", [ir.Value(name="x")], outputs=[ir.Value(name="y")], name="relu")
+    assert relu.inputs[0] is not None
     graph = ir.Graph([relu.inputs[0]], relu.outputs, nodes=[relu], opset_imports={"": 24}, name="Inner")
     inner = ir.Function("flamingo", "Inner", "", graph=graph, attributes=[ir.Attr("slope", ir.AttributeType.FLOAT, None)])
     model.functions[inner.identifier()] = inner

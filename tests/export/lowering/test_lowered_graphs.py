@@ -11,9 +11,7 @@ import onnxruntime
 import pytest
 import torch
 
-from flamingo_export.backends.tensorrt.lowering import retype
 from flamingo_export.backends.tensorrt.lowering.lower import save_lowered
-from flamingo_export.graphs import builder
 from flamingo_export.specs import SUBGRAPHS
 from flamingo_reference.model.subgraphs import subgraphs_of
 
@@ -111,10 +109,6 @@ def test_another_compute_type_than_the_stored_keeps_the_casts(lowered, lint):
     }
     assert targets == {ir.DataType.FLOAT16}
     lint(model)
-
-
-def test_the_domain_is_that_of_the_builder():
-    assert retype.FUNCTION_DOMAIN == builder.FUNCTION_DOMAIN
 
 
 def feeds_of(name, config, rng):

@@ -8,7 +8,7 @@ from variations import VARIATIONS, drawn_model
 
 from flamingo_export.backends.tensorrt.lowering.lint import check_graph
 from flamingo_export.backends.tensorrt.lowering.lower import lower, save_lowered
-from flamingo_export.precision import Precision
+from flamingo_export.precision import Precision, StorageType
 from flamingo_export.sources import LiveSource
 from flamingo_export.specs import SUBGRAPHS, subgraph_specs
 
@@ -30,7 +30,8 @@ def drawn(request, bundle_writer, tmp_path_factory):
 def test_lint_and_types(drawn, name):
     model, bundles = drawn
     spec = subgraph_specs(model.config)[name]
-    for compute, native in (("fp16", NONE), ("fp16", PLUGIN), ("bf16", NONE), ("fp32", NONE)):
+    wanted: tuple[tuple[StorageType, frozenset[str]], ...] = (("fp16", NONE), ("fp16", PLUGIN), ("bf16", NONE), ("fp32", NONE))
+    for compute, native in wanted:
         graph = ir.load(bundles[compute] / f"{name}.onnx")
         lowered = lower(graph, compute=compute, capacity=CAPACITY, native_functions=native)
         expected = check_graph(lowered, spec, compute=compute, capacity=CAPACITY, native_functions=native)

@@ -37,7 +37,7 @@ def trained_like(module: torch.nn.Module, seed: int) -> torch.nn.Module:
             if parameter.dim() == 2 and not name.endswith("_bias"):
                 parameter.normal_(std=0.02, generator=generator)
                 tail = torch.rand(parameter.shape[0], generator=generator)
-                parameter *= (1 + 2 * tail**8)[:, None]  # type: ignore[misc]
+                parameter.mul_((1 + 2 * tail**8)[:, None])
                 channels = torch.randperm(parameter.shape[1], generator=generator)[: parameter.shape[1] // 500]
                 parameter[:, channels] *= 3
             elif name.endswith("gate"):
@@ -50,7 +50,7 @@ def trained_like(module: torch.nn.Module, seed: int) -> torch.nn.Module:
     return module.requires_grad_(False)
 
 
-class Ranges(dict):  # type: ignore[type-arg]
+class Ranges(dict[str, Any]):
     """Statistics of every tensor that is asked for, all the same."""
 
     def __init__(self, threshold: float) -> None:

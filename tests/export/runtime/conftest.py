@@ -70,7 +70,8 @@ class Oracle:
         count: int,
     ) -> list[tuple[list[int], float]]:
         """Beam search with length penalty 0, written anew: (tokens, score), best first."""
-        live, kept = [([], 0.0)], []  # type: ignore[var-annotated]
+        live: list[tuple[list[int], float]] = [([], 0.0)]
+        kept: list[tuple[list[int], float]] = []
         for step in range(1, count + 1):
             options = [
                 ([*tokens, token], score + float(logprob))
@@ -154,4 +155,4 @@ def random_request(config: ModelConfig, seed: int, length: int, num_media: int) 
 
 def frames_of(request: Request) -> list[list[np.ndarray]]:
     """A request's media for the oracle: each image is one frame."""
-    return [[image] for image in request.media]  # type: ignore[list-item]
+    return [[np.asarray(image)] for image in request.media]

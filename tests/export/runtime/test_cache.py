@@ -191,10 +191,11 @@ def test_a_shared_row_is_free_when_the_last_one_leaves() -> None:
 
 
 def test_a_digest_is_not_a_token() -> None:
-    for prompt, shared in (([1, b"a", 6], 2), ([1, b"b", 5], 1)):
+    prompts: list[tuple[list[int | bytes], int]] = [([1, b"a", 6], 2), ([1, b"b", 5], 1)]
+    for prompt, shared in prompts:
         cache = rows_of(1)
         cache.rows[0].held = (1, b"a", 5)
-        assert cache.settle(cache.take(prompt, slots=3), prompt, slots=3) == shared  # type: ignore[arg-type]
+        assert cache.settle(cache.take(prompt, slots=3), prompt, slots=3) == shared
 
 
 def test_capacity_grows_in_buckets_up_to_the_limit(load_tiny: LoadTiny) -> None:

@@ -94,7 +94,7 @@ def test_padding_writes_behind_what_is_used_and_gives_up_what_it_must() -> None:
     rows[2].held, rows[2].used = (1, 2), 5  # in the middle of its prompt
     for index in (0, 2, 3):
         rows[index].seats.append(Seat(row=rows[index], columns=1, left=MOST))
-    jobs = []
+    jobs: list[Any] = []
     for index in (0, 3):
         rows[index].used = 4
         tree = SimpleNamespace(mask=np.zeros((3, MOST), np.bool_), position=4)
@@ -104,7 +104,7 @@ def test_padding_writes_behind_what_is_used_and_gives_up_what_it_must() -> None:
                 sees=np.array([2]), take_slots=lambda column: None,
             )
         )  # fmt: skip
-    feeds = decode_feeds(Call(0, 4, 3, tuple(jobs)), rows, MOST, pad=0)  # type: ignore[arg-type]
+    feeds = decode_feeds(Call(0, 4, 3, tuple(jobs)), rows, MOST, pad=0)
     assert feeds["write_index"].tolist() == [4, MOST - 3, 5, 4]
     assert len(rows[1].held) == MOST - 3
     assert len(rows[2].held) == 2

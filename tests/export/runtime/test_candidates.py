@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -28,7 +29,8 @@ def whole_vocabulary_beam_search(rows, beams: int, steps: int, penalty: float):
 
     rows(tokens): float32 logits [V] after a beam's tokens. Returns [(tokens, score)], best first.
     """
-    live, kept = [([], 0.0)], []  # type: ignore[var-annotated]
+    live: list[tuple[list[int], float]] = [([], 0.0)]
+    kept: list[tuple[list[int], float]] = []
     for step in range(1, steps + 1):
         options = []
         for place, (tokens, score) in enumerate(live):
@@ -97,14 +99,15 @@ def test_sampling_from_candidates_is_sampling_from_logits(seed, size, top_k, top
         rule = StopRule(eoc=EOC, banned=IMAGE, max_new_tokens=4)
         search = Sampling(rule, branches=2, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
         model = model_of(seed, size, 0)
-        step, branches = search, [[]]  # type: ignore[var-annotated]
+        branches: list[list[int]] = [[]]
+        step: Any = search
         while step is not None:
-            scores = np.stack([model(tokens) for tokens in branches])
+            scores: Any = np.stack([model(tokens) for tokens in branches])
             if found_by_decoder and search.num_candidates is not None:
-                scores = candidates_of(scores, IMAGE, search.num_candidates + 2)  # type: ignore[assignment]
-            step = search.advance(scores)  # type: ignore[assignment]
+                scores = candidates_of(scores, IMAGE, search.num_candidates + 2)
+            step = search.advance(scores)
             if step is not None:
-                branches = [[*branches[p], int(t)] for p, t in zip(step.parents, step.tokens, strict=True)]  # type: ignore[attr-defined]
+                branches = [[*branches[p], int(t)] for p, t in zip(step.parents, step.tokens, strict=True)]
         return [(one.token_ids, one.token_logprobs) for one in search.results()]
 
     assert texts(True) == texts(False)

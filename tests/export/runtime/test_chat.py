@@ -82,7 +82,7 @@ def text(words: str) -> dict[str, Any]:
     return {"type": "text", "text": words}
 
 
-CONVERSATIONS = {
+CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
     "text only": [{"role": "user", "content": "Why? "}],
     "image first": [{"role": "user", "content": [image(), text("What is this?")]}],
     "text first": [{"role": "user", "content": [text("What is this?"), image()]}],
@@ -100,9 +100,9 @@ CONVERSATIONS = {
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_the_model_reads_what_transformers_gives_it(name: str, tokenizer: Tokenizer, processor: Any) -> None:
     messages = CONVERSATIONS[name]
-    count = sum(part["type"] == "image" for m in messages if isinstance(m["content"], list) for part in m["content"])  # type: ignore[attr-defined]
-    found = ids_of(chat_prompt(messages, [A, B, A][:count], inputs=INSTRUCT), tokenizer)  # type: ignore[arg-type]
-    assert found == theirs(processor, messages)  # type: ignore[arg-type]
+    count = sum(part["type"] == "image" for m in messages if isinstance(m["content"], list) for part in m["content"])
+    found = ids_of(chat_prompt(messages, [A, B, A][:count], inputs=INSTRUCT), tokenizer)
+    assert found == theirs(processor, messages)
     assert found.count(IDS[BOS]) == 1
     assert found[0] == IDS[BOS]
 
@@ -130,7 +130,7 @@ def test_raw_prompts_get_the_first_token_where_transformers_puts_it(prompt: str,
 def test_a_question_with_examples_and_a_system_message(tokenizer: Tokenizer, processor: Any) -> None:
     shots = [Shot(medium=A, question="What colour?", answer="Black."), Shot(question="And grass?", answer="Green.")]
     request = qa_prompt(shots, "What is {question}?", [A, B], INSTRUCT, system="Be brief.")
-    messages = [
+    messages: list[dict[str, Any]] = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": [image(), text("What colour?")]},
         {"role": "assistant", "content": "Black."},
@@ -138,7 +138,7 @@ def test_a_question_with_examples_and_a_system_message(tokenizer: Tokenizer, pro
         {"role": "assistant", "content": "Green."},
         {"role": "user", "content": [image(), image(), text("What is {question}?")]},
     ]
-    assert ids_of(request, tokenizer) == theirs(processor, messages)  # type: ignore[arg-type]
+    assert ids_of(request, tokenizer) == theirs(processor, messages)
     assert list(request.media) == [A, A, B]
 
 

@@ -3,6 +3,7 @@
 import datetime
 import threading
 import time
+from typing import Any
 
 import pytest
 from llama_chat import BOS, EOT, REFUSING_TEMPLATE, TEMPLATE, write_tokenizer
@@ -13,7 +14,7 @@ from flamingo_export.runtime.chat_template import MAX_SOURCE, ChatTemplate
 
 SPECIAL = {"bos_token": BOS, "eos_token": EOT}
 IMAGE = {"type": "image"}
-CONVERSATIONS = {
+CONVERSATIONS: dict[str, Any] = {
     "text": [{"role": "user", "content": " What is a flamingo? "}],
     "image": [{"role": "user", "content": [IMAGE, {"type": "text", "text": "What is this?"}]}],
     "image last": [{"role": "user", "content": [{"type": "text", "text": "What is this?"}, IMAGE]}],

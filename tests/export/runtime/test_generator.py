@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -150,7 +151,7 @@ def test_requests_that_end_early_leave_the_batch(load_tiny: LoadTiny, tiny_confi
 
 def test_rows_of_unlike_width_decode_together(load_tiny: LoadTiny, tiny_config: ModelConfig) -> None:
     """Greedy, beams and samples at once, in rows whose neighbours end, with holes between them: each as alone."""
-    settings = [
+    settings: list[dict[str, Any]] = [
         {"beams": 1},
         {"beams": 3},
         {"temperature": 1.2, "seed": 4, "num_return": 2},
@@ -161,10 +162,7 @@ def test_rows_of_unlike_width_decode_together(load_tiny: LoadTiny, tiny_config: 
     ]
     requests = [random_request(tiny_config, 300 + index, 5 + 3 * index, index % 3) for index in range(len(settings))]
     limits = [9, 2, 7, 8, 3, 6, 9]
-    options = [
-        GenerateOptions(max_new_tokens=limit, **each)  # type: ignore[arg-type]
-        for limit, each in zip(limits, settings, strict=True)
-    ]
+    options = [GenerateOptions(max_new_tokens=limit, **each) for limit, each in zip(limits, settings, strict=True)]
     model = load_tiny(bank_rows=16)
     tickets = [
         model.engine.submit(model.prepare(request), each, wake=False) for request, each in zip(requests, options, strict=True)
@@ -405,12 +403,12 @@ def test_a_list_with_more_media_than_the_bank_is_run_in_parts(load_tiny: LoadTin
 def test_sampling_repeats_with_its_seed_whatever_the_batch(load_tiny: LoadTiny, tiny_config: ModelConfig) -> None:
     model = load_tiny()
     request, other = random_request(tiny_config, 100, 9, 1), random_request(tiny_config, 101, 20, 1)
-    settings = {"temperature": 1.5, "top_k": 20, "top_p": 0.95, "seed": 3, "num_return": 3, "max_new_tokens": 6}
-    one = model.generate(request, **settings)  # type: ignore[call-overload]
-    beside = model.generate([other, request], **settings)[1]  # type: ignore[call-overload]
+    settings: dict[str, Any] = {"temperature": 1.5, "top_k": 20, "top_p": 0.95, "seed": 3, "num_return": 3, "max_new_tokens": 6}
+    one = model.generate(request, **settings)
+    beside = model.generate([other, request], **settings)[1]
     assert [t.token_ids for t in (one, *one.alternatives)] == [t.token_ids for t in (beside, *beside.alternatives)]
     assert len({t.token_ids for t in (one, *one.alternatives)}) == 3
-    assert one.token_ids != model.generate(request, **{**settings, "seed": 4}).token_ids  # type: ignore[call-overload]
+    assert one.token_ids != model.generate(request, **{**settings, "seed": 4}).token_ids
 
 
 def test_an_interrupted_generation_leaves_the_model_usable(
@@ -443,7 +441,7 @@ def test_an_interrupt_loses_no_request_of_others(load_tiny: LoadTiny, tiny_confi
     run, tickets = model.engines.decoder.run, []
 
     def interrupted(feeds):
-        model.engines.decoder.run = run
+        model.engines.decoder.run = run  # type: ignore[method-assign]
         tickets.append(model.engine.submit(model.prepare(other), GenerateOptions(beams=1, max_new_tokens=4), wake=False))
         raise KeyboardInterrupt
 
@@ -486,7 +484,7 @@ def test_phi_beyond_the_media_is_refused_before_the_graph_runs(load_tiny: LoadTi
         ({"length_penalty": None}, "length_penalty is None, expected a number"),
     ],
 )
-def test_settings_that_cannot_be(load_tiny: LoadTiny, settings: dict, message: str) -> None:  # type: ignore[type-arg]
+def test_settings_that_cannot_be(load_tiny: LoadTiny, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         load_tiny().generate([1, 10], **settings)
 

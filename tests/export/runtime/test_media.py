@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -27,8 +28,8 @@ def test_other_pixels_sizes_and_orders_are_other_media() -> None:
     pixels = np.arange(64, dtype=np.uint8).reshape(8, 8)
     other = pixels.copy()
     other[0, 0] = 1
-    sources = [pixels, other, pixels.reshape(4, 16), Video(source=[pixels, other]), Video(source=[other, pixels])]
-    assert len({load_medium(source, NANO).digest for source in sources}) == len(sources)  # type: ignore[arg-type]
+    sources: list[Any] = [pixels, other, pixels.reshape(4, 16), Video(source=[pixels, other]), Video(source=[other, pixels])]
+    assert len({load_medium(source, NANO).digest for source in sources}) == len(sources)
 
 
 def test_frames_are_stacked_in_order() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
@@ -242,7 +243,7 @@ def feeds(media_rows: list[list[int]], phi: list[list[int]]) -> dict[str, np.nda
     return {"media_rows": np.array(media_rows), "phi": np.array(phi)}
 
 
-def seen(session: FakeSession, given: dict[str, np.ndarray]) -> list[list[float]]:
+def seen(session: FakeSession, given: Mapping[str, Any]) -> list[list[float]]:
     """What a decoder run reads for the media of each row of the call that are looked at."""
     bank = session.bound["media_k.0"].array
     return [
@@ -264,7 +265,7 @@ def test_a_decoder_that_multiplies_what_is_bound_is_given_what_is_looked_at_and_
     session.log.clear()
     for _ in range(3):
         given = bank.narrowed(feeds([[4, 5, 6], [6, 0, 0]], [[3, 3], [1, 0]]))
-        assert seen(session, given) == [[4.0, 5.0, 6.0], [6.0]]  # type: ignore[arg-type]
+        assert seen(session, given) == [[4.0, 5.0, 6.0], [6.0]]
     assert session.log == ["bind 3", "bind 3"]
     bank.narrowed(feeds([[0]], [[0]]))
     assert session.log[2:] == ["bind 1", "bind 1"]
@@ -276,14 +277,14 @@ def test_rows_far_apart_are_copied_once_until_another_image_has_one() -> None:
     session.log.clear()
     call = feeds([[7, 1], [3, 0]], [[2, 2], [1, 1]])
     for _ in range(3):
-        assert seen(session, bank.narrowed(call)) == [[7.0, 1.0], [3.0]]  # type: ignore[arg-type]
+        assert seen(session, bank.narrowed(call)) == [[7.0, 1.0], [3.0]]
     assert session.log.count("copy") == 6  # three rows, keys and values
     bank.narrowed(feeds([[2]], [[1]]))  # another call between
-    assert seen(session, bank.narrowed(call)) == [[7.0, 1.0], [3.0]]  # type: ignore[arg-type]
+    assert seen(session, bank.narrowed(call)) == [[7.0, 1.0], [3.0]]
     assert session.log.count("copy") == 6
     with pinned(bank, media(0, 1, 2, 4, 5, 6, 7, 9), Encoder()):
         assert bank.resident[bytes([9])] == (3,)
-        assert seen(session, bank.narrowed(call)) == [[7.0, 1.0], [9.0]]  # type: ignore[arg-type]
+        assert seen(session, bank.narrowed(call)) == [[7.0, 1.0], [9.0]]
 
 
 def test_copies_hold_no_more_rows_than_the_bank() -> None:
@@ -292,7 +293,7 @@ def test_copies_hold_no_more_rows_than_the_bank() -> None:
     for _ in range(2):
         for rows in ([0, 3, 6], [1, 4, 7], [0, 4, 7], [0, 7], [2, 7]):
             given = bank.narrowed(feeds([rows], [[len(rows)]]))
-            assert seen(session, given) == [[float(row) for row in rows]]  # type: ignore[arg-type]
+            assert seen(session, given) == [[float(row) for row in rows]]
             assert sum(map(len, bank._views._taken)) <= 8
 
 

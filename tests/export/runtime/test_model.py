@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import numpy as np
@@ -84,7 +84,7 @@ def test_text_in_text_out(text_model: Model, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("settings", [{"beams": 1}, {"beams": 3}, {"temperature": 1.0, "seed": 1}])
-def test_a_stream_gives_the_same_text_in_pieces(text_model: Model, settings: dict) -> None:  # type: ignore[type-arg]
+def test_a_stream_gives_the_same_text_in_pieces(text_model: Model, settings: dict[str, Any]) -> None:
     request = qa_prompt([], "What is it?", pictures(1, 1)[0])
     whole = text_model.generate(request, max_new_tokens=24, **settings)
     stream = text_model.stream(request, max_new_tokens=24, **settings)
@@ -119,9 +119,9 @@ def slow_steps(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each call of the decoder takes 10 ms longer, so that what is given up is not finished before."""
     run = model.engines.decoder.run
 
-    def slow(*args: object, **rest: object) -> object:
+    def slow(*args: Any, **rest: Any) -> Any:
         time.sleep(0.01)
-        return run(*args, **rest)  # type: ignore[arg-type]
+        return run(*args, **rest)
 
     monkeypatch.setattr(model.engines.decoder, "run", slow)
 
@@ -186,9 +186,10 @@ def test_helpers_take_the_bundles_form(text_model: Model, tmp_path: Path) -> Non
     Image.fromarray(a).save(tmp_path / "a.png")
     (tmp_path / "shots.jsonl").write_text('{"image": "a.png", "caption": "noise"}\n')
     assert text_model.caption(b, shots=tmp_path / "shots.jsonl", max_new_tokens=4).token_ids == written.token_ids
+    wrong: Any
     for wrong in ("none.jsonl", ["noise"], 3):
         with pytest.raises(PromptError):
-            text_model.caption(b, shots=wrong)  # type: ignore[arg-type]
+            text_model.caption(b, shots=wrong)
 
 
 def test_a_prompt_in_another_familys_form_is_refused(text_model: Model) -> None:
@@ -238,23 +239,26 @@ def test_a_slow_reader_holds_up_no_step(text_model: Model) -> None:
 def test_many_threads_share_a_model(text_model: Model) -> None:
     """Each gets the answer that it gets alone, whatever the others ask; a fifth of them give up on the way."""
     images = pictures(7, 4)
-    asked = [
-        {"prompt": f"<image>{'x' * (7 * index)}Output:", "images": [images[index % 4]], **settings}  # type: ignore[dict-item]
-        for index, settings in enumerate(
-            [{"beams": 1}, {"beams": 3}, {"temperature": 1.0, "seed": 3, "num_return": 2}, {"beams": 2, "max_new_tokens": 3}]
-            * 3
-        )
+    kinds: list[dict[str, Any]] = [
+        {"beams": 1},
+        {"beams": 3},
+        {"temperature": 1.0, "seed": 3, "num_return": 2},
+        {"beams": 2, "max_new_tokens": 3},
     ]
-    alone = [text_model.generate(**{"max_new_tokens": 12, **one}) for one in asked]  # type: ignore[call-overload]
+    asked: list[dict[str, Any]] = [
+        {"prompt": f"<image>{'x' * (7 * index)}Output:", "images": [images[index % 4]], **settings}
+        for index, settings in enumerate(kinds * 3)
+    ]
+    alone = [text_model.generate(**{"max_new_tokens": 12, **one}) for one in asked]
 
     def work(number: int) -> None:
         index = number % len(asked)
         one = {"max_new_tokens": 12, **asked[index]}
         if number % 5 == 4:
-            stream = text_model.stream(**one)  # type: ignore[arg-type]
+            stream = text_model.stream(**one)
             next(stream)
             return
-        found = text_model.generate(**one)  # type: ignore[call-overload]
+        found = text_model.generate(**one)
         texts = [[text.token_ids for text in (each, *each.alternatives)] for each in (found, alone[index])]
         assert texts[0] == texts[1]
         np.testing.assert_allclose(found.token_logprobs, alone[index].token_logprobs, atol=1e-3)
@@ -444,10 +448,11 @@ def test_candidates_as_text(text_model: Model) -> None:
         (None, 0, "a prompt is given as NoneType"),
     ],
 )
-def test_prompts_that_do_not_fit(text_model: Model, prompt: object, count: int, message: str) -> None:
+def test_prompts_that_do_not_fit(text_model: Model, prompt: Any, count: int, message: str) -> None:
+    call: Any
     for call in (text_model.generate, text_model.stream):
         with pytest.raises(PromptError, match=message):
-            call(prompt, images=pictures(3, count))  # type: ignore[arg-type, call-overload]
+            call(prompt, images=pictures(3, count))
 
 
 def test_media_that_do_not_fit(text_model: Model, tmp_path: Path) -> None:
@@ -455,26 +460,27 @@ def test_media_that_do_not_fit(text_model: Model, tmp_path: Path) -> None:
         text_model.generate("<image>", images=[tmp_path / "none.png"])
     with pytest.raises(InputError, match=r"images and videos are lists: images=\['a.png'\]"):
         text_model.generate("<image>", images="a.png")
+    single: Any
     for single in (b"bytes of a file", io.BytesIO(b"the same")):
         with pytest.raises(InputError, match="images and videos are lists"):
-            text_model.generate("<image>", images=single)  # type: ignore[arg-type]
+            text_model.generate("<image>", images=single)
     with pytest.raises(InputError, match="are lists"):
         text_model.generate("<image>", images=pictures(0, 1)[0])
     with pytest.raises(InputError, match="a Request carries its own media"):
         text_model.generate(Request(prompt="<image>"), images=pictures(0, 1))
     with pytest.raises(InputError, match="give each its media"):
-        text_model.generate(["<image>", "<image>"], images=pictures(0, 2))  # type: ignore[list-item]
+        text_model.generate(cast("Any", ["<image>", "<image>"]), images=pictures(0, 2))
     with pytest.raises(InputError, match="batch_size is 0"):
         text_model.generate(["Hello"], batch_size=0)
 
 
 def test_a_list_is_answered_in_order(text_model: Model) -> None:
     images = pictures(4, 2)
-    requests = [Request(prompt="<image>Output:", media=[image]) for image in images]
-    found = text_model.generate([*requests, "Hello there"], beams=1, max_new_tokens=4)  # type: ignore[arg-type]
+    requests: list[Request | str] = [Request(prompt="<image>Output:", media=[image]) for image in images]
+    requests.append("Hello there")
+    found = text_model.generate(requests, beams=1, max_new_tokens=4)
     assert [one.token_ids for one in found] == [
-        text_model.generate(request, beams=1, max_new_tokens=4).token_ids  # type: ignore[call-overload]
-        for request in [*requests, "Hello there"]
+        text_model.generate(request, beams=1, max_new_tokens=4).token_ids for request in requests
     ]
 
 
@@ -510,7 +516,7 @@ def test_importing_is_quick_and_needs_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
     assert set(flamingo_export.__all__) <= set(dir(flamingo_export))
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
-        flamingo_export.nonsense  # type: ignore[attr-defined]  # noqa: B018
+        getattr(flamingo_export, "nonsense")  # noqa: B009
 
 
 def test_a_generation_without_torch(text_model: Model) -> None:

@@ -85,7 +85,8 @@ def alone(request: Prepared, search: Search) -> list[Hypothesis]:
 
 
 def scores_alone(request: Prepared, candidates: Sequence[Sequence[int]]) -> list[list[float]]:
-    whole, found = whole_of(request), []  # type: ignore[var-annotated]
+    whole = whole_of(request)
+    found: list[Any] = []
     for candidate in candidates:
         state = whole.begin(request.token_ids.tolist(), [numbers_of(medium) for medium in request.media])
         found.append([])
@@ -276,11 +277,11 @@ class Schedule:
             assert found == alone(request, options.search(self.config, limit)), (index, options)
         for scores, request, candidates in self.scores:
             try:
-                found = scores.result()  # type: ignore[assignment]
+                given: Any = scores.result()
             except BrokenDecoder:
                 continue
-            for mine, theirs in zip(found, scores_alone(request, candidates), strict=True):
-                np.testing.assert_allclose(mine, theirs, rtol=0, atol=2e-6)  # type: ignore[call-overload]
+            for mine, theirs in zip(given, scores_alone(request, candidates), strict=True):
+                np.testing.assert_allclose(mine, theirs, rtol=0, atol=2e-6)
         stats = self.engine.stats()
         assert (stats.waiting, stats.running, stats.rows_in_use, stats.bank_rows_in_use) == (0, 0, 0, 0)
         assert stats.finished + stats.failed + stats.cancelled == len(self.tickets) + len(self.scores)

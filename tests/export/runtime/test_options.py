@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from flamingo_export.errors import InputError
@@ -44,7 +46,7 @@ def test_temperature_zero_is_greedy(model: Model, tiny_config: ModelConfig) -> N
         ({"num_return": 5, "beams": 3}, "num_return 5 needs at least 5 beams, beams is 3"),
     ],
 )
-def test_what_would_have_no_effect_is_refused(model: Model, settings: dict, message: str) -> None:  # type: ignore[type-arg]
+def test_what_would_have_no_effect_is_refused(model: Model, settings: dict[str, Any], message: str) -> None:
     for call in (model.generate, model.stream):
         with pytest.raises(InputError, match=message):
             call([1, 10], **settings)
@@ -64,8 +66,9 @@ def test_what_would_have_no_effect_is_refused(model: Model, settings: dict, mess
     ],
 )
 def test_unknown_settings_are_named_with_the_nearest(model: Model, name: str, message: str) -> None:
+    unknown: dict[str, Any] = {name: 3}
     with pytest.raises(InputError, match=message.replace("?", r"\?")):
-        model.generate([1, 10], **{name: 3})  # type: ignore[call-overload]
+        model.generate([1, 10], **unknown)
 
 
 def test_as_many_beams_as_texts_are_wanted() -> None:

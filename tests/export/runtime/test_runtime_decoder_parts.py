@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -71,12 +72,12 @@ def told(generations: Sequence[Generation]) -> list[object]:
         {"temperature": 0.7, "top_k": 4, "seed": 6},
     ],
 )
-def test_the_same_texts(nano: Open, parts: int, settings: dict[str, object]) -> None:
+def test_the_same_texts(nano: Open, parts: int, settings: dict[str, Any]) -> None:
     whole, cut = nano(1), nano(parts)
     assert isinstance(cut.engines.decoder, DecoderParts)
     requests = [random_request(whole.config, seed, 6 + 17 * seed, seed) for seed in range(5)]
     for asked in (requests, requests[::-1], requests[3:4]):  # several at a time, and one whose cache is already there
-        found, expected = (model.generate(asked, max_new_tokens=7, batch_size=3, **settings) for model in (cut, whole))  # type: ignore[call-overload]
+        found, expected = (model.generate(asked, max_new_tokens=7, batch_size=3, **settings) for model in (cut, whole))
         assert told(found) == told(expected)
         for one, other in zip(found, expected, strict=True):
             assert (one.timings.reused_tokens, one.timings.media_reused) == (
@@ -164,7 +165,9 @@ def test_feeds_that_do_not_fit_are_refused_before_a_part_is_run(tiny: Model) -> 
 
 
 def test_what_was_opened_is_closed_where_a_part_cannot_be(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    manifest, opened, closed = read_manifest(tiny.bundle), [], []  # type: ignore[var-annotated]
+    manifest = read_manifest(tiny.bundle)
+    opened: list[Any] = []
+    closed: list[Any] = []
     backend = tiny.backend
 
     class Failing:
@@ -173,7 +176,7 @@ def test_what_was_opened_is_closed_where_a_part_cannot_be(tiny: Model, monkeypat
         def open(self, bundle: Path, manifest: object, graph: object, options: object) -> object:
             if len(opened) == 4:
                 raise BackendError("no room")
-            session = backend.open(bundle, manifest, graph, options)  # type: ignore[arg-type]
+            session = backend.open(bundle, manifest, graph, options)
             monkeypatch.setattr(session, "close", lambda: closed.append(session))
             opened.append(session)
             return session

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -38,7 +40,7 @@ def test_candidates_are_branches_that_do_not_see_each_other(
 def test_all_candidates_take_one_pass_after_the_prompt(load_tiny: LoadTiny, tiny_config: ModelConfig) -> None:
     model = load_tiny()
     calls, run = [], model.engines.decoder.run
-    model.engines.decoder.run = lambda feeds: calls.append(feeds["token_ids"].shape) or run(feeds)  # type: ignore[assignment, method-assign,func-returns-value, misc]
+    model.engines.decoder.run = lambda feeds: calls.append(feeds["token_ids"].shape) or run(feeds)  # type: ignore[assignment, func-returns-value, method-assign, misc]
     model.score(random_request(tiny_config, 1, 20, 1), CANDIDATES)
     assert calls == [(1, 16), (1, 4), (1, 0 + 2 + 1 + 4 + 0)]
 
@@ -79,6 +81,6 @@ def test_image_has_probability_zero(load_tiny: LoadTiny, tiny_config: ModelConfi
     ("candidates", "message"),
     [([], "no candidates"), ([[]], "no tokens"), ([[70]], "outside 0 to 69"), (["red"], "no tokenizer")],
 )
-def test_candidates_that_cannot_be_scored(load_tiny: LoadTiny, candidates: list, message: str) -> None:  # type: ignore[type-arg]
+def test_candidates_that_cannot_be_scored(load_tiny: LoadTiny, candidates: list[Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         load_tiny().score([1, 10], candidates)

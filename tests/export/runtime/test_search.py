@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -220,11 +221,11 @@ def test_logits_that_are_not_finite_are_an_error(bad: float) -> None:
         without(logits, IMAGE)
 
 
-def frequencies(count: int, **kind: object) -> np.ndarray:
+def frequencies(count: int, **kind: Any) -> np.ndarray:
     """How often each token is the first of a sample."""
     logits = np.log(np.array([0.4, 0.3, 0.05, 0.05, 0.2], np.float32))
     rule = StopRule(eoc=4, banned=3, max_new_tokens=1)
-    search = Sampling(rule, branches=count, seed=1, **kind)  # type: ignore[arg-type]
+    search = Sampling(rule, branches=count, seed=1, **kind)
     assert search.advance(logits[None].copy()) is None
     return np.bincount([h.token_ids[0] for h in search.results()], minlength=5) / count
 

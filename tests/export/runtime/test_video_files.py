@@ -7,6 +7,7 @@ import threading
 import wave
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -215,10 +216,10 @@ def load_medium_of(path: Path) -> None:
         ({"clip": (5.0, 6.0)}, "the video ends at 2 s"),
     ],
 )
-def test_times_that_cannot_be(tmp_path: Path, settings: dict[str, object], message: str) -> None:
+def test_times_that_cannot_be(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
     path = write(tmp_path / "a.mkv", codec="mpeg4")
     with pytest.raises(ImageError, match=message):
-        list(load_video(Video(source=path, **settings), default_frames=8))  # type: ignore[arg-type]
+        list(load_video(Video(source=path, **settings), default_frames=8))
 
 
 def test_animations_have_times_and_folders_have_none(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import io
 import os
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,8 +40,8 @@ def test_sampling_is_even_and_takes_both_ends() -> None:
 def test_animated_files(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"clip.{suffix}"
     frames = [solid(10 * index) for index in range(20)]
-    options = {"lossless": True} if suffix == "webp" else {}
-    frames[0].save(path, save_all=True, append_images=frames[1:], **options)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"lossless": True} if suffix == "webp" else {}
+    frames[0].save(path, save_all=True, append_images=frames[1:], **options)
     assert values(Video(source=path)) == [0, 30, 50, 80, 110, 140, 160, 190]
     assert values(Video(source=path, num_frames=30)) == [10 * index for index in range(20)]
 
@@ -174,10 +175,10 @@ def test_what_is_no_video(tmp_path: Path) -> None:
         ({"clip": (None, 2)}, "expected two numbers of seconds, START and END"),
     ],
 )
-def test_settings_of_another_kind(settings: dict[str, object], message: str) -> None:
+def test_settings_of_another_kind(settings: dict[str, Any], message: str) -> None:
     """Found by fuzzing."""
     with pytest.raises(ImageError, match=message):
-        list(load_video(Video(source=[solid(0)], **settings), default_frames=8))  # type: ignore[arg-type]
+        list(load_video(Video(source=[solid(0)], **settings), default_frames=8))
 
 
 def test_one_image_is_no_video() -> None:

@@ -12,7 +12,7 @@ from fake_gpu import fake_library
 from flamingo_export.backends.base import SessionOptions
 from flamingo_export.backends.registry import availability, get_backend, get_compiler
 from flamingo_export.backends.tensorrt import library
-from flamingo_export.backends.tensorrt.estimate import GIB, check_memory  # type: ignore[attr-defined]
+from flamingo_export.backends.tensorrt.estimate import check_memory
 from flamingo_export.backends.tensorrt.log import BuilderMessages, meaning
 from flamingo_export.backends.tensorrt.lowering.lint import Expected
 from flamingo_export.backends.tensorrt.lowering.shapes import Bounds, Profile
@@ -20,6 +20,7 @@ from flamingo_export.backends.tensorrt.monitor import UNITS, Phases, watched
 from flamingo_export.backends.tensorrt.summary import summarise
 from flamingo_export.bundle.manifest import GraphRecord
 from flamingo_export.errors import BackendError, BuildError
+from flamingo_export.estimates import GIB
 from flamingo_export.progress import SILENT
 from flamingo_reference.config import SIZES
 
@@ -40,7 +41,7 @@ def test_neither_runs_engines_without_a_driver(no_gpu, monkeypatch):
         with pytest.raises(
             BackendError, match=r"engine of decoder cannot be opened: .*no NVIDIA driver.*--backend onnxruntime"
         ):
-            get_compiler(name).open(Path(), None, GraphRecord(name="decoder", file=""), SessionOptions())
+            get_compiler(name).open(Path(), None, GraphRecord(name="decoder", file=""), SessionOptions())  # type: ignore[arg-type]
     assert get_backend("auto").name == "onnxruntime"
     with pytest.raises(BackendError, match="'onnxruntime' compiles no engines"):
         get_compiler("onnxruntime")
@@ -157,7 +158,7 @@ def test_ctrl_c_waits_for_the_work_to_stop():
         ended.set()
 
     with pytest.raises(KeyboardInterrupt):
-        watched(work, Phases(), cancelled, Pressed())
+        watched(work, Phases(), cancelled, Pressed())  # type: ignore[arg-type]
     assert ended.is_set()
     with pytest.raises(ZeroDivisionError):
         watched(lambda: 1 // 0, Phases(), threading.Event(), SILENT)

@@ -6,6 +6,7 @@ import inspect
 import sys
 import threading
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import trt_wheels
@@ -34,7 +35,9 @@ class Spy:
     """The module with its calls answered: each call of the real signature, `codes` of those that fail."""
 
     def __init__(self, real) -> None:
-        self.real, self.codes, self.called = real, {}, []  # type: ignore[var-annotated]
+        self.real = real
+        self.codes: dict[str, Any] = {}
+        self.called: list[Any] = []
 
     def __getattr__(self, name):
         value = getattr(self.real, name)

@@ -71,7 +71,9 @@ def test_what_is_freed_within_work_that_another_stream_waits_for():
 
 def test_work_does_not_ask_the_device_to_wait():
     cuda = FakeCuda()
-    stream, _ = pipeline(cuda, lambda: cuda.synchronize(stream))
+    streams: list[int] = []
+    stream, _ = pipeline(cuda, lambda: cuda.synchronize(streams[0]))
+    streams.append(stream)
     with pytest.raises(Misuse, match="synchronize was called by what a stream was asked to do"):
         cuda.synchronize(stream)
 
@@ -79,7 +81,13 @@ def test_work_does_not_ask_the_device_to_wait():
 def test_another_thread_that_frees_waits_for_work_that_has_begun():
     cuda = FakeCuda()
     begun, found = threading.Event(), []
-    other = threading.Thread(target=lambda: (begun.wait(), found.append(Freed(cuda)), found.clear()))
+
+    def frees() -> None:
+        begun.wait()
+        found.append(Freed(cuda))
+        found.clear()
+
+    other = threading.Thread(target=frees)
 
     def middle() -> None:
         begun.set()

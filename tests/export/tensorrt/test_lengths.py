@@ -186,7 +186,7 @@ def test_a_session_refuses_a_write_past_its_capacity_before_it_asks_the_engine(g
      ("tensorrt", "10.16.1.11", None), ("tensorrt-rtx", "1.10.0", None)],
 )  # fmt: skip
 def test_versions_that_lack_operators_are_refused_in_words(which, version, wanted, monkeypatch):
-    found = ModuleType("tensorrt")
+    found: Any = ModuleType("tensorrt")
     found.__version__, found.Builder = version, object
     which = library.LIBRARIES[which]
     monkeypatch.setitem(sys.modules, which.modules[0], found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from typing import Any, cast
 
 import ml_dtypes
 import numpy as np
@@ -77,7 +78,8 @@ class Exported:
     """A tensor of another library on DLPack device `device`."""
 
     def __init__(self, array: np.ndarray, device: int = dlpack.CUDA) -> None:
-        self.array, self.device, self.streams = array, device, []  # type: ignore[var-annotated]
+        self.array, self.device = array, device
+        self.streams: list[int | None] = []
 
     shape = property(lambda self: self.array.shape)
     dtype = property(lambda self: self.array.dtype)
@@ -107,17 +109,17 @@ def test_numpy_reads_our_capsules_and_we_numpys():
     gc.collect()
     before = len(dlpack._given)
     array = np.arange(12, dtype=np.float32).reshape(3, 4)
-    found = np.from_dlpack(OnHost(array))
+    found = np.from_dlpack(cast("Any", OnHost(array)))
     assert np.array_equal(found, array)
     assert found.ctypes.data == array.ctypes.data
     assert len(dlpack._given) == before + 1
     del found
     gc.collect()
     assert len(dlpack._given) == before  # its deleter was called
-    taken = dlpack.take(array, stream=None, devices=(1,))
+    taken = dlpack.take(array, stream=cast("int", None), devices=(1,))
     assert (taken.address, taken.shape, taken.code, taken.bits) == (array.ctypes.data, (3, 4), 2, 32)
     with pytest.raises(InputError, match="not contiguous"):
-        dlpack.take(array.T, stream=None, devices=(1,))
+        dlpack.take(array.T, stream=cast("int", None), devices=(1,))
     dlpack.give(array, array.ctypes.data, (3, 4), 2, 32)  # nobody takes it
     gc.collect()
     assert len(dlpack._given) == before

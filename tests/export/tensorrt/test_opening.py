@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -29,7 +30,7 @@ def bundle(gpu, tiny_bundle, tmp_path) -> Path:
     return add_engines(tiny_bundle, tmp_path / "x.bundle", chunk=16, bank_rows=8)
 
 
-def alter(bundle: Path, graph: str = "decoder", **changes: object) -> None:
+def alter(bundle: Path, graph: str = "decoder", **changes: Any) -> None:
     """Changes what the manifest says of an engine."""
     manifest = read_manifest(bundle)
     engines = tuple(
@@ -339,7 +340,7 @@ def test_the_gpu_that_is_named_is_the_one_that_is_opened(bundle, gpu, monkeypatc
 
     asked = []
     monkeypatch.setattr(library, "device", lambda index=0: library.Device(target="sm89") if index < 2 else None)
-    monkeypatch.setattr(backend_module, "CudaRuntime", lambda device=0: asked.append(device) or gpu.cuda)
+    monkeypatch.setattr(backend_module, "CudaRuntime", lambda device=0: asked.append(device) or gpu.cuda)  # type: ignore[func-returns-value]
     with flamingo_export.load(bundle, backend="tensorrt-rtx", device="cuda:1") as model:
         model.generate(Request(prompt=[1, 5, 6]), beams=1, max_new_tokens=2)
     assert asked == [1]

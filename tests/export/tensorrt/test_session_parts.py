@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from fake_gpu import LIMITS, add_engines
 import flamingo_export
 from flamingo_export.backends.tensorrt.session import MAX_GRAPHS
 from flamingo_export.errors import InputError
-from flamingo_export.precision import Precision
+from flamingo_export.precision import Precision, StorageType
 from flamingo_export.runtime.model import Model
 from flamingo_export.runtime.request import Request
 from flamingo_export.sources import LiveSource
@@ -27,10 +28,10 @@ def both(gpu, tiny_model, bundle_writer, tmp_path) -> Iterator[Load]:
     """The tiny model: its parts on engines, the whole decoder on ONNX Runtime."""
     with ExitStack() as stack:
 
-        def load(parts: int, storage: str = "fp32") -> tuple[Model, Model]:
-            source, precision = LiveSource(tiny_model), Precision(storage=storage)  # type: ignore[arg-type]
+        def load(parts: int, storage: StorageType = "fp32") -> tuple[Model, Model]:
+            source, precision = LiveSource(tiny_model), Precision(storage=storage)
             cut = bundle_writer(source, tmp_path / f"cut-{parts}.bundle", parts=parts, precision=precision)
-            engines = add_engines(cut, tmp_path / f"engines-{parts}.bundle", **LIMITS)  # type: ignore[arg-type]
+            engines = add_engines(cut, tmp_path / f"engines-{parts}.bundle", **LIMITS)
             whole = bundle_writer(source, tmp_path / f"whole-{parts}.bundle", precision=precision)
             opened = [
                 flamingo_export.load(bundle, backend=name, threads=1)
@@ -88,12 +89,12 @@ def test_several_requests_a_second_question_and_scores(both: Load, parts):
     first = request(20, 30, 3)
     second = Request(prompt=[*first.prompt, 20, 21], media=first.media)
     for asked in (first, second, second):
-        found, expected = (model.generate(asked, beams=3, max_new_tokens=5) for model in (engines, host))  # type: ignore[assignment]
-        same(found, expected)
-        assert found.timings.reused_tokens == expected.timings.reused_tokens  # type: ignore[attr-defined]
+        mine, other = (model.generate(asked, beams=3, max_new_tokens=5) for model in (engines, host))
+        same(mine, other)
+        assert mine.timings.reused_tokens == other.timings.reused_tokens
     candidates = [[5], [6, 7, 8], list(range(10, 26)), [9, 2]]
-    for one, other in zip(engines.score(first, candidates), host.score(first, candidates), strict=True):  # type: ignore[assignment]
-        np.testing.assert_allclose(one.token_logprobs, other.token_logprobs, atol=1e-4)
+    for score, wanted in zip(engines.score(first, candidates), host.score(first, candidates), strict=True):
+        np.testing.assert_allclose(score.token_logprobs, wanted.token_logprobs, atol=1e-4)
     with pytest.raises(InputError, match="17 beams or samples of a request were asked for, the engine takes 16"):
         engines.generate(request(60, 5, 0), beams=17)
 
@@ -145,7 +146,7 @@ def test_hidden_states_lie_in_one_place_whatever_the_shape(both: Load, gpu):
     assert read is hidden
     lm = engines.config.language_model
     assert hidden.shape == (3, 16, lm.width)
-    first, last = decoder._parts  # type: ignore[attr-defined]
+    first, last = decoder._parts
     for seed, length in ((0, 3), (1, 20), (2, 40)):
         engines.generate(request(seed, length, 0), beams=2, max_new_tokens=3)
         assert decoder._hidden == [(hidden, hidden)]  # type: ignore[attr-defined]
@@ -210,7 +211,8 @@ def test_an_output_that_is_bound(both: Load):
     """Its buffer must have the shape of the call; results do not have it."""
     engines, _ = both(2)
     engines.generate(request(130, 5, 1), beams=1, max_new_tokens=2)
-    first, last = engines.engines.decoder._parts  # type: ignore[attr-defined]
+    decoder: Any = engines.engines.decoder
+    first, last = decoder._parts
     width, capacity = engines.config.language_model.width, engines.manifest.limits.max_length
     ones = np.zeros((1, 2), np.int64)
     feeds = {

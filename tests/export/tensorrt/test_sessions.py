@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ def both(gpu, tiny_bundle, tmp_path) -> Iterator[Load]:
         numbers = iter(range(100))
 
         def load(bundle: Path = tiny_bundle, **limits: int) -> tuple[Model, Model]:
-            made = add_engines(bundle, tmp_path / f"{next(numbers)}.bundle", **{**LIMITS, **limits})  # type: ignore[arg-type]
+            made = add_engines(bundle, tmp_path / f"{next(numbers)}.bundle", **{**LIMITS, **limits})
             opened = [flamingo_export.load(made, backend=name, threads=1) for name in ("tensorrt-rtx", "onnxruntime")]
             for model in opened:
                 stack.enter_context(model)
@@ -263,7 +264,8 @@ def test_prefetching_neither_waits_nor_disturbs_the_stream_of_steps(both: Load, 
     decode(loop, 3)
     second = submit(131)
     loop._take_in()
-    encoding = engines.engines.vision_encoder._stream.handle  # type: ignore[attr-defined]
+    encoder: Any = engines.engines.vision_encoder
+    encoding = encoder._stream.handle
     waited, pinned = gpu.cuda.calls["synchronize"], dict(loop.bank._pins)
     loop._prefetch()
     assert gpu.cuda.calls["synchronize"] == waited

@@ -197,7 +197,7 @@ class Interrupting:
 def test_ctrl_c_stops_the_build_and_leaves_nothing(rtx, task):
     stopped = task("resampler")
     with pytest.raises(KeyboardInterrupt):
-        build(rtx, stopped, progress=Interrupting())
+        build(rtx, stopped, progress=Interrupting())  # type: ignore[arg-type]
     assert list(stopped.engine.parent.iterdir()) == []
 
 
@@ -217,7 +217,7 @@ def test_memory_of_the_host_that_runs_out_is_told_with_what_was_wanted(rtx, task
 def test_a_builder_that_fails_says_what_the_weights_take(rtx, task, monkeypatch):
     """As when memory of the GPU runs out: TensorRT for RTX builds on the host, so its failure is put in its place."""
 
-    class Failing(rtx.Builder):
+    class Failing(rtx.Builder):  # type: ignore[misc, name-defined]
         def build_serialized_network_to_stream(self, network, config, writer):
             self.logger.log(rtx.ILogger.ERROR, "Error Code 2: OutOfMemory (Requested size was 123 bytes.)")
             return False

@@ -62,5 +62,6 @@ def test_every_subgraph(rtx, bundle_writer, tmp_path, kind):
     }
     for name in SUBGRAPHS:
         summary = backend.build(bundle, manifest, manifest.graph(name)).summary
+        assert summary is not None
         assert summary.attentions == attentions.get(name, 0)
         assert summary.cache_updates == (2 * config.language_model.num_layers if name == "decoder" else 0)

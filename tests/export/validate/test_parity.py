@@ -18,8 +18,11 @@ import pytest
 from recorder import Recorder
 
 from flamingo_export.api import build
+from flamingo_export.backends.base import SessionOptions
+from flamingo_export.backends.registry import get_backend
 from flamingo_export.bundle.manifest import ParityRecord, SourceRecord, read_manifest, write_manifest
 from flamingo_export.errors import CheckpointError, ParityError
+from flamingo_export.progress import SILENT
 from flamingo_export.validate import ParityReport, check_bundle, parity
 from flamingo_export.validate.expected.cases import END_TO_END_CASE, LAYERS_CASE, PHI_CASES, encoder_cases
 from flamingo_export.validate.expected.golden import Goldens, load_goldens, save_goldens
@@ -89,7 +92,7 @@ def test_a_case_missing_from_the_golden_values_is_not_measured(copy: Path, golde
     del fewer.expected["image last|logits"]
     del fewer.hidden["1"]
     manifest = read_manifest(copy)
-    report = parity.compare_with(copy, manifest, fewer, parity.get_backend("onnxruntime"), "golden", memory=1)  # type: ignore[attr-defined]
+    report = parity.compare_with(copy, manifest, fewer, get_backend("onnxruntime"), "golden", memory=1)
     assert report.verdict == "not_run"
     assert not report.failures
     assert {(row.case, row.note) for row in report.unmeasured} == {
@@ -103,7 +106,7 @@ def test_no_traces_without_a_reason_are_not_passed(copy: Path, goldens: Goldens)
         copy,
         read_manifest(copy),
         msgspec.structs.replace(goldens, traces=()),
-        parity.get_backend("onnxruntime"),  # type: ignore[attr-defined]
+        get_backend("onnxruntime"),
         "golden",
         memory=4 << 30,
     )
@@ -153,11 +156,11 @@ def test_a_bundle_that_cannot_be_written_to_gets_the_verdict_of_one_that_can(
 def test_without_a_folder_for_temporary_files_the_layers_are_not_run_and_the_verdict_is_that_of_the_others(
     copy: Path, goldens: Goldens, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def none(*_: object, **__: object) -> None:
+    def none(*_: object, **__: Any) -> None:
         raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
 
     monkeypatch.setattr("tempfile.mkdtemp", none)
-    backend = parity.get_backend("onnxruntime")  # type: ignore[attr-defined]
+    backend = get_backend("onnxruntime")
     report = parity.compare_with(copy, read_manifest(copy), goldens, backend, "golden", memory=4 << 30)
     assert report.verdict == "passed"
     assert report.first_diverging_layer is None
@@ -173,13 +176,13 @@ def test_ties_are_told_from_faults(copy: Path, goldens: Goldens) -> None:
     other = (*golden.tokens[:-1], (golden.tokens[-1] + 1) % 60 + 4)
     close = msgspec.structs.replace(golden, tokens=other, margins=(*golden.margins[:-1], 1e-9))
     clear = msgspec.structs.replace(golden, tokens=other, margins=(*golden.margins[:-1], 0.5))
-    manifest, backend = read_manifest(copy), parity.get_backend("onnxruntime")  # type: ignore[attr-defined]
+    manifest, backend = read_manifest(copy), get_backend("onnxruntime")
     outcomes = []
     for trace in (close, clear):
         from flamingo_export.validate.checks.traces import check_traces
 
         changed = msgspec.structs.replace(goldens, traces=(trace,))
-        (found,), (row,) = check_traces(copy, manifest, changed, backend, parity.SessionOptions(threads=1), parity.SILENT)  # type: ignore[attr-defined]
+        (found,), (row,) = check_traces(copy, manifest, changed, backend, SessionOptions(threads=1), SILENT)
         outcomes.append((found.outcome, row.passed))
         assert [step.reference == step.engine for step in found.steps][-1] is False
     assert outcomes == [("tie", True), ("different", False)]

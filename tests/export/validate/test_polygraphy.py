@@ -91,7 +91,7 @@ def test_what_cannot_be_checked_is_refused_in_words(nano, tmp_path, monkeypatch,
     flamingo_export.build(source_for_size("nano", seed=1), out=bundle, parity="skip")
     with pytest.raises(ParityError, match=r"has no golden values\. Record them where PyTorch is installed"):
         polygraphy_check.check_with_polygraphy(bundle)
-    monkeypatch.setattr(polygraphy_check.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("flamingo_export.validate.polygraphy_check.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ParityError, match="Polygraphy is not installed"):
         polygraphy_check.check_with_polygraphy(nano)
     assert main(["parity", str(nano), "--export", str(tmp_path)]) == 2

@@ -287,7 +287,8 @@ def test_parts_become_one_model(toy: CheckpointFiles) -> None:
     found = load(toy, [TOY, TOY_LM, TOY_VISION])
     assert found.ignored == {"logit_scale": "CLIP's text side"}
     assert found.inputs == OPENFLAMINGO
-    assert found.tokenizer == toy.language_model / "tokenizer.json"  # type: ignore[operator]
+    assert toy.language_model is not None
+    assert found.tokenizer == toy.language_model / "tokenizer.json"
     assert len(found.files) == 3
     expected = expected_tensors(TINY)
     assert found.reader.names() == list(expected)
@@ -299,7 +300,8 @@ def test_parts_become_one_model(toy: CheckpointFiles) -> None:
 
 
 def test_a_tensor_in_two_parts(toy: CheckpointFiles) -> None:
-    path = toy.vision_encoder / "model.safetensors"  # type: ignore[operator]
+    assert toy.vision_encoder is not None
+    path = toy.vision_encoder / "model.safetensors"
     save_file(load_file(path) | {"perceiver.norm.weight": np.zeros(2, np.float32)}, path)
     with pytest.raises(
         CheckpointError, match=r"held by more than one part: perceiver\.norm\.weight \(in model, vision encoder\)"

@@ -189,7 +189,13 @@ def test_all_keys_that_are_given_twice_are_named() -> None:
 
 
 def test_values_are_those_that_pickle_itself_gives() -> None:
-    value = {"a": [1, -2, 1 << 70, 2.5, None, True], "b": ("x", b"y", ("z",) * 5), "ä": {}, "d": [[], ()], "e": ["shared"] * 3}  # type: ignore[var-annotated]
+    value: dict[str, Any] = {
+        "a": [1, -2, 1 << 70, 2.5, None, True],
+        "b": ("x", b"y", ("z",) * 5),
+        "ä": {},
+        "d": [[], ()],
+        "e": ["shared"] * 3,
+    }
     for protocol in range(6):
         if protocol > 2:  # earlier ones have no instruction for bytes
             assert read_pickle(pickle.dumps(value, protocol)) == value

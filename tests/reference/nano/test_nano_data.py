@@ -105,8 +105,8 @@ def test_examples_are_what_the_command_writes(tmp_path):
         if path.suffix == ".jsonl":
             assert (tmp_path / path).read_text() == (EXAMPLES / path).read_text()
         else:
-            with Image.open(tmp_path / path) as new, Image.open(EXAMPLES / path) as shipped:
-                assert np.array_equal(np.asarray(new.convert("RGB")), np.asarray(shipped.convert("RGB")))
+            with Image.open(tmp_path / path) as made, Image.open(EXAMPLES / path) as kept:
+                assert np.array_equal(np.asarray(made.convert("RGB")), np.asarray(kept.convert("RGB")))
 
 
 def test_examples_are_held_out_where_they_say_so():

@@ -19,10 +19,10 @@ from flamingo_reference.nano.evaluate import (  # type: ignore[attr-defined]  # 
     Reader,
     Results,
     evaluate,
-    heldout,
     markdown,
     write_card,
 )
+from flamingo_reference.nano.heldout import heldout  # noqa: E402
 from flamingo_reference.nano.pool import Pool  # noqa: E402
 from flamingo_reference.nano.train import Run  # noqa: E402
 from flamingo_reference.nano.train_tokenizer import train_tokenizer  # noqa: E402
@@ -108,6 +108,7 @@ def test_greedy_in_batches_is_greedy_one_by_one_and_one_beam(tokenizer, pool):
     torch.manual_seed(3)
     model = Flamingo(NANO)
     for block in model.gated_blocks():
+        assert block.attention_gate is not None
         nn.init.constant_(block.attention_gate, 0.7)
     reader = Reader(model, tokenizer, pool.items[:6])
     prompts = [
