@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-from collections.abc import Iterable, Mapping
-from types import MappingProxyType
+from collections.abc import Iterable
 from typing import Literal
 
 import msgspec
@@ -22,7 +21,6 @@ ElementType = Literal["fp32", "fp16", "bf16", "fp8", "int8", "int4"]
 PolicyFormat = Literal["storage", "fp32", "fp8", "int8", "int4"]
 
 BYTES_PER_WEIGHT: dict[StorageType, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
-BITS: Mapping[ElementType, int] = MappingProxyType({"fp32": 32, "fp16": 16, "bf16": 16, "fp8": 8, "int8": 8, "int4": 4})
 E4M3_LARGEST = 448.0
 """The largest number of FP8 in the format E4M3, which has no infinity."""
 SMALLEST_BLOCK = 16

@@ -9,8 +9,6 @@ from types import MappingProxyType
 
 import msgspec
 
-SOURCE = "Flamingo, arXiv 2204.14198"
-
 
 class PaperFigures(msgspec.Struct, frozen=True, kw_only=True):
     """Scores of one task by model; texts, since some are conflicting or were measured on another split.

@@ -42,8 +42,6 @@ class Context:
     """Folder of unpacked wheels, for the processes that stages start."""
     seconds: float = float("inf")
     """That are left when a stage starts; processes that it starts end before."""
-    dry: bool = False
-    """A dry run: stages go as far as a machine without a GPU lets them."""
     kernels_file: Path | None = None
     kernels: Any = None
     plugin: Path | None = None

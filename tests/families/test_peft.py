@@ -22,7 +22,7 @@ from flamingo_reference.checkpoints.files.tensors import CheckpointError
 from flamingo_reference.checkpoints.loading import CheckpointFiles, load
 from tests.families.test_published_idefics import SPECIAL, WORDS
 
-Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.3.mlp.up_proj"
+Q = "model.layers.0.self_attn.q_proj"
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ import numpy as np
 from flamingo_export.runtime.subgraphs import Engines
 from flamingo_export.specs import SubgraphSpec, TensorSpec
 
-Uints = np.ndarray[Any, np.dtype[np.uint64]]
 VOCAB = 70
 _MASK = (1 << 64) - 1
 

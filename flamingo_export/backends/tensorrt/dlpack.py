@@ -13,7 +13,7 @@ from typing import Any
 
 from flamingo_export.errors import InputError
 
-CUDA, CUDA_HOST, CUDA_MANAGED = 2, 3, 13
+CUDA, CUDA_MANAGED = 2, 13
 _NAME, _USED = b"dltensor", b"used_dltensor"
 
 

@@ -22,11 +22,6 @@ def rank_of(scores: Sequence[float], right: int) -> int:
     return 1 + int((values > values[right]).sum() + (values[:right] == values[right]).sum())
 
 
-def recall_at(ranks: Sequence[int], count: int) -> float:
-    """R@count in percent: how often the right one is among the first `count`."""
-    return 100.0 * float(np.mean(np.asarray(ranks) <= count))
-
-
 class Choice:
     """100 where the likeliest candidate is right; with more than ten candidates R@5 and R@10 beside it."""
 

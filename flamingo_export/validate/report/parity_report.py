@@ -16,7 +16,6 @@ Level = Literal["weights", "subgraph", "layer", "phi", "end_to_end", "trace", "t
 
 REPORT_SCHEMA = 1
 REPORT_JSON = "reports/parity.json"
-REPORT_HTML = "reports/parity.html"
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flamingo_export.evaluation.metrics.base import Outcome
-from flamingo_export.evaluation.metrics.ranking import Choice, Mwap, Ndcg, RocAuc, ndcg, rank_of, recall_at
+from flamingo_export.evaluation.metrics.ranking import Choice, Mwap, Ndcg, RocAuc, ndcg, rank_of
 from flamingo_export.evaluation.task import Item
 
 
@@ -27,7 +27,6 @@ def test_choice_and_recall() -> None:
     assert scored.details["R@5"].tolist() == [0, 100]
     assert scored.details["R@10"].tolist() == [100, 100]
     assert [rank_of(best_last, 3), rank_of((1.0, 2.0, 2.0), 2), rank_of((1.0, 2.0, 2.0), 1)] == [9, 2, 1]
-    assert recall_at([1, 3, 6, 11], 5) == 50
 
 
 def test_a_candidate_that_is_not_a_number_is_never_right() -> None:

@@ -22,7 +22,6 @@ from flamingo_reference.config import (
     ViTConfig,
 )
 
-MODEL_TYPE = "idefics"
 IGNORED = (
     (r"model\.vision_model\.post_layernorm\.(weight|bias)", "norm of CLIP's pooled output, which the model does not use"),
     (r"model\.vision_model\.embeddings\.position_ids", "the numbers 0, 1, ..., which need no tensor"),

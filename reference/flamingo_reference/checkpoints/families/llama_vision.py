@@ -30,7 +30,6 @@ from flamingo_reference.config import (
     projector_config,
 )
 
-MODEL_TYPE = "mllama"
 EXTRA_EMBEDDINGS = 8
 """Rows that the embedding has beyond the output's: the image token is the first of them."""
 TURN = 128009
