@@ -72,8 +72,8 @@ lint: .venv/installed-dev
 test: lint
 	$(PYTEST) --durations=40 $(PYTEST_ARGS)
 
-coverage: lint
-	$(PYTEST) --durations=40 --cov --cov-report= --cov-report=json:build/coverage.json $(PYTEST_ARGS)
+coverage:
+	@$(MAKE) --no-print-directory test PYTEST_ARGS="--cov --cov-report= --cov-report=json:build/coverage.json $(PYTEST_ARGS)"
 	$(PY) scripts/coverage_floor.py build/coverage.json $(COVERAGE_ARGS)
 
 test-fast: .venv/installed-dev

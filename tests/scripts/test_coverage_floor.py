@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 import tomllib
 from pathlib import Path
 
@@ -33,6 +35,21 @@ def test_faults(found: dict[str, float], exceptions: dict[str, str], wrong: list
     faults = coverage_floor.faults(found, 85, exceptions)
     assert len(faults) == len(wrong)
     assert all(line.startswith(begin) for line, begin in zip(faults, wrong, strict=True))
+
+
+@pytest.mark.parametrize(("share", "strict", "code"), [(84.0, True, 1), (84.0, False, 0), (85.0, True, 0)])
+def test_a_module_below_the_floor_fails_the_strict_call(
+    share: float, strict: bool, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "pyproject.toml").write_text("[tool.flamingo.coverage]\nfloor = 85\n[tool.flamingo.coverage.exceptions]\n")
+    (tmp_path / "coverage.json").write_text(json.dumps(report(**{"a.py": (share, 10), "b.py": (100.0, 3)})))
+    monkeypatch.setattr(coverage_floor, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["coverage_floor", str(tmp_path / "coverage.json"), *["--strict"][:strict]])
+    assert coverage_floor.main() == code
+    printed = capsys.readouterr()
+    assert f"{share:.1f} %  a.py" in printed.out
+    assert f"2 modules, {1 + (share >= 85)} at 85 % or more" in printed.out
+    assert printed.err.startswith("a.py: 84 % of its lines") == (share < 85)
 
 
 def test_empty_modules_have_no_share() -> None:
