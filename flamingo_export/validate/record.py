@@ -40,13 +40,11 @@ def record_checkpoint(checkpoint: Path, *, storage: StorageType | None = None, a
         graphs=(),
         files=(),
     )
+    kept = load_goldens(checkpoint / GOLDEN_FOLDER, checkpoint) if add else None
+    if add and (kept is None or kept.weights_sha256 != digest):
+        raise ParityError(f"{checkpoint / GOLDEN_FOLDER} holds no golden values of these weights to add to. Leave out --add.")
     goldens = record(source, manifest, digest, tokenizer=source.tokenizer, memory=available_memory())
-    if add:
-        kept = load_goldens(checkpoint / GOLDEN_FOLDER, checkpoint)
-        if kept is None or kept.weights_sha256 != digest:
-            raise ParityError(
-                f"{checkpoint / GOLDEN_FOLDER} holds no golden values of these weights to add to. Leave out --add."
-            )
+    if kept is not None:
         return add_goldens(checkpoint / GOLDEN_FOLDER, kept, goldens)
     save_goldens(checkpoint / GOLDEN_FOLDER, goldens)
     return goldens
