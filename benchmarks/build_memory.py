@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from flamingo_export.pipeline.build_request import BuildRequest, resolve_precision
-from flamingo_export.sources.choice import source_for_size
+from flamingo_export.sources.choice import RandomWeights, source_for_size
 
 GIB = 1 << 30
 CHUNK = 1 << 20

@@ -14,7 +14,7 @@ from flamingo_export.bundle.manifest import ShapeLimits, default_limits
 from flamingo_export.cli.build import _print_plan
 from flamingo_export.pipeline.build_request import BuildRequest
 from flamingo_export.pipeline.plan import plan, this_machine
-from flamingo_export.precision import Policy, Precision
+from flamingo_export.precision import Policy, Precision, StorageType
 from flamingo_export.quantize.policies import preset
 from flamingo_export.sources.choice import RandomWeights, source_for_size
 from flamingo_export.validate.environment import is_small

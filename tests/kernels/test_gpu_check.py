@@ -65,7 +65,9 @@ def test_ctypes_lay_out_the_arguments_as_the_header_does(tmp_path):
         f'int main() {{ {prints} printf("%zu", sizeof(A)); }}\n'
     )
     include = ["-I", kernel_build.EMULATION / "without_cuda", "-I", kernel_build.KERNELS]
-    subprocess.run([kernel_build.find_compiler(), *include, source, "-o", tmp_path / "offsets"], check=True)
+    compiler = kernel_build.find_compiler()
+    assert compiler is not None
+    subprocess.run([compiler, *map(str, include), str(source), "-o", str(tmp_path / "offsets")], check=True)
     offsets = subprocess.run([tmp_path / "offsets"], capture_output=True, text=True, check=True).stdout.split()
     assert [int(x) for x in offsets] == [*(getattr(Args, name).offset for name in names), ctypes.sizeof(Args)]
 

@@ -22,6 +22,7 @@ from flamingo_export.backends.tensorrt.engine_contract import contract_of
 from flamingo_export.backends.tensorrt.feeds import Feeds
 from flamingo_export.backends.tensorrt.lowering.candidates import add_candidates
 from flamingo_export.backends.tensorrt.lowering.lower import lower
+from flamingo_export.backends.tensorrt.session import MAX_GRAPHS, TensorRTSession
 from flamingo_export.bundle.manifest import read_manifest
 from flamingo_export.sources.choice import source_for_size
 
@@ -142,7 +143,7 @@ def test_the_checks_notice_a_graph_that_replays_old_feeds(monkeypatch):
     """As a runtime would that launches a captured step without sending its feeds."""
     made = rig()
     differing = Feeds.differing
-    sent = []
+    sent: list[Any] = []
 
     def once(self, *rest):
         if not sent:

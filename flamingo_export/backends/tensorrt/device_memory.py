@@ -17,6 +17,7 @@ from flamingo_export.errors import InputError
 from flamingo_reference.arrays import Array
 
 _STAGE_BYTES = 1 << 24
+ALIGNMENT = 256
 
 
 class Memory:

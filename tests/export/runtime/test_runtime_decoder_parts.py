@@ -173,7 +173,7 @@ def test_what_was_opened_is_closed_where_a_part_cannot_be(tiny: Model, monkeypat
     class Failing:
         placement = staticmethod(backend.placement)
 
-        def open(self, bundle: Path, manifest: object, graph: object, options: object) -> object:
+        def open(self, bundle: Path, manifest: Any, graph: Any, options: Any) -> Any:
             if len(opened) == 4:
                 raise BackendError("no room")
             session = backend.open(bundle, manifest, graph, options)

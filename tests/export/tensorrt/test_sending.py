@@ -22,7 +22,7 @@ from flamingo_export.runtime.model import Model
 @pytest.fixture
 def opened(gpu, tiny_bundle, tmp_path) -> Iterator[Callable[[], Model]]:
     with ExitStack() as stack:
-        bundle = add_engines(tiny_bundle, tmp_path / "x.bundle", **LIMITS)  # type: ignore[arg-type]
+        bundle = add_engines(tiny_bundle, tmp_path / "x.bundle", **LIMITS)
         yield lambda: stack.enter_context(flamingo_export.load(bundle, backend="tensorrt-rtx"))
 
 
@@ -111,5 +111,5 @@ def test_what_differs_is_found_at_any_size(gpu, shape):
             for where, what in changes.tolist():
                 cuda.view(where, 8)[:] = np.array([what], np.uint64).view(np.uint8)
         assert np.array_equal(cuda.view(kept.address, kept.nbytes).view(np.bool_).reshape(shape), value)
-    assert len(kept.changes(value, 0)) == 0
+    assert len(kept.changes(value, 0)) == 0  # type: ignore[arg-type]
     assert kept.changes(~value, 0) is None

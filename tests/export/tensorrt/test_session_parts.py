@@ -141,15 +141,15 @@ def test_prefill_in_chunks_moves_no_hidden_state_and_no_logits(both: Load, gpu):
 
 def test_hidden_states_lie_in_one_place_whatever_the_shape(both: Load, gpu):
     engines, _ = both(2)
-    decoder = engines.engines.decoder
-    ((hidden, read),) = decoder._hidden  # type: ignore[attr-defined]
+    decoder: Any = engines.engines.decoder
+    ((hidden, read),) = decoder._hidden
     assert read is hidden
     lm = engines.config.language_model
     assert hidden.shape == (3, 16, lm.width)
     first, last = decoder._parts
     for seed, length in ((0, 3), (1, 20), (2, 40)):
         engines.generate(request(seed, length, 0), beams=2, max_new_tokens=3)
-        assert decoder._hidden == [(hidden, hidden)]  # type: ignore[attr-defined]
+        assert decoder._hidden == [(hidden, hidden)]
         assert first._bound["hidden_out"] is last._bound["hidden"]
         assert first._bound["hidden_out"].address == hidden.address
     assert first._stream is last._stream  # one stream: what the second part reads the first has written

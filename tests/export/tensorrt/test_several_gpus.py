@@ -43,7 +43,7 @@ def load(monkeypatch, tiny_model, bundle_writer, tmp_path) -> Iterator[Load]:
             fake = install(monkeypatch, tmp_path, *[GIB] * gpus, peers=peers)
             source, precision = LiveSource(tiny_model), Precision(storage=storage)  # type: ignore[arg-type]
             cut = bundle_writer(source, tmp_path / "cut.bundle", parts=parts, precision=precision)
-            engines = add_engines(cut, tmp_path / "engines.bundle", **LIMITS)  # type: ignore[arg-type]
+            engines = add_engines(cut, tmp_path / "engines.bundle", **LIMITS)
             whole = bundle_writer(source, tmp_path / "whole.bundle", precision=precision)
             device = ",".join(f"cuda:{index}" for index in range(gpus))
             found = flamingo_export.load(engines, backend="tensorrt-rtx", device=device, threads=1)
@@ -221,11 +221,11 @@ def test_a_row_written_by_another_gpu_is_seen_once_published(peers):
         del tensor
         gc.collect()  # freed in the order of its stream, which comes after the copy
     seen: list[bytes] = []
-    peek = lambda: seen.append(bytes(second.cuda.view(bank.address, 32)[[0, 16]]))  # noqa: E731
-    second.cuda.ask(second.handle, peek)
+    peek = lambda: seen.append(bytes(second.cuda.view(bank.address, 32)[[0, 16]]))  # type: ignore[attr-defined]  # noqa: E731
+    second.cuda.ask(second.handle, peek)  # type: ignore[attr-defined]
     second.cuda.synchronize(second.handle)
     bank.publish()
-    second.cuda.ask(second.handle, peek)
+    second.cuda.ask(second.handle, peek)  # type: ignore[attr-defined]
     second.cuda.synchronize(second.handle)
     assert seen == [b"\0\0", b"\1\2"]
 
@@ -308,12 +308,12 @@ def test_graphs_go_where_there_is_room(monkeypatch, tiny_model, bundle_writer, t
     small, large = fake.machine.devices
     manifest, backend = read_manifest(made), TensorRTBackend(library.RTX)
     options = SessionOptions(device="cuda:1,cuda:0")
-    small.free_memory = lambda: (9_000_000, GIB)
+    small.free_memory = lambda: (9_000_000, GIB)  # type: ignore[method-assign]
     found = backend.placement(made, manifest, options)
     assert {found[name] for name in ENCODERS} | {found["decoder.0"], found["decoder.1"]} == {"cuda:0", "cuda:1"} or set(
         found.values()
     ) == {"cuda:1"}
-    small.free_memory = lambda: (100, GIB)
+    small.free_memory = lambda: (100, GIB)  # type: ignore[method-assign]
     assert set(backend.placement(made, manifest, options).values()) == {"cuda:1"}
     assert set(backend.placement(made, manifest, SessionOptions(device="cuda:0")).values()) == {"cuda:0"}
     assert large.index == 1
@@ -326,7 +326,7 @@ def test_graphs_go_where_there_is_room(monkeypatch, tiny_model, bundle_writer, t
 def two(monkeypatch, tiny_model, bundle_writer, tmp_path) -> tuple[Path, FakeGpu]:
     fake = install(monkeypatch, tmp_path, GIB, GIB)
     cut = bundle_writer(LiveSource(tiny_model), tmp_path / "a.bundle", parts=2)
-    return add_engines(cut, tmp_path / "b.bundle", **LIMITS), fake  # type: ignore[arg-type]
+    return add_engines(cut, tmp_path / "b.bundle", **LIMITS), fake
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def emulated(tmp_path_factory) -> ctypes.CDLL:
 
 def test_records_are_laid_out_as_the_kernels_read_them():
     assert (UPDATE.itemsize, CHOICE.itemsize) == (16, 56)
-    assert [CHOICE.fields[name][1] for name in CHOICE.names] == list(range(0, 56, 8))
+    assert [CHOICE.fields[name][1] for name in CHOICE.names] == list(range(0, 56, 8))  # type: ignore[index, union-attr]
 
 
 def test_updates(emulated):
@@ -122,7 +122,7 @@ def test_a_token_is_chosen_as_the_search_chooses_it(emulated, settings):
     expected = []
     for at, branch in enumerate(order):
         own = values[branch, : settings.get("top_k")]
-        place = search._draw_sorted(own, Given(uniform[at])) if settings["temperature"] else 0
+        place = search._draw_sorted(own, Given(uniform[at])) if settings["temperature"] else 0  # type: ignore[arg-type]
         expected.append(ids[branch, place])
     assert np.array_equal(tokens, expected)
 

@@ -11,8 +11,8 @@ from torch import nn  # noqa: E402
 
 from flamingo_reference.config import NANO, PAPER_TOKENS  # noqa: E402
 from flamingo_reference.model import Flamingo  # noqa: E402
-from flamingo_reference.nano import bridge, language, pages, pictures, train_vision  # noqa: E402  # noqa: E402
-from flamingo_reference.nano.evaluate import (  # type: ignore[attr-defined]  # noqa: E402
+from flamingo_reference.nano import bridge, language, pages, pictures, train_vision  # noqa: E402
+from flamingo_reference.nano.evaluate import (  # noqa: E402
     CARD_END,
     CARD_START,
     Rate,
