@@ -7,13 +7,13 @@ count the bytes of each tensor as it is stored, and what ONNX Runtime makes of i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import msgspec
 
 from flamingo_export.bundle.manifest import ShapeLimits
 from flamingo_export.precision import BYTES_PER_WEIGHT, Precision
-from flamingo_export.weights import Weight, WeightIndex, bundle_weights, stored_bytes
+from flamingo_export.weights import Weight, WeightIndex, bundle_weights, groups, stored_bytes
 from flamingo_reference.config import ModelConfig, NFNetConfig
 from flamingo_reference.names import expected_tensors
 
@@ -33,8 +33,8 @@ ENGINE_RATIO = 1.05
 BUILD_RATIO, BUILD_BASE = 2.7, GIB
 """Peak memory of a streamed build of an engine over the bytes of its weights, and what any build takes: benchmarks/engine_build_memory.py."""
 
-_MAKING_BYTES = 9.0
-"""Bytes per number of a matrix while it is made: itself in fp32, transposed, codes."""
+MAKING, BUILDING = 55 << 20, 110 << 20
+"""Python and its libraries while weights are made, without PyTorch, and while graphs are, after it."""
 
 
 def opened_weights(index: WeightIndex) -> int:
@@ -85,13 +85,40 @@ def quantised_copies(config: ModelConfig, precision: Precision) -> int:
     return int(4.5 * _numbers(config)) + 8 * sum(math.prod(weight.shape) for weight in quantised) + PROGRAM
 
 
-def making(weights: Iterable[Weight], *, large: int, threads: int) -> int:
-    """Bytes that writing a bundle's weights takes.
+def making(
+    weights: Iterable[Weight], precision: Precision, *, source_bytes: Mapping[str, int] | None, large: int, threads: int
+) -> int:
+    """Bytes that writing a bundle's weights takes at its peak, pages of mapped files included.
 
-    A tensor with more than `large` numbers is made by itself, others `threads` at a time.
+    source_bytes: of a number of each of the source's tensors, 4 where it is not known; None for random weights, which are drawn in fp32 and
+    in the bundle's order. Groups are written in order, `threads` of them side by side, and tensors of more than `large` numbers one at a time.
     """
-    largest = max(math.prod(weight.shape) for weight in weights)
-    return PROGRAM + int(_MAKING_BYTES * largest * (1 if largest > large else threads))
+    largest = []  # of each group: of its tensors of up to `large` numbers, and of those of more
+    for members in groups(weights).values():
+        small, big = [0], [0]
+        for weight in members:
+            (big if math.prod(weight.shape) > large else small).append(_made(weight, precision, source_bytes))
+        largest.append((max(small), max(big)))
+    peak = 0
+    for first in range(max(1, len(largest) - threads + 1)):
+        beside = largest[first : first + threads]
+        smalls = sum(small for small, _ in beside)
+        peak = max(peak, smalls, *(smalls - small + big for small, big in beside))
+    return max(BUILDING, MAKING + peak)
+
+
+def _made(weight: Weight, precision: Precision, known: Mapping[str, int] | None) -> int:
+    """Bytes that one tensor takes while it is made: what it is made of, copies on the way, what is stored."""
+    given = 8 if not weight.sources else 4 if known is None else known.get(weight.sources[0], 4)
+    numbers, stored = math.prod(weight.shape), BYTES_PER_WEIGHT[weight.storage(precision)]
+    how = weight.quantisation(precision)
+    if not weight.moves_only:
+        return numbers * (given + (4 if given != 4 else 0) + 4 + (stored if stored != 4 and how is None else 0))
+    kept = stored if how is None else min(given, 4)
+    cast = kept if kept != given else 0
+    in_order = not weight.product or (known is None and len(weight.sources) == 1)
+    codes = stored_bytes(weight, precision) if how is not None else 0
+    return max(numbers * (given + cast + (0 if in_order else kept)), numbers * kept + codes)
 
 
 def calibrating(config: ModelConfig) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
@@ -131,9 +132,11 @@ def plan(request: BuildRequest) -> BuildPlan:
     """What `build` would write, without writing. Raises CheckpointError, UnsupportedModel or, for parts and policies, BuildError as it would,
     but not for shards that are missing: config.json and an index suffice."""
     absent: tuple[Path, ...] = ()
+    source_bytes: dict[str, int] | None = None
     if isinstance(request.source, CheckpointFolder):
         checkpoint = CheckpointSource(request.source, may_be_absent=True)
         config, absent = checkpoint.config, checkpoint.checkpoint.absent
+        source_bytes = checkpoint.number_bytes()
     else:
         config = open_source(request.source).config
     precision = resolve_precision(config, request.storage, request.policy)
@@ -157,7 +160,7 @@ def plan(request: BuildRequest) -> BuildPlan:
         graphs=planned_graphs(request, config, precision),
         disk_bytes=total + engine_bytes(request, config, precision) + OTHER_FILES_BYTES,
         absent=absent,
-        steps=_steps(request, config, precision),
+        steps=_steps(request, config, precision, source_bytes),
         device_bytes=device,
         bank=PlannedBank(
             rows=limits.bank_rows,
@@ -170,11 +173,13 @@ def plan(request: BuildRequest) -> BuildPlan:
     )
 
 
-def _steps(request: BuildRequest, config: ModelConfig, precision: Precision) -> tuple[PlannedStep, ...]:
+def _steps(
+    request: BuildRequest, config: ModelConfig, precision: Precision, source_bytes: Mapping[str, int] | None
+) -> tuple[PlannedStep, ...]:
     """Without parity, whose time depends on what is compared."""
     weights = bundle_weights(config, precision)
     numbers = sum(math.prod(weight.shape) for weight in weights)
-    making = estimates.making(weights, large=LARGE, threads=THREADS)
+    making = estimates.making(weights, precision, source_bytes=source_bytes, large=LARGE, threads=THREADS)
     total = sum(stored_bytes(weight, precision) for weight in weights)
     steps = []
     policy = precision.policy

@@ -196,10 +196,6 @@ def _make(source: WeightSource, weight: Weight, precision: Precision, calibratio
     """Reads, checks, folds and casts or quantises one tensor."""
     how = weight.quantisation(precision)
     dtype = np.dtype(np.float32) if how is not None else np.dtype(STORAGE_DTYPES[weight.storage(precision)])
-    inputs: list[Array] = []
-    digests: dict[str, str] = {}
-    bad: list[str] = []
-    largest = 0.0
     arrays = [source.read(name) for name in weight.sources]
     if (
         how is not None
@@ -209,16 +205,9 @@ def _make(source: WeightSource, weight: Weight, precision: Precision, calibratio
     ):
         # Moved as they are, and widened block by block where they are quantised: half the memory of the largest matrix.
         dtype = arrays[0].dtype
-    for name, array in zip(weight.sources, arrays, strict=True):
-        if source.digested:
-            digests[name] = tensor_digest(array)
-        top = peak(array)
-        if not math.isfinite(top):
-            bad.append(name)
-        largest = max(largest, top)
-        inputs.append(_moved(cast(array, dtype)) if weight.moves_only else cast(array, np.dtype(np.float32)))
+    inputs, digests, bad, largest = _inputs(weight, arrays, dtype, digested=source.digested)
     if bad:
-        return _Made((), digests, bad=tuple(bad))
+        return _Made((), digests, bad=bad)
     with np.errstate(all="ignore"):  # what overflows is found below
         result = weight.make(inputs)
     if weight.moves_only:
@@ -230,9 +219,28 @@ def _make(source: WeightSource, weight: Weight, precision: Precision, calibratio
         raise AssertionError(f"{weight.name} was made in shape {result.shape}, expected {weight.shape}")
     if not math.isfinite(float(cast(np.array([largest]), dtype)[0])):
         return _Made((), digests, overflow=f"{weight.name} (up to {largest:.3g})")
-    del inputs, arrays
+    del inputs, arrays  # a large matrix is not in memory beside its codes and what it was made of
     found = (result,) if how is None else _quantised(weight, result, how, calibration)
     return _Made((*found, *(_scale_of(name, calibration) for name in weight.operands(precision))), digests)
+
+
+def _inputs(
+    weight: Weight, arrays: Sequence[Array], dtype: np.dtype[Any], *, digested: bool
+) -> tuple[list[Array], dict[str, str], tuple[str, ...], float]:
+    """What a weight's recipe takes, the digests of its sources, the names of those that hold NaN or infinity, and the largest magnitude."""
+    inputs: list[Array] = []
+    digests: dict[str, str] = {}
+    bad: list[str] = []
+    largest = 0.0
+    for name, array in zip(weight.sources, arrays, strict=True):
+        if digested:
+            digests[name] = tensor_digest(array)
+        top = peak(array)
+        if not math.isfinite(top):
+            bad.append(name)
+        largest = max(largest, top)
+        inputs.append(_moved(cast(array, dtype)) if weight.moves_only else cast(array, np.dtype(np.float32)))
+    return inputs, digests, tuple(bad), largest
 
 
 def _scale_of(name: str, calibration: CalibrationTable | None) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 from collections.abc import Mapping
@@ -56,6 +57,14 @@ class CheckpointSource:
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""
         return self.checkpoint.reader.shape(name)
+
+    def number_bytes(self) -> dict[str, int]:
+        """Bytes of a number of each tensor, of those whose files are there."""
+        found = {}
+        for name in self.names():
+            with contextlib.suppress(UnreadableCheckpoint):
+                found[name] = self.checkpoint.reader.dtype(name).itemsize
+        return found
 
     def read(self, name: str) -> Array:
         """A tensor, mapped from its file or made of what is there."""

@@ -70,7 +70,13 @@ class Weight(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def transposed(sources: Sequence[Array]) -> Array:
-    """Linear weights [out, in] side by side as [in, out + out + ...]."""
+    """Linear weights [out, in] side by side as [in, out + out + ...]. One that lies in memory as [in, out] is returned as it lies."""
+    if len(sources) == 1 and sources[0].flags.f_contiguous:
+        return sources[0].T
+    return _side_by_side(sources)
+
+
+def _side_by_side(sources: Sequence[Array]) -> Array:
     joined = np.empty((sources[0].shape[1], sum(len(source) for source in sources)), sources[0].dtype)
     start = 0
     for source in sources:
@@ -99,7 +105,7 @@ def as_is(sources: Sequence[Array]) -> Array:
 def gated_transposed(sources: Sequence[Array]) -> Array:
     """Output projection [out, in] times tanh(gate), as [in, out]: sign and zero of the gate live in the weights."""
     weight, gate = sources
-    moved = transposed([weight.astype(np.float32, copy=False)])
+    moved = _side_by_side([weight.astype(np.float32, copy=False)])
     moved *= np.float32(np.tanh(np.float64(gate)))
     return moved
 
@@ -107,7 +113,8 @@ def gated_transposed(sources: Sequence[Array]) -> Array:
 def gated(sources: Sequence[Array]) -> Array:
     """A tensor times tanh(gate)."""
     tensor, gate = sources
-    product: Array = tensor.astype(np.float32) * np.float32(np.tanh(np.float64(gate)))
+    product: Array = tensor.astype(np.float32)
+    product *= np.float32(np.tanh(np.float64(gate)))
     return product
 
 
