@@ -316,6 +316,16 @@ def _print_steps(found: BuildPlan) -> None:
     ]
     columns = ("step", "memory", "disk", "time, two cores")
     results().print(table(columns, rows, title="steps, without parity", right=(1, 2, 3)))
+    runs = [
+        (
+            run.where,
+            f"{run.needs.requests} of {run.needs.positions}",
+            *(human_bytes(size) for size in (run.needs.weights, run.needs.cache, run.needs.bank, run.needs.work, run.total)),
+        )
+        for run in found.runs
+    ]
+    columns = ("on a", "requests of slots", "weights", "cache", "media bank", "work", "in all")
+    results().print(table(columns, runs, title="memory to run it, about", right=(1, 2, 3, 4, 5, 6)))
     cards = [
         (card.name, human_bytes(card.memory), "1" if card.count == 1 else f"{card.count}, a part of the decoder each")
         for card in found.cards

@@ -9,12 +9,13 @@ import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
 from flamingo_export import estimates
 from flamingo_export.backends.registry import compiler_of
-from flamingo_export.bundle.manifest import default_limits
+from flamingo_export.bundle.manifest import ShapeLimits, default_limits
 from flamingo_export.estimates import ENGINE_RATIO
 from flamingo_export.machine import available_memory
 from flamingo_export.pipeline.build_request import BuildRequest, resolve_precision
@@ -41,6 +42,8 @@ CARDS = {
     "H200": 141e9,
     "B200": 180e9,
 }
+SHORT_REQUEST = 512
+"""Slots of a request with a short prompt."""
 # What of a card's memory is left to engines.
 _USABLE = 0.92
 
@@ -73,6 +76,14 @@ class PlannedBank(msgspec.Struct, frozen=True, kw_only=True):
     row_bytes: int
 
 
+class PlannedRun(msgspec.Struct, frozen=True, kw_only=True):
+    """What running the bundle takes: where, and bytes of weights, cache, media bank and work for so many requests of so many slots."""
+
+    where: Literal["CPU", "GPU"]
+    needs: estimates.Needs
+    total: int
+
+
 class PlannedCard(msgspec.Struct, frozen=True, kw_only=True):
     """A kind of GPU: how many of them, each with a part of the decoder, hold engines, caches and bank; 1 is all in one."""
 
@@ -95,6 +106,8 @@ class BuildPlan(msgspec.Struct, frozen=True, kw_only=True):
     device_bytes: int
     """Needed on a GPU: engines, caches of the limits' batch and length, media bank. Not counted: intermediate results."""
     bank: PlannedBank
+    runs: tuple[PlannedRun, ...]
+    """On a CPU: a short request about an image; a long one, and several, with a full bank. With engines on a GPU: one request, and all."""
     cards: tuple[PlannedCard, ...]
     disk_bytes: int
     """Needed at `out`'s disk, everything included, were the build to start anew."""
@@ -167,10 +180,33 @@ def plan(request: BuildRequest) -> BuildPlan:
             rows_of_image=config.tiled.max_tiles if config.tiled is not None else 1,
             row_bytes=estimates.media_row(config, precision),
         ),
+        runs=_runs(config, precision, limits),
         cards=tuple(
             PlannedCard(name=name, memory=int(size), count=math.ceil(device / (size * _USABLE))) for name, size in CARDS.items()
         ),
     )
+
+
+def _runs(config: ModelConfig, precision: Precision, limits: ShapeLimits) -> tuple[PlannedRun, ...]:
+    """On a CPU caches grow with requests and the bank is filled row by row; engines have all that the limits allow."""
+    tiles = config.tiled.max_tiles if config.tiled is not None else 1
+    index = WeightIndex.planned(config, precision)
+    short = min(SHORT_REQUEST, limits.max_length)
+    loads = (
+        (1, short, min(tiles, limits.bank_rows)),
+        (1, limits.max_length, limits.bank_rows),
+        (limits.batch, short, limits.bank_rows),
+    )
+    on_cpu = [
+        estimates.on_cpu(config, index, requests=requests, positions=slots, media=media) for requests, slots, media in loads
+    ]
+    on_gpu = [
+        estimates.on_gpu(config, precision, limits, requests=requests, positions=limits.max_length, media=limits.bank_rows)
+        for requests in sorted({1, limits.batch})
+    ]
+    found: list[tuple[Literal["CPU", "GPU"], estimates.Needs]] = [("CPU", each) for each in on_cpu]
+    found += [("GPU", each) for each in on_gpu]
+    return tuple(PlannedRun(where=where, needs=needs, total=needs.total) for where, needs in found)
 
 
 def _steps(
