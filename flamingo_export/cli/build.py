@@ -316,7 +316,7 @@ def _print_steps(found: BuildPlan) -> None:
     ]
     columns = ("step", "memory", "disk", "time, two cores")
     results().print(table(columns, rows, title="steps, without parity", right=(1, 2, 3)))
-    runs = [
+    runs: list[tuple[str, ...]] = [
         (
             run.where,
             f"{run.needs.requests} of {run.needs.positions}",
@@ -324,8 +324,8 @@ def _print_steps(found: BuildPlan) -> None:
         )
         for run in found.runs
     ]
-    columns = ("on a", "requests of slots", "weights", "cache", "media bank", "work", "in all")
-    results().print(table(columns, runs, title="memory to run it, about", right=(1, 2, 3, 4, 5, 6)))
+    of_runs = ("on a", "requests of slots", "weights", "cache", "media bank", "work", "in all")
+    results().print(table(of_runs, runs, title="memory to run it, about", right=(1, 2, 3, 4, 5, 6)))
     cards = [
         (card.name, human_bytes(card.memory), "1" if card.count == 1 else f"{card.count}, a part of the decoder each")
         for card in found.cards

@@ -15,7 +15,7 @@ from variations import LLAMA
 import flamingo_export
 from flamingo_export import estimates
 from flamingo_export.pipeline.plan import plan
-from flamingo_export.pipeline.request import BuildRequest
+from flamingo_export.pipeline.build_request import BuildRequest
 from flamingo_export.quantize.policies import preset
 from flamingo_export.sources.choice import CheckpointFolder, RandomWeights
 from flamingo_export.sources.random_weights import RandomSource
@@ -157,7 +157,7 @@ def test_a_plan_says_what_a_build_takes(
         source=source,
         out=tmp_path / "b.bundle",
         policy=preset(policy) if policy else None,
-        storage=storage,  # type: ignore[arg-type]
+        storage=storage,
         uncalibrated=True,
     )
     planned = plan(request)
