@@ -14,8 +14,8 @@ from variations import LLAMA
 
 import flamingo_export
 from flamingo_export import estimates
-from flamingo_export.pipeline.plan import plan
 from flamingo_export.pipeline.build_request import BuildRequest
+from flamingo_export.pipeline.plan import plan
 from flamingo_export.quantize.policies import preset
 from flamingo_export.sources.choice import CheckpointFolder, RandomWeights
 from flamingo_export.sources.random_weights import RandomSource
