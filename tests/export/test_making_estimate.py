@@ -157,7 +157,7 @@ def test_a_plan_says_what_a_build_takes(
         source=source,
         out=tmp_path / "b.bundle",
         policy=preset(policy) if policy else None,
-        storage=storage,
+        storage=storage,  # type: ignore[arg-type]
         uncalibrated=True,
     )
     planned = plan(request)
