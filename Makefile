@@ -155,7 +155,7 @@ gpu-wheels: .venv/made
 release: .venv/installed-dev
 	@version=$$($(PY) -c "import tomllib; print(tomllib.load(open('pyproject.toml', 'rb'))['project']['version'])"); \
 	[ -z "$$(git status --porcelain)" ] || { echo "make: the work tree is not clean" >&2; exit 1; }; \
-	grep -Eq "^## \[?$$version\]?( |,|$$)" CHANGELOG.md || { echo "make: CHANGELOG.md has no section for $$version" >&2; exit 1; }; \
+	grep -Fq "## [$$version] - " CHANGELOG.md || { echo "make: CHANGELOG.md has no section for $$version" >&2; exit 1; }; \
 	$(MAKE) --no-print-directory test docs wheel-check && rm -rf dist && \
 	$(PY) -m hatchling build -d dist && ls -l dist && echo "git tag -a v$$version -m 'flamingo-export $$version'"
 
