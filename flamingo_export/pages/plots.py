@@ -131,7 +131,8 @@ def rows_plot(rows: Sequence[Row], axis: Axis, *, caption: str, legend: Sequence
     )
     lines.append(f'<div class="row"><div></div><svg height="18" aria-hidden="true">{numbers}</svg></div>')
     shown = _legend([(name, _mark(mark, "50%", 7), "") for name, mark in legend])
-    return f'<div class="plot">{shown}{"".join(lines)}<p class="caption">{escape(caption)}</p></div>\n'
+    lines.append(f'<div class="row"><div></div><p class="caption">{escape(caption)}</p></div>')
+    return f'<div class="plot">{shown}{"".join(lines)}</div>\n'
 
 
 def curves_plot(

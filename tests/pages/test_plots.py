@@ -51,7 +51,7 @@ def test_marks_stand_at_their_values_and_missing_ones_at_the_edge() -> None:
     svg = row.find("svg")
     assert svg is not None
     assert svg.attrib["aria-label"] == "error"
-    assert plot.findtext("p") == "c & d"
+    assert plot.findtext("div/p[@class='caption']") == "c & d"
 
 
 def test_bars_are_as_long_as_their_values_and_what_stands_out_is_marked_by_a_sign() -> None:
