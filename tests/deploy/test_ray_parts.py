@@ -15,9 +15,10 @@ from starlette.responses import StreamingResponse
 
 from flamingo_export.deploy.ray import blocks, ingress
 from flamingo_export.deploy.ray.asgi import answered, scope_of
+from flamingo_export.deploy.ray.failures import reason_of
 from flamingo_export.deploy.ray.ingress import Ingress, Lost, Overloaded
 from flamingo_export.deploy.ray.replay import DONE, Diverged, Replay
-from flamingo_export.deploy.ray.requests import belongs_to, ranked, streams, with_seed
+from flamingo_export.deploy.ray.requests import Passed, passed, ranked
 from flamingo_export.deploy.ray.settings import RaySettings, read_settings
 from flamingo_export.deploy.ray.start import secret_beside
 from flamingo_export.errors import InputError
@@ -127,19 +128,25 @@ def test_a_reader_that_goes_leaves_no_task():
 
 def test_seeds_are_given_where_none_is():
     body = msgspec.json.encode({"model": "m", "temperature": 1})
-    seeded = [json.loads(with_seed("/v1/completions", body))["seed"] for _ in range(20)]
+    seeded = [json.loads(passed("/v1/completions", body).body)["seed"] for _ in range(20)]
     assert len(set(seeded)) > 15
     assert all(0 <= seed < 1 << 31 for seed in seeded)
     given = msgspec.json.encode({"seed": 0})
-    assert with_seed("/v1/chat/completions", given) == given
-    assert with_seed("/v1/score", body) == body
+    assert passed("/v1/chat/completions", given).body == given
+    assert passed("/v1/score", body).body == body
+    assert [passed("/v1/completions", b'{"stream": %s}' % said).streams for said in (b"true", b"false", b"1")] == [
+        True,
+        False,
+        False,
+    ]
     for wrong in (b"", b"[]", b"{", b"\xff", b"[" * 100_000):
-        assert with_seed("/v1/completions", wrong) == wrong
-        assert belongs_to(wrong) == ""
-        assert not streams(wrong)
+        assert passed("/v1/completions", wrong) == Passed(body=wrong, streams=False, key="")
 
 
 def test_requests_that_begin_alike_belong_together():
+    def belongs_to(body: bytes) -> str:
+        return passed("/v1/chat/completions", body).key
+
     def asked(image: str, text: str, **more: Any) -> bytes:
         parts = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": text}]
         return msgspec.json.encode({"messages": [{"role": "user", "content": parts}], **more})
@@ -281,6 +288,16 @@ def test_an_empty_secret_is_none(tmp_path):
     (tmp_path / "secret").write_text("")
     with pytest.raises(InputError, match="Remove it"):
         secret_beside(settings)
+
+
+def test_the_reason_of_a_process_that_failed():
+    ours = "ray::Replica\n  File x\nRuntimeError: y\nflamingo_export.errors.BundleError: b is damaged.\nBuild it again.\n"
+    assert reason_of("flamingo_export.errors.InputError: other\n" + ours) == "b is damaged.\nBuild it again."
+    assert (
+        reason_of("Traceback\n  File x\nValueError: no flamingo_export.errors.X: here\n")
+        == "ValueError: no flamingo_export.errors.X: here"
+    )
+    assert reason_of("") == ""
 
 
 def test_settings_say_what_is_wrong(tmp_path):

@@ -18,9 +18,11 @@ from typing import Any
 
 from flamingo_export.bundle.identity import bundle_digest
 from flamingo_export.bundle.manifest import read_manifest
+from flamingo_export.bundle.verify import open_bundle
 from flamingo_export.deploy.ray.blocks import Block, as_json_lines, claim, cut, finished, identity_of
+from flamingo_export.deploy.ray.failures import reason_of
 from flamingo_export.deploy.ray.start import connect
-from flamingo_export.errors import FlamingoExportError, InputError
+from flamingo_export.errors import BackendError, FlamingoExportError, InputError
 from flamingo_export.files import exclusive, write_atomically
 
 _FIELDS = tuple(field.name for field in fields(Block))
@@ -88,6 +90,16 @@ def run(bundle: Path, requests: Path, out: Path, *, workers: int, size: int, opt
     return total, failures
 
 
+def answered(asked: argparse.Namespace, options: dict[str, Any]) -> tuple[int, int]:
+    """As `run`. Raises BackendError with the reason of a worker that failed."""
+    from ray.exceptions import RayError
+
+    try:
+        return run(asked.bundle, asked.requests, asked.out, workers=asked.workers, size=asked.block, options=options)
+    except RayError as error:
+        raise BackendError(f"a worker failed: {reason_of(str(error))}") from error
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program; exit code 1 if a line failed, as `generate --requests` has it."""
     parser = argparse.ArgumentParser(prog="batch", description="Answers a file of requests with several workers on Ray Data.")
@@ -106,9 +118,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--workers and --block are at least 1")
     options = {"backend": asked.backend, "device": asked.device, "threads": asked.threads}
     try:
-        read_manifest(asked.bundle)
+        open_bundle(asked.bundle)
         connect()
-        total, failures = run(asked.bundle, asked.requests, asked.out, workers=asked.workers, size=asked.block, options=options)
+        total, failures = answered(asked, options)
     except FlamingoExportError as error:
         print(f"batch: {error}", file=sys.stderr)
         return 1

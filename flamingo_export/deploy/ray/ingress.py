@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from flamingo_export.deploy.ray.asgi import Head, scope_of
 from flamingo_export.deploy.ray.bounds import Held, counted, declared
 from flamingo_export.deploy.ray.replay import DONE, Diverged, Replay
-from flamingo_export.deploy.ray.requests import belongs_to, streams, with_seed
+from flamingo_export.deploy.ray.requests import passed
 from flamingo_export.deploy.ray.settings import RaySettings
 from flamingo_export.serve.access import Access, read_keys
 from flamingo_export.serve.refusals import ApiError
@@ -87,10 +87,10 @@ class Ingress:
             if path == "/health/ready":
                 async with asyncio.timeout(_READY_SECONDS):
                     return await self._whole(scope, b"", "")
-            body = with_seed(path, body)
-            if streams(body):
-                return await self._streamed(scope, body, belongs_to(body))
-            return await self._whole(scope, body, belongs_to(body))
+            on = passed(path, body)
+            del body  # what is held is the replica's form of it
+            answer = self._streamed if on.streams else self._whole
+            return await answer(scope, on.body, on.key)
         except ApiError as error:
             return _refused(error, request_id)
         except Overloaded:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import secrets
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -14,32 +14,34 @@ _BEGINNING = 256
 """Characters of a raw prompt that decide where it goes."""
 
 
-def with_seed(path: str, body: bytes) -> bytes:
-    """The body with a seed, if it is a request that may draw and has none. What is not such a body is left for the replica to refuse."""
-    if path not in SEEDED:
-        return body
-    found = _object(body)
-    if found is None or found.get("seed") is not None:
-        return body
-    return msgspec.json.encode({**found, "seed": secrets.randbelow(1 << 31)})
+@dataclass(frozen=True, kw_only=True)
+class Passed:
+    """What goes on to a replica.
 
-
-def streams(body: bytes) -> bool:
-    """Whether the answer is a stream."""
-    found = _object(body)
-    return found is not None and found.get("stream") is True
-
-
-def belongs_to(body: bytes) -> str:
-    """What requests that begin alike have in common: a digest of their first shot, image or words. Empty where there is nothing of that kind.
-
+    body: with a seed, if it is a request that may draw and had none. streams: whether the answer is a stream.
+    key: what requests that begin alike have in common, a digest of their first shot, image or words; empty where there is nothing of that kind.
     A replica that has answered one of them holds the beginning in its cache, and the image in its bank.
     """
-    found = _object(body)
-    if found is None:
-        return ""
+
+    body: bytes
+    streams: bool = False
+    key: str = ""
+
+
+def passed(path: str, body: bytes) -> Passed:
+    """A client's body for a path. One that is not an object of JSON is left for the replica to refuse."""
+    try:
+        found = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return Passed(body=body)
+    if not isinstance(found, dict):
+        return Passed(body=body)
     first = _first(found)
-    return "" if first is None else hashlib.sha256(json.dumps(first, sort_keys=True).encode()).hexdigest()
+    key = "" if first is None else hashlib.sha256(msgspec.json.encode(first, order="sorted")).hexdigest()
+    streams = found.get("stream") is True
+    if path in SEEDED and found.get("seed") is None:
+        body = msgspec.json.encode({**found, "seed": secrets.randbelow(1 << 31)})
+    return Passed(body=body, streams=streams, key=key)
 
 
 def _first(body: dict[str, Any]) -> Any:
@@ -58,14 +60,6 @@ def _first(body: dict[str, Any]) -> Any:
     if isinstance(prompt, str | list) and prompt:
         return prompt[:_BEGINNING]
     return None
-
-
-def _object(body: bytes) -> dict[str, Any] | None:
-    try:
-        found = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def ranked(key: str, replicas: list[str]) -> list[int]:

@@ -23,7 +23,9 @@ import msgspec
 
 from flamingo_export.bundle.identity import bundle_digest
 from flamingo_export.bundle.manifest import read_manifest
+from flamingo_export.bundle.verify import open_bundle
 from flamingo_export.deploy.ray.bounds import CALLBACK, LIMITS, Limits
+from flamingo_export.deploy.ray.failures import reason_of
 from flamingo_export.deploy.ray.ingress import Ingress, Lost, Overloaded
 from flamingo_export.deploy.ray.settings import RaySettings, read_settings
 from flamingo_export.errors import BackendError, FlamingoExportError, InputError
@@ -180,11 +182,16 @@ def secret_beside(settings: Path) -> str:
 
 
 def deploy(bundle: Path, settings: RaySettings, secret: str) -> None:
-    """Starts the application on the connected cluster, or replaces its replicas."""
+    """Starts the application on the connected cluster, or replaces its replicas. Raises BackendError where replicas do not start."""
     from ray import serve
 
     serve.start(http_options={"host": settings.host, "port": settings.port})
-    serve.run(application(bundle, settings, secret), name=APPLICATION, route_prefix="/")
+    try:
+        serve.run(application(bundle, settings, secret), name=APPLICATION, route_prefix="/")
+    except RuntimeError as error:
+        found = serve.status().applications.get(APPLICATION)
+        said = [each.message for each in found.deployments.values() if "FAILED" in each.status] if found is not None else []
+        raise BackendError(f"replicas do not start: {reason_of(said[0] if said else str(error))}") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -195,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     try:
         settings = read_settings(asked.settings)
-        read_manifest(asked.bundle)
+        open_bundle(asked.bundle)  # before a running one is touched
         secret = secret_beside(asked.settings)
         owner = connect(dashboard=settings.dashboard, limits=settings.limits)
     except FlamingoExportError as error:
@@ -207,7 +214,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stopped = threading.Event()
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, lambda *_: stopped.set())
-    deploy(asked.bundle, settings, secret)
+    try:
+        deploy(asked.bundle, settings, secret)
+    except BackendError as error:
+        print(f"run: {error}", file=sys.stderr)
+        if owner:
+            serve.shutdown()
+            ray.shutdown()
+        return 1
     print(f"http://{settings.host}:{settings.port}", flush=True)
     if not owner:
         return 0
