@@ -90,6 +90,19 @@ def run(bundle: Path, requests: Path, out: Path, *, workers: int, size: int, opt
     return total, failures
 
 
+def check_resources(owner: bool, workers: int, gpus: int) -> None:
+    """Says where workers would wait for CPUs or GPUs that are not there. owner: nobody will add any. Raises BackendError then."""
+    import ray
+
+    for name, wanted in (("CPU", workers), ("GPU", gpus)):
+        found = int(ray.cluster_resources().get(name, 0))
+        if found < wanted:
+            text = f"{wanted} workers want {wanted} {name}s, there are {found}"
+            if owner and not found:
+                raise BackendError(f"{text}. Use --device cpu, or a cluster that has some (RAY_ADDRESS).")
+            print(f"batch: {text}: some wait for others", file=sys.stderr)
+
+
 def answered(asked: argparse.Namespace, options: dict[str, Any]) -> tuple[int, int]:
     """As `run`. Raises BackendError with the reason of a worker that failed."""
     from ray.exceptions import RayError
@@ -119,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = {"backend": asked.backend, "device": asked.device, "threads": asked.threads}
     try:
         open_bundle(asked.bundle)
-        connect()
+        check_resources(connect(), asked.workers, 0 if asked.device == "cpu" else asked.workers)
         total, failures = answered(asked, options)
     except FlamingoExportError as error:
         print(f"batch: {error}", file=sys.stderr)
