@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import secrets
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from flamingo_export.runtime.model import Model
 
 
+NAME = "x-flamingo-replica"
+"""Header of an answer that tells replicas apart: a random name that each takes when it starts."""
+
+
 class Replica:
     """Opens the bundle and answers what the ingress hands on."""
 
@@ -29,6 +34,7 @@ class Replica:
 
         asked = msgspec.json.decode(settings, type=RaySettings)
         self._secret = secret
+        self._name = secrets.token_hex(4)
 
         def load(choice: ModelChoice) -> Model:
             return flamingo_export.load(
@@ -62,7 +68,7 @@ class Replica:
         pieces = answered(self._app, scope, body)
         try:
             async for piece in pieces:
-                yield piece
+                yield (piece[0], [*piece[1], (NAME, self._name)]) if isinstance(piece, tuple) else piece
         finally:
             await pieces.aclose()  # type: ignore[attr-defined]
 
