@@ -18,6 +18,8 @@ from flamingo_export.weights import WeightIndex
 Host = Literal["docker", "kubernetes", "kserve", "ray", "triton"]
 HOSTS: tuple[str, ...] = get_args(Host)
 _FIELD = re.compile(r"@([a-z_]+)@")
+_UNQUOTABLE = re.compile(r"""["'`$\\\x00-\x1f\x7f]""")
+"""In JSON, YAML, shell scripts."""
 _GIB = 1 << 30
 _SHARED = {"kserve": ("kubernetes", ("claim.yaml", "loader.yaml"))}
 """Files that a host takes from another one's templates."""
@@ -29,7 +31,7 @@ def package(bundle: Path, host: str, out: Path) -> list[Path]:
     bundle: read for its name, size and needs; it is not copied.
     host: one of HOSTS.
     out: a folder that is missing or empty.
-    Raises BundleError, BuildError for an unknown host or an `out` that holds something.
+    Raises BundleError, BuildError for an unknown host, an `out` that holds something or a bundle whose name cannot stand in those files.
     """
     if host not in HOSTS:
         raise BuildError(f"{host!r} is not a host that there is a folder for. Choose one of {', '.join(HOSTS)}.")
@@ -72,10 +74,15 @@ def _fields(bundle: Path, manifest: Manifest) -> dict[str, str]:
     memory = (
         -(-estimates.running(manifest.config, WeightIndex.read(bundle)) // _GIB) + 2
     )  # cache, media and the interpreter beside the weights
-    name = re.sub(r"[^a-z0-9]+", "-", bundle.resolve().name.removesuffix(".bundle").lower()).strip("-")[:50] or "model"
+    model = bundle.resolve().name.removesuffix(".bundle")
+    if _UNQUOTABLE.search(model):
+        raise BuildError(
+            f"{model!r} has quotes or control characters, which the files to write cannot hold. Rename the bundle's folder."
+        )
+    name = re.sub(r"[^a-z0-9]+", "-", model.lower()).strip("-")[:50] or "model"
     return {
         "name": name if name[0].isalpha() else f"model-{name}",
-        "model": bundle.resolve().name.removesuffix(".bundle"),
+        "model": model,
         "version": version("flamingo-export"),
         "memory": f"{memory}Gi",
         "memory_docker": f"{memory}g",

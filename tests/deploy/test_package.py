@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,71 @@ def test_nothing_is_left_to_fill_in(folder: Path) -> None:
 def test_run_is_a_program_that_says_how_it_is_used(folder: Path) -> None:
     done = subprocess.run([str(folder / "run")], capture_output=True, text=True, check=False, env=os.environ)
     assert (done.returncode, "usage: ./run BUNDLE" in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("host", "program", "expected"),
+    [
+        ("docker", "docker", ["docker compose up --build"]),
+        (
+            "kubernetes",
+            "kubectl",
+            [
+                "kubectl apply -f claim.yaml -f loader.yaml",
+                "kubectl wait --for=condition=Ready pod/my-nano-2-loader --timeout=300s",
+                "kubectl cp BUNDLE/. my-nano-2-loader:/bundle",
+                "kubectl delete pod my-nano-2-loader",
+                "kubectl apply -f deployment.yaml -f service.yaml",
+                "kubectl rollout status deployment/my-nano-2",
+            ],
+        ),
+        (
+            "kserve",
+            "kubectl",
+            [
+                "kubectl apply -f claim.yaml -f loader.yaml",
+                "kubectl wait --for=condition=Ready pod/my-nano-2-loader --timeout=300s",
+                "kubectl cp BUNDLE/. my-nano-2-loader:/bundle",
+                "kubectl delete pod my-nano-2-loader",
+                "kubectl apply -f inferenceservice.yaml",
+                "kubectl wait --for=condition=Ready inferenceservice/my-nano-2 --timeout=600s",
+            ],
+        ),
+    ],
+)
+def test_run_calls_the_hosts_program(bundle: Path, tmp_path: Path, host: str, program: str, expected: list[str]) -> None:
+    """With a program of that name that notes its arguments, and whether the files that they name are there."""
+    package(bundle, host, tmp_path / "out")
+    (tmp_path / "bin").mkdir()
+    note = tmp_path / "bin" / program
+    note.write_text(
+        f'#!/bin/sh\nls $(echo "$*" | grep -o "[a-z]*\\.yaml") >/dev/null || exit 9\necho "{program} $*|$BUNDLE" >> "{tmp_path}/calls"\n'
+    )
+    note.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{note.parent}:/usr/bin:/bin"}
+
+    def run() -> subprocess.CompletedProcess[str]:
+        # The bundle is named as a user in its folder would.
+        return subprocess.run(
+            [str(tmp_path / "out" / "run"), bundle.name],
+            cwd=bundle.parent,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    if host == "docker":
+        refused = run()
+        assert (refused.returncode, "put the wheel here first: pip wheel" in refused.stderr) == (1, True)
+        (tmp_path / "out" / "wheels").mkdir()
+        (tmp_path / "out" / "wheels" / "flamingo_export-1-py3-none-any.whl").touch()
+    done = run()
+    assert done.returncode == 0, done.stderr
+    calls = [line.partition("|")[0] for line in (tmp_path / "calls").read_text().splitlines()]
+    assert [call.replace(str(bundle.resolve()), "BUNDLE") for call in calls] == expected
+    if host == "docker":
+        assert (tmp_path / "calls").read_text().endswith(f"|{bundle.resolve()}\n")
 
 
 def test_no_bundle_is_copied(folder: Path) -> None:
@@ -135,6 +201,11 @@ def test_refusals(bundle: Path, tmp_path: Path) -> None:
         package(bundle, "docker", tmp_path / "full")
     with pytest.raises(BundleError):
         package(tmp_path / "none", "docker", tmp_path / "out")
+    for name in ('a"b', "a$(b)", "a\nb"):
+        renamed = tmp_path / "renamed" / f"{name}.bundle"
+        shutil.copytree(bundle, renamed)
+        with pytest.raises(BuildError, match="Rename"):
+            package(renamed, "docker", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
