@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -168,6 +169,22 @@ def test_ties_go_to_the_lower_beam_and_token() -> None:
     rule = StopRule(eoc=EOC, banned=IMAGE, max_new_tokens=1)
     found = drive(BeamSearch(rule, beams=3), lambda ids: np.zeros(VOCAB, np.float32), [1, 4])
     assert [hypothesis.token_ids for hypothesis in found] == [(0,), (1,), (2,)]
+
+
+def test_a_beam_as_good_as_the_worst_kept_text_does_not_go_on() -> None:
+    """As in transformers, which goes on only while the worst finished score is below the best that can still be reached."""
+
+    def model(ids: list[int]) -> np.ndarray:
+        logits = np.full(VOCAB, -60.0, np.float32)
+        logits[[EOC, 5, 6] if len(ids) == 2 else [EOC, 7]] = 1.0
+        return logits
+
+    search = BeamSearch(StopRule(eoc=EOC, banned=IMAGE, max_new_tokens=9), beams=2)
+    found = drive(search, model, [1, 4])
+    assert [hypothesis.token_ids for hypothesis in found] == [(EOC,), (5, EOC)]
+    assert found[1].score == pytest.approx(math.log(1 / 3) + math.log(1 / 2), abs=1e-6)
+    assert search._scores[0] == found[1].score  # the tie is one, to the last bit
+    assert search._length == 2
 
 
 def test_one_token_is_enough() -> None:
