@@ -168,5 +168,5 @@ bench: .venv/installed-dev
 	$(PY) benchmarks/build_memory.py --size 9b
 
 clean:
-	rm -rf .venv .venv-uv .venv-ray .venv-triton .venv-kserve .venv-lowest .venv-newest .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .test-cache demo-report dist docs/_build docs/reference/cli.md
+	rm -rf .coverage* .venv .venv-uv .venv-ray .venv-triton .venv-kserve .venv-lowest .venv-newest .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .test-cache demo-report dist docs/_build docs/reference/cli.md
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
