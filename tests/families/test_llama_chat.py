@@ -300,14 +300,33 @@ def test_echo_scores_a_prompt_about_images(client: Any, model: Model) -> None:
     np.testing.assert_allclose(values[-count:], wanted.token_logprobs, atol=1e-4)
 
 
-def test_a_served_stream(client: Any, model: Model) -> None:
-    messages, images = CONVERSATIONS["system, two turns, three images"]
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_a_stream_is_the_answer_in_pieces(name: str, model: Model) -> None:
+    """Images of one to four tiles, several of them, side by side, a system message, turns: token by token what is answered as a whole."""
+    messages, images = CONVERSATIONS[name]
+    whole = model.chat(messages, images=images, beams=1, max_new_tokens=LENGTH)
+    prompt = chat_prompt(messages, images, inputs=model.inputs)
+    assert model.generate(prompt, beams=1, max_new_tokens=LENGTH).token_ids == whole.token_ids
+    with model.stream(prompt, beams=1, max_new_tokens=LENGTH) as stream:
+        pieces = list(stream)
+    assert stream.result is not None
+    assert stream.result.token_ids == whole.token_ids
+    assert "".join(pieces) == whole.text
+    assert sum(1 for piece in pieces if piece) > 1 or len(whole.text) < 2
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_a_served_stream(name: str, client: Any, model: Model) -> None:
+    messages, images = CONVERSATIONS[name]
     wanted = model.chat(messages, images=images, beams=1, max_new_tokens=LENGTH)
-    body = {"model": "llama", "messages": over_http(messages, images), "max_tokens": LENGTH, "stream": True}
+    body = {"model": "llama", "messages": over_http(messages, images), "max_tokens": LENGTH, "stream": True, "logprobs": True}
     lines = [line.removeprefix("data: ") for line in client.post("/v1/chat/completions", json=body).text.split("\n\n") if line]
     assert lines[-1] == "[DONE]"
-    deltas = [json.loads(line)["choices"][0]["delta"] for line in lines[:-1]]
-    assert "".join(delta.get("content") or "" for delta in deltas) == wanted.text
+    choices = [json.loads(line)["choices"][0] for line in lines[:-1]]
+    assert "".join(choice["delta"].get("content") or "" for choice in choices) == wanted.text
+    assert choices[-1]["finish_reason"] == ("stop" if wanted.finished else "length")
+    values = [token["logprob"] for choice in choices for token in (choice.get("logprobs") or {"content": []})["content"]]
+    np.testing.assert_allclose(values, wanted.token_logprobs, atol=1e-4)
 
 
 @pytest.mark.parametrize(
