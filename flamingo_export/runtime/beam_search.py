@@ -97,6 +97,10 @@ class BeamSearch:
             raise InputError(NOTHING_LEFT)
         self._finished = True
 
+    def foreseen(self) -> None:
+        """Nothing: beams change places."""
+        return
+
     def certain(self) -> list[Certain]:
         """The common beginning of all live beams and of the kept hypotheses: the best one is, or grows from, one of these."""
         if self._finished:

@@ -77,6 +77,12 @@ class Seat:
         self.row.used += slots
         self.left -= slots
 
+    def give_back(self, slots: int) -> None:
+        """The last ones taken hold nothing that is seen. They are written again unless others have slots behind them."""
+        if len(self.row.seats) == 1:
+            self.row.used -= slots
+        self.left += slots
+
 
 @dataclass(eq=False)
 class Row:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from flamingo_export.backends.base import Session, Tensor
 from flamingo_export.errors import BundleError
 from flamingo_export.specs import LOG_SUM_EXP, TOP_IDS, TOP_VALUES
-from flamingo_reference.arrays import Floats, Ints
+from flamingo_reference.arrays import Array, Floats, Ints
 
 Logits = npt.NDArray[np.float32]
 Top = tuple[tuple[int, float], ...]
@@ -44,6 +44,8 @@ class Candidates:
 
 
 Scores = Candidates | Logits
+CANDIDATES = (TOP_VALUES, TOP_IDS, LOG_SUM_EXP)
+"""Outputs of a decoder that finds them."""
 
 
 def run_decoder(decoder: Session, feeds: Mapping[str, Tensor], wanted: int | None) -> Scores:
@@ -52,14 +54,28 @@ def run_decoder(decoder: Session, feeds: Mapping[str, Tensor], wanted: int | Non
     feeds: inputs that the model does not read are left out: key_positions, where distances do not matter. wanted: candidates that the
     searches need, None for the whole vocabulary.
     """
-    read = {tensor.name for tensor in decoder.spec.inputs}
-    feeds = {name: value for name, value in feeds.items() if name in read}
-    offered = {tensor.name: tensor.shape[-1] for tensor in decoder.spec.outputs}.get(TOP_IDS)
-    if offered is None:
+    feeds = inputs_of(decoder, feeds)
+    most = offered(decoder)
+    if not most:
         return decoder.run(feeds)["logits"]
-    if wanted is None or wanted > int(offered):
+    if wanted is None or wanted > most:
         return decoder.run(feeds, outputs=("logits",))["logits"]
-    found = decoder.run(feeds, outputs=(TOP_VALUES, TOP_IDS, LOG_SUM_EXP))
+    return from_outputs(decoder.run(feeds, outputs=CANDIDATES))
+
+
+def inputs_of(decoder: Session, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Feeds without inputs that the model does not read."""
+    read = {tensor.name for tensor in decoder.spec.inputs}
+    return {name: value for name, value in feeds.items() if name in read}
+
+
+def offered(decoder: Session) -> int:
+    """How many candidates it finds itself, 0: none."""
+    return int({tensor.name: tensor.shape[-1] for tensor in decoder.spec.outputs}.get(TOP_IDS, 0))
+
+
+def from_outputs(found: Mapping[str, Array]) -> Candidates:
+    """Candidates of a decoder's outputs CANDIDATES."""
     return Candidates(ids=found[TOP_IDS], values=found[TOP_VALUES], log_sum_exp=found[LOG_SUM_EXP].astype(np.float64))
 
 

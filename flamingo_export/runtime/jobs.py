@@ -194,6 +194,24 @@ class Generating(Job):
         # A branch that has come to the reset sees no medium from then on.
         self._following = self.phi if self._reset is None else np.where(step.tokens == self._reset, 0, self.phi)
 
+    def foresee(self, tokens: Ints) -> None:
+        """Every branch continues itself, with tokens that are not all known yet: where they are, with these."""
+        self.tokens = tokens
+        self._parents = np.arange(self.width)
+        self.phi = self._following  # which depends on the tokens before
+
+    def confirm(self, step: Step) -> None:
+        """What was foreseen is what the search chose."""
+        self.tokens = step.tokens
+        self._following = self.phi if self._reset is None else np.where(step.tokens == self._reset, 0, self.phi)
+
+    def go_back(self, step: Step, slot: int) -> None:
+        """It is not: what was run from `slot` on is not seen, and the step is to be run with these tokens."""
+        assert self.seat is not None
+        self.confirm(step)
+        self.tree.take_back(slot)
+        self.seat.give_back(self.width)
+
     def take_slots(self, column: int) -> None:
         """The tokens chosen get slots of the row, behind those of `column` other branches that are in it."""
         self.column = column

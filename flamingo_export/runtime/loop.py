@@ -7,23 +7,25 @@ decodes all rows once (`step`); after a prompt and after a step each request's s
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from flamingo_export.backends.base import RunsAhead
 from flamingo_export.bundle.manifest import ShapeLimits
 from flamingo_export.errors import BackendLost, DeadlineExceeded
+from flamingo_export.runtime.ahead import Flight, could_follow, handed, run_with
 from flamingo_export.runtime.cache import Cache
 from flamingo_export.runtime.calls import Call, decode_feeds, plan_calls
-from flamingo_export.runtime.candidates import Scores, run_decoder
+from flamingo_export.runtime.candidates import CANDIDATES, Candidates, Scores, from_outputs, inputs_of, run_decoder
 from flamingo_export.runtime.jobs import Generating, Job, Scoring
 from flamingo_export.runtime.media_bank import MediaBank
 from flamingo_export.runtime.media_encoder import Encoding, MediaEncoder
 from flamingo_export.runtime.prefill import check_phi, chunk_feeds, looking_at
 from flamingo_export.runtime.scheduler import Kind, Schedule, next_action, overdue
-from flamingo_export.runtime.search import Hypothesis
+from flamingo_export.runtime.search import Foreseen, Hypothesis
 from flamingo_export.runtime.subgraphs import Engines
 from flamingo_export.runtime.ticket import Ticket
 from flamingo_reference.arrays import Ints
@@ -64,6 +66,8 @@ class Loop:
         self._jobs: dict[Ticket[Any], Job] = {}
         self._calls: list[Call] = []
         self._planned: list[Job] = []
+        self._flight: Flight | None = None
+        """A step that is computed while what the one before gave is looked at."""
 
     @property
     def size(self) -> int:
@@ -79,6 +83,9 @@ class Loop:
         kind, entry = next_action(self.schedule, self._now())
         if kind is Kind.DECODE:
             self._decode()
+        elif self._flight is not None:  # what it finds may change what is to be done
+            flight, self._flight = self._flight, None
+            self._land(flight, None)
         elif kind is Kind.IDLE:
             return False
         elif kind is Kind.EXPIRE:
@@ -98,13 +105,14 @@ class Loop:
         self._take_in()
         for job in list(self._jobs.values()):
             self._leave(job, error())
+        self._flight = None
 
     def abandon(self, error: BaseException | None) -> None:
         """After an interruption at any point: what was taken in is failed or cancelled (None), and nothing is in use any more."""
         for ticket in self._jobs:
             ticket.give_up() if error is None else ticket.fail(error)
         self._jobs.clear()
-        self._planned = []
+        self._planned, self._flight = [], None
         self.schedule = Schedule(rows=len(self.cache.rows), bank_rows=self.bank.capacity)
         self.bank.unpin_all()
         self.cache.clear()
@@ -268,7 +276,24 @@ class Loop:
     # Steps of all that decode.
 
     def _decode(self) -> None:
-        for call in self._plan():
+        flight, self._flight = self._flight, None
+        if flight is None:
+            calls = self._plan()
+            if len(calls) != 1 or self.schedule.working or could_follow(self.decoder, calls[0].jobs) is None:
+                self._decode_each(calls)
+                self.schedule.decoded()
+                return
+            flight = self._ask(calls[0], None, {})
+        if flight is not None:
+            following = self._follow(flight)
+            self._land(flight, following)
+            if following is not None and any(map(self._runs, following.call.jobs)):
+                self._flight = following
+        self.schedule.decoded()
+
+    def _decode_each(self, calls: Sequence[Call]) -> None:
+        """One call after the other, each waited for."""
+        for call in calls:
             try:
                 self._prefetch()
                 scores = self.step(call)
@@ -280,7 +305,6 @@ class Loop:
                     self.choose(job, call.of(job, scores))
                 except Exception as error:
                     self._leave(job, error)
-        self.schedule.decoded()
 
     def step(self, call: Call) -> Scores:
         """One step of the rows of a call: candidates [B, W, n] or logits [B, W, V]."""
@@ -297,8 +321,9 @@ class Loop:
         self.failed_in_a_row = 0
         return scores
 
-    def choose(self, job: Generating, scores: Scores) -> None:
-        """The request's search chooses its next tokens, or ends it."""
+    def choose(self, job: Generating, scores: Scores, following: Flight | None = None) -> None:
+        """The request's search chooses its next tokens, or ends it. following: a step that runs it with tokens that were foreseen."""
+        ran = run_with(following, job, scores) if following is not None and isinstance(scores, Candidates) else None
         step = job.search.advance(scores)
         timings, elapsed = job.timings, job.elapsed()
         if job.chosen:
@@ -309,11 +334,88 @@ class Loop:
         self.counts["generated_tokens"] += 1
         if job.events and (news := job.news()):
             job.ticket.push(*news)
-        if step is not None:
+        if step is None:
+            self._leave(job, None, finished=True)
+            job.ticket.finish(Outcome(hypotheses=job.search.results()))
+        elif following is None:
             job.follow(step)
+        elif ran is not None and np.array_equal(ran, step.tokens):
+            job.confirm(step)
+        else:
+            following.astray.add(job)
+            self.counts["run_again"] += 1
+            job.go_back(step, following.slots[job])
+
+    # Steps that are asked for before the one before is known (`ahead.py`).
+
+    def _ask(self, call: Call, before: Flight | None, foreseen: Mapping[Generating, Foreseen]) -> Flight | None:
+        """Asks for a step of a call without waiting for it. before: the step whose candidates its tokens are taken from, where any are
+        foreseen. None: it failed, and so have its jobs."""
+        try:
+            self._prefetch()
+            sources = {} if before is None else {job: before.branches(job) for job in foreseen}
+            for job, each in foreseen.items():
+                job.foresee(each.tokens)
+            rows = self.cache.rows
+            self.cache.reserve(call.first + call.count, call.slots_needed(rows))
+            self.cache.bind(call.first, call.count)
+            feeds = decode_feeds(call, rows, self.cache.capacity, self.config.tokens.pad)
+            hand = None if before is None else handed(before, call, foreseen, sources)
+            assert isinstance(self.decoder, RunsAhead)
+            running = self.decoder.start(inputs_of(self.decoder, self.bank.narrowed(feeds)), CANDIDATES, hand)
+        except Exception as error:
+            self._fail([job for job in call.jobs if self._runs(job)], error)
+            return None
+        flight = Flight(
+            call=call,
+            running=running,
+            columns={job: job.column for job in call.jobs},
+            slots={job: job.row.used + job.column for job in call.jobs},
+            foreseen=foreseen,
+        )
+        for job in call.jobs:
+            job.commit()
+        return flight
+
+    def _follow(self, flight: Flight) -> Flight | None:
+        """The step after one that is not read yet, where it can be asked for already."""
+        if self.schedule.working:  # whose turn comes next, and which waits for all that was asked before
+            return None
+        calls = self._plan()
+        if len(calls) != 1 or any(job not in flight.columns or job in flight.astray for job in calls[0].jobs):
+            return None
+        call, cache = calls[0], self.cache
+        if call.first + call.count > cache.batch or call.slots_needed(cache.rows) > cache.capacity:
+            return None
+        foreseen = could_follow(self.decoder, call.jobs)
+        if foreseen is None:
+            return None
+        self.counts["asked_ahead"] += 1
+        return self._ask(call, flight, foreseen)
+
+    def _land(self, flight: Flight, following: Flight | None) -> None:
+        """Waits for a step, and each search that still runs chooses. following: the step that was asked for after it."""
+        jobs = [job for job in flight.call.jobs if self._runs(job)]
+        if not jobs:
             return
-        self._leave(job, None, finished=True)
-        job.ticket.finish(Outcome(hypotheses=job.search.results()))
+        try:
+            scores = from_outputs(flight.running.result())
+        except Exception as error:
+            self._fail(jobs, error)
+            return
+        self.counts["steps"] += 1
+        self.failed_in_a_row = 0
+        for job in jobs:
+            if job in flight.astray:
+                continue
+            own = flight.of(job, scores)
+            try:
+                self.choose(job, own, following if following is not None and job in following.columns else None)
+            except Exception as error:
+                self._leave(job, error)
+
+    def _runs(self, job: Job) -> bool:
+        return self._jobs.get(job.ticket) is job
 
     def _plan(self) -> list[Call]:
         jobs = self.schedule.decoding

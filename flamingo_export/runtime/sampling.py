@@ -21,13 +21,32 @@ from flamingo_export.runtime.candidates import (
     whole,
     without,
 )
-from flamingo_export.runtime.search import Certain, Hypothesis, Step, StopRule
+from flamingo_export.runtime.search import Certain, Foreseen, Hypothesis, Step, StopRule
 from flamingo_export.runtime.steering import NOTHING_LEFT
 from flamingo_reference.arrays import Floats, Ints
 
 GREATEST_TEMPERATURE = 1e30
 """Above it nothing changes any more, all tokens being as likely, until a number of 32 bits overflows."""
 LEAST_TEMPERATURE = 1e-6
+
+
+class Numbers:
+    """A branch's random numbers in [0, 1), in order; the next one can be looked at before it is drawn."""
+
+    def __init__(self, seed: np.random.SeedSequence) -> None:
+        self._generator = np.random.default_rng(seed)
+        self._next: float | None = None
+
+    def peek(self) -> float:
+        """The number that `random` gives next."""
+        if self._next is None:
+            self._next = float(self._generator.random())
+        return self._next
+
+    def random(self) -> float:
+        """The next number."""
+        found, self._next = self.peek(), None
+        return found
 
 
 class Sampling:
@@ -50,7 +69,7 @@ class Sampling:
         self._top_k, self._top_p, self._min_p = top_k, top_p, min_p
         self.width = branches
         # One generator per branch: what a branch draws does not depend on how long its neighbours go on.
-        self._generators = [np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(branches)]
+        self._generators = [Numbers(child) for child in np.random.SeedSequence(seed).spawn(branches)]
         self._tokens: list[list[int]] = [[] for _ in range(branches)]
         self._logprobs: list[list[float]] = [[] for _ in range(branches)]
         self._tops: list[list[Top]] = [[] for _ in range(branches)]
@@ -83,6 +102,28 @@ class Sampling:
         if not self._open.any():
             return None
         return Step(parents=rows, tokens=chosen)
+
+    def foreseen(self) -> Foreseen | None:
+        """Open branches go on by themselves, unless this is the last token that they may have."""
+        rule = self._rule
+        if self.num_candidates is None or not self._open.any():
+            return None
+        if max(map(len, self._tokens)) + 1 >= rule.max_new_tokens:
+            return None
+        tokens = np.full(self.width, rule.eoc, np.int64)
+        if not self._temperature:
+            return Foreseen(open=self._open.copy(), tokens=tokens)
+        return Foreseen(
+            open=self._open.copy(),
+            tokens=tokens,
+            temperature=self._temperature,
+            top_k=self._top_k or 0,
+            top_p=self._top_p or 0.0,
+            min_p=self._min_p or 0.0,
+            uniform=np.array(
+                [numbers.peek() if goes_on else 0.0 for numbers, goes_on in zip(self._generators, self._open, strict=True)]
+            ),
+        )
 
     def certain(self) -> list[Certain]:
         """All tokens of each branch."""
@@ -132,7 +173,7 @@ class Sampling:
         values = logits[rows, chosen].astype(np.float64)
         return chosen, values - log_sum_exp(logits, top)[rows], tops
 
-    def _pick(self, logits: Logits, generator: np.random.Generator) -> int:
+    def _pick(self, logits: Logits, generator: Numbers) -> int:
         """The likeliest token of the whole vocabulary, or one that is drawn."""
         if not self._temperature:
             return int(logits.argmax())
@@ -141,7 +182,7 @@ class Sampling:
             return int(tokens[self._draw_sorted(logits[tokens], generator)])
         return self._draw_any(logits, generator)
 
-    def _draw_any(self, logits: Logits, generator: np.random.Generator) -> int:
+    def _draw_any(self, logits: Logits, generator: Numbers) -> int:
         """A token of the whole vocabulary."""
         if self._top_p is None:
             weights = np.exp((logits - logits.max()) / np.float32(self._temperature))
@@ -151,7 +192,7 @@ class Sampling:
         tokens = np.argsort(-logits, kind="stable")
         return int(tokens[self._draw_sorted(logits[tokens], generator)])
 
-    def _draw_sorted(self, values: Logits, generator: np.random.Generator) -> int:
+    def _draw_sorted(self, values: Logits, generator: Numbers) -> int:
         """A place among logits that are sorted, largest first."""
         scaled = values.astype(np.float64) / self._temperature
         weights = np.exp(scaled - scaled[0])
@@ -164,7 +205,7 @@ class Sampling:
         return _draw(weights, generator)
 
 
-def _draw(weights: npt.NDArray[np.floating], generator: np.random.Generator) -> int:
+def _draw(weights: npt.NDArray[np.floating], generator: Numbers) -> int:
     """An index with probability in proportion to its weight; one of weight zero is never drawn."""
     cumulative = np.cumsum(weights, dtype=np.float64)
     return int(np.searchsorted(cumulative, generator.random() * cumulative[-1], side="right"))

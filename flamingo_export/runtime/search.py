@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, Protocol
 
 from flamingo_export.runtime.candidates import Scores, Top
 from flamingo_export.runtime.steering import Steering
-from flamingo_reference.arrays import Ints
+from flamingo_reference.arrays import Bools, Floats, Ints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,25 @@ class Step:
     tokens: Ints
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Foreseen:
+    """What a search knows of its next choice before it has seen the scores: each branch continues itself, and the request goes on unless a
+    token ends it.
+
+    open: bool [W], branches whose token is chosen of the candidates. tokens: int64 [W], those of the others.
+    temperature, top_k, top_p, min_p: as `Sampling` has them, 0 for none. uniform: the numbers that are drawn with, float64 [W]; None: the
+    likeliest is taken.
+    """
+
+    open: Bools
+    tokens: Ints
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 0.0
+    min_p: float = 0.0
+    uniform: Floats | None = None
+
+
 class Search(Protocol):
     """How one request chooses its tokens."""
 
@@ -64,6 +83,9 @@ class Search(Protocol):
 
     def advance(self, scores: Scores) -> Step | None:
         """Takes candidates, or float32 logits, which it overwrites, of one branch at first and of W later. None: the request is finished."""
+
+    def foreseen(self) -> Foreseen | None:
+        """What is known of the next choice by now; None where scores must be seen before anything can be run, or nothing will be run."""
 
     def certain(self) -> list[Certain]:
         """What each text is certain to begin with. Beams have one text, the best; samples one each."""

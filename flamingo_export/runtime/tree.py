@@ -40,3 +40,8 @@ class BeamTree:
     def commit(self) -> None:
         """After the step was run: the next one is a position further."""
         self.position += 1
+
+    def take_back(self, first: int) -> None:
+        """The last step, whose slots begin at `first`, was run in vain."""
+        self.position -= 1
+        self.mask[:, first : first + self.width] = False

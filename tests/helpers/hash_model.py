@@ -7,11 +7,13 @@ the same to the last bit. `Whole` computes the same of whole sequences: no cache
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 
+from flamingo_export.runtime.candidates import candidates_of
 from flamingo_export.runtime.subgraphs import Engines
 from flamingo_export.specs import SubgraphSpec, TensorSpec
 
@@ -197,6 +199,142 @@ class HashDecoder(HashSession):
         return {"logits": logits}
 
 
+class FlushingBuffer(ArrayBuffer):
+    """A buffer of a decoder that has not done all it was asked: that is done before anybody looks."""
+
+    def __init__(self, array: np.ndarray[Any, Any], flush: Callable[[], None]) -> None:
+        super().__init__(array)
+        self._flush = flush
+
+    def write(self, index: int, value: Any) -> None:
+        self._flush()
+        super().write(index, value)
+
+    def copy_from(self, other: Any) -> None:
+        self._flush()
+        super().copy_from(other)
+
+    def copy_slots(self, source: int, target: int, slots: int) -> None:
+        self._flush()
+        super().copy_slots(source, target, slots)
+
+    def rows(self, first: int, count: int) -> FlushingBuffer:
+        return FlushingBuffer(super().rows(first, count).array, self._flush)
+
+
+class AheadRun:
+    """A step that the stand-in was asked for: done when somebody waits for it or for a later one."""
+
+    def __init__(self, work: Callable[[], tuple[Any, dict[str, Any]]], until: Callable[[AheadRun], None]) -> None:
+        self._work, self._until = work, until
+        self.found: tuple[Any, dict[str, Any]] | None = None
+        self.drawn = False
+
+    def do(self) -> None:
+        self.found = self._work()
+
+    def tokens(self) -> Any:
+        if not self.drawn:
+            return None
+        self._until(self)
+        assert self.found is not None
+        return self.found[0]
+
+    def result(self) -> dict[str, Any]:
+        self._until(self)
+        assert self.found is not None
+        return self.found[1]
+
+
+class AheadHashDecoder(HashDecoder):
+    """One that finds candidates itself and takes a step's tokens of the step before. Every `slips`th draw is another than the host's."""
+
+    runs_ahead = True
+
+    def __init__(
+        self, largest: Mapping[str, int], *, reads_bound_media: bool, banned: int = 3, count: int = 5, slips: int = 0
+    ) -> None:
+        super().__init__(largest, reads_bound_media=reads_bound_media)
+        shapes = {
+            "top_values": ("fp32", ("B", "K", count)),
+            "top_ids": ("int64", ("B", "K", count)),
+            "log_sum_exp": ("fp32", ("B", "K")),
+        }
+        added = tuple(TensorSpec(name, kind, shape) for name, (kind, shape) in shapes.items())  # type: ignore[arg-type]
+        self.spec = msgspec.structs.replace(self.spec, outputs=(*self.spec.outputs, *added))
+        self._banned, self._count, self._slips, self._draws = banned, count, slips, 0
+        self._asked: list[AheadRun] = []
+        self._last: dict[str, Any] = {}
+        self.log: list[str] = []
+        """What was asked and read, in order."""
+
+    def allocate(self, name: str, shape: tuple[int, ...]) -> FlushingBuffer:
+        return FlushingBuffer(super().allocate(name, shape).array, self._flush)
+
+    def _flush(self) -> None:
+        while self._asked:
+            self._asked.pop(0).do()
+
+    def _until(self, run: AheadRun) -> None:
+        while run.found is None:
+            self._asked.pop(0).do()
+
+    def run(self, feeds: Mapping[str, Any], outputs: Collection[str] | None = None) -> dict[str, Any]:
+        self._flush()
+        return self._run(feeds, outputs)
+
+    def _run(self, feeds: Mapping[str, Any], outputs: Collection[str] | None) -> dict[str, Any]:
+        logits = super().run(feeds)["logits"]
+        if outputs is None or "logits" in outputs:
+            return {"logits": logits}
+        batch, wanted, size = logits.shape
+        if not wanted:
+            nothing = np.zeros((batch, 0, self._count), np.float32)
+            return {"top_ids": nothing.astype(np.int64), "top_values": nothing, "log_sum_exp": nothing[..., 0]}
+        found = candidates_of(logits.reshape(batch * wanted, size), self._banned, self._count)
+        self._last = {"ids": found.ids, "values": found.values}
+        shape = (batch, wanted, self._count)
+        return {
+            "top_ids": found.ids.reshape(shape),
+            "top_values": found.values.reshape(shape),
+            "log_sum_exp": found.log_sum_exp.reshape(batch, wanted),
+        }
+
+    def start(self, feeds: Mapping[str, Any], outputs: Collection[str] | None = None, handed: Any = None) -> AheadRun:
+        assert len(self._asked) < 2, "more than one step ahead"
+        given, bound = {name: np.array(value) for name, value in feeds.items()}, dict(self.bound)
+        self.log.append("asked")
+
+        def work() -> tuple[Any, dict[str, Any]]:
+            if handed is not None:
+                for place in zip(*np.nonzero(handed.source >= 0), strict=True):
+                    given["token_ids"][place] = self._taken(int(handed.source[place]), handed.draws, place)
+            now, self.bound = self.bound, bound
+            try:
+                return given["token_ids"], self._run(given, outputs)
+            finally:
+                self.bound = now
+
+        run = AheadRun(work, self._until)
+        run.drawn = handed is not None and handed.draws is not None
+        self._asked.append(run)
+        return run
+
+    def _taken(self, branch: int, draws: Any, place: tuple[int, int]) -> int:
+        ids, values = self._last["ids"][branch], self._last["values"][branch]
+        if draws is None or not draws.temperature[place]:
+            return int(ids[0])
+        self._draws += 1
+        if self._slips and self._draws % self._slips == 0:
+            return int(ids[-1])
+        weights = np.exp((values[: draws.top_k[place]].astype(np.float64) - values[0]) / draws.temperature[place])
+        weights /= weights.sum()
+        if draws.top_p[place]:
+            weights = weights[: int(np.searchsorted(np.cumsum(weights), draws.top_p[place])) + 1]
+        mass = np.cumsum(weights)
+        return int(ids[np.searchsorted(mass, draws.uniform[place] * mass[-1], side="right")])
+
+
 class First(HashSession):
     """Passes on what it is given: pixels are a medium's number all over."""
 
@@ -212,12 +350,13 @@ class First(HashSession):
         return {self._result: value.reshape(len(value), -1).max(axis=1).reshape(-1, 1, 1, 1).astype(np.uint64)}
 
 
-def hash_engines(largest: Mapping[str, int], *, reads_bound_media: bool = False) -> Engines:
-    """The stand-ins of all four subgraphs; largest: bounds of the decoder. reads_bound_media: it wants no rows bound but those looked at."""
+def hash_engines(largest: Mapping[str, int], *, reads_bound_media: bool = False, decoder: HashDecoder | None = None) -> Engines:
+    """The stand-ins of all four subgraphs; largest: bounds of the decoder, unless one is given. reads_bound_media: it wants no rows bound but
+    those looked at."""
     sessions: dict[str, Any] = {
         "vision_encoder": First("pixels", "features", {}),
         "resampler": First("features", "latents", {}),
         "media_kv": First("latents", "media_k.0", {}),
-        "decoder": HashDecoder(largest, reads_bound_media=reads_bound_media),
+        "decoder": decoder or HashDecoder(largest, reads_bound_media=reads_bound_media),
     }
     return Engines(**sessions)

@@ -91,6 +91,9 @@ class CountedSearch:
             return None
         return Step(parents=self._none if self._count == 1 else self._same, tokens=self._none)
 
+    def foreseen(self) -> None:
+        return None
+
     def certain(self) -> list[Certain]:
         return []
 

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from hash_model import Whole, hash_engines, logits_of
+from hash_model import AheadHashDecoder, Whole, hash_engines, logits_of
 
 from flamingo_export.bundle.manifest import ShapeLimits
 from flamingo_export.errors import DeadlineExceeded
@@ -121,6 +121,8 @@ class Schedule:
                 branch_media=rng.randint(1, 2),
                 bank_rows=6,
             )
+        self.ahead = rng.random() < 0.5
+        """Whether steps are asked for before the one before is read; some draws of the device's are then others than the host's."""
         largest = rng.choice([{}, {}, {"M": 1}, {"B": 8, "S": 16, "K": 16, "M": 2, "C": self.limits.max_length}])
         engines = hash_engines(largest)
         reads_bound_media = True
@@ -130,7 +132,12 @@ class Schedule:
             )
             bounded = {"B": 8, "S": 16, "K": 16, "M": 2 * self.limits.max_tiles, "C": self.limits.max_length}
             largest, reads_bound_media = rng.choice([{}, {}, bounded]), rng.random() < 0.7
-        engines = hash_engines(largest, reads_bound_media=config.sees_groups and reads_bound_media)
+        if self.ahead and rng.random() < 0.8:  # as engines are: one call for all rows, one capacity
+            most = 2 * self.limits.max_tiles if config.sees_groups else 2
+            largest = {"B": 8, "S": 16, "K": 16, "M": most, "C": self.limits.max_length}
+        narrow = config.sees_groups and reads_bound_media
+        decoder = AheadHashDecoder(largest, reads_bound_media=narrow, slips=rng.choice([0, 2])) if self.ahead else None
+        engines = hash_engines(largest, reads_bound_media=narrow, decoder=decoder)
         rows = rng.randint(4 if self.alike else 1, 8)
         self.engine = Engine(engines, config, self.limits, rows=rows, clock=lambda: self.now)
         cache = self.engine.loop.cache
@@ -138,9 +145,15 @@ class Schedule:
             cache.sharing = Sharing(media=largest.get("M"), dense=rng.random() < 0.3)
         if rng.random() < 0.2:
             engines.decoder.run = self.failing(engines.decoder.run)  # type: ignore[method-assign]
+            if isinstance(decoder, AheadHashDecoder):
+                decoder.start = self.failing(decoder.start)  # type: ignore[method-assign]
         self.now = 0.0
         self.usual = rng.choice([None, None, {"beams": 1}, {"beams": 3}])
         """What most ask for, so that many rows of one width decode side by side."""
+        if self.ahead:
+            self.usual = rng.choice(
+                [{"beams": 1}, {"top_k": 5, "seed": 3}, {"top_k": 3, "seed": 7, "num_return": 2}, self.usual]
+            )
         self.full = rng.choice([0.05, 0.3])
         self.beginnings = [self.tokens(rng.randint(1, 12)) for _ in range(3)]
         self.shots = [IMAGE, *rng.choices(range(10, 20), k=rng.randint(2, 12)), IMAGE, *rng.choices(range(10, 20), k=3)]
@@ -304,7 +317,7 @@ def run_schedules(part: int, config: ModelConfig, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("flamingo_export.runtime.cache.BUCKET", 4)
     monkeypatch.setattr("flamingo_export.runtime.cache.LEAST_COPY", 2)
     monkeypatch.setattr("flamingo_export.runtime.cache.COMPUTED", 1)
-    shared = 0
+    shared = ahead = 0
     for seed in range(part, SCHEDULES, PARTS):
         schedule = Schedule(seed, config)
         try:
@@ -314,4 +327,6 @@ def run_schedules(part: int, config: ModelConfig, monkeypatch: pytest.MonkeyPatc
             error.add_note(f"schedule {seed}")
             raise
         shared += schedule.engine.stats().shared_rows
+        ahead += schedule.engine.loop.counts["asked_ahead"]
     assert shared > SCHEDULES / PARTS / 4 - 10
+    assert ahead > SCHEDULES / PARTS / 2 - 10

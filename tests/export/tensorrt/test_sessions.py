@@ -184,9 +184,12 @@ def test_a_step_is_one_graph_and_moves_few_bytes(both: Load, gpu, monkeypatch):
         steps = 4
         decode(loop, steps)
         moved = gpu.cuda.crossed - before
-        candidates = LIMITS["beams"] + 1
+        candidates, ahead = LIMITS["beams"] + 1, width == 1
+        if ahead:
+            fed.pop()  # asked for before the last one was read, and not done
         changed = sum(differing(*pair) for pair in zip(fed[-steps - 1 : -1], fed[-steps:], strict=True))
-        assert moved["to device"] == steps * len(SMALL) * 256 + 16 * changed
+        handed = steps * ahead  # tokens that pass from step to step on the device
+        assert moved["to device"] == steps * len(SMALL) * 256 + 16 * (changed + handed)
         assert changed <= steps * (
             2 * width + 2 * width * width
         )  # own slots, and what parents see, of beams that change places
@@ -195,7 +198,7 @@ def test_a_step_is_one_graph_and_moves_few_bytes(both: Load, gpu, monkeypatch):
         assert moved["to host"] / steps < 4 * lm.vocab_size * width
         assert (gpu.cuda.graphs, gpu.trt.enqueued, gpu.trt.contexts) == (graphs, enqueued, contexts)
         assert gpu.cuda.calls["launch"] == launches + steps
-        assert gpu.cuda.calls["synchronize"] == fetched + steps
+        assert gpu.cuda.calls["synchronize"] == fetched + (0 if ahead else steps)
         loop.abandon(None)
 
 
