@@ -4,8 +4,10 @@
 
 An engine reads its weights once a step, whatever the batch; of each row the slots that its attentions read, keys and values of every layer; and
 of each row the keys and values of one medium, or of an image of as many tiles as can be, in every gated layer. Attentions that know the
-slots in use read these (TensorRT for RTX, TensorRT 11), others the whole capacity. Media are read where they lie by the plugin; without
-it a step copies them first: read, written, read again. Beams share their row's slots and medium, and add the slots that they wrote.
+slots in use read these (TensorRT for RTX, TensorRT 11), others the whole capacity. Media are read where they lie by the plugin; without it a
+step copies them first: read, written, read again. Beams share their row's slots and medium, and add the slots that they wrote. The last
+column is what the host sends: small feeds in places of 256 bytes, and of mask and key positions at most what a step can change, beside
+all of them, as they are sent before a step is captured.
 Bandwidths are data sheets' times what copies reach of them; no card has confirmed it (docs/gpu.md).
 """
 
@@ -21,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "reference")]
 
 from flamingo_export import estimates  # noqa: E402
+from flamingo_export.backends.tensorrt.device_memory import ALIGNMENT  # noqa: E402
 from flamingo_export.precision import BYTES_PER_WEIGHT, Precision  # noqa: E402
 from flamingo_export.quantize.policies import preset  # noqa: E402
 from flamingo_export.weights import bundle_weights, stored_bytes  # noqa: E402
@@ -45,6 +48,8 @@ class Step:
     caches_without_lengths: int
     media: int
     media_without_plugin: int
+    sent: int
+    sent_whole: int
 
     def fits(self, memory: float) -> bool:
         """Whether weights and caches of the whole capacity lie in a card's memory."""
@@ -79,7 +84,30 @@ def step(config: ModelConfig, precision: Precision, *, rows: int, length: int, b
         caches_without_lengths=rows * capacity * slot,
         media=int(media),
         media_without_plugin=int(3 * media),
+        sent=sent_bytes(config, rows=rows, beams=beams),
+        sent_whole=sent_whole(config, rows=rows, beams=beams, capacity=capacity),
     )
+
+
+def small_feeds(config: ModelConfig, *, rows: int, beams: int) -> list[int]:
+    """Bytes of each input of a step that is sent whole: tokens, positions, phi, logit positions (and first media) by branch; media and write
+    index by row."""
+    branch, row = 8 * rows * beams, 8 * rows
+    media = row * (config.tiled.max_tiles if config.tiled is not None else 1)
+    return [branch] * (5 if config.sees_groups else 4) + [media, row]
+
+
+def sent_bytes(config: ModelConfig, *, rows: int, beams: int) -> int:
+    """At most, of a captured step: 16 for each eight bytes that differ. A greedy branch adds its own slot, and its token passes on the device;
+    beams add their slots and positions, and see what their parents saw."""
+    words = 2 if beams == 1 else 2 * beams + 2 * beams * beams
+    return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in small_feeds(config, rows=rows, beams=beams)) + 16 * words * rows
+
+
+def sent_whole(config: ModelConfig, *, rows: int, beams: int, capacity: int) -> int:
+    """Of a step whose mask and key positions go whole."""
+    keys = 8 * rows * capacity if config.language_model.uses_distances else 0
+    return sum(small_feeds(config, rows=rows, beams=beams)) + rows * beams * capacity + keys
 
 
 def steps(config: ModelConfig, precision: Precision, capacity: int) -> list[Step]:
@@ -114,9 +142,9 @@ def main() -> None:
     print(
         "| rows | length | beams | weights | caches, with lengths / without | media, with the plugin / without | "
         + " | ".join(CARDS)
-        + " |"
+        + " | kB sent, by what differs / whole |"
     )
-    print("|---" * (6 + len(CARDS)) + "|")
+    print("|---" * (7 + len(CARDS)) + "|")
     for each in found:
         times = [
             f"{each.milliseconds(REACHED * rate, lengths=True):.1f} / {each.milliseconds(REACHED * rate, lengths=False):.1f}"
@@ -128,6 +156,7 @@ def main() -> None:
             str(each.rows), str(each.length), str(each.beams), f"{each.weights / 1e9:.2f}",
             f"{each.caches / 1e9:.2f} / {each.caches_without_lengths / 1e9:.2f}",
             f"{each.media / 1e9:.2f} / {each.media_without_plugin / 1e9:.2f}", *times,
+            f"{each.sent / 1e3:.1f} / {each.sent_whole / 1e3:.1f}",
         ]  # fmt: skip
         print("| " + " | ".join(cells) + " |")
 

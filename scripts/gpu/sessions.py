@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flamingo_export.backends.tensorrt.device_memory import DeviceBuffer, DeviceStream, DeviceTensor
+from flamingo_export.backends.tensorrt.device_memory import DeviceBuffer, DeviceStream, DeviceTensor, Memory
 from flamingo_export.backends.tensorrt.dtypes import encode
 from flamingo_export.backends.tensorrt.engine_contract import Contract
 from flamingo_export.backends.tensorrt.lowering.shapes import Bounds, Profile
 from flamingo_export.backends.tensorrt.session import CAPTURED_AT, MAX_GRAPHS, TensorRTSession
+from flamingo_export.backends.tensorrt.step_kernels import CHOICE, UPDATE
 from flamingo_export.specs import SubgraphSpec, TensorSpec
 from gpu import kernel_cases
 from gpu.kernel_library import arguments
@@ -251,6 +252,35 @@ def memory(rig: Rig) -> int:
     return 3
 
 
+def step_kernels(rig: Rig) -> int:
+    """The two kernels of a decoding step, as the driver compiled them: eight bytes given and copied, tokens likeliest and drawn."""
+    cuda, stream = rig.card.cuda, rig.streams[0]
+    assert cuda.step_kernels, "the driver did not take step.ptx: its log says why"
+    memory = Memory(stream, 4096)
+    words = np.arange(512, dtype=np.uint64)
+    updates = np.zeros(2, UPDATE)
+    updates["where"] = [memory.address + 8 * 5, (memory.address + 8 * 6) | 1]
+    updates["what"] = [1 << 63, memory.address + 8 * 9]
+    given = Memory(stream, updates.nbytes)
+    stream.upload(memory.address, words.view(np.uint8))
+    stream.upload(given.address, updates.view(np.uint8))
+    cuda.update(given.address, 2, stream.handle)
+    words[5], words[6] = 1 << 63, 9
+    assert np.array_equal(stream.download(memory.address, 4096).view(np.uint64), words), "updates did not change what they name"
+    values, ids = np.tile(np.array([3, 2, 1], np.float32), 2), np.array([7, 8, 9, 17, 18, 19])
+    choices = np.zeros(3, CHOICE)
+    choices["target"] = memory.address + 8 * np.arange(3)
+    choices["branch"], choices["top_k"], choices["temperature"] = [0, 1, 1], 3, [0, 1, 1]
+    choices["uniform"] = [0.9, 0.0, 0.9999]
+    places = [Memory(stream, each.nbytes) for each in (choices, values, ids)]
+    for place, each in zip(places, (choices, values, ids), strict=True):
+        stream.upload(place.address, each.view(np.uint8))
+    cuda.choose(places[0].address, 3, places[1].address, places[2].address, 3, stream.handle)
+    found = stream.download(memory.address, 24).view(np.int64).tolist()
+    assert found == [7, 17, 19], f"tokens {found} were chosen, expected the likeliest, the first and the last"
+    return 5
+
+
 def overlap(rig: Rig, size: int) -> dict[str, float]:
     """Milliseconds of steps on the first stream, of copies of `size` bytes on the other one, and of both at once, as the host sees them."""
     cuda, (first, second) = rig.card.cuda, rig.streams
@@ -298,6 +328,7 @@ CHECKS: dict[str, Callable[[Rig], int]] = {
     "row ranges": rows,
     "dlpack": dlpack,
     "memory": memory,
+    "step kernels": step_kernels,
 }
 
 

@@ -32,3 +32,11 @@ def test_a_row_of_llama_reads_the_tiles_of_an_image():
     found = gpu_paper.step(config, Precision(storage="bf16"), rows=2, length=1000, beams=1, capacity=4096)
     assert found.media == 2 * 209_846_272
     assert found.media_without_plugin == 3 * found.media
+
+
+def test_what_a_step_sends():
+    """Six small feeds in places of 256 bytes; a greedy row changes eight bytes of its mask, and one token passes on the device. Whole: the mask,
+    a byte a slot, and key positions, eight."""
+    found = gpu_paper.step(SIZES["9b"], Precision(storage="bf16"), rows=1, length=1000, beams=1, capacity=4096)
+    assert found.sent == 6 * 256 + 2 * 16
+    assert found.sent_whole == 6 * 8 + 4096 + 8 * 4096
