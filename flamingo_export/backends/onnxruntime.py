@@ -30,6 +30,7 @@ from flamingo_export.backends.base import (
 )
 from flamingo_export.backends.cut_tables import CutTables
 from flamingo_export.backends.external_data import loadable
+from flamingo_export.backends.host_array import HostArray
 from flamingo_export.backends.host_memory import release
 from flamingo_export.backends.placement import on_one, placed
 from flamingo_export.bundle.manifest import EngineRecord, GraphRecord, Manifest
@@ -175,39 +176,14 @@ def session_options(wanted: SessionOptions, policy: Policy | None) -> Any:
     return options
 
 
-class HostBuffer:
+class HostBuffer(HostArray):
     """A tensor in host memory that ONNX Runtime reads and writes in place."""
 
     def __init__(self, array: Array) -> None:
-        self.array: Array = array
+        super().__init__(array)
         self.value = _ort_value(array)
         self._views: dict[tuple[int, ...], HostBuffer] = {}
         self._rows: dict[tuple[int, int], HostBuffer] = {}
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.array.shape
-
-    @property
-    def nbytes(self) -> int:
-        return self.array.nbytes
-
-    def write(self, index: int, value: Tensor) -> None:
-        """Copies `value` into row `index`."""
-        self.array[index] = on_host("the value", value)
-
-    def publish(self) -> None:
-        """Nothing: what was written is there."""
-
-    def read(self) -> Array:
-        """A copy."""
-        copy: Array = self.array.copy()
-        return copy
-
-    def copy_from(self, other: Buffer) -> None:
-        """Copies the whole of `other` into the leading corner."""
-        source = other.array if isinstance(other, HostBuffer) else other.read()
-        self.array[tuple(slice(size) for size in source.shape)] = source
 
     def rows(self, first: int, count: int) -> HostBuffer:
         """Rows from `first` on, sharing memory; the same object each time, so that binding it again is free."""
@@ -216,10 +192,6 @@ class HostBuffer:
         if (first, count) not in self._rows:
             self._rows[first, count] = HostBuffer(self.array[first : first + count])
         return self._rows[first, count]
-
-    def copy_slots(self, source: int, target: int, count: int) -> None:
-        """Copies the first `count` slots [:, :, count] of a row to another."""
-        self.array[target, :, :count] = self.array[source, :, :count]
 
     def view(self, shape: tuple[int, ...]) -> HostBuffer:
         """Its beginning in another shape, sharing memory; the same object each time."""

@@ -11,11 +11,11 @@ import msgspec
 import typer
 
 from flamingo_export.cli.common_options import (
-    SIZE_NAMES,
     AsJson,
     Overwrite,
     Parity,
     ParityChoice,
+    SizeName,
 )
 from flamingo_export.cli.groups import Beside, Quantised
 
@@ -45,15 +45,7 @@ class Compiler(StrEnum):
 
 
 def build(
-    size: Annotated[
-        str | None,
-        typer.Option(
-            "--size",
-            help="nano (trained weights), or random weights: 3b, 9b, 80b, llama-3.2-11b-vision, llama-3.2-90b-vision.",
-            autocompletion=SIZE_NAMES,
-            show_default=False,
-        ),
-    ] = None,
+    size: SizeName = None,
     checkpoint: Annotated[
         Path | None,
         typer.Option(

@@ -9,10 +9,10 @@ from typing import Annotated
 import typer
 
 from flamingo_export.cli.common_options import (
-    SIZE_NAMES,
     AsJson,
     Overwrite,
     SampleData,
+    SizeName,
     SkipBad,
     chosen_samples,
 )
@@ -29,15 +29,7 @@ class MethodName(StrEnum):
 
 
 def calibrate(
-    size: Annotated[
-        str | None,
-        typer.Option(
-            "--size",
-            help="nano (trained weights), or random weights: 3b, 9b, 80b, llama-3.2-11b-vision, llama-3.2-90b-vision.",
-            autocompletion=SIZE_NAMES,
-            show_default=False,
-        ),
-    ] = None,
+    size: SizeName = None,
     checkpoint: Annotated[
         Path | None, typer.Option("--checkpoint", help="A checkpoint: a folder, or a file of tensors.", show_default=False)
     ] = None,

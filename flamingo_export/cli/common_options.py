@@ -54,6 +54,19 @@ Videos = Annotated[
         "--video", metavar="FILE|FOLDER", help="An animated file or a folder of frames; repeat for more.", show_default=False
     ),
 ]
+SizeName = Annotated[
+    str | None,
+    typer.Option(
+        "--size",
+        help="nano (trained weights), or random weights: 3b, 9b, 80b, llama-3.2-11b-vision, llama-3.2-90b-vision.",
+        autocompletion=SIZE_NAMES,
+        show_default=False,
+    ),
+]
+WholePrompt = Annotated[
+    str | None,
+    typer.Option("--prompt", "-p", help="The whole prompt, with an <image> for each medium.", show_default=False),
+]
 Shots = Annotated[
     Path | None,
     typer.Option("--shots", metavar="FILE", help="Examples to show first, JSON lines (docs/prompts.md).", show_default=False),

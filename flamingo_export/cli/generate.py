@@ -13,6 +13,7 @@ from flamingo_export.cli.common_options import (
     Shots,
     TextOnly,
     Videos,
+    WholePrompt,
 )
 from flamingo_export.cli.groups import Running, VideoCut
 from flamingo_export.cli.search_options import (
@@ -44,10 +45,7 @@ def generate(
     bundle: Annotated[Path, typer.Argument(help="A bundle.", show_default=False)],
     images: Images = None,
     videos: Videos = None,
-    prompt: Annotated[
-        str | None,
-        typer.Option("--prompt", "-p", help="The whole prompt, with an <image> for each medium.", show_default=False),
-    ] = None,
+    prompt: WholePrompt = None,
     question: Annotated[
         str | None,
         typer.Option("--question", "-q", help="Ask this about the image. Without it: a caption.", show_default=False),

@@ -13,6 +13,7 @@ from flamingo_export.cli.common_options import (
     Shots,
     TextOnly,
     Videos,
+    WholePrompt,
 )
 from flamingo_export.cli.groups import Running, VideoCut
 
@@ -25,10 +26,7 @@ def score(
     ],
     images: Images = None,
     videos: Videos = None,
-    prompt: Annotated[
-        str | None,
-        typer.Option("--prompt", "-p", help="The whole prompt, with an <image> for each medium.", show_default=False),
-    ] = None,
+    prompt: WholePrompt = None,
     question: Annotated[
         str | None, typer.Option("--question", "-q", help="Ask this about the image.", show_default=False)
     ] = None,

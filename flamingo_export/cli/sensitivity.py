@@ -9,9 +9,9 @@ import msgspec
 import typer
 
 from flamingo_export.cli.common_options import (
-    SIZE_NAMES,
     AsJson,
     SampleData,
+    SizeName,
     SkipBad,
     chosen_samples,
 )
@@ -38,17 +38,12 @@ class _Subject(msgspec.Struct, frozen=True, kw_only=True):
 def sensitivity(
     bundle: Annotated[
         Path | None,
-        typer.Argument(help="A bundle; weights are read from the checkpoint it was built from.", show_default=False),
-    ] = None,
-    size: Annotated[
-        str | None,
-        typer.Option(
-            "--size",
-            help="In place of a bundle: nano (trained weights), or random weights: 3b, 9b, 80b, llama-3.2-11b-vision, llama-3.2-90b-vision.",
-            autocompletion=SIZE_NAMES,
+        typer.Argument(
+            help="A bundle; weights are read from the checkpoint it was built from. Without it: --size or --checkpoint.",
             show_default=False,
         ),
     ] = None,
+    size: SizeName = None,
     checkpoint: Annotated[
         Path | None,
         typer.Option("--checkpoint", help="A checkpoint; beside a bundle, the one that it was built from.", show_default=False),

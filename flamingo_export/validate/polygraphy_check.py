@@ -28,6 +28,7 @@ from flamingo_export.backends.base import (
     on_host,
 )
 from flamingo_export.backends.external_data import loadable
+from flamingo_export.backends.host_array import HostArray
 from flamingo_export.backends.placement import on_one
 from flamingo_export.bundle.manifest import EngineRecord, GraphRecord, Manifest
 from flamingo_export.bundle.verify import open_bundle
@@ -216,38 +217,11 @@ class PolygraphyBackend:
         return PolygraphySession(bundle, bundle / graph.file, spec, self)
 
 
-class _HostArray:
+class _HostArray(HostArray):
     """A buffer of the host."""
-
-    def __init__(self, array: Array) -> None:
-        self.array = array
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.array.shape
-
-    @property
-    def nbytes(self) -> int:
-        return self.array.nbytes
-
-    def write(self, index: int, value: Tensor) -> None:
-        self.array[index] = on_host("the value", value)
-
-    def publish(self) -> None:
-        """Nothing: what was written is there."""
-
-    def read(self) -> Array:
-        return self.array.copy()
-
-    def copy_from(self, other: Buffer) -> None:
-        source = other.read()
-        self.array[tuple(slice(size) for size in source.shape)] = source
 
     def rows(self, first: int, count: int) -> _HostArray:
         return _HostArray(self.array[first : first + count])
-
-    def copy_slots(self, source: int, target: int, count: int) -> None:
-        self.array[target, :, :count] = self.array[source, :, :count]
 
     def view(self, shape: tuple[int, ...]) -> _HostArray:
         return _HostArray(self.array.reshape(-1)[: math.prod(shape)].reshape(shape))

@@ -11,7 +11,8 @@ import numpy as np
 
 from flamingo_export.precision import Precision, Quantisation, StorageType
 from flamingo_reference.arrays import Array
-from flamingo_reference.config import FeedForward, Norm, RotaryPositions
+from flamingo_reference.config import FeedForward, Norm, RotaryPositions, ViTConfig
+from flamingo_reference.contrastive_config import TextConfig
 
 Recipe = Callable[[Sequence[Array]], Array]
 
@@ -210,3 +211,18 @@ def feed_forward_up(
     yield linear(f"{name}/ffw_up", (width, inner * len(parts)), group, *(f"{part}.weight" for part in parts))
     if bias:
         yield linear_bias(f"{name}/ffw_up", inner * len(parts), group, *(f"{part}.bias" for part in parts))
+
+
+def encoder_layer(name: str, source: str, group: str, config: ViTConfig | TextConfig) -> Iterator[Weight]:
+    """One layer of CLIP's image or text transformer."""
+    width = config.width
+    qkv = [f"{source}.{part}_proj" for part in "qkv"]
+    yield from norm(f"{name}/attention_norm", width, group, f"{source}.attention_norm")
+    yield linear(f"{name}/qkv_proj", (width, 3 * width), group, *(f"{part}.weight" for part in qkv))
+    yield linear_bias(f"{name}/qkv_proj", 3 * width, group, *(f"{part}.bias" for part in qkv))
+    yield linear(f"{name}/out_proj", (width, width), group, f"{source}.out_proj.weight")
+    yield linear_bias(f"{name}/out_proj", width, group, f"{source}.out_proj.bias")
+    yield from norm(f"{name}/ffw_norm", width, group, f"{source}.ffw_norm")
+    yield from feed_forward_up(name, source, group, width, config.ffw_width, config.activation, bias=True)
+    yield linear(f"{name}/ffw_down", (config.ffw_width, width), group, f"{source}.ffw_down.weight")
+    yield linear_bias(f"{name}/ffw_down", width, group, f"{source}.ffw_down.bias")

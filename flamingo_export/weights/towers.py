@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from flamingo_export.weights.recipes import Weight, as_is, feed_forward_up, linear, linear_bias, norm, plain
+from flamingo_export.weights.recipes import Weight, as_is, encoder_layer, linear, norm, plain
 from flamingo_reference.arrays import Array
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.contrastive_config import TextConfig
@@ -48,17 +48,7 @@ def _text(text: TextConfig, joint: int) -> Iterator[Weight]:
     if text.embedding_norm:
         yield from norm("text_tower/embedding_norm", width, group, f"{source}.embedding_norm")
     for layer in range(text.num_layers):
-        name, below = f"text_tower/layer.{layer}", f"{source}.layers.{layer}"
-        qkv = [f"{below}.{kind}_proj" for kind in "qkv"]
-        yield from norm(f"{name}/attention_norm", width, group, f"{below}.attention_norm")
-        yield linear(f"{name}/qkv_proj", (width, 3 * width), group, *(f"{each}.weight" for each in qkv))
-        yield linear_bias(f"{name}/qkv_proj", 3 * width, group, *(f"{each}.bias" for each in qkv))
-        yield linear(f"{name}/out_proj", (width, width), group, f"{below}.out_proj.weight")
-        yield linear_bias(f"{name}/out_proj", width, group, f"{below}.out_proj.bias")
-        yield from norm(f"{name}/ffw_norm", width, group, f"{below}.ffw_norm")
-        yield from feed_forward_up(name, below, group, width, text.ffw_width, text.activation, bias=True)
-        yield linear(f"{name}/ffw_down", (text.ffw_width, width), group, f"{below}.ffw_down.weight")
-        yield linear_bias(f"{name}/ffw_down", width, group, f"{below}.ffw_down.bias")
+        yield from encoder_layer(f"text_tower/layer.{layer}", f"{source}.layers.{layer}", group, text)
     if text.final_norm:
         yield from norm("text_tower/final_norm", width, group, f"{source}.final_norm")
     yield linear("text_tower/proj", (width, joint), group, f"{source}.proj.weight")

@@ -12,6 +12,7 @@ from flamingo_export.weights.recipes import (
     Weight,
     as_is,
     branch_scale,
+    encoder_layer,
     feed_forward_up,
     gated,
     gated_transposed,
@@ -118,17 +119,7 @@ def _vit(vision: ViTConfig) -> Iterator[Weight]:
     )
     yield from norm("vision_encoder/pre_norm", width, GROUP, "vision_encoder.pre_norm")
     for layer in range(vision.num_layers):
-        name, source = f"vision_encoder/layer.{layer}", f"vision_encoder.layers.{layer}"
-        qkv = [f"{source}.{part}_proj" for part in "qkv"]
-        yield from norm(f"{name}/attention_norm", width, GROUP, f"{source}.attention_norm")
-        yield linear(f"{name}/qkv_proj", (width, 3 * width), GROUP, *(f"{part}.weight" for part in qkv))
-        yield linear_bias(f"{name}/qkv_proj", 3 * width, GROUP, *(f"{part}.bias" for part in qkv))
-        yield linear(f"{name}/out_proj", (width, width), GROUP, f"{source}.out_proj.weight")
-        yield linear_bias(f"{name}/out_proj", width, GROUP, f"{source}.out_proj.bias")
-        yield from norm(f"{name}/ffw_norm", width, GROUP, f"{source}.ffw_norm")
-        yield from feed_forward_up(name, source, GROUP, width, vision.ffw_width, vision.activation, bias=True)
-        yield linear(f"{name}/ffw_down", (vision.ffw_width, width), GROUP, f"{source}.ffw_down.weight")
-        yield linear_bias(f"{name}/ffw_down", width, GROUP, f"{source}.ffw_down.bias")
+        yield from encoder_layer(f"vision_encoder/layer.{layer}", f"vision_encoder.layers.{layer}", GROUP, vision)
     if vision.final_norm:
         yield from norm("vision_encoder/final_norm", width, GROUP, "vision_encoder.final_norm")
 

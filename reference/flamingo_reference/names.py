@@ -113,12 +113,7 @@ def _vit(vision: ViTConfig) -> Named:
     yield "position_embedding.weight", (vision.grid_size + 1, width)
     yield from _norm("pre_norm", width, "layer_norm", bias=True)
     for layer in range(vision.num_layers):
-        prefix = f"layers.{layer}"
-        yield from _norm(f"{prefix}.attention_norm", width, "layer_norm", bias=True)
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            yield from _linear(f"{prefix}.{name}", width, width, bias=True)
-        yield from _norm(f"{prefix}.ffw_norm", width, "layer_norm", bias=True)
-        yield from _feed_forward(f"{prefix}.", width, vision.ffw_width, vision.activation, bias=True)
+        yield from _encoder_layer(vision, f"layers.{layer}", bias=True)
     if vision.final_norm:
         yield from _norm("final_norm", width, "layer_norm", bias=True)
 
@@ -137,14 +132,20 @@ def _tiled_vit(vision: TiledViTConfig) -> Named:
     for kind, count in (("layers", vision.num_layers), ("global_layers", vision.num_global_layers)):
         for layer in range(count):
             prefix = f"{kind}.{layer}"
-            yield from _norm(f"{prefix}.attention_norm", width, "layer_norm", bias=True)
-            for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-                yield from _linear(f"{prefix}.{name}", width, width)
-            yield from _norm(f"{prefix}.ffw_norm", width, "layer_norm", bias=True)
-            yield from _feed_forward(f"{prefix}.", width, vision.ffw_width, vision.activation, bias=True)
+            yield from _encoder_layer(vision, prefix, bias=False)
             if kind == "global_layers":
                 yield f"{prefix}.attention_gate", ()
                 yield f"{prefix}.ffw_gate", ()
+
+
+def _encoder_layer(config: ViTConfig | TiledViTConfig | TextConfig, prefix: str, *, bias: bool) -> Named:
+    """bias: of attention's projections; norms and the feed-forward layer always have theirs."""
+    width = config.width
+    yield from _norm(f"{prefix}.attention_norm", width, "layer_norm", bias=True)
+    for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+        yield from _linear(f"{prefix}.{name}", width, width, bias=bias)
+    yield from _norm(f"{prefix}.ffw_norm", width, "layer_norm", bias=True)
+    yield from _feed_forward(f"{prefix}.", width, config.ffw_width, config.activation, bias=True)
 
 
 def _norm(name: str, width: int, kind: Norm, *, bias: bool) -> Named:
@@ -235,12 +236,7 @@ def _text(text: TextConfig) -> Named:
     if text.embedding_norm:
         yield from _norm("embedding_norm", width, "layer_norm", bias=True)
     for layer in range(text.num_layers):
-        prefix = f"layers.{layer}"
-        yield from _norm(f"{prefix}.attention_norm", width, "layer_norm", bias=True)
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            yield from _linear(f"{prefix}.{name}", width, width, bias=True)
-        yield from _norm(f"{prefix}.ffw_norm", width, "layer_norm", bias=True)
-        yield from _feed_forward(f"{prefix}.", width, text.ffw_width, text.activation, bias=True)
+        yield from _encoder_layer(text, f"layers.{layer}", bias=True)
     if text.final_norm:
         yield from _norm("final_norm", width, "layer_norm", bias=True)
 

@@ -4,31 +4,27 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import graph_contract
 import msgspec
 import numpy as np
-import onnx
 import pytest
 import torch
 from engine_runs import opened
 from variations import IDEFICS, VARIATIONS, drawn_model
 
 import flamingo_export
-from flamingo_export.bundle.manifest import ShapeLimits, read_manifest
+from flamingo_export.bundle.manifest import ShapeLimits
 from flamingo_export.errors import CapacityError
-from flamingo_export.graphs import build_graph
-from flamingo_export.precision import Precision, StorageType
+from flamingo_export.precision import StorageType
 from flamingo_export.runtime.engine import Engine
 from flamingo_export.runtime.options import GenerateOptions
 from flamingo_export.runtime.request import Prepared
 from flamingo_export.specs import SUBGRAPHS, subgraph_specs
 from flamingo_export.validate.expected.cases import phi_cases
-from flamingo_export.validate.report.parity_report import read_report
-from flamingo_export.weights import WeightIndex, bundle_weights
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.model import Flamingo
 from flamingo_reference.model.subgraphs import SUBGRAPHS as REFERENCE_SUBGRAPHS
-from flamingo_reference.model.subgraphs import decoder_of, subgraphs_of
-from flamingo_reference.names import expected_tensors
+from flamingo_reference.model.subgraphs import decoder_of
 from flamingo_reference.phi import phi_from_tokens
 from flamingo_reference.search import NextLogits, Rules, beam_search, flamingo_next_logits, greedy, score_candidates
 
@@ -37,40 +33,18 @@ each = pytest.mark.parametrize("config", VARIATIONS.values(), ids=VARIATIONS)
 
 @each
 def test_names_and_json(config: ModelConfig) -> None:
-    config.validate()
-    assert msgspec.json.decode(msgspec.json.encode(config), type=ModelConfig) == config
-    shapes = {name: tuple(tensor.shape) for name, tensor in drawn_model(config).state_dict().items()}
-    assert shapes == expected_tensors(config)
+    graph_contract.names_and_json(config)
 
 
 @each
 def test_every_tensor_goes_into_one_weight_of_its_shape(config: ModelConfig) -> None:
-    state = {name: tensor.numpy() for name, tensor in drawn_model(config).state_dict().items()}
-    made = bundle_weights(config)
-    sources = [source for weight in made for source in weight.sources]
-    shared = {source for source in state if source.startswith("vision_encoder.") and source.endswith("gate")}  # of two tensors
-    assert sorted(set(sources)) == sorted(state)
-    assert {source for source in sources if sources.count(source) > 1} <= shared
-    for weight in made:
-        assert weight.make([state[source] for source in weight.sources]).shape == weight.shape, weight.name
+    graph_contract.weights_from_tensors(config, shared=("vision_encoder.", "gate"))
 
 
 @each
 def test_graphs_keep_the_contract(config: ModelConfig, tmp_path: Path) -> None:
-    index = WeightIndex.planned(config, Precision(storage="fp32"))
-    bundle = tmp_path / "v.bundle"
-    flamingo_export.build(drawn_model(config), out=bundle, parity="skip")
-    used = []
-    for name in SUBGRAPHS:
-        onnx.checker.check_model(bundle / f"{name}.onnx", full_check=True)
-        graph = build_graph(config, name, index).graph
-        used += [weight for weight in graph.initializers if "constant" not in weight and "slopes" not in weight]
-        spec = subgraph_specs(config)[name]
-        assert [value.name for value in graph.inputs] == [tensor.name for tensor in spec.inputs]
-        assert all(value.uses() for value in graph.inputs), "an input is not read"
-        assert list(subgraphs_of(drawn_model(config))[name].inputs) == [tensor.name for tensor in spec.inputs]
-    assert sorted(used) == sorted(index)
-    assert tuple(REFERENCE_SUBGRAPHS) == SUBGRAPHS
+    graph_contract.graphs_keep_the_contract(config, tmp_path / "v.bundle")
+    assert tuple(REFERENCE_SUBGRAPHS) == SUBGRAPHS == tuple(subgraph_specs(config))
 
 
 @each
@@ -124,15 +98,9 @@ def test_the_cached_decoder_is_the_whole_model(config: ModelConfig) -> None:
 @pytest.mark.parametrize("storage", ["fp32", "fp16"])
 @each
 def test_built_engines_are_the_reference(config: ModelConfig, storage: StorageType, tmp_path: Path) -> None:
-    out = tmp_path / "v.bundle"
-    flamingo_export.build(drawn_model(config), out=out, storage=storage)
-    report = read_report(out)
-    assert report is not None
-    failed = [(row.case, row.subgraph, row.tensor, row.error, row.limit, row.note) for row in report.rows if not row.passed]
-    assert not failed, failed
+    report = graph_contract.build_passes_parity(config, tmp_path / "v.bundle", storage)
     assert set(phi_cases(config)) <= {row.case for row in report.rows}
     assert {trace.num_beams for trace in report.traces} == {1, 3}
-    assert read_manifest(out).parity.state == "passed"
 
 
 IMAGE = IDEFICS.tokens.image

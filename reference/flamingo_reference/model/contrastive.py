@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.contrastive_config import ClassToken, ContrastiveConfig, Readout, TextConfig
-from flamingo_reference.model.layers import feed_forward
+from flamingo_reference.model.encoder_layer import EncoderLayer
 from flamingo_reference.model.resampler import PerceiverResampler
 from flamingo_reference.model.vision_vit import ViT
 from flamingo_reference.names import pooled_width, readout_model
@@ -22,39 +22,20 @@ FIRST_SCALE = math.log(1 / 0.07)
 """Of an untrained model: CLIP, section 2.5."""
 
 
-class TextLayer(nn.Module):
-    """Attention among the tokens that the mask allows, then a feed-forward layer; both residual, with biases."""
+class TextLayer(EncoderLayer):
+    """Attention among the tokens that the mask allows, then a feed-forward layer; both residual."""
 
     def __init__(self, config: TextConfig) -> None:
-        super().__init__()
-        width = config.width
-        self.config = config
-        self.attention_norm = nn.LayerNorm(width, config.norm_eps)
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.out_proj = nn.Linear(width, width)
-        self.ffw_norm = nn.LayerNorm(width, config.norm_eps)
-        self.ffw_up = nn.Linear(width, config.ffw_width)
-        self.ffw_down = nn.Linear(config.ffw_width, width)
-
-    def _attention(self, x_BSW: Tensor, mask_B1SS: Tensor) -> Tensor:
-        heads = (self.config.num_heads, self.config.head_size)
-        q, k, v = (proj(x_BSW).unflatten(-1, heads).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        seen_BHSD = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B1SS)
-        projected: Tensor = self.out_proj(seen_BHSD.transpose(1, 2).flatten(2))
-        return projected
-
-    def _feed_forward(self, x_BSW: Tensor) -> Tensor:
-        return feed_forward(x_BSW, self.config.activation, up=self.ffw_up, down=self.ffw_down, swish=None)
+        super().__init__(config)
+        self.post_norm = config.post_norm
 
     def forward(self, x_BSW: Tensor, mask_B1SS: Tensor) -> Tensor:
-        if self.config.post_norm:
-            x_BSW = self.attention_norm(x_BSW + self._attention(x_BSW, mask_B1SS))
-            normed: Tensor = self.ffw_norm(x_BSW + self._feed_forward(x_BSW))
+        if self.post_norm:
+            x_BSW = self.attention_norm(x_BSW + self.attention(x_BSW, mask_B1SS))
+            normed: Tensor = self.ffw_norm(x_BSW + self.feed_forward(x_BSW))
             return normed
-        x_BSW = x_BSW + self._attention(self.attention_norm(x_BSW), mask_B1SS)
-        return x_BSW + self._feed_forward(self.ffw_norm(x_BSW))
+        x_BSW = x_BSW + self.attention(self.attention_norm(x_BSW), mask_B1SS)
+        return x_BSW + self.feed_forward(self.ffw_norm(x_BSW))
 
 
 class TextTower(nn.Module):

@@ -1,42 +1,23 @@
 """CLIP's vision transformer (Radford et al. 2021, arXiv 2103.00020), without its projection: pixels to features of patches.
 
-Shape suffixes: F frames, I image side, G patches of the grid, K = G + 1 tokens, P features, E width, H heads, D head size.
+Shape suffixes: F frames, I image side, G patches of the grid, K = G + 1 tokens, P features, E width.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flamingo_reference.config import ViTConfig
-from flamingo_reference.model.layers import feed_forward
+from flamingo_reference.model.encoder_layer import EncoderLayer
 
 
-class ViTLayer(nn.Module):
-    """Attention among all tokens, then a feed-forward layer; both residual, pre-norm, with biases."""
-
-    def __init__(self, config: ViTConfig) -> None:
-        super().__init__()
-        width = config.width
-        self.config = config
-        self.attention_norm = nn.LayerNorm(width, config.norm_eps)
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.out_proj = nn.Linear(width, width)
-        self.ffw_norm = nn.LayerNorm(width, config.norm_eps)
-        self.ffw_up = nn.Linear(width, config.ffw_width)
-        self.ffw_down = nn.Linear(config.ffw_width, width)
+class ViTLayer(EncoderLayer):
+    """Attention among all tokens, then a feed-forward layer; both residual, pre-norm."""
 
     def forward(self, x_FKE: Tensor) -> Tensor:
-        normed = self.attention_norm(x_FKE)
-        heads = (self.config.num_heads, self.config.head_size)
-        q, k, v = (proj(normed).unflatten(-1, heads).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        seen_FHKD = F.scaled_dot_product_attention(q, k, v)
-        x_FKE = x_FKE + self.out_proj(seen_FHKD.transpose(1, 2).flatten(2))
-        normed = self.ffw_norm(x_FKE)
-        return x_FKE + feed_forward(normed, self.config.activation, up=self.ffw_up, down=self.ffw_down, swish=None)
+        x_FKE = x_FKE + self.attention(self.attention_norm(x_FKE))
+        return x_FKE + self.feed_forward(self.ffw_norm(x_FKE))
 
 
 class ViT(nn.Module):
