@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from flamingo_export.errors import ImageError as ImageError
     from flamingo_export.errors import IncompatibleEngine as IncompatibleEngine
     from flamingo_export.errors import InputError as InputError
+    from flamingo_export.errors import NoMemory as NoMemory
     from flamingo_export.errors import ParityError as ParityError
     from flamingo_export.errors import PromptError as PromptError
     from flamingo_export.errors import QueueFull as QueueFull
@@ -79,6 +80,7 @@ _HOME = {
     "CheckpointError": "errors",
     "DeadlineExceeded": "errors",
     "EngineClosed": "errors",
+    "NoMemory": "errors",
     "EvaluationError": "errors",
     "FlamingoExportError": "errors",
     "ImageError": "errors",

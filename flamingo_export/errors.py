@@ -5,6 +5,7 @@ FlamingoExportError
 │   ├── ImageError        an image or video that cannot be used
 │   ├── PromptError       a prompt, shots file or tokenizer that does not fit
 │   └── CapacityError     longer than the cache, or more media than the bank
+│       └── NoMemory      fits the bundle, but this machine has no memory for it now; a RequestRefused too
 ├── CheckpointError       weights or config that cannot become a bundle
 ├── CalibrationError      calibration data or a table that cannot be used
 ├── EvaluationError       a task, its data or its metric that cannot be evaluated
@@ -90,6 +91,10 @@ class RequestRefused(FlamingoExportError, RuntimeError):
 
 class QueueFull(RequestRefused):
     """More requests wait than the engine keeps."""
+
+
+class NoMemory(CapacityError, RequestRefused):
+    """A request that the bundle has room for, and this machine no memory at the moment."""
 
 
 class DeadlineExceeded(RequestRefused):

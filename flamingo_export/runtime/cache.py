@@ -13,7 +13,7 @@ import numpy as np
 
 from flamingo_export.backends.base import Buffer, Session
 from flamingo_export.bundle.manifest import ShapeLimits
-from flamingo_export.errors import CapacityError
+from flamingo_export.errors import CapacityError, NoMemory
 from flamingo_reference.arrays import Ints
 
 BUCKET = 128
@@ -169,7 +169,7 @@ class Cache:
     def reserve(self, batch: int, slots: int) -> None:
         """Makes room for `batch` rows of `slots` slots. Grown buffers keep what the old ones held.
 
-        Raises CapacityError if more than the bundle's max_length is asked for, or there is no memory. In the latter case nothing is held
+        Raises CapacityError if more than the bundle's max_length is asked for, NoMemory if there is none. In the latter case nothing is held
         any more where the slots were to grow.
         """
         if slots > self._limits.max_length:
@@ -191,7 +191,7 @@ class Cache:
             for row in self.rows:
                 row.held = ()
             if isinstance(error, MemoryError):
-                raise CapacityError(self._short(rows, capacity, error, held)) from error
+                raise NoMemory(self._short(rows, capacity, error, held)) from error
             raise
 
     def _short(self, rows: int, capacity: int, error: MemoryError, held: int) -> str:

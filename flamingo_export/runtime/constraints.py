@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +68,9 @@ class Form:
                 pattern = pattern[:-1]
             name, rule = "regular expression", f"/(?:{_slashes_escaped(pattern)})/"
         else:
-            name, rule = "list of choices", " | ".join(json.dumps(text, ensure_ascii=False) for text in self.choice)
+            name, rule = "list of choices", " | ".join(map(_quoted, self.choice))
+        if any("\ud800" <= letter <= "\udfff" for letter in rule):
+            raise InputError(f"the {name} has half a surrogate pair in it, which is no character")
         if len(rule) > MAX_GRAMMAR:
             raise InputError(f"the {name} has {len(rule)} characters, at most {MAX_GRAMMAR} are read. Give a shorter one.")
         return f'start: " "? answer\nanswer: {rule}\n'
@@ -77,8 +79,9 @@ class Form:
 class Forms:
     """Compiles forms for a tokenizer, and keeps those that were used last. Safe from any thread."""
 
-    def __init__(self, tokenizer_json: str, config: ModelConfig) -> None:
-        """tokenizer_json: of the `tokenizers` library. config: of the model, for its vocabulary and the tokens that end a text."""
+    def __init__(self, tokenizer_json: Callable[[], str], config: ModelConfig) -> None:
+        """tokenizer_json: gives that of the `tokenizers` library; called when the first form is compiled, since writing a large one takes long.
+        config: of the model, for its vocabulary and the tokens that end a text."""
         self._json, self._size = tokenizer_json, config.language_model.vocab_size
         self._ends = tuple(token for token in config.tokens.stops if token not in config.tokens.never)
         self._tokenizer: Any = None
@@ -110,7 +113,7 @@ class Forms:
             ) from None
         if self._tokenizer is None:
             try:
-                self._tokenizer = llguidance.LLTokenizer(self._json, eos_token=list(self._ends))
+                self._tokenizer = llguidance.LLTokenizer(self._json(), eos_token=list(self._ends))
             except Exception as error:  # the library raises ValueError and its own
                 raise InputError(
                     f"the bundle's tokenizer cannot be constrained ({error}): tokens must be made of bytes, or of characters with bytes "
@@ -164,6 +167,11 @@ def _check(matcher: Any) -> None:
     if matcher.is_error():
         text = " ".join(matcher.get_error().split("<non-verbose/>")[0].split())
         raise InputError(f"the answer's form cannot be followed: {text[:300]}")
+
+
+def _quoted(text: str) -> str:
+    """As a string of the grammar, which is one of JSON's, but has no place for the character DEL as it is."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _slashes_escaped(pattern: str) -> str:

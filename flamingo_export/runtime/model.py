@@ -71,7 +71,7 @@ class Model:
         self.engines = Engines.open(bundle, manifest, backend, options)
         try:
             decode = None if self.tokenizer is None else self.tokenizer.decode
-            forms = None if self.tokenizer is None else Forms(self.tokenizer.json, self.config)
+            forms = None if self.tokenizer is None else Forms(self.tokenizer.to_json, self.config)
             self.engine = Engine(self.engines, self.config, manifest.limits, rows=rows, queue=queue, decode=decode, forms=forms)
         except BaseException:
             self.engines.close()

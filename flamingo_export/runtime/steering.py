@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
 from flamingo_export.errors import InputError
 from flamingo_export.runtime.constraints import Guide
-from flamingo_reference.arrays import Floats
+from flamingo_reference.arrays import Floats, Ints
 
 GREATEST = 1e30
 """Of a score that was punished or preferred: far within the range of fp32, also after a temperature."""
@@ -43,10 +44,16 @@ class Steering:
     min_new_tokens: int = 0
     guide: Guide | None = None
 
+    @cached_property
+    def _biases(self) -> tuple[Ints, Floats]:
+        """The biased tokens and their biases, side by side: a model's whole vocabulary may be among them."""
+        return np.fromiter(self.logit_bias, np.int64), np.fromiter(self.logit_bias.values(), np.float64)
+
     def apply(self, scores: Floats, generated: Sequence[int]) -> None:
         """Changes the scores [V] of what follows the prompt and `generated`, in place, in transformers' order."""
-        for token, bias in self.logit_bias.items():
-            scores[token] += bias
+        if self.logit_bias:
+            tokens_biased, biases = self._biases
+            scores[tokens_biased] += biases
         allowed = None if self.guide is None else self.guide.allowed(generated)
         before = scores.copy() if allowed is not None else scores
         tokens = [*self.prompt, *generated]

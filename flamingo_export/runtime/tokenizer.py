@@ -55,8 +55,7 @@ class Tokenizer:
         tokenizer.no_padding()
         return cls(tokenizer, config, tags)
 
-    @property
-    def json(self) -> str:
+    def to_json(self) -> str:
         """The tokenizer as the `tokenizers` library writes it."""
         text: str = self._tokenizer.to_str()
         return text

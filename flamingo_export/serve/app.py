@@ -17,7 +17,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from flamingo_export.bundle.identity import bundle_digest, precision_of
-from flamingo_export.errors import FlamingoExportError
+from flamingo_export.errors import BackendLost, FlamingoExportError, NoMemory
 from flamingo_export.runtime.timings import Timings
 from flamingo_export.serve import routes
 from flamingo_export.serve.access import Access
@@ -83,6 +83,15 @@ class Server:
         between = self.metrics.between_tokens.labels(served.name)
         for step in timings.steps:
             between.observe(step)
+
+    def refusal(self, served: Served, request_id: str, error: FlamingoExportError) -> ApiError:
+        """What a client is answered for an error of ours. The log has what it is not told."""
+        refused = refusal_of(error)
+        if refused is None:
+            return self.fault(served, request_id, error)
+        if isinstance(error, (BackendLost, NoMemory)):
+            _log.error("%s", error, extra={"request_id": request_id, "model": served.name})
+        return refused
 
     def fault(self, served: Served, request_id: str, error: BaseException) -> ApiError:
         """What a client reads of a failure that is not its own. The log has the rest."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -199,7 +200,7 @@ def parse(body: bytes, kind: type[T]) -> T:
         raise ApiError(400, f"The body is not JSON: {error}", code="invalid_json") from None
     if not isinstance(raw, dict):
         raise ApiError(400, "The body is not a JSON object.", code="invalid_json")
-    known = {field.encode_name for field in msgspec.structs.fields(kind)}  # type: ignore[arg-type]
+    known = _fields(kind)
     for name, value in list(raw.items()):
         if name in known:
             continue
@@ -216,3 +217,9 @@ def parse(body: bytes, kind: type[T]) -> T:
         text = str(error)
         param = text.rpartition("`$.")[2].rstrip("`").partition("[")[0] if "`$." in text else None
         raise ApiError(422, text, param=param, code="invalid_type") from None
+
+
+@functools.cache
+def _fields(kind: type[Any]) -> frozenset[str]:
+    """Names of a body's fields. msgspec compiles their annotations each time it is asked, which took half the time of a refusal."""
+    return frozenset(field.encode_name for field in msgspec.structs.fields(kind))

@@ -9,6 +9,8 @@ from flamingo_export.serve.bodies import Chat, Sampled
 from flamingo_export.serve.refusals import ApiError
 
 MAX_CHOICES = 128
+MAX_BIASED = 300
+"""Tokens of a `logit_bias`, as with OpenAI."""
 
 
 def check_offered(body: Chat) -> None:
@@ -94,6 +96,8 @@ def _format_of(body: Chat) -> dict[str, Any] | bool | None:
 
 def _bias(given: dict[str, float]) -> dict[int, float]:
     """OpenAI writes token ids as texts, and -100 for a token that shall never come."""
+    if len(given) > MAX_BIASED:
+        raise ApiError(400, f"logit_bias names {len(given)} tokens, at most {MAX_BIASED} are taken", param="logit_bias")
     try:
         return {int(token): value for token, value in given.items()}
     except ValueError:

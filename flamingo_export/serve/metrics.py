@@ -66,7 +66,10 @@ class _Engines(Collector):
             "bank_rows_in_use": ("flamingo_bank_rows_in_use", "Bank rows of running requests."),
         }
         counters = {
-            "prompt_tokens": ("flamingo_prompt_tokens", "Tokens of prompts, computed or found in the cache."),
+            "prompt_tokens": (
+                "flamingo_prompt_tokens",
+                "Tokens of prompts that were computed; those found in the cache are not among them.",
+            ),
             "reused_tokens": ("flamingo_prompt_tokens_reused", "Tokens of prompts found in the cache."),
             "generated_tokens": ("flamingo_generated_tokens", "Tokens generated."),
             "shared_rows": ("flamingo_rows_shared", "Requests that were given a place in another's cache row."),

@@ -16,7 +16,7 @@ _ERRORS = {
     "413": "A body or medium that is too large.",
     "422": "A field of the wrong type.",
     "429": "The queue is full, or the caller has too many requests under way.",
-    "503": "The server is stopping, or the deadline passed.",
+    "503": "The server is stopping, the bundle is being exchanged, the deadline passed, memory is short, or the GPU is lost.",
 }
 
 

@@ -18,6 +18,9 @@ from flamingo_export.errors import InputError
 from flamingo_export.serve.app import Server, create_app
 
 _STANDARD = set(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName", "color_message"}
+_SWITCH = 0.0005
+"""Seconds after which a thread that computes lets another one run. The event loop waits up to so long, each time that a socket is ready, for
+the engine's thread and those that decode images. A refusal waits about eight times: 40 ms with Python's own 5 ms."""
 
 
 class JsonLines(logging.Formatter):
@@ -139,7 +142,12 @@ def serve(server: Server, sockets: list[socket.socket] | None = None) -> int:
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
         await running.serve(sockets)
 
-    asyncio.run(run())
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(_SWITCH)
+    try:
+        asyncio.run(run())
+    finally:
+        sys.setswitchinterval(usual)
     if not running.started:
         return 1
     return 1 if server.active else 0

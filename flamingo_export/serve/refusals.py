@@ -12,6 +12,7 @@ from flamingo_export.errors import (
     FlamingoExportError,
     ImageError,
     InputError,
+    NoMemory,
     QueueFull,
 )
 
@@ -52,6 +53,10 @@ class ApiError(Exception):
 def refusal_of(error: FlamingoExportError) -> ApiError | None:
     """What a client is answered for an error of ours; None where it is the server's own failure, whose text stays in its log."""
     text = str(error)
+    if isinstance(error, NoMemory):
+        return ApiError(
+            503, "The server has no memory for this request at the moment. Try again later.", code="out_of_memory", retry=True
+        )
     if isinstance(error, CapacityError):
         return ApiError(400, text, code="context_length_exceeded")
     if isinstance(error, ImageError):

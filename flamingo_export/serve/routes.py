@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flamingo_export.errors import FlamingoExportError, InputError
+from flamingo_export.errors import FlamingoExportError
 from flamingo_export.runtime.loop import Outcome
 from flamingo_export.runtime.model import Model
 from flamingo_export.runtime.options import GenerateOptions
@@ -27,7 +27,7 @@ from flamingo_export.serve.bodies import Chat, Completion, Sampled, Scored
 from flamingo_export.serve.body_options import check_offered, options_of, seconds_of
 from flamingo_export.serve.chat_messages import ChatPrompt, MediumUrl, chat_prompt
 from flamingo_export.serve.models import Served
-from flamingo_export.serve.refusals import ApiError, refusal_of
+from flamingo_export.serve.refusals import ApiError
 from flamingo_export.serve.transport import EventStream, unless_gone
 
 if TYPE_CHECKING:
@@ -216,8 +216,7 @@ async def _stream(
         outcome = await ticket
         found = call.model.generation(outcome, options, ticket.timings)
     except FlamingoExportError as error:
-        refused = refusal_of(error) or call.server.fault(call.served, call.request_id, error)
-        yield event(refused.body())
+        yield event(call.server.refusal(call.served, call.request_id, error).body())
         yield DONE
         return
     except asyncio.CancelledError:
@@ -369,10 +368,8 @@ def _watched(call: Call) -> Iterator[None]:
     """Failures of ours as refusals; anything else is the server's fault, logged with the request's id and not shown."""
     try:
         yield
-    except InputError as error:
-        raise refusal_of(error) or ApiError(400, str(error)) from error
     except FlamingoExportError as error:
-        raise refusal_of(error) or call.server.fault(call.served, call.request_id, error) from error
+        raise call.server.refusal(call.served, call.request_id, error) from error
 
 
 def _request(call: Call, prompt: Asked | ChatPrompt) -> Request:

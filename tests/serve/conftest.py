@@ -111,16 +111,15 @@ def nano(nano_bundle: Path) -> Iterator[flamingo_export.Model]:
         yield model
 
 
-def load(choice: ModelChoice) -> flamingo_export.Model:
-    return flamingo_export.load(choice.bundle, threads=1)
-
-
 @pytest.fixture(scope="session")
 def make_server(nano_bundle: Path) -> Callable[..., Server]:
     """A server of nano with other settings."""
 
-    def make(settings: ServeSettings | None = None, **rest: Any) -> Server:
-        return Server(Models([ModelChoice(name="nano", bundle=nano_bundle)], load), settings or ServeSettings(), **rest)
+    def make(settings: ServeSettings | None = None, rows: int | None = None, **rest: Any) -> Server:
+        def opened(choice: ModelChoice) -> flamingo_export.Model:
+            return flamingo_export.load(choice.bundle, threads=1, rows=rows)
+
+        return Server(Models([ModelChoice(name="nano", bundle=nano_bundle)], opened), settings or ServeSettings(), **rest)
 
     return make
 
@@ -144,3 +143,11 @@ def image_part(name: str = "a.png") -> dict[str, Any]:
 
 def user(*parts: Any) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]}]
+
+
+def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    """Waits for it."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to that"
+        time.sleep(0.005)

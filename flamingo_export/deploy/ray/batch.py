@@ -40,7 +40,7 @@ class Worker:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Blocks of the batch, each written when it is complete; returns how many lines were done and failed."""
-        from flamingo_export.serve.from_file import answer_lines, failed
+        from flamingo_export.serve.file_answers import answer_lines, failed
 
         done = []
         for values in zip(*(batch[name] for name in _FIELDS), strict=True):

@@ -38,7 +38,13 @@ SCHEMAS: list[Any] = [
     {"type": "string", "format": "date"},
 ]  # fmt: skip
 REGEXES = [r"[0-9]{3}-[A-F]+", r"(red|green)( square)?", r"^[0-9]+/[0-9]+$", r"é{1,3}", r"a\/b|c", r"(?i:yes|no)\."]
-CHOICES = [["red", "green", "red square"], ["yes", "no"], ['a "quoted" one', "b\\c", "two\nlines", "schön"], ["a", "ab", "abc"]]
+CHOICES = [
+    ["red", "green", "red square"],
+    ["yes", "no"],
+    ['a "quoted" one', "b\\c", "two\nlines", "schön"],
+    ["a", "ab", "abc"],
+    ["a\x7fb", "\x00", "\u2028"],
+]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +58,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[flamingo_export.
 @pytest.fixture(scope="module")
 def forms(model: flamingo_export.Model) -> Forms:
     assert model.tokenizer is not None
-    return Forms(model.tokenizer.json, model.config)
+    return Forms(model.tokenizer.to_json, model.config)
 
 
 def answer(
@@ -233,7 +239,7 @@ def test_a_tokenizer_of_characters_and_bytes(tiny_config: ModelConfig) -> None:
         tiny_config, language_model=msgspec.structs.replace(tiny_config.language_model, vocab_size=fast.get_vocab_size())
     )
     tokenizer = Tokenizer(fast, config)
-    forms = Forms(tokenizer.json, config)
+    forms = Forms(tokenizer.to_json, config)
     for seed in range(10):
         rng = np.random.default_rng(seed)
         search = GenerateOptions(beams=1 + seed % 2, choice=["red", "green", "ü"]).search(config, 30, forms=forms)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flamingo_export.errors import BackendError, CapacityError, InputError
+from flamingo_export.errors import BackendError, CapacityError, InputError, NoMemory
 from flamingo_export.runtime.model import Model
 from flamingo_export.runtime.options import GenerateOptions
 from flamingo_export.runtime.request import Request
@@ -320,7 +320,7 @@ def test_a_cache_that_could_not_grow_is_made_anew(
         return allocate(name, shape)
 
     monkeypatch.setattr(model.engines.decoder, "allocate", failing)
-    with pytest.raises(CapacityError, match="no memory for a cache of 1 x "):
+    with pytest.raises(NoMemory, match="no memory for a cache of 1 x "):
         model.generate(request, beams=3, max_new_tokens=5)
     assert not model.engine.loop.cache.lost
     found = model.generate(request, beams=1, max_new_tokens=4)
@@ -347,7 +347,7 @@ def test_a_cache_that_is_lost_while_it_grows_fails_all_that_were_in_it(
     while loop.tick():
         pass
     for ticket in tickets:
-        with pytest.raises(CapacityError, match="no memory for a cache"):
+        with pytest.raises(NoMemory, match="no memory for a cache"):
             ticket.result()
     monkeypatch.setattr(model.engines.decoder, "allocate", allocate)
     assert model.generate(long, beams=1, max_new_tokens=2).timings.reused_tokens == 0
