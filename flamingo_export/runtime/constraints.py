@@ -112,8 +112,9 @@ class Forms:
                 f"answers of a given form need llguidance: {pip_install('constraints')}. Or leave out json_schema, regex and choice."
             ) from None
         if self._tokenizer is None:
+            written = self._json()
             try:
-                self._tokenizer = llguidance.LLTokenizer(self._json(), eos_token=list(self._ends))
+                self._tokenizer = llguidance.LLTokenizer(written, eos_token=list(self._ends))
             except Exception as error:  # the library raises ValueError and its own
                 raise InputError(
                     f"the bundle's tokenizer cannot be constrained ({error}): tokens must be made of bytes, or of characters with bytes "

@@ -256,7 +256,7 @@ def test_a_tokenizer_of_whole_words_is_refused_by_name(tiny_config: ModelConfig)
     fast = Fast(models.WordLevel({"<PAD>": 0, "<BOS>": 1, "<EOC>": 2, "<image>": 3, "red": 4}, unk_token="<PAD>"))
     fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     with pytest.raises(InputError, match="tokenizer cannot be constrained"):
-        Forms(fast.to_str(), tiny_config).guide(Form(choice=("red",)))
+        Forms(fast.to_str, tiny_config).guide(Form(choice=("red",)))
 
 
 def test_without_llguidance_it_says_what_to_install(
@@ -264,7 +264,7 @@ def test_without_llguidance_it_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "llguidance", None)
     with pytest.raises(InputError, match=r"pip install '.\[constraints\]'"):
-        Forms("{}", tiny_config).guide(Form(regex="a"))
+        Forms(lambda: "{}", tiny_config).guide(Form(regex="a"))
 
 
 def test_without_a_tokenizer(tiny_config: ModelConfig) -> None:
