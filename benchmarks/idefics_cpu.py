@@ -31,7 +31,7 @@ IMAGE = VOCABULARY + 1
 """The second of the two tokens that IDEFICS adds."""
 
 
-def idefics() -> Any:
+def idefics(layers: int = 12) -> Any:
     """transformers' model; its gates are ones, so that images count."""
     from transformers import IdeficsConfig, IdeficsForVisionText2Text
 
@@ -41,7 +41,7 @@ def idefics() -> Any:
         additional_vocab_size=2,
         hidden_size=768,
         intermediate_size=2048,
-        num_hidden_layers=12,
+        num_hidden_layers=layers,
         num_attention_heads=12,
         cross_layer_interval=1,
         qk_layer_norms=True,

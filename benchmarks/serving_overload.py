@@ -4,9 +4,10 @@
 
 nano behind `flamingo-export serve`. First what it can carry: greedy captions of PNG files of 7 kB, from as many clients as it has rows, each of
 which asks as soon as it was answered. Then requests at `times` that rate, at random moments (Poisson) whatever comes back, each over a
-connection of its own. An answer must be the one that the same picture got when nothing else ran. The server's resident memory is printed
-each minute, and compared between the second minute and the last one. Exit 1 if a request was neither answered nor refused with 429, if an
-answer was wrong, or if a row of the cache or of the bank is still in use at the end.
+connection of its own. A machine that does other work too changes its pace, so the rate is always `times` what was answered in the last 20 s.
+An answer must be the one that the same picture got when nothing else ran. The server's resident memory is printed each minute, and compared
+between the second minute and the last one. Exit 1 if a request was neither answered nor refused with 429, if an answer was wrong, or if a row
+of the cache or of the bank is still in use at the end.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import json
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,9 @@ from serving_http import ask, body, closed_loop, over_http, pictures, serving
 import flamingo_export
 from flamingo_export.sources.choice import source_for_size
 
-PICTURES, SIDE = 200, 50
+PICTURES, SIDE = 60, 50
+WINDOW = 20.0
+"""Seconds over which it is counted what the server carries."""
 PATH = "/v1/chat/completions"
 IDLE = ("flamingo_requests_running", "flamingo_requests_waiting", "flamingo_cache_rows_in_use", "flamingo_bank_rows_in_use")
 
@@ -66,6 +69,7 @@ class Overload:
         self.became: Counter[str] = Counter()
         self.refusals: list[float] = []
         self.answers: list[float] = []
+        self._answered: deque[float] = deque()
 
     async def one(self, index: int) -> None:
         """Asks about a picture and counts what comes."""
@@ -75,27 +79,42 @@ class Overload:
         if status == 200:
             self.became["answered" if text_of(answer) == self._expected[index] else "wrong"] += 1
             self.answers.append(took)
+            self._answered.append(time.perf_counter())
         elif status == 429:
             self.became["refused"] += 1
             self.refusals.append(took)
         else:
             self.became[f"status {status}"] += 1
 
-    async def run(self, rate: float, seconds: float, memory: psutil.Process) -> list[tuple[float, int]]:
-        """So many arrivals a second. Returns (seconds since the start, resident bytes) every 5 s."""
+    def carries(self) -> float:
+        """Answers a second of late."""
+        while self._answered and self._answered[0] < time.perf_counter() - WINDOW:
+            self._answered.popleft()
+        return max(1, len(self._answered)) / WINDOW
+
+    async def run(self, carried: float, times: float, seconds: float, memory: psutil.Process) -> list[tuple[float, int]]:
+        """Arrivals at `times` what the server carries, `carried` answers a second at first.
+
+        Returns (seconds since the start, resident bytes) every 5 s.
+        """
         rng = np.random.default_rng(0)
         began = due = time.perf_counter()
         sizes: list[tuple[float, int]] = []
         under_way: set[asyncio.Task[None]] = set()
         while due < began + seconds:
-            due += float(rng.exponential(1 / rate))
+            if due > began + WINDOW:
+                carried = self.carries()
+            due += float(rng.exponential(1 / (times * carried)))
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
             under_way.add(task := asyncio.ensure_future(self.one(int(rng.integers(len(self._bodies))))))
             task.add_done_callback(under_way.discard)
             if due - began >= 5 * len(sizes):
                 sizes.append((due - began, memory.memory_info().rss))
                 if len(sizes) % 12 == 1:
-                    print(f"{(due - began) / 60:.0f} min: {sizes[-1][1] / 2**20:.0f} MiB, {dict(self.became)}", flush=True)
+                    print(
+                        f"{(due - began) / 60:.0f} min: {sizes[-1][1] / 2**20:.0f} MiB, {dict(self.became)}, carries {carried:.1f} a second",
+                        flush=True,
+                    )
         await asyncio.gather(*under_way)
         return sizes
 
@@ -136,7 +155,7 @@ def main(arguments: Sequence[str]) -> int:
                 each for each in psutil.net_connections("tcp") if each.laddr[1:] == (port,) and each.status == "LISTEN"
             )
             run = Overload(port, bodies, expected)
-            sizes = asyncio.run(run.run(asked.times * carried, 60 * asked.minutes, psutil.Process(listening.pid)))
+            sizes = asyncio.run(run.run(carried, asked.times, 60 * asked.minutes, psutil.Process(listening.pid)))
             left = in_use(port)
     return report(asked, run, carried, sizes, left, len(bodies[0]))
 

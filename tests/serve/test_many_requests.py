@@ -134,8 +134,9 @@ def close(one: Any, other: Any) -> bool:
 class Crowd:
     """Clients, each in a thread, that take requests from one count until it is used up."""
 
-    def __init__(self, port: int, pool: list[Asked]) -> None:
-        self.port, self.pool = port, pool
+    def __init__(self, port: int, pool: list[Asked], say: Callable[[str], None]) -> None:
+        """say: prints how far they are."""
+        self.port, self.pool, self.say = port, pool, say
         self.became: collections.Counter[str] = collections.Counter()
         self.wrong: list[str] = []
         self._left, self._lock = REQUESTS, threading.Lock()
@@ -157,6 +158,9 @@ class Crowd:
                     self.wrong.append(f"request {index}, {self.pool[index].body!r:.400}: {became}")
                     became = "wrong"
                 self.became[became] += 1
+                done = sum(self.became[name] for name in ("same", "tie", "left", "wrong"))
+            if done % 1000 == 0:
+                self.say(f"{done} of {REQUESTS}: {dict(self.became)}")
 
     def one(self, rng: random.Random, asked: Asked) -> str:
         streamed = asked.streams and rng.random() < 0.5
@@ -202,6 +206,10 @@ def ask_alone(client: Client, asked: Asked) -> None:
 
 @pytest.mark.slow
 def test_each_is_answered_as_it_is_alone(make_server: Callable[..., Server], capsys: pytest.CaptureFixture[str]) -> None:
+    def say(text: str) -> None:
+        with capsys.disabled():
+            print(f"\n{text}", flush=True)
+
     kinds = Kinds(random.Random(0))
     pool = [kinds.one() for _ in range(POOL)]
     server = make_server(ServeSettings())
@@ -211,7 +219,7 @@ def test_each_is_answered_as_it_is_alone(make_server: Callable[..., Server], cap
     server.models.close()
     server = make_server(ServeSettings(max_queue=QUEUE), rows=ROWS)
     with running(server) as client:
-        crowd = Crowd(client.port, pool)
+        crowd = Crowd(client.port, pool, say)
         threads = [threading.Thread(target=crowd.client, args=(seed,), daemon=True) for seed in range(CLIENTS)]
         began = time.monotonic()
         for thread in threads:
@@ -226,11 +234,10 @@ def test_each_is_answered_as_it_is_alone(make_server: Callable[..., Server], cap
         stats = served.model.engine.stats()
         left = (server.active, served.active, stats.running, stats.waiting, stats.rows_in_use, stats.bank_rows_in_use)
     server.models.close()
-    with capsys.disabled():
-        print(
-            f"\n{REQUESTS} requests of {POOL} kinds, {CLIENTS} clients, {ROWS} rows, {seconds:.0f} s: {dict(crowd.became)}; "
-            f"in the engine {stats.finished} finished, {stats.cancelled} cancelled, {stats.failed} past their deadline"
-        )
+    say(
+        f"{REQUESTS} requests of {POOL} kinds, {CLIENTS} clients, {ROWS} rows, {seconds:.0f} s: {dict(crowd.became)}; "
+        f"in the engine {stats.finished} finished, {stats.cancelled} cancelled, {stats.failed} past their deadline"
+    )
     assert not crowd.wrong, "\n".join(crowd.wrong[:20])
     assert sum(crowd.became[name] for name in ("same", "tie", "left")) == REQUESTS
     assert left == (0, 0, 0, 0, 0, 0)

@@ -30,7 +30,11 @@ const wait = until => new Promise((good, bad) => { const end = Date.now() + 2000
     found.models = [...$("model").options].map(o => o.value);
     $("go").click(); found.empty = $("error").textContent;
     const bytes = Uint8Array.from(atob(IMAGE.split(",")[1]), c => c.charCodeAt(0));
-    await add([new File([bytes], "a.png", { type: "image/png" })]);
+    const chosen = new DataTransfer();
+    for (const name of ["a.png", "b.png"]) chosen.items.add(new File([bytes], name, { type: "image/png" }));
+    $("files").files = chosen.files; $("files").dispatchEvent(new Event("change"));
+    await wait(() => document.querySelectorAll("#media figure").length === 2);
+    document.querySelectorAll("#media figure button")[1].click();
     found.alt = document.querySelector("#media img").alt;
     $("beams").value = 3; $("go").click();
     await wait(() => $("go").disabled === false && $("facts").textContent);
