@@ -9,11 +9,12 @@ transformers, torch, Pillow, fastapi and uvicorn, and nothing of this project, s
 import argparse
 import base64
 import io
+from typing import Any
 
 import numpy as np
 import torch
 import uvicorn
-from fastapi import FastAPI
+from fastapi import FastAPI  # type: ignore[import-not-found]
 from PIL import Image
 from transformers import IdeficsForVisionText2Text
 
@@ -25,8 +26,8 @@ def server(checkpoint: str, image_token: int) -> FastAPI:
     model = IdeficsForVisionText2Text.from_pretrained(checkpoint).eval()
     app = FastAPI()
 
-    @app.post("/generate")
-    async def generate(body: dict) -> dict:  # not in a thread: two at once would only share the processor
+    @app.post("/generate")  # type: ignore[untyped-decorator]
+    async def generate(body: dict[str, Any]) -> dict[str, Any]:  # not in a thread: two at once would only share the processor
         files = [Image.open(io.BytesIO(base64.b64decode(file))).convert("RGB") for file in body["images"]]
         pixels = (np.stack([np.asarray(file) for file in files]) / 255 - MEAN) / STD
         ids = torch.tensor([body["prompt"]])

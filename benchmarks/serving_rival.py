@@ -172,7 +172,7 @@ def compared(
     clock, busy = (
         [mine[which] / other[which] for mine, other in zip(rates["ours"], rates["theirs"], strict=True)] for which in (0, 1)
     )
-    found = {
+    found: dict[str, Any] = {
         "answers_a_second": {name: float(np.median([rate[0] for rate in each_rate])) for name, each_rate in rates.items()},
         "times": float(np.median(clock)),
         "times_of_processor_time": float(np.median(busy)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -107,6 +108,17 @@ def test_who_leaves_while_images_are_decoded_takes_no_row(
     until(lambda: len(tickets) == 1 and tickets[0].done)
     with pytest.raises(CancelledError):
         tickets[0].result()
+
+
+def test_a_socket_that_is_half_closed_holds_no_row(client: Client, slow: Engine) -> None:
+    """Who says that nothing more will come is taken to have left, as servers of ASGI do."""
+    body = json.dumps({"model": "nano", "messages": user(image_part()), "min_tokens": 100, "max_tokens": 100}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", client.port), timeout=60) as raw:
+        raw.sendall(head.encode() + body)
+        until(lambda: slow.stats().running == 1)
+        raw.shutdown(socket.SHUT_WR)
+        until(lambda: slow.stats().running == slow.stats().rows_in_use == slow.stats().bank_rows_in_use == 0)
 
 
 @pytest.mark.usefixtures("slow")
