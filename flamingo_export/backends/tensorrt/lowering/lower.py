@@ -7,6 +7,7 @@
     flamingo::PhiCrossAttention + its body           with the plugin: only the call, so that a missing plugin is an error
                                                      without: only the body, nothing left that names a plugin
     flamingo::PhiRangeCrossAttention                 the same; without, a body that TensorRT compiles, phi_range.py
+    flamingo::TileAttention                          in 16 bits one attention in place of slices, tile_attention.py
     relative positions                               with no copies, relative_positions.py
     Attention in fp32                                with TRT_decomposable=1, without which TensorRT has no fp32 implementation
 
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from flamingo_export.backends.tensorrt.lowering import phi_range
+from flamingo_export.backends.tensorrt.lowering import phi_range, tile_attention
 from flamingo_export.backends.tensorrt.lowering.relative_positions import simplify
 from flamingo_export.backends.tensorrt.lowering.retype import retype
 from flamingo_export.backends.tensorrt.lowering.shapes import CAPACITY
@@ -41,6 +42,8 @@ def lower(model: ir.Model, *, compute: StorageType, capacity: int, native_functi
     simplify(model.graph, capacity)
     if phi_range.NAME not in native_functions:
         phi_range.gather_rows(model)
+    if compute != "fp32":
+        tile_attention.join_slices(model)
     retype(model, compute)
     _fix_capacity(model.graph, capacity)
     _settle_functions(model, native_functions)
