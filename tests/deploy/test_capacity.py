@@ -180,6 +180,7 @@ def benched(path: Path, grid: StepCosts | None) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, capsys):
     file = benched(tmp_path / "bench.json", costs())
     line = [

@@ -173,11 +173,11 @@ class Engine:
         strategy = how.strategy if isinstance(how, RuntimeConfig) else how
         if strategy is not ExecutionContextAllocationStrategy.USER_MANAGED:
             raise Misuse("memory of its own for each context")
-        self.check_device()
+        self._check_device()
         self._trt.contexts += 1
         return Context(self._trt, self, how)
 
-    def check_device(self) -> None:
+    def _check_device(self) -> None:
         """Calls go to the thread's current device, whatever device the engine is on."""
         if self.cuda is not self._trt.cuda.machine.current:
             raise Misuse(
@@ -218,7 +218,7 @@ class Context:
 
     def execute_async_v3(self, stream: int) -> bool:
         engine, cuda = self._engine, self._engine.cuda
-        engine.check_device()
+        engine._check_device()
         absent = [
             name for name, (mode, *_) in engine.tensors.items() if mode is TensorIOMode.INPUT and name not in self._shapes
         ]

@@ -38,12 +38,12 @@ print(trt.__version__, *missing(trt, sys.argv[1:]))
 """
 NOTHING = """
 import tensorrt_bindings as trt
-from flamingo_export.backends.tensorrt.log import Heard, listening, started
+from flamingo_export.backends.tensorrt.log import BuilderMessages, listening, started
 from flamingo_export.errors import BackendError
 for kind in (trt.Builder, trt.Runtime):
-    with listening(trt, Heard()) as logger:
+    with listening(trt, BuilderMessages()) as logger:
         try:
-            started(trt, kind, logger, Heard())
+            started(trt, kind, logger, BuilderMessages())
         except BackendError as error:
             print(error)
 """

@@ -47,6 +47,7 @@ def files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
+@pytest.mark.slow
 def test_a_run_leaves_only_notes_of_the_bundle_in_the_home_folder(bundle, tmp_path):
     """ONNX Runtime 1.29 and later would leave a device id and a queue of events there."""
     environment = {"HOME": str(tmp_path), "XDG_CACHE_HOME": None, "ORT_DISABLE_TELEMETRY": None}

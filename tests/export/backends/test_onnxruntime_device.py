@@ -177,6 +177,7 @@ def test_weights_that_do_not_fit(nano16: Path) -> None:
         backend.open(nano16, manifest, manifest.graph("decoder"), OPTIONS)
 
 
+@pytest.mark.slow
 def test_parity_on_a_device_is_asked_for_on_the_command_line(nano16: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """As far as this machine goes: its ONNX Runtime has no CUDA provider, and no gate is said to have passed or failed."""
     from flamingo_export.cli import main

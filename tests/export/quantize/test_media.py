@@ -74,6 +74,7 @@ def test_it_captions_a_picture(built: pipeline.BuildResult) -> None:
     assert said.text == (IMAGE.parent / "truth_captions.jsonl").read_text().splitlines()[4].split('"caption":"')[1].rstrip('"}')
 
 
+@pytest.mark.slow
 def test_the_bank_is_a_byte_a_number(built: pipeline.BuildResult) -> None:
     manifest = read_manifest(built.path)
     shape = (5, *subgraph_specs(manifest.config)["decoder"].input("media_k.0").shape[1:])

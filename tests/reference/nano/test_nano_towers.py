@@ -60,6 +60,7 @@ def test_recall_by_hand() -> None:
     assert [recall(cosines, true, rank) for rank in (1, 2, 3)] == [0, 50, 100]
 
 
+@pytest.mark.slow
 def test_training_items_are_of_the_training_split(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flamingo_reference.nano.towers.FAMILIES", 20)
     scenes, digits = training_items(5)

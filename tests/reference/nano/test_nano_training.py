@@ -63,6 +63,7 @@ def test_no_held_out_scene_or_motion_is_trained_on():
     assert 40 * 4 * 0.7 < len(clips) < 160  # one motion in eight is held out
 
 
+@pytest.mark.slow
 def test_bridge_learns_and_leaves_the_rest_alone(tokenizer, pool):
     torch.manual_seed(0)
     model = Flamingo(NANO)
