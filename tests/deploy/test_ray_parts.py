@@ -297,7 +297,8 @@ def test_the_reason_of_a_process_that_failed():
         reason_of("Traceback\n  File x\nValueError: no flamingo_export.errors.X: here\n")
         == "ValueError: no flamingo_export.errors.X: here"
     )
-    assert reason_of("") == ""
+    assert reason_of("File x\nImportError: no name y\n\nTo change retry attempts, configure it.") == "ImportError: no name y"
+    assert (reason_of(""), reason_of("a\nb")) == ("", "b")
 
 
 def test_settings_say_what_is_wrong(tmp_path):

@@ -5,9 +5,13 @@ from __future__ import annotations
 import re
 
 _OURS = re.compile(r"^flamingo_export\.errors\.\w+: ", re.MULTILINE)
+_ANY = re.compile(r"^[\w.]+(?:Error|Exception): .*$", re.MULTILINE)
 
 
 def reason_of(text: str) -> str:
-    """The last error of ours in what Ray says, else the last line."""
+    """The last error of ours in what Ray says, else the last exception of others, else the last line: Ray ends with advice."""
     *_, last = re.split(_OURS, text.strip())
-    return last if _OURS.search(text) else last.rpartition("\n")[2]
+    if _OURS.search(text):
+        return last
+    *_, other = ["", *_ANY.findall(text)]
+    return other or last.rpartition("\n")[2]
