@@ -7,7 +7,7 @@
               Attention (mask) --> y [F,H,L,D]
 
 Slices bound the memory of the scores, which a fused attention does not keep. TensorRT for RTX 1.7.1 ends with a segmentation fault over the 13
-slices of an image of 560 pixels in bf16; in fp16 it compiles 13 kernels a layer. In fp32 TensorRT has no fused attention: slices stay.
+slices of an image of 560 pixels in bf16; in fp16 it compiles 13 kernels per layer. In fp32 TensorRT has no fused attention: slices stay.
 """
 
 from __future__ import annotations
