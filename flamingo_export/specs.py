@@ -8,7 +8,7 @@ take exactly these, sessions bind exactly these.
                      aspect_ratio_ids [F]
     resampler        features, time_weights -> latents         N media, T frames of a medium, R latents, W width
                                                                (time_weights only where frames have time embeddings)
-    media_kv         latents -> media_k.i, media_v.i           one pair a gated layer i
+    media_kv         latents -> media_k.i, media_v.i           one pair per gated layer i
     decoder          tokens, media, cache -> logits, cache     B requests, S positions in this call, C cache capacity,
                                                                K positions whose logits are wanted, M media of a request
                                                                (key_positions only where attention depends on distances, first_media

@@ -246,7 +246,7 @@ def read_manifest(bundle: Path) -> Manifest:
     try:
         manifest.config.validate()
     except ConfigError as error:
-        raise BundleError(f"the manifest of {bundle} cannot be right: {error}. Build the bundle again.") from error
+        raise BundleError(f"the manifest of {bundle} is invalid: {error}. Build the bundle again.") from error
     return manifest
 
 

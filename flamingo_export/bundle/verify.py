@@ -101,7 +101,7 @@ def check_manifest(bundle: Path, manifest: Manifest) -> None:
     except ValueError as error:
         faults.append(str(error))
     if faults:
-        raise BundleError(f"the manifest of {bundle} cannot be right: {'; '.join(faults)}. Build the bundle again.")
+        raise BundleError(f"the manifest of {bundle} is invalid: {'; '.join(faults)}. Build the bundle again.")
 
 
 def _beyond(value: object, name: str) -> Iterator[str]:

@@ -125,7 +125,7 @@ class _Stream:
         if self._bad:
             raise CheckpointError(
                 f"tensors with NaN or infinite numbers: {', '.join(sorted(self._bad))}. Such a model cannot be built; "
-                "look for the step of its training or conversion that made them."
+                "check the training or conversion step that produced them."
             )
         if self._overflows:
             raise CheckpointError(

@@ -221,7 +221,7 @@ def _upright(frame: Any, stream: Any, path: Path) -> Pixels:
     aspect = stream.sample_aspect_ratio
     if aspect and aspect != 1:
         if not Fraction(1, 16) <= aspect <= 16:
-            raise ImageError(f"{path} claims pixels {aspect} times as wide as high, which cannot be right")
+            raise ImageError(f"{path} claims pixels {aspect} times as wide as high, which is not possible")
         wide = aspect > 1
         size = (round(image.width * aspect), image.height) if wide else (image.width, round(image.height / aspect))
         if size[0] * size[1] > MAX_PIXELS:

@@ -1,4 +1,4 @@
-"""How the decoder is cut into parts: between LM layers, so that the part which reads the most bytes of weights reads as few as can be.
+"""How the decoder is cut into parts: between LM layers, so that the largest part, by bytes of weights read, is as small as possible.
 
 decoder.0       embedding, LM layers 0 .. a - 1, each with the gated block before it
 decoder.1                  LM layers a .. b - 1

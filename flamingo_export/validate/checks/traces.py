@@ -116,7 +116,12 @@ def _judge(golden: GoldenTrace, found: Sequence[Hypothesis]) -> tuple[str, Row]:
         return "tie", _row(
             golden, error, limit, passed=True, note=f"tie: the reference's own choice at {tied} is within its error"
         )
-    note = f"hypothesis {rank + 1} differs from token {token} on, and the reference's choices were clear"
+    why = (
+        "the reference's margins exceed the tolerance, so this is not a tie"
+        if tied is None
+        else "log-probabilities before it differ by more than the tolerance"
+    )
+    note = f"hypothesis {rank + 1} differs from token {token}; {why}"
     return "different", _row(golden, error, limit, passed=False, note=note)
 
 

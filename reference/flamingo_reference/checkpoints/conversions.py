@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from flamingo_reference.arrays import Array, Shape
-from flamingo_reference.checkpoints.converted import Recipe as Made
+from flamingo_reference.checkpoints.converted import Conversion
 from flamingo_reference.config import ConfigError
 
 Make = Callable[[Sequence[Array]], Array]
@@ -120,7 +120,7 @@ def _padded(sources: Sequence[Array], *, total: int) -> Array:
     return np.concatenate([matrix, np.zeros((total - len(matrix), *matrix.shape[1:]), matrix.dtype)])
 
 
-def renamed(recipes: Mapping[str, Made], rename: Callable[[str], str]) -> dict[str, Recipe]:
+def renamed(recipes: Mapping[str, Conversion], rename: Callable[[str], str]) -> dict[str, Recipe]:
     """The same recipes, of tensors by other names."""
     return {
         ours: Recipe({rename(name): shape for name, shape in recipe.sources.items()}, recipe.make)

@@ -16,7 +16,7 @@ from flamingo_reference.config import ModelConfig
 from flamingo_reference.input_format import PAPER, InputFormat
 
 
-class Recipe(Protocol):
+class Conversion(Protocol):
     """How one of our tensors is made: the file's tensors by name and shape, in the order in which `make` takes them."""
 
     @property
@@ -26,7 +26,7 @@ class Recipe(Protocol):
     def make(self) -> Callable[[Sequence[Array]], Array]: ...
 
 
-def source_shapes(recipes: Mapping[str, Recipe]) -> dict[str, Shape]:
+def source_shapes(recipes: Mapping[str, Conversion]) -> dict[str, Shape]:
     """Name and shape of every tensor that recipes read."""
     return {name: shape for recipe in recipes.values() for name, shape in recipe.sources.items()}
 
@@ -62,7 +62,7 @@ class Converted(msgspec.Struct, frozen=True, kw_only=True):
 
     config: ModelConfig
     expected: Mapping[str, Shape]
-    recipes: Mapping[str, Recipe] | None = None
+    recipes: Mapping[str, Conversion] | None = None
     ignored: tuple[Ignored, ...] = ()
     inputs: InputFormat = PAPER
     misfit: str = ""
@@ -74,7 +74,7 @@ class Converted(msgspec.Struct, frozen=True, kw_only=True):
 class ConvertedReader:
     """Our tensors, each made of the files' tensors when it is read: in memory of its own size and theirs."""
 
-    def __init__(self, reader: TensorReader, expected: Mapping[str, Shape], recipes: Mapping[str, Recipe]) -> None:
+    def __init__(self, reader: TensorReader, expected: Mapping[str, Shape], recipes: Mapping[str, Conversion]) -> None:
         self._reader, self._expected, self._recipes = reader, dict(expected), recipes
 
     def names(self) -> list[str]:

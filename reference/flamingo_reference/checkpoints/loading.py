@@ -11,12 +11,12 @@ import msgspec
 from flamingo_reference.checkpoints.accounting import account
 from flamingo_reference.checkpoints.conversions import renamed
 from flamingo_reference.checkpoints.converted import (
+    Conversion,
     Converted,
     ConvertedReader,
     JoinedReader,
     PartFiles,
     Parts,
-    Recipe,
     TwinReader,
     UntiedReader,
     source_shapes,
@@ -70,7 +70,7 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     golden: Path | None
     settings: Mapping[str, Any]
     published: TensorReader
-    recipes: Mapping[str, Recipe] | None
+    recipes: Mapping[str, Conversion] | None
     absent: tuple[Path, ...] = ()
     generation: Generation = Generation()
     notes: tuple[str, ...] = ()

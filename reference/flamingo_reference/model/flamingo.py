@@ -25,7 +25,7 @@ from flamingo_reference.names import expected_tensors
 from flamingo_reference.time_weights import time_weights
 
 MediaKV = Sequence[tuple[Tensor, Tensor]]
-"""Keys and values [N, H, R, D] of the media bank, one pair a gated layer."""
+"""Keys and values [N, H, R, D] of the media bank, one pair per gated layer."""
 
 
 class Flamingo(nn.Module):

@@ -251,7 +251,9 @@ def test_graphs_that_cannot_be_loaded(tiny_bundle: Path, tmp_path: Path, damage:
 def test_devices(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = read_manifest(tiny_bundle)
     backend, graph = OnnxRuntimeBackend(), manifest.graph("media_kv")
-    with pytest.raises(BackendError, match=r"there is no device 'tpu'\. Choose cpu, cuda, or a GPU by its number"):
+    with pytest.raises(
+        BackendError, match=r"there is no device 'tpu'\. Choose cpu, cuda, a GPU by its number, cuda:1, or several"
+    ):
         backend.open(tiny_bundle, manifest, graph, SessionOptions(device="tpu"))
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(BackendError, match=r"has no CUDA provider. Uninstall onnxruntime, .*pip install '\.\[gpu\]'"):

@@ -236,7 +236,7 @@ def _placed(call: Call, members: Mapping[str, _Member]) -> TensorEntry | str:
     if kind.name not in _STORAGES:
         return f"has element type {kind}, expected one of {', '.join(_STORAGES)}"
     if not (_counts((offset, count)) and _counts(shape) and _counts(strides) and len(shape) == len(strides)):
-        return "has a shape, strides or offset that cannot be"
+        return "has an invalid shape, strides or offset"
     member = members.get(key) if isinstance(key, str) else None
     dtype = np.dtype(_STORAGES[kind.name])
     if member is None or member.size != count * dtype.itemsize:
