@@ -70,7 +70,7 @@ class Form:
         else:
             name, rule = "list of choices", " | ".join(map(_quoted, self.choice))
         if any("\ud800" <= letter <= "\udfff" for letter in rule):
-            raise InputError(f"the {name} has half a surrogate pair in it, which is no character")
+            raise InputError(f"the {name} has half a surrogate pair in it. Write whole characters.")
         if len(rule) > MAX_GRAMMAR:
             raise InputError(f"the {name} has {len(rule)} characters, at most {MAX_GRAMMAR} are read. Give a shorter one.")
         return f'start: " "? answer\nanswer: {rule}\n'

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack, asynccontextmanager
 from typing import Any, TypeVar
@@ -58,23 +59,41 @@ class Server:
         self.active = 0
         """Requests under way."""
         self._preparing = asyncio.Semaphore(_PREPARING)
+        self._prepared: Counter[Served] = Counter()
+        """Requests of each model whose media are fetched and decoded, or wait for it."""
 
     async def prepared(self, served: Served, work: Callable[[], T], cancel: Callable[[T], None]) -> T:
         """Runs what fetches, decodes and submits in a worker thread. Raises ApiError 429 first if the engine's queue is full.
 
         cancel: of what was submitted after the caller had gone. A thread cannot be stopped, so it keeps its turn until it has ended.
         """
-        stats = served.model.engine.stats()
-        if stats.running >= stats.rows and stats.waiting >= self.settings.max_queue:
-            raise ApiError(429, f"{stats.waiting} requests wait already.", code="queue_full", retry=True)
-        await self._preparing.acquire()
+        stats, preparing = served.model.engine.stats(), self._prepared[served]
+        # Those whose images are decoded, or wait for that, come to the engine soon: its queue is theirs.
+        if stats.running + stats.waiting + preparing >= stats.rows + self.settings.max_queue:
+            raise ApiError(429, f"{stats.waiting + preparing} requests wait already.", code="queue_full", retry=True)
+        self._prepared[served] += 1
+        try:
+            await self._preparing.acquire()
+        except BaseException:
+            self._let_go(served)
+            raise
         working = asyncio.ensure_future(asyncio.to_thread(work))
-        working.add_done_callback(lambda _: self._preparing.release())
+        working.add_done_callback(lambda _: self._end_preparing(served))
         try:
             return await asyncio.shield(working)
         except asyncio.CancelledError:
             working.add_done_callback(lambda done: _undone(done, cancel))
             raise
+
+    def _end_preparing(self, served: Served) -> None:
+        self._preparing.release()
+        self._let_go(served)
+
+    def _let_go(self, served: Served) -> None:
+        """A request's preparation is over."""
+        self._prepared[served] -= 1
+        if not self._prepared[served]:
+            del self._prepared[served]
 
     def observe(self, served: Served, timings: Timings) -> None:
         """Counts a finished request's times."""
@@ -85,7 +104,7 @@ class Server:
             between.observe(step)
 
     def refusal(self, served: Served, request_id: str, error: FlamingoExportError) -> ApiError:
-        """What a client is answered for an error of ours. The log has what it is not told."""
+        """What a client is answered for an error of ours. The log has the reason where the client does not read it."""
         refused = refusal_of(error)
         if refused is None:
             return self.fault(served, request_id, error)

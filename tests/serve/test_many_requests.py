@@ -1,6 +1,6 @@
 """Random requests of every kind from many clients at once, some of which leave: each is answered as it is when nothing else runs.
 
-FLAMINGO_REQUESTS says how many; 20,000 were run once (docs/figures.md has what came of it).
+FLAMINGO_REQUESTS says how many; docs/figures.md has how far that was run.
 """
 
 from __future__ import annotations

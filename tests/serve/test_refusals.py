@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import socket
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -130,4 +132,27 @@ def test_a_full_queue_refuses_before_images_are_read(
         assert client.post("/v1/score", body).status == 429
         echo = {"model": "nano", "prompt": "<image>a", "images": [data_url(EXAMPLES / "a.png")], "echo": True, "logprobs": 1}
         assert client.post("/v1/completions", echo).status == 429
+    server.models.close()
+
+
+def test_those_whose_images_are_decoded_count_as_waiting(
+    make_server: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or they would stand in line for that, only to be refused by the engine's queue."""
+    server = make_server(ServeSettings(max_queue=0), rows=2)
+    held, get = threading.Event(), server.fetcher.get
+
+    def slowly(url: str) -> bytes:
+        assert held.wait(60)
+        return get(url)
+
+    monkeypatch.setattr(server.fetcher, "get", slowly)
+    with running(server) as client, ThreadPoolExecutor(2) as pool:
+        accepted = [pool.submit(client.chat, messages=user(image_part())) for _ in range(2)]
+        until(lambda: server.active == 2 and sum(server._prepared.values()) == 2)
+        found = client.chat(messages=user(image_part()))
+        held.set()
+        assert (found.status, found.error["code"]) == (429, "queue_full")
+        assert [each.result().status for each in accepted] == [200, 200]
+        assert not server._prepared
     server.models.close()
