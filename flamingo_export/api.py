@@ -34,6 +34,7 @@ def build(
     calibration: Path | str | None = None,
     uncalibrated: bool = False,
     limits: ShapeLimits | None = None,
+    card: str | None = None,
     parts: int = 1,
     tokenizer: Path | None = None,
     vision_encoder: nn.Module | None = None,
@@ -51,7 +52,8 @@ def build(
     storage: how weights are stored, "fp32", "fp16" or "bf16"; None takes fp32 below a billion parameters, bf16 above.
     policy: which matrices are quantised, "fp8", "int8", "int4" or one of `quantize.policies.read_policy`.
     calibration: the table of activation ranges for it; without one the model is calibrated first, unless `uncalibrated`.
-    limits: sizes that the bundle is made for; None takes those of the model.
+    limits: sizes that the bundle is made for; None takes those of the model and, for engines, as many requests as fit on the card.
+    card: what engines will run on, "H200", "48GB" or "2xH100"; None is this machine's GPU.
     parts: graphs that the decoder is cut into, run one after the other.
     tokenizer: the `tokenizer.json` that a live model was trained with.
     vision_encoder: for a checkpoint in our own format whose config says `"vision": {"type": "own", ...}`, the module from pixels
@@ -73,6 +75,7 @@ def build(
     from flamingo_export.errors import BuildError
     from flamingo_export.pipeline import run
     from flamingo_export.pipeline.build_request import BuildRequest, default_out
+    from flamingo_export.pipeline.card import read_card
     from flamingo_export.quantize.policies import preset
     from flamingo_export.sources.choice import with_vision_encoder
 
@@ -90,6 +93,7 @@ def build(
         calibration=Path(calibration) if calibration is not None else None,
         uncalibrated=uncalibrated,
         limits=limits,
+        card=None if card is None else read_card(card),
         parts=parts,
         parity=parity,
         overwrite=overwrite,

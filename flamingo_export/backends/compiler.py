@@ -40,6 +40,9 @@ class Compiler(Backend, Protocol):
     def fits(self, manifest: Manifest, gpus: Sequence[int] = (0,)) -> bool:
         """Whether a bundle has an engine of each graph that can be run here, for each GPU of these numbers."""
 
+    def card_memory(self) -> int | None:
+        """Bytes of the card that engines are built for, where it is this machine's."""
+
     def check_limits(self, limits: ShapeLimits) -> None:
         """Raises BuildError if no engine can have these limits."""
 

@@ -50,6 +50,8 @@ def residents(
 
 def place(needed: Mapping[str, Resident], room: Sequence[int], batch: int) -> Placement | None:
     """Graphs onto GPUs of so many free bytes each, with as many rows of the cache as fit, `batch` at most; None where not one does."""
+    if sum(each.total(1) for each in needed.values()) > sum(room):
+        return None
     encoders = tuple(name for name in needed if name in ENCODERS)
     parts = tuple(name for name in needed if name not in ENCODERS)
     found = None
@@ -121,27 +123,31 @@ def placed(
     return {name: f"cuda:{gpu}" for gpu, names in zip(gpus, found.graphs, strict=True) for name in names}
 
 
-def parts_that_fit(
-    config: ModelConfig,
-    precision: Precision,
-    limits: ShapeLimits,
-    sizes: Mapping[str, int],
-    room: Sequence[int],
-    *,
-    fewest: int = 1,
-    ratio: float = 1.0,
-) -> tuple[int, Placement] | None:
-    """The fewest parts of the decoder that fit onto GPUs of so many free bytes, and how; None where MOST_PARTS do not.
+class Cuts:
+    """What a decoder in so many parts, and the encoders, keep on GPUs; each number of parts is worked out once."""
 
-    sizes: bytes of each of the bundle's weights; ratio: of an engine to the weights of its graph.
-    """
-    for parts in range(fewest, min(MOST_PARTS, config.language_model.num_layers) + 1):
-        records = graph_records(config, sizes, parts)
-        engines = {record.name: int(ratio * graph_bytes(config, sizes, record)) for record in records}
-        found = place(residents(config, precision, limits, records, engines), room, limits.batch)
-        if found is not None:
-            return parts, found
-    return None
+    def __init__(
+        self, config: ModelConfig, precision: Precision, limits: ShapeLimits, sizes: Mapping[str, int], *, ratio: float
+    ) -> None:
+        """sizes: bytes of each of the bundle's weights; ratio: of an engine to the weights of its graph."""
+        self._config, self._precision, self._limits, self._sizes, self._ratio = config, precision, limits, sizes, ratio
+        self._found: dict[int, dict[str, Resident]] = {}
+
+    def in_parts(self, parts: int) -> dict[str, Resident]:
+        """By name, as `residents` does."""
+        if parts not in self._found:
+            records = graph_records(self._config, self._sizes, parts)
+            engines = {record.name: int(self._ratio * graph_bytes(self._config, self._sizes, record)) for record in records}
+            self._found[parts] = residents(self._config, self._precision, self._limits, records, engines)
+        return self._found[parts]
+
+    def fit(self, room: Sequence[int], *, fewest: int = 1) -> tuple[int, Placement] | None:
+        """The fewest parts that fit onto GPUs of so many free bytes, and how; None where MOST_PARTS do not."""
+        for parts in range(fewest, min(MOST_PARTS, self._config.language_model.num_layers) + 1):
+            found = place(self.in_parts(parts), room, self._limits.batch)
+            if found is not None:
+                return parts, found
+        return None
 
 
 def _refusal(
@@ -166,7 +172,7 @@ def _refusal(
     weights = sum(graph_bytes(config, sizes, graph) for graph in manifest.graphs if graph.name in needed)
     ratio = sum(one.engine for one in needed.values()) / max(weights, 1)
     if len(decoder) < config.language_model.num_layers:
-        cut = parts_that_fit(config, manifest.precision, limits, sizes, room, fewest=len(decoder) + 1, ratio=ratio)
+        cut = Cuts(config, manifest.precision, limits, sizes, ratio=ratio).fit(room, fewest=len(decoder) + 1)
         if cut is not None:
             fits.append(f"in {cut[0]} parts (build with --parts {cut[0]})")
     length = limits.max_length // 2

@@ -16,6 +16,7 @@ from flamingo_export.cli.common_options import (
     Parity,
     ParityChoice,
     SizeName,
+    among,
 )
 from flamingo_export.cli.groups import Beside, Quantised
 
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
     from flamingo_export.pipeline.plan import BuildPlan, Machine
     from flamingo_export.pipeline.run import BuildResult
     from flamingo_export.precision import StorageType
-
-_CHUNK = 256  # positions of one prefill call, fewer where the cache is short
-"""Positions of a prefill call where --max-length is given; smaller caches take an eighth of their length."""
 
 
 class Storage(StrEnum):
@@ -109,12 +107,30 @@ def build(
     max_length: Annotated[
         int | None,
         typer.Option(
-            "--max-length", min=2, help="Cache slots at most. Default what the model was made for.", show_default=False
+            "--max-length",
+            min=2,
+            help="Cache slots at most. Default what the model was made for, less for engines where the card has no room for it.",
+            show_default=False,
         ),
     ] = None,
     max_batch: Annotated[
         int | None,
-        typer.Option("--max-batch", min=1, help="Requests side by side in an engine. Default 8.", show_default=False),
+        typer.Option(
+            "--max-batch",
+            min=1,
+            help="Requests side by side in an engine. Default what fits in the card's memory, up to 64; 8 where it is not known.",
+            show_default=False,
+        ),
+    ] = None,
+    card: Annotated[
+        str | None,
+        typer.Option(
+            "--card",
+            metavar="NAME|GB",
+            help="What engines will run on, for the defaults of --max-length and --max-batch: H200, 48GB, 2xH100. Default this machine's GPU.",
+            autocompletion=among("L4", "RTX4090", "L40S", "A100", "H100", "Thor", "H200", "B200"),
+            show_default=False,
+        ),
     ] = None,
     parts: Annotated[
         int,
@@ -145,27 +161,21 @@ def build(
         raise typer.BadParameter("goes with a checkpoint: add --checkpoint", param_hint="--vision-module")
     if target is not None and backend is Compiler.onnxruntime:
         raise typer.BadParameter("only engines have a target: add --backend tensorrt-rtx", param_hint="--target")
+    if card is not None and backend is Compiler.onnxruntime:
+        raise typer.BadParameter("only engines are for a card: add --backend", param_hint="--card")
     chosen = quantised.chosen()
     if calibration is not None and uncalibrated:
         raise typer.BadParameter("goes without --calibration", param_hint="--uncalibrated")
-    from flamingo_export.bundle.manifest import BRANCH_MEDIA, BRANCHES, ShapeLimits, default_limits
     from flamingo_export.cli.progress_bars import reported
     from flamingo_export.pipeline import plan as build_plan
     from flamingo_export.pipeline import run as pipeline
     from flamingo_export.pipeline.build_request import BuildRequest, default_out
-    from flamingo_export.sources import open_source
+    from flamingo_export.pipeline.card import read_card
     from flamingo_export.sources.choice import with_vision_encoder
 
     target_out = out or default_out(source, chosen)
     if vision_module is not None:
         source = with_vision_encoder(source, made_by(vision_module))
-    limits = None
-    if max_length:
-        chunk = max(1, min(_CHUNK, max_length // 8))
-        branches = max(1, min(BRANCHES, max_length // 8))
-        limits = ShapeLimits(max_length=max_length, chunk=chunk, branches=branches, branch_media=BRANCH_MEDIA)
-    if max_batch is not None:
-        limits = msgspec.structs.replace(limits or default_limits(open_source(source).config), batch=max_batch)
     stored: StorageType | None = storage.value if storage else None
     request = BuildRequest(
         source=source,
@@ -174,7 +184,9 @@ def build(
         policy=chosen,
         calibration=calibration,
         uncalibrated=uncalibrated,
-        limits=limits,
+        max_length=max_length,
+        max_batch=max_batch,
+        card=None if card is None else read_card(card),
         parity=parity.value,
         overwrite=overwrite,
         backend=backend.value,
@@ -318,14 +330,50 @@ def _print_steps(found: BuildPlan) -> None:
     ]
     of_runs = ("on a", "requests of slots", "weights", "cache", "media bank", "work", "in all")
     results().print(table(of_runs, runs, title="memory to run it, about", right=(1, 2, 3, 4, 5, 6)))
+    _print_cards(found)
+
+
+def _print_cards(found: BuildPlan) -> None:
+    """Memory by requests and lengths, and how many GPUs of a kind hold the result."""
+    from flamingo_export.cli.output import human_bytes, results, table
+
+    if found.note is not None:
+        print(found.note)
+    memory = [(str(each.rows), *map(human_bytes, each.bytes)) for each in found.memory]
+    columns = ("requests", *(f"{length} slots" for length in found.lengths))
+    title = "memory on GPUs: engines, media bank, and caches of so many requests of so many cache slots"
+    results().print(table(columns, memory, title=title, right=range(len(columns))))
+    limits, parts = found.limits, sum(graph.layers is not None for graph in found.graphs)
     cards = [
-        (card.name, human_bytes(card.memory), "1" if card.count == 1 else f"{card.count}, a part of the decoder each")
+        (
+            card.name,
+            human_bytes(card.memory),
+            _gpus(parts, card.count, card.parts),
+            ""
+            if card.count is not None and card.count == card.least
+            else _gpus(parts, card.least, card.least_parts, card.rows),
+        )
         for card in found.cards
     ]
-    title = (
-        f"GPUs that would hold {human_bytes(found.device_bytes)} of engines, caches and media bank (one GPU is driven so far)"
+    whole = f"{limits.batch} requests" if limits.batch > 1 else "1 request"
+    columns = ("card", "memory", f"GPUs for {whole} of {limits.max_length} slots", "fewest, and what they hold")
+    results().print(
+        table(columns, cards, title="GPUs that would hold it (--device cuda:0,cuda:1,... names several)", right=(1,))
     )
-    results().print(table(("card", "memory", "how many"), cards, title=title, right=(1,)))
+    several = [card for card in found.cards if card.count is not None and card.count > 1]
+    if several:
+        shared = min(several, key=lambda card: card.count or 0)
+        way = "; ".join(f"cuda:{gpu} {', '.join(names)}" for gpu, names in enumerate(shared.graphs))
+        print(f"on {shared.count} of {shared.name}: {way}")
+
+
+def _gpus(asked: int, count: int | None, parts: int | None, rows: int = 0) -> str:
+    """asked: parts that the decoder is to be in."""
+    if count is None:
+        return f"not in {asked} parts" if asked > 1 else "more than 16"
+    cut = "" if parts == 1 else f" with --parts {parts}"
+    held = f": {rows} requests" if rows > 1 else ": 1 request" if rows else ""
+    return f"{count}{cut}{held}"
 
 
 def _print_graphs(found: BuildPlan) -> None:

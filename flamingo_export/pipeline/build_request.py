@@ -8,7 +8,9 @@ from typing import Literal
 
 import msgspec
 
+from flamingo_export.backends.compiler import Compiler
 from flamingo_export.bundle.manifest import ShapeLimits, read_manifest
+from flamingo_export.pipeline.card import Card, chosen_limits
 from flamingo_export.precision import Policy, Precision, StorageType, default_storage
 from flamingo_export.quantize.policies import for_model
 from flamingo_export.sources.choice import CheckpointFolder, RandomWeights, Source, nano_checkpoint
@@ -25,7 +27,8 @@ class BuildRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     storage: None takes fp32 below a billion parameters, bf16 above. policy: which matrices are quantised, None is none. calibration: the
     table of activation ranges for it; without one the model is calibrated first, unless `uncalibrated`. limits: None takes those of
-    `default_limits`. overwrite: a bundle at `out` is replaced once the new one is complete. resume: take up what an interrupted build
+    `card.chosen_limits` with max_length, max_batch and, for engines, card (None: this machine's GPU, where they are for it).
+    overwrite: a bundle at `out` is replaced once the new one is complete. resume: take up what an interrupted build
     of the same request has finished. backend: `onnxruntime`, which runs the portable graphs, or `tensorrt-rtx` or `tensorrt`, which
     compile engines beside them. target: the GPU they are for (`sm89`), None for this machine's. parts: graphs that the
     decoder is cut into, 1 to its number of LM layers. graphs_of: a bundle whose graphs (and their parts), limits and, where the source
@@ -39,6 +42,9 @@ class BuildRequest(msgspec.Struct, frozen=True, kw_only=True):
     calibration: Path | None = None
     uncalibrated: bool = False
     limits: ShapeLimits | None = None
+    max_length: int | None = None
+    max_batch: int | None = None
+    card: Card | None = None
     parity: ParityMode = "auto"
     overwrite: bool = False
     resume: bool = True
@@ -95,6 +101,19 @@ def resolve_precision(config: ModelConfig, storage: StorageType | None, policy: 
     """The precision asked for, or the default for a model of this size."""
     chosen = None if policy is None else for_model(policy, config)
     return Precision(storage=storage or default_storage(_model_size(config)), policy=chosen)
+
+
+def resolve_limits(
+    request: BuildRequest, config: ModelConfig, precision: Precision, compiler: Compiler | None
+) -> tuple[ShapeLimits, str | None]:
+    """The limits asked for, or those that suit model and card, and what a user should know about them."""
+    if request.limits is not None:
+        return request.limits, None
+    card = None
+    if compiler is not None:
+        here = compiler.card_memory()
+        card = request.card or (Card(name="this machine's GPU", memory=here) if here else None)
+    return chosen_limits(config, precision, length=request.max_length, batch=request.max_batch, parts=request.parts, card=card)
 
 
 def _model_size(config: ModelConfig) -> int:

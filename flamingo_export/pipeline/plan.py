@@ -14,11 +14,13 @@ from typing import Literal
 import msgspec
 
 from flamingo_export import estimates
+from flamingo_export.backends.placement import MOST_GPUS, Cuts, Placement, place
 from flamingo_export.backends.registry import compiler_of
-from flamingo_export.bundle.manifest import ShapeLimits, default_limits
+from flamingo_export.bundle.manifest import ShapeLimits
 from flamingo_export.estimates import ENGINE_RATIO
 from flamingo_export.machine import available_memory
-from flamingo_export.pipeline.build_request import BuildRequest, resolve_precision
+from flamingo_export.pipeline.build_request import BuildRequest, resolve_limits, resolve_precision
+from flamingo_export.pipeline.card import CARDS, Card, cuts
 from flamingo_export.pipeline.write_weights import LARGE, THREADS
 from flamingo_export.precision import Precision
 from flamingo_export.quantize.policies import check_policy
@@ -35,17 +37,10 @@ _WEIGHT_SECONDS = 18e-9
 _QUANTISING_SECONDS = {"fp8": 7e-9, "int8": 2.2e-9, "int4": 16e-9}
 # Of calibration on the shipped set, for a number of a weight: read, and multiplied with 512 tokens.
 _CALIBRATING_SECONDS = 60e-9
-CARDS = {
-    "RTX 4090": 24e9,
-    "L40S": 48e9,
-    "A100 or H100": 80e9,
-    "H200": 141e9,
-    "B200": 180e9,
-}
 SHORT_REQUEST = 512
 """Slots of a request with a short prompt."""
-# What of a card's memory is left to engines.
-_USABLE = 0.92
+ROWS, LENGTHS = (1, 8, 64), (1024, 2048, 4096)
+"""Of the table of memory, beside the limits' own."""
 
 
 class PlannedGraph(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,12 +79,29 @@ class PlannedRun(msgspec.Struct, frozen=True, kw_only=True):
     total: int
 
 
+class PlannedMemory(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes on GPUs with so many requests side by side, for each of the plan's lengths: engines, caches and bank."""
+
+    rows: int
+    bytes: tuple[int, ...]
+
+
 class PlannedCard(msgspec.Struct, frozen=True, kw_only=True):
-    """A kind of GPU: how many of them, each with a part of the decoder, hold engines, caches and bank; 1 is all in one."""
+    """A kind of GPU.
+
+    count, parts: the fewest of them, and parts of the decoder, that hold engines, bank and caches of all requests of the limits; None where 16
+    do not. least, least_parts, rows: the fewest that hold one request, and how many they hold.
+    graphs: what each of `count` GPUs would run.
+    """
 
     name: str
     memory: int
-    count: int
+    count: int | None
+    parts: int | None
+    least: int | None
+    least_parts: int | None
+    rows: int
+    graphs: tuple[tuple[str, ...], ...] = ()
 
 
 class BuildPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -108,10 +120,15 @@ class BuildPlan(msgspec.Struct, frozen=True, kw_only=True):
     bank: PlannedBank
     runs: tuple[PlannedRun, ...]
     """On a CPU: a short request about an image; a long one, and several, with a full bank. With engines on a GPU: one request, and all."""
+    limits: ShapeLimits
+    lengths: tuple[int, ...]
+    memory: tuple[PlannedMemory, ...]
     cards: tuple[PlannedCard, ...]
     disk_bytes: int
     """Needed at `out`'s disk, everything included, were the build to start anew."""
     absent: tuple[Path, ...] = ()
+    note: str | None = None
+    """About the limits that were chosen for a card."""
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
@@ -162,8 +179,10 @@ def plan(request: BuildRequest) -> BuildPlan:
         component = weight.name.split("/", 1)[0]
         sizes[component] = sizes.get(component, 0) + stored_bytes(weight, precision)
     total = sum(sizes.values())
-    limits = request.limits or default_limits(config)
+    limits, note = resolve_limits(request, config, precision, compiler_of(request.backend, target=request.target))
     device = estimates.device(config, precision, limits)
+    ways = cuts(config, precision, limits)
+    lengths = tuple(sorted({limits.max_length, *(length for length in LENGTHS if length < limits.max_length)}))
     return BuildPlan(
         config=config,
         precision=precision,
@@ -181,9 +200,50 @@ def plan(request: BuildRequest) -> BuildPlan:
             row_bytes=estimates.media_row(config, precision),
         ),
         runs=_runs(config, precision, limits),
-        cards=tuple(
-            PlannedCard(name=name, memory=int(size), count=math.ceil(device / (size * _USABLE))) for name, size in CARDS.items()
-        ),
+        limits=limits,
+        lengths=lengths,
+        memory=tuple(_memory(config, precision, limits, rows, lengths) for rows in sorted({*ROWS, limits.batch})),
+        cards=tuple(_planned_card(ways, request.parts, limits.batch, name, int(size)) for name, size in CARDS.items()),
+        note=note,
+    )
+
+
+def _memory(
+    config: ModelConfig, precision: Precision, limits: ShapeLimits, rows: int, lengths: tuple[int, ...]
+) -> PlannedMemory:
+    of_length = (msgspec.structs.replace(limits, max_length=length, batch=rows) for length in lengths)
+    return PlannedMemory(rows=rows, bytes=tuple(estimates.device(config, precision, each) for each in of_length))
+
+
+def _planned_card(ways: Cuts, parts: int, batch: int, name: str, size: int) -> PlannedCard:
+    """The fewest cards; a decoder that is not asked for in parts is cut into as many as there are cards, or more where that does not do."""
+    least: tuple[int, int, Placement] | None = None
+    for count in range(1, MOST_GPUS + 1):
+        room = Card(name=name, memory=size, count=count).room
+        if parts == 1:
+            found = ways.fit(room, fewest=count)
+        else:
+            way = place(ways.in_parts(parts), room, batch)
+            found = None if way is None else (parts, way)
+        if found is None:
+            continue
+        least = least or (count, *found)
+        if found[1].rows == batch:
+            return PlannedCard(
+                name=name, memory=size, count=count, parts=found[0], least=least[0], least_parts=least[1], rows=least[2].rows,
+                graphs=found[1].graphs,
+            )  # fmt: skip
+    if least is None:
+        return PlannedCard(name=name, memory=size, count=None, parts=None, least=None, least_parts=None, rows=0)
+    return PlannedCard(
+        name=name,
+        memory=size,
+        count=None,
+        parts=None,
+        least=least[0],
+        least_parts=least[1],
+        rows=least[2].rows,
+        graphs=least[2].graphs,
     )
 
 

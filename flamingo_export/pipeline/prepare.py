@@ -14,10 +14,10 @@ from flamingo_export.backends.registry import compiler_of
 from flamingo_export.bundle.bundled_tokenizer import checked_text_tokenizer, checked_tokenizer, placeholder_tokenizer
 from flamingo_export.bundle.manifest import (
     Manifest,
-    default_limits,
+    ShapeLimits,
 )
 from flamingo_export.errors import CheckpointError, PromptError
-from flamingo_export.pipeline.build_request import BuildRequest, resolve_precision
+from flamingo_export.pipeline.build_request import BuildRequest, resolve_limits, resolve_precision
 from flamingo_export.pipeline.donor import as_graphs_have, donor_for
 from flamingo_export.pipeline.plan import OTHER_FILES_BYTES, engine_bytes
 from flamingo_export.pipeline.ranges import checked_policy
@@ -44,6 +44,7 @@ class BuildJob(msgspec.Struct, frozen=True, kw_only=True):
     request: BuildRequest
     source: WeightSource
     precision: Precision
+    limits: ShapeLimits
     paths: BuildPaths
     compiler: tuple[Compiler, Ready] | None
     calibration: CalibrationTable | None
@@ -79,6 +80,9 @@ def prepare(request: BuildRequest, progress: Progress) -> BuildJob:
     calibration = checked_policy(request, config, precision, backend, compiler[1].target if compiler is not None else None)
     donor = donor_for(request.graphs_of, source, progress=progress) if request.graphs_of is not None else None
     notes = list(source.notes)
+    limits, said = resolve_limits(request, config, precision, backend)
+    if said is not None:
+        notes.append(said)
     drawn = isinstance(source, RandomSource)
     if drawn:
         notes.append("the weights are seeded random numbers, not those of a trained model: its answers mean nothing")
@@ -106,6 +110,7 @@ def prepare(request: BuildRequest, progress: Progress) -> BuildJob:
         request=request,
         source=source,
         precision=precision,
+        limits=limits,
         paths=BuildPaths(request.out),
         compiler=compiler,
         calibration=calibration,
@@ -166,7 +171,7 @@ def check_engines(job: BuildJob, journal: Journal) -> None:
     """Raises BuildError before any work if no engine can have the limits, or one that is not finished cannot be built in the memory there is."""
     if job.compiler is None:
         return
-    job.compiler[0].check_limits(job.request.limits or default_limits(job.source.config))
+    job.compiler[0].check_limits(job.limits)
     config, sizes = job.source.config, WeightIndex.planned(job.source.config, job.precision).sizes()
     finished = {Path(file).stem for file in journal.groups if file.startswith(ENGINES_FOLDER)}
     for graph in graph_records(config, sizes, job.request.parts):

@@ -23,7 +23,6 @@ from flamingo_export.bundle.manifest import (
     GraphRecord,
     Manifest,
     ParityRecord,
-    default_limits,
     write_manifest,
 )
 from flamingo_export.bundle.verify import file_record
@@ -137,7 +136,7 @@ def _fill(job: BuildJob, journal: Journal, progress: Progress) -> BuildResult:
     manifest = Manifest(
         config=config,
         precision=job.precision,
-        limits=job.request.limits or default_limits(config),
+        limits=job.limits,
         calibration=calibrated,
         source=source,
         inputs=job.source.inputs,

@@ -106,6 +106,11 @@ class TensorRTBackend:
             trt=trt, target=target, plugin_sha256=digest, native_functions=plugin.offered(trt, self.native_functions)
         )
 
+    def card_memory(self) -> int | None:
+        """Bytes of this machine's GPU, if engines are built for it."""
+        here = library.device()
+        return (here.memory or None) if here is not None and self._target in (None, here.target) else None
+
     def check_limits(self, limits: ShapeLimits) -> None:
         """Raises BuildError if no engine can have these limits."""
         check_limits(limits)

@@ -59,6 +59,8 @@ class Device(msgspec.Struct, frozen=True, kw_only=True):
 
     target: str
     """`sm89` for compute capability 8.9."""
+    memory: int = 0
+    """Bytes, 0 where the driver does not say."""
 
 
 def load(library: Library) -> ModuleType:
@@ -122,7 +124,9 @@ def device(index: int = 0) -> Device | None:
     # 75 and 76: CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR (cuda.h)
     driver.cuDeviceGetAttribute(ctypes.byref(major), 75, ordinal)
     driver.cuDeviceGetAttribute(ctypes.byref(minor), 76, ordinal)
-    return Device(target=f"sm{major.value}{minor.value}")
+    memory = ctypes.c_size_t()
+    driver.cuDeviceTotalMem_v2(ctypes.byref(memory), ordinal)
+    return Device(target=f"sm{major.value}{minor.value}", memory=memory.value)
 
 
 def device_count() -> int:
