@@ -275,6 +275,11 @@ def engine_weights(memory: int) -> int:
     return int((memory - BUILD_BASE) / BUILD_RATIO)
 
 
+def reducing(weight_bytes: int) -> int:
+    """Bytes that reducing a graph takes, from those of its weights as stored: in fp32 here, in Polygraphy and in the check, each twice."""
+    return int(12 * weight_bytes) + PROGRAM
+
+
 def shortage(what: str, needed: int, available: int) -> str:
     """Why something does not fit, for messages; empty if it does."""
     if needed <= available:

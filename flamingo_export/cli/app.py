@@ -16,6 +16,7 @@ from flamingo_export.cli import (
     calibrate,
     capacity,
     classify,
+    debug,
     doctor,
     eval,
     generate,
@@ -74,6 +75,7 @@ app.command("index", short_help="Encode examples once, to retrieve similar ones.
 app.command("search", short_help="Find the pictures of an index that are most like an image or a text.")(search.search)
 app.command("classify", short_help="Classify images by labels, zero-shot.")(classify.classify)
 app.command("parity", short_help="Check a bundle's engines against the PyTorch reference or recorded values.")(parity.parity)
+app.command("debug", short_help="Reduce a graph to the fewest nodes that a parser refuses, or that diverge.")(debug.debug)
 app.command("inspect", short_help="Show what a bundle, a checkpoint or a size is made of.")(inspect.inspect)
 app.command("doctor", short_help="Show what this machine can run, and what to install for the rest.")(doctor.doctor)
 app.command("bench", short_help="Measure a bundle's speed on this machine.")(bench.bench)

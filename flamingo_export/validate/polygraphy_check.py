@@ -101,7 +101,7 @@ def check_with_polygraphy(bundle: Path, *, export: Path | None = None, progress:
         raise ParityError(f"{bundle} keeps media in FP8, which Polygraphy's runner cannot be fed. Check it by parity only.")
     backend = PolygraphyBackend()
     checker = _Collector(bundle, manifest, goldens, FLOATS, backend, SessionOptions(threads=1), progress)
-    with _quiet():
+    with silenced():
         checker.run(whole=True, layers=None)
         comparisons = tuple(_compare(each) for each in checker.collected)
         if export is not None:
@@ -282,7 +282,7 @@ class PolygraphySession(HostSession):
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def silenced() -> Iterator[None]:
     """Polygraphy tells its own story on stdout; ours is the report."""
     import onnxruntime
     from polygraphy.logger import G_LOGGER

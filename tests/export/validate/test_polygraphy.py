@@ -106,7 +106,7 @@ def test_comparisons_are_polygraphys():
         )
         return polygraphy_check._compare(given)
 
-    with polygraphy_check._quiet():
+    with polygraphy_check.silenced():
         assert collected([1.05, 2.0]).passed
         assert not collected([1.2, 2.0]).passed
         assert not collected([np.nan, 2.0]).passed
