@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import threading
 import wave
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import pytest
 av = pytest.importorskip("av", reason="video files need the extra `video`")
 
 from flamingo_export.errors import ImageError  # noqa: E402
+from flamingo_export.runtime import video_files  # noqa: E402
 from flamingo_export.runtime.media import load_medium  # noqa: E402
 from flamingo_export.runtime.videos import Video, load_video  # noqa: E402
 
@@ -233,3 +236,26 @@ def test_animations_have_times_and_folders_have_none(tmp_path: Path) -> None:
     os.remove(tmp_path / "a.gif")
     with pytest.raises(ImageError, match="have no times"):
         list(load_video(Video(source=tmp_path, fps=5), default_frames=8))
+
+
+def test_what_a_decoder_still_held_is_dropped_where_frames_are_jumped_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With sixteen threads the decoder has read to the end of ten frames before it gives the first: the other nine are held. After the jump
+    to the second keyframe decoding begins there, and nothing of what was held comes out."""
+    path = write(tmp_path / "a.mp4", frames=10, gop=5)
+    opened = video_files._opened
+
+    @contextmanager
+    def with_threads(each: Path) -> Iterator[tuple[Any, Any]]:
+        with opened(each) as (container, stream):
+            stream.thread_type, stream.codec_context.thread_count = "FRAME", 16
+            yield container, stream
+
+    monkeypatch.setattr(video_files, "_opened", with_threads)
+    timing = video_files._timing(path)
+    assert len(timing.keys) == 2
+    first, last = timing.pts[0], timing.pts[6]
+    frames, seen = video_files._decoded(path, [first, last], timing)
+    assert [round(float(np.median(frame[..., 0])) / 5) for frame in frames] == [0, 6]
+    assert seen == [first, timing.pts[5], last]
