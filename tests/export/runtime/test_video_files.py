@@ -254,8 +254,9 @@ def test_what_a_decoder_still_held_is_dropped_where_frames_are_jumped_over(
 
     monkeypatch.setattr(video_files, "_opened", with_threads)
     timing = video_files._timing(path)
-    assert len(timing.keys) == 2
-    first, last = timing.pts[0], timing.pts[6]
+    at = timing.pts.index(timing.keys[1])
+    assert at > 2
+    first, last = timing.pts[0], timing.pts[at + 1]
     frames, seen = video_files._decoded(path, [first, last], timing)
-    assert [round(float(np.median(frame[..., 0])) / 5) for frame in frames] == [0, 6]
-    assert seen == [first, timing.pts[5], last]
+    assert near([round(float(np.median(frame[..., 0])) / 5) for frame in frames], [0, at + 1])
+    assert seen == [first, timing.pts[at], last]
