@@ -161,7 +161,8 @@ class Engine:
         deadline: when to give it up, on the clock `ticket.now`.
         events: whether tokens are given out as they become certain.
         wake: False leaves the steps to a call of `complete` that follows at once.
-        group: of requests that share a bound on how many of them run at once.
+        group: of requests that are wanted together and share a bound on how many of them run at once; unless `events`, their prompts come
+        before the steps of any of them.
         timings: to be filled, with `prepare` in it.
         Raises InputError for what can never be carried out, QueueFull, EngineClosed.
         """

@@ -34,7 +34,7 @@ clock = time.perf_counter
 
 
 class Group:
-    """Requests of which at most `limit` are with the scheduler at once; the others wait here, in order."""
+    """Requests that are wanted together, of which at most `limit` are with the scheduler at once; the others wait here, in order."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -62,7 +62,11 @@ class Job(Entry):
     ) -> None:
         """events: whether the ticket is given tokens as they become certain."""
         super().__init__(
-            cost=cost, caller=caller, deadline=deadline, media={medium.digest: medium.rows for medium in request.media}
+            cost=cost,
+            caller=caller,
+            deadline=deadline,
+            media={medium.digest: medium.rows for medium in request.media},
+            patient=group is not None and not events,
         )
         self.request, self.ticket, self.group, self.timings = request, ticket, group, ticket.timings
         self.seat: Seat | None = None

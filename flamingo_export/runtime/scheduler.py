@@ -6,7 +6,8 @@
 Within a caller requests are admitted first come, first served; among callers by deficit round robin (Shreedhar and Varghese, 1995), a
 request's cost being the tokens it asks the decoder for. A request that does not fit yet (its media have no room in the bank) may be
 overtaken MAX_OVERTAKEN times; then nothing newer is admitted before it. Between two decoding steps runs at most one piece of work: a
-chunk of one prompt, or one call of the vision encoder.
+chunk of one prompt, or one call of the vision encoder. Where nobody waits for single tokens (`patient`), prompts come first: more requests
+share each step. They end in finite time: each of them keeps its row until it has decoded, and there are only so many rows.
 
 Nothing here knows a backend or reads a clock, so tests and simulations run it under a clock of their own.
 """
@@ -43,6 +44,7 @@ class Entry:
     cost: prompt tokens and branches times new tokens.
     media: digests of its media and the rows of the bank that each of them takes while it runs.
     deadline: when it is given up, on the clock that `next_action` is given.
+    patient: only its end counts, as of one of a list whose texts are wanted together. After its prompt it decodes, and does not score.
     """
 
     cost: int
@@ -51,6 +53,7 @@ class Entry:
     deadline: float = NEVER
     arrived: int = -1
     overtaken: int = 0
+    patient: bool = False
 
 
 E = TypeVar("E", bound=Entry)
@@ -196,7 +199,7 @@ def next_action(schedule: Schedule[E], now: float) -> Action[E]:
         chosen = _choice(schedule)
         if chosen is not None:
             return Action(Kind.ADMIT, chosen)
-    if schedule.working and not (schedule.worked and schedule.decoding):
+    if schedule.working and not (schedule.worked and _waited_for(schedule)):
         return Action(Kind.WORK, schedule.working[0])
     return Action(Kind.DECODE if schedule.decoding else Kind.IDLE)
 
@@ -204,6 +207,12 @@ def next_action(schedule: Schedule[E], now: float) -> Action[E]:
 def overdue(entries: Iterable[E], now: float) -> list[E]:
     """Those whose deadline has passed."""
     return [entry for entry in entries if entry.deadline <= now]
+
+
+def _waited_for(schedule: Schedule[E]) -> bool:
+    """Whether a step is due before the next piece of work. Work of a request that will score might go on for ever; one that decodes after its
+    prompt fills a row."""
+    return bool(schedule.decoding) and not (schedule.working[0].patient and all(entry.patient for entry in schedule.decoding))
 
 
 def _choice(schedule: Schedule[E]) -> E | None:

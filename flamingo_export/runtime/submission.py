@@ -31,7 +31,7 @@ def submit_all(
 
     seconds: that preparing each took. Other parameters and errors: as `Engine.submit` has them.
     """
-    group = Group(batch_size) if len(requests) > batch_size else None
+    group = Group(batch_size) if len(requests) > 1 else None
     tickets: list[Ticket[Outcome]] = []
     try:
         for request, ready in requests:
