@@ -215,3 +215,33 @@ class Simulation:
 def test_random_arrivals(seed: int) -> None:
     """100,000 in all: no starvation, no deadlock, bounds kept at every moment."""
     Simulation(seed, 25_000).run()
+
+
+def test_prompts_of_patient_requests_come_before_their_steps() -> None:
+    """All of a list are computed before any of it decodes; one that somebody waits for brings the alternation back; so does a request that
+    will score, whose work may have no end."""
+    schedule: Schedule[Entry] = Schedule(rows=4, bank_rows=4)
+    patient = [Entry(cost=1, patient=True) for _ in range(3)]
+    for entry in patient:
+        schedule.arrive(entry)
+    for entry in patient:
+        assert next_action(schedule, 0.0) == (Kind.ADMIT, entry)
+        schedule.admit(entry)
+    for entry in patient:
+        assert next_action(schedule, 0.0) == (Kind.WORK, entry)
+        schedule.work_done(entry, decodes=True)
+    assert next_action(schedule, 0.0).kind is Kind.DECODE
+    schedule.decoded()
+    waits = Entry(cost=1)
+    schedule.arrive(waits)
+    schedule.admit(waits)
+    assert next_action(schedule, 0.0) == (Kind.WORK, waits)
+    schedule.work_done(waits, decodes=False)  # more of it is to come, and others decode
+    assert next_action(schedule, 0.0).kind is Kind.DECODE
+    schedule.decoded()
+    schedule.work_done(waits, decodes=True)
+    schedule.leave(patient[0])
+    late = Entry(cost=1, patient=True)
+    schedule.arrive(late)
+    schedule.admit(late)
+    assert next_action(schedule, 0.0).kind is Kind.DECODE  # somebody waits for the tokens of one that decodes
