@@ -69,8 +69,10 @@ def test_a_checkpoint_on_a_file(cli, checkpoint, data, tmp_path):
     assert done.code == 0, done.err
     table = read_table(out)
     assert (table.model, table.method, table.samples, table.images) == ("nano", "mse", 12, 24)
-    check_fits(table, NANO, source_digest(CheckpointSource(checkpoint)))
-    assert f"78 tensors from 12 samples with {table.tokens} tokens and 24 images, method mse" in done.out
+    source = CheckpointSource(checkpoint)
+    check_fits(table, source.config, source_digest(source))
+    assert set(table.tensors) == set(calibrated_tensors(source.config)) > set(calibrated_tensors(NANO))  # its towers' too
+    assert f"{len(table.tensors)} tensors from 12 samples with {table.tokens} tokens and 24 images, method mse" in done.out
     assert "calibrating" in done.err
     assert {path.name for path in tmp_path.glob(".calibration*")} == set()
     # There is something at --out now.

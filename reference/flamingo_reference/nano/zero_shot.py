@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -73,7 +74,15 @@ def recall(cosines: Floats32, true: npt.NDArray[np.bool_], rank: int) -> float:
     return 100 * float(np.mean(np.take_along_axis(true, best, axis=1).any(axis=1)))
 
 
-def measured(encoder: Encoder) -> str:
+class Embeds(Protocol):
+    """What embeds images and texts: the reference's towers, or a bundle's."""
+
+    def images(self, items: Sequence[Item]) -> Floats32: ...
+
+    def texts(self, texts: Sequence[str]) -> Floats32: ...
+
+
+def measured(encoder: Embeds) -> str:
     """The tables, as the model card has them."""
     scenes, digits = heldout("scene", COUNTS["scene"]), heldout("digit", COUNTS["digit"])
     of_scenes, of_digits = encoder.images(scenes), encoder.images(digits)
