@@ -32,7 +32,7 @@ from flamingo_export.evaluation.bundles import BundleModel
 from flamingo_export.evaluation.index.exact_search import nearest
 from flamingo_export.evaluation.index.similarity import index_of
 from flamingo_export.evaluation.index.store import IndexedItem, build_index
-from flamingo_export.evaluation.protocol import Answer
+from flamingo_export.evaluation.protocol import Answer, EvaluatedModel
 from flamingo_export.evaluation.settings import Settings
 from flamingo_export.evaluation.task import Item, Split, Task
 from flamingo_export.progress import SILENT
@@ -207,7 +207,7 @@ def original(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     part, changed = arguments.items // arguments.turns, 0
     pictures = _pictures(arguments.items + 64)
     with flamingo_export.load(built.path, threads=arguments.threads) as model:
-        evaluated = {"bundle": BundleModel(model), "transformers": TransformersIdefics(checkpoint)}
+        evaluated: dict[str, EvaluatedModel] = {"bundle": BundleModel(model), "transformers": TransformersIdefics(checkpoint)}
         for turn in range(arguments.turns):
             first = 64 + turn * part
             task = _task(

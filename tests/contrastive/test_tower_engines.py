@@ -16,7 +16,7 @@ from variations import drawn_model
 import flamingo_export
 from flamingo_export.backends.tensorrt.backend import TensorRTBackend
 from flamingo_export.backends.tensorrt.library import RTX
-from flamingo_export.bundle.manifest import ShapeLimits, read_manifest
+from flamingo_export.bundle.manifest import EngineSummary, ShapeLimits, read_manifest
 from flamingo_export.estimates import engine_building
 from flamingo_export.precision import StorageType
 from flamingo_export.quantize.policies import POLICIES
@@ -38,14 +38,15 @@ def rtx() -> ModuleType:
     return trt_wheels.rtx()
 
 
-def compiled(rtx: ModuleType, bundle: Path, name: str, target: str = "sm89"):  # type: ignore[no-untyped-def]
-    """The record of a subgraph's engine, whose file is what it says."""
+def compiled(rtx: ModuleType, bundle: Path, name: str, target: str = "sm89") -> EngineSummary:
+    """What a subgraph's engine holds, whose file is what its record says."""
     manifest = read_manifest(bundle)
     record = TensorRTBackend(RTX, target=target, module=rtx).build(bundle, manifest, manifest.graph(name))
     assert record.file == f"engines/tensorrt-rtx-{target}/{name}.engine"
     assert record.sha256 == hashlib.sha256((bundle / record.file).read_bytes()).hexdigest()
+    assert record.summary is not None
     assert record.summary.plugin_layers == 0
-    return record
+    return record.summary
 
 
 @pytest.mark.parametrize("storage", ["fp32", "fp16", "bf16"])
@@ -58,7 +59,7 @@ def test_nanos_towers(rtx: ModuleType, storage: StorageType, tmp_path: Path) -> 
     assert config.contrastive is not None
     assert config.contrastive.text is not None
     for name in towers_of(config):
-        summary = compiled(rtx, bundle, name).summary
+        summary = compiled(rtx, bundle, name)
         layers = config.contrastive.text.num_layers if name == TEXT_TOWER else 0
         assert summary.attentions == layers
         assert summary.fused_attentions == (0 if storage == "fp32" else layers)  # TensorRT has no fused one in fp32
@@ -78,7 +79,7 @@ def test_nanos_quantised_towers(rtx: ModuleType, policy: str, tmp_path: Path) ->
     for name in towers_of(config):
         stored = {index[weight.name].storage for weight in bundle_weights(config) if weight.product and weight.group == name}
         assert stored == {"fp8" if policy == "fp8" else "int8"}
-        summary = compiled(rtx, bundle, name).summary
+        summary = compiled(rtx, bundle, name)
         assert summary.weight_bytes <= 1.05 * sum(index[weight].length for weight in index if weight.startswith(f"{name}/"))
 
 
@@ -93,7 +94,7 @@ def test_every_kind(rtx: ModuleType, config: ModelConfig, tmp_path: Path) -> Non
         drawn_model(config), out=tmp_path / "k.bundle", storage="fp16", limits=LIMITS, parity="skip"
     ).path
     for name in towers_of(config):
-        summary = compiled(rtx, bundle, name).summary
+        summary = compiled(rtx, bundle, name)
         assert summary.attentions == summary.fused_attentions == (text.num_layers if name == TEXT_TOWER else 0)
 
 
@@ -101,7 +102,7 @@ def test_clips_towers_in_their_real_size(rtx: ModuleType, tmp_path: Path) -> Non
     """The text tower and projections of CLIP's ViT-L/14, random numbers: 12 layers of 768, 49,408 tokens, beside a small model."""
     text = TextConfig(num_layers=12, width=768, num_heads=12, ffw_width=3072, vocab_size=49408, max_positions=77)
     contrastive = ContrastiveConfig(joint_width=768, pooling=ClassToken(), image_norm=True, text=text)
-    vision = msgspec.structs.replace(CLIP.vision, width=1024, num_heads=16, ffw_width=64, num_layers=1)  # type: ignore[arg-type]
+    vision = msgspec.structs.replace(CLIP.vision, width=1024, num_heads=16, ffw_width=64, num_layers=1)
     resampler = msgspec.structs.replace(CLIP.resampler, width=1024)
     config = msgspec.structs.replace(CLIP, name="clip-vit-l-14", vision=vision, resampler=resampler, contrastive=contrastive)
     weights = 2 * parameter_counts(config)["contrastive"]
@@ -110,7 +111,7 @@ def test_clips_towers_in_their_real_size(rtx: ModuleType, tmp_path: Path) -> Non
     bundle = flamingo_export.build(
         RandomWeights(config=config), out=tmp_path / "l.bundle", storage="fp16", limits=LIMITS, parity="skip"
     ).path
-    text_tower, image_tower = (compiled(rtx, bundle, name).summary for name in ("text_tower", "image_tower"))
+    text_tower, image_tower = (compiled(rtx, bundle, name) for name in ("text_tower", "image_tower"))
     assert text_tower.attentions == text_tower.fused_attentions == 12
     assert 0.98 * weights <= text_tower.weight_bytes + image_tower.weight_bytes <= 1.02 * weights
     assert text_tower.profiles[0].bounds["S"] == (1, 16, 77)
