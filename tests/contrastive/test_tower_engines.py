@@ -14,8 +14,8 @@ from kinds import CLIP, PAPER, READ
 from variations import drawn_model
 
 import flamingo_export
+from flamingo_export.backends.tensorrt import library
 from flamingo_export.backends.tensorrt.backend import TensorRTBackend
-from flamingo_export.backends.tensorrt.library import RTX
 from flamingo_export.bundle.manifest import EngineSummary, ShapeLimits, read_manifest
 from flamingo_export.estimates import engine_building
 from flamingo_export.precision import StorageType
@@ -41,7 +41,7 @@ def rtx() -> ModuleType:
 def compiled(rtx: ModuleType, bundle: Path, name: str, target: str = "sm89") -> EngineSummary:
     """What a subgraph's engine holds, whose file is what its record says."""
     manifest = read_manifest(bundle)
-    record = TensorRTBackend(RTX, target=target, module=rtx).build(bundle, manifest, manifest.graph(name))
+    record = TensorRTBackend(library.RTX, target=target, module=rtx).build(bundle, manifest, manifest.graph(name))
     assert record.file == f"engines/tensorrt-rtx-{target}/{name}.engine"
     assert record.sha256 == hashlib.sha256((bundle / record.file).read_bytes()).hexdigest()
     assert record.summary is not None
