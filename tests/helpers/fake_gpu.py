@@ -47,7 +47,7 @@ def install(monkeypatch: pytest.MonkeyPatch, home: Path, *memory: int, peers: bo
     monkeypatch.setattr(library, "device", lambda index=0: library.Device(target=TARGET) if index < len(devices) else None)
     monkeypatch.setattr(library, "device_count", lambda: len(devices))
     monkeypatch.setattr(library, "cuda_python", lambda: True)
-    monkeypatch.setattr(backend_module, "CudaRuntime", lambda device=0: devices[device])
+    monkeypatch.setattr(backend_module, "CudaRuntime", lambda device=0: devices[min(device, len(devices) - 1)])
     monkeypatch.setenv("XDG_CACHE_HOME", str(home / ".cache"))
     return found
 

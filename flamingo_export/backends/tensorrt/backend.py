@@ -218,10 +218,9 @@ class TensorRTBackend:
             advice = state.remedy or "Use --backend onnxruntime: the bundle has it too."
             raise BackendError(f"engines cannot be opened: {state.detail}. {advice}")
         if here is None:
-            count = library.device_count()
-            there = ", ".join(f"cuda:{number}" for number in range(count))
+            there = ", ".join(f"cuda:{number}" for number in range(library.device_count()))
             raise BackendError(
-                f"there is no GPU number {index} here, there are {count}: {there}. They are counted from 0: --device cuda:0"
+                f"there is no GPU number {index} here, there is {there}. They are counted from 0: --device cuda:0"
             )
         return here
 

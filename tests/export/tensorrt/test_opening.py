@@ -344,7 +344,7 @@ def test_the_gpu_that_is_named_is_the_one_that_is_opened(bundle, gpu, monkeypatc
     with flamingo_export.load(bundle, backend="tensorrt-rtx", device="cuda:1") as model:
         model.generate(Request(prompt=[1, 5, 6]), beams=1, max_new_tokens=2)
     assert asked == [1]
-    with pytest.raises(BackendError, match=r"there is no GPU number 2 here\. They are counted from 0"):
+    with pytest.raises(BackendError, match=r"there is no GPU number 2 here, there is cuda:0\. They are counted from 0"):
         flamingo_export.load(bundle, backend="tensorrt-rtx", device="cuda:2")
 
 
