@@ -16,7 +16,7 @@ STEPS = st.lists(st.lists(st.integers(0, 7), min_size=4, max_size=4), min_size=1
 def test_each_branch_sees_its_prompt_and_ancestors_only(
     length: int, hidden: set[int], width: int, draws: list[list[int]], gap: int
 ) -> None:
-    visible = np.zeros(64, np.bool_)
+    visible = np.zeros(9 + 8 * (3 + 4), np.bool_)  # the longest prompt, and eight steps of four branches after the widest gap
     visible[[slot for slot in range(length) if slot not in hidden]] = True
     tree = BeamTree(visible, length, width)
     # The plain way: each branch is the list of slots that it sees.
