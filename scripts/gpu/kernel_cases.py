@@ -142,11 +142,20 @@ def launch(kernels: Kernels, inputs: Inputs, y: Tensor) -> str | None:
 
 def compare(inputs: Inputs, y: Tensor) -> dict[str, float]:
     """Errors of y and of torch in the same dtype, each in units of the allowance. Raises AssertionError."""
-    dtype = inputs.q.dtype
     k_scale, v_scale = (float(scale) if scale is not None else 1.0 for scale in (inputs.k_scale, inputs.v_scale))
     tensors = (inputs.q, inputs.k, inputs.v, inputs.media_rows, inputs.phi)
-    right, usual = (kernel_oracle.attend(*tensors, dtype=t, k_scale=k_scale, v_scale=v_scale) for t in (torch.float64, dtype))
-    empty = kernel_oracle.rows_seen(inputs.media_rows, inputs.phi, inputs.k.shape[0]) < 0
+    right, usual = (
+        kernel_oracle.attend(*tensors, dtype=t, k_scale=k_scale, v_scale=v_scale) for t in (torch.float64, inputs.q.dtype)
+    )
+    return within_rule(y, kernel_oracle.rows_seen(inputs.media_rows, inputs.phi, inputs.k.shape[0]) < 0, right, usual)
+
+
+def within_rule(y: Tensor, empty: Tensor, right: Tensor, usual: Tensor) -> dict[str, float]:
+    """Errors of y in units of the allowance. empty: positions that see no medium; right: in fp64; usual: torch's in y's dtype.
+
+    Raises AssertionError.
+    """
+    dtype = y.dtype
     assert bool((y[empty] == 0).all()), "a position without a medium is not exactly zero"
     assert bool(y.isfinite().all()), "a result is not finite, or was never written"
     floor = FLOOR[dtype] * float(right.abs().amax()) if right.numel() else 0.0

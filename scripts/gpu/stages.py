@@ -43,7 +43,11 @@ def without_library(context: Context) -> str | None:
 def emulate(context: Context) -> dict[str, Any]:
     """The kernels' code on the CPU: fragments, tiles, runs, races. Needs only a C++ compiler."""
     outputs = {}
-    for program, arguments in (("test_layout", []), ("test_blocks", [str(context.seed), "1"])):
+    for program, arguments in (
+        ("test_layout", []),
+        ("test_blocks", [str(context.seed), "1"]),
+        ("test_range", [str(context.seed), "1"]),
+    ):
         try:
             outputs[program] = kernel_build.run(
                 [str(kernel_build.build_emulation(FOLDER, program)), *arguments], timeout=1800
@@ -152,14 +156,19 @@ def test_plugin(context: Context) -> dict[str, Any]:
 
 def test_kernels(context: Context) -> dict[str, Any]:
     """Every case against the fp64 oracle, graph replay, refusals."""
-    from gpu import kernel_cases
+    from gpu import kernel_cases, range_cases
 
+    assert context.kernels_file
+    ranges = range_cases.RangeKernels(context.kernels_file)
     return judged({
         "rule": "error against fp64 at most twice torch's in the same dtype, plus one rounding unit",
         "seed": context.seed,
         "oracle": kernel_cases.check(context.kernels, kernel_cases.all_cases(), context.seed),
         "graph_replay": kernel_cases.check_graph_replay(context.kernels, context.seed),
         "refusals": kernel_cases.check_refusals(context.kernels),
+        "range_oracle": range_cases.check(ranges, range_cases.all_cases(), context.seed),
+        "range_graph_replay": range_cases.check_graph_replay(ranges, context.seed),
+        "range_refusals": range_cases.check_refusals(ranges),
     })  # fmt: skip
 
 
