@@ -50,6 +50,15 @@ def serve(
         ),
     ] = None,
     max_body: Annotated[int, typer.Option("--max-body", min=1, help="Largest body, in MiB.")] = 64,
+    held_requests: Annotated[
+        int, typer.Option("--held-requests", min=1, help="Requests that are read or answered at once, of all models.")
+    ] = 1024,
+    held_bodies: Annotated[
+        int | None,
+        typer.Option(
+            "--held-bodies", min=1, help="Bodies of these together, in MiB. Default four times --max-body.", show_default=False
+        ),
+    ] = None,
     timeout: Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds that a request may take.")] = 300.0,
     drain: Annotated[
         float, typer.Option("--drain", min=0.0, help="Seconds that accepted requests have after SIGTERM.")
@@ -97,6 +106,8 @@ def serve(
         max_queue=max_queue,
         max_per_caller=max_per_caller,
         max_body=max_body << 20,
+        held_requests=held_requests,
+        held_bytes=(held_bodies or 4 * max_body) << 20,
         allow_media_from=tuple(allow_media_from or ()),
         timeout=timeout,
         drain_seconds=drain,

@@ -23,6 +23,7 @@ from flamingo_export.runtime.timings import Timings
 from flamingo_export.serve import routes
 from flamingo_export.serve.access import Access
 from flamingo_export.serve.bodies import Chat, Completion, Scored, parse
+from flamingo_export.serve.held import Held, counted, declared
 from flamingo_export.serve.metrics import Metrics
 from flamingo_export.serve.models import Models, Served
 from flamingo_export.serve.refusals import ApiError, refusal_of
@@ -53,6 +54,7 @@ class Server:
         self.tracing = tracing or Tracing()
         self.models, self.settings = models, settings
         self.access = Access(settings.keys, settings.max_per_caller)
+        self.held = Held(settings.limits)
         self.fetcher = fetcher or fetcher_of(settings)
         self.metrics = Metrics(models)
         self.draining = False
@@ -170,7 +172,10 @@ def _posted(
             caller = _caller(server, request)
             closing.enter_context(server.access.turn(caller))
             _count_active(server, closing)
-            body = await read_body(request, most=server.settings.max_body, seconds=server.settings.body_seconds)
+            counting = counted(request.receive, closing.enter_context(server.held.body(declared(request.headers) or 0)))
+            body = await read_body(
+                Request(request.scope, counting), most=server.settings.max_body, seconds=server.settings.body_seconds
+            )
             parsed = parse(body, kind)
             model = parsed.model
             served = server.models.find(model)

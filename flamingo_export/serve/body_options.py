@@ -35,6 +35,8 @@ def options_of(body: Sampled, max_tokens: int | None, top_logprobs: int | None =
     """
     if body.n is not None and not 1 <= body.n <= MAX_CHOICES:
         raise ApiError(400, f"n is {body.n}, expected 1 to {MAX_CHOICES}", param="n")
+    if body.beams is not None and not 1 <= body.beams <= MAX_CHOICES:
+        raise ApiError(400, f"beams is {body.beams}, expected 1 to {MAX_CHOICES}", param="beams")
     n = body.n or 1
     top_p = None if body.top_p == 1 else body.top_p
     settings: dict[str, Any] = {"num_return": n, "max_new_tokens": max_tokens, "top_logprobs": top_logprobs or 0}

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from flamingo_export.errors import InputError
+from flamingo_export.serve.held import Limits
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServeSettings:
@@ -15,6 +18,8 @@ class ServeSettings:
     max_queue: requests that wait beside them, per model.
     max_per_caller: requests of one caller that run or wait; None is any number.
     max_body: bytes of a request's body.
+    held_requests, held_bytes: requests whose bodies are read or answered at once, and bytes of these bodies together. A body counts with the
+        length that its client announces, and from then until its answer is out.
     max_media: images and videos of a request.
     media_bytes: bytes of one remote medium.
     media_seconds: seconds that fetching one may take, redirects included.
@@ -31,6 +36,8 @@ class ServeSettings:
     max_queue: int = 64
     max_per_caller: int | None = None
     max_body: int = 64 << 20
+    held_requests: int = 1024
+    held_bytes: int = 256 << 20
     max_media: int = 64
     media_bytes: int = 32 << 20
     media_seconds: float = 10.0
@@ -41,6 +48,19 @@ class ServeSettings:
     log_prompts: bool = False
     keys: dict[str, str] = field(default_factory=dict, repr=False)
     """API keys by the name that logs and fairness know their holder by; none lets everybody in."""
+
+    def __post_init__(self) -> None:
+        """Raises InputError where not even one body may be held."""
+        if self.held_requests < 1 or self.held_bytes < self.max_body:
+            raise InputError(
+                f"at most {self.held_requests} bodies of together {self.held_bytes} bytes are held, and one may have {self.max_body}: "
+                "raise --held-requests or --held-bodies, or lower --max-body"
+            )
+
+    @property
+    def limits(self) -> Limits:
+        """What is held at once."""
+        return Limits(body=self.max_body, requests=self.held_requests, bytes=self.held_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,10 +11,11 @@ import pytest
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, StreamingResponse
 
-from flamingo_export.deploy.ray.bounds import LIMITS, BoundedBodies, Limits, middlewares
+from flamingo_export.deploy.ray.bounds import LIMITS, BoundedBodies, middlewares
 from flamingo_export.deploy.ray.ingress import Ingress
 from flamingo_export.deploy.ray.settings import RaySettings, read_settings
 from flamingo_export.errors import InputError
+from flamingo_export.serve.held import Limits
 
 LIMITED = Limits(body=100, requests=3, bytes=150)
 

@@ -32,6 +32,9 @@ EXAMPLES = ROOT / "examples"
         ({"model": "nano", "messages": user({"type": "image_url", "image_url": {"url": "data:,nonsense"}})}, 400, "image"),
         ({"model": "nano", "messages": user(*[image_part()] * 65)}, 400, "images and videos"),
         ({"model": "nano", "messages": user("a"), "n": 0}, 400, "n is 0"),
+        ({"model": "nano", "messages": user("a"), "beams": 129}, 400, "beams is 129"),
+        ({"model": "nano", "messages": user("a"), "beams": 0}, 400, "beams is 0"),
+        ({"model": "nano", "messages": user("a"), "beams": 4, "n": 5}, 400, "needs at least 5 beams"),
         ({"model": "nano", "messages": user("a"), "temperature": -1}, 400, "temperature"),
         ({"model": "nano", "messages": user("a"), "max_tokens": 100_000}, 400, "cache slots"),
         ({"model": "nano", "messages": user("word " * 5000)}, 400, "cache slots"),
@@ -132,6 +135,28 @@ def test_a_full_queue_refuses_before_images_are_read(
         assert client.post("/v1/score", body).status == 429
         echo = {"model": "nano", "prompt": "<image>a", "images": [data_url(EXAMPLES / "a.png")], "echo": True, "logprobs": 1}
         assert client.post("/v1/completions", echo).status == 429
+    server.models.close()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_more_branches_than_the_engine_has(
+    make_server: Callable[..., Server], monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    """An engine built for 8 branches: what is asked for beyond them is said, and 8 are still answered."""
+    server = make_server()
+    decoder = server.models.find("nano").model.engine.loop.decoder
+    monkeypatch.setattr(type(decoder), "largest", property(lambda _: {"S": 8}))
+    with running(server) as client:
+        asks = {"beams": {"beams": 9}, "beams and n": {"beams": 12, "n": 3}, "samples": {"n": 9, "temperature": 1}}
+        for name, wide in asks.items():
+            found = client.chat(messages=user(image_part()), stream=stream, max_tokens=2, **wide)
+            assert (found.status, found.error["type"]) == (400, "invalid_request_error"), name
+            assert (
+                f"{wide.get('beams', 9)} beams or samples of a request were asked for, the engine takes 8"
+                in found.json["error"]["message"]
+            )
+        assert client.post("/v1/completions", {"model": "nano", "prompt": "a", "n": 9, "temperature": 1}).status == 400
+        assert client.chat(messages=user(image_part()), max_tokens=2, beams=8, n=8, stream=stream).status == 200
     server.models.close()
 
 

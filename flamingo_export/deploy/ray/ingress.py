@@ -15,11 +15,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from flamingo_export.deploy.ray.asgi import Head, scope_of
-from flamingo_export.deploy.ray.bounds import Held, counted, declared
 from flamingo_export.deploy.ray.replay import DONE, Diverged, Replay
 from flamingo_export.deploy.ray.requests import passed
 from flamingo_export.deploy.ray.settings import RaySettings
 from flamingo_export.serve.access import Access, read_keys
+from flamingo_export.serve.held import Held, counted, declared
 from flamingo_export.serve.refusals import ApiError
 from flamingo_export.serve.transport import ClientGone, read_body
 

@@ -51,6 +51,8 @@ class Replica:
             rows=asked.rows,
             max_queue=asked.queue,
             max_body=asked.max_body,
+            held_requests=asked.held_requests,
+            held_bytes=asked.held_bytes,
             allow_media_from=asked.allow_media_from,
             timeout=asked.timeout,
         )

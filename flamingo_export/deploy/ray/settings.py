@@ -6,8 +6,8 @@ from pathlib import Path
 
 import msgspec
 
-from flamingo_export.deploy.ray.bounds import Limits
 from flamingo_export.errors import InputError
+from flamingo_export.serve.held import Limits
 
 
 class RaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -24,12 +24,13 @@ import msgspec
 from flamingo_export.bundle.identity import bundle_digest
 from flamingo_export.bundle.manifest import read_manifest
 from flamingo_export.bundle.verify import open_bundle
-from flamingo_export.deploy.ray.bounds import CALLBACK, LIMITS, Limits
+from flamingo_export.deploy.ray.bounds import CALLBACK, LIMITS
 from flamingo_export.deploy.ray.failures import reason_of
 from flamingo_export.deploy.ray.ingress import Ingress, Lost, Overloaded
 from flamingo_export.deploy.ray.settings import RaySettings, read_settings
 from flamingo_export.errors import BackendError, FlamingoExportError, InputError
 from flamingo_export.runtime.engine import DEFAULT_ROWS
+from flamingo_export.serve.held import Limits
 
 APPLICATION = "flamingo"
 _ENVIRONMENT = {
