@@ -46,6 +46,7 @@ class Context:
     kernels: Any = None
     plugin: Path | None = None
     through_plugin: Any = None
+    ranges_through_plugin: Any = None
 
 
 @dataclass(frozen=True)

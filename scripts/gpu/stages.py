@@ -82,7 +82,7 @@ def without_headers(context: Context) -> str | None:
 
 def compile_plugin(context: Context) -> dict[str, Any]:
     """The plugin library around those kernels, taken as TensorRT takes it up to the point where a GPU is wanted."""
-    from gpu import kernel_cases
+    from gpu import kernel_cases, range_cases
     from gpu.kernel_library import ThroughPlugin
 
     assert context.nvcc
@@ -91,12 +91,17 @@ def compile_plugin(context: Context) -> dict[str, Any]:
         assert headers
         context.plugin, driver = kernel_build.build_plugin(context.nvcc, context.architecture or "90", headers, FOLDER)
         context.through_plugin = ThroughPlugin(driver, context.plugin)
+        context.ranges_through_plugin = range_cases.RangeKernels(driver)
     except (kernel_build.BuildFailed, OSError, ValueError) as error:
         raise Failed(str(error)) from error
-    found = kernel_cases.check_shapes(context.through_plugin, context.seed)
-    if found["failures"]:
-        raise Failed(f"shapes that the plugin does not take as it should: {found['failures'][0]}", found)
-    return {"plugin_sha256": hashlib.sha256(context.plugin.read_bytes()).hexdigest(), "shapes": found}
+    found = {
+        "shapes": kernel_cases.check_shapes(context.through_plugin, context.seed),
+        "range_shapes": range_cases.check_shapes(context.ranges_through_plugin, context.seed),
+    }
+    failures = [failure for each in found.values() for failure in each["failures"]]
+    if failures:
+        raise Failed(f"shapes that a plugin does not take as it should: {failures[0]}", found)
+    return {"plugin_sha256": hashlib.sha256(context.plugin.read_bytes()).hexdigest(), **found}
 
 
 def call_device(context: Context) -> dict[str, Any]:
@@ -143,14 +148,20 @@ def without_plugin(context: Context) -> str | None:
 
 
 def test_plugin(context: Context) -> dict[str, Any]:
-    """`enqueue` of the plugin against the fp64 oracle and in a captured graph; no library of TensorRT is wanted."""
-    from gpu import kernel_cases
+    """`enqueue` of both plugins against the fp64 oracle and in captured graphs; no library of TensorRT is wanted.
+
+    The kernels' own stage runs every case; these are to show that nothing is lost on the way, the workspace of keys that are split included.
+    """
+    from gpu import kernel_cases, range_cases
 
     cases = (case for case in kernel_cases.all_cases() if case.latents in (64, 100))
+    ranges = (case for case in range_cases.all_cases() if case.keys in (100, 1601) and case.head_size in (64, 128))
     return judged({
         "seed": context.seed,
         "oracle": kernel_cases.check(context.through_plugin, cases, context.seed),
         "graph_replay": kernel_cases.check_graph_replay(context.through_plugin, context.seed),
+        "range_oracle": range_cases.check(context.ranges_through_plugin, ranges, context.seed),
+        "range_graph_replay": range_cases.check_graph_replay(context.ranges_through_plugin, context.seed),
     })  # fmt: skip
 
 
@@ -246,12 +257,12 @@ def _engines(name: str, commands: Any, missing: Any, *, rtx: bool, value: float,
 STAGES: list[Stage] = [
     Stage("build", without_nvcc, compile_kernels, value=1, seconds=60),
     Stage("device", without_library, call_device, needs=("build",), value=1, seconds=3),
-    Stage("kernels", without_library, test_kernels, needs=("build", "device"), value=100, seconds=60),
+    Stage("kernels", without_library, test_kernels, needs=("build", "device"), value=100, seconds=100),
     Stage("runtime", without_runtime, run_sessions, rehearse=rehearse_sessions, needs=("build", "device"), value=60, seconds=20),
     Stage("nano", without_runtime, run_nano, rehearse=rehearse_nano, needs=("build", "device"), value=60, seconds=60),
     Stage("benchmark", without_library, benchmark, needs=("build", "device"), value=60, seconds=60),
     Stage("plugin-build", without_headers, compile_plugin, needs=("build",), value=5, seconds=30),
-    Stage("plugin", without_plugin, test_plugin, needs=("build", "plugin-build", "device"), value=20, seconds=40),
+    Stage("plugin", without_plugin, test_plugin, needs=("build", "plugin-build", "device"), value=20, seconds=50),
     Stage("sanitizer", without_sanitizer, sanitize, needs=("build", "device"), value=20, seconds=150),
     Stage("emulation", nothing_missing, emulate, value=1, seconds=60),
     _engines("tensorrt", engines("tensorrt"), without_tensorrt, rtx=False, value=50, seconds=300),
