@@ -274,7 +274,7 @@ def _command(check: str, out: Path) -> list[str]:
     try:
         command = shlex.split(check)
     except ValueError as error:
-        raise ParityError(f"the check {check!r} is no command: {error}") from error
+        raise ParityError(f"the check {check!r} is not a command: {error}") from error
     if command and shutil.which(command[0]) is None:
         raise ParityError(
             f"{command[0]} cannot be run: there is no such command. Name {' or '.join(CHECKS)}, or a command that is installed."

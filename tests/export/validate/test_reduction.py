@@ -164,7 +164,7 @@ def test_what_is_too_large_is_refused_with_its_estimate(nano: Path, tmp_path: Pa
     [
         ("encoder", None, "onnxruntime", r"no graph 'encoder'. It has vision_encoder, resampler, media_kv, .*decoder"),
         ("decoder", 6, "onnxruntime", "there is no LM layer 6: nano has 0 to 5"),
-        ("decoder", 0, "'", "is no command"),
+        ("decoder", 0, "'", "is not a command"),
         ("decoder", 0, " ", "the check is empty"),
         ("decoder", 0, "no-such-command-here", "no-such-command-here cannot be run"),
     ],
