@@ -23,6 +23,7 @@ from flamingo_export.runtime.timings import Timings
 from flamingo_export.serve import routes
 from flamingo_export.serve.access import Access
 from flamingo_export.serve.bodies import Chat, Completion, Scored, parse
+from flamingo_export.serve.call import Call
 from flamingo_export.serve.held import Held, counted, declared
 from flamingo_export.serve.metrics import Metrics
 from flamingo_export.serve.models import Models, Served
@@ -156,7 +157,7 @@ def create_app(server: Server) -> Starlette:
 
 
 def _posted(
-    server: Server, kind: type[Any], route: Callable[[routes.Call, Any], Awaitable[Any]]
+    server: Server, kind: type[Any], route: Callable[[Call, Any], Awaitable[Any]]
 ) -> Callable[[Request], Awaitable[Any]]:
     async def endpoint(request: Request) -> Any:
         started = time.perf_counter()
@@ -181,7 +182,7 @@ def _posted(
             served = server.models.find(model)
             closing.enter_context(served.used())
             _log_prompt(server, request_id, body)
-            call = routes.Call(
+            call = Call(
                 server=server, served=served, caller=caller, request_id=request_id, receive=request.receive, closing=closing
             )
             answer = await route(call, parsed)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
-import logging
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import ExitStack
+from typing import Any
 
 import numpy as np
 
@@ -16,51 +14,18 @@ from flamingo_export.errors import FlamingoExportError
 from flamingo_export.runtime.loop import Outcome
 from flamingo_export.runtime.model import Model
 from flamingo_export.runtime.options import GenerateOptions
-from flamingo_export.runtime.request import Prepared, Request
-from flamingo_export.runtime.steering import cut_at
+from flamingo_export.runtime.request import Prepared
 from flamingo_export.runtime.texts import Generation, Text
-from flamingo_export.runtime.ticket import Ticket, now
+from flamingo_export.runtime.ticket import Ticket
 from flamingo_export.runtime.timings import Timings
-from flamingo_export.runtime.videos import Video
 from flamingo_export.serve.answers import DONE, Form, Pieces, event, extras, usage
 from flamingo_export.serve.bodies import Chat, Completion, Sampled, Scored
-from flamingo_export.serve.body_options import check_offered, options_of, seconds_of
+from flamingo_export.serve.body_options import check_offered, options_of
+from flamingo_export.serve.call import Asked, Call, cancel, request_of, result, watched
 from flamingo_export.serve.chat_messages import ChatPrompt, MediumUrl, chat_prompt
-from flamingo_export.serve.models import Served
+from flamingo_export.serve.echo import echoed
 from flamingo_export.serve.refusals import ApiError
 from flamingo_export.serve.transport import EventStream, unless_gone
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from starlette.types import Receive
-
-    from flamingo_export.serve.app import Server
-
-_log = logging.getLogger("flamingo_export.serve")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Call:
-    """A request on its way through a route."""
-
-    server: Server
-    served: Served
-    caller: str
-    request_id: str
-    receive: Receive
-    closing: ExitStack
-    """Closed by who answers: at once, or at the end of a stream."""
-
-    @property
-    def model(self) -> Model:
-        """The model it asks."""
-        return self.served.model
-
-    def deadline(self, timeout: float | None) -> float:
-        """On the engine's clock. Raises ApiError for a deadline in the past."""
-        most = self.server.settings.timeout
-        return now() + min(most, seconds_of(timeout, most))
 
 
 async def chat(call: Call, body: Chat) -> Any:
@@ -91,7 +56,7 @@ async def completions(call: Call, body: Completion) -> Any:
         raise ApiError(400, "a stream answers one prompt, without echo", param="stream")
     form = Form(kind="completion", model=call.served.name, tokenizer=_tokenizer(call.model), logprobs=body.logprobs is not None)
     if body.echo:
-        return await _echoed(call, body, [(prompt, media) for prompt in prompts], form)
+        return await echoed(call, body, [(prompt, media) for prompt in prompts], form)
     asked = [Asked(prompt=prompt, media=media) for prompt in prompts]
     options = options_of(body, body.max_tokens, body.logprobs)
     form.stops = options.stops
@@ -115,17 +80,17 @@ async def score(call: Call, body: Scored) -> Any:
     deadline = call.deadline(body.timeout)
 
     def submit() -> tuple[Ticket[list[list[float]]], int]:
-        request = _request(call, prompt)
+        request = request_of(call, prompt)
         model = call.model
         prepared = model.prepare(request)
         ids = [model.candidate_ids(request, candidate, body.end) for candidate in body.candidates]
         return model.engine.submit_score(prepared, ids, caller=call.caller, deadline=deadline), len(prepared.token_ids)
 
-    with call.closing, _watched(call):
+    with call.closing, watched(call):
         preparing = call.server.prepared(call.served, submit, lambda submitted: submitted[0].cancel())
         ticket, length = await unless_gone(call.receive, preparing)
         try:
-            found = await unless_gone(call.receive, _result(ticket))
+            found = await unless_gone(call.receive, result(ticket))
         except BaseException:
             ticket.cancel()
             raise
@@ -136,14 +101,6 @@ async def score(call: Call, body: Scored) -> Any:
         ]
         tokens = sum(map(len, found))
         return {"object": "score", "model": call.served.name, "scores": scores, "usage": usage(length, 0, tokens)}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Asked:
-    """A raw prompt, as text or token ids, and the media of its tags."""
-
-    prompt: str | list[int]
-    media: tuple[MediumUrl, ...] = ()
 
 
 async def _generate(
@@ -158,21 +115,21 @@ async def _generate(
         try:
             for prompt in prompts:
                 started = time.perf_counter()
-                prepared = model.prepare(_request(call, prompt))
+                prepared = model.prepare(request_of(call, prompt))
                 timings = Timings(prepare=time.perf_counter() - started)
                 ticket = model.engine.submit(
                     prepared, options, caller=call.caller, deadline=deadline, events=body.stream, timings=timings
                 )
                 found.append((ticket, prepared))
         except BaseException:
-            _cancel([ticket for ticket, _ in found])
+            cancel([ticket for ticket, _ in found])
             raise
         return found
 
     with ExitStack() as failed:
         failed.push(call.closing)
-        with _watched(call):
-            preparing = call.server.prepared(call.served, submit, lambda pairs: _cancel([ticket for ticket, _ in pairs]))
+        with watched(call):
+            preparing = call.server.prepared(call.served, submit, lambda pairs: cancel([ticket for ticket, _ in pairs]))
             submitted = await unless_gone(call.receive, preparing)
         if body.stream:
             failed.pop_all()
@@ -180,13 +137,13 @@ async def _generate(
             call.closing.callback(ticket.cancel)
             events = _stream(call, ticket, prepared, options, form, include)
             return EventStream(events, call.closing, {"x-request-id": call.request_id})
-        with _watched(call):
+        with watched(call):
             try:
                 found = await unless_gone(
                     call.receive, asyncio.gather(*(_finished(model, pair[0], options) for pair in submitted))
                 )
             finally:
-                _cancel([ticket for ticket, _ in submitted])
+                cancel([ticket for ticket, _ in submitted])
         choices: list[dict[str, Any]] = []
         completion = prompt_tokens = reused = 0
         for generation, (_, prepared) in zip(found, submitted, strict=True):
@@ -253,136 +210,8 @@ def _in_stream_order(pieces: Sequence[Pieces], found: Generation) -> dict[int, T
     return chosen
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Echo:
-    """A prompt that is scored, and what follows it where tokens are wanted. begin: the first position that is scored."""
-
-    ids: list[int]
-    begin: int
-    scored: Ticket[list[list[float]]] | None = None
-    likeliest: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
-    following: Ticket[Outcome] | None = None
-
-    @property
-    def tickets(self) -> list[Ticket[Any] | None]:
-        """What may be given up."""
-        return [self.scored, self.following]
-
-
-async def _echoed(
-    call: Call, body: Completion, prompts: Sequence[tuple[str | list[int], tuple[MediumUrl, ...]]], form: Form
-) -> Any:
-    """A prompt with the log-probabilities of its own tokens, as evaluation harnesses ask for them, and what follows it."""
-    wanted = body.max_tokens or 0
-    if wanted and (body.n or 1) > 1:
-        raise ApiError(400, "echo goes with one text", param="n")
-    options = options_of(body, wanted, body.logprobs) if wanted else None
-    deadline = call.deadline(body.timeout)
-    model = call.model
-
-    def submit() -> list[_Echo]:
-        found: list[_Echo] = []
-        try:
-            for prompt, media in prompts:
-                whole = model.prepare(_request(call, Asked(prompt=prompt, media=media)))
-                ids = whole.token_ids.tolist()
-                # What follows the last image, and the tags around it, is scored; before it a token is a condition.
-                tags = [place for place, token in enumerate(ids) if token in model.config.tokens.never]
-                begin = tags[-1] + 1 if tags else 1
-                scored, likeliest = None, list[list[tuple[int, float]]]()
-                if begin < len(ids):
-                    head = dataclasses.replace(
-                        whole,
-                        token_ids=whole.token_ids[:begin],
-                        phi=whole.phi[:begin],
-                        keys=whole.keys[:begin],
-                        first=None if whole.first is None else whole.first[:begin],
-                    )
-                    scored = model.engine.submit_score(
-                        head, [ids[begin:]], caller=call.caller, deadline=deadline, likeliest=likeliest
-                    )
-                found.append(_Echo(ids=ids, begin=begin, scored=scored, likeliest=likeliest))
-                if options is not None:
-                    following = model.engine.submit(whole, options, caller=call.caller, deadline=deadline)
-                    found[-1] = dataclasses.replace(found[-1], following=following)
-        except BaseException:
-            _cancel([ticket for each in found for ticket in each.tickets])
-            raise
-        return found
-
-    with call.closing, _watched(call):
-        preparing = call.server.prepared(
-            call.served, submit, lambda echoes: _cancel([ticket for each in echoes for ticket in each.tickets])
-        )
-        submitted = await unless_gone(call.receive, preparing)
-        choices, prompt_tokens, new_tokens = [], 0, 0
-        try:
-            for index, echo in enumerate(submitted):
-                values = (await unless_gone(call.receive, _result(echo.scored)))[0] if echo.scored is not None else []
-                ids, logprobs, reason = list(echo.ids), [None] * echo.begin + list(values), "length"
-                top = [()] * echo.begin + _with_own(echo, values) if body.logprobs else []
-                prompt_tokens += len(ids)
-                if echo.following is not None and options is not None:
-                    outcome = await unless_gone(call.receive, _result(echo.following))
-                    new = model.generation(outcome, options, echo.following.timings)
-                    ids += new.token_ids
-                    logprobs += new.token_logprobs
-                    top += new.top_logprobs if body.logprobs else ()
-                    new_tokens += len(new.token_ids)
-                    reason = "stop" if new.finished else "length"
-                found = form.logprobs_of(ids, logprobs, top)
-                text, before = form.text(ids), len(form.text(echo.ids))
-                if options is not None:  # a stop text in the prompt ends nothing
-                    text = text[:before] + cut_at(text[before:], options.stops)
-                choices.append({"index": index, "text": text, "logprobs": found, "finish_reason": reason})
-        finally:
-            _cancel([ticket for each in submitted for ticket in each.tickets])
-        call.served.succeeded()
-        return form.whole(choices, usage(prompt_tokens, 0, new_tokens), {})
-
-
-def _with_own(echo: _Echo, values: Sequence[float]) -> list[Any]:
-    """At each scored place of a prompt the likeliest token and the prompt's own, as OpenAI's interface has them."""
-    likeliest = echo.likeliest[0] if echo.likeliest else []
-    own = zip(echo.ids[echo.begin :], values, strict=True)
-    return [tuple(dict([best, mine]).items()) for best, mine in zip(likeliest, own, strict=True)]
-
-
-def _cancel(tickets: Sequence[Ticket[Any] | None]) -> None:
-    """Gives up those that have not ended."""
-    for ticket in tickets:
-        if ticket is not None:
-            ticket.cancel()
-
-
 async def _finished(model: Model, ticket: Ticket[Outcome], options: GenerateOptions) -> Generation:
     return model.generation(await ticket, options, ticket.timings)
-
-
-async def _result(ticket: Ticket[Any]) -> Any:
-    return await ticket
-
-
-@contextmanager
-def _watched(call: Call) -> Iterator[None]:
-    """Failures of ours as refusals; anything else is the server's fault, logged with the request's id and not shown."""
-    try:
-        yield
-    except FlamingoExportError as error:
-        raise call.server.refusal(call.served, call.request_id, error) from error
-
-
-def _request(call: Call, prompt: Asked | ChatPrompt) -> Request:
-    """What the model is asked, media fetched. Blocking."""
-    media = [_medium(call, medium) for medium in prompt.media]
-    if isinstance(prompt, ChatPrompt):
-        return Request(prompt=prompt.text, media=media, quoted=prompt.quoted, forms=call.model.inputs.prompts)
-    return Request(prompt=prompt.prompt, media=media)
-
-
-def _medium(call: Call, medium: MediumUrl) -> Any:
-    found = call.server.fetcher.get(medium.url)
-    return Video(source=found, num_frames=medium.frames) if medium.video else found
 
 
 def _check_media(call: Call, media: Sequence[MediumUrl]) -> None:
