@@ -108,6 +108,7 @@ def open_on_device(
         ) from error
     check_placement(session, place, contract, onnxruntime.__version__)
     engine = DeviceEngine(place, stream, contract, session, onnxruntime)
+    # Which of its kernels may be captured differs by version, and is not known: docs/decisions/0020-onnxruntime-without-cuda-graphs.md.
     return TensorRTSession(engine, contract, asynchronous=not decoding, captures=False)
 
 
