@@ -126,7 +126,11 @@ def test_what_ends_a_text_is_seen_one_step_late_and_no_slot_is_lost(opened, gpu,
 
 
 def test_a_draw_that_the_device_makes_otherwise_is_run_again(opened, gpu, monkeypatch):
-    """As rounding could: every fifth draw of the device's is the last candidate."""
+    """As rounding could: every fifth draw of the device's is the last candidate.
+
+    A request whose step is run again comes out of step with its neighbours, and a backend adds in another order where a call has other rows:
+    so tokens are equal, and log-probabilities but for a rounding. To the bit it is shown on the hash decoder (test_neighbours.py).
+    """
     expected = answers(opened(), **SAMPLES)
     choose, count = gpu.cuda.choose, iter(range(1 << 30))
 
@@ -142,8 +146,19 @@ def test_a_draw_that_the_device_makes_otherwise_is_run_again(opened, gpu, monkey
 
     monkeypatch.setattr(gpu.cuda, "choose", slipping)
     model = opened()
-    assert answers(model, **SAMPLES) == expected
+    found = answers(model, **SAMPLES)
+    texts, logprobs = zip(*(unzipped(each) for each in found), strict=True)
+    wanted, likely = zip(*(unzipped(each) for each in expected), strict=True)
+    assert texts == wanted
+    np.testing.assert_allclose(np.concatenate(logprobs), np.concatenate(likely), rtol=0, atol=2 * np.spacing(np.float32(4)))
     assert model.engine.loop.counts["run_again"] > 5
+
+
+def unzipped(answer: Any) -> tuple[list[Any], np.ndarray]:
+    """Token ids of a request's texts, and all their log-probabilities in a row."""
+    ids, logprobs, alternatives = answer
+    texts = [(ids, logprobs), *alternatives]
+    return [each[0] for each in texts], np.concatenate([each[1] for each in texts])
 
 
 def test_requests_that_leave_in_the_middle_disturb_nobody(opened, gpu):
