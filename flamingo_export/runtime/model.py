@@ -196,7 +196,7 @@ class Model:
         (ticket,) = self._submit([as_request(prompt, images, videos)], options, 1, caller, timeout, wake=True, events=True)
         return Stream(
             ticket,
-            TextStream(self.tokenizer, strip=True),
+            TextStream(self.tokenizer),
             lambda outcome, timings: self.generation(outcome, options, timings),
             one_text=options.width == 1 or not options.samples,
             stops=options.stops,

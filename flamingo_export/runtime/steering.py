@@ -106,13 +106,19 @@ def cut_at(text: str, stops: Sequence[str]) -> str:
 class HoldBack:
     """Pieces of a stream up to the first stop text: what may yet become one is held back, and so are blanks before it."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, strip: bool = False) -> None:
+        """strip: without blanks at the beginning and the end, as the text of a generation has none. Stop texts are looked for before, since
+        one may begin with a blank."""
         self._stops = tuple(stops)
+        self._strip, self._begun, self._blanks = strip, False, ""
         self._held = ""
         self._ended = False
 
     def push(self, piece: str) -> str:
         """What is certain now; nothing any more after a stop text."""
+        return self._stripped(self._certain(piece))
+
+    def _certain(self, piece: str) -> str:
         if self._ended or not self._stops:
             return "" if self._ended else piece
         text = self._held + piece
@@ -136,4 +142,13 @@ class HoldBack:
     def finish(self) -> str:
         """What was held back and became no stop text."""
         held, self._held = self._held, ""
-        return held
+        return self._stripped(held)
+
+    def _stripped(self, text: str) -> str:
+        """The text without blanks in front of the whole; those behind wait for what follows them."""
+        if not self._strip:
+            return text
+        text = self._blanks + text if self._begun else text.lstrip()
+        kept = text.rstrip()
+        self._begun, self._blanks = self._begun or bool(kept), text[len(kept) :]
+        return kept

@@ -34,7 +34,7 @@ class Stream(Iterator[str]):
         """
         self.result: Generation | None = None
         self._ticket, self._text, self._finish, self._one_text = ticket, text, finish, one_text
-        self._hold = HoldBack(stops)
+        self._hold = HoldBack(stops, strip=True)
         self._given = 0
         self._open = True
 

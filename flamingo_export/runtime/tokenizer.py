@@ -189,32 +189,14 @@ def without_last_blanks(text: str) -> str:
 class TextStream:
     """Tokens in, pieces of text out, whose concatenation is the decoded text: a character is held back until all its bytes are there."""
 
-    def __init__(self, tokenizer: Tokenizer, *, strip: bool = False) -> None:
-        """strip: without blanks at the beginning and the end, as the text of a generation has none."""
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._strip, self._begun, self._blanks = strip, False, ""
         self._ids: list[int] = []
         self._start = 0  # decoding begins here: a few tokens early, since decoders treat the first token of a text differently
         self._sent = 0  # tokens up to here have been given out
 
     def push(self, token_ids: Sequence[int]) -> str:
         """The text that these tokens complete; empty while a character is unfinished."""
-        return self._stripped(self._push(token_ids))
-
-    def finish(self) -> str:
-        """What was held back."""
-        return self._stripped(self._take(len(self._ids)))
-
-    def _stripped(self, text: str) -> str:
-        """The text without blanks in front of the whole; those behind wait for what follows them."""
-        if not self._strip:
-            return text
-        text = self._blanks + text if self._begun else text.lstrip()
-        kept = text.rstrip()
-        self._begun, self._blanks = self._begun or bool(kept), text[len(kept) :]
-        return kept
-
-    def _push(self, token_ids: Sequence[int]) -> str:
         self._ids += [token for token in token_ids if token not in self._tokenizer.special]
         for held in range(_MAX_HELD):
             stop = max(self._sent, len(self._ids) - held)
@@ -222,6 +204,10 @@ class TextStream:
                 return self._take(stop)
         # Bytes before the last three belong to no unfinished character: what is broken there stays broken.
         return self._take(len(self._ids) - _MAX_HELD)
+
+    def finish(self) -> str:
+        """What was held back."""
+        return self._take(len(self._ids))
 
     def _take(self, stop: int) -> str:
         if stop <= self._sent:

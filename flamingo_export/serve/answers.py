@@ -145,8 +145,8 @@ class Pieces:
 
     def __init__(self, form: Form, index: int) -> None:
         self._form, self._index = form, index
-        self._text = TextStream(form.tokenizer, strip=form.trimmed)
-        self._hold = HoldBack(form.stops)
+        self._text = TextStream(form.tokenizer)
+        self._hold = HoldBack(form.stops, strip=form.trimmed)
         self._given: list[int] = []
         self._offset = 0
 

@@ -134,7 +134,7 @@ class Requests:
         """Sends text as it becomes certain, and looks after the client meanwhile; returns what was sent. Raises _Gone."""
         sent = ""
         if asked.stream and self._model.tokenizer is not None:
-            stream, hold = TextStream(self._model.tokenizer, strip=True), HoldBack(asked.options.stops)
+            stream, hold = TextStream(self._model.tokenizer), HoldBack(asked.options.stops, strip=True)
             # Which of several samples is the best is known at the end.
             one_text = asked.options.width == 1 or not asked.options.samples
             for tokens in ticket:

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from flamingo_export.errors import InputError
@@ -237,15 +237,20 @@ def test_candidates_of_an_engine_give_the_same_where_they_suffice(llama: Any, co
 @settings(max_examples=300, deadline=None)
 @given(
     text=st.text("ab .", max_size=14),
-    stops=st.lists(st.text("ab.", min_size=1, max_size=4), max_size=3),
+    stops=st.lists(st.text("ab. ", min_size=1, max_size=4), max_size=3),
     cuts=st.lists(st.integers(0, 14), max_size=5),
+    strip=st.booleans(),
 )
-def test_pieces_join_to_what_stands_before_the_first_stop_text(text: str, stops: list[str], cuts: list[int]) -> None:
+@example(text=" a", stops=[" a"], cuts=[], strip=True)
+def test_pieces_join_to_what_stands_before_the_first_stop_text(
+    text: str, stops: list[str], cuts: list[int], strip: bool
+) -> None:
     """A request ends with the piece that brings the first stop text, so what a longer one would have begun with stays."""
-    hold, places = HoldBack(stops), sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
+    hold, places = HoldBack(stops, strip=strip), sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
     pieces = [hold.push(text[start:stop]) for start, stop in itertools.pairwise(places)]
     generated = next((text[:place] for place in places if any(stop in text[:place] for stop in stops)), text)
-    assert ("".join(pieces) + hold.finish()).rstrip() == cut_at(generated, stops).rstrip()
+    found, right = "".join(pieces) + hold.finish(), cut_at(generated, stops)
+    assert found == right.strip() if strip else found.rstrip() == right.rstrip()
 
 
 def test_a_stop_text_that_another_one_begins_before() -> None:

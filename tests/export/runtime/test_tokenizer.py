@@ -12,6 +12,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 
 from flamingo_export.errors import BundleError, PromptError
+from flamingo_export.runtime.steering import HoldBack
 from flamingo_export.runtime.tokenizer import TextStream, Tokenizer
 from flamingo_reference.config import NANO, ModelConfig
 
@@ -136,9 +137,9 @@ def test_a_broken_byte_takes_no_other_character_with_it(given: bytes) -> None:
 
 def test_a_stripped_stream_has_no_blanks_at_its_ends() -> None:
     for text in ("  a b  c ", "a", "  ", " \n a\n"):
-        stream = TextStream(BYTES, strip=True)
-        pieces = [stream.push([token]) for token in BYTES.encode("x" + text, add_bos=False)[1:]]
-        assert "".join(pieces) + stream.finish() == text.strip()
+        stream, hold = TextStream(BYTES), HoldBack((), strip=True)
+        pieces = [hold.push(stream.push([token])) for token in BYTES.encode("x" + text, add_bos=False)[1:]]
+        assert "".join(pieces) + hold.push(stream.finish()) + hold.finish() == text.strip()
 
 
 def test_special_tokens_in_plain_text_are_found_as_the_tokenizer_reads_them() -> None:
