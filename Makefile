@@ -111,7 +111,7 @@ test-newest: .venv-uv/made
 	@[ $* = kserve ] || .venv-$*/bin/python $(INSTALL) $(THIS)
 	@touch $@
 
-# What CI runs of it is `test-deploy-ray test-deploy-triton` (docs/development.md says why).
+# Each part is a command of its own (docs/development.md).
 test-deploy: test-deploy-ray test-deploy-triton test-deploy-kserve test-deploy-image
 
 DEPLOY_TEST := -m pytest -m deploy --durations=10 $(PYTEST_ARGS)

@@ -25,7 +25,13 @@ from flamingo_export.deploy.package import package
 
 from .conftest import chat_body, free_port, post
 
-pytestmark = [pytest.mark.deploy, pytest.mark.slow]
+pytestmark = [
+    pytest.mark.deploy,
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        "FLAMINGO_NANO" not in os.environ, reason="installs the newest versions there are: make test-deploy-image"
+    ),
+]
 ROOT = Path(flamingo_export.__file__).resolve().parents[1]
 OF_THE_SYSTEM = ("useradd", "apt-get")
 """Steps that would change this machine; what they are for is here already."""
