@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from flamingo_export.runtime.timings import Timings
 
@@ -24,6 +25,17 @@ class Text:
         end = "finished" if self.finished else "cut at max_new_tokens"
         return f"{type(self).__name__}({self.text!r}, {len(self.token_ids)} tokens, score {self.score:.4g}, {end})"
 
+    def fields(self) -> dict[str, Any]:
+        """What files of answers and Triton's `result` hold of it, by the names there; `top_logprobs` only where they were asked for."""
+        return {
+            "text": self.text,
+            "token_ids": list(self.token_ids),
+            "token_logprobs": list(self.token_logprobs),
+            "score": self.score,
+            "finish_reason": "stop" if self.finished else "length",
+            **({"top_logprobs": self.top_logprobs} if self.top_logprobs else {}),
+        }
+
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Generation(Text):
@@ -31,6 +43,10 @@ class Generation(Text):
 
     alternatives: tuple[Text, ...]
     timings: Timings
+
+    def fields(self) -> dict[str, Any]:
+        """As of each text, with the alternatives' own."""
+        return {**super().fields(), "alternatives": [other.fields() for other in self.alternatives]}
 
 
 @dataclass(frozen=True, kw_only=True)

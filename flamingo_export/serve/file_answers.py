@@ -15,7 +15,7 @@ from flamingo_export.runtime.media import MediumSource
 from flamingo_export.runtime.model import Model
 from flamingo_export.runtime.options import GenerateOptions, Settings
 from flamingo_export.runtime.request import Request
-from flamingo_export.runtime.texts import Generation, Text
+from flamingo_export.runtime.texts import Generation
 from flamingo_export.runtime.ticket import Ticket, now
 from flamingo_export.runtime.videos import Video
 from flamingo_export.serve.answers import Form, extras, usage
@@ -60,7 +60,7 @@ def answer_line(model: Model, folder: Path, asked: AskedLine, settings: Settings
         return {"id": asked.raw_id, "error": str(error)}
     except Exception as error:
         return {"id": asked.raw_id, "error": f"{type(error).__name__}: {error}"}
-    return {"id": asked.line.id, **_text(found), "alternatives": [_text(other) for other in found.alternatives]}
+    return {"id": asked.line.id, **found.fields()}
 
 
 def _generated(
@@ -72,17 +72,6 @@ def _generated(
         return model.generation(ticket.result(), options, ticket.timings)
     finally:
         tickets.discard(ticket)
-
-
-def _text(found: Text) -> dict[str, Any]:
-    return {
-        "text": found.text,
-        "token_ids": list(found.token_ids),
-        "token_logprobs": list(found.token_logprobs),
-        "score": found.score,
-        "finish_reason": "stop" if found.finished else "length",
-        **({"top_logprobs": found.top_logprobs} if found.top_logprobs else {}),
-    }
 
 
 def _batched(model: Model, line: Batched, tickets: set[Ticket[Any]]) -> dict[str, Any]:

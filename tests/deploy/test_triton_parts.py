@@ -118,6 +118,18 @@ def test_answers_whole_and_in_pieces(requests, bundle):
     assert len(pieces.sent) > 1
 
 
+def test_the_likeliest_tokens_are_in_the_result_where_they_were_asked_for(requests, bundle):
+    with flamingo_export.load(bundle, threads=1) as model:
+        expected = model.caption(png("red"), beams=1, top_logprobs=2)
+    with_them, without = Asked(images=[png("red")], beams=1, top_logprobs=2), Asked(images=[png("red")], beams=1)
+    requests.take([with_them, without])
+    found = json.loads(with_them.wait().outputs["result"])
+    assert [[token for token, _ in place] for place in found["top_logprobs"]] == [
+        [token for token, _ in place] for place in expected.top_logprobs
+    ]
+    assert "top_logprobs" not in json.loads(without.wait().outputs["result"])
+
+
 def test_pieces_are_the_text_together(requests, bundle):
     """Where a stop text is cut off, and where the best of several samples is known at the end."""
     with flamingo_export.load(bundle, threads=1) as model:

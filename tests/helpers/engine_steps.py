@@ -8,6 +8,7 @@ from flamingo_export.runtime.loop import Loop
 from flamingo_export.runtime.model import Model
 from flamingo_export.runtime.options import GenerateOptions
 from flamingo_export.runtime.request import Request
+from flamingo_export.runtime.texts import Generation
 
 
 def pictures(seed: int, count: int) -> list[np.ndarray]:
@@ -23,6 +24,13 @@ def request(seed: int, length: int, num_media: int, size: int = 70) -> Request:
     ids[0] = 1
     ids[rng.choice(np.arange(1, length), num_media, replace=False)] = 3
     return Request(prompt=ids.tolist(), media=pictures(seed, num_media))
+
+
+def same(found: Generation, expected: Generation, tolerance: float = 1e-4) -> None:
+    """The same tokens, and log-probabilities within the tolerance."""
+    assert found.token_ids == expected.token_ids
+    np.testing.assert_allclose(found.token_logprobs, expected.token_logprobs, atol=tolerance)
+    assert [other.token_ids for other in found.alternatives] == [other.token_ids for other in expected.alternatives]
 
 
 def submitted(model: Model, asked: Request, width: int) -> Loop:

@@ -15,7 +15,7 @@ from flamingo_export.runtime.model import Model
 from flamingo_export.runtime.options import GenerateOptions, Settings
 from flamingo_export.runtime.prompts import caption_prompt, qa_prompt
 from flamingo_export.runtime.request import Request
-from flamingo_export.runtime.texts import Generation, Text
+from flamingo_export.runtime.texts import Generation
 from flamingo_export.serve.refusals import ApiError
 from flamingo_export.serve.remote_media import decode_data_url
 
@@ -102,14 +102,4 @@ def _image(data: bytes) -> bytes:
 
 def result_of(found: Generation) -> str:
     """The JSON of the output `result`, with the fields of `generate --requests`."""
-    return json.dumps({**_text(found), "alternatives": [_text(other) for other in found.alternatives]}, ensure_ascii=False)
-
-
-def _text(found: Text) -> dict[str, Any]:
-    return {
-        "text": found.text,
-        "token_ids": list(found.token_ids),
-        "token_logprobs": list(found.token_logprobs),
-        "score": found.score,
-        "finish_reason": "stop" if found.finished else "length",
-    }
+    return json.dumps(found.fields(), ensure_ascii=False)

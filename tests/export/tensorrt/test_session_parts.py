@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_steps import decode, submitted, until_prefilled
+from engine_steps import decode, request, same, submitted, until_prefilled
 from fake_gpu import LIMITS, add_engines
 
 import flamingo_export
@@ -42,20 +42,6 @@ def both(gpu, tiny_model, bundle_writer, tmp_path) -> Iterator[Load]:
             return opened[0], opened[1]
 
         yield load
-
-
-def request(seed: int, length: int, num_media: int) -> Request:
-    rng = np.random.default_rng(seed)
-    ids = rng.integers(4, 70, length)
-    ids[0] = 1
-    ids[rng.choice(np.arange(1, length), num_media, replace=False)] = 3
-    return Request(prompt=ids.tolist(), media=list(rng.integers(0, 256, (num_media, 20, 30, 3), dtype=np.uint8)))
-
-
-def same(found, expected, tolerance: float = 1e-4) -> None:
-    assert found.token_ids == expected.token_ids
-    np.testing.assert_allclose(found.token_logprobs, expected.token_logprobs, atol=tolerance)
-    assert [other.token_ids for other in found.alternatives] == [other.token_ids for other in expected.alternatives]
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engine_steps import decode, submitted
+from engine_steps import decode, request, same, submitted
 from fake_cuda import Machine, Misuse
 from fake_gpu import LIMITS, FakeGpu, add_engines, install
 
@@ -53,20 +53,6 @@ def load(monkeypatch, tiny_model, bundle_writer, tmp_path) -> Iterator[Load]:
             return found, host, fake
 
         yield opened
-
-
-def request(seed: int, length: int, num_media: int) -> Request:
-    rng = np.random.default_rng(seed)
-    ids = rng.integers(4, 70, length)
-    ids[0] = 1
-    ids[rng.choice(np.arange(1, length), num_media, replace=False)] = 3
-    return Request(prompt=ids.tolist(), media=list(rng.integers(0, 256, (num_media, 20, 30, 3), dtype=np.uint8)))
-
-
-def same(found, expected, tolerance: float = 1e-4) -> None:
-    assert found.token_ids == expected.token_ids
-    np.testing.assert_allclose(found.token_logprobs, expected.token_logprobs, atol=tolerance)
-    assert [other.token_ids for other in found.alternatives] == [other.token_ids for other in expected.alternatives]
 
 
 def devices_of(model: Model) -> list[tuple[int, int]]:
