@@ -193,12 +193,13 @@ def measured(model: Any, ours: Any, runs: int) -> dict[str, float]:
         ours.generate(
             [*beginning, *prompt(4000 + run)[-QUESTION:]], images=[image], beams=1, max_new_tokens=1
         )  # who asked before
-        asked = [beginning + prompt(3000 + 10 * run + caller)[-QUESTION:] for caller in range(CALLERS)]
-        for new in (1, TOKENS):
-            fresh = [[*ids[:-1], 10 + new] for ids in asked]  # so that no prompt is in the cache as a whole
-            note(**{f"callers at once, {new}": ours_at_once(ours, fresh, image, new)})
-            fresh = [[*ids[:-1], 12 + new] for ids in asked]
-            note(**{f"callers in turn, {new}": sum(ours_at_once(ours, [ids], image, new) for ids in fresh)})
+        for place, (new, at_once) in enumerate(itertools.product((1, TOKENS), (True, False))):
+            # Questions that nobody has asked: only the beginning is in the cache.
+            seeds = (3000 + 100 * run + CALLERS * place + caller for caller in range(CALLERS))
+            asked = [beginning + prompt(seed)[-QUESTION:] for seed in seeds]
+            groups = [asked] if at_once else [[ids] for ids in asked]
+            kind = "at once" if at_once else "in turn"
+            note(**{f"callers {kind}, {new}": sum(ours_at_once(ours, group, image, new) for group in groups)})
         print({name: [round(value, 4) for value in values] for name, values in times.items()}, flush=True)
     return {name: statistics.median(values) for name, values in times.items()}
 

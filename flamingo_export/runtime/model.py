@@ -22,7 +22,7 @@ from flamingo_export.runtime.constraints import Forms
 from flamingo_export.runtime.engine import Engine
 from flamingo_export.runtime.images import ImageSource
 from flamingo_export.runtime.loop import Outcome
-from flamingo_export.runtime.media import Medium, MediumSource
+from flamingo_export.runtime.media import Medium, MediumSource, RecentMedia
 from flamingo_export.runtime.options import GenerateOptions, Settings, options_from
 from flamingo_export.runtime.prompts import Shots, as_shots, caption_prompt, qa_prompt
 from flamingo_export.runtime.request import Prepared, Request, prepare
@@ -66,6 +66,7 @@ class Model:
         self.config = manifest.config
         self.threads = options.threads
         self.inputs = manifest.inputs
+        self._recent = RecentMedia(manifest.limits.bank_rows)
         has_tokenizer = (bundle / TOKENIZER_FILE).is_file()
         self.tokenizer = Tokenizer.open(bundle, self.config, self.inputs.tags) if has_tokenizer else None
         self.engines = Engines.open(bundle, manifest, backend, options)
@@ -304,7 +305,9 @@ class Model:
         known: media of other requests by digest, which are held in memory once; this request's are added.
         Raises InputError (PromptError, ImageError).
         """
-        return prepare(request, self.config, self.tokenizer, known, fit=self.inputs.fit, forms=self.inputs.prompts)
+        return prepare(
+            request, self.config, self.tokenizer, known, recent=self._recent, fit=self.inputs.fit, forms=self.inputs.prompts
+        )
 
     def close(self) -> None:
         """Frees graphs, weights, media and cache. What is under way fails (EngineClosed)."""

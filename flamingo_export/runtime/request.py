@@ -9,7 +9,7 @@ import numpy as np
 
 from flamingo_export.errors import PromptError
 from flamingo_export.runtime.cache import Key
-from flamingo_export.runtime.media import Medium, MediumSource, load_medium
+from flamingo_export.runtime.media import Medium, MediumSource, RecentMedia, load_medium
 from flamingo_export.runtime.tokenizer import Tokenizer, without_last_blanks
 from flamingo_reference.arrays import Ints
 from flamingo_reference.config import ModelConfig
@@ -67,13 +67,15 @@ def prepare(
     tokenizer: Tokenizer | None,
     known: dict[bytes, Medium] | None = None,
     *,
+    recent: RecentMedia | None = None,
     fit: ImageFit = "pad",
     forms: PromptForms | None = None,
 ) -> Prepared:
     """Encodes and checks a request, and decodes its media.
 
     tokenizer: may be None where the prompt is token ids. known: media of other requests by digest, so that what is shown by many is held
-    in memory once; this request's are added. fit: how images become squares. forms: the model's, None where any will do.
+    in memory once; this request's are added. recent: images that earlier requests showed, which are not prepared again. fit: how images become
+    squares. forms: the model's, None where any will do.
     Raises PromptError for an empty prompt, ids outside the vocabulary, a wrong number of media, tags of another family, another family's
     forms or special tokens in what a user wrote; ImageError for media that cannot be read.
     """
@@ -100,7 +102,7 @@ def prepare(
             f"{'was' if given == 1 else 'were'} given. {advice}, in order."
         )
     known = {} if known is None else known
-    loaded = (load_medium(source, config, fit) for source in request.media)
+    loaded = (load_medium(source, config, fit, recent=recent) for source in request.media)
     media = tuple(known.setdefault(medium.digest, medium) for medium in loaded)
     return prepared_from_ids(ids, media, config)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -57,12 +58,19 @@ def tiles_of(image: Pixels, side: int, arrangements: Sequence[Arrangement], mean
     scaled = np.asarray(Image.fromarray(image).resize((width, height), RESAMPLING))
     canvas = np.zeros((rows * side, columns * side, 3), np.uint8)
     canvas[:height, :width] = scaled
-    shift, scale = np.asarray(mean, np.float32), np.asarray(std, np.float32)
-    normalised = ((canvas.astype(np.float64) * (1 / 255)).astype(np.float32) - shift) / scale
-    cut = normalised.reshape(rows, side, columns, side, 3).transpose(0, 2, 4, 1, 3).reshape(rows * columns, 3, side, side)
+    cut = canvas.reshape(rows, side, columns, side, 3).transpose(4, 0, 2, 1, 3).reshape(3, rows * columns, side, side)
     pixels = np.zeros((max(r * c for r, c in arrangements), 3, side, side), np.float32)
-    pixels[: rows * columns] = cut
+    for channel, levels in enumerate(_levels(mean, std)):
+        pixels[: rows * columns, channel] = levels[cut[channel]]
     return Tiles(pixels=pixels, aspect_ratio_id=arrangements.index(chosen) + 1, arrangement=chosen)
+
+
+@lru_cache(maxsize=8)
+def _levels(mean: Colour, std: Colour) -> npt.NDArray[np.float32]:
+    """What becomes of each level of each channel, float32 [3, 256]: scaled in float64 and rounded, then normalised in float32."""
+    shift, scale = (np.asarray(values, np.float32)[:, None] for values in (mean, std))
+    levels: npt.NDArray[np.float32] = ((np.arange(256) * (1 / 255)).astype(np.float32) - shift) / scale
+    return levels
 
 
 def _best_arrangement(height: int, width: int, side: int, arrangements: Sequence[Arrangement]) -> Arrangement:

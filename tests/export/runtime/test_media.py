@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from flamingo_export.runtime.images import preprocess
-from flamingo_export.runtime.media import load_medium
+from flamingo_export.runtime.media import RecentMedia, load_medium
+from flamingo_export.runtime.request import Request
 from flamingo_export.runtime.videos import Video
 from flamingo_reference.config import NANO
 
@@ -37,3 +39,34 @@ def test_frames_are_stacked_in_order() -> None:
     medium = load_medium(Video(source=frames), NANO)
     assert medium.pixels.shape == (3, 3, 64, 64)
     assert medium.pixels.mean((1, 2, 3)).argsort().tolist() == [0, 1, 2]
+
+
+def test_an_image_that_was_shown_lately_is_not_prepared_again() -> None:
+    pixels = np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
+    other = pixels[::-1].copy()
+    recent = RecentMedia(most=2)
+    first = load_medium(pixels, NANO, recent=recent)
+    assert load_medium(Image.fromarray(pixels), NANO, recent=recent) is first
+    assert load_medium(other, NANO, recent=recent) is not first
+    alone = load_medium(other, NANO)
+    assert (load_medium(other, NANO, recent=recent).pixels == alone.pixels).all()
+    assert first.digest == load_medium(pixels, NANO).digest
+
+
+@pytest.mark.parametrize(("most", "most_bytes"), [(2, 1 << 30), (9, 2 * 64 * 64 * 3 * 4)], ids=["media", "bytes"])
+def test_what_was_shown_longest_ago_is_let_go(most: int, most_bytes: int) -> None:
+    one, two, three = (np.full((8, 8, 3), value, np.uint8) for value in (1, 2, 3))
+    recent = RecentMedia(most=most, most_bytes=most_bytes)
+    first, second = load_medium(one, NANO, recent=recent), load_medium(two, NANO, recent=recent)
+    assert load_medium(one, NANO, recent=recent) is first
+    load_medium(three, NANO, recent=recent)
+    assert load_medium(one, NANO, recent=recent) is first
+    assert load_medium(two, NANO, recent=recent) is not second
+
+
+def test_a_model_prepares_an_image_once_for_several_requests(load_tiny: Any, tiny_config: Any) -> None:
+    model = load_tiny()
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    ask = Request(prompt=[tiny_config.tokens.image, 5], media=[pixels])
+    first, again = model.prepare(ask), model.prepare(ask)
+    assert again.media[0] is first.media[0]
