@@ -66,4 +66,8 @@ def _fields(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[
 
 
 def setup(app: Any) -> None:
+    from flamingo_export.pipeline import run
+    from flamingo_export.validate.report.parity_report import ParityReport
+
+    run.ParityReport = ParityReport  # type: ignore[attr-defined]  # a name in BuildResult's annotations, imported for type checkers only
     app.connect("autodoc-process-docstring", _fields)

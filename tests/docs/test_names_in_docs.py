@@ -1,4 +1,4 @@
-"""Paths and modules in back-ticks, in README, CONTRIBUTING and docs/, are there."""
+"""Paths and modules in back-ticks, in README, CONTRIBUTING and docs/, are there; every public name is in the reference."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+import flamingo_export
+import flamingo_export.errors
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -62,3 +65,11 @@ def test_modules(page: Path) -> None:
                 wrong.append(name)
             break
     assert wrong == []
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    page = (ROOT / "docs" / "reference" / "api.md").read_text(encoding="utf-8")
+    shown = set(re.findall(r"flamingo_export\.(\w+)", page))
+    errors = {name for name in flamingo_export.__all__ if getattr(flamingo_export.errors, name, None) is not None}
+    assert set(flamingo_export.__all__) - {"__version__"} - errors == shown - {"errors"}
+    assert ".. automodule:: flamingo_export.errors" in page
