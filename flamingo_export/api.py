@@ -72,6 +72,7 @@ def build(
     known), CalibrationError (a table that does not fit, activations that give none), BuildError (output taken, no space, another build to
     the same path, a policy that model or backend cannot follow), ParityError (parity failed or could not be run).
     """
+    from flamingo_export.backends.registry import COMPILERS
     from flamingo_export.errors import BuildError
     from flamingo_export.pipeline import run
     from flamingo_export.pipeline.build_request import BuildRequest, default_out
@@ -79,7 +80,7 @@ def build(
     from flamingo_export.quantize.policies import preset
     from flamingo_export.sources.choice import with_vision_encoder
 
-    if target is not None and backend == "onnxruntime":
+    if target is not None and backend not in COMPILERS:
         raise BuildError(f"target is {target!r}, but only engines have one: add backend='tensorrt-rtx'")
     source = _source(model, tokenizer)
     chosen = preset(policy) if isinstance(policy, str) else policy

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flamingo_calibration.texts import tower_texts
+from flamingo_calibration.tower_texts import tower_texts
 from flamingo_export.bundle.bundled_tokenizer import checked_tokenizer, placeholder_tokenizer
 from flamingo_export.errors import CalibrationError, InputError, PromptError
 from flamingo_export.progress import SILENT, Progress

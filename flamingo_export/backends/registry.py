@@ -20,8 +20,14 @@ _BACKENDS = MappingProxyType(
         "reference": ("flamingo_export.backends.reference", "ReferenceBackend"),
     }
 )
-COMPILERS = ("tensorrt-rtx", "tensorrt")
-"""Backends that compile engines into a bundle."""
+_COMPILERS = MappingProxyType(
+    {
+        "tensorrt-rtx": ("flamingo_export.backends.tensorrt.backend", "tensorrt_backend"),
+        "tensorrt": ("flamingo_export.backends.tensorrt.backend", "tensorrt_backend"),
+    }
+)
+COMPILERS = tuple(_COMPILERS)
+"""Backends that compile engines into a bundle. Each has a function of its name and target that makes it."""
 BACKEND_NAMES = (*_BACKENDS, *COMPILERS)
 PREFERRED = ("tensorrt", "tensorrt-rtx", "onnxruntime")
 """What `auto` tries, best first. The reference is never chosen by itself: it is there to be compared with."""
@@ -51,10 +57,9 @@ def get_compiler(name: str, *, target: str | None = None) -> Compiler:
     """
     if name not in COMPILERS:
         raise BackendError(f"{name!r} compiles no engines. Choose one of: {', '.join(COMPILERS)}.")
-    from flamingo_export.backends.tensorrt.backend import TensorRTBackend
-    from flamingo_export.backends.tensorrt.library import LIBRARIES
-
-    return TensorRTBackend(LIBRARIES[name], target=target)
+    module, function = _COMPILERS[name]
+    compiler: Compiler = getattr(importlib.import_module(module), function)(name, target=target)
+    return compiler
 
 
 def compiler_of(name: str, *, target: str | None = None) -> Compiler | None:

@@ -65,6 +65,7 @@ def capacity(
     """
     import math
 
+    from flamingo_export.backends.registry import COMPILERS
     from flamingo_export.cli.output import print_json, waiting
     from flamingo_export.deploy.capacity.costs import read_bench
     from flamingo_export.deploy.capacity.load import PATTERNS, Load
@@ -84,7 +85,7 @@ def capacity(
         shared_images=shared_images,
         beams=beams,
     )
-    on_gpu = head.backend.startswith("tensorrt") or costs.asynchronous
+    on_gpu = head.backend in COMPILERS or costs.asynchronous
     fleet = Fleet(
         rows=rows or costs.rows[-1],
         queue=max_queue,

@@ -17,7 +17,7 @@ from variations import drawn_model
 import flamingo_export
 from flamingo_calibration import calibrate, shipped_samples
 from flamingo_calibration.samples import check_samples
-from flamingo_calibration.texts import DRAWN_TEXTS, tower_texts
+from flamingo_calibration.tower_texts import DRAWN_TEXTS, tower_texts
 from flamingo_export.errors import CalibrationError
 from flamingo_export.precision import Precision
 from flamingo_export.quantize.policies import for_model, preset

@@ -270,6 +270,11 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
     native_functions: frozenset[str] | None = None
 
 
+def tensorrt_backend(name: str, *, target: str | None) -> TensorRTBackend:
+    """The backend of that name (`tensorrt-rtx`, `tensorrt`), for `backends.registry`."""
+    return TensorRTBackend(library.LIBRARIES[name], target=target)
+
+
 def _timing_cache(which: Library, trt: ModuleType, target: str) -> Path | None:
     """Kernels measured on this kind of GPU. Ahead of time nothing is measured, so nothing is kept."""
     folder = user_cache("timing")

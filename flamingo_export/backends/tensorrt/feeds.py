@@ -13,7 +13,7 @@ from flamingo_export.backends.tensorrt.dtypes import ElementType, encode
 from flamingo_export.backends.tensorrt.engine_contract import Contract
 from flamingo_export.backends.tensorrt.handing import Hand
 from flamingo_export.backends.tensorrt.launch import Call
-from flamingo_export.backends.tensorrt.results import TOKENS
+from flamingo_export.backends.tensorrt.result_buffers import TOKENS
 from flamingo_export.backends.tensorrt.sending import (
     KEPT,
     MOST_UPDATES,

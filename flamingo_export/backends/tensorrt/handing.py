@@ -9,7 +9,7 @@ import numpy as np
 
 from flamingo_export.backends.base import Handed
 from flamingo_export.backends.tensorrt.device_memory import DeviceStream, Memory
-from flamingo_export.backends.tensorrt.results import TOKENS, Slot
+from flamingo_export.backends.tensorrt.result_buffers import TOKENS, Slot
 from flamingo_export.backends.tensorrt.sending import NO_CHOICES, NO_UPDATES, Updates, updates_of
 from flamingo_export.backends.tensorrt.step_kernels import CHOICE, FROM_MEMORY
 

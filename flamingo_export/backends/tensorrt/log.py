@@ -21,8 +21,8 @@ _MEANINGS = (
     ),
     (
         r"could not find any implementation|no implementation",
-        "TensorRT found no kernel for a part of the graph. It says the same when memory is short while it tries them: see what was "
-        "available, free some and build again; if there was enough, the GPU lacks kernels for this type: try --storage fp16",
+        "TensorRT found no kernel for some nodes of the graph. It reports the same error when it runs out of memory while trying "
+        "kernels: free memory and retry. If there was enough, the GPU lacks kernels for this type: try --storage fp16",
     ),
     (
         r"plugin not found|getPluginCreator|no plugin",

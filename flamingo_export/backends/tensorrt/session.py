@@ -35,7 +35,7 @@ from flamingo_export.backends.tensorrt.handing import Hand
 from flamingo_export.backends.tensorrt.launch import Call, Result, plan
 from flamingo_export.backends.tensorrt.log import BuilderMessages, listening
 from flamingo_export.backends.tensorrt.lowering.shapes import DECODE
-from flamingo_export.backends.tensorrt.results import TOKENS, Arrivals, DeviceRun, Slot
+from flamingo_export.backends.tensorrt.result_buffers import TOKENS, Arrivals, DeviceRun, Slot
 from flamingo_export.backends.tensorrt.slots import check_mask, check_writes
 from flamingo_export.errors import BackendError, InputError
 from flamingo_export.specs import TOP_IDS, TOP_VALUES, SubgraphSpec, TensorSpec

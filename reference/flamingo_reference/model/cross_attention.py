@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flamingo_reference.config import ModelConfig
-from flamingo_reference.model.layers import RMSNorm, Seam, feed_forward, make_norm, make_swish
+from flamingo_reference.model.layers import HookPoint, RMSNorm, feed_forward, make_norm, make_swish
 
 
 def phi_cross_attention(
@@ -84,7 +84,7 @@ class GatedCrossAttention(nn.Module):
         self.v_proj = nn.Linear(config.resampler.width, kv_inner, bias=False)
         self.q_norm = RMSNorm(block.head_size, block.norm_eps) if block.qk_norm else None
         self.k_norm = RMSNorm(block.head_size, block.norm_eps) if block.qk_norm else None
-        self.media = Seam()
+        self.media = HookPoint()
         self.out_proj = nn.Linear(inner, width, bias=False)
         gate = () if block.gate == "scalar" else (width,)
         gated = block.gate != "none"

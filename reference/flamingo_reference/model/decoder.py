@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flamingo_reference.config import AlibiPositions, LanguageModelConfig, RelativePositions, RotaryPositions
-from flamingo_reference.model.layers import Seam, feed_forward, make_norm, make_swish
+from flamingo_reference.model.layers import HookPoint, feed_forward, make_norm, make_swish
 from flamingo_reference.model.positions import rotate, shift_by_distance, sinusoids
 
 
@@ -33,7 +33,7 @@ class LanguageModelLayer(nn.Module):
             self.relative_proj = nn.Linear(config.width, inner, bias=False)
             self.content_bias = nn.Parameter(torch.zeros(config.num_heads, config.head_size))
             self.position_bias = nn.Parameter(torch.zeros(config.num_heads, config.head_size))
-        self.operands = Seam()
+        self.operands = HookPoint()
         self.out_proj = nn.Linear(inner, config.width, bias=bias)
         self.ffw_norm = make_norm(config.norm, config.width, config.norm_eps, bias=config.norm_bias)
         self.ffw_swish = make_swish(config.feed_forward, config.width, config.ffw_width, bias=bias)

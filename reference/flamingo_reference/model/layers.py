@@ -29,7 +29,7 @@ def make_norm(kind: Norm, width: int, eps: float, *, bias: bool = True) -> RMSNo
     return RMSNorm(width, eps) if kind == "rms_norm" else nn.LayerNorm(width, eps, bias=bias)
 
 
-class Seam(nn.Module):
+class HookPoint(nn.Module):
     """Passes tensors on as they are, so that others can listen: a forward hook on it sees what one half of a computation gives the other,
     or replaces it by what it returns. Calibration counts there, parity rounds there; a live model with such hooks is not exported."""
 

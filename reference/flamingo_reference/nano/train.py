@@ -53,7 +53,7 @@ class Run:
 
 def train(folder: Path, *, config: ModelConfig = NANO, until: str = "bridge") -> Flamingo | None:
     """Runs the stages up to `until`; the finished model, or None where the bridge was not asked for."""
-    from flamingo_reference.nano import bridge, language, train_vision
+    from flamingo_reference.nano import language, train_bridge, train_vision
 
     run = Run(folder)
     tokenizer = _tokenizer(folder / "tokenizer.json", config)
@@ -77,7 +77,7 @@ def train(folder: Path, *, config: ModelConfig = NANO, until: str = "bridge") ->
     run.stage(
         "bridge",
         model,
-        lambda: bridge.train_bridge(
+        lambda: train_bridge.train_bridge(
             model,
             tokenizer,
             steps=2400,

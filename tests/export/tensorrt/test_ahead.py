@@ -13,7 +13,7 @@ from fake_gpu import LIMITS, add_engines
 
 import flamingo_export
 from flamingo_export.backends.base import Handed
-from flamingo_export.backends.tensorrt.results import DeviceRun
+from flamingo_export.backends.tensorrt.result_buffers import DeviceRun
 from flamingo_export.backends.tensorrt.session import TensorRTSession
 from flamingo_export.errors import BackendError, InputError
 from flamingo_export.runtime.model import Model

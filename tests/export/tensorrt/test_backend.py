@@ -102,7 +102,7 @@ def test_memory_that_cannot_suffice_is_refused_before_work():
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("Error Code 10: Internal Error (Could not find any implementation for node X.)", "memory is short"),
+        ("Error Code 10: Internal Error (Could not find any implementation for node X.)", "runs out of memory"),
         ("Error Code 2: OutOfMemory (Requested size was 123 bytes.)", "memory ran out"),
         ("creator && Plugin not found, are the plugin name, version, and namespace correct?", "plugin library is not loaded"),
         ("No importer registered for op: Frobnicate.", "does not have an operator"),

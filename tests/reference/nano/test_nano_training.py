@@ -11,7 +11,7 @@ from torch import nn  # noqa: E402
 
 from flamingo_reference.config import NANO, PAPER_TOKENS  # noqa: E402
 from flamingo_reference.model import Flamingo  # noqa: E402
-from flamingo_reference.nano import bridge, language, pages, pictures, train_vision  # noqa: E402
+from flamingo_reference.nano import language, pages, pictures, train_bridge, train_vision  # noqa: E402
 from flamingo_reference.nano.evaluate import (  # noqa: E402
     CARD_END,
     CARD_START,
@@ -67,19 +67,19 @@ def test_no_held_out_scene_or_motion_is_trained_on():
 def test_bridge_learns_and_leaves_the_rest_alone(tokenizer, pool):
     torch.manual_seed(0)
     model = Flamingo(NANO)
-    features = bridge.Features(model, pool)
+    features = train_bridge.Features(model, pool)
     model.requires_grad_(False)
     model.resampler.requires_grad_(True)
     model.cross_attention.requires_grad_(True)
-    bridge.initialise(model)
+    train_bridge.initialise(model)
     frozen = {name: tensor.clone() for name, tensor in model.state_dict().items() if name.startswith(("vision", "language"))}
     rng = np.random.default_rng(0)
-    documents = [pages.encode(bridge.page(rng, pool), tokenizer, PAPER_TOKENS) for _ in range(6)]
+    documents = [pages.encode(train_bridge.page(rng, pool), tokenizer, PAPER_TOKENS) for _ in range(6)]
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=5e-3)
     losses = []
     for _ in range(12):
         optimizer.zero_grad()
-        loss = bridge.document_loss(model, features, documents)
+        loss = train_bridge.document_loss(model, features, documents)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
@@ -90,9 +90,9 @@ def test_bridge_learns_and_leaves_the_rest_alone(tokenizer, pool):
 def test_every_data_set_makes_a_batch(tokenizer, pool):
     rng = np.random.default_rng(1)
     frames_of = {index: len(item.frames) for index, item in enumerate(pool.items)}
-    assert bridge.WEIGHTS == {"pages": 1.0, "scene pairs": 0.2, "digit pairs": 0.2, "videos": 0.03}
-    for name in bridge.WEIGHTS:
-        for pieces in bridge._batch(name, rng, pool, frames_of):
+    assert train_bridge.WEIGHTS == {"pages": 1.0, "scene pairs": 0.2, "digit pairs": 0.2, "videos": 0.03}
+    for name in train_bridge.WEIGHTS:
+        for pieces in train_bridge._batch(name, rng, pool, frames_of):
             encoded = pages.encode(pieces, tokenizer, PAPER_TOKENS)
             assert encoded.token_ids[0] == PAPER_TOKENS.bos
             assert 1 <= len(encoded.media) <= pages.MAX_IMAGES
