@@ -1,8 +1,14 @@
-"""How many requests, and bytes of their bodies, a process holds at once: beyond that clients are asked to come back."""
+"""How many requests, and bytes of their bodies, a process holds at once: beyond that clients are asked to come back.
+
+A byte counts once it is there. Who announces a body and sends nothing takes a place among the requests alone, and gives that up to the next one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+import math
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -14,6 +20,11 @@ if TYPE_CHECKING:
     from starlette.datastructures import Headers
     from starlette.types import Message, Receive
 
+WINDOW = 1.0
+"""Seconds over which a body's pace is measured; one that has begun since then is not slow."""
+SLOW = 4096
+"""Bytes a second. A body that comes more slowly is given up where its place is needed, and only there."""
+
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """body: bytes of one body. requests, bytes: of all requests with a body that are under way."""
@@ -24,55 +35,130 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Held:
-    """What one process holds at the moment."""
+    """What one process holds at the moment. It belongs to one event loop."""
 
-    def __init__(self, limits: Limits) -> None:
-        self._limits = limits
-        self.requests = 0
+    def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
+        """clock: seconds."""
+        self._limits, self.clock = limits, clock
+        self._bodies: set[Body] = set()
         self.bytes = 0
+
+    @property
+    def requests(self) -> int:
+        """Requests with a body that are under way."""
+        return len(self._bodies)
 
     @contextmanager
     def body(self, declared: int) -> Iterator[Body]:
-        """A place for a request whose body is said to have so many bytes, until its answer is out.
+        """A place for a request whose body is said to have so many bytes, until its answer is out. They count as they come.
 
-        Raises ApiError 413 for a body that is too large, 429 where too many requests are held, 503 where too many bytes are.
+        Raises ApiError 413 for a body that is too large, 429 where too many requests are held, 503 where too few bytes are left for it.
         """
-        if self.requests >= self._limits.requests:
-            raise ApiError(429, f"{self.requests} requests are under way.", code="queue_full", retry=True)
-        self.requests += 1
         body = Body(self, self._limits)
+        body.check_size(declared)
+        if self.requests >= self._limits.requests and not self._give_up_slowest(0):
+            raise ApiError(429, f"{self.requests} requests are under way.", code="queue_full", retry=True)
+        body.check_room(declared)
+        self._bodies.add(body)
         try:
-            body.grow(declared)
             yield body
         finally:
-            self.requests -= 1
+            self.drop(body)
+
+    def drop(self, body: Body) -> None:
+        """Its bytes and its place are free."""
+        if body in self._bodies:
+            self._bodies.remove(body)
             self.bytes -= body.size
+
+    def room(self, count: int, besides: Body) -> bool:
+        """Whether so many bytes more fit. Slow bodies other than `besides` are given up where they do not."""
+        while self.bytes + count > self._limits.bytes:
+            if not self._give_up_slowest(1, besides):
+                return False
+        return True
+
+    def _give_up_slowest(self, least: int, besides: Body | None = None) -> bool:
+        """Whether there was a slow body of at least so many bytes; the slowest is given up."""
+        now = self.clock()
+        slow = [
+            (pace, -body.size, body)
+            for body in self._bodies - {besides}
+            if body.size >= least and (pace := body.pace(now)) < SLOW
+        ]
+        if not slow:
+            return False
+        victim = min(slow, key=lambda each: each[:2])[2]
+        self.drop(victim)
+        victim.give_up()
+        return True
 
 
 class Body:
-    """What is kept free for one body, and what has come of it."""
+    """What has come of one body, and how fast."""
 
     def __init__(self, held: Held, limits: Limits) -> None:
         self._held, self._limits = held, limits
         self.size = 0
-        """Bytes that are kept free for it."""
-        self._come = 0
+        """Bytes that have come."""
+        self._since, self._then, self._pace = held.clock(), 0, math.inf
+        self._waiting: asyncio.Timeout | None = None
+        self._given_up = False
 
-    def come(self, count: int) -> None:
-        """So many bytes more are there. Raises ApiError as `Held.body` does."""
-        self._come += count
-        self.grow(self._come - self.size)
-
-    def grow(self, count: int) -> None:
-        """Keeps more bytes free, none where the count is not above 0."""
-        if count <= 0:
-            return
+    def check_size(self, count: int) -> None:
+        """Raises ApiError 413 where so many bytes more make it too large."""
         if self.size + count > self._limits.body:
             raise ApiError(413, f"The body is larger than {self._limits.body} bytes.", code="body_too_large")
-        if self._held.bytes + count > self._limits.bytes:
+
+    def check_room(self, count: int) -> None:
+        """Raises ApiError 503 where so many bytes more do not fit beside other bodies."""
+        if count > 0 and not self._held.room(count, self):
             raise ApiError(503, "Other requests fill the memory for bodies. Try again.", code="bodies_full", retry=True)
-        self._held.bytes += count
+
+    def come(self, count: int) -> None:
+        """So many bytes more are there. Raises ApiError where they do not fit, or the body was given up."""
+        if self._given_up:
+            raise _too_slow()
+        self.check_size(count)
+        self.check_room(count)
         self.size += count
+        self._held.bytes += count
+        self._measure(self._held.clock())
+
+    async def wait(self, receive: Receive) -> Message:
+        """The next message. Raises ApiError 503 where the body is given up meanwhile."""
+        try:
+            async with asyncio.timeout(None) as self._waiting:
+                return await receive()
+        except TimeoutError:
+            if self._given_up:
+                raise _too_slow() from None
+            raise
+        finally:
+            self._waiting = None
+
+    def give_up(self) -> None:
+        """Who waits for more of it is told so."""
+        assert self._waiting is not None
+        self._given_up = True
+        self._waiting.reschedule(asyncio.get_running_loop().time())
+
+    def pace(self, now: float) -> float:
+        """Bytes a second at which it comes; infinite where it is not waited for."""
+        if self._waiting is None:
+            return math.inf
+        self._measure(now)
+        return self._pace
+
+    def _measure(self, now: float) -> None:
+        if now - self._since >= WINDOW:
+            self._pace = (self.size - self._then) / (now - self._since)
+            self._since, self._then = now, self.size
+
+
+def _too_slow() -> ApiError:
+    text = "The body came so slowly that its place was given to another request. Try again."
+    return ApiError(503, text, code="body_too_slow", retry=True)
 
 
 def declared(headers: Headers) -> int | None:
@@ -84,11 +170,16 @@ def declared(headers: Headers) -> int | None:
 
 
 def counted(receive: Receive, body: Body) -> Receive:
-    """The same messages; raises ApiError in the place of one whose bytes go beyond the limits."""
+    """The same messages; raises ApiError in the place of one whose bytes go beyond the limits, or for which others could not wait."""
+    whole = False
 
     async def counting() -> Message:
-        message = await receive()
+        nonlocal whole
+        if whole:
+            return await receive()
+        message = await body.wait(receive)
         body.come(len(message.get("body", b"")))
+        whole = not message.get("more_body", False)
         return message
 
     return counting

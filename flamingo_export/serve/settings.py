@@ -18,13 +18,13 @@ class ServeSettings:
     max_queue: requests that wait beside them, per model.
     max_per_caller: requests of one caller that run or wait; None is any number.
     max_body: bytes of a request's body.
-    held_requests, held_bytes: requests whose bodies are read or answered at once, and bytes of these bodies together. A body counts with the
-        length that its client announces, and from then until its answer is out.
+    held_requests, held_bytes: requests whose bodies are read or answered at once, and bytes of these bodies together. A byte counts from when
+        it has come until the answer is out.
     max_media: images and videos of a request.
     media_bytes: bytes of one remote medium.
     media_seconds: seconds that fetching one may take, redirects included.
     allow_media_from: origins (`https://images.example`), or URL prefixes, that media may be fetched from. Empty: only data: URLs.
-    body_seconds: seconds that a client may take to send its body.
+    body_seconds: seconds that a client may take to send its body, and to take each piece of a stream.
     timeout: seconds that a request may take; a request may ask for less.
     drain_seconds: seconds that accepted requests have to finish after SIGTERM.
     log_prompts: whether prompts and answers go to the log.

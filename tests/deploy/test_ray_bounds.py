@@ -15,7 +15,7 @@ from flamingo_export.deploy.ray.bounds import LIMITS, BoundedBodies, middlewares
 from flamingo_export.deploy.ray.ingress import Ingress
 from flamingo_export.deploy.ray.settings import RaySettings, read_settings
 from flamingo_export.errors import InputError
-from flamingo_export.serve.held import Limits
+from flamingo_export.serve.held import WINDOW, Limits
 
 LIMITED = Limits(body=100, requests=3, bytes=150)
 
@@ -83,14 +83,14 @@ def test_a_declared_body_is_refused_before_it_comes():
         bounded = BoundedBodies(echo, LIMITED)
         large = Client(bounded, length=101)
         first = Client(bounded, length=100)
-        await settled()
-        second = Client(bounded, length=51)
+        await first.give(99, more=True)
+        second = Client(bounded, length=52)
         await settled()
         assert (large.status, first.status, second.status) == (413, None, 503)
         assert second.headers[b"retry-after"] == b"1"
         assert json.loads(second.sent[1]["body"])["error"]["code"] == "bodies_full"
         third = Client(bounded, length=50)
-        await first.give(100)
+        await first.give(1)
         await third.give(50)
         assert (first.status, third.status) == (200, 200)
         assert (bounded.held.requests, bounded.held.bytes) == (0, 0)
@@ -112,6 +112,28 @@ def test_more_requests_than_are_held_come_back_later():
         assert (waiting[0].status, again.status) == (499, 200)
         for each in waiting[1:]:
             await each.give(1)
+        assert (bounded.held.requests, bounded.held.bytes) == (0, 0)
+
+    run(test)
+
+
+@pytest.mark.parametrize("app", [echo, stubborn])
+def test_a_body_that_does_not_come_gives_its_place_to_another(app):
+    async def test() -> None:
+        bounded = BoundedBodies(app, LIMITED)
+        now = 0.0
+        bounded.held.clock = lambda: now
+        idle = [Client(bounded, length=100) for _ in range(3)]
+        await settled()
+        now += WINDOW
+        asked = Client(bounded, length=100)
+        await asked.give(99, more=True)
+        assert sorted(client.status or 0 for client in idle) == [0, 0, 503]
+        assert (asked.status, bounded.held.requests, bounded.held.bytes) == (None, 3, 99)
+        for client in idle:
+            await client.go()
+        await asked.give(1)
+        await asyncio.gather(*(client.running for client in [*idle, asked]), return_exceptions=True)
         assert (bounded.held.requests, bounded.held.bytes) == (0, 0)
 
     run(test)

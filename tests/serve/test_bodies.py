@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import select
 import socket
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import pytest
 from flamingo_export.cli import main
 from flamingo_export.errors import InputError
 from flamingo_export.serve.app import Server
+from flamingo_export.serve.held import SLOW, WINDOW
 from flamingo_export.serve.settings import ServeSettings
 
 from .conftest import Client, image_part, running, until, user
@@ -47,10 +49,11 @@ def answered(raw: socket.socket) -> tuple[int, dict[str, str], Any]:
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/score"])
 def test_what_does_not_fit_beside_other_bodies_is_refused_unread(make_server: Callable[..., Server], path: str) -> None:
     server = make_server(ServeSettings(max_body=MIB, held_bytes=MIB + 1000))
+    server.held.clock = lambda: 0.0  # nobody is slow
     with running(server) as client, ExitStack() as open_:
-        open_.enter_context(begun(client, f"Content-Length: {MIB}"))
-        until(lambda: server.held.bytes == MIB)
-        with begun(client, "Content-Length: 1001", path=path) as raw:
+        open_.enter_context(begun(client, f"Content-Length: {MIB}")).sendall(b"x" * (MIB - 1))
+        until(lambda: server.held.bytes == MIB - 1)
+        with begun(client, "Content-Length: 1002", path=path) as raw:
             status, headers, error = answered(raw)
         assert (status, headers["retry-after"], error["code"]) == (503, "1", "bodies_full")
         assert headers["x-request-id"]
@@ -62,21 +65,26 @@ def test_what_does_not_fit_beside_other_bodies_is_refused_unread(make_server: Ca
     server.models.close()
 
 
-def test_a_body_in_pieces_counts_as_it_comes(make_server: Callable[..., Server]) -> None:
+def test_a_body_counts_as_it_comes(make_server: Callable[..., Server]) -> None:
     server = make_server(ServeSettings(max_body=2000, held_bytes=3000))
-    with running(server) as client, begun(client, "Content-Length: 2000"), begun(client, "Transfer-Encoding: chunked") as raw:
-        until(lambda: (server.held.requests, server.held.bytes) == (2, 2000))
+    server.held.clock = lambda: 0.0
+    lengths = ("Content-Length: 2000", "Transfer-Encoding: chunked")
+    with running(server) as client, begun(client, lengths[0]) as known, begun(client, lengths[1]) as raw:
+        until(lambda: (server.held.requests, server.held.bytes) == (2, 0))
+        known.sendall(b"x" * 1999)
+        until(lambda: server.held.bytes == 1999)
         raw.sendall(b"3e8\r\n" + b"x" * 1000 + b"\r\n")
-        until(lambda: server.held.bytes == 3000)
-        raw.sendall(b"1\r\nx\r\n")
+        until(lambda: server.held.bytes == 2999)
+        raw.sendall(b"2\r\nxx\r\n")
         status, headers, _ = answered(raw)
         assert (status, headers["retry-after"]) == (503, "1")
-        until(lambda: (server.held.requests, server.held.bytes) == (1, 2000))
+        until(lambda: (server.held.requests, server.held.bytes) == (1, 1999))
     server.models.close()
 
 
 def test_more_requests_than_are_held_come_back_later(make_server: Callable[..., Server]) -> None:
     server = make_server(ServeSettings(held_requests=2))
+    server.held.clock = lambda: 0.0
     with running(server) as client, ExitStack() as open_:
         for _ in range(2):
             open_.enter_context(begun(client, "Content-Length: 1"))
@@ -87,6 +95,62 @@ def test_more_requests_than_are_held_come_back_later(make_server: Callable[..., 
         open_.close()
         until(lambda: server.held.requests == 0)
         assert client.chat(messages=user(image_part())).status == 200
+    server.models.close()
+
+
+def test_bodies_that_are_announced_and_never_come_shut_nobody_out(make_server: Callable[..., Server]) -> None:
+    """The default limits, no keys: as many announcements as would fill the bytes, and then as many as there are places."""
+    server = make_server(ServeSettings(held_requests=6))
+    now = 0.0
+    server.held.clock = lambda: now
+    with running(server) as client, ExitStack() as open_:
+        idle = [open_.enter_context(begun(client, f"Content-Length: {64 * MIB}")) for _ in range(5)]
+        until(lambda: server.held.requests == 5)
+        assert server.held.bytes == 0
+        assert client.chat(messages=user(image_part())).status == 200
+        idle.append(open_.enter_context(begun(client, "Content-Length: 1")))
+        until(lambda: server.held.requests == 6)
+        assert client.chat(messages=user(image_part())).status == 429  # they may still send
+        now += WINDOW
+        assert client.chat(messages=user(image_part())).status == 200
+        assert server.held.requests == 5
+        ended = [raw for raw in idle if select.select([raw], [], [], 0)[0]]
+        assert len(ended) == 1
+        status, headers, error = answered(ended[0])
+        assert (status, headers["retry-after"], error["code"]) == (503, "1", "body_too_slow")
+    server.models.close()
+
+
+def test_bodies_that_stop_half_way_give_way_to_others(make_server: Callable[..., Server]) -> None:
+    """The one whose pace is least gives way first; one that comes fast enough, or is whole, does not."""
+    server = make_server(ServeSettings(max_body=100_000, held_bytes=100_000))
+    now = 0.0
+    server.held.clock = lambda: now
+    with running(server) as client, ExitStack() as open_:
+        slow, stopped, fast = [open_.enter_context(begun(client, "Content-Length: 100000")) for _ in range(3)]
+        until(lambda: server.held.requests == 3)
+        for raw in (slow, stopped, fast):
+            raw.sendall(b"x" * 25_000)
+        until(lambda: server.held.bytes == 75_000)
+        now += WINDOW
+        for count, raw in ((SLOW - 1, slow), (1, stopped), (SLOW, fast)):  # measured from here on
+            raw.sendall(b"x" * count)
+        until(lambda: server.held.bytes == 75_000 + 2 * SLOW)
+        now += WINDOW
+        for count, raw in ((SLOW - 1, slow), (SLOW, fast)):
+            raw.sendall(b"x" * count)
+        until(lambda: server.held.bytes == 75_000 + 4 * SLOW - 1)
+        other = open_.enter_context(begun(client, "Content-Length: 20000"))
+        assert answered(stopped)[2]["code"] == "body_too_slow"
+        until(lambda: server.held.requests == 3)
+        other.sendall(b"x" * 19_999)
+        until(lambda: server.held.bytes == 50_000 + 19_999 + 4 * SLOW - 2)
+        another = open_.enter_context(begun(client, "Content-Length: 30000"))
+        assert answered(slow)[2]["code"] == "body_too_slow"
+        another.sendall(b"x" * 29_999)
+        until(lambda: server.held.bytes == 25_000 + 19_999 + 29_999 + 2 * SLOW)
+        with begun(client, "Content-Length: 30000") as raw:
+            assert answered(raw)[2]["code"] == "bodies_full"
     server.models.close()
 
 
@@ -105,7 +169,7 @@ def test_a_stream_lets_go_of_its_body_when_it_is_out(make_server: Callable[..., 
     body = json.dumps({"model": "nano", "stream": True, "messages": user(image_part())}).encode()
     with running(server) as client, begun(client, f"Content-Length: {len(body)}") as raw:
         raw.sendall(body[:-1])
-        until(lambda: server.held.bytes == len(body))
+        until(lambda: server.held.bytes == len(body) - 1)
         raw.sendall(body[-1:])
         text = b""
         while b"[DONE]" not in text:
