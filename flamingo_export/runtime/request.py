@@ -60,6 +60,16 @@ class Prepared:
         """What phi counts up to."""
         return sum(medium.rows for medium in self.media)
 
+    @property
+    def looked_at(self) -> range:
+        """The media, counted from 1, that what follows the prompt sees: one, or several that stand side by side; empty where it sees none."""
+        last = int(self.phi[-1])
+        if last == 0:
+            return range(0)
+        first = last if self.first is None else int(self.first[-1])
+        of_row = np.repeat(np.arange(len(self.media)), [medium.rows for medium in self.media])
+        return range(int(of_row[first - 1]) + 1, int(of_row[last - 1]) + 2)
+
 
 def prepare(
     request: Request,

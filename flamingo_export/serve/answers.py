@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from flamingo_export.runtime.request import Prepared
 from flamingo_export.runtime.steering import HoldBack, cut_at
 from flamingo_export.runtime.texts import Generation, Text
 from flamingo_export.runtime.ticket import Tokens
@@ -187,11 +188,12 @@ class Pieces:
         return [self._form.piece(self._index, text, values)] if text or values else []
 
 
-def extras(found: Generation, media: int) -> dict[str, Any]:
-    """What the page shows beside the text: which medium the answer looked at (phi), what else the search considered, where time went."""
-    timings = found.timings
+def extras(found: Generation, prepared: Prepared) -> dict[str, Any]:
+    """What the page shows beside the text: which media the answer looked at, what else the search considered, where time went."""
+    timings, seen = found.timings, prepared.looked_at
     return {
-        "phi": media,
+        "phi": seen[-1] if seen else 0,
+        "looked_at": list(seen),
         "score": found.score,
         "alternatives": [{"text": other.text, "score": other.score} for other in found.alternatives],
         "seconds": {

@@ -147,6 +147,7 @@ def create_app(server: Server) -> Starlette:
             Route("/health/live", _live, methods=["GET"]),
             Route("/health/ready", _ready, methods=["GET"]),
             Route("/openapi.json", _openapi, methods=["GET"]),
+            Route("/api", _api, methods=["GET"]),
             Route("/", _page, methods=["GET"]),
         ],
         exception_handlers={404: _not_found, 405: _not_found},
@@ -302,11 +303,22 @@ def page() -> str:
 
 
 async def _page(_: Request) -> Response:
-    text = page()
-    policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; media-src blob:; connect-src 'self'; form-action 'none'; frame-ancestors 'none'; base-uri 'none'"  # noqa: E501
-    return HTMLResponse(
-        text, headers={"content-security-policy": policy, "x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
+    return _html(page(), "; script-src 'unsafe-inline'; img-src data: blob:; media-src blob:; connect-src 'self'")
+
+
+async def _api(_: Request) -> Response:
+    from flamingo_export.serve.openapi import page
+
+    return _html(page())
+
+
+def _html(text: str, allowed: str = "") -> Response:
+    """A page that a browser loads nothing for, but what is allowed."""
+    policy = (
+        f"default-src 'none'; style-src 'unsafe-inline'; form-action 'none'; frame-ancestors 'none'; base-uri 'none'{allowed}"
     )
+    headers = {"content-security-policy": policy, "x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
+    return HTMLResponse(text, headers=headers)
 
 
 async def _not_found(request: Request, error: Exception) -> Response:

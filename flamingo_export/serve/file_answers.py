@@ -14,7 +14,7 @@ from flamingo_export.errors import FlamingoExportError, InputError
 from flamingo_export.runtime.media import MediumSource
 from flamingo_export.runtime.model import Model
 from flamingo_export.runtime.options import GenerateOptions, Settings
-from flamingo_export.runtime.request import Request
+from flamingo_export.runtime.request import Prepared, Request
 from flamingo_export.runtime.texts import Generation
 from flamingo_export.runtime.ticket import Ticket, now
 from flamingo_export.runtime.videos import Video
@@ -55,7 +55,7 @@ def answer_line(model: Model, folder: Path, asked: AskedLine, settings: Settings
         if asked.line is None:
             raise InputError(asked.fault)
         request, options = request_of(model, folder, asked.line, settings)
-        found = _generated(model, request, options, tickets)
+        found = _generated(model, model.prepare(request), options, tickets)
     except FlamingoExportError as error:
         return {"id": asked.raw_id, "error": str(error)}
     except Exception as error:
@@ -64,9 +64,9 @@ def answer_line(model: Model, folder: Path, asked: AskedLine, settings: Settings
 
 
 def _generated(
-    model: Model, request: Request, options: GenerateOptions, tickets: set[Ticket[Any]], deadline: float | None = None
+    model: Model, prepared: Prepared, options: GenerateOptions, tickets: set[Ticket[Any]], deadline: float | None = None
 ) -> Generation:
-    ticket = model.engine.submit(model.prepare(request), options, deadline=deadline)
+    ticket = model.engine.submit(prepared, options, deadline=deadline)
     tickets.add(ticket)
     try:
         return model.generation(ticket.result(), options, ticket.timings)
@@ -112,8 +112,9 @@ def _chat(model: Model, line: Batched, tickets: set[Ticket[Any]]) -> dict[str, A
     request = Request(prompt=prompt.text, media=media, quoted=prompt.quoted, forms=model.inputs.prompts)
     most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     options = options_of(body, most, body.top_logprobs)
-    found = _generated(model, request, options, tickets, None if seconds == math.inf else now() + seconds)
+    prepared = model.prepare(request)
+    found = _generated(model, prepared, options, tickets, None if seconds == math.inf else now() + seconds)
     form = Form(kind="chat", model=body.model, tokenizer=model.tokenizer, logprobs=bool(body.logprobs), stops=options.stops)
     texts = (found, *found.alternatives)
     count = usage(found.timings.prompt_tokens, found.timings.reused_tokens, sum(len(text.token_ids) for text in texts))
-    return form.whole([form.choice(index, text) for index, text in enumerate(texts)], count, extras(found, len(media)))
+    return form.whole([form.choice(index, text) for index, text in enumerate(texts)], count, extras(found, prepared))

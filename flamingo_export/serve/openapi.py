@@ -1,7 +1,8 @@
-"""The API's description, made from the types that its bodies are read into."""
+"""The API's description, made from the types that its bodies are read into: for programs, and as a page."""
 
 from __future__ import annotations
 
+import json
 from importlib.metadata import version
 from typing import Any
 
@@ -67,3 +68,46 @@ def description() -> dict[str, Any]:
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
     }
+
+
+def page() -> str:
+    """The description as HTML."""
+    from flamingo_export.pages.template import render
+
+    found = description()
+    routes = []
+    for path, methods in found["paths"].items():
+        ((method, route),) = methods.items()
+        body = route.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema", {}).get("$ref", "")
+        routes.append({"method": method.upper(), "path": path, "summary": route["summary"], "body": body.rpartition("/")[2]})
+    types = {name: _fields(schema) for name, schema in found["components"]["schemas"].items()}
+    return render(__package__, "api.html.j2", routes=routes, types=list(types.items()), refusals=list(_ERRORS.items()))
+
+
+def _fields(schema: dict[str, Any]) -> list[dict[str, str]]:
+    """A row for each field of an object."""
+    rows = []
+    for name, kind in schema["properties"].items():
+        default = "refused" if name in schema.get("required", ()) else _said(kind.get("default"))
+        rows.append({"name": name, "type": _type(kind), "default": default})
+    return rows
+
+
+def _said(default: Any) -> str:
+    return "" if default is None else json.dumps(default)
+
+
+def _type(schema: dict[str, Any]) -> str:
+    """What a field may hold, in words."""
+    if "$ref" in schema:
+        return str(schema["$ref"]).rpartition("/")[2]
+    if "anyOf" in schema:
+        return " or ".join(_type(kind) for kind in schema["anyOf"] if kind.get("type") != "null")
+    if "enum" in schema:
+        return " or ".join(map(json.dumps, schema["enum"]))
+    if schema.get("type") == "array":
+        kind = _type(schema["items"]) if schema.get("items") else "anything"
+        return f"list of ({kind})" if " or " in kind else f"list of {kind}"
+    return {"object": "object", "string": "text", "integer": "integer", "number": "number", "boolean": "true or false"}.get(
+        schema.get("type", ""), "anything"
+    )

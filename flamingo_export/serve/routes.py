@@ -8,8 +8,6 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-import numpy as np
-
 from flamingo_export.errors import FlamingoExportError
 from flamingo_export.runtime.loop import Outcome
 from flamingo_export.runtime.model import Model
@@ -136,7 +134,8 @@ async def _generate(
             (ticket, prepared), include = submitted[0], bool(body.stream_options and body.stream_options.include_usage)
             call.closing.callback(ticket.cancel)
             events = _stream(call, ticket, prepared, options, form, include)
-            return EventStream(events, call.closing, {"x-request-id": call.request_id})
+            seconds = call.server.settings.body_seconds
+            return EventStream(events, call.closing, {"x-request-id": call.request_id}, seconds=seconds)
         with watched(call):
             try:
                 found = await unless_gone(
@@ -154,7 +153,7 @@ async def _generate(
             reused += generation.timings.reused_tokens
             call.server.observe(call.served, generation.timings)
         call.served.succeeded()
-        extra = extras(found[0], _last_phi(submitted[0][1]))
+        extra = extras(found[0], submitted[0][1])
         return form.whole(choices, usage(prompt_tokens, reused, completion), extra)
 
 
@@ -192,7 +191,7 @@ async def _stream(
         count = usage(
             len(prepared.token_ids), ticket.timings.reused_tokens, sum(len(text.token_ids) for text in texts.values())
         )
-        yield event({**form.head(True), "choices": [], "usage": count, "flamingo": extras(found, _last_phi(prepared))})
+        yield event({**form.head(True), "choices": [], "usage": count, "flamingo": extras(found, prepared)})
     yield DONE
 
 
@@ -238,12 +237,6 @@ def _prompts(given: str | list[int | str | list[int]]) -> list[str | list[int]]:
     if len(found) < len(given) or len({type(item) for item in found}) > 1:
         raise ApiError(400, "prompt mixes texts and token ids", param="prompt")
     return found
-
-
-def _last_phi(prepared: Prepared) -> int:
-    """The medium that generated tokens see, the last of several, counted from 1; 0 for none."""
-    ends = np.cumsum([medium.rows for medium in prepared.media])
-    return int(np.searchsorted(ends, prepared.phi[-1])) + 1 if prepared.phi[-1] else 0
 
 
 def _tokenizer(model: Model) -> Any:

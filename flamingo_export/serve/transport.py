@@ -62,16 +62,19 @@ async def _gone(receive: Receive) -> None:
 
 
 class EventStream:
-    """A response of server-sent events. `closing` is closed when the last one was sent, the client has gone, or anything failed."""
+    """A response of server-sent events. `closing` is closed when the last one was sent, the client has gone, or anything failed.
 
-    def __init__(self, events: AsyncIterator[bytes], closing: ExitStack, headers: dict[str, str]) -> None:
-        self._events, self._closing = events, closing
+    A client that takes nothing for `seconds` is taken to have gone: what its request holds is wanted by others.
+    """
+
+    def __init__(self, events: AsyncIterator[bytes], closing: ExitStack, headers: dict[str, str], *, seconds: float) -> None:
+        self._events, self._closing, self._seconds = events, closing, seconds
         self._headers = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-store", **headers}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in self._headers.items()]
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await self._given(send, {"type": "http.response.start", "status": 200, "headers": headers})
             await unless_gone(receive, self._send(send))
         except ClientGone:
             pass
@@ -81,8 +84,16 @@ class EventStream:
     async def _send(self, send: Send) -> None:
         async with aclosing(_as_generator(self._events)) as events:
             async for event in events:
-                await send({"type": "http.response.body", "body": event, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+                await self._given(send, {"type": "http.response.body", "body": event, "more_body": True})
+        await self._given(send, {"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _given(self, send: Send, message: dict[str, Any]) -> None:
+        """Sends a message, which waits where the client reads more slowly than it is answered. Raises ClientGone."""
+        try:
+            async with asyncio.timeout(self._seconds):
+                await send(message)
+        except TimeoutError:
+            raise ClientGone from None
 
 
 async def _as_generator(events: AsyncIterator[bytes]) -> Any:

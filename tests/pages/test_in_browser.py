@@ -26,6 +26,7 @@ from flamingo_export.sensitivity.findings import LayerError, MatrixError, Sensit
 from flamingo_export.sensitivity.sensitivity_page import render_html as sensitivity_html
 from flamingo_export.sensitivity.suggest import suggest
 from flamingo_export.serve.app import page as ask_page
+from flamingo_export.serve.openapi import page as api_page
 from flamingo_export.validate.expected.cases import PHI_CASES
 from flamingo_export.validate.report.parity_page import render_html as parity_html
 from flamingo_export.validate.report.parity_report import LayerPoint, ParityReport, Row, Strip, TokenStep, Trace
@@ -192,6 +193,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "sensitivity": sensitivity(),
         "evaluation": evaluation(),
         "ask": ask_page(),
+        "api": api_page(),
     }
     for name, text in texts.items():
         (folder / f"{name}.html").write_text(text, encoding="utf-8")
@@ -200,7 +202,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("name", ["demo", "parity", "sensitivity", "evaluation", "ask"])
+@pytest.mark.parametrize("name", ["demo", "parity", "sensitivity", "evaluation", "ask", "api"])
 def test_a_page_can_be_read(chromium: Any, pages: dict[str, Path], name: str, width: int, scheme: str) -> None:
     window(chromium, width, scheme)
     chromium.get(pages[name].as_uri())
@@ -212,7 +214,7 @@ def test_a_page_can_be_read(chromium: Any, pages: dict[str, Path], name: str, wi
     assert seen["silent"] == []
 
 
-@pytest.mark.parametrize("name", ["demo", "parity", "sensitivity", "evaluation", "ask"])
+@pytest.mark.parametrize("name", ["demo", "parity", "sensitivity", "evaluation", "ask", "api"])
 def test_dark_is_dark_and_light_is_light(chromium: Any, pages: dict[str, Path], name: str) -> None:
     grounds = []
     for scheme in ("light", "dark"):

@@ -30,9 +30,10 @@ const wait = until => new Promise((good, bad) => { const end = Date.now() + 2000
     found.models = [...$("model").options].map(o => o.value);
     $("go").click(); found.empty = $("error").textContent;
     const bytes = Uint8Array.from(atob(IMAGE.split(",")[1]), c => c.charCodeAt(0));
-    const chosen = new DataTransfer();
-    for (const name of ["a.png", "b.png"]) chosen.items.add(new File([bytes], name, { type: "image/png" }));
-    $("files").files = chosen.files; $("files").dispatchEvent(new Event("change"));
+    const holding = name => { const files = new DataTransfer(); files.items.add(new File([bytes], name, { type: "image/png" })); return files; };
+    $("files").files = holding("a.png").files; $("files").dispatchEvent(new Event("change"));
+    await wait(() => document.querySelectorAll("#media figure").length === 1);
+    $("drop").dispatchEvent(new DragEvent("drop", { dataTransfer: holding("b.png"), cancelable: true }));
     await wait(() => document.querySelectorAll("#media figure").length === 2);
     document.querySelectorAll("#media figure button")[1].click();
     found.alt = document.querySelector("#media img").alt;
@@ -42,6 +43,23 @@ const wait = until => new Promise((good, bad) => { const end = Date.now() + 2000
     found.seen = document.querySelectorAll("#media figure.seen").length;
     found.others = document.querySelectorAll("#others tbody tr").length;
     found.tokens = document.querySelectorAll("#token-table tbody tr").length;
+    const looked = () => [...document.querySelectorAll("#looked-at figcaption, #token-table td:last-child")].map(each => each.textContent);
+    found.looked = looked();
+    $("add-shot").click();
+    const input = document.querySelector("#shots input[type=file]");
+    input.files = holding("shot.png").files; input.dispatchEvent(new Event("change"));
+    await wait(() => document.querySelector("#shots figure"));
+    const says = document.querySelectorAll("#shots .fields input")[1];
+    says.value = "a purple square"; says.dispatchEvent(new Event("input"));
+    const finished = () => !$("go").disabled && $("facts").textContent;
+    $("go").click(); await wait(finished);
+    found.shown = $("answer").textContent; found.lookedAfter = looked();
+    document.querySelector("#media figure button").click(); $("question").value = "What colour is it?";
+    $("go").click(); await wait(finished);
+    found.lookedAlone = looked(); $("question").value = "";
+    document.querySelector("#shots .fields button").click();
+    $("files").files = holding("a.png").files; $("files").dispatchEvent(new Event("change"));
+    await wait(() => document.querySelectorAll("#media figure").length === 1);
     $("question").value = "a <image> b"; $("go").click();
     await wait(() => !$("error").hidden); found.refused = $("error").textContent;
     $("question").value = ""; $("beams").value = 1; $("go").click(); $("stop").click();
@@ -80,9 +98,15 @@ def test_a_visit(client: Client, tmp_path: Path, width: int) -> None:
     assert "Add an image" in found["empty"]
     assert found["alt"] == "a.png"
     assert found["answer"] == wanted.json["choices"][0]["message"]["content"]
-    assert "image 1" in found["facts"]
+    assert "prompt tokens" in found["facts"]
     assert (found["seen"], found["others"]) == (1, 2)
     assert found["tokens"] == wanted.json["usage"]["completion_tokens"]
+    assert found["looked"] == ["Image 1"] * (1 + found["tokens"])
+    shot = {"image": image_part()["image_url"]["url"], "caption": "a purple square"}
+    wanted = client.chat(messages=user(image_part()), shots=[shot], beams=3)
+    assert found["shown"] == wanted.json["choices"][0]["message"]["content"]
+    assert set(found["lookedAfter"]) == {"Image 1"}
+    assert set(found["lookedAlone"]) == {"Example 1"}
     assert "<image>" in found["refused"]
     assert found["stopped"] == "Stopped."
     assert found["width"], "the page is wider than the window"

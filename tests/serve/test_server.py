@@ -49,7 +49,7 @@ def test_shots_and_turns_are_the_same_prompt(client: Client, nano: flamingo_expo
     )
     texts = [answer.json["choices"][0]["message"]["content"] for answer in (by_shots, by_turns)]
     assert texts == [wanted.text] * 2
-    assert by_shots.json["flamingo"]["phi"] == 2
+    assert (by_shots.json["flamingo"]["phi"], by_shots.json["flamingo"]["looked_at"]) == (2, [2])
 
 
 @pytest.mark.parametrize("settings", [{}, {"beams": 3}])

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import ExitStack
+from typing import Any
+
 import pytest
+
+from flamingo_export.serve.transport import EventStream
 
 from .conftest import Client, image_part, user
 
@@ -52,3 +59,31 @@ def test_fewer_texts_than_were_asked_for_stream_as_they_are_answered(client: Cli
         own = [piece for piece in pieces if piece["index"] == choice["index"]]
         assert "".join(piece["text"] for piece in own) == choice["text"]
         assert own[-1]["finish_reason"] == choice["finish_reason"]
+
+
+def test_a_client_that_takes_nothing_does_not_hold_its_request() -> None:
+    """Its connection is open, what lies in between is full, and it reads no more."""
+    sent: list[dict[str, Any]] = []
+    ended: list[str] = []
+
+    async def events() -> AsyncIterator[bytes]:
+        try:
+            while True:
+                yield b"data: {}\n\n"
+        finally:
+            ended.append("events")
+
+    async def receive() -> dict[str, Any]:
+        await asyncio.sleep(60)
+        return {"type": "http.disconnect"}
+
+    async def send(message: dict[str, Any]) -> None:
+        if len(sent) == 4:
+            await asyncio.sleep(60)
+        sent.append(message)
+
+    closing = ExitStack()
+    closing.callback(ended.append, "request")
+    asyncio.run(asyncio.wait_for(EventStream(events(), closing, {}, seconds=0.05)({"type": "http"}, receive, send), 30))
+    assert [message["type"] for message in sent] == ["http.response.start", *["http.response.body"] * 3]
+    assert ended == ["events", "request"]

@@ -32,7 +32,7 @@ _PAUSE = 0.2
 """Seconds before a request is asked again: Ray notices meanwhile that the replica is gone."""
 _UNCHANGED = frozenset({"content-type", "accept", "x-request-id"})
 """Headers that replicas see."""
-_OPEN = frozenset({"/", "/health/live", "/health/ready", "/openapi.json"})
+_OPEN = frozenset({"/", "/health/live", "/health/ready", "/openapi.json", "/api"})
 _log = logging.getLogger("flamingo_export.serve")
 
 

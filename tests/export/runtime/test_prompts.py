@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from flamingo_export.errors import PromptError
+from flamingo_export.runtime.media import Medium
 from flamingo_export.runtime.prompts import Shot, caption_prompt, qa_prompt, read_shots, without_media
+from flamingo_export.runtime.request import Prepared
 from flamingo_export.runtime.videos import Video
 
 
@@ -146,3 +149,23 @@ def test_lines_that_break_readers_are_named(folder: Path, line: str, message: st
     path.write_text(line + "\n", encoding="utf-8")
     with pytest.raises(PromptError, match=f"line 1: .*{message}"):
         read_shots(path)
+
+
+@pytest.mark.parametrize(
+    ("rows", "first", "phi", "seen"),
+    [
+        ((), None, 0, []),
+        ((1, 1, 1), None, 3, [3]),
+        ((1, 1, 1), None, 2, [2]),
+        ((4, 2, 1), 1, 4, [1]),
+        ((4, 2, 1), 5, 7, [2, 3]),
+        ((4, 2, 1), 1, 7, [1, 2, 3]),
+        ((4, 2, 1), 0, 0, []),
+    ],
+)
+def test_the_media_that_an_answer_looks_at(rows: tuple[int, ...], first: int | None, phi: int, seen: list[int]) -> None:
+    """Counted as media, of which one of tiles has several rows."""
+    media = tuple(Medium(pixels=np.zeros(0, np.float32), digest=b"", rows=count) for count in rows)
+    ends = np.array([0, phi]), None if first is None else np.array([0, first])
+    prepared = Prepared(token_ids=np.array([1, 5]), phi=ends[0], media=media, keys=(), first=ends[1])
+    assert list(prepared.looked_at) == seen
