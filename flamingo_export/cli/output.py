@@ -111,3 +111,13 @@ def human_count(count: float) -> str:
         if count >= limit:
             return f"{count / limit:.2f}{unit}" if count < 100 * limit else f"{count / limit:.0f}{unit}"
     return str(int(count))
+
+
+def human_seconds(seconds: float) -> str:
+    """A length of time in its two largest units: 45 s, 3 min 20 s, 2 h 5 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -60,8 +60,7 @@ def run_file(model: Model, requests: Path, out: Path, settings: Settings, *, pro
         done = _resumed(out, identity)
         left = [each for each in asked if each.key not in done]
         tally = Tally(before=len(asked) - len(left), failed=sum(done.values()))
-        progress.stage("requests", len(asked))
-        progress.advance(tally.before)
+        progress.stage("requests", len(left))
         with out.open("ab") as file, ThreadPoolExecutor(model.engine.rows + AHEAD) as pool:
             _run(model, requests.parent, left, settings, file, pool, tally, progress)
     return tally
