@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hmac
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,24 @@ def test_callers_by_key() -> None:
             access.caller(header, "1.2.3.4")
         assert (caught.value.status, caught.value.code) == (401, code)
         assert caught.value.headers["WWW-Authenticate"] == "Bearer"
+
+
+def test_a_key_is_compared_with_every_key_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither where one fits nor how much of it fits shows in the time: digests of one length, all of them."""
+    compared: list[tuple[int, int]] = []
+    compare = hmac.compare_digest
+
+    def noted(one: bytes, other: bytes) -> bool:
+        compared.append((len(one), len(other)))
+        return compare(one, other)
+
+    monkeypatch.setattr("hmac.compare_digest", noted)
+    access = Access({"ann": KEY, "bob": OTHER}, None)
+    for key in (KEY, OTHER, "x"):
+        compared.clear()
+        with suppress(ApiError):
+            access.caller(f"Bearer {key}", "1.2.3.4")
+        assert compared == [(32, 32)] * 2
 
 
 def test_without_keys_callers_are_addresses() -> None:

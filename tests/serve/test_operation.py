@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 
 import flamingo_export
 from flamingo_export.serve.app import Server
+from flamingo_export.serve.bodies import Chat, Completion, Scored
+from flamingo_export.serve.process import JsonLines
+from flamingo_export.serve.settings import ServeSettings
 
 from .conftest import Client, image_part, running, until, user
 
@@ -27,20 +32,64 @@ def test_models_and_health_and_metrics(client: Client) -> None:
     assert float(lines['flamingo_cache_rows{model="nano"}']) >= 1
     assert float(lines['flamingo_generated_tokens_total{model="nano"}']) >= 1
     assert float(lines['flamingo_rows_shared_total{model="nano"}']) >= 0
+    names = {line.partition("{")[0] for line in lines}
+    for said in (
+        *("requests_running", "requests_waiting", "cache_rows_in_use", "bank_rows", "bank_rows_in_use"),
+        *("prompt_tokens_total", "prompt_tokens_reused_total", "media_encoded_total", "media_reused_total"),
+        *(
+            "time_to_first_token_seconds_bucket",
+            "time_between_tokens_seconds_bucket",
+            "request_seconds_bucket",
+            "model_healthy",
+        ),
+    ):
+        assert f"flamingo_{said}" in names
 
 
 def test_the_page_loads_nothing_from_elsewhere(client: Client) -> None:
-    page = client.get("/")
-    assert page.status == 200
-    assert "default-src 'none'" in page.headers["content-security-policy"]
-    text = page.raw.decode()
-    for outside in ("http://", "https://", "//cdn", "@import", "url("):
-        assert outside not in text
+    for path in ("/", "/api"):
+        page = client.get(path)
+        assert page.status == 200
+        assert "default-src 'none'" in page.headers["content-security-policy"]
+        text = page.raw.decode()
+        for outside in ("http://", "https://", "//cdn", "@import", "url("):
+            assert outside not in text
+
+
+def test_pages_of_elsewhere_may_not_read_answers(client: Client) -> None:
+    asked = client.call(
+        "OPTIONS", "/v1/chat/completions", **{"origin": "https://a.example", "access-control-request-method": "POST"}
+    )
+    assert asked.status == 405
+    answered = client.call("POST", "/v1/score", {"model": "nano"}, origin="https://a.example")
+    models = client.call("GET", "/v1/models", origin="https://a.example")
+    for found in (asked, answered, models, client.call("GET", "/", origin="https://a.example")):
+        assert not [name for name in found.headers if name.startswith("access-control")]
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_prompts_are_in_the_log_only_where_that_was_asked_for(
+    make_server: Callable[..., Server], caplog: pytest.LogCaptureFixture, asked: bool
+) -> None:
+    server = make_server(ServeSettings(log_prompts=asked))
+    with running(server) as client, caplog.at_level(logging.DEBUG):
+        assert client.chat(messages=user("a confidential question"), max_tokens=1).status == 200
+        assert client.chat(messages=user("a confidential <image> tag")).status == 400
+        assert client.chat(messages=user("a confidential field"), max_tokens="x").status == 422
+    server.models.close()
+    lines = [JsonLines().format(record) for record in caplog.records if record.name.startswith("flamingo_export")]
+    assert len([line for line in lines if '"request"' in line]) == 3
+    assert any("confidential" in line for line in lines) == asked
 
 
 def test_the_description_names_every_route(client: Client) -> None:
     paths = client.get("/openapi.json").json["paths"]
     assert {"/v1/chat/completions", "/v1/completions", "/v1/score", "/v1/models"} <= set(paths)
+    page = client.get("/api").raw.decode()
+    for said in (*paths, *(field.encode_name for kind in (Chat, Completion, Scored) for field in msgspec.structs.fields(kind))):
+        assert f"<code>{said}</code>" in page
+    assert "<td>text or list of text</td>" in page  # stop
+    assert "<td>list of Message</td><td>refused</td>" in page
 
 
 def test_request_ids_come_back(client: Client) -> None:

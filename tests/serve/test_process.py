@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ import flamingo_export
 from flamingo_export.cli import main
 from flamingo_export.cli.serve import chosen
 from flamingo_export.errors import InputError
+from flamingo_export.serve.app import Server
 from flamingo_export.serve.models import named
-from flamingo_export.serve.settings import ModelChoice
+from flamingo_export.serve.settings import ModelChoice, ServeSettings
 from flamingo_export.sources.choice import source_for_size
 
 from .conftest import image_part, user
@@ -43,6 +45,14 @@ def ask(port: int, method: str, path: str, body: Any = None) -> tuple[int, Any]:
         return answer.status, json.loads(answer.read())
     finally:
         connection.close()
+
+
+def accepted(port: int) -> bool:
+    """Whether the engine has taken a request in."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as page:
+        lines = dict(line.rsplit(" ", 1) for line in page.read().decode().splitlines() if not line.startswith("#"))
+    running, tokens = lines['flamingo_requests_running{model="nano"}'], lines['flamingo_generated_tokens_total{model="nano"}']
+    return float(running) > 0 or float(tokens) > 0
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "no-such-host.invalid", "203.0.113.1", "a" * 80])
@@ -96,13 +106,16 @@ def test_sigterm_finishes_what_was_accepted(process: tuple[subprocess.Popen[str]
     ]
     for thread in threads:
         thread.start()
-    time.sleep(0.1)
+    end = time.monotonic() + 60
+    while not accepted(port):
+        assert time.monotonic() < end
     started.send_signal(signal.SIGTERM)
     for thread in threads:
         thread.join(60)
     assert started.wait(60) == 0
     # Accepted ones were answered; those that came later were told so, or found nobody listening any more.
     assert set(found) <= {200, 503}
+    assert 200 in found
     assert started.stderr
     lines = [json.loads(line) for line in started.stderr.read().splitlines() if line.startswith("{")]
     requests = [line for line in lines if line["message"] == "request"]
@@ -128,6 +141,49 @@ def test_sighup_opens_an_exchanged_bundle(process: tuple[subprocess.Popen[str], 
     started.send_signal(signal.SIGHUP)
     time.sleep(0.5)
     assert ask(port, "POST", "/v1/chat/completions", body)[0] == 200
+
+
+def test_every_option_of_the_command_reaches_the_server(
+    nano_bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Server] = []
+
+    def noted(server: Server, sockets: list[socket.socket]) -> int:
+        seen.append(server)
+        for each in sockets:
+            each.close()
+        server.models.close()
+        return 0
+
+    monkeypatch.setattr("flamingo_export.serve.process.serve", noted)
+    monkeypatch.setattr("flamingo_export.serve.process.set_up_logs", lambda: None)
+    (tmp_path / "keys.txt").write_text(f"ann {'a' * 20}\n")
+    port = free_port()
+    line = ["serve", str(nano_bundle), "--name", f"b={nano_bundle}", "--host", "127.0.0.1", "--port", str(port)]
+    line += ["--api-key-file", str(tmp_path / "keys.txt"), "--rows", "3", "--max-queue", "5", "--threads", "1"]
+    line += ["--allow-media-from", "https://images.example", "--max-per-caller", "2", "--max-body", "8", "--held-requests", "7"]
+    line += ["--held-bodies", "16", "--timeout", "9", "--drain", "4", "--log-prompts"]
+    assert main(line) == 0
+    (server,) = seen
+    assert [(served.name, served.model.engine.rows) for served in server.models] == [("nano", 3), ("b", 3)]
+    assert server.settings == ServeSettings(
+        port=port,
+        rows=3,
+        max_queue=5,
+        max_per_caller=2,
+        max_body=8 << 20,
+        held_requests=7,
+        held_bytes=16 << 20,
+        allow_media_from=("https://images.example",),
+        timeout=9.0,
+        drain_seconds=4.0,
+        log_prompts=True,
+        keys={"ann": "a" * 20},
+    )
+    said = capfd.readouterr().err
+    assert "nano: onnxruntime, 3 rows\nb: onnxruntime, 3 rows\n" in said
+    assert f"http://127.0.0.1:{port}\n" in said
+    assert "a" * 20 not in said
 
 
 def test_names() -> None:

@@ -1,5 +1,6 @@
 """Clients and tools that are not ours, against the server as a process. Each is skipped where its variable names no installation:
 
+OPENAI_PYTHON         an interpreter that has the openai Python client
 OPENAI_NODE_MODULES   a node_modules folder with the openai JavaScript client
 LM_EVAL               the program lm_eval of an environment with lm_eval[api] and transformers
 SCHEMATHESIS          the program schemathesis
@@ -22,7 +23,7 @@ import pytest
 from .conftest import free_port
 
 pytest.importorskip("uvicorn")
-TOOLS = ("OPENAI_NODE_MODULES", "LM_EVAL", "SCHEMATHESIS")
+TOOLS = ("OPENAI_PYTHON", "OPENAI_NODE_MODULES", "LM_EVAL", "SCHEMATHESIS")
 if not any(name in os.environ for name in TOOLS):
     pytest.skip(f"none of {', '.join(TOOLS)} names an installation", allow_module_level=True)
 pytestmark = [pytest.mark.deploy, pytest.mark.slow]
@@ -64,6 +65,14 @@ def port(nano_bundle: Path) -> Iterator[int]:
     yield number
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0
+
+
+def test_openais_python_client(port, picture, tmp_path):
+    python = installed("OPENAI_PYTHON")
+    (tmp_path / "image.png").write_bytes(picture(0))
+    line = [python, str(HERE / "openai_client.py"), str(port), str(tmp_path / "image.png")]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, bool(done.stdout.strip())) == (0, True), done.stderr
 
 
 def test_openais_javascript_client(port, picture, tmp_path):

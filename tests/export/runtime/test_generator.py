@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -221,6 +223,45 @@ def test_a_lone_prompt_may_fill_the_cache(load_tiny: LoadTiny, tiny_config: Mode
         assert load_tiny().generate(request, beams=1).timings.prompt_tokens == length
     with pytest.raises(CapacityError, match=r"needs 97 cache slots, the bundle allows 96\. Use fewer shots"):
         load_tiny().generate(random_request(tiny_config, 96, 96, 0), beams=1, max_new_tokens=1)
+
+
+def test_others_wait_for_one_piece_of_work_between_their_tokens(
+    load_tiny: LoadTiny, tiny_config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One frame, or one chunk of one row, while a request of three images and a video joins one that decodes."""
+    model = load_tiny(chunk=4, max_length=128)
+    engine = model.engine
+    done: list[tuple[str, int]] = []
+    loop = engine.loop
+
+    def noted(kind: str, call: Callable[[Any], Any], number: Callable[[Any], int]) -> Callable[[Any], Any]:
+        def through(given: Any) -> Any:
+            done.append((kind, number(given)))
+            return call(given)
+
+        return through
+
+    for name in ("features", "host_features"):
+        monkeypatch.setattr(loop.encoder, name, noted("frames", getattr(loop.encoder, name), len))
+    monkeypatch.setattr(loop, "prefill", noted("chunk", loop.prefill, lambda job: job.done))
+    monkeypatch.setattr(loop, "step", noted("step", loop.step, lambda call: len(call.jobs)))
+    settings: dict[str, Any] = {"beams": 1, "max_new_tokens": 60, "min_new_tokens": 60}
+    joining = random_request(tiny_config, 342, 23, 4)
+    video = Video(source=pictures(5, 3), num_frames=3)
+    joining = Request(prompt=joining.prompt, media=[*joining.media[:3], video])
+    with engine.by_hand():
+        engine.submit(model.prepare(random_request(tiny_config, 341, 6, 1)), GenerateOptions(**settings), wake=False)
+        while not loop.schedule.decoding:
+            assert loop.tick()
+        done.clear()
+        engine.submit(model.prepare(joining), GenerateOptions(**settings), wake=False)
+        while len(loop.schedule.decoding) < 2:
+            assert loop.tick()
+    kinds = [kind for kind, _ in done]
+    assert [count for kind, count in done if kind == "frames"] == [1] * 6
+    assert [start for kind, start in done if kind == "chunk"] == list(range(0, 23, 4))
+    assert ("step", 1) in done
+    assert all("step" in pair for pair in itertools.pairwise(kinds)), kinds
 
 
 def test_a_request_that_fails_fails_alone(load_tiny: LoadTiny, tiny_config: ModelConfig) -> None:

@@ -139,6 +139,23 @@ def test_closing_or_dropping_a_stream_frees_its_row(text_model: Model, monkeypat
     assert text_model.engine.stats().cancelled == cancelled + 2
 
 
+def test_what_is_given_up_is_gone_before_the_next_step(text_model: Model) -> None:
+    engine, options = text_model.engine, GenerateOptions(beams=1, max_new_tokens=60)
+    with engine.by_hand() as loop:
+        tickets = [engine.submit(text_model.prepare(Request(prompt="Hello")), options, wake=False) for _ in range(2)]
+        while len(loop.schedule.decoding) < 2:
+            assert loop.tick()
+        (job,) = (job for job in loop.schedule.decoding if job.ticket is tickets[0])
+        chosen = job.chosen
+        tickets[0].cancel()
+        assert loop.tick()
+        assert tickets[0].done
+        assert (job.chosen, engine.stats().running) == (chosen, 1)
+        tickets[1].cancel()
+        assert not loop.tick()
+        assert (engine.stats().running, engine.stats().rows_in_use) == (0, 0)
+
+
 def test_a_stream_in_a_with_block_frees_the_model_however_it_ends(text_model: Model) -> None:
     with text_model.stream("Hello", max_new_tokens=20, beams=1) as stream:
         for _ in stream:
