@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import sys
+import types
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ from flamingo_export.deploy.ray.ingress import Ingress, Lost, Overloaded
 from flamingo_export.deploy.ray.replay import DONE, Diverged, Replay
 from flamingo_export.deploy.ray.requests import Passed, passed, ranked
 from flamingo_export.deploy.ray.settings import RaySettings, read_settings
-from flamingo_export.deploy.ray.start import secret_beside
+from flamingo_export.deploy.ray.start import _ENVIRONMENT, connect, secret_beside
 from flamingo_export.errors import InputError
 
 
@@ -382,3 +385,27 @@ def test_a_parquet_file_is_read_once(tmp_path, monkeypatch):
     blocks.finished(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.parquet"]
     assert blocks.as_json_lines(tmp_path / "in.jsonl", tmp_path) == tmp_path / "in.jsonl"
+
+
+@pytest.mark.parametrize("said", [None, "1"])
+def test_a_cluster_that_is_started_reports_to_nobody_and_shows_nothing(monkeypatch, said):
+    """Unless its operator says otherwise. What is asked for stands in the environment before Ray is imported and started."""
+    asked: list[dict[str, Any]] = []
+
+    def init(**settings: Any) -> None:
+        asked.append({**settings, "reports": os.environ["RAY_USAGE_STATS_ENABLED"], "auth": os.environ["RAY_AUTH_MODE"]})
+        if "address" in settings:
+            raise ConnectionError("Could not find any running Ray instance.")
+
+    for name in ("RAY_ADDRESS", *_ENVIRONMENT):
+        monkeypatch.setenv(name, "")  # so that what is set is taken back
+        monkeypatch.delenv(name)
+    if said is not None:
+        monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", said)
+    monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(init=init))
+    assert connect()
+    assert [each["reports"] for each in asked] == [said or "0"] * 2
+    assert asked[0]["address"] == "auto"
+    started = asked[1]
+    assert (started["include_dashboard"], started["dashboard_host"], started["auth"]) == (False, "127.0.0.1", "token")
+    assert started["_node_ip_address"] == "127.0.0.1"

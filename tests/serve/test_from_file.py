@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import flamingo_export
+from flamingo_export.cli import main
 from flamingo_export.errors import InputError
 from flamingo_export.serve.from_file import run_file
 
@@ -271,3 +272,19 @@ def test_killed_and_run_again(nano_bundle: Path, nano: flamingo_export.Model, pl
     for number in (0, 10, 299):
         wanted_text = nano.caption(place / SCENES[number % 8], beams=1 + number % 3).text
         assert found[str(number)]["text"] == wanted_text
+
+
+def test_the_command_ends_with_1_where_a_line_failed(nano_bundle: Path, place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    file, out = (
+        write(place / "in.jsonl", [{"id": "a", "images": ["a.png"]}, {"id": "b", "images": ["gone.png"]}]),
+        place / "out.jsonl",
+    )
+    line = ["generate", str(nano_bundle), "--requests", str(file), "--out", str(out), "--threads", "1", "--beams", "1"]
+    assert main(line) == 1
+    said = " ".join(capfd.readouterr().err.split())
+    assert "requests (2) 2 requests in" in said
+    assert said.endswith("1 failed")
+    out.write_text("".join(each for each in out.read_text().splitlines(keepends=True) if "error" not in each))
+    (place / "gone.png").symlink_to(EXAMPLES / "q.png")
+    assert main(line) == 0
+    assert "1 were there already" in " ".join(capfd.readouterr().err.split())
