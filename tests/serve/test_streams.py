@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, MutableMapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -63,7 +63,7 @@ def test_fewer_texts_than_were_asked_for_stream_as_they_are_answered(client: Cli
 
 def test_a_client_that_takes_nothing_does_not_hold_its_request() -> None:
     """Its connection is open, what lies in between is full, and it reads no more."""
-    sent: list[dict[str, Any]] = []
+    sent: list[MutableMapping[str, Any]] = []
     ended: list[str] = []
 
     async def events() -> AsyncIterator[bytes]:
@@ -77,7 +77,7 @@ def test_a_client_that_takes_nothing_does_not_hold_its_request() -> None:
         await asyncio.sleep(60)
         return {"type": "http.disconnect"}
 
-    async def send(message: dict[str, Any]) -> None:
+    async def send(message: MutableMapping[str, Any]) -> None:
         if len(sent) == 4:
             await asyncio.sleep(60)
         sent.append(message)
