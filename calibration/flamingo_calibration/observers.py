@@ -59,14 +59,14 @@ class Watch:
         """Queries, keys and values on their way into attention: after norms and rotation, queries with their bias for contents."""
         self._watch(layer.operands, f"{name}/q", f"{name}/k", f"{name}/v")
 
-    def _watch(self, seam: nn.Module, *names: str) -> None:
-        """What passes a seam of the reference, under these names."""
+    def _watch(self, point: nn.Module, *names: str) -> None:
+        """What passes a hook point of the reference, under these names."""
 
         def seen(_: Any, __: Any, tensors: tuple[Tensor, ...]) -> None:
             for name, tensor in zip(names, tensors, strict=True):
                 self.see(name, tensor)
 
-        self._undo.append(seam.register_forward_hook(seen).remove)
+        self._undo.append(point.register_forward_hook(seen).remove)
 
 
 def products(config: ModelConfig, prefix: str) -> dict[str, str]:

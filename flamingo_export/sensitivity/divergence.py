@@ -13,7 +13,7 @@ from flamingo_export.machine import available_memory
 from flamingo_export.precision import Precision
 from flamingo_export.progress import Progress
 from flamingo_export.runtime.media import Medium, load_medium
-from flamingo_export.sensitivity.quantised_copies import Twins
+from flamingo_export.sensitivity.quantised_copies import QuantisedCopies
 from flamingo_export.sources import WeightSource
 from flamingo_export.specs import IMAGE_TOWER, TEXT_TOWER
 from flamingo_reference.config import ModelConfig
@@ -40,7 +40,7 @@ def no_room(config: ModelConfig, precision: Precision, memory: int | None) -> st
 
 
 def divergences(
-    source: WeightSource, checked: Checked, twins: Twins, layers: Mapping[str, Set[str]], progress: Progress
+    source: WeightSource, checked: Checked, copies: QuantisedCopies, layers: Mapping[str, Set[str]], progress: Progress
 ) -> tuple[float, dict[str, float]]:
     """Kullback-Leibler divergence of the quantised model's next-token distribution from the reference's, in nats, mean over all positions.
 
@@ -51,8 +51,8 @@ def divergences(
 
     model = _whole(source)
     everything = frozenset().union(*layers.values())
-    models = {name: twins.of(model, "", names) for name, names in layers.items() if name not in OF_CONTRASTIVE.values()}
-    changed = twins.of(model, "", everything)
+    models = {name: copies.of(model, "", names) for name, names in layers.items() if name not in OF_CONTRASTIVE.values()}
+    changed = copies.of(model, "", everything)
     encoded = {name for name in layers if name in ENCODERS}
     progress.stage("logits", len(checked.samples))
     sums = dict.fromkeys(layers, 0.0)
@@ -62,9 +62,9 @@ def divergences(
             media = [load_medium(medium, source.config, source.inputs.fit) for medium in sample.media]
             latents = _latents(model, media)
             expected = _log_probabilities(model, sample, latents)
-            for name, twin in models.items():
-                seen = _latents(twin, media) if name in encoded else latents
-                sums[name] += _divergence(expected, _log_probabilities(twin, sample, seen))
+            for name, copy in models.items():
+                seen = _latents(copy, media) if name in encoded else latents
+                sums[name] += _divergence(expected, _log_probabilities(copy, sample, seen))
             seen = _latents(changed, media) if encoded else latents
             total += _divergence(expected, _log_probabilities(changed, sample, seen))
             progress.advance(1)

@@ -1,9 +1,9 @@
 """measure(): the error that each quantised matrix adds to its layer, one part of the model in memory at a time.
 
-Calibration's walk runs the fp32 reference; of each part, twins with one matrix quantised are run on the same inputs, which lie on the disk.
+Calibration's walk runs the fp32 reference; of each part, copies with one matrix quantised are run on the same inputs, which lie on the disk.
 
     hidden --> part ---------> reference's output --> next part
-           \\-> part's twin --> compared with it
+           \\-> part's copy --> compared with it
 
 Inputs are the reference's own, so what is measured is the layer by itself: errors do not add up from part to part.
 """
@@ -32,7 +32,7 @@ from flamingo_export.quantize.policies import check_policy
 from flamingo_export.runtime.tokenizer import Tokenizer
 from flamingo_export.sensitivity.divergence import OF_CONTRASTIVE, divergences, no_room
 from flamingo_export.sensitivity.findings import LayerError, MatrixError, Sensitivity
-from flamingo_export.sensitivity.quantised_copies import Twins
+from flamingo_export.sensitivity.quantised_copies import QuantisedCopies
 from flamingo_export.sensitivity.suggest import extra_bytes, kept_format
 from flamingo_export.sources import WeightSource
 from flamingo_export.sources.origin import source_digest
@@ -105,13 +105,13 @@ def measure(
     checked = check_samples(samples, source, tokenizer, skip_bad=skip_bad, progress=progress)
     if calibration is None and precision.policy is not None and precision.policy.needs_ranges:
         calibration = calibrate(source, samples, tokenizer=tokenizer, skip_bad=skip_bad, progress=progress)
-    twins = Twins(source.config, precision, calibration)
+    copies = QuantisedCopies(source.config, precision, calibration)
     with tempfile.TemporaryDirectory(prefix="flamingo-sensitivity-") as folder:
-        matrices, layers = _Measuring(source, checked, precision, twins, targets, Path(folder), progress).run()
+        matrices, layers = _Measuring(source, checked, precision, copies, targets, Path(folder), progress).run()
     reason, kl = no_room(source.config, precision, memory), None
     if not reason:
         named = {layer.name: {each.name for each in matrices if each.layer == layer.name} for layer in layers}
-        kl, of_layers = divergences(source, checked, twins, named, progress)
+        kl, of_layers = divergences(source, checked, copies, named, progress)
         layers = [msgspec.structs.replace(layer, kl=of_layers[layer.name]) for layer in layers]
     return Sensitivity(
         config=source.config,
@@ -153,12 +153,18 @@ class _Measuring:
         source: WeightSource,
         checked: Checked,
         precision: Precision,
-        twins: Twins,
+        copies: QuantisedCopies,
         targets: Sequence[_Target],
         folder: Path,
         progress: Progress,
     ) -> None:
-        self.source, self.config, self.precision, self.twins, self.progress = source, source.config, precision, twins, progress
+        self.source, self.config, self.precision, self.copies, self.progress = (
+            source,
+            source.config,
+            precision,
+            copies,
+            progress,
+        )
         self.targets = targets
         self.extra = extra_bytes(source.config, precision)
         self.work = Work(folder, "")
@@ -228,11 +234,11 @@ class _Measuring:
         return matrices, LayerError(name=layer, error=whole.error, share=whole.added / whole.output if whole.output else 0.0)
 
     def _error(self, step: Step, module: nn.Module, names: set[str], expected: Callable[[int], Floats32]) -> _Found:
-        twin = self.twins.of(module, step.prefix, names)
+        copy = self.copies.of(module, step.prefix, names)
         residual: Stream | None = step.hidden if step.output is not None else None
         squares, count = np.zeros(3), 0
         for index in range(len(step.shapes)):
-            actual = _logits(step, twin, index) if step.output is None else step.run(twin, index).numpy()
+            actual = _logits(step, copy, index) if step.output is None else step.run(copy, index).numpy()
             output = expected(index).astype(np.float64)
             added = output if residual is None else output - residual.read(index)
             squares += [float(np.square(each).sum()) for each in (actual - output, added, output)]

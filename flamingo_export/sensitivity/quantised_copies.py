@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-class Twins:
-    """Makes twins of parts of one model under one precision. calibration: None where activations are not quantised."""
+class QuantisedCopies:
+    """Makes copies of parts of one model under one precision. calibration: None where activations are not quantised."""
 
     def __init__(self, config: ModelConfig, precision: Precision, calibration: CalibrationTable | None) -> None:
         self._config, self._precision, self._calibration = config, precision, calibration
@@ -31,6 +31,6 @@ class Twins:
         shared: dict[int, Any] = {
             id(parameter): torch.nn.Parameter(parameter.data, requires_grad=False) for parameter in module.parameters()
         }
-        twin = copy.deepcopy(module, shared)
-        StoredRounding(self._config, self._precision, self._calibration, only=quantised.__contains__).apply(twin, prefix)
-        return twin
+        changed = copy.deepcopy(module, shared)
+        StoredRounding(self._config, self._precision, self._calibration, only=quantised.__contains__).apply(changed, prefix)
+        return changed

@@ -99,7 +99,7 @@ class LoraReader:
         their other half or are misshapen.
         """
         self._base, self._config = base, adapter / CONFIG
-        settings = _settings(self._config)
+        settings = _adapter_settings(self._config)
         self._adapter: FileReader = open_tensors(adapter, WEIGHTS).plainly_named()
         plan = _Plan(settings, self._adapter, base, plain_name, vocabulary, second_names)
         self._updates, self._replaced = plan.merged(adapter)
@@ -146,7 +146,7 @@ class LoraReader:
         return merged
 
 
-def _settings(path: Path) -> _Settings:
+def _adapter_settings(path: Path) -> _Settings:
     raw = read_json(path)
     faults = [f"{key} is {raw[key]!r}" for key, plain in _REFUSED.items() if key in raw and raw[key] not in plain]
     if faults:

@@ -96,7 +96,7 @@ class GatedCrossAttention(nn.Module):
         self.ffw_gate = nn.Parameter(torch.zeros(gate)) if gated else None
 
     def media_kv(self, latents_NRW: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of media, which the seam `media` is given: latents [N, R, W of the resampler] -> two [N, G, R, D]."""
+        """Keys and values of media, which the hook point `media` is given: latents [N, R, W of the resampler] -> two [N, G, R, D]."""
         heads = (self.config.kv_heads, self.config.head_size)
         k_NGRD = project_media(self.k_proj, latents_NRW, heads, self.k_norm)
         k_NGRD, v_NGRD = self.media(k_NGRD, project_media(self.v_proj, latents_NRW, heads))

@@ -80,7 +80,7 @@ class LanguageModelLayer(nn.Module):
     def attend(self, q_BHSD: Tensor, k_BGCD: Tensor, v_BGCD: Tensor, position_BHSC: Tensor | None, mask_BqSC: Tensor) -> Tensor:
         """Attention output [B, S, W]; rows that may see nothing are zero. position: what distances add to scores, before the scale.
 
-        The seam `operands` is given queries (with their bias for contents), keys and values as they are multiplied.
+        The hook point `operands` is given queries (with their bias for contents), keys and values as they are multiplied.
         """
         if isinstance(self.config.positions, RelativePositions):
             q_BHSD = q_BHSD + self.content_bias[:, None, :]

@@ -54,7 +54,7 @@ def convert_native(parts: Parts) -> Converted:
 
 def convert_idefics(parts: Parts) -> Converted:
     """IDEFICS v1. One tuned on instructions is recognised by the token that ends its turns."""
-    settings, ids = _settings(parts.model), parts.token_ids
+    settings, ids = _settings_of(parts.model), parts.token_ids
     turn = ids.get(IDEFICS_INSTRUCT.tags.eoc)
     inputs = IDEFICS if turn is None else IDEFICS_INSTRUCT
     config = idefics.config_from(
@@ -89,7 +89,7 @@ def convert_llama_vision(parts: Parts) -> Converted:
 
     One tuned on instructions is recognised by its chat template, or by the token that ends a turn among those that end its texts.
     """
-    settings, ids, folder = _settings(parts.model), parts.token_ids, parts.model.path
+    settings, ids, folder = _settings_of(parts.model), parts.token_ids, parts.model.path
     template = read_chat_template(folder) if folder.is_dir() else None
     config = llama_vision.config_from(settings)
     turn = ids.get(LLAMA_VISION_INSTRUCT.tags.eoc, llama_vision.TURN)
@@ -132,7 +132,7 @@ def convert_openflamingo(parts: Parts) -> Converted:
         language_model=_shapes(lm),
         vision=_shapes(vision),
         absent=frozenset(lm.absent),
-        language_model_config=_settings(lm),
+        language_model_config=_settings_of(lm),
     )
     open_clip = _open_clip_config(vision.path)
     encoder = clip.encoder_of(files.vision, vision.settings, open_clip, path=vision.path)
@@ -147,7 +147,7 @@ def convert_openflamingo(parts: Parts) -> Converted:
 
 def convert_otter(parts: Parts) -> Converted:
     """Otter, and OpenFlamingo as Otter's authors converted it: all parts in one folder. Raises CheckpointError as `convert_openflamingo`."""
-    raw = _settings(parts.model)
+    raw = _settings_of(parts.model)
     text = setting(raw, "text_config", dict)
     files = openflamingo_files.Files(
         checkpoint=_shapes(parts.model),
@@ -261,7 +261,7 @@ def _open_clip_config(path: Path) -> Mapping[str, Any]:
     return read_json(beside) if beside.is_file() else {}
 
 
-def _settings(part: PartFiles) -> Mapping[str, Any]:
+def _settings_of(part: PartFiles) -> Mapping[str, Any]:
     """The part's config.json. Raises CheckpointError if there is none: tensors do not tell how they are computed with."""
     if not part.settings:
         raise CheckpointError(

@@ -43,7 +43,7 @@ def recognise(path: Path, families: Sequence[Family] = FAMILIES, *, may_be_absen
         raise CheckpointError(
             f"{path} does not exist. A checkpoint is a folder with config.json and tensors, or a file of tensors."
         )
-    settings = _settings(path, families)
+    settings = _config_settings(path, families)
     _refuse_quantised(path, settings)
     by_config, evidence = _by_config(path, settings, families)
     try:
@@ -97,7 +97,7 @@ def _refuse_quantised(path: Path, settings: Mapping[str, Any]) -> None:
                 raise CheckpointError(f"{path} is GGUF, llama.cpp's format. {_ORIGINAL}")
 
 
-def _settings(path: Path, families: Sequence[Family]) -> dict[str, Any]:
+def _config_settings(path: Path, families: Sequence[Family]) -> dict[str, Any]:
     """config.json of a folder; of a file, none: what lies beside it may be of another model."""
     if not path.is_dir():
         return {}

@@ -1,4 +1,4 @@
-"""The seams of the reference: what listens there sees the operands as they are multiplied, and may replace them."""
+"""The hook points of the reference: what listens there sees the operands as they are multiplied, and may replace them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flamingo_reference.model.layers import ACTIVATIONS  # noqa: E402
 def model() -> Flamingo:
     torch.manual_seed(0)
     nano = SIZES["nano"]
-    return Flamingo(msgspec.structs.replace(nano, name="seams")).eval().requires_grad_(False)
+    return Flamingo(msgspec.structs.replace(nano, name="hook points")).eval().requires_grad_(False)
 
 
 def test_attention_by_hand_from_what_its_seam_is_given(model: Flamingo) -> None:
