@@ -1,6 +1,6 @@
 """How many requests, and bytes of their bodies, a process holds at once: beyond that clients are asked to come back.
 
-A byte counts once it is there. Who announces a body and sends nothing takes a place among the requests alone, and gives that up to the next one.
+A byte counts once it is there. Who announces a body and sends nothing takes only a place among the requests, and gives that up to the next one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 WINDOW = 1.0
 """Seconds over which a body's pace is measured; one that has begun since then is not slow."""
 SLOW = 4096
-"""Bytes a second. A body that comes more slowly is given up where its place is needed, and only there."""
+"""Bytes per second. A body that comes more slowly is given up where its place is needed, and only there."""
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -138,13 +138,13 @@ class Body:
             self._waiting = None
 
     def give_up(self) -> None:
-        """Who waits for more of it is told so."""
+        """Who waits for more of it gets a refusal."""
         assert self._waiting is not None
         self._given_up = True
         self._waiting.reschedule(asyncio.get_running_loop().time())
 
     def pace(self, now: float) -> float:
-        """Bytes a second at which it comes; infinite where it is not waited for."""
+        """Bytes per second at which it comes; infinite where it is not waited for."""
         if self._waiting is None:
             return math.inf
         self._measure(now)
