@@ -104,7 +104,7 @@ def cut_at(text: str, stops: Sequence[str]) -> str:
 
 
 class HoldBack:
-    """Pieces of a stream up to the first stop text: what may yet become one is held back, and so are blanks before it."""
+    """Pieces of a stream up to the first stop text: what may yet become one is held back."""
 
     def __init__(self, stops: Sequence[str], *, strip: bool = False) -> None:
         """strip: without blanks at the beginning and the end, as the text of a generation has none. Stop texts are looked for before, since
@@ -125,7 +125,7 @@ class HoldBack:
         cut = cut_at(text, self._stops)
         if len(cut) < len(text):
             self._ended, self._held = True, ""
-            return cut.rstrip()
+            return cut
         longest = max(
             (
                 size
@@ -135,7 +135,7 @@ class HoldBack:
             ),
             default=0,
         )
-        certain = text[: len(text) - longest].rstrip() if longest else text
+        certain = text[: len(text) - longest]
         self._held = text[len(certain) :]
         return certain
 
