@@ -29,7 +29,7 @@ from flamingo_export.evaluation.results import (
     paper_of,
     write_results,
 )
-from flamingo_export.evaluation.selection import Selector, Similarity
+from flamingo_export.evaluation.selection import Selector, Similarity, medium_key
 from flamingo_export.evaluation.settings import Settings
 from flamingo_export.evaluation.task import ZERO_SHOT_TEXTS, Item, Task
 from flamingo_export.evaluation.tasks import task_of
@@ -84,23 +84,26 @@ def evaluate(
     progress.stage("reading the data", 1)
     found = read_data(chosen, settings, data, support, split, skip_missing=skip_missing)
     progress.advance(1)
+    second = None if against is None or isinstance(against, str | Path) else as_evaluated(against)
+    asked_models = [first] if second is None else [first, second]
+    if settings.select == "rices" and isinstance(first, HasFeatures):
+        # An index may take hours, so what fails for want of room or of examples is said before it is made.
+        _check_before_the_index(asked_models, found, settings, chosen)
     with _workplace(out, overwrite) as folder:
         similarity, features = _similarity(first, found, settings, index, folder, progress, overwrite=overwrite)
         selector = Selector(found.examples, settings.select, settings.seed, similarity) if settings.needs_examples() else None
         if selector is not None:
-            selector.check(found.queries, max((*settings.shots, ZERO_SHOT_TEXTS if 0 in settings.shots else 0)))
+            selector.check(found.queries, _most_examples(settings))
             progress.stage("examples", 1)
             selector.prepare(found.queries)
             progress.advance(1)
         interview = Interview(chosen, settings, selector, {item.id: item for item in found.queries})
         units = units_of(found.queries, settings)
         identity = _identity(chosen, settings, found, features)
-        second, others, other_identity = None, None, None
+        others, other_identity = None, None
         if isinstance(against, str | Path):
             others, other_identity = _earlier(Path(against), identity, units)
-        elif against is not None:
-            second = as_evaluated(against)
-        for each in (first, *([second] if second is not None else [])):
+        for each in asked_models:
             _check_longest(each, interview, found.queries, settings, chosen)
         predictions = _predictions(first, interview, units, folder / PREDICTIONS_FILE, identity, progress)
         if second is not None:
@@ -170,6 +173,31 @@ def _similarity(
     place = Path(index) if index is not None else folder / EXAMPLES_INDEX
     made = index_of(model, data.examples, place, overwrite=overwrite and index is None, progress=progress)
     return IndexedSimilarity(model, made), model.features_of
+
+
+def _most_examples(settings: Settings) -> int:
+    return max((*settings.shots, ZERO_SHOT_TEXTS if 0 in settings.shots else 0))
+
+
+def _check_before_the_index(models: Sequence[EvaluatedModel], data: Data, settings: Settings, task: Task) -> None:
+    """Raises EvaluationError where there are too few examples, InputError where not even those of the shortest texts fit, each with its medium.
+
+    Similar examples show as many media, and their texts are no shorter.
+    """
+    most = _most_examples(settings)
+    Selector(data.examples, "random", settings.seed).check(data.queries, most)
+    by_pool: dict[str, dict[object, Item]] = {}
+    for item in sorted(data.examples, key=lambda each: len(each.question or "") + len(each.answer)):
+        media = by_pool.setdefault(item.pool, {})
+        if len(media) <= most:  # one to spare: a query's own medium is left out
+            media.setdefault(medium_key(item), item)
+    few = [item for item in data.queries[: settings.unit] if len(by_pool.get(item.pool, ())) > most]
+    if not few:
+        return
+    shortest = Selector([item for media in by_pool.values() for item in media.values()], "shared", settings.seed)
+    interview = Interview(task, settings, shortest, {item.id: item for item in few})
+    for each in models:
+        _check_longest(each, interview, few, settings, task)
 
 
 def _check_longest(

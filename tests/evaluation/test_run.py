@@ -9,6 +9,7 @@ from typing import Any
 import published
 import pytest
 from made_models import Echo, Seeing
+from PIL import Image
 
 import flamingo_export
 from flamingo_export.errors import CapacityError, EvaluationError
@@ -261,6 +262,43 @@ def test_what_cannot_be_is_said_before_any_work(vqa: Path, tmp_path: Path, monke
     with pytest.raises(EvaluationError, match=r"Java|pycocoevalcap"):
         run(model, published.write("coco", tmp_path), task="coco")
     assert model.asked == []
+
+
+class Blind(Seeing):
+    """Has features and must not be asked for them."""
+
+    def features(self, media: Any) -> Any:
+        raise AssertionError("an index was begun")
+
+
+def test_what_cannot_be_is_said_before_examples_are_encoded(vqa: Path, tmp_path: Path) -> None:
+    """Of a large task that takes hours."""
+    settings = Settings(shots=(0, 3), select="rices")
+    with pytest.raises(CapacityError, match="at most 3 media"):
+        run(Blind(most_media=3), vqa, settings=settings)
+    with pytest.raises(CapacityError, match="at most 3 media"):
+        run(Blind(), vqa, settings=settings, against=Echo(most_media=3))
+    with pytest.raises(EvaluationError, match="8 examples are wanted and there are 4"):
+        run(Blind(), vqa, settings=Settings(shots=(8,), select="rices"))
+    with pytest.raises(AssertionError, match="an index was begun"):
+        run(Blind(most_media=4), vqa, settings=settings)
+
+
+def test_a_long_text_that_no_similar_example_has_does_not_refuse_a_run(tmp_path: Path) -> None:
+    class Short(Seeing):
+        def check(self, requests: Any, *, beams: int, max_new_tokens: int) -> None:
+            if any("endless" in str(request.prompt) for request in requests):
+                raise CapacityError("too long")
+
+    rows = [{"id": number, "image": f"{number}.png", "answer": "red" if number else "endless " * 99} for number in range(8)]
+    for number in range(8):
+        Image.new("RGB", (4, 4), (200 + number, 200, 200) if number else (0, 0, 0)).save(tmp_path / f"{number}.png")
+    (tmp_path / "s.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    Image.new("RGB", (4, 4), (200, 220, 200)).save(tmp_path / "q.png")
+    (tmp_path / "q.jsonl").write_text(json.dumps({"id": "q", "image": "q.png", "answer": "red"}))
+    (tmp_path / "t.toml").write_text('metric = "exact"\nform = "caption"\nsupport = "s.jsonl"\n')
+    settings = Settings(shots=(6,), select="rices")
+    assert run(Short(), tmp_path / "q.jsonl", task=tmp_path / "t.toml", settings=settings).cell(6).value == 100
 
 
 def test_a_tag_in_a_question_is_named(vqa: Path) -> None:
