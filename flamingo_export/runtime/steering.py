@@ -28,7 +28,7 @@ Decode = Callable[[Sequence[int]], str]
 class Steering:
     """Changes of a branch's scores.
 
-    prompt: token ids before the generated ones; penalties count them too.
+    prompt: token ids before the generated ones; penalties count them too, those beyond the scores (an image token that has no logit) excepted.
     logit_bias: added to the scores of these tokens.
     repetition_penalty: of every token that was there already; above 1 makes it less likely.
     no_repeat_ngram: no sequence of so many tokens comes twice; 0 allows it.
@@ -59,13 +59,14 @@ class Steering:
         tokens = [*self.prompt, *generated]
         if self.repetition_penalty != 1.0:
             seen = np.unique(tokens)
+            seen = seen[seen < len(scores)]
             values = scores[seen]
             with np.errstate(over="ignore", invalid="ignore"):
                 punished = np.where(values < 0, values * self.repetition_penalty, values / self.repetition_penalty)
             # What may be chosen still may; tokens that are never generated stay so.
             scores[seen] = np.where(np.isfinite(values), np.clip(punished, -GREATEST, GREATEST), values)
         if self.no_repeat_ngram:
-            scores[self._repeating(tokens)] = -np.inf
+            scores[[token for token in self._repeating(tokens) if token < len(scores)]] = -np.inf
         if len(generated) < self.min_new_tokens:
             scores[list(self.ends)] = -np.inf
         if allowed is not None:

@@ -51,8 +51,9 @@ async def echoed(
             for prompt, media in prompts:
                 whole = model.prepare(request_of(call, Asked(prompt=prompt, media=media)))
                 ids = whole.token_ids.tolist()
-                # What follows the last image, and the tags around it, is scored; before it a token is a condition.
-                tags = [place for place, token in enumerate(ids) if token in model.config.tokens.never]
+                # What follows the last image, and the tags around it, is scored; before it a token is a condition. So is one without a logit.
+                never, size = model.config.tokens.never, model.config.language_model.vocab_size
+                tags = [place for place, token in enumerate(ids) if token in never or token >= size]
                 begin = tags[-1] + 1 if tags else 1
                 scored, likeliest = None, list[list[tuple[int, float]]]()
                 if begin < len(ids):
