@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flamingo_export.backends.base import SessionOptions
 from flamingo_export.bundle.identity import bundle_digest, precision_of
-from flamingo_export.errors import CapacityError
+from flamingo_export.errors import CapacityError, ImageError
 from flamingo_export.evaluation.protocol import Answer, Features
-from flamingo_export.runtime.media import MediumSource
+from flamingo_export.runtime.media import MediumSource, rows_of
 from flamingo_export.runtime.request import Request
 from flamingo_reference.input_format import InputFormat
 
@@ -48,10 +49,12 @@ class BundleModel:
         limits, tokenizer = self.model.manifest.limits, self.model.tokenizer
         if not requests:
             return
-        media = max(len({id(medium) for medium in request.media}) for request in requests)
-        if media > limits.bank_rows:
+        sizes: dict[object, int] = {}
+        rows, media = max(self._shown(request, sizes) for request in requests)
+        if rows > limits.bank_rows:
+            tiles = f" of {rows} tiles" if rows > media else ""
             raise CapacityError(
-                f"a prompt shows {media} images, the bundle's media bank holds {limits.bank_rows}. Give fewer shots, "
+                f"a prompt shows {media} images{tiles}, the bundle's media bank holds {limits.bank_rows}. Give fewer shots, "
                 "or build it with a larger bank (limits=ShapeLimits(bank_rows=...))."
             )
         if tokenizer is None:
@@ -64,6 +67,17 @@ class BundleModel:
                 f"the longest prompt has {tokens} tokens and needs {needed} cache slots with {beams} beams and {max_new_tokens} new tokens; "
                 f"the bundle has {limits.max_length}. Give fewer shots, or build it with more (limits=ShapeLimits(max_length=...))."
             )
+
+    def _shown(self, request: Request, sizes: dict[object, int]) -> tuple[int, int]:
+        """Rows of the media bank that a prompt's images take, and how many there are. sizes: those that are known, filled on the way."""
+        media = {str(medium) if isinstance(medium, str | Path) else id(medium): medium for medium in request.media}
+        for key, medium in media.items():
+            if key not in sizes:
+                try:
+                    sizes[key] = rows_of(medium, self.model.config)
+                except ImageError:  # said with the item's name once it is looked at
+                    sizes[key] = 1
+        return sum(sizes[key] for key in media), len(media)
 
     def generate(self, requests: Sequence[Request], *, beams: int, max_new_tokens: int) -> list[Answer]:
         """The best text for each request."""

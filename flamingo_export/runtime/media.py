@@ -10,10 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from flamingo_export.errors import ImageError
+from flamingo_export.runtime.image_files import name_of, open_source, translated
 from flamingo_export.runtime.images import ImageSource, Pixels, load_image, preprocess
-from flamingo_export.runtime.tiles import tiles_of
+from flamingo_export.runtime.tiles import num_tiles, tiles_of
 from flamingo_export.runtime.videos import Video, load_video
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.input_format import ImageFit
@@ -80,6 +82,24 @@ def load_medium(
     return (
         recent.get(seen, lambda: _image(image, seen, config, fit)) if recent is not None else _image(image, seen, config, fit)
     )
+
+
+def rows_of(source: MediumSource, config: ModelConfig) -> int:
+    """Rows of the media bank that a medium takes. Of an image in tiles that follows from its size: of a file only the header is read.
+
+    Raises ImageError if it is no image.
+    """
+    vision = config.tiled
+    if vision is None or isinstance(source, Video):
+        return 1
+    if isinstance(source, np.ndarray):
+        height, width = source.shape[:2]
+    elif isinstance(source, Image.Image):
+        width, height = source.size
+    else:
+        with open_source(source) as file, translated(name_of(source)), Image.open(file) as image:
+            width, height = image.size
+    return num_tiles(height, width, vision.image_size, vision.aspect_ratios)
 
 
 def medium_of(frames: Iterable[Pixels], config: ModelConfig, fit: ImageFit = "pad", *, digest: bool = True) -> Medium:

@@ -73,6 +73,12 @@ def _levels(mean: Colour, std: Colour) -> npt.NDArray[np.float32]:
     return levels
 
 
+def num_tiles(height: int, width: int, side: int, arrangements: Sequence[Arrangement]) -> int:
+    """Tiles that an image of this size becomes; turned by a quarter it becomes as many."""
+    rows, columns = _best_arrangement(height, width, side, arrangements)
+    return rows * columns
+
+
 def _best_arrangement(height: int, width: int, side: int, arrangements: Sequence[Arrangement]) -> Arrangement:
     """Smallest scale of at least 1, else the largest below; of equal ones the least area, then the first."""
     scales = [min(rows * side / height, columns * side / width) for rows, columns in arrangements]

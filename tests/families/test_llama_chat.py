@@ -197,6 +197,63 @@ def test_an_index_averages_the_tiles_that_show_something(model: Model, llama: An
         np.testing.assert_allclose(np.sort(vector), np.sort(expected), atol=1e-4)
 
 
+def test_no_option_reads_a_logit_of_the_image_token(model: Model) -> None:
+    """It has none: its id is the number of the output's rows. Penalties count what is around it, and top_logprobs never names it."""
+    assert IDS[IMAGE] == ROWS == model.config.language_model.vocab_size
+    prompt = [IDS[BOS], IDS[IMAGE], 70, IDS[IMAGE], 70]
+    options: dict[str, Any] = {"max_new_tokens": 4, "top_logprobs": 20}
+    for search in ({"beams": 1}, {"beams": 3}, {"temperature": 1.0, "seed": 0}):
+        found = model.generate(prompt, images=[ONE, WIDE], repetition_penalty=1.3, no_repeat_ngram=1, **search, **options)
+        assert 70 not in found.token_ids  # once is once too often, which the prompt has
+        assert max(token for likeliest in found.top_logprobs for token, _ in likeliest) < ROWS
+        assert max(found.token_ids) < ROWS
+    # What follows 70 in the prompt is an image, which cannot follow: two in a row forbid nothing here.
+    plain = model.generate(prompt, images=[ONE, WIDE], beams=1, max_new_tokens=1)
+    assert model.generate(prompt, images=[ONE, WIDE], beams=1, max_new_tokens=1, no_repeat_ngram=2).token_ids == plain.token_ids
+    with pytest.raises(InputError, match=f"logit_bias names token {ROWS}, the model knows 0 to {ROWS - 1}"):
+        model.generate(prompt, images=[ONE, WIDE], logit_bias={IDS[IMAGE]: 1.0})
+    with pytest.raises(InputError, match=f"some outside 0 to {ROWS - 1}"):
+        model.score(flamingo_export.Request(prompt=prompt, media=[ONE, WIDE]), [[70, IDS[IMAGE]]])
+
+
+def test_evaluation_counts_tiles_before_any_work(model: Model, tmp_path: Path) -> None:
+    """A shot of four tiles takes four rows of the bank; a picture that is shown twice takes them once."""
+    from flamingo_export import Shot, qa_prompt
+    from flamingo_export.evaluation.bundles import BundleModel
+
+    evaluated, bank = BundleModel(model), model.manifest.limits.bank_rows
+    paths = [tmp_path / f"{number}.png" for number in range(bank // 4 + 1)]
+    for path in paths:
+        FOUR.save(path)
+    ONE.save(tmp_path / "one.png")
+
+    def check(*shown: Path) -> None:
+        shots = [Shot(answer="A.", question="Q?", medium=path) for path in shown[:-1]]
+        evaluated.check([qa_prompt(shots, "Q?", shown[-1], model.inputs)], beams=1, max_new_tokens=2)
+
+    check(*paths[:-1])
+    check(*paths[:-1], paths[0])
+    for last, rows in ((paths[-1], bank + 4), (tmp_path / "one.png", bank + 1)):
+        with pytest.raises(
+            InputError, match=f"shows {len(paths)} images of {rows} tiles, the bundle's media bank holds {bank}"
+        ):
+            check(*paths[:-1], last)
+
+
+def test_tiles_are_known_from_the_size_of_an_image(model: Model, tmp_path: Path) -> None:
+    from flamingo_export.runtime.media import load_medium, rows_of
+
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for number, shown in enumerate((ONE, WIDE, TALL, FOUR)):
+        WIDE.save(tmp_path / "turned.png", exif=turned)
+        shown.save(tmp_path / f"{number}.png")
+        for source in (shown, np.asarray(shown), tmp_path / f"{number}.png", tmp_path / "turned.png"):
+            assert rows_of(source, model.config) == load_medium(source, model.config).rows
+    with pytest.raises(ImageError):
+        rows_of(b"not an image", model.config)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "said"),
     [
@@ -347,6 +404,15 @@ def test_a_served_stream(name: str, client: Any, model: Model) -> None:
 def test_what_a_server_refuses(client: Any, body: dict[str, Any], status: int, said: str) -> None:
     found = client.post("/v1/chat/completions", json={"model": "llama", "messages": [{"role": "user", "content": "a"}], **body})
     assert (found.status_code, said in found.json()["error"]["message"]) == (status, True), found.text
+
+
+def test_a_prompt_with_tokens_without_a_logit_is_echoed(client: Any) -> None:
+    """Of the eight rows behind the head's some stand in the prompt: what follows them is scored."""
+    body = {"model": "llama", "prompt": [IDS[BOS], 70, ROWS + 3, 71, 72], "echo": True, "logprobs": 1, "max_tokens": 1}
+    found = client.post("/v1/completions", json=body)
+    assert found.status_code == 200, found.text
+    values = found.json()["choices"][0]["logprobs"]["token_logprobs"]
+    assert [value is None for value in values] == [True, True, True, False, False, False]
 
 
 def test_the_day_of_a_request(client: Any) -> None:
