@@ -88,7 +88,7 @@ class Index:
         if self.record.bundle != digest:
             raise EvaluationError(
                 f"the index {self.folder} was made by another bundle than {name} (digest {self.record.bundle[:12]}, expected {digest[:12]}). "
-                f"Make it again: flamingo-export index {name} --out {self.folder} --overwrite"
+                f"Make it again: flamingo-export index {name} --data ... --out {self.folder} --overwrite"
             )
 
 
