@@ -229,23 +229,35 @@ def calibrating(config: ModelConfig) -> int:
 
 
 def device(config: ModelConfig, precision: Precision, limits: ShapeLimits) -> int:
-    """Bytes on a GPU, were all graphs engines: they, caches of the limits' batch and length, the media bank; not intermediate results."""
-    width = BYTES_PER_WEIGHT[precision.storage]
-    weights = sum(stored_bytes(weight, precision) for weight in bundle_weights(config, precision))
-    caches = cache_bytes(config, positions=limits.max_length * limits.batch, width=width)
-    return int(ENGINE_RATIO * weights) + caches + limits.bank_rows * media_row(config, precision)
+    """Bytes on a GPU, were all graphs engines: they, caches of the limits' batch and length, the media bank, what is computed on the way."""
+    requests, positions = limits.batch, limits.max_length
+    return on_gpu(config, precision, limits, requests=requests, positions=positions, media=limits.bank_rows).total
+
+
+def work_of_row(config: ModelConfig, precision: Precision, limits: ShapeLimits) -> int:
+    """Bytes that an engine of the decoder computes on the way for each request that it is built for."""
+    return _stepping_in_engines(config, msgspec.structs.replace(limits, batch=1), width=BYTES_PER_WEIGHT[precision.storage])
+
+
+def work_of_encoder(config: ModelConfig, precision: Precision) -> int:
+    """The same of the vision encoder, for an image."""
+    return _encoding(config, width=BYTES_PER_WEIGHT[precision.storage])
 
 
 class Resident(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes that a graph keeps on the GPU that runs it: its engine (weights, intermediate results where they are known), the bank of its gated
-    layers, and a row of its layers' caches."""
+    layers, and a row of its layers' caches.
+
+    work: of intermediate results for each row, where the engine is yet to be built. Graphs of one GPU run one after the other and share them.
+    """
 
     engine: int
     bank: int = 0
     row: int = 0
+    work: int = 0
 
     def total(self, rows: int) -> int:
-        """With so many rows of the cache."""
+        """With so many rows of the cache, but for `work`."""
         return self.engine + self.bank + rows * self.row
 
 

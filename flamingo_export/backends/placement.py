@@ -17,7 +17,7 @@ import msgspec
 from flamingo_export.backends.base import SessionOptions
 from flamingo_export.bundle.manifest import GraphRecord, Manifest, ShapeLimits
 from flamingo_export.errors import BackendError
-from flamingo_export.estimates import GIB, Resident, graph_on_gpu
+from flamingo_export.estimates import GIB, Resident, graph_on_gpu, work_of_encoder, work_of_row
 from flamingo_export.precision import Precision
 from flamingo_export.weights.decoder_cuts import graph_bytes, graph_records
 from flamingo_reference.config import ModelConfig
@@ -74,6 +74,7 @@ def _fills_least(
     sizes = [needed[name].total(rows) for name in parts]
     upto = [0, *itertools.accumulate(sizes)]
     beside = sum(needed[name].total(rows) for name in encoders)
+    work = rows * max(needed[name].work for name in parts)
     best: tuple[float, float, int, tuple[int, ...]] | None = None
     for home in range(len(room)):
         # Of the first parts on the GPUs so far: share of the fullest one, sum of squares, where each GPU's parts begin.
@@ -82,7 +83,7 @@ def _fills_least(
             longer: dict[int, tuple[float, float, tuple[int, ...]]] = {}
             for start, (fullest, squares, begins) in ways.items():
                 for stop in range(start, len(parts) + 1):
-                    load = upto[stop] - upto[start] + (beside if gpu == home else 0)
+                    load = upto[stop] - upto[start] + (beside if gpu == home else 0) + (work if stop > start else 0)
                     if load > free:
                         break
                     share = load / max(free, 1)
@@ -100,7 +101,11 @@ def _fills_least(
         (*(encoders if gpu == home else ()), *parts[start:stop])
         for gpu, (start, stop) in enumerate(zip(begins, (*begins[1:], len(parts)), strict=True))
     )
-    return Placement(graphs=graphs, used=tuple(sum(needed[name].total(rows) for name in names) for names in graphs), rows=rows)
+    used = [
+        sum(needed[name].total(rows) for name in names) + (work if stop > start else 0)
+        for names, start, stop in zip(graphs, begins, (*begins[1:], len(parts)), strict=True)
+    ]
+    return Placement(graphs=graphs, used=tuple(used), rows=rows)
 
 
 def on_one(manifest: Manifest, options: SessionOptions) -> dict[str, str]:
@@ -127,10 +132,21 @@ class Cuts:
     """What a decoder in so many parts, and the encoders, keep on GPUs; each number of parts is worked out once."""
 
     def __init__(
-        self, config: ModelConfig, precision: Precision, limits: ShapeLimits, sizes: Mapping[str, int], *, ratio: float
+        self,
+        config: ModelConfig,
+        precision: Precision,
+        limits: ShapeLimits,
+        sizes: Mapping[str, int],
+        *,
+        ratio: float,
+        planned: bool = False,
     ) -> None:
-        """sizes: bytes of each of the bundle's weights; ratio: of an engine to the weights of its graph."""
+        """sizes: bytes of each of the bundle's weights; ratio: of an engine to the weights of its graph.
+
+        planned: whether engines are yet to be built, so that their intermediate results are estimated; else `ratio` has them.
+        """
         self._config, self._precision, self._limits, self._sizes, self._ratio = config, precision, limits, sizes, ratio
+        self._planned = planned
         self._found: dict[int, dict[str, Resident]] = {}
 
     def in_parts(self, parts: int) -> dict[str, Resident]:
@@ -138,8 +154,19 @@ class Cuts:
         if parts not in self._found:
             records = graph_records(self._config, self._sizes, parts)
             engines = {record.name: int(self._ratio * graph_bytes(self._config, self._sizes, record)) for record in records}
-            self._found[parts] = residents(self._config, self._precision, self._limits, records, engines)
+            found = residents(self._config, self._precision, self._limits, records, engines)
+            self._found[parts] = self._with_work(found) if self._planned else found
         return self._found[parts]
+
+    def _with_work(self, found: Mapping[str, Resident]) -> dict[str, Resident]:
+        encoding = work_of_encoder(self._config, self._precision)
+        work = work_of_row(self._config, self._precision, self._limits)
+        return {
+            name: msgspec.structs.replace(each, engine=each.engine + (encoding if name == "vision_encoder" else 0))
+            if name in ENCODERS
+            else msgspec.structs.replace(each, work=work)
+            for name, each in found.items()
+        }
 
     def fit(self, room: Sequence[int], *, fewest: int = 1) -> tuple[int, Placement] | None:
         """The fewest parts that fit onto GPUs of so many free bytes, and how; None where MOST_PARTS do not."""

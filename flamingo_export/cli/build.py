@@ -341,7 +341,7 @@ def _print_cards(found: BuildPlan) -> None:
         print(found.note)
     memory = [(str(each.rows), *map(human_bytes, each.bytes)) for each in found.memory]
     columns = ("requests", *(f"{length} slots" for length in found.lengths))
-    title = "memory on GPUs: engines, media bank, and caches of so many requests of so many cache slots"
+    title = "memory on GPUs, were the engines built for so many requests of so many cache slots"
     results().print(table(columns, memory, title=title, right=range(len(columns))))
     limits, parts = found.limits, sum(graph.layers is not None for graph in found.graphs)
     cards = [

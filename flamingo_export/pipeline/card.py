@@ -26,7 +26,7 @@ CARDS = {
 }
 """Bytes of memory, by the vendor's data sheets. Thor shares its own with the host."""
 USABLE = 0.92
-"""What of a card's memory is left to engines, their caches and bank: the rest is CUDA's, and intermediate results."""
+"""What of a card's memory is left to engines, their caches and bank, and intermediate results: the rest is CUDA's."""
 MOST_ROWS = 64
 """Requests side by side that engines are built for unless more are asked for."""
 _LEAST_LENGTH = 512
@@ -107,7 +107,7 @@ def chosen_limits(
 
 def cuts(config: ModelConfig, precision: Precision, limits: ShapeLimits) -> Cuts:
     """What engines of a bundle that is yet to be built would keep on GPUs."""
-    return Cuts(config, precision, limits, WeightIndex.planned(config, precision).sizes(), ratio=ENGINE_RATIO)
+    return Cuts(config, precision, limits, WeightIndex.planned(config, precision).sizes(), ratio=ENGINE_RATIO, planned=True)
 
 
 def _plain(name: str) -> str:

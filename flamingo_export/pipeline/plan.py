@@ -80,7 +80,7 @@ class PlannedRun(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PlannedMemory(msgspec.Struct, frozen=True, kw_only=True):
-    """Bytes on GPUs with so many requests side by side, for each of the plan's lengths: engines, caches and bank."""
+    """Bytes on GPUs of engines for so many requests side by side, for each of the plan's lengths: they, caches, bank, intermediate results."""
 
     rows: int
     bytes: tuple[int, ...]
@@ -116,7 +116,7 @@ class BuildPlan(msgspec.Struct, frozen=True, kw_only=True):
     graphs: tuple[PlannedGraph, ...]
     steps: tuple[PlannedStep, ...]
     device_bytes: int
-    """Needed on a GPU: engines, caches of the limits' batch and length, media bank. Not counted: intermediate results."""
+    """Needed on a GPU: engines, caches of the limits' batch and length, media bank, intermediate results."""
     bank: PlannedBank
     runs: tuple[PlannedRun, ...]
     """On a CPU: a short request about an image; a long one, and several, with a full bank. With engines on a GPU: one request, and all."""

@@ -13,7 +13,7 @@ from flamingo_export.bundle.manifest import ShapeLimits, default_limits
 from flamingo_export.cli import main
 from flamingo_export.errors import BuildError
 from flamingo_export.pipeline.build_request import BuildRequest, resolve_limits
-from flamingo_export.pipeline.card import CARDS, MOST_ROWS, USABLE, Card, chosen_limits, read_card
+from flamingo_export.pipeline.card import CARDS, MOST_ROWS, USABLE, Card, chosen_limits, cuts, read_card
 from flamingo_export.pipeline.plan import plan
 from flamingo_export.precision import Precision
 from flamingo_export.quantize.policies import preset
@@ -121,6 +121,37 @@ def test_engines_for_this_machines_card(monkeypatch):
     assert "this machine's GPU (141 GB)" in said
     other = resolve_limits(request, SIZES["9b"], FP8, get_compiler("tensorrt-rtx", target="sm89"))
     assert other == (default_limits(SIZES["9b"]), None)
+
+
+@pytest.mark.parametrize("card", ["L40S", "A100", "H200"])
+def test_what_is_computed_on_the_way_is_counted_for_every_request(card):
+    """As many requests as the plan says one card holds take what running them is said to take: engines for one more would not fit."""
+    config, limits = SIZES["9b"], msgspec.structs.replace(default_limits(SIZES["9b"]), batch=64)
+    request = BuildRequest(source=source_for_size("9b"), out=Path("b"), policy=preset("fp8"), backend="tensorrt", limits=limits)
+    found = plan(request)
+    (planned,) = (each for each in found.cards if each.name == card)
+    assert planned.least == 1
+
+    def taken(rows: int) -> int:
+        built = msgspec.structs.replace(limits, batch=rows)
+        return estimates.on_gpu(config, FP8, built, requests=rows, positions=4096, media=limits.bank_rows).total
+
+    assert taken(planned.rows) <= USABLE * CARDS[card] < taken(planned.rows + 1)
+    assert found.runs[-1].total == found.device_bytes == taken(64)
+    assert found.memory[-1].bytes[-1] == taken(64)
+
+
+def test_several_cards_have_room_for_what_each_computes():
+    """14 L4, and not as many as their memory would hold by its sum: each of them computes for all 64 requests."""
+    limits = msgspec.structs.replace(default_limits(SIZES["9b"]), batch=64)
+    request = BuildRequest(source=source_for_size("9b"), out=Path("b"), policy=preset("fp8"), backend="tensorrt", limits=limits)
+    (planned,) = (each for each in plan(request).cards if each.name == "L4")
+    needed = cuts(SIZES["9b"], FP8, limits).in_parts(planned.parts or 0)
+    work = 64 * estimates.work_of_row(SIZES["9b"], FP8, limits)
+    assert planned.count is not None
+    for names in planned.graphs:
+        assert sum(needed[name].total(64) for name in names) + work <= USABLE * CARDS["L4"]
+    assert work > 0.08 * CARDS["L4"]  # more than what is kept free of a card
 
 
 def test_80b_over_two_and_three_cards():
