@@ -38,6 +38,16 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     reused_media: int
 
 
+class BatchRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A step of `requests` requests side by side of `beams` branches each: its seconds, and new tokens of all of them per second."""
+
+    requests: int
+    beams: int
+    slots: int
+    step: float
+    tokens_per_second: float
+
+
 class Result(msgspec.Struct, frozen=True, kw_only=True):
     """What was measured, where and on what."""
 
@@ -54,6 +64,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     rows: list[Row]
     grid: Any = None
     """With --grid: `StepCosts`, what `capacity` reckons with."""
+    batches: list[BatchRow] | None = None
+    """With --batch."""
 
 
 def bench(
@@ -72,6 +84,15 @@ def bench(
         bool,
         typer.Option("--grid", help="Also measure what steps cost by rows, beams and length, for `capacity`."),
     ] = False,
+    batch: Annotated[
+        str | None,
+        typer.Option(
+            "--batch",
+            metavar="N,N,...",
+            help="Also measure steps of so many requests side by side, as 1,8,64.",
+            show_default=False,
+        ),
+    ] = None,
     run: Running = Running(),
     as_json: AsJson = False,
 ) -> None:
@@ -79,13 +100,15 @@ def bench(
 
     \b
     flamingo-export bench nano.bundle
+    flamingo-export bench nano.bundle --batch 1,8,64 --beams 3
     flamingo-export bench nano.bundle --grid --json > bench.json; flamingo-export capacity --bench bench.json --rate 200 --p95 1.5
     """
     from flamingo_export.cli.output import print_json, waiting
     from flamingo_export.machine import usable_cores
 
+    counts = _counts(batch)
     started = time.perf_counter()
-    with run.opened(bundle) as model:
+    with run.opened(bundle, rows=max(counts, default=None)) as model:
         loaded = time.perf_counter() - started
         length = prompt_tokens or min(256, model.manifest.limits.max_length // 2)
         if length < images + _QUESTION_TOKENS + 1:
@@ -96,6 +119,7 @@ def bench(
         with waiting("measuring"):
             rows = measure(model, beams=beams, images=images, prompt_tokens=length, new_tokens=new_tokens, repeat=repeat)
             costs = step_costs(model, beams=beams, slots=length + beams * new_tokens, repeat=repeat) if grid else None
+            batches = batch_rows(model, counts, beams=beams, slots=length + beams * new_tokens, repeat=repeat)
         result = Result(
             bundle=str(bundle),
             model=model.config.name,
@@ -109,6 +133,7 @@ def bench(
             load_seconds=loaded,
             rows=rows,
             grid=costs,
+            batches=batches or None,
         )
     if as_json:
         print_json(result)
@@ -121,6 +146,36 @@ def step_costs(model: Model, *, beams: int, slots: int, repeat: int) -> StepCost
     from flamingo_export.deploy.capacity.grid import GridMeter
 
     return GridMeter(model, widths=(1, beams), rows=model.engine.rows, repeat=repeat).measure(slots)
+
+
+def batch_rows(model: Model, counts: Sequence[int], *, beams: int, slots: int, repeat: int) -> list[BatchRow]:
+    """Steps of each number of requests side by side, with one beam and with `beams`, about `slots` cache slots of each in use.
+
+    Raises InputError where the bundle cannot hold so many.
+    """
+    from flamingo_export.deploy.capacity.grid import GridMeter
+
+    if not counts:
+        return []
+    found = GridMeter(model, widths=(1, beams), rows=counts, repeat=repeat).steps(slots)
+    slots = min(slots, model.manifest.limits.max_length)
+    return [
+        BatchRow(requests=rows, beams=width, slots=slots, step=seconds, tokens_per_second=rows / seconds)
+        for (rows, width), seconds in found.items()
+    ]
+
+
+def _counts(text: str | None) -> list[int]:
+    """`1,8,64`. Raises typer.BadParameter."""
+    if text is None:
+        return []
+    try:
+        found = sorted({int(each) for each in text.split(",")})
+    except ValueError:
+        found = [0]
+    if found[0] < 1:
+        raise typer.BadParameter(f"{text} is no list of numbers of requests, as 1,8,64", param_hint="--batch")
+    return found
 
 
 def measure(model: Model, *, beams: int, images: int, prompt_tokens: int, new_tokens: int, repeat: int) -> list[Row]:
@@ -207,6 +262,15 @@ def _print(result: Result) -> None:
     ]
     columns = ("prompt", "beams", "images, ms", "prefill, ms", "first token, ms", "a step, ms", "reused")
     console.print(table(columns, rows, right=(1, 2, 3, 4, 5)))
+    if result.batches:
+        slots = result.batches[0].slots
+        side_by_side = [
+            (str(row.requests), str(row.beams), f"{1000 * row.step:.2f}", f"{row.tokens_per_second:.1f}")
+            for row in result.batches
+        ]
+        title = f"requests side by side, up to {slots} cache slots each"
+        of_batches = ("requests", "beams", "a step, ms", "new tokens a second, of all")
+        console.print(table(of_batches, side_by_side, title=title, right=range(4)))
     if result.grid is not None:
         _print_grid(result.grid)
 

@@ -299,14 +299,16 @@ def chosen_samples(data: str | None, source: WeightSource, tokenizer: Tokenizer 
 
 
 @contextmanager
-def opened(bundle: Path, backend: str, device: str, threads: int, fallback: str | None = None) -> Iterator[Model]:
-    """The bundle's model, with a spinner while it loads."""
+def opened(
+    bundle: Path, backend: str, device: str, threads: int, fallback: str | None = None, rows: int | None = None
+) -> Iterator[Model]:
+    """The bundle's model, with a spinner while it loads. rows: requests that run at once, None: as `load` chooses."""
     from flamingo_export import api
     from flamingo_export.cli.output import logged_to_stderr, waiting
 
     with logged_to_stderr():
         with waiting(f"loading {bundle}"):
-            model = api.load(bundle, backend=backend, device=device, threads=threads, fallback=fallback)
+            model = api.load(bundle, backend=backend, device=device, threads=threads, fallback=fallback, rows=rows)
         with model:
             yield model
 

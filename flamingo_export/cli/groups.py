@@ -93,9 +93,9 @@ class Running:
     device: Device = "cpu"
     threads: Threads = 0
 
-    def opened(self, bundle: Path) -> AbstractContextManager[Model]:
-        """The bundle's model, with a spinner while it loads."""
-        return common_options.opened(bundle, self.backend, self.device, self.threads, self.fallback)
+    def opened(self, bundle: Path, *, rows: int | None = None) -> AbstractContextManager[Model]:
+        """The bundle's model, with a spinner while it loads. rows: requests that run at once, None: as `load` chooses."""
+        return common_options.opened(bundle, self.backend, self.device, self.threads, self.fallback, rows)
 
     def opened_encoder(self, bundle: Path) -> AbstractContextManager[ContrastiveEncoder]:
         """The bundle's contrastive encoder."""

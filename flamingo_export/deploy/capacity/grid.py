@@ -34,18 +34,21 @@ class GridMeter:
         model: Model,
         *,
         widths: Sequence[int],
-        rows: int,
+        rows: int | Sequence[int],
         repeat: int,
         seed: int = 0,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """widths: branches of a request. rows: requests side by side at most. repeat: measurements of a shape; their median counts.
+        """widths: branches of a request. rows: requests side by side at most, or all numbers of them that are measured. repeat: measurements
+        of a shape; their median counts.
 
         clock: of seconds; that of the processor's time leaves out what other programs take.
         """
         self._model, self._repeat, self._clock = model, repeat, clock
         self.widths = tuple(sorted(set(widths)))
-        self.rows = tuple(sorted({1 << power for power in range(rows.bit_length()) if 1 << power <= rows} | {rows}))
+        if isinstance(rows, int):
+            rows = [*(1 << power for power in range(rows.bit_length())), rows]
+        self.rows = tuple(sorted(set(rows)))
         self._rng = np.random.default_rng(seed)
         self._pictures = 0
         ids = model.config.tokens
@@ -60,13 +63,7 @@ class GridMeter:
         model = self._model
         limits, largest = model.manifest.limits, model.engines.decoder.largest
         high = largest.get("C") or min(-(-slots // BUCKET) * BUCKET, limits.max_length)
-        steps = (_WARM_UP + self._repeat) * len(self.rows) + 1
-        needed = self.widths[-1] * steps + 2
-        if needed > high:
-            raise InputError(
-                f"{steps} steps of {self.widths[-1]} beams need {needed} cache slots, {high} were to be used. "
-                "Measure fewer (--repeat), fewer beams (--beams), or on longer prompts (--prompt-tokens)."
-            )
+        steps, needed = self._needed(high)
         low = -(-needed // BUCKET) * BUCKET
         levels = (low, high) if low < high else (high,)
         chunks = tuple(sorted({min(size, limits.chunk, levels[0] - 1) for size in (8, 64, limits.chunk)}))
@@ -97,6 +94,37 @@ class GridMeter:
             fixed_capacity="C" in largest,
             asynchronous=model.engines.vision_encoder.asynchronous,
         )
+
+    def steps(self, slots: int) -> dict[tuple[int, int], float]:
+        """Median seconds of a step by (requests side by side, branches of each), each request with about so many slots in use and an image of
+        its own.
+
+        Raises InputError where the slots do not hold the steps that are to be measured, or the media bank not the images.
+        """
+        bank = self._model.manifest.limits.bank_rows
+        if self.rows[-1] > bank:
+            raise InputError(
+                f"{self.rows[-1]} requests show an image each, the bundle's media bank holds {bank}. Measure fewer."
+            )
+        slots = min(slots, self._model.manifest.limits.max_length)
+        steps, _ = self._needed(slots)
+        with self._model.engine.by_hand() as loop:
+            return {
+                (rows, width): seconds
+                for width in self.widths
+                for rows, seconds in zip(self.rows, self._decoding(loop, slots, width, steps), strict=True)
+            }
+
+    def _needed(self, high: int) -> tuple[int, int]:
+        """Steps that a request takes at most, and slots that it needs for them; InputError where these are more than `high`."""
+        steps = (_WARM_UP + self._repeat) * len(self.rows) + 1
+        needed = self.widths[-1] * steps + 2
+        if needed > high:
+            raise InputError(
+                f"{steps} steps of {self.widths[-1]} beams need {needed} cache slots, {high} were to be used. "
+                "Measure fewer (--repeat), fewer beams (--beams), or on longer prompts (--prompt-tokens)."
+            )
+        return steps, needed
 
     def _decoding(self, loop: Loop, level: int, width: int, steps: int) -> list[float]:
         """Median seconds of a step with each number of rows, as requests join whose prompts and steps together fill `level` slots."""
