@@ -76,7 +76,11 @@ def without_cuda_python() -> str | None:
         found = importlib.util.find_spec("cuda.bindings.runtime")
     except ImportError:
         found = None
-    return None if found else f"cuda-bindings (pip install 'cuda-bindings>=13,<14', or a folder that {WHEELS} names)"
+    return (
+        None
+        if found
+        else f"cuda-bindings (pip install 'cuda-bindings>=13,<14', of CUDA 12 '>=12.9,<13', or a folder that {WHEELS} names)"
+    )
 
 
 def without_cuda_provider(context: Context) -> str | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -30,7 +31,8 @@ PACKAGES = (
 )  # fmt: skip
 """What the package imports, and what that imports, in the versions of requirements/base.txt; but for numpy and what else PyTorch brings, and for
 onnxruntime, which only its own stage wants."""
-CUDA = ("cuda-bindings>=13,<14", "cuda-pathfinder")
+CUDA = {12: ("cuda-bindings>=12.9,<13", "cuda-pathfinder"), 13: ("cuda-bindings>=13,<14", "cuda-pathfinder")}
+"""By the CUDA that the card's driver is for: 13 wants driver 580, 12 any from 525 on."""
 LOCK = ROOT / "requirements" / "base.txt"
 ONNXRUNTIME = ("onnxruntime-gpu>=1.25", "flatbuffers")
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (28, 27, 26, 24, 17, 12, 5)] + [
@@ -117,10 +119,15 @@ def describe_checkout(target: Path) -> None:
 
 
 def unpacked(folder: Path = FOLDER, target: Path = UNPACKED) -> Path | None:
-    """The folder of wheels, unpacked; None where there is none. ONNX Runtime is left to its stage."""
+    """The folder of wheels, unpacked; None where there is none. ONNX Runtime is left to its stage.
+
+    Where others were unpacked before, as those of another CUDA, they go.
+    """
     wheels = [wheel for wheel in sorted(folder.glob("*.whl")) if not wheel.name.startswith("onnxruntime")]
     if not wheels:
         return None
+    if {path.name for path in target.glob(".*.unpacked")} - {f".{wheel.name}.unpacked" for wheel in wheels}:
+        shutil.rmtree(target)
     unpack(wheels, target)
     describe_checkout(target)
     return target
@@ -129,12 +136,15 @@ def unpacked(folder: Path = FOLDER, target: Path = UNPACKED) -> Path | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=FOLDER)
+    parser.add_argument(
+        "--cuda", type=int, choices=sorted(CUDA), default=13, help="12 where the card's driver is older than 580"
+    )
     parser.add_argument("--onnxruntime-gpu", action="store_true", help="ONNX Runtime with CUDA, in pieces")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     for old in (*options.out.glob("*.whl"), *options.out.glob("*.piece-*")):
         old.unlink()
-    download([*locked(PACKAGES), *CUDA], options.out)
+    download([*locked(PACKAGES), *CUDA[options.cuda]], options.out)
     size = sum(path.stat().st_size for path in options.out.glob("*.whl"))
     print(f"{options.out}: {len(list(options.out.glob('*.whl')))} wheels, {size / 2**20:.1f} MiB")
     if size > MOST_BYTES:

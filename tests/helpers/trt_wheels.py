@@ -32,7 +32,11 @@ WHEELS = {
     "datacenter-bindings-10.16": ("tensorrt_cu13_bindings==10.16.1.11",),
     "datacenter-bindings-10.15": ("tensorrt_cu13_bindings==10.15.1.29",),
     "cuda": ("cuda_bindings==13.5.0", "cuda_pathfinder==1.9.0"),
+    "cuda-12": ("cuda_bindings==12.9.10", "cuda_pathfinder==1.9.0"),
+    "cuda-12-lowest": ("cuda_bindings==12.9.0", "cuda_pathfinder==1.9.0"),
 }
+CUDA_WHEELS = "FLAMINGO_TESTS_CUDA"
+"""Environment variable, for a test process of its own: which of them `cuda` imports, since a process has one."""
 _INSTALL_SECONDS = 300
 
 
@@ -48,7 +52,7 @@ def lean() -> ModuleType:
 
 def cuda() -> ModuleType:
     """cuda-python's `cuda.bindings.runtime`, or a skip. It imports without a driver; each call then says that there is none."""
-    return _module("cuda", "cuda.bindings.runtime")
+    return _module(os.environ.get(CUDA_WHEELS, "cuda"), "cuda.bindings.runtime")
 
 
 def folder(name: str) -> Path:

@@ -53,6 +53,9 @@ def test_wheels_are_unpacked_once_and_onnxruntime_is_left(tmp_path):
     (target / "one.py").write_text("x = 3")
     wheels.unpacked(folder, target)
     assert (target / "one.py").read_text() == "x = 3"
+    (folder / "one-1.0-py3-none-any.whl").rename(folder / "one-2.0-py3-none-any.whl")
+    wheels.unpacked(folder, target)
+    assert (target / "one.py").read_text() == "x = 1"  # another wheel: nothing of the old one is left
 
 
 def needed(names: set[str], left_out: set[str]) -> set[str]:
@@ -82,3 +85,52 @@ def test_versions_are_those_of_the_lock_file():
     assert any(each.startswith("pydantic-core==") for each in pinned)  # pydantic takes one version of it and no other
     with pytest.raises(KeyError):
         wheels.locked(["no-such-package"])
+
+
+@pytest.mark.parametrize("size", [900, 1100])
+def test_more_than_can_be_taken_along_is_refused(size, tmp_path, monkeypatch):
+    """A folder above the limit fails the command; what lay there from before is not counted."""
+
+    def download(packages, folder: Path) -> None:
+        (folder / "one.whl").write_bytes(b"x" * (size - 100))
+        (folder / "two.whl").write_bytes(b"x" * 100)
+
+    (tmp_path / "old.whl").write_bytes(b"x" * 5000)
+    assert wheels.MOST_BYTES == 60 << 20
+    monkeypatch.setattr(wheels, "download", download)
+    monkeypatch.setattr(wheels, "MOST_BYTES", 1000)
+    monkeypatch.setattr("sys.argv", ["wheels.py", "--out", str(tmp_path)])
+    if size <= 1000:
+        wheels.main()
+    else:
+        with pytest.raises(SystemExit, match="the wheels are larger than"):
+            wheels.main()
+
+
+def test_the_bindings_are_of_the_cuda_that_is_asked_for(tmp_path, monkeypatch):
+    asked: list[str] = []
+    monkeypatch.setattr(wheels, "download", lambda packages, folder: asked.extend(packages))
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for words, extra in (([], "tensorrt"), (["--cuda", "12"], "tensorrt-cu12")):
+        asked.clear()
+        monkeypatch.setattr("sys.argv", ["wheels.py", "--out", str(tmp_path), *words])
+        wheels.main()
+        assert [each for each in asked if each.startswith("cuda-bindings")] == extras[extra]
+
+
+def test_a_large_wheel_is_taken_along_in_pieces(tmp_path, monkeypatch):
+    """ONNX Runtime's, each piece within the limit; small ones beside it stay whole."""
+
+    def download(packages, folder: Path) -> None:
+        if packages == wheels.ONNXRUNTIME:
+            (folder / "onnxruntime_gpu.whl").write_bytes(b"x" * 2500)
+            (folder / "flatbuffers.whl").write_bytes(b"x" * 10)
+
+    monkeypatch.setattr(wheels, "download", download)
+    monkeypatch.setattr(wheels, "MOST_BYTES", 1000)
+    monkeypatch.setattr(wheels.split, "__defaults__", (1000,))
+    monkeypatch.setattr("sys.argv", ["wheels.py", "--out", str(tmp_path), "--onnxruntime-gpu"])
+    wheels.main()
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "onnxruntime").iterdir()}
+    pieces = {f"onnxruntime_gpu.whl.piece-{number}-of-3": size for number, size in ((1, 1000), (2, 1000), (3, 500))}
+    assert sizes == {**pieces, "flatbuffers.whl": 10}

@@ -104,11 +104,14 @@ def test_torch_has_one_exact_version():
 
 def test_lowest_versions_that_the_code_names_are_those_of_the_extras():
     from flamingo_export.backends import onnxruntime_library
+    from flamingo_export.backends.tensorrt import cuda
     from flamingo_export.validate.expected.transformers import theirs
 
     assert EXTRAS["cpu"] == [f"onnxruntime>={onnxruntime_library.lowest()}"]
     assert f"onnxruntime-gpu>={onnxruntime_library.lowest()}" in EXTRAS["gpu"]
     assert set(EXTRAS["tensorrt"]) < set(EXTRAS["gpu"])  # cuda-bindings, for device memory
+    (thirteen,), (twelve,) = EXTRAS["tensorrt"], EXTRAS["tensorrt-cu12"]
+    assert f"pip install '{thirteen}', or for CUDA 12 pip install '{twelve}'" == cuda.INSTALL
     assert f"transformers>={theirs.LOWEST}" in EXTRAS["transformers"]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 from typing import Any, Literal, Protocol
 
@@ -18,14 +19,14 @@ Direction = Literal["to device", "to host", "on device"]
 
 NO_PEERS = "FLAMINGO_NO_PEERS"
 """Environment variable; set, copies between GPUs go through the host, for machines whose direct ones are wrong (IOMMU, ACS)."""
-INSTALL = "pip install 'cuda-bindings>=13,<14'"
+CUDA_12 = "pip install 'cuda-bindings>=12.9,<13'"
+INSTALL = f"pip install 'cuda-bindings>=13,<14', or for CUDA 12 {CUDA_12}"
 OUT_OF_MEMORY = (
     "Close what else uses the GPU, use smaller batches, build with a smaller --max-batch or --max-length or with 16-bit weights "
     "(--storage), share a decoder in parts (--parts) among GPUs (--device cuda:0,cuda:1), or do without it: --fallback onnxruntime"
 )
 # What CUDA calls an error -> what to do about it.
 _ADVICE = {
-    "cudaErrorInsufficientDriver": "The NVIDIA driver is missing or too old for CUDA 13: install driver 580 or later",
     "cudaErrorNoDevice": "There is no NVIDIA GPU, or CUDA_VISIBLE_DEVICES hides it",
     "cudaErrorInvalidDevice": "There is no such GPU",
     "cudaErrorDevicesUnavailable": "Another process has the GPU for itself (exclusive mode)",
@@ -164,6 +165,14 @@ class Cuda(Protocol):
         """Carries out `count` choices (`step_kernels.CHOICE`) among candidates, fp32 and int64 [..., n] at these addresses."""
 
 
+def _too_old() -> str:
+    """What to do about the driver, by the CUDA that the bindings are of."""
+    version = str(getattr(sys.modules.get("cuda.bindings"), "__version__", ""))
+    if version.startswith("12."):
+        return "The NVIDIA driver is missing or too old for CUDA 12: install driver 525 or later"
+    return f"The NVIDIA driver is missing or too old for CUDA 13: install driver 580 or later, or with an older one {CUDA_12}"
+
+
 class CudaRuntime:
     """CUDA's runtime library, through cuda-python, on one device."""
 
@@ -215,7 +224,8 @@ class CudaRuntime:
         failure = f"{function} failed with {name} ({bytes(text).decode(errors='replace')})"
         if name in _LOST:
             raise DeviceLost(name, f"{failure}. {_WHEN_LOST}.")
-        raise CudaError(name, f"{failure}. {_ADVICE.get(name, _OTHERWISE)}.")
+        advice = _too_old() if name == "cudaErrorInsufficientDriver" else _ADVICE.get(name, _OTHERWISE)
+        raise CudaError(name, f"{failure}. {advice}.")
 
     def _short_of_memory(self, function: str, arguments: tuple[Any, ...]) -> DeviceMemoryError:
         wanted = f" of {arguments[0] / 2**20:.0f} MiB" if arguments and isinstance(arguments[0], int) else ""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import os
+import subprocess
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -79,13 +82,41 @@ def test_every_call_is_one_of_the_real_module(spied):
     assert {"cudaMemcpyAsync", "cudaGraphInstantiate", "cudaStreamCreateWithPriority"} <= set(spy.called)
 
 
+@pytest.mark.parametrize("generation", ["cuda-12", "cuda-12-lowest"])
+def test_cuda_12_has_the_same_calls(generation):
+    """The bindings of CUDA 12, in a process of its own: every call, by name and arguments, the step kernels' among them."""
+    trt_wheels.folder(generation)
+    here = Path(__file__).parent
+    tests = (
+        "test_cuda.py::test_every_call_is_one_of_the_real_module",
+        "test_cuda.py::test_codes_become_errors",
+        "test_cuda.py::test_without_a_driver_it_says_so",
+        "test_step_kernels.py::test_names_and_arguments_are_those_of_the_real_driver_module",
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        *(str(here / test) for test in tests),
+    ]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment[trt_wheels.CUDA_WHEELS] = generation
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=here.parents[2])
+    assert done.returncode == 0, done.stdout
+    assert f"{len(tests)} passed" in done.stdout, done.stdout
+
+
 def test_without_a_driver_it_says_so(runtime):
     code, _ = runtime.cudaGetDeviceCount()
     if code == runtime.cudaError_t.cudaSuccess:
         pytest.skip("there is a GPU")
-    with pytest.raises(
-        CudaError, match=r"cudaGetDeviceCount failed with cudaErrorInsufficientDriver.*install driver 580|no NVIDIA GPU"
-    ):
+    wanted = "CUDA 12: install driver 525" if trt_wheels.CUDA_WHEELS in os.environ else "CUDA 13: install driver 580"
+    with pytest.raises(CudaError, match=rf"cudaGetDeviceCount failed with cudaErrorInsufficientDriver.*{wanted}|no NVIDIA GPU"):
         CudaRuntime()
 
 
