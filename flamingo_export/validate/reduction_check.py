@@ -95,4 +95,9 @@ def by_parser(graph: Path) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    from flamingo_export.errors import FlamingoExportError
+
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except FlamingoExportError as error:
+        sys.exit(str(error))

@@ -308,6 +308,69 @@ def test_a_plan_that_this_machine_has_too_little_memory_for_is_a_plan(monkeypatc
         engines.rehearse_cli(("build", "--size", "3b", "--out", "BUNDLE"))(None)  # type: ignore[arg-type]
 
 
+# A whole call, with stages of its own and a card that is made up.
+
+CALL = """
+import importlib.machinery, importlib.util, os, signal, sys
+loader = importlib.machinery.SourceFileLoader("gpu_check", sys.argv.pop(1))
+check = importlib.util.module_from_spec(importlib.util.spec_from_loader("gpu_check", loader))
+loader.exec_module(check)
+from gpu.stage import Failed, NoDevice, NotPossible, NoTime, Stage
+
+def ends(how):
+    def run(context):
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if isinstance(how, Exception):
+            raise how
+        return {"ratios": {"decode, FlashInfer over ours": 1.25}}
+    return run
+
+def stage(name, how, seconds=1.0, missing=None):
+    return Stage(name, lambda context: missing, ends(how), seconds=seconds)
+
+check.STAGES[:] = [
+    stage("benchmark", None), stage("sanitizer", NotPossible("it refuses this device")), stage("absent", None, missing="a wheel"),
+    stage("slow", NoTime("the budget ended")), stage("long", None, seconds=500.0), stage("killed", "killed"), stage("wrong", Failed("9 of 9")),
+]
+check.architecture = lambda: "90"
+check.report.machine = lambda nvcc: {"device": "NVIDIA H200", "commit": None, "kernel_sources": "1"}
+sys.exit(check.main())
+"""
+
+
+def called(folder: Path, *words: str) -> tuple[int, str, dict[str, Any]]:
+    """Exit code, what was printed, and the stages that are then in the card's file."""
+    command = [sys.executable, "-c", CALL, str(ROOT / "scripts" / "gpu_check"), "--out", str(folder), *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    return done.returncode, done.stdout, json.loads((folder / "gpu_check-nvidia-h200.json").read_text())["stages"]
+
+
+def test_a_call_that_is_killed_leaves_the_results_of_the_stages_before(tmp_path):
+    code, printed, kept = called(tmp_path, "--only", "benchmark", "sanitizer", "killed", "wrong")
+    assert code == -9
+    assert {name: stage["status"] for name, stage in kept.items()} == {"benchmark": "passed", "sanitizer": "not possible here"}
+    assert "| NVIDIA H200" not in printed  # it ends in the middle
+    code, printed, kept = called(tmp_path, "--only", "wrong")
+    assert code == 1
+    assert kept["benchmark"]["result"]["ratios"] == {"decode, FlashInfer over ours": 1.25}
+    assert printed.endswith(
+        "| decode, bf16 over fp8 | not measured |\n"
+    )  # the table of the docs, of this call and those before
+    assert "| decode, FlashInfer over ours | 1.25 x |" in printed
+
+
+def test_only_what_is_wrong_fails_a_call(tmp_path):
+    code, printed, kept = called(tmp_path, "--skip", "killed", "wrong", "--budget", "60")
+    assert code == 0, printed
+    assert {name: stage["status"] for name, stage in kept.items()} == {
+        "benchmark": "passed", "sanitizer": "not possible here", "absent": "not installed", "slow": "no time", "long": "no time",
+    }  # fmt: skip
+    assert "long  no time: takes about 500 s" in printed
+    assert "absent  not installed: a wheel" in printed
+
+
 def test_without_torch_it_says_so():
     """`-I -S`: a Python with nothing installed."""
     done = subprocess.run(

@@ -21,6 +21,7 @@ from flamingo_export.bundle.manifest import read_manifest, write_manifest
 from flamingo_export.bundle.verify import file_record
 from flamingo_export.errors import BackendError, BackendLost, BundleError, CapacityError, IncompatibleEngine
 from flamingo_export.runtime.request import Request
+from tests.export.bundle.bundle_of_0_1_0 import ROOT, unpack
 
 REBUILD = r"flamingo-export build .*--backend tensorrt-rtx --target sm89 --out .*x\.bundle --overwrite"
 
@@ -110,6 +111,24 @@ def replaced(bundle: Path, data: bytes, graph: str = "decoder") -> None:
     files = tuple(file if each.path == file.path else each for each in manifest.files)
     write_manifest(bundle, msgspec.structs.replace(manifest, files=files))
     alter(bundle, graph, sha256=file.sha256, size=file.size)
+
+
+def test_engines_of_0_1_0_are_refused_with_the_command_and_its_graphs_run(gpu, tmp_path):
+    """They had one profile for steps; there is one for each size of a batch now, and others for shared rows."""
+    earlier = unpack(tmp_path / "earlier.bundle")
+    manifest = read_manifest(earlier)
+    contract = contract_of(manifest, manifest.graph("decoder"))
+    profiles = [
+        {tensor.name: contract.bounds(tensor, each) for tensor in contract.spec.inputs} for each in contract.profiles[:2]
+    ]
+    assert len(contract.profiles) > 2
+    made = add_engines(earlier, tmp_path / "x.bundle", changes={"decoder": {"profiles": profiles}})
+    assert read_manifest(made).tools["flamingo-export"] == "0.1.0"
+    words = rf"2 profiles, expected {len(contract.profiles)}.*flamingo-export build --size nano .*--backend tensorrt-rtx"
+    refused(made, words)
+    with flamingo_export.load(made, backend="tensorrt-rtx", fallback="onnxruntime") as model:
+        assert model.backend.name == "onnxruntime"
+        assert model.generate("<image>Output:", images=[ROOT / "examples" / "a.png"], beams=3).text == "two green triangles"
 
 
 def test_a_file_that_is_no_engine(bundle):
