@@ -162,8 +162,9 @@ def _inspect_engines(bundle: Path, graph: str, as_json: bool) -> None:
     if not found:
         names = ", ".join(dict.fromkeys(engine.graph for engine in manifest.engines))
         raise BundleError(
-            f"{bundle} has no engine of {graph!r}; "
-            + (f"it has engines of {names}." if names else "it has none. Build them: --backend tensorrt-rtx --target sm89")
+            f"{bundle} has no engine of {graph!r}; it has engines of {names}."
+            if names
+            else f"{bundle} has no engines, only portable graphs. Build them: flamingo-export build --backend tensorrt-rtx --target sm89"
         )
     if as_json:
         print_json(found)

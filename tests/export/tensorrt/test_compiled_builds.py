@@ -20,7 +20,7 @@ from flamingo_export.backends.tensorrt.engine_contract import rebuild_command
 from flamingo_export.backends.tensorrt.lowering.lint import Expected
 from flamingo_export.backends.tensorrt.summary import summarise
 from flamingo_export.bundle import verify
-from flamingo_export.bundle.manifest import CalibrationRecord, ShapeLimits, SourceRecord, read_manifest
+from flamingo_export.bundle.manifest import CalibrationRecord, ShapeLimits, SourceRecord, read_manifest, write_manifest
 from flamingo_export.errors import BuildError
 from flamingo_export.estimates import ENGINE_RATIO
 from flamingo_export.pipeline import plan as build_plan
@@ -269,6 +269,20 @@ def test_inspect_prints_the_engine(compile_with, capsys):
     assert main(["inspect", str(bundle), "--engine", "other"]) == 1
     assert "it has engines of vision_encoder, resampler, media_kv, decoder" in capsys.readouterr().err
     assert main(["inspect", "--size", "nano", "--engine", "decoder"]) == 2
+    manifest = read_manifest(bundle)
+    (decoder,) = (engine for engine in manifest.engines if engine.graph == "decoder")
+    assert decoder.summary is not None
+    counts = {"attentions": 9, "fused_attentions": 8, "attentions_with_lengths": 6, "plugin_layers": 3}
+    decoder = msgspec.structs.replace(decoder, summary=msgspec.structs.replace(decoder.summary, **counts))
+    write_manifest(bundle, msgspec.structs.replace(manifest, engines=(decoder,)))
+    capsys.readouterr()
+    assert main(["inspect", str(bundle), "--engine", "decoder"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    for row in ("fused attention 8 of 9", "attention that knows the slots in use 6", "plugin layers 3"):
+        assert row.split() in rows
+    write_manifest(bundle, msgspec.structs.replace(manifest, engines=()))
+    assert main(["inspect", str(bundle), "--engine", "decoder"]) == 1
+    assert "has no engines, only portable graphs. Build them: flamingo-export build" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("target", ["SM86", None])
