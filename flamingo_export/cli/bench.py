@@ -174,7 +174,7 @@ def _counts(text: str | None) -> list[int]:
     except ValueError:
         found = [0]
     if found[0] < 1:
-        raise typer.BadParameter(f"{text} is no list of numbers of requests, as 1,8,64", param_hint="--batch")
+        raise typer.BadParameter(f"{text} is not a list of numbers of requests, as 1,8,64", param_hint="--batch")
     return found
 
 
@@ -269,7 +269,7 @@ def _print(result: Result) -> None:
             for row in result.batches
         ]
         title = f"requests side by side, up to {slots} cache slots each"
-        of_batches = ("requests", "beams", "a step, ms", "new tokens a second, of all")
+        of_batches = ("requests", "beams", "a step, ms", "new tokens per second, of all")
         console.print(table(of_batches, side_by_side, title=title, right=range(4)))
     if result.grid is not None:
         _print_grid(result.grid)

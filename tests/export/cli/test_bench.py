@@ -64,7 +64,7 @@ def test_numbers_of_requests_that_cannot_be(cli, bundle):
     for text in ("", "0,8", "8;64", "-1", "eight"):
         outcome = cli("bench", bundle, "--batch", text)
         assert outcome.code == 2
-        assert "is no list of numbers of requests, as 1,8,64" in outcome.err
+        assert "is not a list of numbers of requests, as 1,8,64" in outcome.err
     outcome = cli("bench", bundle, "--repeat", 1, "--images", 1, "--prompt-tokens", 40, "--batch", "1,500")
     assert outcome.code == 1
     assert "500 requests show an image each, the bundle's media bank holds" in outcome.err
