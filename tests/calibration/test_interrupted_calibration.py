@@ -110,11 +110,11 @@ def test_finished_parts_are_not_run_again(make, monkeypatch):
     load = flamingo_reference.model.modules.load_part
 
     def stop_at(prefix: str | None) -> None:
-        def loading(config: Any, wanted: str, read: Any) -> Any:
+        def loading(config: Any, wanted: str, read: Any, **options: Any) -> Any:
             if wanted == prefix:
                 raise KeyboardInterrupt
             loaded.append(wanted)
-            return load(config, wanted, read)
+            return load(config, wanted, read, **options)
 
         monkeypatch.setattr(flamingo_reference.model.modules, "load_part", loading)
 
@@ -136,11 +136,11 @@ def test_the_vision_encoder_goes_on_after_the_last_medium(make, monkeypatch):
     shown: list[int] = []
     load = getattr(layer_runner, "load_medium")  # noqa: B009
 
-    def loading(*arguments: Any) -> Any:
+    def loading(*arguments: Any, **options: Any) -> Any:
         shown.append(len(shown))
         if len(shown) == 4:
             raise KeyboardInterrupt
-        return load(*arguments)
+        return load(*arguments, **options)
 
     monkeypatch.setattr(run, "SYNC_SECONDS", 0.0)
     monkeypatch.setattr(layer_runner, "load_medium", loading)
@@ -154,10 +154,10 @@ def test_the_vision_encoder_goes_on_after_the_last_medium(make, monkeypatch):
 def interrupted(make, monkeypatch, prefix="cross_attention.0") -> None:
     load = flamingo_reference.model.modules.load_part
 
-    def loading(config: Any, wanted: str, read: Any) -> Any:
+    def loading(config: Any, wanted: str, read: Any, **options: Any) -> Any:
         if wanted == prefix:
             raise KeyboardInterrupt
-        return load(config, wanted, read)
+        return load(config, wanted, read, **options)
 
     with monkeypatch.context() as patched:
         patched.setattr(flamingo_reference.model.modules, "load_part", loading)
@@ -193,11 +193,11 @@ def test_a_broken_journal_is_begun_anew(make, monkeypatch, tmp_path):
 def test_two_at_once_are_refused(make, monkeypatch, tmp_path):
     load = flamingo_reference.model.modules.load_part
 
-    def loading(*arguments: Any) -> Any:
+    def loading(*arguments: Any, **options: Any) -> Any:
         monkeypatch.setattr(flamingo_reference.model.modules, "load_part", load)
         with pytest.raises(CalibrationError, match="another calibration is at work"):
             make()
-        return load(*arguments)
+        return load(*arguments, **options)
 
     monkeypatch.setattr(flamingo_reference.model.modules, "load_part", loading)
     make()
@@ -218,9 +218,9 @@ def test_one_part_is_in_memory_at_a_time(make, monkeypatch):
     alive: list[weakref.ref[Any]] = []
     load = flamingo_reference.model.modules.load_part
 
-    def loading(*arguments: Any) -> Any:
+    def loading(*arguments: Any, **options: Any) -> Any:
         assert [part for part in alive if part() is not None] == []
-        module = load(*arguments)
+        module = load(*arguments, **options)
         alive.extend(weakref.ref(tensor) for tensor in (module, *module.parameters()))
         return module
 
@@ -248,9 +248,9 @@ def test_only_what_the_next_part_needs_stays_on_the_disk(make, monkeypatch, tmp_
     kept: list[set[str]] = []
     load = flamingo_reference.model.modules.load_part
 
-    def loading(*arguments: Any) -> Any:
+    def loading(*arguments: Any, **options: Any) -> Any:
         kept.append({path.name for path in Path(tmp_path / "work").glob("*.f32")})
-        return load(*arguments)
+        return load(*arguments, **options)
 
     monkeypatch.setattr(flamingo_reference.model.modules, "load_part", loading)
     make()

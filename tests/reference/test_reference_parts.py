@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import oracles
 import pytest
 import torch
 from tiny_models import TINY, smaller, tiny_model
 from torch.nn import functional as F
+from variations import VARIATIONS, drawn_model
 
+from flamingo_reference.config import ModelConfig
 from flamingo_reference.model import Flamingo
 from flamingo_reference.model.cross_attention import phi_cross_attention
 from flamingo_reference.model.decoder import LanguageModelLayer
+from flamingo_reference.model.modules import load_part
 from flamingo_reference.model.positions import sinusoids
 from flamingo_reference.phi import phi_from_tokens
 from flamingo_reference.time_weights import time_weights
@@ -183,3 +187,23 @@ def test_gradients_reach_every_part_that_gates_let_through() -> None:
     F.cross_entropy(logits[0, :-1], torch.tensor([3, 9, 10])).backward()
     silent = [name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()]
     assert silent == []
+
+
+@pytest.mark.parametrize("config", [*VARIATIONS.values(), TINY], ids=lambda config: config.name)
+def test_a_vision_encoder_that_is_held_as_stored_computes_the_same(config: ModelConfig) -> None:
+    whole = drawn_model(config).vision_encoder
+    stored = {
+        f"vision_encoder.{name}": tensor.to(torch.bfloat16).view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        for name, tensor in whole.state_dict().items()
+    }
+    read = stored.__getitem__
+    wide, narrow = (load_part(config, "vision_encoder", read, narrow=held) for held in (False, True))
+    size = config.vision.image_size
+    tiles = () if config.tiled is None else (config.tiled.max_tiles,)
+    pixels = torch.from_numpy(draw(2, *tiles, 3, size, size).astype(np.float32))
+    rest = () if config.tiled is None else (torch.tensor([2, 1]),)
+    before = [parameter.dtype for parameter in narrow.parameters()]
+    assert torch.bfloat16 in before
+    for _ in range(2):
+        assert torch.equal(narrow(pixels, *rest), wide(pixels, *rest))
+    assert [parameter.dtype for parameter in narrow.parameters()] == before

@@ -6,7 +6,8 @@ language_model, which is what the layers leave of it: embedding, norm and head, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -42,10 +43,39 @@ def empty_part(config: ModelConfig, prefix: str) -> nn.Module:
     raise ValueError(f"{prefix!r} is not part of a Flamingo")
 
 
-def load_part(config: ModelConfig, prefix: str, read: Callable[[str], npt.NDArray[Any]]) -> nn.Module:
-    """A part in fp32 with its weights, each got from `read` by its checkpoint name; nothing else of the model is read."""
+def load_part(config: ModelConfig, prefix: str, read: Callable[[str], npt.NDArray[Any]], *, narrow: bool = False) -> nn.Module:
+    """A part in fp32 with its weights, each got from `read` by its checkpoint name; nothing else of the model is read.
+
+    narrow: weights are held in the type that they are read in, and a leaf's are fp32 only while it runs, which computes the same numbers.
+        The vision encoder of a Llama 3.2 Vision is one part of 0.9 billion parameters, 3.4 GB in fp32.
+    """
     with torch.device("meta"):
         module = empty_part(config, prefix)
-    state = {name: torch_from_numpy(read(f"{prefix}.{name}")).to(torch.float32) for name in module.state_dict()}
+    state = {name: torch_from_numpy(read(f"{prefix}.{name}")) for name in module.state_dict()}
+    if not narrow:
+        state = {name: tensor.to(torch.float32) for name, tensor in state.items()}
     module.load_state_dict(state, strict=True, assign=True)
-    return module.requires_grad_(False).eval()
+    module.requires_grad_(False).eval()
+    if narrow:
+        _widen_at_use(module)
+    return module
+
+
+def _widen_at_use(module: nn.Module) -> None:
+    for buffer in module.buffers():
+        buffer.data = buffer.data.float()
+    for part in module.modules():
+        own = list(part.parameters(recurse=False))
+        if next(part.children(), None) is not None:
+            for parameter in own:
+                parameter.data = parameter.data.float()
+        elif any(parameter.dtype != torch.float32 for parameter in own):
+            held = [parameter.data for parameter in own]
+            part.register_forward_pre_hook(functools.partial(_set, own, [None] * len(own)))
+            part.register_forward_hook(functools.partial(_set, own, held))
+
+
+def _set(parameters: Sequence[nn.Parameter], values: Sequence[torch.Tensor | None], *_: Any) -> None:
+    """Gives parameters these values; None makes theirs fp32."""
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.data = parameter.data.float() if value is None else value

@@ -80,7 +80,9 @@ class TiledViT(nn.Module):
         first = self.class_embedding.expand(*patches_FTGE.shape[:2], 1, -1)
         gate = torch.tanh(self.position_gate)
         own = self.tile_position_embedding(aspect_ratio_ids_F).unflatten(-1, (*tiles, config.width))
-        x_FTPE = torch.cat([first, patches_FTGE], dim=2) + (1 - gate) * self.position_embedding.weight + gate * own
+        x_FTPE = (
+            torch.cat([first, patches_FTGE], dim=2) + (1 - gate) * self.position_embedding.weight.to(own.dtype) + gate * own
+        )
         normed: Tensor = self.pre_norm(x_FTPE)
         return normed
 
