@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFile, ImageOps
-from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT
 
 from flamingo_export.errors import ImageError
 
@@ -24,6 +24,8 @@ WHITE = (255, 255, 255)
 ORIENTATION = 0x0112
 """The EXIF tag."""
 _GRAY_BITS = {"L;2": 2, "L;4": 4, "L": 8}
+_SIGNED = 2
+"""TIFF's SampleFormat."""
 
 
 def check_size(size: tuple[int, int], name: str) -> None:
@@ -59,7 +61,11 @@ def upright(image: Image.Image, exif: Image.Exif) -> Image.Image:
 def colour_and_alpha(image: Image.Image, name: str) -> tuple[Image.Image, Image.Image | None]:
     """The current frame as RGB and, where it has transparency, its alpha as L; as stored, so not turned. Raises ImageError."""
     check_size(image.size, name)
-    alpha = _alpha_of_key(image)
+    if _SIGNED in getattr(image, "tag_v2", {}).get(SAMPLEFORMAT, ()):
+        raise ImageError(
+            f"{name} holds integers with a sign, whose range is not known. Save it with 8 or 16 bits a channel, none negative."
+        )
+    alpha = _alpha_of_key(image, name)
     image.load()
     if image.mode.startswith("I"):
         return _eight_bit(image, name).convert("RGB"), alpha
@@ -73,21 +79,25 @@ def colour_and_alpha(image: Image.Image, name: str) -> tuple[Image.Image, Image.
     return image.convert("RGB"), alpha
 
 
-def _alpha_of_key(image: Image.Image) -> Image.Image | None:
+def _alpha_of_key(image: Image.Image, name: str) -> Image.Image | None:
     """The alpha that a PNG's one transparent value gives, where Pillow's own gives another. Asked before the image is decoded.
 
     PNG 1.2, section 4.2.1.1 (tRNS): the value is one of the file's depth, compared before anything is scaled. Pillow compares it
-    with the values scaled to 8 bits, and not at all in 16.
+    with the values scaled to 8 bits, and not at all in 16. Raises ImageError for a Pillow image that is decoded to less than the value's bits.
     """
     key = image.info.get("transparency")
+    if isinstance(key, int) and image.mode == "I;16":  # values as they are in the file, decoded or not
+        return _opaque(np.asarray(image) != key)
     if not (isinstance(image, ImageFile.ImageFile) and image.format == "PNG" and image.tile and isinstance(key, int | tuple)):
+        if isinstance(key, tuple) and max(key, default=0) > 255:
+            raise ImageError(
+                f"{name} is decoded to 8 bits a colour, and its one transparent colour has 16. Give the file, or make it transparent by alpha."
+            )
         return None
     raw = image.tile[0].args
     if raw in _GRAY_BITS and isinstance(key, int):
         top = 2 ** _GRAY_BITS[raw] - 1
         return _opaque(np.asarray(image) != (key & top) * (255 // top))
-    if raw == "I;16B" and isinstance(key, int):
-        return _opaque(np.asarray(image) != key)
     if isinstance(key, int):
         return None
     if raw == "RGB":

@@ -334,8 +334,27 @@ def test_transparency_of_each_kind_of_png(data: bytes, expected: list[Any]) -> N
         assert (load_image(opened) == given).all()
 
 
-def tiff(values: bytes, width: int, height: int, *, bits: int, photometric: int, big_endian: bool = False) -> bytes:
+def test_transparency_of_16_bits_in_a_pillow_image_that_is_decoded() -> None:
+    """Gray keeps its 16 bits. Of colours 8 are left, by which the transparent one cannot be told from its neighbours."""
+    data = png(3, 1, 16, 0, [struct.pack(">3H", 1000, 1001, 60000)], key(1000))
+    with Image.open(io.BytesIO(data)) as opened:
+        opened.load()
+        for given in (opened, opened.copy(), opened.crop((0, 0, 3, 1))):
+            assert load_image(given)[0, :, 0].tolist() == load_image(data)[0, :, 0].tolist() == [255, 4, 233]
+    with Image.open(io.BytesIO(png(1, 1, 16, 2, [struct.pack(">3H", 4097, 0, 0)], key(4096, 0, 0)))) as opened:
+        opened.load()
+        for given in (opened, opened.copy()):
+            with pytest.raises(ImageError, match=r"is decoded to 8 bits a colour, .* Give the file"):
+                load_image(given)
+    with Image.open(io.BytesIO(png(2, 1, 8, 2, [bytes([10, 20, 30, 10, 20, 31])], key(10, 20, 30)))) as opened:
+        assert load_image(opened.copy()).tolist() == [[[255, 255, 255], [10, 20, 31]]]
+
+
+def tiff(
+    values: bytes, width: int, height: int, *, bits: int, photometric: int, big_endian: bool = False, signed: bool = False
+) -> bytes:
     tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: height, 279: len(values)}
+    tags |= {339: 2} if signed else {}
     order = ">" if big_endian else "<"
     start = struct.pack(f"{order}2sHI", b"MM" if big_endian else b"II", 42, 8 + len(values))
     rows = b"".join(struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in tags.items())
@@ -357,6 +376,13 @@ def tiff(values: bytes, width: int, height: int, *, bits: int, photometric: int,
 )
 def test_gray_tiffs(data: bytes, expected: list[int]) -> None:
     assert load_image(data)[0].tolist() == [[value] * 3 for value in expected]
+
+
+@pytest.mark.parametrize(("values", "bits"), [(struct.pack("<2b", -5, 5), 8), (struct.pack("<2h", 1, 5), 16)])
+def test_a_tiff_of_signed_integers_is_refused(values: bytes, bits: int) -> None:
+    """Pillow takes 251 for -5 in 8 bits."""
+    with pytest.raises(ImageError, match="holds integers with a sign"):
+        load_image(tiff(values, 2, 1, bits=bits, photometric=1, signed=True))
 
 
 def test_white_is_zero_compressed(tmp_path: Path) -> None:
