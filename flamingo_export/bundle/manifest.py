@@ -242,6 +242,10 @@ def read_manifest(bundle: Path) -> Manifest:
             )
         manifest = msgspec.json.decode(text, type=Manifest)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        from flamingo_reference.checkpoints.files.failed_downloads import stand_in  # it imports numpy, which help does without
+
+        if (found := stand_in(path)) is not None:
+            raise BundleError(f"{path} is {found}") from error
         raise BundleError(f"{path} is malformed ({error}). Build the bundle again.") from error
     try:
         manifest.config.validate()

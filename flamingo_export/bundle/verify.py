@@ -204,7 +204,11 @@ def _mark(bundle: Path, record: FileRecord) -> _Mark | str:
             return f"{record.path} is a link to {os.readlink(path)}, which is not there"
         return f"{record.path} is missing"
     if stat.st_size != record.size:
-        return f"{record.path} has {stat.st_size} bytes, expected {record.size}"
+        from flamingo_reference.checkpoints.files.failed_downloads import stand_in
+
+        found = stand_in(path)
+        why = "" if found is None else f", and is {found.removesuffix('.')}"
+        return f"{record.path} has {stat.st_size} bytes, expected {record.size}{why}"
     return _Mark(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, record.sha256)
 
 

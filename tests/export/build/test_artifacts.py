@@ -72,6 +72,20 @@ def test_all_damage_is_named_at_once(bundle: Path) -> None:
     assert f"resampler.onnx is a link to {bundle.parent / 'elsewhere.onnx'}, which is not there" in message
 
 
+@pytest.mark.parametrize("name", ["decoder.onnx", "weights/resampler.safetensors", "manifest.json"])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "is a Git LFS pointer, .*git lfs pull"),
+        ("<!DOCTYPE html>\n<title>Log in</title>", "is an HTML page, .*gated"),
+    ],
+)
+def test_what_was_downloaded_in_a_files_place_is_named(bundle: Path, name: str, content: str, said: str) -> None:
+    (bundle / name).write_text(content)
+    with pytest.raises(BundleError, match=rf"{name.removeprefix('weights/')}.* {said}"):
+        open_bundle(bundle)
+
+
 @pytest.mark.parametrize("path", ["../secret", "/etc/passwd", "weights/../../secret", "", "manifest.json", "..\\secret"])
 def test_paths_that_leave_the_bundle_are_refused(path: str, bundle: Path) -> None:
     (bundle.parent / "secret").write_text("s")

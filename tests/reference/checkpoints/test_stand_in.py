@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from flamingo_reference.checkpoints.files.chat_template_files import read_chat_template
 from flamingo_reference.checkpoints.files.folder import open_tensors
 from flamingo_reference.checkpoints.files.json_file import read_json
 from flamingo_reference.checkpoints.files.tensors import CheckpointError
@@ -56,6 +57,15 @@ def test_json_and_tokenizers(tmp_path: Path, content: bytes, said: str) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(CheckpointError, match=said):
             (read_json if name == "config.json" else open_tokenizer)(tmp_path / name)
+
+
+@pytest.mark.parametrize(("content", "said"), CASES)
+@pytest.mark.parametrize("name", ["chat_template.jinja", "chat_template.json", "tokenizer_config.json"])
+def test_chat_templates(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    """As a template it would be the same text for every conversation."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=said):
+        read_chat_template(tmp_path)
 
 
 def test_a_whole_checkpoint(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from flamingo_reference.checkpoints.files.failed_downloads import refuse_stand_in
 from flamingo_reference.checkpoints.files.json_file import read_json
 from flamingo_reference.checkpoints.files.tensors import CheckpointError
 
@@ -18,10 +19,11 @@ def read_chat_template(folder: Path) -> str | None:
     """The template that transformers would take: of chat_template.jinja, else chat_template.json, else tokenizer_config.json; None where
     there is none. Of several by name it is the one called default.
 
-    Raises CheckpointError if a file cannot be read.
+    Raises CheckpointError if a file cannot be read, or something else was downloaded in its place.
     """
     path = folder / TEMPLATE_FILE
     if path.is_file():
+        refuse_stand_in(path)  # which would be a template that says the same of every conversation
         if path.stat().st_size > _MAX_BYTES:
             raise CheckpointError(f"{path} has {path.stat().st_size} bytes, expected at most {_MAX_BYTES}. Fetch it again.")
         try:
