@@ -249,6 +249,21 @@ def test_rows_that_are_missing_elsewhere_are_an_error(tmp_path: Path) -> None:
         load(source)
 
 
+def test_bans_of_the_language_models_generation_config_are_applied(tmp_path: Path) -> None:
+    """OpenFlamingo's generate is the language model's own, with another token that ends texts."""
+    source = write_openflamingo(tmp_path, Theirs("mpt"))
+    plain = load(source).config.tokens
+    assert source.language_model is not None
+    says = {"eos_token_id": [0, 9_999], "suppress_tokens": [7], "bad_words_ids": [[8], [5, 6]], "temperature": 0.2}
+    (source.language_model / "generation_config.json").write_text(json.dumps(says))
+    found = load(source)
+    assert found.config.tokens == msgspec.structs.replace(plain, banned=(*plain.banned, 7, 8))
+    assert dict(found.generation.not_applied) == {"temperature": 0.2, "bad_words_ids": [[5, 6]]}
+    (source.language_model / "generation_config.json").write_text(json.dumps({"suppress_tokens": [9_999]}))
+    with pytest.raises(CheckpointError, match=r"lm.generation_config\.json: suppress_tokens holds 9999, expected ids of"):
+        load(source)
+
+
 # Otter.
 
 

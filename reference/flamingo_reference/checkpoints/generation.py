@@ -36,16 +36,17 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     not_applied: Mapping[str, Any] = msgspec.field(default_factory=dict)
 
 
-def read_generation(folder: Path, tokens: TokenIds, vocab_size: int) -> Generation:
+def read_generation(folder: Path, tokens: TokenIds, vocab_size: int, *, of_part: bool = False) -> Generation:
     """What the generation_config.json in a checkpoint's folder says; nothing where there is none.
 
+    of_part: the folder is that of the language model alone, whose own texts end otherwise: what ends them is left out.
     Raises CheckpointError if it cannot be read, or names tokens that are not in the vocabulary.
     """
     path = folder / GENERATION_CONFIG
     if not path.is_file():
         return Generation()
     raw = read_json(path)
-    ends = _ids(path, "eos_token_id", raw.get("eos_token_id"), vocab_size)
+    ends = [] if of_part else _ids(path, "eos_token_id", raw.get("eos_token_id"), vocab_size)
     banned = _ids(path, "suppress_tokens", raw.get("suppress_tokens"), vocab_size)
     words = raw.get("bad_words_ids") or []
     if not isinstance(words, list) or not all(isinstance(word, list) for word in words):

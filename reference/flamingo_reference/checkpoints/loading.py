@@ -122,7 +122,7 @@ def load(files: CheckpointFiles, families: Sequence[Family] = FAMILIES, *, may_b
     reader, ignored = _accounted(converted, published, where, absent)
     if converted.misfit:
         raise CheckpointError(converted.misfit)
-    config, generation = _with_generation(files.path, converted.config)
+    config, generation = _with_generation(files, converted.config)
     used = [path for adapter in adapters for path in adapter.files]
     golden = files.path / "golden"
     return Checkpoint(
@@ -271,17 +271,27 @@ def _vocabulary(converted: Converted) -> set[str]:
     return {source for name in ours if name in converted.recipes for source in converted.recipes[name].sources}
 
 
-def _with_generation(path: Path, config: ModelConfig) -> tuple[ModelConfig, Generation]:
-    """The config with the tokens that generation_config.json ends texts with and bans."""
-    tokens = config.tokens
-    found = read_generation(path, tokens, config.language_model.vocab_size)
-    tokens = msgspec.structs.replace(tokens, ends=(*tokens.ends, *found.ends), banned=(*tokens.banned, *found.banned))
-    config = msgspec.structs.replace(config, tokens=tokens)
-    try:
-        config.validate()
-    except ConfigError as error:
-        raise CheckpointError(f"{path / GENERATION_CONFIG}: {error}") from error
-    return config, found
+def _with_generation(files: CheckpointFiles, config: ModelConfig) -> tuple[ModelConfig, Generation]:
+    """The config with the tokens that generation_config.json ends texts with and bans: of the model, and of a language model that lies in a
+    folder of its own, which `generate` of OpenFlamingo goes by but for what ends a text."""
+    whole = Generation()
+    for folder, of_part in ((files.path, False), (files.language_model, True)):
+        if folder is None:
+            continue
+        tokens = config.tokens
+        found = read_generation(folder, tokens, config.language_model.vocab_size, of_part=of_part)
+        tokens = msgspec.structs.replace(tokens, ends=(*tokens.ends, *found.ends), banned=(*tokens.banned, *found.banned))
+        config = msgspec.structs.replace(config, tokens=tokens)
+        try:
+            config.validate()
+        except ConfigError as error:
+            raise CheckpointError(f"{folder / GENERATION_CONFIG}: {error}") from error
+        whole = Generation(
+            ends=(*whole.ends, *found.ends),
+            banned=(*whole.banned, *found.banned),
+            not_applied={**found.not_applied, **whole.not_applied},
+        )
+    return config, whole
 
 
 def _joined(parts: Mapping[Part, Recognised], where: str) -> TensorReader:
