@@ -25,6 +25,7 @@ from flamingo_export.errors import CalibrationError, InputError, PromptError
 from flamingo_export.progress import SILENT, Progress
 from flamingo_export.runtime.image_files import refuse_url
 from flamingo_export.runtime.media import MediumSource
+from flamingo_export.runtime.prompts import each_key_once
 from flamingo_export.runtime.request import Request, prepare
 from flamingo_export.runtime.tokenizer import Tokenizer
 from flamingo_export.runtime.videos import Video
@@ -122,7 +123,9 @@ def example() -> str:
 
 def _parse(line: str, folder: Path, name: str, inputs: InputFormat) -> Sample:
     try:
-        record = json.loads(line)
+        record = json.loads(line, object_pairs_hook=each_key_once)
+    except PromptError:
+        raise
     except (RecursionError, ValueError) as error:
         raise PromptError(f"not JSON ({error})") from None
     if not isinstance(record, dict):

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from flamingo_export.errors import EvaluationError
+from flamingo_reference.checkpoints.files.json_file import repeated_keys
 
 _SHOWN = 8
 T = TypeVar("T")
@@ -97,6 +98,8 @@ def read_json_lines(path: Path, kind: type[T], what: str) -> Iterator[tuple[int,
         if line.strip():
             try:
                 found.append((number, decoder.decode(line)))
+                if twice := repeated_keys(line):
+                    faults.add(path, number, f"{', '.join(twice)} is given twice; give each key once")
             except msgspec.ValidationError as error:
                 faults.add(path, number, f"{error}; expected {what}")
             except (msgspec.DecodeError, RecursionError) as error:
@@ -108,12 +111,14 @@ def read_json_lines(path: Path, kind: type[T], what: str) -> Iterator[tuple[int,
 def read_csv(path: Path, columns: Sequence[str], what: str) -> Iterator[tuple[int, Mapping[str, str]]]:
     """(line, row) of a CSV file with a header that names at least `columns`; the line is the one on which the row ends.
 
-    Raises EvaluationError for missing columns and rows of another length.
+    Raises EvaluationError for columns that are missing or there twice, and for rows of another length.
     """
     reader = csv.reader(io.StringIO(text_of(path, what), newline=""))
     header = next(reader, [])
     if missing := [name for name in columns if name not in header]:
         raise EvaluationError(f"{path}, line 1: no column {', '.join(missing)}; expected {what}")
+    if twice := [name for name in columns if header.count(name) > 1]:
+        raise EvaluationError(f"{path}, line 1: several columns are called {', '.join(twice)}; expected {what}")
     faults = Faults()
     found = []
     try:

@@ -149,7 +149,7 @@ def read_shots(path: str | os.PathLike[str]) -> list[Shot]:
 
 def _parse_shot(line: str, folder: Path) -> Shot:
     try:
-        record = json.loads(line, object_pairs_hook=_each_key_once)
+        record = json.loads(line, object_pairs_hook=each_key_once)
     except PromptError:
         raise
     except json.JSONDecodeError as error:
@@ -186,8 +186,8 @@ def _parse_shot(line: str, folder: Path) -> Shot:
     )
 
 
-def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these pairs, of which JSON would keep the last without a word."""
+def each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs, of which JSON would keep the last without a word. Raises PromptError if a key is there twice."""
     record = dict(pairs)
     if len(record) < len(pairs):
         keys = [key for key, _ in pairs]

@@ -26,6 +26,7 @@ from flamingo_export.runtime.options import GenerateOptions, Settings
 from flamingo_export.runtime.prompts import Shot, caption_prompt, qa_prompt
 from flamingo_export.runtime.request import Request
 from flamingo_export.runtime.videos import Video
+from flamingo_reference.checkpoints.files.json_file import repeated_keys
 
 
 class Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -115,6 +116,8 @@ def parsed(raw: bytes, number: int) -> AskedLine:
         return AskedLine(unnamed, None, f"line {number} is not JSON: {error}", unnamed)
     if not isinstance(record, dict):
         return AskedLine(unnamed, None, f"line {number} is not a JSON object", unnamed)
+    if twice := repeated_keys(raw):
+        return AskedLine(unnamed, None, f"line {number}: {', '.join(twice)} is given twice; give each key once", unnamed)
     kind: type[Line] | type[Batched] = Batched if "custom_id" in record else Line
     name = record.get("custom_id" if kind is Batched else "id", unnamed)
     key = name if isinstance(name, str) else json.dumps(name)

@@ -75,6 +75,7 @@ def test_lines_of_every_kind(write, tmp_path, nano):
     ("line", "reason"),
     [
         ("{no json", "not JSON"),
+        ('{"prompt": "x", "prompt": "y"}', "prompt is given twice"),
         ([1], "a JSON list"),
         ({"prompt": "x", "image": "a.png"}, "unknown keys image"),
         ({"images": ["a.png"]}, "give one of prompt"),

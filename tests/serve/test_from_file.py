@@ -174,17 +174,19 @@ def test_a_line_that_fails_fails_alone(nano: flamingo_export.Model, place: Path)
         {"id": "d", "images": ["a.png"], "beams": 0},
         {"id": "e", "prompt": "<image>", "question": "both"},
         "[1]",
+        '{"id": "g", "images": ["a.png"], "images": ["a.png"]}',
         {"id": "f", "question": "<EOC>", "images": ["a.png"]},
     ]
     tally = run_file(nano, write(place / "in.jsonl", lines), place / "out.jsonl", {})
     found = read(place / "out.jsonl")
-    assert (tally.done, tally.failed) == (8, 7)
+    assert (tally.done, tally.failed) == (9, 8)
     assert "error" not in found["a"]
     assert "gone.png" in found["b"]["error"]
     assert "colour" in found["c"]["error"]
     assert "beams" in found["d"]["error"]
     assert "<EOC>" in found["f"]["error"]
     assert "line 2" in found["line 2"]["error"]
+    assert "images is given twice" in found["line 8"]["error"]
 
 
 def test_it_goes_on_where_it_was(nano: flamingo_export.Model, place: Path) -> None:

@@ -95,6 +95,13 @@ def test_lines_that_are_refused(tmp_path: Path, line: dict[str, Any], said: str)
     assert "line 2" in str(error.value)
 
 
+def test_a_key_that_a_line_has_twice(tmp_path: Path) -> None:
+    toml, data = write(tmp_path, 'metric = "exact"')
+    data.write_text('{"id": 0, "image": "a.png", "question": "?", "answer": "a", "answer": "b"}')
+    with pytest.raises(EvaluationError, match="line 1: answer is given twice; give each key once"):
+        task_of(toml).read(data, "data")
+
+
 def test_duplicate_ids(tmp_path: Path) -> None:
     line = {"id": 0, "image": "a.png", "question": "?", "answer": "a"}
     toml, data = write(tmp_path, 'metric = "exact"', line, line)

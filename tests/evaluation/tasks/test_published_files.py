@@ -163,6 +163,9 @@ def test_faults_of_csv(tmp_path: Path) -> None:
     refused("rareact", data, "line 8: 2 fields, the header has 8")
     (data / "rareact.csv").write_text("id,verb\n1,cut\n")
     refused("rareact", data, "line 1: no column video_id, start, end, noun, annotation")
+    first, *rest = text.splitlines()
+    (data / "rareact.csv").write_text("\n".join([f"{first},verb", *(f"{line},x" for line in rest)]))
+    refused("rareact", data, "line 1: several columns are called verb")
 
 
 def test_faults_of_lines(tmp_path: Path) -> None:

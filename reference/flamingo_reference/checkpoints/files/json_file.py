@@ -31,7 +31,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def decode_once(text: bytes) -> tuple[Any, list[str]]:
+def repeated_keys(text: str | bytes) -> list[str]:
+    """The keys that any object of a JSON text has more than once, sorted, each once. Nothing where it is no JSON, which others say."""
+    try:
+        return sorted(set(decode_once(text)[1]))
+    except (ValueError, RecursionError):
+        return []
+
+
+def decode_once(text: str | bytes) -> tuple[Any, list[str]]:
     """What a JSON text says, and the keys that any of its objects has more than once, of which readers commonly take the last.
 
     Raises ValueError or RecursionError if it is none.
