@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -11,9 +12,13 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+from kinds import CLIP, READ
+from variations import LLAMA
 
 import flamingo_export
 from flamingo_export.runtime.media import load_medium
+from flamingo_export.specs import subgraph_specs
+from flamingo_reference.config import SIZES, ModelConfig
 
 ROOT = Path(__file__).parents[2]
 HOSTS = ROOT / "docs" / "other_hosts"
@@ -91,6 +96,23 @@ def test_inputs_for_polygraphy_are_in_range(bundle: Path, monkeypatch: pytest.Mo
         assert set(feeds) == {each.name for each in session.get_inputs()} & set(feeds)
         (logits,) = session.run(["logits"], feeds)
         assert np.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("config", [SIZES["nano"], LLAMA, CLIP, READ], ids=lambda config: config.name)
+def test_the_page_names_what_goes_in_and_out(config: ModelConfig) -> None:
+    """With the type and shape of each input of the decoder that is not a float."""
+    page = (ROOT / "docs" / "other_hosts.md").read_text()
+    specs = subgraph_specs(config)
+    names = {tensor.name for spec in specs.values() for tensor in (*spec.inputs, *spec.outputs)}
+    numbered = {"media": ".i", "past": ".j"}
+    wanted = {
+        re.sub(r"\.\d+$", numbered.get(name.split("_")[0], ""), name) for name in names if not name.startswith("present_")
+    }
+    assert {name for name in {*wanted, "present_*"} if f"`{name}`" not in page} == set()
+    for tensor in specs["decoder"].inputs:
+        if tensor.kind in ("int64", "bool"):
+            shape = ", ".join(map(str, tensor.shape))
+            assert re.search(rf"`{tensor.name}` (?:\| )?{tensor.kind} \[{shape}\]", page), tensor
 
 
 def test_the_page_names_the_programs_that_there_are() -> None:
