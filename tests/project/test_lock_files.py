@@ -14,8 +14,16 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 EXTRAS: dict[str, list[str]] = PYPROJECT["project"]["optional-dependencies"]
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 NOT_LOCKED = {"torch", "torchvision"}
-LOCKED_EXTRAS = {"base": ("cpu", "report"), "dev": ("cpu", "report", "trace", "train", "serve", "video", "eval", "debug")}
+LOCKED_EXTRAS = {
+    name: re.findall(r"--extra (\w+)", arguments)
+    for arguments, name in re.findall(r"(?s)\$\(COMPILE\)(.*?)-o requirements/(\w+)\.txt", MAKEFILE)
+    if name in ("base", "dev")
+}
+"""By lock file, as `make lock` resolves it."""
+ELSEWHERE = {"gpu", "tensorrt", "rtx", "torch", "transformers", "report", "ray", "otel"}
+"""Extras for machines with a GPU, of torch, without a package, and of requirements/ray.txt."""
 HOSTS = ("ray", "triton", "kserve")
 """Environments of their own, for Linux."""
 PLATFORMS = {"linux": "Linux", "darwin": "Darwin", "win32": "Windows"}
@@ -91,15 +99,33 @@ def test_hosts_are_locked_with_what_the_package_needs(name):
         assert there[requirement.name] in requirement.specifier, f"{requirement}: make lock"
 
 
+def test_every_extra_is_locked():
+    assert LOCKED_EXTRAS["base"] == ["cpu"]
+    assert set(LOCKED_EXTRAS["dev"]) == EXTRAS.keys() - ELSEWHERE
+
+
 def test_the_demo_and_the_tests_run_on_the_same_versions():
     base, dev = ({(package.name, str(package.specifier)) for package, _ in locked(name)} for name in ("base", "dev"))
     assert base <= dev
 
 
 def test_torch_has_one_exact_version():
-    made = re.search(r"^TORCH := (\S+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    made = re.search(r"^TORCH := (\S+)$", MAKEFILE, flags=re.MULTILINE)
     assert made
     assert {line for lines in EXTRAS.values() for line in lines if line.startswith("torch")} == {made[1]}
+
+
+def test_the_makefile_installs_by_exact_version_and_hash():
+    """torch first, then the lock, then the package itself, each without its dependencies."""
+    assert "LOCKED := --require-hashes --no-deps\n" in MAKEFILE
+    assert re.search(r"^THIS := --no-deps --no-build-isolation -e \.$", MAKEFILE, flags=re.MULTILINE)
+    for target, wanted in (
+        ("installed", ["$(LOCKED) -r requirements/base.txt", "$(THIS)"]),
+        ("installed-dev", ["$(TORCH)", "$(LOCKED) -r requirements/dev.txt", "$(THIS)"]),
+    ):
+        rule = re.search(rf"(?m)^\.venv/{target}:.*\n((?:\t.*\n)+)", MAKEFILE)
+        assert rule
+        assert re.findall(r"\$\(INSTALL\) (.+)", rule[1]) == wanted
 
 
 def test_lowest_versions_that_the_code_names_are_those_of_the_extras():
@@ -120,3 +146,4 @@ def test_onnx_runtime_comes_by_extra():
     assert not [name for name in base if name.startswith("onnxruntime")]
     names = {extra: {Requirement(line).name for line in EXTRAS[extra]} for extra in ("cpu", "gpu")}
     assert names == {"cpu": {"onnxruntime"}, "gpu": {"onnxruntime-gpu", "cuda-bindings"}}
+    assert "polygraphy" in {Requirement(line).name for line in EXTRAS["debug"]}

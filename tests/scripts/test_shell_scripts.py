@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -24,3 +25,15 @@ def test_they_are_executable_and_stop_at_the_first_failure(script: str) -> None:
     assert path.stat().st_mode & 0o111
     assert "\nset -euo pipefail\n" in path.read_text(encoding="utf-8")
     assert subprocess.run(["bash", "-n", path], timeout=60).returncode == 0
+
+
+def test_continuous_integration_checks_formatting_wheel_and_documentation() -> None:
+    """`make test` begins with `make lint`, which formatting is part of; the wheel is installed with the runtime for CPUs."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    called = re.findall(r"^make (\S+)", (ROOT / ".ci" / "run").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert {"test", "docs", "wheel-check"} <= set(called)
+    assert re.search(r"(?m)^test: lint$", makefile)
+    assert re.search(r"(?m)^lint: .*\n(?:\t.*\n)*\t.*ruff format --check \.$", makefile)
+    steps = (ROOT / "scripts" / "wheel_check").read_text(encoding="utf-8")
+    assert '--no-index "$wheel[cpu]"' in steps
+    assert {"doctor", "build", "generate", "parity"} <= set(re.findall(r"^flamingo (\w+)", steps, flags=re.MULTILINE))

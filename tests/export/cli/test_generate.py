@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from typer.main import get_command
 
 import flamingo_export
 from flamingo_export import Request, Video
+from flamingo_export.cli.app import app
+from flamingo_export.runtime.options import GenerateOptions
 
 
 @pytest.fixture(scope="module")
@@ -258,6 +263,12 @@ def test_options_of_other_libraries_lead_to_ours(cli, bundle, option, words):
     outcome = cli("generate", bundle, option, "3")
     assert outcome.code == 2
     assert words in outcome.err
+
+
+def test_every_setting_has_an_option_of_its_name():
+    command: Any = get_command(app)
+    options = {option for parameter in command.commands["generate"].params for option in parameter.opts}
+    assert {f"--{field.name.replace('_', '-')}" for field in fields(GenerateOptions)} <= options
 
 
 @pytest.mark.parametrize(

@@ -271,14 +271,14 @@ def test_a_request_that_fails_fails_alone(load_tiny: LoadTiny, tiny_config: Mode
     expected = [load_tiny().generate(request, beams=1, max_new_tokens=6).token_ids for request in requests]
     run, bad = model.engines.decoder.run, set[int]()
     model.engines.decoder.run = lambda feeds: _raise() if bad & set(feeds["token_ids"].reshape(-1).tolist()) else run(feeds)  # type: ignore[assignment, method-assign, misc]
-    bad.add(int(requests[1].prompt[4]) if int(requests[1].prompt[4]) != IMAGE else int(requests[1].prompt[5]))
-    if not bad & {*requests[0].prompt, *expected[0]}:
-        good, failing = (
-            model.engine.submit(model.prepare(request), GenerateOptions(beams=1, max_new_tokens=6)) for request in requests
-        )
-        assert good.result(30).hypotheses[0].token_ids == expected[0]
-        with pytest.raises(RuntimeError, match="out of order"):
-            failing.result(30)
+    others = {IMAGE, *requests[0].prompt, *expected[0]}
+    bad.add(next(int(token) for token in requests[1].prompt if token not in others))
+    good, failing = (
+        model.engine.submit(model.prepare(request), GenerateOptions(beams=1, max_new_tokens=6)) for request in requests
+    )
+    assert good.result(30).hypotheses[0].token_ids == expected[0]
+    with pytest.raises(RuntimeError, match="out of order"):
+        failing.result(30)
     bad.clear()
     assert model.generate(requests[1], beams=1, max_new_tokens=6).token_ids == expected[1]
     stats = model.engine.stats()
