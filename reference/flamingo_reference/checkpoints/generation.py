@@ -39,7 +39,7 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
 def read_generation(folder: Path, tokens: TokenIds, vocab_size: int, *, of_part: bool = False) -> Generation:
     """What the generation_config.json in a checkpoint's folder says; nothing where there is none.
 
-    of_part: the folder is that of the language model alone, whose own texts end otherwise: what ends them is left out.
+    of_part: the folder is only that of the language model, whose own texts end otherwise: what ends them is left out.
     Raises CheckpointError if it cannot be read, or names tokens that are not in the vocabulary.
     """
     path = folder / GENERATION_CONFIG

@@ -32,7 +32,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def repeated_keys(text: str | bytes) -> list[str]:
-    """The keys that any object of a JSON text has more than once, sorted, each once. Nothing where it is no JSON, which others say."""
+    """The keys that any object of a JSON text has more than once, sorted, each once. Nothing where it is not JSON, which others say."""
     try:
         return sorted(set(decode_once(text)[1]))
     except (ValueError, RecursionError):
