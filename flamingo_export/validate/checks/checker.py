@@ -75,7 +75,7 @@ class Checker:
         the layers' graphs; None where there are no engines of single layers, or no such folder."""
         self.progress.stage("engines", 4 + len(towers_of(self.config)) + self.config.language_model.num_layers)
         self.rows += [*check_codes(self.bundle, self.goldens), *check_roundings(self.goldens)]
-        self.first_diverging = next((row.subgraph for row in self.rows if not row.passed), None)
+        self.first_diverging = next((row.subgraph for row in self.rows if row.measured and not row.passed), None)
         self._encoders()
         if whole:
             self._whole_decoder()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -24,9 +25,11 @@ from flamingo_export.bundle.manifest import ParityRecord, SourceRecord, read_man
 from flamingo_export.errors import CheckpointError, ParityError
 from flamingo_export.progress import SILENT
 from flamingo_export.validate import ParityReport, check_bundle, parity
+from flamingo_export.validate.checks import stored_codes
 from flamingo_export.validate.expected.cases import END_TO_END_CASE, LAYERS_CASE, PHI_CASES, encoder_cases
 from flamingo_export.validate.expected.golden import Goldens, load_goldens, save_goldens
 from flamingo_export.validate.report.parity_report import REPORT_JSON, read_report
+from flamingo_export.weights import SCALE
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.model import Flamingo
 from tests.export.validate.conftest import list_goldens
@@ -89,16 +92,27 @@ def test_damaged_golden_values_are_refused(goldens: Goldens, tmp_path: Path, dam
 
 def test_a_case_missing_from_the_golden_values_is_not_measured(copy: Path, goldens: Goldens) -> None:
     fewer = msgspec.structs.replace(goldens, expected=dict(goldens.expected), hidden=dict(goldens.hidden))
-    del fewer.expected["image last|logits"]
+    del fewer.expected["image last|logits"], fewer.expected[f"{LAYERS_CASE}|layer.2.k"]
     del fewer.hidden["1"]
     manifest = read_manifest(copy)
     report = parity.compare_with(copy, manifest, fewer, get_backend("onnxruntime"), "golden", memory=1)
     assert report.verdict == "not_run"
     assert not report.failures
+    assert report.first_diverging_layer is None
     assert {(row.case, row.note) for row in report.unmeasured} == {
         ("image last", "no reference value for it"),
+        (LAYERS_CASE, "no reference value for it"),
         (LAYERS_CASE, "no hidden states were recorded for it"),
     }
+
+
+def test_codes_that_were_not_recorded_are_not_measured(copy: Path, goldens: Goldens, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither failed nor where engines first diverge: values that were recorded before codes were hold none."""
+    read = SimpleNamespace(read=lambda bundle: [f"decoder/layer.1/ffw_up{end}" for end in ("", SCALE)])
+    monkeypatch.setattr(stored_codes, "WeightIndex", read)
+    report = parity.compare_with(copy, read_manifest(copy), goldens, get_backend("onnxruntime"), "golden", memory=1)
+    assert (report.verdict, report.failures, report.first_diverging_layer) == ("not_run", (), None)
+    assert [(row.subgraph, row.note) for row in report.unmeasured] == [("decoder/layer.1", "no codes were recorded")]
 
 
 def test_no_traces_without_a_reason_are_not_passed(copy: Path, goldens: Goldens) -> None:
