@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import json.decoder
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ from flamingo_export.errors import EvaluationError
 from flamingo_reference.checkpoints.files.json_file import repeated_keys
 
 _SHOWN = 8
+_PIECE = re.compile(r"\.(?P<name>[^.\[`]+)|\[(?P<index>[0-9]+)\]|\[\.\.\.\]")
 T = TypeVar("T")
 
 
@@ -173,15 +175,12 @@ def seconds(value: str) -> float | None:
 
 
 def _keys(place: str) -> list[str | int]:
-    """msgspec's place of a fault, `$.questions[3].image_id`, as keys. `[...]` stands for a key that it does not name; nothing follows it."""
+    """msgspec's place of a fault, `$.questions[3].image_id`, as keys. `[...]` stands for a key that it does not name, and ends them."""
     keys: list[str | int] = []
-    for piece in place.removeprefix("$").replace("[", ".[").split("."):
-        if piece == "[...]":
+    for piece in _PIECE.finditer(place):
+        if piece[0] == "[...]":
             break
-        if piece.startswith("["):
-            keys.append(int(piece[1:-1]))
-        elif piece:
-            keys.append(piece)
+        keys.append(piece["name"] or int(piece["index"]))
     return keys
 
 
