@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +114,7 @@ def test_pictures_that_are_too_alike_are_listed(tmp_path: Path, capsys: pytest.C
     vectors = {"train": np.eye(3, dtype=np.float32), "test": np.array([[0, 5, 0], [1, 1, 0]], np.float32)}
     for name, values in vectors.items():
         items = [IndexedItem(id=f"{name}-{place}") for place in range(len(values))]
-        build_index(
-            tmp_path / name, items, lambda places, values=values: values[list(places)], bundle="b" * 64, features="test"
-        )
+        build_index(tmp_path / name, items, partial(np.take, values, axis=0), bundle="b" * 64, features="test")
     line = ["index", "--dedup", str(tmp_path / "train"), "--dedup", str(tmp_path / "test")]
     assert main(line) == 0
     rows = rows_of(capsys.readouterr().out)
