@@ -275,7 +275,7 @@ def test_a_text_only_llama(llama: tuple[Path, Any], tmp_path: Path) -> None:
     rows = {"model.embed_tokens.weight": torch.zeros(70, 48), "model.layers.0.self_attn.q_proj.weight": torch.zeros(48, 48)}
     folder = rewritten(llama[0], tmp_path / "text", lambda _: rows)
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 48}))
-    with pytest.raises(CheckpointError, match=r"is a LLaMA language model .*, a part of a model"):
+    with pytest.raises(CheckpointError, match=r"is a LLaMA language model .*, a component of a model"):
         load(CheckpointFiles(path=folder))
 
 

@@ -31,8 +31,8 @@ def source_shapes(recipes: Mapping[str, Conversion]) -> dict[str, Shape]:
     return {name: shape for recipe in recipes.values() for name, shape in recipe.sources.items()}
 
 
-class PartFiles(msgspec.Struct, frozen=True, kw_only=True):
-    """The files of a part: path as given, config.json as it says (untrusted), tensors; absent: those of them known only by name."""
+class ComponentFiles(msgspec.Struct, frozen=True, kw_only=True):
+    """The files of a component: path as given, config.json as it says (untrusted), tensors; absent: those of them known only by name."""
 
     path: Path
     family: str
@@ -41,21 +41,21 @@ class PartFiles(msgspec.Struct, frozen=True, kw_only=True):
     absent: Collection[str] = ()
 
 
-class Parts(msgspec.Struct, frozen=True, kw_only=True):
+class Components(msgspec.Struct, frozen=True, kw_only=True):
     """All files of a model, and the ids of its tokenizer's added tokens by text, the family's own included; empty where there is none."""
 
-    model: PartFiles
-    language_model: PartFiles | None = None
-    vision_encoder: PartFiles | None = None
+    model: ComponentFiles
+    language_model: ComponentFiles | None = None
+    vision_encoder: ComponentFiles | None = None
     token_ids: Mapping[str, int] = msgspec.field(default_factory=dict)
 
 
 class Converted(msgspec.Struct, frozen=True, kw_only=True):
     """A model made of files.
 
-    expected: name and shape of each of our tensors. recipes: for each of them, from which tensors of the joined parts it is made; None where
-    names are ours already. ignored: tensors of the files that the model does not need. inputs: how it takes images and text. misfit: what is
-    wrong with the tokenizer, to be said once config.json and tensors are known to agree; empty where nothing is.
+    expected: name and shape of each of our tensors. recipes: for each of them, from which tensors of the joined components it is made; None
+    where names are ours already. ignored: tensors of the files that the model does not need. inputs: how it takes images and text. misfit: what
+    is wrong with the tokenizer, to be said once config.json and tensors are known to agree; empty where nothing is.
     twins: second names of tensors in use, each with the name in use: their numbers must be equal. tied: where the output is the embedding,
     the names that a matrix of its own would have in the files, each with the embedding's. notes: what a user of the model should know.
     """
@@ -157,7 +157,7 @@ class UntiedReader:
 
 
 class JoinedReader:
-    """Several parts as one. Names must not repeat."""
+    """Several components as one. Names must not repeat."""
 
     def __init__(self, readers: Sequence[TensorReader]) -> None:
         self._by_name = {name: reader for reader in readers for name in reader.names()}
@@ -175,5 +175,5 @@ class JoinedReader:
         return self._by_name[name].dtype(name)
 
     def read(self, name: str) -> Array:
-        """A tensor of whichever part has it."""
+        """A tensor of whichever component has it."""
         return self._by_name[name].read(name)

@@ -11,17 +11,17 @@ import msgspec
 from flamingo_reference.checkpoints.accounting import account
 from flamingo_reference.checkpoints.conversions import renamed
 from flamingo_reference.checkpoints.converted import (
+    ComponentFiles,
+    Components,
     Conversion,
     Converted,
     ConvertedReader,
     JoinedReader,
-    PartFiles,
-    Parts,
     TwinReader,
     UntiedReader,
     source_shapes,
 )
-from flamingo_reference.checkpoints.families.known import FAMILIES, Family, Part
+from flamingo_reference.checkpoints.families.known import FAMILIES, Component, Family
 from flamingo_reference.checkpoints.families.recognition import Recognised, recognise
 from flamingo_reference.checkpoints.files.tensors import CheckpointError, TensorReader
 from flamingo_reference.checkpoints.files.tokenizer_file import NAMES as TOKENIZERS
@@ -35,12 +35,12 @@ from flamingo_reference.names import expected_tensors
 TEXT_TOKENIZER = "tokenizer.json"
 TOWER_TOKENIZER = "tokenizer/text_tower.json"
 """Of a text tower in our own format whose vocabulary is not the language model's."""
-OPTIONS: Mapping[Part, str] = {"language_model": "--lm", "vision_encoder": "--vision"}
+OPTIONS: Mapping[Component, str] = {"language_model": "--lm", "vision_encoder": "--vision"}
 
 
 class CheckpointFiles(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a model lies: its checkpoint, the parts that some families leave to other files, LoRA adapters to merge, its tokenizer where that
-    is not beside one of them."""
+    """Where a model lies: its checkpoint, the components that some families leave to other files, LoRA adapters to merge, its tokenizer where
+    that is not beside one of them."""
 
     path: Path
     language_model: Path | None = None
@@ -82,36 +82,36 @@ def load(files: CheckpointFiles, families: Sequence[Family] = FAMILIES, *, may_b
     """A checkpoint as our model, no number read yet. may_be_absent: shards that an index names need not be there, for a plan say; of their
     tensors, only names are checked, and reading one raises CheckpointError.
 
-    Raises CheckpointError if files are missing, damaged, of an unknown family, of the wrong part, or do not fit each other: every tensor
+    Raises CheckpointError if files are missing, damaged, of an unknown family, of the wrong component, or do not fit each other: every tensor
     that is missing, unknown, misshapen, held twice or no float is named.
     """
     model = recognise(files.path, families, may_be_absent=may_be_absent)
-    given: dict[Part, Path | None] = {"language_model": files.language_model, "vision_encoder": files.vision_encoder}
-    _check_parts(model, given)
+    given: dict[Component, Path | None] = {"language_model": files.language_model, "vision_encoder": files.vision_encoder}
+    _check_components(model, given)
     if model.family.convert is None:
         raise CheckpointError(
             f"{files.path} is {model.family.title} ({model.evidence[0]}), which this version cannot build yet."
         )
-    recognised: dict[Part, Recognised] = {"model": model}
-    for part, path in given.items():
+    recognised: dict[Component, Recognised] = {"model": model}
+    for component, path in given.items():
         if path is not None:
-            recognised[part] = _part(path, part, families, may_be_absent)
+            recognised[component] = _component(path, component, families, may_be_absent)
     tokenizer = find_tokenizer(files)
-    parts = Parts(
+    components = Components(
         **{
-            part: PartFiles(
+            component: ComponentFiles(
                 path=found.path,
                 family=found.family.name,
                 settings=found.settings,
                 reader=found.reader,
                 absent=tuple(found.reader.absent),
             )
-            for part, found in recognised.items()
+            for component, found in recognised.items()
         },
         token_ids=added_ids(open_tokenizer(tokenizer, model.family.inputs.tags.added)) if tokenizer is not None else {},
     )
     try:
-        converted = model.family.convert(parts)
+        converted = model.family.convert(components)
         converted.config.validate()
     except ConfigError as error:
         raise CheckpointError(f"{files.path}: {error}") from error
@@ -179,39 +179,39 @@ def find_tokenizer(files: CheckpointFiles) -> Path | None:
     return None
 
 
-def _check_parts(model: Recognised, given: Mapping[Part, Path | None]) -> None:
-    """Raises CheckpointError if a part is missing, or given and not wanted."""
+def _check_components(model: Recognised, given: Mapping[Component, Path | None]) -> None:
+    """Raises CheckpointError if a component is missing, or given and not wanted."""
     family = model.family
     if family.advice:
         raise CheckpointError(f"{model.path} is {family.title} ({model.evidence[0]}). {family.advice}")
-    if family.part != "model":
+    if family.component != "model":
         raise CheckpointError(
-            f"{model.path} is {family.title} ({model.evidence[0]}), a part of a model. Give the model's own checkpoint, and this one "
-            f"with it: --checkpoint MODEL {OPTIONS[family.part]} {model.path}"
+            f"{model.path} is {family.title} ({model.evidence[0]}), a component of a model. Give the model's own checkpoint, and this one "
+            f"with it: --checkpoint MODEL {OPTIONS[family.component]} {model.path}"
         )
-    missing = [part for part in family.needs if given[part] is None]
+    missing = [component for component in family.needs if given[component] is None]
     if missing:
-        names = " and ".join(part.replace("_", " ") for part in missing)
-        options = " ".join(f"{OPTIONS[part]} FOLDER" for part in missing)
+        names = " and ".join(component.replace("_", " ") for component in missing)
+        options = " ".join(f"{OPTIONS[component]} FOLDER" for component in missing)
         raise CheckpointError(f"{model.path} is {family.title}, which leaves its {names} to other files. Add {options}.")
-    extra = [part for part, path in given.items() if path is not None and part not in family.needs]
+    extra = [component for component, path in given.items() if path is not None and component not in family.needs]
     if extra:
-        names = " and ".join(part.replace("_", " ") for part in extra)
+        names = " and ".join(component.replace("_", " ") for component in extra)
         raise CheckpointError(
             f"{model.path} is {family.title}, which holds its {names} itself. Leave out {', '.join(OPTIONS[p] for p in extra)}."
         )
 
 
-def _part(path: Path, part: Part, families: Sequence[Family], may_be_absent: bool) -> Recognised:
+def _component(path: Path, component: Component, families: Sequence[Family], may_be_absent: bool) -> Recognised:
     found = recognise(path, families, may_be_absent=may_be_absent)
-    if found.family.part != part:
-        raise CheckpointError(f"{OPTIONS[part]} {path} is {found.family.title}, expected a {part.replace('_', ' ')}.")
+    if found.family.component != component:
+        raise CheckpointError(f"{OPTIONS[component]} {path} is {found.family.title}, expected a {component.replace('_', ' ')}.")
     return found
 
 
-def _unlike(twins: Mapping[str, str], parts: Mapping[Part, Recognised]) -> dict[str, str]:
+def _unlike(twins: Mapping[str, str], components: Mapping[Component, Recognised]) -> dict[str, str]:
     """Second names whose numbers must be compared: not those that stand for the same bytes of a file, nor those of files that are absent."""
-    readers = [found.reader for found in parts.values()]
+    readers = [found.reader for found in components.values()]
     absent = {name for reader in readers for name in reader.absent}
     return {
         other: kept
@@ -223,7 +223,7 @@ def _unlike(twins: Mapping[str, str], parts: Mapping[Part, Recognised]) -> dict[
 def _adapted(
     converted: Converted, base: TensorReader, folders: Sequence[Path], family: Family
 ) -> tuple[Converted, TensorReader, list[LoraReader]]:
-    """The tensors of all parts with each adapter merged in, and the adapters.
+    """The tensors of all components with each adapter merged in, and the adapters.
 
     An output that is the embedding becomes a matrix of its own where an adapter changes one of the two: in training the other stayed as it
     was. Raises CheckpointError if an adapter cannot be merged.
@@ -294,18 +294,18 @@ def _with_generation(files: CheckpointFiles, config: ModelConfig) -> tuple[Model
     return config, whole
 
 
-def _joined(parts: Mapping[Part, Recognised], where: str) -> TensorReader:
-    """All parts' tensors by their published names. Raises CheckpointError naming those that two parts hold."""
+def _joined(components: Mapping[Component, Recognised], where: str) -> TensorReader:
+    """All components' tensors by their published names. Raises CheckpointError naming those that two components hold."""
     owners: dict[str, list[str]] = {}
-    for part, found in parts.items():
+    for component, found in components.items():
         for name in found.reader.names():
-            owners.setdefault(name, []).append(part.replace("_", " "))
+            owners.setdefault(name, []).append(component.replace("_", " "))
     twice = [f"{name} (in {', '.join(places)})" for name, places in owners.items() if len(places) > 1]
     if twice:
         raise CheckpointError(
-            f"{where}: tensors held by more than one part: {'; '.join(twice)}. Remove those that do not belong."
+            f"{where}: tensors held by more than one component: {'; '.join(twice)}. Remove those that do not belong."
         )
-    return JoinedReader([found.reader for found in parts.values()])
+    return JoinedReader([found.reader for found in components.values()])
 
 
 def _accounted(

@@ -15,7 +15,7 @@ from tiny_models import TINY, tiny_model
 from tokenizers import Tokenizer, models
 
 from flamingo_reference.checkpoints.accounting import Ignored
-from flamingo_reference.checkpoints.converted import Converted, Parts
+from flamingo_reference.checkpoints.converted import Components, Converted
 from flamingo_reference.checkpoints.families import native
 from flamingo_reference.checkpoints.families.known import FAMILIES, Family
 from flamingo_reference.checkpoints.families.recognition import recognise
@@ -165,7 +165,7 @@ def test_a_file_does_not_take_what_lies_beside_it(tmp_path: Path) -> None:
 # Loading.
 
 
-def test_parts_that_are_missing_or_too_many(tmp_path: Path) -> None:
+def test_components_that_are_missing_or_too_many(tmp_path: Path) -> None:
     bridge, lm, clip = (write(tmp_path / name, name) for name in ("openflamingo", "mpt", "clip"))
     with pytest.raises(
         CheckpointError,
@@ -175,7 +175,9 @@ def test_parts_that_are_missing_or_too_many(tmp_path: Path) -> None:
     families = [msgspec.structs.replace(family, convert=convert_toy) for family in FAMILIES]
     with pytest.raises(CheckpointError, match=r"--vision .*mpt is an MPT language model, expected a vision encoder"):
         load(CheckpointFiles(path=bridge, language_model=lm, vision_encoder=lm), families)
-    with pytest.raises(CheckpointError, match=r"is an MPT language model .*, a part of a model\. .* --checkpoint MODEL --lm"):
+    with pytest.raises(
+        CheckpointError, match=r"is an MPT language model .*, a component of a model\. .* --checkpoint MODEL --lm"
+    ):
         load(CheckpointFiles(path=lm))
     folder = tmp_path / "native"
     save_native(folder)
@@ -220,7 +222,7 @@ def test_our_own_format_with_an_adapter(tmp_path: Path) -> None:
     np.testing.assert_allclose(twice.reader.read(f"{module}.weight") - plain.reader.read(f"{module}.weight"), 8.0, atol=1e-5)
 
 
-# A family of another's names, whose parts lie in three files.
+# A family of another's names, whose components lie in three files.
 
 
 class Renamed(msgspec.Struct, frozen=True):
@@ -230,7 +232,7 @@ class Renamed(msgspec.Struct, frozen=True):
         return arrays[0]
 
 
-def convert_toy(parts: Parts) -> Converted:
+def convert_toy(components: Components) -> Converted:
     expected = expected_tensors(TINY)
     places = {
         "language_model": "transformer.blocks.",
@@ -239,8 +241,8 @@ def convert_toy(parts: Parts) -> Converted:
         "cross_attention": "lang_encoder.gated_cross_attn_layers.",
     }
     recipes = {name: Renamed({places[name.split(".")[0]] + name.split(".", 1)[1]: shape}) for name, shape in expected.items()}
-    assert parts.language_model is not None
-    assert parts.token_ids == {"<image>": 3}
+    assert components.language_model is not None
+    assert components.token_ids == {"<image>": 3}
     return Converted(
         config=TINY,
         expected=expected,
@@ -257,8 +259,10 @@ TOY = Family(
     needs=("language_model", "vision_encoder"),
     convert=convert_toy,
 )
-TOY_LM = Family(name="toy_lm", title="a toy's LM", part="language_model", marks=(r"transformer\.blocks\.embedding\.weight",))
-TOY_VISION = Family(name="toy_vision", title="a toy's eyes", part="vision_encoder", marks=(r"visual\..+",))
+TOY_LM = Family(
+    name="toy_lm", title="a toy's LM", component="language_model", marks=(r"transformer\.blocks\.embedding\.weight",)
+)
+TOY_VISION = Family(name="toy_vision", title="a toy's eyes", component="vision_encoder", marks=(r"visual\..+",))
 
 
 @pytest.fixture
@@ -268,7 +272,7 @@ def toy(tmp_path: Path) -> CheckpointFiles:
         name: np.random.default_rng(i).standard_normal(shape).astype(np.float32)
         for i, (name, shape) in enumerate(expected.items())
     }
-    recipes = convert_toy(Parts(model=None, language_model=1, token_ids={"<image>": 3})).recipes  # type: ignore[arg-type]
+    recipes = convert_toy(Components(model=None, language_model=1, token_ids={"<image>": 3})).recipes  # type: ignore[arg-type]
     assert recipes is not None
     files: dict[str, dict[str, Any]] = {"bridge": {}, "lm": {}, "vision": {"logit_scale": np.zeros((), np.float32)}}
     for name, array in arrays.items():
@@ -299,12 +303,12 @@ def test_parts_become_one_model(toy: CheckpointFiles) -> None:
         )
 
 
-def test_a_tensor_in_two_parts(toy: CheckpointFiles) -> None:
+def test_a_tensor_in_two_components(toy: CheckpointFiles) -> None:
     assert toy.vision_encoder is not None
     path = toy.vision_encoder / "model.safetensors"
     save_file(load_file(path) | {"perceiver.norm.weight": np.zeros(2, np.float32)}, path)
     with pytest.raises(
-        CheckpointError, match=r"held by more than one part: perceiver\.norm\.weight \(in model, vision encoder\)"
+        CheckpointError, match=r"held by more than one component: perceiver\.norm\.weight \(in model, vision encoder\)"
     ):
         load(toy, [TOY, TOY_LM, TOY_VISION])
 

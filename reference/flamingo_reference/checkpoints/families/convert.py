@@ -12,7 +12,7 @@ import msgspec
 from flamingo_reference.arrays import Shape
 from flamingo_reference.checkpoints.accounting import Ignored
 from flamingo_reference.checkpoints.conversions import renamed, setting
-from flamingo_reference.checkpoints.converted import Converted, PartFiles, Parts
+from flamingo_reference.checkpoints.converted import ComponentFiles, Components, Converted
 from flamingo_reference.checkpoints.families import (
     clip,
     clip_towers,
@@ -45,23 +45,23 @@ _LLAMA_BOS = "<s>"
 _LLAMA_TAGS = (_LLAMA_BOS, "</s>")
 
 
-def convert_native(parts: Parts) -> Converted:
+def convert_native(components: Components) -> Converted:
     """Our own format: names are ours already."""
-    config = native.read_config(parts.model.path / "config.json")
+    config = native.read_config(components.model.path / "config.json")
     tied = {"language_model.head.weight": "language_model.embedding.weight"} if config.language_model.tied_head else {}
-    return _with_twins(Converted(config=config, expected=expected_tensors(config), tied=tied), parts.model, {})
+    return _with_twins(Converted(config=config, expected=expected_tensors(config), tied=tied), components.model, {})
 
 
-def convert_idefics(parts: Parts) -> Converted:
+def convert_idefics(components: Components) -> Converted:
     """IDEFICS v1. One tuned on instructions is recognised by the token that ends its turns."""
-    settings, ids = _settings_of(parts.model), parts.token_ids
+    settings, ids = _settings_of(components.model), components.token_ids
     turn = ids.get(IDEFICS_INSTRUCT.tags.eoc)
     inputs = IDEFICS if turn is None else IDEFICS_INSTRUCT
     config = idefics.config_from(
         settings, image=ids.get(inputs.tags.image), eoc=turn, around_image=ids.get(inputs.tags.around_image or "")
     )
     config.validate()
-    images = read_images(parts.model.path, config.vision.image_size, Images(mean=config.pixel_mean, std=config.pixel_std))
+    images = read_images(components.model.path, config.vision.image_size, Images(mean=config.pixel_mean, std=config.pixel_std))
     config = msgspec.structs.replace(config, pixel_mean=images.mean, pixel_std=images.std)
     more = setting(settings, "additional_vocab_size", int, 0)
     first, last = config.language_model.vocab_size - more, config.language_model.vocab_size - 1
@@ -69,8 +69,8 @@ def convert_idefics(parts: Parts) -> Converted:
         f"{tag} is {ids[tag]}" for tag in inputs.tags.all if tag not in _LLAMA_TAGS and more and ids.get(tag, first) < first
     ]
     misfit = (
-        f"the tokenizer is of another model than {parts.model.path}: {', '.join(misplaced)}, and tokens that were added have ids {first} to "
-        f"{last} by config.json. Bring the tokenizer that the model was trained with."
+        f"the tokenizer is of another model than {components.model.path}: {', '.join(misplaced)}, and tokens that were added have ids "
+        f"{first} to {last} by config.json. Bring the tokenizer that the model was trained with."
     )
     converted = Converted(
         config=config,
@@ -81,15 +81,15 @@ def convert_idefics(parts: Parts) -> Converted:
         misfit=misfit if misplaced else "",
         tied=idefics.TIED if config.language_model.tied_head else {},
     )
-    return _with_twins(converted, parts.model, {})
+    return _with_twins(converted, components.model, {})
 
 
-def convert_llama_vision(parts: Parts) -> Converted:
+def convert_llama_vision(components: Components) -> Converted:
     """Llama 3.2 Vision, by published names or those of transformers' live model.
 
     One tuned on instructions is recognised by its chat template, or by the token that ends a turn among those that end its texts.
     """
-    settings, ids, folder = _settings_of(parts.model), parts.token_ids, parts.model.path
+    settings, ids, folder = _settings_of(components.model), components.token_ids, components.model.path
     template = read_chat_template(folder) if folder.is_dir() else None
     config = llama_vision.config_from(settings)
     turn = ids.get(LLAMA_VISION_INSTRUCT.tags.eoc, llama_vision.TURN)
@@ -108,7 +108,7 @@ def convert_llama_vision(parts: Parts) -> Converted:
         if ids.get(tag, expected) != expected
     ]
     recipes = llama_vision.recipes(config)
-    if llama_vision.has_live_names(parts.model.reader.names()):
+    if llama_vision.has_live_names(components.model.reader.names()):
         recipes = renamed(recipes, llama_vision.live_name)
     return Converted(
         config=config,
@@ -121,14 +121,14 @@ def convert_llama_vision(parts: Parts) -> Converted:
     )
 
 
-def convert_openflamingo(parts: Parts) -> Converted:
+def convert_openflamingo(components: Components) -> Converted:
     """OpenFlamingo, of its checkpoint.pt, language model and CLIP. Raises CheckpointError if there is no tokenizer: the ids of the tokens
     that were added stand nowhere else."""
-    lm, vision = parts.language_model, parts.vision_encoder
+    lm, vision = components.language_model, components.vision_encoder
     assert lm is not None
     assert vision is not None
     files = openflamingo_files.Files(
-        checkpoint=_shapes(parts.model),
+        checkpoint=_shapes(components.model),
         language_model=_shapes(lm),
         vision=_shapes(vision),
         absent=frozenset(lm.absent),
@@ -137,7 +137,7 @@ def convert_openflamingo(parts: Parts) -> Converted:
     open_clip = _open_clip_config(vision.path)
     encoder = clip.encoder_of(files.vision, vision.settings, open_clip, path=vision.path)
     inputs = with_bos(OPENFLAMINGO, _LLAMA_BOS) if lm.family == "llama" else OPENFLAMINGO
-    converted = _openflamingo(parts, files, encoder, inputs, where=f"{parts.model.path} or {lm.path}")
+    converted = _openflamingo(components, files, encoder, inputs, where=f"{components.model.path} or {lm.path}")
     if files.trained_vision():  # what was trained further is no longer the text tower's counterpart
         return converted
     return _with_towers(
@@ -145,36 +145,37 @@ def convert_openflamingo(parts: Parts) -> Converted:
     )
 
 
-def convert_otter(parts: Parts) -> Converted:
-    """Otter, and OpenFlamingo as Otter's authors converted it: all parts in one folder. Raises CheckpointError as `convert_openflamingo`."""
-    raw = _settings_of(parts.model)
+def convert_otter(components: Components) -> Converted:
+    """Otter, and OpenFlamingo as Otter's authors converted it: all components in one folder. Raises CheckpointError as
+    `convert_openflamingo`."""
+    raw = _settings_of(components.model)
     text = setting(raw, "text_config", dict)
     files = openflamingo_files.Files(
-        checkpoint=_shapes(parts.model),
+        checkpoint=_shapes(components.model),
         language_model={},
         vision={},
         language_model_config=openflamingo_files.otter_text_config(text),
     )
-    encoder = clip.transformers_encoder(setting(raw, "vision_config", dict), parts.model.path)
+    encoder = clip.transformers_encoder(setting(raw, "vision_config", dict), components.model.path)
     llama = files.language_model_config.get("model_type") == "llama"
     inputs = OTTER if raw.get("model_type") == "otter" else OPENFLAMINGO
     converted = _openflamingo(
-        parts, files, encoder, with_bos(inputs, _LLAMA_BOS) if llama else inputs, where=str(parts.model.path)
+        components, files, encoder, with_bos(inputs, _LLAMA_BOS) if llama else inputs, where=str(components.model.path)
     )
     every = setting(raw, "cross_attn_every_n_layers", int, 4)
     if every != converted.config.cross_attention.every:
         raise CheckpointError(
-            f"{parts.model.path}: config.json says a gated block every {every} layers, the tensors have one every "
+            f"{components.model.path}: config.json says a gated block every {every} layers, the tensors have one every "
             f"{converted.config.cross_attention.every}. Bring the config.json and the tensors of one model."
         )
     return converted
 
 
 def _openflamingo(
-    parts: Parts, files: openflamingo_files.Files, encoder: clip.Encoder, inputs: InputFormat, *, where: str
+    components: Components, files: openflamingo_files.Files, encoder: clip.Encoder, inputs: InputFormat, *, where: str
 ) -> Converted:
     """The model of OpenFlamingo's files. where: the places at which a tokenizer was looked for."""
-    ids, lm_settings = parts.token_ids, files.language_model_config
+    ids, lm_settings = components.token_ids, files.language_model_config
     vision, resized = openflamingo.own_size(files, encoder.vision)
     eoc, image = ids.get(inputs.tags.eoc), ids.get(inputs.tags.image)
     if eoc is None or image is None:
@@ -194,8 +195,8 @@ def _openflamingo(
     rows, size = config.language_model.vocab_size, 1 + max(ids.values())
     if rows not in (size, setting(lm_settings, "vocab_size", int, rows)):
         raise CheckpointError(
-            f"the tokenizer has {size} tokens, those that training added included, and the embedding in {parts.model.path} has {rows} rows. "
-            "Bring the tokenizer of the language model that it was trained with: --tokenizer FILE"
+            f"the tokenizer has {size} tokens, those that training added included, and the embedding in {components.model.path} has "
+            f"{rows} rows. Bring the tokenizer of the language model that it was trained with: --tokenizer FILE"
         )
     config.validate()
     unsaid = openflamingo.added_without_rows(config.language_model, files)
@@ -223,7 +224,7 @@ def _openflamingo(
         tied=openflamingo.tied(config, files),
         notes=tuple(notes),
     )
-    return _with_twins(converted, parts.model, files.twins())
+    return _with_twins(converted, components.model, files.twins())
 
 
 def _with_towers(converted: Converted, shapes: Mapping[str, Shape], towers: clip_towers.Towers) -> Converted:
@@ -242,7 +243,7 @@ def _with_towers(converted: Converted, shapes: Mapping[str, Shape], towers: clip
     )
 
 
-def _with_twins(converted: Converted, model: PartFiles, twins: Mapping[str, str]) -> Converted:
+def _with_twins(converted: Converted, model: ComponentFiles, twins: Mapping[str, str]) -> Converted:
     """Adds second names: those given, and an output that is the embedding saved by a name of its own."""
     held = set(model.reader.names())
     heads = {head: embedding for head, embedding in converted.tied.items() if head in held and embedding in held}
@@ -261,18 +262,18 @@ def _open_clip_config(path: Path) -> Mapping[str, Any]:
     return read_json(beside) if beside.is_file() else {}
 
 
-def _settings_of(part: PartFiles) -> Mapping[str, Any]:
-    """The part's config.json. Raises CheckpointError if there is none: tensors do not tell how they are computed with."""
-    if not part.settings:
+def _settings_of(component: ComponentFiles) -> Mapping[str, Any]:
+    """The component's config.json. Raises CheckpointError if there is none: tensors do not tell how they are computed with."""
+    if not component.settings:
         raise CheckpointError(
-            f"{part.path} has no config.json, which this kind of model needs. Give the folder that holds both."
+            f"{component.path} has no config.json, which this kind of model needs. Give the folder that holds both."
         )
-    return part.settings
+    return component.settings
 
 
-def _shapes(part: PartFiles) -> dict[str, Shape]:
-    absent = frozenset(part.absent)
-    return {name: part.reader.shape(name) for name in part.reader.names() if name not in absent}
+def _shapes(component: ComponentFiles) -> dict[str, Shape]:
+    absent = frozenset(component.absent)
+    return {name: component.reader.shape(name) for name in component.reader.names() if name not in absent}
 
 
 def _rules(pairs: Iterable[tuple[str, str]]) -> tuple[Ignored, ...]:

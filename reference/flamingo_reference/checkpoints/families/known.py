@@ -7,7 +7,7 @@ from typing import Literal
 
 import msgspec
 
-from flamingo_reference.checkpoints.converted import Converted, Parts
+from flamingo_reference.checkpoints.converted import Components, Converted
 from flamingo_reference.checkpoints.families.convert import (
     convert_idefics,
     convert_llama_vision,
@@ -19,29 +19,29 @@ from flamingo_reference.checkpoints.families.llama_vision import plain_name as p
 from flamingo_reference.checkpoints.families.openflamingo_files import plain_name
 from flamingo_reference.input_format import IDEFICS, LLAMA_VISION, OPENFLAMINGO, OTTER, PAPER, InputFormat
 
-Part = Literal["model", "language_model", "vision_encoder"]
+Component = Literal["model", "language_model", "vision_encoder"]
 
 
 class Family(msgspec.Struct, frozen=True, kw_only=True):
     """A kind of checkpoint.
 
-    part: what of a model it holds. model_types: values of model_type in config.json that say so; settings: keys of config.json that say so
+    component: what of a model it holds. model_types: values of model_type in config.json that say so; settings: keys of config.json that say so
     where there is no model_type. marks: regular expressions, each of which matches the whole name of one of its tensors at least.
-    needs: the parts that it leaves to other files.
-    inputs: how it takes images and text. convert: makes the model of its files, None where it is but a part of one. plain_name: a tensor's name
-    without what depends on how the model was put together, by which adapters find the tensors that they were trained on.
-    advice: of a part that no family takes from another file, what to bring in its place.
+    needs: the components that it leaves to other files.
+    inputs: how it takes images and text. convert: makes the model of its files, None where it is but a component of one. plain_name: a tensor's
+    name without what depends on how the model was put together, by which adapters find the tensors that they were trained on.
+    advice: of a component that no family takes from another file, what to bring in its place.
     """
 
     name: str
     title: str
-    part: Part = "model"
+    component: Component = "model"
     model_types: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
     marks: tuple[str, ...]
-    needs: tuple[Part, ...] = ()
+    needs: tuple[Component, ...] = ()
     inputs: InputFormat = PAPER
-    convert: Callable[[Parts], Converted] | None = None
+    convert: Callable[[Components], Converted] | None = None
     plain_name: Callable[[str], str] = str
     advice: str = ""
 
@@ -78,7 +78,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="llama_vision_text",
         title="the language model of Llama 3.2 Vision without its vision encoder",
-        part="language_model",
+        component="language_model",
         advice="Bring the whole checkpoint, whose config.json says model_type 'mllama' and has a vision_config.",
         model_types=("mllama_text_model",),
         marks=(r"model\.layers\.\d+\.cross_attn\..+",),
@@ -113,28 +113,28 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         name="llama",
         title="a LLaMA language model",
-        part="language_model",
+        component="language_model",
         model_types=("llama",),
         marks=(r"model\.layers\.\d+\.self_attn\.q_proj\.weight", r"model\.embed_tokens\.weight"),
     ),
     Family(
         name="gpt_neox",
         title="a GPT-NeoX language model",
-        part="language_model",
+        component="language_model",
         model_types=("gpt_neox",),
         marks=(r"gpt_neox\.layers\.\d+\..+",),
     ),
     Family(
         name="mpt",
         title="an MPT language model",
-        part="language_model",
+        component="language_model",
         model_types=("mpt", "mosaic_gpt"),
         marks=(r"transformer\.blocks\.\d+\..+",),
     ),
     Family(
         name="clip",
         title="a CLIP vision encoder",
-        part="vision_encoder",
+        component="vision_encoder",
         model_types=("clip", "clip_vision_model"),
         marks=(r"(?:visual\.|(?:vision_model\.)?embeddings\.)class_embedding",),
     ),
