@@ -118,7 +118,7 @@ class _Calibration:
 
         step, journal = steps[number], self.work.journal
         self.read_now = {}
-        module = load_part(self.config, step.prefix, self._read, narrow=step.prefix == "vision_encoder")
+        module = load_part(self.config, step.prefix, self._read, narrow=step.prefix in ("vision_encoder", "language_model"))
         if step.prefix == "contrastive.text":
             self._read("contrastive.logit_scale")  # no part reads it: for the towers' digest
         watch = Watch(self.config, step.prefix, module)

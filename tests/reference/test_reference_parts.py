@@ -11,12 +11,12 @@ import pytest
 import torch
 from tiny_models import TINY, smaller, tiny_model
 from torch.nn import functional as F
-from variations import VARIATIONS, drawn_model
+from variations import LLAMA, VARIATIONS, drawn_model
 
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.model import Flamingo
 from flamingo_reference.model.cross_attention import phi_cross_attention
-from flamingo_reference.model.decoder import LanguageModelLayer
+from flamingo_reference.model.decoder import LanguageModel, LanguageModelLayer
 from flamingo_reference.model.modules import load_part
 from flamingo_reference.model.positions import sinusoids
 from flamingo_reference.phi import phi_from_tokens
@@ -207,3 +207,20 @@ def test_a_vision_encoder_that_is_held_as_stored_computes_the_same(config: Model
     for _ in range(2):
         assert torch.equal(narrow(pixels, *rest), wide(pixels, *rest))
     assert [parameter.dtype for parameter in narrow.parameters()] == before
+
+
+def test_an_embedding_and_a_head_that_are_held_as_stored_compute_the_same() -> None:
+    whole = drawn_model(LLAMA).state_dict()
+    stored = {
+        name: tensor.to(torch.bfloat16).view(torch.int16).numpy().view(ml_dtypes.bfloat16) for name, tensor in whole.items()
+    }
+    wide, narrow = (load_part(LLAMA, "language_model", stored.__getitem__, narrow=held) for held in (False, True))
+    rows = torch.tensor([[5, 0, 69]])
+    for part in (wide, narrow):
+        assert isinstance(part, LanguageModel)
+    hidden = wide.embedding(rows)
+    assert hidden.dtype == torch.float32
+    assert torch.equal(narrow.embedding(rows), hidden)
+    assert torch.equal(narrow.norm(hidden), wide.norm(hidden))
+    assert torch.equal(narrow.head(hidden), wide.head(hidden))
+    assert narrow.embedding.weight.dtype == narrow.head.weight.dtype == torch.bfloat16
