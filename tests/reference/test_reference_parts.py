@@ -216,8 +216,10 @@ def test_an_embedding_and_a_head_that_are_held_as_stored_compute_the_same() -> N
     }
     wide, narrow = (load_part(LLAMA, "language_model", stored.__getitem__, narrow=held) for held in (False, True))
     rows = torch.tensor([[5, 0, 69]])
-    for part in (wide, narrow):
-        assert isinstance(part, LanguageModel)
+    assert isinstance(wide, LanguageModel)
+    assert isinstance(narrow, LanguageModel)
+    assert wide.head is not None
+    assert narrow.head is not None
     hidden = wide.embedding(rows)
     assert hidden.dtype == torch.float32
     assert torch.equal(narrow.embedding(rows), hidden)
