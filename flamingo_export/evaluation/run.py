@@ -182,7 +182,7 @@ def _most_examples(settings: Settings) -> int:
 def _check_before_the_index(models: Sequence[EvaluatedModel], data: Data, settings: Settings, task: Task) -> None:
     """Raises EvaluationError where there are too few examples, InputError where not even those of the shortest texts fit, each with its medium.
 
-    Similar examples show as many media, and their texts are no shorter.
+    Similar examples show as many media, and their texts are at least as long.
     """
     most = _most_examples(settings)
     Selector(data.examples, "random", settings.seed).check(data.queries, most)

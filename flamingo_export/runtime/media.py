@@ -87,7 +87,7 @@ def load_medium(
 def rows_of(source: MediumSource, config: ModelConfig) -> int:
     """Rows of the media bank that a medium takes. Of an image in tiles that follows from its size: of a file only the header is read.
 
-    Raises ImageError if it is no image.
+    Raises ImageError if it cannot be one.
     """
     vision = config.tiled
     if vision is None or isinstance(source, Video):

@@ -22,7 +22,7 @@ LOCKED_EXTRAS = {
     if name in ("base", "dev")
 }
 """By lock file, as `make lock` resolves it."""
-ELSEWHERE = {"gpu", "tensorrt", "rtx", "torch", "transformers", "report", "ray", "otel"}
+ELSEWHERE = {"gpu", "tensorrt", "tensorrt-cu12", "rtx", "torch", "transformers", "report", "ray", "otel"}
 """Extras for machines with a GPU, of torch, without a package, and of requirements/ray.txt."""
 HOSTS = ("ray", "triton", "kserve")
 """Environments of their own, for Linux."""
