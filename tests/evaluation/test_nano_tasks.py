@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import published
@@ -21,6 +22,7 @@ pytest.importorskip("sklearn", reason="nano's digits are scikit-learn's scans")
 import flamingo_export
 from flamingo_export.cli import main
 from flamingo_export.evaluation.results import read_results
+from flamingo_export.evaluation.settings import Settings
 from flamingo_export.evaluation.tasks import task_of
 from flamingo_export.sources.choice import source_for_size
 
@@ -154,6 +156,47 @@ def test_killed_and_resumed(nano: Path, tmp_path: Path) -> None:
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_an_image_that_breaks_off_is_named_and_the_run_resumes_once_it_is_whole(
+    nano: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As an interrupted download leaves it: half of a file, which nothing but decoding it shows."""
+    for number in range(3):
+        published.picture(tmp_path / f"{number}.png", number)
+    lines = [json.dumps({"id": number, "image": f"{number}.png", "answer": "a red square"}) for number in range(3)]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    (tmp_path / "t.toml").write_text('metric = "exact"\nform = "caption"\n')
+    whole = (tmp_path / "1.png").read_bytes()
+    (tmp_path / "1.png").write_bytes(whole[: len(whole) // 2])
+    line = (nano, "--task", tmp_path / "t.toml", "--data", tmp_path / "t.jsonl", "--shots", 0, "--zero-shot", "nothing")
+    line = (*line, "--max-new-tokens", 2, "--beams", 1, "--out", tmp_path / "out")
+    assert evaluated(*line) == 1
+    assert f"{tmp_path / '1.png'} is damaged or truncated" in " ".join(capsys.readouterr().err.split())
+    (tmp_path / "1.png").write_bytes(whole)
+    assert evaluated(*line) == 0
+    assert read_results(tmp_path / "out").cell(0).items == 3
+
+
+def test_items_that_share_their_shots_share_the_beginning_of_their_prompts(nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same examples for all: the decoder reads them once, and each item costs its own question."""
+    from flamingo_export.runtime.model import Model
+
+    reused: list[tuple[int, int]] = []
+    generate = Model.generate
+
+    def noted(self: Model, requests: Any, **options: Any) -> Any:
+        found = generate(self, requests, **options)
+        reused.extend((each.timings.prompt_tokens, each.timings.reused_tokens) for each in found)
+        return found
+
+    monkeypatch.setattr(Model, "generate", noted)
+    tasks = Path(flamingo_export.__file__).parents[1] / "examples" / "tasks"
+    settings = Settings(shots=(2,), select="shared", beams=1, max_new_tokens=2)
+    with flamingo_export.load(nano, threads=1) as model:
+        flamingo_export.evaluate(model, tasks / "shapes.toml", data=tasks / "shapes.jsonl", settings=settings)
+    assert len(reused) == 6
+    assert sum(shared > 0.5 * tokens for tokens, shared in reused) == 5
+
+
 def test_rices_index_search_and_retrieved_shots(nano: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     examples = Path(flamingo_export.__file__).parents[1] / "examples"
     index = tmp_path / "index"
@@ -206,6 +249,15 @@ def test_an_index_made_beforehand(nano: Path, tmp_path: Path, capsys: pytest.Cap
     flamingo_export.build(source_for_size("nano", seed=1), out=other, parity="skip")
     assert main(["eval", str(other), *line[2:], "--index", str(index)]) == 1
     assert "is an index of something else (bundle, features differ)" in capsys.readouterr().err
+    picture = str(data / "val2014/COCO_val2014_000000000100.jpg")
+    for verb in (
+        ["search", str(other), "--index", str(index), "--image", picture],
+        ["generate", str(other), "--shots-from", str(index), "--num-shots", "2", "--image", picture, "--question", "What?"],
+    ):
+        assert main(verb) == 1
+        said = " ".join(capsys.readouterr().err.split())
+        assert f"the index {index} was made by another bundle than other.bundle" in said
+        assert f"flamingo-export index other.bundle --data ... --out {index} --overwrite" in said
 
 
 @pytest.mark.slow

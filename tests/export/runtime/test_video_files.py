@@ -125,6 +125,20 @@ def test_keyframes_are_jumped_to(tmp_path: Path) -> None:
     assert near(numbers(Video(source=path, clip=(1.6, 2.0), num_frames=2)), [40, 49])
 
 
+def test_only_the_frames_that_are_shown_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 50 frames three become RGB and stay in memory; those decoded on the way to them are let go."""
+    kept: list[Any] = []
+    convert = video_files._rgb
+
+    def counted(frame: Any) -> Any:
+        kept.append(frame.pts)
+        return convert(frame)
+
+    monkeypatch.setattr(video_files, "_rgb", counted)
+    assert near(numbers(Video(source=write(tmp_path / "a.mp4"), num_frames=3)), [0, 24, 49])
+    assert len(kept) == 3
+
+
 def test_pixels_that_are_not_square_and_rotation(tmp_path: Path) -> None:
     wide = write(tmp_path / "wide.mkv", aspect=Fraction(2, 1), codec="mpeg4")
     assert next(load_video(Video(source=wide), default_frames=1)).shape == (48, 128, 3)
