@@ -167,8 +167,8 @@ def test_an_image_that_breaks_off_is_named_and_the_run_resumes_once_it_is_whole(
     (tmp_path / "t.toml").write_text('metric = "exact"\nform = "caption"\n')
     whole = (tmp_path / "1.png").read_bytes()
     (tmp_path / "1.png").write_bytes(whole[: len(whole) // 2])
-    line = (nano, "--task", tmp_path / "t.toml", "--data", tmp_path / "t.jsonl", "--shots", 0, "--zero-shot", "nothing")
-    line = (*line, "--max-new-tokens", 2, "--beams", 1, "--out", tmp_path / "out")
+    data = (nano, "--task", tmp_path / "t.toml", "--data", tmp_path / "t.jsonl")
+    line = (*data, "--shots", 0, "--zero-shot", "nothing", "--max-new-tokens", 2, "--beams", 1, "--out", tmp_path / "out")
     assert evaluated(*line) == 1
     assert f"{tmp_path / '1.png'} is damaged or truncated" in " ".join(capsys.readouterr().err.split())
     (tmp_path / "1.png").write_bytes(whole)
