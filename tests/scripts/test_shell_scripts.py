@@ -28,10 +28,12 @@ def test_they_are_executable_and_stop_at_the_first_failure(script: str) -> None:
 
 
 def test_continuous_integration_checks_formatting_wheel_and_documentation() -> None:
-    """`make test` begins with `make lint`, which formatting is part of; the wheel is installed with the runtime for CPUs."""
+    """`make coverage` is `make test` with a report; that begins with `make lint`, which formatting is part of; the wheel is installed with the
+    runtime for CPUs."""
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     called = re.findall(r"^make (\S+)", (ROOT / ".ci" / "run").read_text(encoding="utf-8"), flags=re.MULTILINE)
-    assert {"test", "docs", "wheel-check"} <= set(called)
+    assert {"coverage", "docs", "wheel-check"} <= set(called)
+    assert re.search(r"(?m)^coverage:\n\t.*\$\(MAKE\) .*\btest\b", makefile)
     assert re.search(r"(?m)^test: lint$", makefile)
     assert re.search(r"(?m)^lint: .*\n(?:\t.*\n)*\t.*ruff format --check \.$", makefile)
     steps = (ROOT / "scripts" / "wheel_check").read_text(encoding="utf-8")
