@@ -202,6 +202,10 @@ def test_rices_index_search_and_retrieved_shots(nano: Path, tmp_path: Path, caps
     index = tmp_path / "index"
     assert main(["index", str(nano), "--data", str(examples / "shots_captions.jsonl"), "--out", str(index)]) == 0
     assert "4 examples, 128 wide" in capsys.readouterr().out
+    assert main(["index", str(nano), "--data", str(examples / "shots_captions.jsonl"), "--out", str(index), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "index": str(index), "count": 4, "width": 128, "features": "image embeddings of the contrastive encoder"
+    }  # fmt: skip
     assert (
         main(["search", str(nano), "--index", str(index), "--image", str(examples / "images/shot_scene_2.png"), "--json"]) == 0
     )

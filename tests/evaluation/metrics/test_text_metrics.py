@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Sequence
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -146,6 +148,62 @@ def test_wups_on_wordnet() -> None:
     items = [item("dog"), item("two dogs"), item("two", kind="DC"), item("crawl", "crawl forward")]
     found = scores("wups", items, ["cat", "two dog", "2", "crawls"])
     np.testing.assert_allclose(found, [85.714286, 100, 0, 100], atol=1e-4)
+
+
+class _Taxonomy:
+    """nltk's reader of WordNet over a tree of five senses: what Wu and Palmer's measure needs, and a morphology of two words."""
+
+    ABOVE: ClassVar[dict[str, str | None]] = {
+        "entity": None, "animal": "entity", "vehicle": "entity", "dog": "animal", "cat": "animal", "car": "vehicle"
+    }  # fmt: skip
+
+    class Sense:
+        def __init__(self, name: str) -> None:
+            self.line: list[str] = []
+            above: str | None = name
+            while above is not None:
+                self.line.insert(0, above)
+                above = _Taxonomy.ABOVE[above]
+
+        def wup_similarity(self, other: _Taxonomy.Sense) -> float:
+            """Twice the depth of what both fall under, over the sum of their depths."""
+            shared = sum(one == two for one, two in zip(self.line, other.line, strict=False))
+            return 2 * shared / (len(self.line) + len(other.line))
+
+    def ensure_loaded(self) -> None:
+        pass
+
+    def synsets(self, word: str) -> list[Sense]:
+        return [self.Sense(word)] if word in self.ABOVE else []
+
+    def morphy(self, word: str) -> str | None:
+        return {"dogs": "dog", "cars": "car"}.get(word, word if word in self.ABOVE else None)
+
+
+def test_wups_of_items(monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = pytest.importorskip("nltk.corpus")
+    monkeypatch.setattr(corpus, "wordnet", _Taxonomy())
+    Wups().require()
+    asked = [
+        (item("dog"), "a cat", 200 / 3),  # two of three steps down are shared; "a" is not known
+        (item("dog"), "car", 100 / 3),
+        (item("car", "cat"), "dog", 200 / 3),  # the best reference
+        (item("two dogs"), "Two DOG!", 100),  # the same words once they are lemmas
+        (item("dog cat"), "car", 100 / 9),  # both words of the answer are a third like it
+        (item("dog"), "", 0),
+        (item(), "dog", 0),
+        (item("two", kind="DC"), "2", 0),  # a number is right or wrong
+        (item("dog", kind="DC"), "cat", 0),
+        (item("no", "dogs", kind="DB"), "Dog", 100),
+    ]
+    found = scores("wups", [each for each, _, _ in asked], [said for _, said, _ in asked])
+    np.testing.assert_allclose(found, [value for _, _, value in asked])
+
+
+def test_without_nltk_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nltk.corpus", None)
+    with pytest.raises(EvaluationError, match=r"WUPS needs nltk \(.*\)\. Install it: pip install .*eval"):
+        Wups().require()
 
 
 def test_what_wups_needs_is_said_before_work(monkeypatch: pytest.MonkeyPatch) -> None:

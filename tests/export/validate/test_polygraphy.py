@@ -79,6 +79,45 @@ def test_a_case_that_was_not_run_is_no_pass():
     assert not polygraphy_check.PolygraphyReport(version="0", model="nano", comparisons=()).passed
 
 
+def test_disagreements_and_cases_that_were_not_run_are_printed(nano, tmp_path, monkeypatch, capsys):
+    def comparison(tensor: str, *, passed: bool, ours: bool) -> polygraphy_check.Comparison:
+        return polygraphy_check.Comparison(case="c", tensor=tensor, passed=passed, difference=0.25, allowed=0.5, ours=ours)
+
+    report = polygraphy_check.PolygraphyReport(
+        version="0.1",
+        model="nano",
+        comparisons=(
+            comparison("one", passed=False, ours=True),
+            comparison("two", passed=True, ours=False),
+            comparison("three", passed=True, ours=True),
+        ),
+        not_run=("[d], logits: no memory",),
+    )
+    given: list[tuple[Path, Path | None]] = []
+
+    def check(bundle: Path, *, export: Path | None, progress: object) -> polygraphy_check.PolygraphyReport:
+        given.append((bundle, export))
+        return report
+
+    monkeypatch.setattr(polygraphy_check, "check_with_polygraphy", check)
+    folder = tmp_path / "x"
+    assert main(["parity", str(nano), "--with", "polygraphy", "--export", str(folder)]) == 1
+    assert given == [(nano, folder)]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines if line.startswith("c  ")] == [
+        ["c", "one", "0.25", "0.5", "failed"],
+        ["c", "two", "0.25", "0.5", "passed"],
+        ["c", "three", "0.25", "0.5", "passed"],
+    ]
+    assert "c, one: parity passes it, Polygraphy does not agree" in lines
+    assert "c, two: parity fails it, Polygraphy does not agree" in lines
+    assert not any(line.startswith("c, three") for line in lines)
+    assert "not compared: [d], logits: no memory" in lines
+    assert "Polygraphy 0.1: 2 of 3 outputs within their limits" in lines
+    loaded = f"--load-inputs {folder}/media_kv.inputs.json --load-outputs {folder}/media_kv.outputs.json"
+    assert f"polygraphy run {nano}/media_kv.onnx --onnxrt {loaded} --atol 1e-4 --rtol 0" in lines
+
+
 def test_inspect_says_how_to_go_on(nano, capsys):
     assert main(["inspect", str(nano)]) == 0
     out = capsys.readouterr().out

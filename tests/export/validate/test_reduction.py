@@ -141,6 +141,33 @@ def test_what_a_parser_refuses_is_what_is_left(
     assert "planted" in found["said"]
 
 
+def test_what_fails_is_printed_with_where_it_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked: list[tuple[str, Path, str, int | None]] = []
+
+    def found(bundle: Path, graph: str, *, out: Path, check: str, layer: int | None, progress: object) -> reduction.Reduction:
+        asked.append((graph, out, check, layer))
+        return reduction.Reduction(
+            graph="decoder.layer2",
+            file=out / REDUCED,
+            nodes=(52, 3),
+            operators={"Gelu": 1, "Add": 2},
+            said="y[0] differs by 0.5",
+        )
+
+    monkeypatch.setattr(reduction, "reduce", found)
+    assert main(["debug", "b", "--reduce", "decoder", "--layer", "2"]) == 1
+    folder = Path("decoder.layer2.reduced")
+    assert asked == [("decoder", folder, "onnxruntime", 2)]
+    assert capfd.readouterr().out.splitlines() == [
+        "decoder.layer2: of 52 nodes 3 still fail: Gelu, 2 Add",
+        "y[0] differs by 0.5",
+        f"{folder / REDUCED}; every tensor of the whole graph by name is in {folder / VALUES}",
+    ]
+
+
 def test_what_is_too_large_is_refused_with_its_estimate(nano: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes of 9b in place of nano's: the decoder is refused, and a layer offered."""
     from flamingo_export.precision import Precision

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import sys
+from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
-from flamingo_reference.nano import CHECKPOINT, pictures  # noqa: E402
+from flamingo_reference.config import NANO  # noqa: E402
+from flamingo_reference.model import Flamingo  # noqa: E402
+from flamingo_reference.nano import CHECKPOINT, pictures, zero_shot  # noqa: E402
 from flamingo_reference.nano.heldout import heldout  # noqa: E402
 from flamingo_reference.nano.towers import texts_of, training_items, with_towers  # noqa: E402
 from flamingo_reference.nano.zero_shot import (  # noqa: E402
@@ -52,6 +57,31 @@ def test_held_out_scenes_are_found_by_their_texts(encoder: Encoder) -> None:
     assert recall(cosines, true, 1) >= 97
     assert recall(cosines.T, true.T, 1) >= 97
     assert recall(-cosines, true, 1) <= 5  # it can fail
+
+
+def test_a_checkpoint_without_towers_is_refused(tmp_path: Path) -> None:
+    Flamingo(msgspec.structs.replace(NANO, contrastive=None)).save(
+        tmp_path, tokenizer=CHECKPOINT / "tokenizer" / "tokenizer.json"
+    )
+    with pytest.raises(ValueError, match=r"has no text tower; python -m flamingo_reference\.nano\.towers trains one"):
+        Encoder(tmp_path)
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_the_command_prints_its_tables_and_writes_the_card_if_asked(
+    written: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = f"before\n{BEGIN}\nold\n{END}\nafter\n"
+    (tmp_path / "MODEL_CARD.md").write_text(text)
+    opened: list[Path] = []
+    monkeypatch.setattr(zero_shot, "__file__", str(tmp_path / "zero_shot.py"))
+    monkeypatch.setattr(zero_shot, "Encoder", opened.append)
+    monkeypatch.setattr(zero_shot, "measured", lambda encoder: "| a table |")
+    monkeypatch.setattr(sys, "argv", ["zero_shot", *["--card"][:written]])
+    zero_shot.main()
+    assert capsys.readouterr().out == "| a table |\n"
+    assert opened == [tmp_path / "checkpoint"]
+    assert (tmp_path / "MODEL_CARD.md").read_text() == (text.replace("old", "| a table |") if written else text)
 
 
 def test_recall_by_hand() -> None:

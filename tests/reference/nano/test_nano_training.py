@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
+import msgspec
 import numpy as np
 import pytest
+from PIL import Image
 
 torch = pytest.importorskip("torch")
 
@@ -11,10 +15,14 @@ from torch import nn  # noqa: E402
 
 from flamingo_reference.config import NANO, PAPER_TOKENS  # noqa: E402
 from flamingo_reference.model import Flamingo  # noqa: E402
+from flamingo_reference.nano import evaluate as nano_evaluate  # noqa: E402
 from flamingo_reference.nano import language, pages, pictures, train_bridge, train_vision  # noqa: E402
 from flamingo_reference.nano.evaluate import (  # noqa: E402
+    BEAMS,
     CARD_END,
     CARD_START,
+    GREEDY,
+    TEXTS,
     Rate,
     Reader,
     Results,
@@ -22,7 +30,7 @@ from flamingo_reference.nano.evaluate import (  # noqa: E402
     markdown,
     write_card,
 )
-from flamingo_reference.nano.heldout import heldout  # noqa: E402
+from flamingo_reference.nano.heldout import COUNTS, FEW_SHOT, heldout  # noqa: E402
 from flamingo_reference.nano.pool import Pool  # noqa: E402
 from flamingo_reference.nano.train import Run  # noqa: E402
 from flamingo_reference.nano.train_tokenizer import train_tokenizer  # noqa: E402
@@ -159,3 +167,77 @@ def test_the_card_keeps_its_text_around_the_tables(tmp_path):
 def test_results_are_plain_data():
     results = Results({"images": {"greedy": Rate(9, 10)}}, {}, {})
     assert results.captions["images"]["greedy"].percent == 90
+
+
+RESULTS = Results(
+    {name: {way: Rate(9, 10) for way in (GREEDY, BEAMS, TEXTS)} for name in ("images", "scene")},
+    {"images": {way: Rate(3, 4) for way in (GREEDY, BEAMS, TEXTS)}},
+    {"all": {"0": Rate(1, 4)}},
+)
+
+
+@pytest.fixture
+def measured(monkeypatch, tmp_path):
+    """The command on a model that is not loaded, measured at once: what it was asked to measure, and a card of its own."""
+    asked: list[dict[str, int]] = []
+
+    def found(model, tokenizer, **counts):
+        asked.append(counts)
+        return RESULTS
+
+    monkeypatch.setattr(nano_evaluate.Flamingo, "from_checkpoint", lambda path: f"the model of {path}")
+    monkeypatch.setattr(nano_evaluate, "evaluate", found)
+    monkeypatch.setattr(nano_evaluate, "MODEL_CARD", tmp_path / "MODEL_CARD.md")
+    (tmp_path / "MODEL_CARD.md").write_text(f"before\n{CARD_START}\nold\n{CARD_END}\nafter\n")
+    return asked
+
+
+def test_the_command_prints_tables_and_writes_the_card(measured, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "argv", ["evaluate", "--card"])
+    nano_evaluate.main()
+    tables = capsys.readouterr().out.rstrip("\n")
+    assert "| scene | 90.0 % | 90.0 % | 90.0 % | 10 |" in tables
+    assert (tmp_path / "MODEL_CARD.md").read_text() == f"before\n{CARD_START}\n{tables}\n{CARD_END}\nafter\n"
+    assert measured == [{"scenes": COUNTS["scene"], "digits": COUNTS["digit"], "videos": COUNTS["video"], "few_shot": FEW_SHOT}]
+
+
+def test_the_quick_command_asks_a_tenth_and_leaves_the_card(measured, monkeypatch, tmp_path, capsys):
+    shown: list[tuple[object, ...]] = []
+    monkeypatch.setattr(nano_evaluate, "contact_sheet", lambda model, tokenizer, path: shown.append((model, path)))
+    monkeypatch.setattr(sys, "argv", ["evaluate", "--quick", "--json", "--images", str(tmp_path / "pictures")])
+    nano_evaluate.main()
+    assert msgspec.json.decode(capsys.readouterr().out, type=Results) == RESULTS
+    assert measured[0] == {
+        "scenes": COUNTS["scene"] // 10, "digits": COUNTS["digit"] // 10, "videos": COUNTS["video"] // 10, "few_shot": 6
+    }  # fmt: skip
+    assert shown == [(f"the model of {nano_evaluate.CHECKPOINT}", tmp_path / "pictures" / "contact_sheet.png")]
+    assert "old" in (tmp_path / "MODEL_CARD.md").read_text()
+
+
+def test_a_contact_sheet_shows_what_is_wrong_in_red(monkeypatch, tmp_path):
+    class Said:
+        """Right, but for the second item."""
+
+        def __init__(self, model, tokenizer, items):
+            self.items = items
+
+        def ask(self, prompts):
+            assert [prompt[0].medium for prompt in prompts] == list(range(len(self.items)))
+            return [
+                "a long answer that is wrong and wants two lines" if i == 1 else item.caption
+                for i, item in enumerate(self.items)
+            ]
+
+    monkeypatch.setattr(nano_evaluate, "Reader", Said)
+    nano_evaluate.contact_sheet(None, None, tmp_path / "new" / "sheet.png")
+    sheet = np.asarray(Image.open(tmp_path / "new" / "sheet.png"))
+    assert sheet.shape == (4 * 172, 6 * 190, 3)  # twelve scenes, six digits and six videos, six in a row
+    cells = sheet.reshape(4, 172, 6, 190, 3).transpose(0, 2, 1, 3, 4).reshape(24, 172, 190, 3)
+    texts = cells[:, 138:]
+    red = (texts == (255, 0, 0)).all(-1)
+    assert [index for index in range(24) if red[index].any()] == [1]
+    assert red[1, :14].any()
+    assert red[1, 14:].any()
+    assert all((texts[index] == 0).all(-1).any() for index in range(24) if index != 1)
+    item = heldout("scene", 12)[3]
+    assert np.array_equal(cells[3][8:136:2, 8:136:2], item.frames[0])
