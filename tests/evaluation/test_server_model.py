@@ -124,7 +124,7 @@ def test_a_file_is_sent_as_it_is(tmp_path: Path) -> None:
 
 def test_videos_are_refused() -> None:
     with pytest.raises(EvaluationError, match="evaluate the bundle itself"):
-        data_url(Video("clip.mp4"))
+        data_url(Video(source="clip.mp4"))
 
 
 def test_a_busy_server_is_asked_again_when_it_says(
