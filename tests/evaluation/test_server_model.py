@@ -17,7 +17,6 @@ import pytest
 from PIL import Image
 
 from flamingo_export.errors import CapacityError, EvaluationError
-from flamingo_export.evaluation import server
 from flamingo_export.evaluation.server import ServerModel, data_url
 from flamingo_export.runtime.request import Request
 from flamingo_export.runtime.videos import Video
@@ -87,7 +86,7 @@ def opened(scripted: Scripted) -> Callable[..., ServerModel]:
 def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds that were waited for; none is."""
     found: list[float] = []
-    monkeypatch.setattr(server.time, "sleep", found.append)
+    monkeypatch.setattr("flamingo_export.evaluation.server.time.sleep", found.append)
     return found
 
 

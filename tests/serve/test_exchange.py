@@ -36,7 +36,7 @@ class Opening:
     """Opens stand-ins and counts them; `fails` names bundles that cannot be opened."""
 
     def __init__(self) -> None:
-        self.opened: list[StandIn] = []
+        self.opened: list[Any] = []
         self.fails: set[str] = set()
 
     def __call__(self, choice: ModelChoice) -> Any:
@@ -58,6 +58,11 @@ def choice(nano_bundle: Path, tmp_path: Path) -> ModelChoice:
 @pytest.fixture
 def opening() -> Opening:
     return Opening()
+
+
+def current(models: Models) -> Any:
+    """The model that new requests are given."""
+    return models.find("nano").model
 
 
 def exchange(bundle: Path) -> None:
@@ -83,7 +88,7 @@ def test_an_exchanged_bundle_takes_the_place_of_an_idle_one(
     with caplog.at_level(logging.INFO, logger="flamingo_export.serve"):
         asyncio.run(models.reload())
     old, new = opening.opened
-    assert models.find("nano").model is new
+    assert current(models) is new
     assert [served.name for served in models] == ["nano"]
     assert new.manifest.source.sha256 == "1" * 64
     assert old.closed.is_set()
@@ -94,11 +99,12 @@ def test_an_exchanged_bundle_takes_the_place_of_an_idle_one(
 def test_a_replaced_model_is_closed_when_its_last_request_has_ended(choice: ModelChoice, opening: Opening) -> None:
     models = Models([choice], opening)
     served = models.find("nano")
-    with served.used() as model, served.used():
+    with served.used() as given, served.used():
+        model: Any = given
         assert model is opening.opened[0]
         exchange(choice.bundle)
         asyncio.run(models.reload())
-        assert models.find("nano").model is opening.opened[1]
+        assert current(models) is opening.opened[1]
         assert served.active == 2
         with pytest.raises(ApiError) as refused, served.used():  # one that found it before it was replaced
             pass

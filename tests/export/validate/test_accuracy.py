@@ -65,8 +65,8 @@ def test_agreement_by_hand() -> None:
 def test_answers_are_compared_by_kind() -> None:
     frame = np.zeros((64, 64, 3), np.uint8)
     items = [
-        Task(kind=kind, frame=frame, asked="", expected=expected)
-        for kind, expected in (("caption", "a"), ("question", "b"), ("caption", "c"), ("question", "d"))
+        Task(kind="question" if number % 2 else "caption", frame=frame, asked="", expected=expected)
+        for number, expected in enumerate("abcd")
     ]
     found = compared(items, ["a", "x", "x", "d"], ["a", "b", "x", "d"])
     assert (found.captions, found.questions, found.compared_captions, found.compared_questions) == (1, 1, 1, 2)

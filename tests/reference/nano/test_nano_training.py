@@ -15,8 +15,8 @@ from torch import nn  # noqa: E402
 
 from flamingo_reference.config import NANO, PAPER_TOKENS  # noqa: E402
 from flamingo_reference.model import Flamingo  # noqa: E402
+from flamingo_reference.nano import CHECKPOINT, language, pages, pictures, train_bridge, train_vision  # noqa: E402
 from flamingo_reference.nano import evaluate as nano_evaluate  # noqa: E402
-from flamingo_reference.nano import language, pages, pictures, train_bridge, train_vision  # noqa: E402
 from flamingo_reference.nano.evaluate import (  # noqa: E402
     BEAMS,
     CARD_END,
@@ -185,7 +185,7 @@ def measured(monkeypatch, tmp_path):
         asked.append(counts)
         return RESULTS
 
-    monkeypatch.setattr(nano_evaluate.Flamingo, "from_checkpoint", lambda path: f"the model of {path}")
+    monkeypatch.setattr(Flamingo, "from_checkpoint", lambda path: f"the model of {path}")
     monkeypatch.setattr(nano_evaluate, "evaluate", found)
     monkeypatch.setattr(nano_evaluate, "MODEL_CARD", tmp_path / "MODEL_CARD.md")
     (tmp_path / "MODEL_CARD.md").write_text(f"before\n{CARD_START}\nold\n{CARD_END}\nafter\n")
@@ -210,11 +210,11 @@ def test_the_quick_command_asks_a_tenth_and_leaves_the_card(measured, monkeypatc
     assert measured[0] == {
         "scenes": COUNTS["scene"] // 10, "digits": COUNTS["digit"] // 10, "videos": COUNTS["video"] // 10, "few_shot": 6
     }  # fmt: skip
-    assert shown == [(f"the model of {nano_evaluate.CHECKPOINT}", tmp_path / "pictures" / "contact_sheet.png")]
+    assert shown == [(f"the model of {CHECKPOINT}", tmp_path / "pictures" / "contact_sheet.png")]
     assert "old" in (tmp_path / "MODEL_CARD.md").read_text()
 
 
-def test_a_contact_sheet_shows_what_is_wrong_in_red(monkeypatch, tmp_path):
+def test_a_contact_sheet_shows_what_is_wrong_in_red(tokenizer, monkeypatch, tmp_path):
     class Said:
         """Right, but for the second item."""
 
@@ -229,7 +229,7 @@ def test_a_contact_sheet_shows_what_is_wrong_in_red(monkeypatch, tmp_path):
             ]
 
     monkeypatch.setattr(nano_evaluate, "Reader", Said)
-    nano_evaluate.contact_sheet(None, None, tmp_path / "new" / "sheet.png")
+    nano_evaluate.contact_sheet(Flamingo(NANO), tokenizer, tmp_path / "new" / "sheet.png")
     sheet = np.asarray(Image.open(tmp_path / "new" / "sheet.png"))
     assert sheet.shape == (4 * 172, 6 * 190, 3)  # twelve scenes, six digits and six videos, six in a row
     cells = sheet.reshape(4, 172, 6, 190, 3).transpose(0, 2, 1, 3, 4).reshape(24, 172, 190, 3)
