@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
 import signal
 import subprocess
@@ -126,34 +125,51 @@ def test_a_task_of_ones_own(nano: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert [cell["value"] for cell in found["cells"]] == [100, 100]
 
 
+START = """
+import functools, sys
+from flamingo_export.cli import main
+from flamingo_export.evaluation import settings
+settings.Settings = functools.partial(settings.Settings, unit=4)  # many units in a short run
+sys.exit(main())
+"""
+
+
 @pytest.mark.slow
 def test_killed_and_resumed(nano: Path, tmp_path: Path) -> None:
-    """kill -9 while units are written, several times; the tables are those of a run in one go."""
-    rows = [{"id": number, "image": f"{number}.png", "answer": "a red square"} for number in range(96)]
-    for number in range(96):
+    """kill -9 ten times, before the first unit, between units and while one is at work; the tables are those of a run in one go."""
+    rows = [{"id": number, "image": f"{number}.png", "answer": "a red square"} for number in range(48)]
+    for number in range(48):
         published.picture(tmp_path / f"{number}.png", number)
     (tmp_path / "t.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     (tmp_path / "t.toml").write_text('metric = "exact"\nform = "caption"\nsupport = "t.jsonl"\n')
     task = ["--task", tmp_path / "t.toml", "--data", tmp_path / "t.jsonl"]
-    line = [nano, *task, "--shots", "0,1", "--beams", 1, "--threads", 1, "--out"]
-    assert evaluated(*line, tmp_path / "whole") == 0
+    line = [nano, *task, "--shots", "0,1", "--beams", 1, "--max-new-tokens", 4, "--threads", 1, "--out"]
+    command = [sys.executable, "-c", START, "eval", *map(str, line)]
+    subprocess.run([*command, str(tmp_path / "whole")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
     out = tmp_path / "out"
-    start = "import sys; from flamingo_export.cli import main; sys.exit(main())"
-    command = [sys.executable, "-c", start, "eval", *map(str, line), str(out)]
-    kills, file = 0, out / "predictions.jsonl"
+    file, rng = out / "predictions.jsonl", np.random.default_rng(0)
+    kept: list[int] = []
     for _ in range(10):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ))
+        process = subprocess.Popen([*command, str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         before = file.stat().st_size if file.exists() else 0
         while process.poll() is None and (not file.exists() or file.stat().st_size <= before + 100):
-            time.sleep(0.01)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
+            time.sleep(0.002)
+        time.sleep(float(rng.choice([0, 0.01, 0.03])))
+        assert process.poll() is None, "the run ended before it was killed ten times"
+        process.send_signal(signal.SIGKILL)
         process.wait()
-    assert kills
-    assert evaluated(*line, out) == 0
+        kept.append(file.read_bytes().count(b"\n") - 1)
+    assert kept == sorted(kept)
+    assert 0 < kept[-1] < 96
+    finished = subprocess.run([*command, str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+    assert finished.returncode == 0
     for name in ("results.csv", "scores.csv"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    answers = [
+        [{key: value for key, value in json.loads(row).items() if key != "seconds"} for row in path.read_bytes().splitlines()]
+        for path in (file, tmp_path / "whole" / "predictions.jsonl")
+    ]
+    assert answers[0] == answers[1]
 
 
 def test_an_image_that_breaks_off_is_named_and_the_run_resumes_once_it_is_whole(
