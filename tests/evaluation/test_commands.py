@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import published
 import pytest
@@ -15,9 +16,20 @@ from made_models import Echo
 
 from flamingo_export.cli import main
 from flamingo_export.evaluation.index.store import IndexedItem, build_index
+from flamingo_export.evaluation.protocol import Answer
 from flamingo_export.evaluation.results import read_results
+from flamingo_export.runtime.request import Request
 
 Evaluated = Callable[..., str]
+
+
+class Mixed(Echo):
+    """Right about two of the four things."""
+
+    def generate(self, requests: Sequence[Request], *, beams: int, max_new_tokens: int) -> list[Answer]:
+        found = super().generate(requests, beams=beams, max_new_tokens=max_new_tokens)
+        wrong = [str(request.prompt).rsplit("thing ", 1)[1][0] in "03" for request in requests]
+        return [msgspec.structs.replace(each, text="dish") if bad else each for each, bad in zip(found, wrong, strict=True)]
 
 
 @pytest.fixture
@@ -30,7 +42,7 @@ def evaluated(vqa: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     """`eval` of vqav2 by a stand-in; what it printed. `echo` is always right with examples, `worse` never."""
 
     def opened(stack: Any, path: Path, run: Any, *, batch_size: int) -> Echo:
-        return {"echo": Echo(), "worse": Echo("worse", suffix="dish")}[str(path)]
+        return {"echo": Echo(), "worse": Echo("worse", suffix="dish"), "mixed": Mixed("mixed")}[str(path)]
 
     monkeypatch.setattr("flamingo_export.cli.eval._model", opened)
 
@@ -72,20 +84,31 @@ def test_what_was_left_out_is_counted(evaluated: Evaluated, vqa: Path) -> None:
 def test_runs_are_printed_side_by_side(evaluated: Evaluated, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = tmp_path / "a", tmp_path / "b"
     evaluated("echo", "--shots", "0,2", "--out", a)
-    evaluated("worse", "--shots", 2, "--out", b)
+    evaluated("mixed", "--shots", 2, "--out", b)
     assert main(["eval", "--compare", str(a), str(b), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert [row["shared_items"] for row in found["rows"] if row["group"] == "all"] == [[0, 0], [0, 4]]
+    none, two = (row for row in found["rows"] if row["group"] == "all")
+    assert (none["shared_items"], none["differences"]) == ([0, 0], [None, None])
+    apart, low, high = two["differences"][1]
+    assert (two["shared_items"], apart) == ([0, 4], -50)
+    assert -100 <= low < -50 < high <= 0
+    other = two["cells"][1]
     assert main(["eval", "--compare", str(a), str(b)]) == 0
     printed = capsys.readouterr().out
     rows = rows_of(printed)
     value = read_results(a).cell(0)
     assert ["0", "all", f"{value.value:.2f} [{value.low:.2f}, {value.high:.2f}]", "–", "–"] in rows
-    assert ["2", "all", "100.00 [100.00, 100.00]", "0.00 [0.00, 0.00]", "-100.00 [-100.00, -100.00] of 4"] in rows
+    assert [
+        "2",
+        "all",
+        "100.00 [100.00, 100.00]",
+        f"50.00 [{other['low']:.2f}, {other['high']:.2f}]",
+        f"-50.00 [{low:+.2f}, {high:+.2f}] of 4",
+    ] in rows
     plain = "".join(printed.split())
     assert "from the first, same items".replace(" ", "") in plain
     assert "(echo)" in plain
-    assert "(worse)" in plain
+    assert "(mixed)" in plain
 
 
 def test_tasks_are_listed_with_their_files(capsys: pytest.CaptureFixture[str]) -> None:
