@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import itertools
 import os
 import weakref
@@ -62,6 +63,7 @@ def in_child(work: Callable[[], Any], number: int) -> int:
     """Runs `work` in a forked child that is killed before it touches the disk for the `number`-th time; its exit code, 9 if killed."""
     child = os.fork()
     if child == 0:
+        gc.freeze()  # what the parent has left for its garbage collector may wait for threads that no child has
         counter = itertools.count(1)
 
         def wrap(function: Callable[..., Any]) -> Callable[..., Any]:

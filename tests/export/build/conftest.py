@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 from collections.abc import Callable, Iterator
@@ -64,6 +65,8 @@ def in_child(work: Callable[[], Any]) -> Iterator[int]:
     """Runs `work` in a forked child, whose pid is given: exit code 0 if it returned, 3 if interrupted, 4 with any other exception."""
     child = os.fork()
     if child == 0:
+        # What the parent has left for its garbage collector stays: a session of ONNX Runtime would wait for threads that no child has.
+        gc.freeze()
         code = 0
         try:
             work()
