@@ -126,6 +126,7 @@ def test_parity_runs_before_publishing(tiny_model: Flamingo, tmp_path: Path, mon
     assert "reports/parity.json" not in listed
 
 
+@pytest.mark.slow
 def test_parity_of_a_tiny_live_model_passes_and_a_tampered_one_fails(
     tiny_model: Flamingo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -248,6 +249,7 @@ def test_a_plan_writes_nothing_and_is_right(spoken_config: ModelConfig, tmp_path
     assert 21e9 < paper.weight_bytes < 24e9
 
 
+@pytest.mark.slow
 def test_a_plan_tells_of_steps_and_cards(tmp_path: Path) -> None:
     """Of 80b in FP8: the bytes by hand, each step bounded, fewer GPUs the larger they are."""
     request = BuildRequest(source=source_for_size("80b"), out=tmp_path / "b.bundle", policy=preset("fp8"))

@@ -86,6 +86,7 @@ def finished_files(place: work_folder.BuildPaths) -> dict[Path, tuple[int, int]]
     return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_restored")
 def test_sigkill_before_any_change_of_the_disk_then_resume(
     spoken_config: ModelConfig, undisturbed: Path, tmp_path: Path
@@ -126,6 +127,7 @@ def test_sigkill_before_any_change_of_the_disk_then_resume(
     assert resumed
 
 
+@pytest.mark.slow
 def test_sigkill_at_a_moment_of_the_clock(spoken_config: ModelConfig, undisturbed: Path, tmp_path: Path) -> None:
     """Whatever the code is doing. Each build is killed a little later than the one before, until one gets through."""
     out = tmp_path / "b.bundle"

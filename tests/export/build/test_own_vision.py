@@ -66,6 +66,7 @@ def features(bundle: Path, pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]
         return np.array(session.run({"pixels": pixels})["features"])
 
 
+@pytest.mark.slow
 def test_a_live_model_is_built_and_proved(own: Flamingo, bundle: Path) -> None:
     manifest = read_manifest(bundle)
     assert manifest.parity.state == "passed"
@@ -103,6 +104,7 @@ def test_a_changed_encoder_fails_parity(own: Flamingo, bundle: Path, monkeypatch
     assert report.first_diverging_layer == "vision_encoder"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_and_its_encoder(own: Flamingo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
     own.save(tmp_path / "m")
     assert not any("vision" in name for name in load_file(tmp_path / "m" / "model.safetensors"))
@@ -160,6 +162,7 @@ class _Branching(Theirs):
         return super().forward(pixels) if pixels.sum() > 0 else super().forward(-pixels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "message"),
     [
@@ -176,6 +179,7 @@ def test_what_breaks_the_contract(own: Flamingo, module: nn.Module, message: str
         trace_vision_encoder(module, own.config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nfnet", "clip"])
 def test_our_own_encoders_traced_are_the_graphs_that_are_built(
     tiny_config: ModelConfig, tiny_model: Flamingo, kind: str, bundle_writer: Any, tmp_path: Path

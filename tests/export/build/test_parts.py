@@ -97,6 +97,7 @@ def test_a_refit_keeps_the_parts(checkpoint: Path, tmp_path: Path) -> None:
         assert model.generate([1, 5, 6], max_new_tokens=2).token_ids
 
 
+@pytest.mark.slow
 def test_parity_layer_by_layer_and_as_a_whole(tmp_path: Path) -> None:
     """Nano in parts during its build, and once more on golden values alone."""
     from flamingo_export.sources.choice import source_for_size
@@ -110,6 +111,7 @@ def test_parity_layer_by_layer_and_as_a_whole(tmp_path: Path) -> None:
     assert check_bundle(built.path).verdict == "passed"
 
 
+@pytest.mark.slow
 def test_parity_fails_where_a_part_is_another(tmp_path: Path) -> None:
     """Two parts in each other's place fit together, and compute something else."""
     from flamingo_export.bundle.manifest import write_manifest
