@@ -160,6 +160,7 @@ def test_wrong_ranges_are_refused_without_parity(config: ModelConfig, tmp_path: 
     assert expected <= caught
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [CLIP, READ], ids=["clip", "readout"])
 def test_sensitivity_measures_the_towers(config: ModelConfig) -> None:
     source = LiveSource(drawn_model(config))

@@ -171,6 +171,7 @@ def widened(config: ModelConfig) -> ModelConfig:
     return msgspec.structs.replace(config, contrastive=msgspec.structs.replace(config.contrastive, text=text))
 
 
+@pytest.mark.slow
 def test_a_wrong_range_of_a_tower_fails_parity(tmp_path: Path) -> None:
     built = flamingo_export.build(drawn_model(CLIP), out=tmp_path / "q.bundle", policy="fp8").path
     for number, name in enumerate(("text_tower/layer.1/ffw_down", "image_tower/proj")):

@@ -273,6 +273,7 @@ def test_what_cannot_be_asked_is_refused_before_work(model: Model, call: Any, er
         call(model)
 
 
+@pytest.mark.slow
 def test_a_template_that_cannot_ask_about_an_image_is_refused_before_the_build(tmp_path: Path) -> None:
     for number, (template, said) in enumerate(
         [

@@ -189,6 +189,7 @@ def flat(most: int) -> Iterator[None]:
         tracemalloc.stop()
 
 
+@pytest.mark.slow
 def test_a_gigabyte_that_is_announced_is_refused_before_it_comes(client: Client) -> None:
     with flat(MIB), begun(client, f"Content-Length: {GIB}") as raw:
         status, _, error = answered(raw)

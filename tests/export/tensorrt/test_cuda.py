@@ -82,6 +82,7 @@ def test_every_call_is_one_of_the_real_module(spied):
     assert {"cudaMemcpyAsync", "cudaGraphInstantiate", "cudaStreamCreateWithPriority"} <= set(spy.called)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("generation", ["cuda-12", "cuda-12-lowest"])
 def test_cuda_12_has_the_same_calls(generation):
     """The bindings of CUDA 12, in a process of its own: every call, by name and arguments, the step kernels' among them."""

@@ -220,6 +220,7 @@ def test_a_check_that_cannot_be_run_is_no_failure(nano: Path, tmp_path: Path, mo
         reduce(nano, "decoder", out=tmp_path / "found", check="parser", layer=0)
 
 
+@pytest.mark.slow
 def test_a_check_that_fails_by_chance_is_no_result(nano: Path, tmp_path: Path) -> None:
     """It fails on the whole graph only."""
     script = tmp_path / "once.py"
