@@ -11,8 +11,9 @@ from types import ModuleType
 
 from flamingo_export.errors import BackendError, pip_install
 
-LOWEST = (1, 27)
-"""1.24 has no TensorScatter for CPUs; 1.25 and 1.26 miss a golden gate of the nano bundle. pyproject.toml asks for the same."""
+LOWEST = (1, 30)
+"""1.24 has no TensorScatter for CPUs; 1.25 to 1.29 compute the resampler so inexactly that nano misses a gate on some processors
+(docs/development.md). pyproject.toml asks for the same."""
 DISTRIBUTIONS = {"cpu": "onnxruntime", "gpu": "onnxruntime-gpu"}
 """Extras and what they bring."""
 INSTALL = f"For CPUs: {pip_install('cpu')}; for NVIDIA GPUs: {pip_install('gpu')}."

@@ -34,7 +34,7 @@ onnxruntime, which only its own stage wants."""
 CUDA = {12: ("cuda-bindings>=12.9,<13", "cuda-pathfinder"), 13: ("cuda-bindings>=13,<14", "cuda-pathfinder")}
 """By the CUDA that the card's driver is for: 13 wants driver 580, 12 any from 525 on."""
 LOCK = ROOT / "requirements" / "base.txt"
-ONNXRUNTIME = ("onnxruntime-gpu>=1.25", "flatbuffers")
+ONNXRUNTIME = ("onnxruntime-gpu>=1.30", "flatbuffers")
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (28, 27, 26, 24, 17, 12, 5)] + [
     "manylinux2014_x86_64",
     "manylinux1_x86_64",

@@ -14,6 +14,7 @@ def settings(**given: int) -> argparse.Namespace:
     return argparse.Namespace(**{"threads": 1, "rounds": 1, "items": 2, "size": "nano", "turns": 2, **given})
 
 
+@pytest.mark.slow
 def test_index(tmp_path: Path, benchmark_script: Callable[[str], ModuleType]) -> None:
     found = benchmark_script("evaluation_cpu").index(tmp_path, settings(images=48))
     assert found["seconds"].keys() == found["processor_seconds"].keys() == {"index", "session", "encoder"}

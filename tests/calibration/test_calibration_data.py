@@ -202,6 +202,7 @@ def test_nano_pages(nano):
     assert max(frames for sample in checked.samples for frames in sample.frames) > 1
 
 
+@pytest.mark.slow
 def test_the_digest_of_weights_is_the_manifests():
     source = open_source(source_for_size("nano"))
     tokenizer = source_tokenizer(source)

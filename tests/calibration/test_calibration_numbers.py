@@ -38,12 +38,14 @@ def test_names_are_those_of_the_graphs_products(config):
     assert products - {"resampler/time_embeddings"} == expected
 
 
+@pytest.mark.slow
 def test_every_tensor_is_in_the_table(config, calibrated, seen_whole):
     table = calibrated(config)
     assert set(table.tensors) == set(calibrated_tensors(config)) == set(seen_whole(config))
     check_fits(table, config, table.weights_sha256)
 
 
+@pytest.mark.slow
 def test_amax_is_the_largest_magnitude(config, calibrated, seen_whole):
     table, seen = calibrated(config), seen_whole(config)
     for name, values in seen.items():

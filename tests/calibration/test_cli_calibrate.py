@@ -84,6 +84,7 @@ def test_a_checkpoint_on_a_file(cli, checkpoint, data, tmp_path):
     assert out.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_bad_lines(cli, data, tmp_path):
     data.write_text(data.read_text() + '\n{"prompt": "<image>x", "images": ["gone.png"]}\nnothing')
     out = tmp_path / "calibration.json"

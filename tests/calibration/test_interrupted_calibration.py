@@ -95,6 +95,7 @@ def test_killed_at_any_moment_the_same_bytes_come_out(make, monkeypatch):
     assert number > 40  # there were as many touches, and a fifth of them were tried
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_it_gets_to_its_end(make, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "SYNC_SECONDS", 0.0)
     expected = make("whole")
@@ -167,6 +168,7 @@ def interrupted(make, monkeypatch, prefix="cross_attention.0") -> None:
             make()
 
 
+@pytest.mark.slow
 def test_work_of_other_weights_is_thrown_away(make, monkeypatch):
     expected = make("whole", seed=8)
     interrupted(make, monkeypatch)
@@ -175,6 +177,7 @@ def test_work_of_other_weights_is_thrown_away(make, monkeypatch):
     assert any("other weights, data or versions; starting anew" in note for note in heard.notes)
 
 
+@pytest.mark.slow
 def test_work_without_its_hidden_states_is_begun_anew(make, monkeypatch, tmp_path):
     expected = make("whole")
     interrupted(make, monkeypatch)

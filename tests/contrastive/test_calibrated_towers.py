@@ -68,6 +68,7 @@ def inputs_of(model: Flamingo) -> Iterator[tuple[str, Any]]:
     yield "text_tower/proj", towers.text.proj
 
 
+@pytest.mark.slow
 @each
 def test_the_table_is_the_whole_models(config: ModelConfig) -> None:
     """Largest numbers of the fp64 model on the same media and texts, and the root mean squares of its channels."""
@@ -131,6 +132,7 @@ def test_random_tokens_are_said(config: ModelConfig, why: str) -> None:
         assert {len(ids) for ids in found.texts} == set(range(1, 12))
 
 
+@pytest.mark.slow
 @each
 def test_wrong_ranges_are_refused_without_parity(config: ModelConfig, tmp_path: Path) -> None:
     table = table_of(config)

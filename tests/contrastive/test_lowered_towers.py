@@ -41,6 +41,7 @@ NONE: frozenset[str] = frozenset()
 ELEMENTS = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16, "fp32": ir.DataType.FLOAT}
 
 
+@pytest.mark.slow
 @each
 def test_lowered_graphs(config: ModelConfig, tmp_path: Path) -> None:
     kinds: tuple[StorageType, ...] = ("fp16", "bf16", "fp32")
@@ -180,6 +181,7 @@ def test_a_wrong_range_of_a_tower_fails_parity(tmp_path: Path) -> None:
         assert failed == {name.split("/")[0]}
 
 
+@pytest.mark.slow
 def test_tables_with_and_without_towers(tmp_path: Path) -> None:
     """A table of the model without its towers serves where no tower is in fp8, and one with them serves the model without."""
     table = calibrate(LiveSource(drawn_model(CLIP)), shipped_samples(CLIP, None), tokenizer=None)

@@ -249,6 +249,7 @@ def test_rices_index_search_and_retrieved_shots(nano: Path, tmp_path: Path, caps
     assert [(pair["first"], pair["second"]) for pair in pairs] == [(str(number), str(number)) for number in range(1, 5)]
 
 
+@pytest.mark.slow
 def test_an_index_made_beforehand(nano: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """An example without an answer is not indexed, and the run takes the same ones."""
     data = published.write("vqav2", tmp_path)

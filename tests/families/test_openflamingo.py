@@ -45,6 +45,7 @@ def test_reference(kind: str, layout: str) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_engines(kind: str, tmp_path: Path) -> None:
     theirs = Theirs(kind, every=1 if kind == "mpt" else 2)

@@ -31,6 +31,7 @@ from flamingo_reference.input_format import OPENFLAMINGO, with_bos
 PROMPT = [0, 7, 8, 62, 9, 10, 11, 62, 62, 12, 61, 13, 14]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mpt", "mosaic_gpt", "gpt_neox, parallel", "llama"])
 def test_openflamingo(kind: str, tmp_path: Path) -> None:
     theirs = Theirs(kind, every=1 if kind == "mosaic_gpt" else 2)

@@ -87,6 +87,7 @@ def within(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 KINDS = ["generation", "preprocessor", "adapter", "the old IDEFICS", "otter", "open_clip", "llama", "llama's images"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())

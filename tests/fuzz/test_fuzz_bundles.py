@@ -17,6 +17,8 @@ from flamingo_export.cli import main
 
 from mutations import fuzz, mutated, mutated_json, mutated_json_text, mutated_safetensors  # isort: skip
 
+pytestmark = pytest.mark.slow
+
 if TYPE_CHECKING:
     from tests.fuzz.conftest import Copy
 

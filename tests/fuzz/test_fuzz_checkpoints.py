@@ -19,6 +19,8 @@ from flamingo_export.sources.choice import CheckpointFolder
 
 from mutations import fuzz, mutated, mutated_json, mutated_json_text, mutated_safetensors, mutated_zip  # isort: skip
 
+pytestmark = pytest.mark.slow
+
 if TYPE_CHECKING:
     from tests.fuzz.conftest import Copy
 

@@ -17,6 +17,8 @@ from flamingo_reference.config import NANO
 
 from mutations import STRANGE, fuzz, mutated, mutated_png  # isort: skip
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 PHOTO = Image.fromarray(RNG.integers(0, 256, (17, 23, 4), dtype=np.uint8))
 FRAMES = [Image.fromarray(RNG.integers(0, 256, (9, 11, 3), dtype=np.uint8)) for _ in range(4)]

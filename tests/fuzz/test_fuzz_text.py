@@ -23,6 +23,8 @@ from flamingo_reference.input_format import IDEFICS, IDEFICS_INSTRUCT, OPENFLAMI
 
 from mutations import STRANGE, fuzz, mutated, mutated_json  # isort: skip
 
+pytestmark = pytest.mark.slow
+
 PICTURE = np.zeros((4, 5, 3), np.uint8)
 PIECES = (
     "<image>", "<EOC>", "<BOS>", "<PAD>", "</s>", "<|endofchunk|>", "<fake_token_around_image>", "<end_of_utterance>", "<unused_7>",

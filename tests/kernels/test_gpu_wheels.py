@@ -116,6 +116,7 @@ def test_the_bindings_are_of_the_cuda_that_is_asked_for(tmp_path, monkeypatch):
         monkeypatch.setattr("sys.argv", ["wheels.py", "--out", str(tmp_path), *words])
         wheels.main()
         assert [each for each in asked if each.startswith("cuda-bindings")] == extras[extra]
+    assert wheels.ONNXRUNTIME[0] in extras["gpu"]
 
 
 def test_a_large_wheel_is_taken_along_in_pieces(tmp_path, monkeypatch):

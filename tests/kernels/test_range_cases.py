@@ -36,6 +36,7 @@ def test_every_layout_on_the_emulated_kernels(emulated, layout):
     assert set(found["worst_share_of_allowance"]) == {"range_fp32", "range_decode" if decodes else "range"}
 
 
+@pytest.mark.slow
 def test_refusals_and_shapes(emulated):
     assert range_cases.check_refusals(emulated, device="cpu") == {"cases": 8, "failures": []}
     assert range_cases.check_shapes(emulated, 0) == {"cases": len(TYPES) * (len(HEAD_SIZES) + 1), "failures": []}

@@ -103,6 +103,7 @@ def missing_in_datacenter(stubs: Path, wanted: set[str], bindings: str = "datace
     return lacking
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bindings", GENERATIONS)
 def test_the_datacenter_bindings_have_every_name(stubs: Path, bindings: str) -> None:
     """Of each generation that is supported; what 11 alone has is asked for before it is used."""

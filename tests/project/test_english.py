@@ -55,6 +55,7 @@ def habits_of(path: Path) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_the_habits_are_gone() -> None:
     listed = subprocess.run(["git", "ls-files", "*.py", "*.md", "*.j2"], cwd=ROOT, capture_output=True, text=True, check=True)
     paths = [ROOT / name for name in listed.stdout.split() if not name.startswith("tests/") and name != "CHANGELOG.md"]

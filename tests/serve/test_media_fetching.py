@@ -44,7 +44,7 @@ class Host(http.server.BaseHTTPRequestHandler):
 def port() -> Iterator[int]:
     Host.pages, Host.asked = {}, []
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Host)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     yield server.server_address[1]
     server.shutdown()

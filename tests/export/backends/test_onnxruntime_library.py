@@ -30,7 +30,7 @@ def test_the_lowest_version_is_what_the_extras_ask_for():
 
 @pytest.mark.parametrize(
     ("found", "refused"),
-    [("1.24.4", True), ("1.26.0", True), ("0.99", True), ("1.27.0", False), ("1.27.0.dev2026", False), ("2.0.0", False), ("unknown", False)],
+    [("1.24.4", True), ("1.29.0", True), ("0.99", True), ("1.30.0", False), ("1.30.0.dev2026", False), ("2.0.0", False), ("unknown", False)],
 )  # fmt: skip
 def test_versions(found, refused):
     assert (onnxruntime_library.too_old(found) is not None) == refused
@@ -40,9 +40,9 @@ def test_one_that_is_too_old_is_refused_by_name_before_anything_is_loaded(tiny_b
     def loaded(*_: object, **__: object) -> None:
         pytest.fail("a graph was loaded")
 
-    monkeypatch.setattr("onnxruntime.__version__", "1.26.0")
+    monkeypatch.setattr("onnxruntime.__version__", "1.29.0")
     monkeypatch.setattr("onnxruntime.InferenceSession", loaded)
-    message = rf"onnxruntime 1\.26\.0 is too old.*1\.27 or later is needed.*{TWO_EXTRAS}"
+    message = rf"onnxruntime 1\.29\.0 is too old.*1\.30 or later is needed.*{TWO_EXTRAS}"
     for backend in ("auto", "onnxruntime"):
         with pytest.raises(BackendError, match=message):
             flamingo_export.load(tiny_bundle, backend=backend)
@@ -52,7 +52,7 @@ def test_one_that_is_too_old_is_refused_by_name_before_anything_is_loaded(tiny_b
     tasks = {task.name: task for task in doctor.examine(Path()).tasks}
     assert not probes.onnxruntime().found
     assert not tasks["build, generate, score, bench on the CPU"].found
-    assert "1.27 or later" in tasks["parity against golden values"].detail
+    assert "1.30 or later" in tasks["parity against golden values"].detail
 
 
 def test_without_a_runtime_both_extras_are_named(tiny_bundle, monkeypatch):

@@ -63,6 +63,7 @@ def test_graphs_point_at_what_the_files_hold(tiny_model: Flamingo, tmp_path: Pat
                 assert (data["location"], int(data["offset"]), int(data["length"])) in placed
 
 
+@pytest.mark.slow
 def test_builds_without_torch(checkpoint: Path, tmp_path: Path) -> None:
     script = (
         "import sys; sys.modules['torch'] = None\n"

@@ -154,6 +154,7 @@ def test_several_cards_have_room_for_what_each_computes():
     assert work > 0.08 * CARDS["L4"]  # more than what is kept free of a card
 
 
+@pytest.mark.slow
 def test_80b_over_two_and_three_cards():
     """In FP8 over two cards of 80 GB, in bf16 over three: parts in order, each with a share of the bytes."""
     for precision, count in ((preset("fp8"), 2), (None, 3)):

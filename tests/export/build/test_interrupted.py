@@ -156,6 +156,7 @@ def test_sigkill_at_a_moment_of_the_clock(spoken_config: ModelConfig, undisturbe
     assert contents(out) == contents(undisturbed)
 
 
+@pytest.mark.slow
 def test_replacing_is_never_half_done(spoken_config: ModelConfig, tmp_path: Path) -> None:
     """Killed while the new bundle takes the old one's place: one of the two is there, whole."""
     out = tmp_path / "b.bundle"
@@ -299,6 +300,7 @@ def test_no_space_in_the_middle(
     assert contents(make(spoken_config, out).path) == contents(undisturbed)
 
 
+@pytest.mark.slow
 def test_no_space_in_the_calibration_of_a_build(
     spoken_config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,6 +27,8 @@ from flamingo_export.validate.checks.case_runs import opened
 from flamingo_reference.config import ModelConfig, OwnVisionConfig, ViTConfig
 from flamingo_reference.model import Flamingo
 
+pytestmark = pytest.mark.slow
+
 
 class Theirs(nn.Module):
     """A convolution, attention of torch's own, a buffer: nothing of it is known here."""
@@ -66,7 +68,6 @@ def features(bundle: Path, pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]
         return np.array(session.run({"pixels": pixels})["features"])
 
 
-@pytest.mark.slow
 def test_a_live_model_is_built_and_proved(own: Flamingo, bundle: Path) -> None:
     manifest = read_manifest(bundle)
     assert manifest.parity.state == "passed"
@@ -104,7 +105,6 @@ def test_a_changed_encoder_fails_parity(own: Flamingo, bundle: Path, monkeypatch
     assert report.first_diverging_layer == "vision_encoder"
 
 
-@pytest.mark.slow
 def test_a_checkpoint_and_its_encoder(own: Flamingo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
     own.save(tmp_path / "m")
     assert not any("vision" in name for name in load_file(tmp_path / "m" / "model.safetensors"))
@@ -162,7 +162,6 @@ class _Branching(Theirs):
         return super().forward(pixels) if pixels.sum() > 0 else super().forward(-pixels)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "message"),
     [
@@ -179,7 +178,6 @@ def test_what_breaks_the_contract(own: Flamingo, module: nn.Module, message: str
         trace_vision_encoder(module, own.config)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nfnet", "clip"])
 def test_our_own_encoders_traced_are_the_graphs_that_are_built(
     tiny_config: ModelConfig, tiny_model: Flamingo, kind: str, bundle_writer: Any, tmp_path: Path

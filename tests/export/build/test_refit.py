@@ -72,6 +72,7 @@ def test_graphs_are_copied_not_built(bundle: Path, tuned: Path, tmp_path: Path, 
     assert api.refit(bundle, tuned, out=tmp_path / "b.bundle", parity="skip").path.is_dir()
 
 
+@pytest.mark.slow
 def test_parity_of_the_new_weights_is_proved(checkpoint: Path, tuned: Path, tmp_path: Path) -> None:
     base = api.build(checkpoint, out=tmp_path / "base.bundle", parity="skip").path
     result = api.refit(base, tuned, out=tmp_path / "b.bundle")

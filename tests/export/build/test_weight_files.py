@@ -173,6 +173,7 @@ def test_progress_adds_up(spoken_config: ModelConfig, tmp_path: Path, recorder: 
     assert 0 < sizes - recorder.stages["weights"] < 60_000  # headers
 
 
+@pytest.mark.slow
 def test_memory_stays_bounded(tmp_path: Path) -> None:
     """A model whose layers together are far larger than each: resident memory grows by a few tensors, not by the model."""
     nano = SIZES["nano"]

@@ -40,6 +40,7 @@ def test_each_file_of_a_verb_is_in_the_app():
     assert {"generate", "refit", "calibrate"} <= written <= set(VERBS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_shells_complete_verbs_options_and_values(shell):
     def completed(line):

@@ -125,6 +125,7 @@ def test_the_plan_writes_nothing(cli, tmp_path, monkeypatch):
     assert "bf16" in text.out
 
 
+@pytest.mark.slow
 def test_the_parity_command_that_is_named_works(cli, tmp_path):
     outcome = cli("build", "--size", "nano", "--parity", "skip", "--out", tmp_path / "nano.bundle")
     (hint,) = (line for line in outcome.out.replace("\n", " ").split("parity not run; ")[1:])
@@ -149,6 +150,7 @@ def test_the_parity_command_names_the_checkpoint(place, named):
     assert found == f"where PyTorch is installed: flamingo-export parity b.bundle {named}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code", "word"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")])
 def test_a_signal_leaves_a_build_that_the_same_command_resumes(tmp_path, number, code, word):
     """The signal comes when the first group of weights is finished."""

@@ -34,6 +34,8 @@ from flamingo_export.weights.calibration_table import CALIBRATION_FILE, METHODS,
 from flamingo_reference.config import SIZES
 from tests.export.quantize.test_bundles import IMAGE, edited
 
+pytestmark = pytest.mark.slow
+
 POLICY = Policy(name="media in fp8", media="fp8")
 CAPACITY = 64
 PLUGIN = frozenset({"PhiCrossAttention"})
@@ -57,7 +59,6 @@ def lint(model: ir.Model, native: frozenset[str] = PLUGIN) -> int:
     return check_graph(model, spec, compute="bf16", capacity=CAPACITY, native_functions=native).plugin_layers
 
 
-@pytest.mark.slow
 def test_parity_passes_and_keys_are_felt_to_be_rounded(built: pipeline.BuildResult) -> None:
     assert built.parity is not None
     assert built.parity.verdict == "passed", built.parity.summary
@@ -67,14 +68,12 @@ def test_parity_passes_and_keys_are_felt_to_be_rounded(built: pipeline.BuildResu
     assert all(error is not None and 0.02 < error < 0.5 for error in errors.values())
 
 
-@pytest.mark.slow
 def test_it_captions_a_picture(built: pipeline.BuildResult) -> None:
     with api.load(built.path, backend="onnxruntime", threads=1) as model:
         said = model.generate("<image>Output:", images=[IMAGE], beams=3)
     assert said.text == (IMAGE.parent / "truth_captions.jsonl").read_text().splitlines()[4].split('"caption":"')[1].rstrip('"}')
 
 
-@pytest.mark.slow
 def test_the_bank_is_a_byte_a_number(built: pipeline.BuildResult) -> None:
     manifest = read_manifest(built.path)
     shape = (5, *subgraph_specs(manifest.config)["decoder"].input("media_k.0").shape[1:])
@@ -101,7 +100,6 @@ def test_scales_are_those_of_the_table_by_name(built: pipeline.BuildResult) -> N
         assert (stored.shape, float(stored)) == ((), range_scale(table.threshold(name)))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("factor", [2.0, 1 / 64])
 def test_a_wrong_scale_fails_parity(built: pipeline.BuildResult, tmp_path: Path, factor: float) -> None:
     report = check_bundle(edited(built.path, tmp_path / "w.bundle", "media_kv/layer.1/v.input_scale", factor))
@@ -112,7 +110,6 @@ def test_a_wrong_scale_fails_parity(built: pipeline.BuildResult, tmp_path: Path,
     assert any(subgraph.startswith("decoder") for subgraph, _ in failed)
 
 
-@pytest.mark.slow
 def test_a_wrong_table_fails_the_build_though_reference_and_engine_agree(built: pipeline.BuildResult, tmp_path: Path) -> None:
     table = read_table(built.path / CALIBRATION_FILE)
     name = "media_kv/layer.2/k"

@@ -50,6 +50,7 @@ TEXTS = st.lists(
 FUZZ = settings(max_examples=150, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
+@pytest.mark.slow
 @FUZZ
 @given(prompt=st.one_of(TEXTS, st.lists(st.integers(-3, 400), max_size=6)), media=st.integers(0, 4))
 @pytest.mark.parametrize("tokenizer", [BYTES, PIECES], ids=["byte-level", "metaspace"])
@@ -103,6 +104,7 @@ def test_settings(given_settings: Any) -> None:
     options.search(NANO, 4)
 
 
+@pytest.mark.slow
 def test_shots_files(tmp_path: Path) -> None:
     """Lines of good examples with bytes changed, dropped, doubled and moved."""
     Image.fromarray(PICTURE).save(tmp_path / "a.png")

@@ -247,6 +247,7 @@ def frequencies(count: int, **kind: Any) -> np.ndarray:
     return np.bincount([h.token_ids[0] for h in search.results()], minlength=5) / count
 
 
+@pytest.mark.slow
 def test_sampling_follows_the_distribution() -> None:
     # token 3 is banned: the others share its mass
     np.testing.assert_allclose(frequencies(4000, temperature=1.0), np.array([0.4, 0.3, 0.05, 0, 0.2]) / 0.95, atol=0.03)

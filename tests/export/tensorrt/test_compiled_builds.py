@@ -107,6 +107,7 @@ def test_an_engine_finished_before_a_kill_is_not_built_again(compile_with, tmp_p
     assert stray == {"manifest.json"}
 
 
+@pytest.mark.slow
 def test_parts_are_engines_of_their_own(compile_with, capsys):
     """Finished ones outlive a kill; those of another number of parts are not taken for them."""
     from flamingo_export.cli import main

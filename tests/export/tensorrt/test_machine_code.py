@@ -73,6 +73,7 @@ def test_a_card_without_code_is_refused_with_what_there_is(tmp_path):
         check_card(path, "one", "sm90")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_a_library_of_nvcc(tmp_path):
     (tmp_path / "k.cu").write_text("__global__ void k(float* x) { *x = 1; }\n")

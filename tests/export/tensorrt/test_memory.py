@@ -105,6 +105,7 @@ class OnHost:
         return dlpack.give(self.array, self.array.ctypes.data, self.array.shape, 2, 32, device=1)
 
 
+@pytest.mark.slow
 def test_numpy_reads_our_capsules_and_we_numpys():
     gc.collect()
     before = len(dlpack._given)

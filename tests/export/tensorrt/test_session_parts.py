@@ -125,6 +125,7 @@ def test_prefill_in_chunks_moves_no_hidden_state_and_no_logits(both: Load, gpu):
     assert moved["on device"] == 0
 
 
+@pytest.mark.slow
 def test_hidden_states_lie_in_one_place_whatever_the_shape(both: Load, gpu):
     engines, _ = both(2)
     decoder: Any = engines.engines.decoder

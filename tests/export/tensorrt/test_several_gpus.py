@@ -62,6 +62,7 @@ def devices_of(model: Model) -> list[tuple[int, int]]:
 # Generation.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("parts", "gpus", "peers"), [(2, 2, True), (2, 2, False), (3, 3, True), (3, 2, False)])
 def test_the_same_answers_as_the_whole_on_onnxruntime(load: Load, parts, gpus, peers):
     """Greedy, beams, samples, a batch, a second question about the same images, scores."""
@@ -177,6 +178,7 @@ def test_a_buffer_of_another_gpu_is_caught(monkeypatch, tiny_model, bundle_write
 # Copies.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("peers", [True, False])
 @pytest.mark.parametrize("size", [1, 5, (1 << 22) + 3])
 def test_copies_between_gpus(peers, size):

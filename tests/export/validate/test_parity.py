@@ -202,6 +202,7 @@ def test_ties_are_told_from_faults(copy: Path, goldens: Goldens) -> None:
     assert outcomes == [("tie", True), ("different", False)]
 
 
+@pytest.mark.slow
 def test_without_torch_the_golden_values_are_used(copy: Path) -> None:
     """In a process where torch cannot be imported, the whole check runs, and the manifest says what it was against."""
     program = (

@@ -42,6 +42,7 @@ def other(tiny_model: Flamingo, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return checkpoint
 
 
+@pytest.mark.slow
 def test_a_bundle_meets_what_was_recorded_and_other_weights_do_not(recorded: Path, other: Path, tmp_path: Path) -> None:
     bundle = api.build(recorded, out=tmp_path / "a.bundle", parity="skip").path
     assert check_bundle(bundle, against="golden").verdict == "passed"

@@ -121,6 +121,7 @@ def test_names_that_no_file_has(tmp_path: Path, name: str) -> None:
         open_tensors(tmp_path, may_be_absent=True)
 
 
+@pytest.mark.slow
 def test_very_many_files_that_are_not_there(tmp_path: Path) -> None:
     """In a moment, and in a message that can be read."""
     names = {f"x{index}": f"model-{index:05d}.safetensors" for index in range(30_000)}

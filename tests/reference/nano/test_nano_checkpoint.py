@@ -45,6 +45,7 @@ def test_the_gates_have_opened(model):
     assert min(gates) > 1e-3
 
 
+@pytest.mark.slow
 def test_captions_of_held_out_images_are_right(model, tokenizer):
     for kind, count, least in (("scene", 60, MIN_SCENE_CAPTIONS), ("digit", 60, MIN_DIGIT_CAPTIONS)):
         reader = Reader(model, tokenizer, heldout(kind, count))
