@@ -67,11 +67,11 @@ def difference(found: Any, wanted: Any) -> str | None:
     if found.dtype.kind not in "fV":
         return None if np.array_equal(found, wanted) else "other numbers"
     one, other = found.astype(np.float64), wanted.astype(np.float64)
-    if not np.array_equal(np.isfinite(one), np.isfinite(other)):
-        return "infinities or NaN"
     finite = np.isfinite(other)
+    if not (np.isfinite(one[finite]).all() and np.array_equal(one[~finite], other[~finite], equal_nan=True)):
+        return "infinities or NaN"
     largest = max(float(np.abs(other[finite]).max(initial=0.0)), 1e-6)
-    share = float(np.abs(one - other)[finite].max(initial=0.0)) / largest
+    share = float(np.abs(one[finite] - other[finite]).max(initial=0.0)) / largest
     return f"differs by {share:.2g} of the largest number" if share > MOST.get(str(found.dtype), 1e-3) else None
 
 

@@ -236,5 +236,8 @@ def test_differences() -> None:
     assert "differs by 0.5" in (difference(one * np.float32(1.5), one) or "")
     assert "shape" in (difference(one[:1], one) or "")
     assert difference(np.array([np.nan], np.float32), np.array([1.0], np.float32)) == "infinities or NaN"
-    assert difference(np.array([np.inf], np.float32), np.array([np.inf], np.float32)) is None
+    odd = np.array([np.inf, -np.inf, np.nan], np.float32)
+    assert difference(odd, odd) is None
+    for place in range(3):
+        assert difference(np.roll(odd, place + 1)[:2], odd[:2]) == (None if place == 2 else "infinities or NaN")
     assert difference(np.array([1, 2]), np.array([1, 3])) == "other numbers"
