@@ -14,7 +14,8 @@ SPECIAL = ("<PAD>", "<BOS>", "<EOC>", "<image>")
 """In the order of `config.PAPER_TOKENS`."""
 
 
-def _texts(count: int) -> Iterator[str]:
+def texts(count: int) -> Iterator[str]:
+    """What the tokenizer is trained on: all that is written of so many drawn items, prompts included. The same each time."""
     rng = np.random.default_rng(0)
     for seed in range(count):
         draw = rng.random()
@@ -43,7 +44,7 @@ def train_tokenizer(vocab_size: int, *, num_items: int = 3000) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_texts(num_items), trainer)
+    tokenizer.train_from_iterator(texts(num_items), trainer)
     if missing := vocab_size - tokenizer.get_vocab_size():
         tokenizer.add_special_tokens([f"<unused_{index}>" for index in range(missing)])
     return tokenizer

@@ -7,7 +7,7 @@ import pytest
 
 from flamingo_reference.config import NANO, PAPER_TOKENS
 from flamingo_reference.nano import pages, pictures
-from flamingo_reference.nano.train_tokenizer import SPECIAL, train_tokenizer
+from flamingo_reference.nano.train_tokenizer import SPECIAL, texts, train_tokenizer
 from flamingo_reference.phi import phi_from_tokens
 
 VOCABULARY = NANO.language_model.vocab_size
@@ -38,6 +38,18 @@ def test_any_text_comes_back(tokenizer, text):
 
 def test_training_again_gives_the_same_tokenizer(tokenizer):
     assert train_tokenizer(VOCABULARY, num_items=400).to_str() == tokenizer.to_str()
+
+
+def test_it_is_trained_on_every_word_of_items_that_are_held_out():
+    """Scenes, digits and videos: captions, questions and answers."""
+    known = {word for text in texts(400) for word in text.split()}
+    for seed in range(40):
+        for item in (pictures.scene(seed, split="test"), pictures.digit(seed, split="test"),
+                     pictures.video(seed, split="test", num_frames=1)):  # fmt: skip
+            written = " ".join(
+                [item.caption, item.description, *(f"{question} {answer}" for question, answer in item.questions)]
+            )
+            assert set(written.split()) <= known
 
 
 def test_few_shot_prompt_is_the_papers(tokenizer, items):
