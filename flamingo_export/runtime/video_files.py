@@ -7,6 +7,7 @@ long film costs little, and keeps the chosen frames only.
 from __future__ import annotations
 
 import logging
+import math
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -36,7 +37,10 @@ CONTAINERS = (
 MAX_PACKETS = 4_000_000
 """A day of 46 frames per second; what claims more is refused."""
 _FULL_RANGE = 2  # AVCOL_RANGE_JPEG
-_BT709 = 1  # AVCOL_SPC_BT709; what is not marked is taken for BT.601, as FFmpeg does
+_MATRICES = {1: (0.2126, 0.0722), 4: (0.30, 0.11), 7: (0.212, 0.087), 9: (0.2627, 0.0593), 10: (0.2627, 0.0593)}
+"""Kr and Kb by AVCOL_SPC (ITU-T H.273, table 4): BT.709, FCC, SMPTE 240M, BT.2020 twice."""
+_BT601 = (0.299, 0.114)
+"""Of what is not marked, as FFmpeg takes it."""
 _PLANAR = frozenset(f"yuv{full}{kind}p" for full in ("", "j") for kind in ("420", "422", "444"))
 
 
@@ -97,10 +101,12 @@ def _timing(path: Path) -> _Timing:
             if packet.pts is None:
                 plain = False
                 break
-            pts.append(packet.pts)
-            ends.append(packet.pts + (packet.duration or 0))
             if packet.is_keyframe:
                 keys.append(packet.pts)
+            if packet.is_discard:  # before or after the part that an edit list shows: decoded on the way, and not a frame
+                continue
+            pts.append(packet.pts)
+            ends.append(packet.pts + (packet.duration or 0))
             if len(pts) > MAX_PACKETS:
                 raise ImageError(f"{path} has more than {MAX_PACKETS} frames. Cut out the part you mean first.")
         base = stream.time_base or Fraction(1, 1000)
@@ -171,21 +177,18 @@ def _rgb(frame: Any) -> Pixels:
     """
     from av.video.reformatter import ColorRange, Colorspace
 
-    if frame.format.is_rgb:
+    if frame.format.is_rgb or frame.format.has_palette:
         whole: Pixels = np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
         return whole
     full = frame.color_range == _FULL_RANGE or frame.format.name.startswith("yuvj")
+    kr, kb = _MATRICES.get(int(frame.colorspace), _BT601)
     if frame.format.name not in _PLANAR:  # more bits, other orders of planes, palettes
-        space = Colorspace.ITU709 if frame.colorspace == _BT709 else Colorspace.ITU601
+        space = Colorspace.ITU601  # the same before and after, so that no matrix is applied here
         limits = ColorRange.JPEG if full else ColorRange.MPEG
         frame = frame.reformat(
             format="yuv444p", src_colorspace=space, dst_colorspace=space, src_color_range=limits, dst_color_range=limits
         )
-        bt709 = space == Colorspace.ITU709
-    else:
-        bt709 = frame.colorspace == _BT709
     luma, cb, cr = (_plane(plane, frame) for plane in frame.planes[:3])
-    kr, kb = (0.2126, 0.0722) if bt709 else (0.299, 0.114)
     zero, luma_range, chroma_range = (0, 255, 255) if full else (16, 219, 224)
     y = (luma - np.float32(zero)) * np.float32(255 / luma_range)
     u, v = ((plane - np.float32(128)) * np.float32(255 / chroma_range) for plane in (cb, cr))
@@ -212,7 +215,7 @@ def _step(stream: Any) -> int:
 
 
 def _upright(frame: Any, stream: Any, path: Path) -> Pixels:
-    """A decoded frame as a viewer would show it: RGB by its own matrix and range, square pixels, rotated as the file says."""
+    """A decoded frame as a viewer would show it: RGB by its own matrix and range, square pixels, turned and mirrored as the file says."""
     if frame.width * frame.height > MAX_PIXELS:
         raise ImageError(
             f"{path} has frames of {frame.width}x{frame.height} pixels, more than {MAX_PIXELS // 1_000_000} million. Scale it down."
@@ -229,9 +232,30 @@ def _upright(frame: Any, stream: Any, path: Path) -> Pixels:
                 f"{path} is shown with {size[0]}x{size[1]} pixels, more than {MAX_PIXELS // 1_000_000} million. Scale it down."
             )
         image = image.resize(size, RESAMPLING)
-    turns = round(frame.rotation / 90) % 4  # counter-clockwise, as numpy turns
-    pixels: Pixels = np.ascontiguousarray(np.rot90(np.asarray(image), turns))
+    pixels: Pixels = np.ascontiguousarray(_displayed(np.asarray(image), *_display_matrix(frame)))
     return pixels
+
+
+def _display_matrix(frame: Any) -> tuple[float, float, float, float]:
+    """a, b, c, d: what is at x, y of the frame is shown at ax + cy, bx + dy."""
+    try:
+        data = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # the frame has data besides of a kind that PyAV does not know; the angle is still told
+        angle = math.radians(frame.rotation)
+        return math.cos(angle), -math.sin(angle), math.sin(angle), math.cos(angle)
+    if data is None:
+        return 1.0, 0.0, 0.0, 1.0
+    a, b, _, c, d, *_ = np.frombuffer(data, np.int32).tolist()
+    return a, b, c, d
+
+
+def _displayed(pixels: Pixels, a: float, b: float, c: float, d: float) -> Pixels:
+    """Pixels [H, W, 3] turned and mirrored by the quarters of a turn nearest to a display matrix."""
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        pixels, across, down = pixels.swapaxes(0, 1), c, b
+    else:
+        across, down = a, d
+    return pixels[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1]
 
 
 @contextmanager

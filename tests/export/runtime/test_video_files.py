@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import threading
 import wave
 from collections.abc import Iterator
@@ -149,8 +150,93 @@ def test_pixels_that_are_not_square_and_rotation(tmp_path: Path) -> None:
     assert green[32:].mean() > 150 > 50 > green[:32].mean()  # turned counter-clockwise, the left half is below
 
 
+def corners(rows: Any) -> list[list[int]]:
+    """The corners of a picture [H, W], each as one of 0 to 3 by its gray."""
+    return [[round(float(rows[y][x]) / 80) for x in (4, -5)] for y in (4, -5)]
+
+
+ONE = 1 << 16
+EIGHT = {
+    "as it is": ((ONE, 0, 0, ONE), [[0, 1], [2, 3]]),
+    "a quarter": ((0, ONE, -ONE, 0), [[2, 0], [3, 1]]),
+    "a half": ((-ONE, 0, 0, -ONE), [[3, 2], [1, 0]]),
+    "three quarters": ((0, -ONE, ONE, 0), [[1, 3], [0, 2]]),
+    "mirrored": ((-ONE, 0, 0, ONE), [[1, 0], [3, 2]]),
+    "upside down": ((ONE, 0, 0, -ONE), [[2, 3], [0, 1]]),
+    "about one diagonal": ((0, ONE, ONE, 0), [[0, 2], [1, 3]]),
+    "about the other": ((0, -ONE, -ONE, 0), [[3, 1], [2, 0]]),
+}
+"""What is at x, y is shown at ax + cy, bx + dy: by which the pictures' corners are worked out. ISO/IEC 14496-12, section 6.2.2."""
+
+
+@pytest.mark.parametrize(("matrix", "wanted"), EIGHT.values(), ids=list(EIGHT))
+def test_turned_and_mirrored_as_the_matrix_of_the_track_says(
+    tmp_path: Path, matrix: tuple[int, int, int, int], wanted: list[list[int]]
+) -> None:
+    path = tmp_path / "a.mp4"
+    gray = np.repeat(np.repeat(np.array([[0, 80], [160, 240]], np.uint8), 24, 0), 32, 1)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=RATE)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for _ in range(3):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.repeat(gray[..., None], 3, 2), "rgb24")))
+        container.mux(stream.encode())
+    a, b, c, d = matrix
+    data = path.read_bytes()
+    at = data.index(struct.pack(">9i", ONE, 0, 0, 0, ONE, 0, 0, 0, 1 << 30), data.index(b"tkhd"))
+    path.write_bytes(data[:at] + struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30) + data[at + 36 :])
+    frame = next(load_video(Video(source=path), default_frames=1))
+    assert frame.shape == ((64, 48, 3) if b else (48, 64, 3))
+    assert corners(frame[..., 0]) == wanted
+
+
+@pytest.mark.parametrize("angle", [0, 90, -90, 180])
+def test_an_angle_where_the_matrix_is_beside_data_that_pyav_does_not_know(angle: int) -> None:
+    class Unknown:
+        def get(self, name: str) -> None:
+            raise ValueError("40 is not a valid Type")
+
+    class Frame:
+        side_data, rotation = Unknown(), angle
+
+    picture = np.arange(6, dtype=np.uint8).reshape(2, 3)[..., None]
+    found = video_files._displayed(picture, *video_files._display_matrix(Frame()))
+    np.testing.assert_array_equal(found, np.rot90(picture, angle // 90))
+
+
+def edited(path: Path, first: int, count: int) -> Path:
+    """The file with an edit list that shows `count` frames from `first` on, as cutting without encoding writes it. ISO/IEC 14496-12, 8.6.6."""
+    data = bytearray(path.read_bytes())
+    movie = struct.unpack_from(">I", data, data.index(b"mvhd") + 16)[0]
+    media = struct.unpack_from(">I", data, data.index(b"mdhd") + 16)[0]
+    at = data.index(b"elst") + 12
+    _, start = struct.unpack_from(">Ii", data, at)
+    struct.pack_into(">Ii", data, at, count * movie // RATE, start + first * media // RATE)
+    path.write_bytes(data)
+    return path
+
+
+def test_an_edit_list_that_begins_between_keyframes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Packets before and after the part that it shows are in the file, and are no frames: times count from where it begins."""
+    path = edited(write(tmp_path / "cut.mp4"), 18, 20)
+    assert near(numbers(Video(source=path, num_frames=20)), list(range(18, 38)))
+    assert near(numbers(Video(source=path, num_frames=3)), [18, 28, 37])
+    assert near(numbers(Video(source=path, clip=(0.2, 0.4), fps=25.0)), [23, 24, 25, 26, 27])
+    assert near(numbers(Video(source=path, clip=(0.4, 9.0), num_frames=2)), [28, 37])
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("full", [False, True])
-@pytest.mark.parametrize(("name", "kr", "kb"), [("ITU601", 0.299, 0.114), ("ITU709", 0.2126, 0.0722)])
+@pytest.mark.parametrize(
+    ("name", "kr", "kb"),
+    [
+        ("ITU601", 0.299, 0.114),
+        ("ITU709", 0.2126, 0.0722),
+        ("BT2020", 0.2627, 0.0593),
+        ("SMPTE240M", 0.212, 0.087),
+        ("FCC", 0.30, 0.11),
+    ],
+)
 def test_rgb_is_that_of_the_matrix(tmp_path: Path, name: str, kr: float, kb: float, full: bool) -> None:
     """Within 2 levels of the matrix in fp64, on planes that a lossless codec gives back to the bit."""
     from av.video.reformatter import ColorRange, Colorspace
