@@ -240,7 +240,7 @@ def _display_matrix(frame: Any) -> tuple[float, float, float, float]:
     """a, b, c, d: what is at x, y of the frame is shown at ax + cy, bx + dy."""
     try:
         data = frame.side_data.get("DISPLAYMATRIX")
-    except ValueError:  # the frame has data besides of a kind that PyAV does not know; the angle is still told
+    except ValueError:  # the frame has other data too, of a kind that PyAV does not know; it still knows the angle
         angle = math.radians(frame.rotation)
         return math.cos(angle), -math.sin(angle), math.sin(angle), math.cos(angle)
     if data is None:
