@@ -202,7 +202,7 @@ def test_nothing_of_generation_config_is_a_matter_of_course(tmp_path: Path) -> N
     assert not found.generation.not_applied
 
 
-# preprocessor_config.json.
+# preprocessor_config.json, processor_config.json.
 
 
 def test_images_are_prepared_as_the_preprocessor_says(tmp_path: Path) -> None:
@@ -226,6 +226,8 @@ def test_images_are_prepared_as_the_preprocessor_says(tmp_path: Path) -> None:
     ("said", "named"),
     [
         ({"image_size": 224}, "image_size is 224, the encoder takes images of 30"),
+        ({"size": {"height": 30, "width": 28}}, "size is {'height': 30, 'width': 28}, the encoder takes images of 30"),
+        ({"do_center_crop": True}, "do_center_crop is True, which is not supported"),
         ({"crop_size": {"height": 30, "width": 31}}, "crop_size is {'height': 30, 'width': 31}, the encoder takes"),
         ({"do_normalize": False}, "do_normalize is False, which is not supported"),
         ({"resample": 2}, "resample is 2, which is not supported"),
@@ -238,5 +240,60 @@ def test_images_are_prepared_as_the_preprocessor_says(tmp_path: Path) -> None:
 def test_a_preprocessor_that_asks_for_something_else(tmp_path: Path, said: dict[str, Any], named: str) -> None:
     folder, _ = write(tmp_path / "idefics")
     (folder / "preprocessor_config.json").write_text(json.dumps(said))
+    with pytest.raises(CheckpointError, match=named):
+        load(CheckpointFiles(path=folder))
+
+
+def processor(folder: Path, mean: list[float]) -> Any:
+    """What transformers 5 writes of images and tokens together: one processor_config.json."""
+    from transformers import IdeficsProcessor, PreTrainedTokenizerFast
+    from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"), unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
+    )
+    theirs = IdeficsProcessor(IdeficsImageProcessorPil(image_size=30, image_mean=mean), tokenizer)
+    theirs.save_pretrained(folder)
+    return theirs
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["by itself", "beside an older file"])
+def test_images_are_prepared_as_the_processor_of_transformers_5_says(tmp_path: Path, older: bool) -> None:
+    """transformers goes by it where both files are there."""
+    from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
+
+    folder, _ = write(tmp_path / "idefics")
+    if older:
+        (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.1, 0.1, 0.1]}))
+    processor(folder, [0.5, 0.25, 0.75])
+    assert older or not (folder / "preprocessor_config.json").exists()
+    theirs = IdeficsImageProcessorPil.from_pretrained(folder)
+    found = load(CheckpointFiles(path=folder))
+    assert found.config.pixel_mean == tuple(theirs.image_mean) == (0.5, 0.25, 0.75)
+
+
+def test_a_processor_that_says_nothing_of_images(tmp_path: Path) -> None:
+    """As transformers 4 wrote it."""
+    folder, _ = write(tmp_path / "idefics")
+    (folder / "processor_config.json").write_text(json.dumps({"processor_class": "IdeficsProcessor"}))
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5, 0.25, 0.75]}))
+    assert load(CheckpointFiles(path=folder)).config.pixel_mean == (0.5, 0.25, 0.75)
+
+
+@pytest.mark.parametrize(
+    ("said", "named"),
+    [
+        ({"do_rescale": False}, "processor_config.json, image_processor: do_rescale is False, which is not supported"),
+        (
+            {"size": {"height": 28, "width": 28}},
+            "processor_config.json, image_processor: size is .*, the encoder takes images of 30",
+        ),
+        ({"image_std": [1]}, r"processor_config.json, image_processor: image_std is \[1\], expected three numbers"),
+        (["x"], r"processor_config.json: image_processor is \['x'\], expected an object"),
+    ],
+)
+def test_a_processor_of_transformers_5_that_asks_for_something_else(tmp_path: Path, said: Any, named: str) -> None:
+    folder, _ = write(tmp_path / "idefics")
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": said}))
     with pytest.raises(CheckpointError, match=named):
         load(CheckpointFiles(path=folder))

@@ -257,6 +257,27 @@ def test_clip_as_newer_versions_of_transformers_save_it(tmp_path: Path) -> None:
         load(bare)
 
 
+@pytest.mark.parametrize(
+    ("said", "named"),
+    [
+        ({"size": {"shortest_edge": 28}, "crop_size": 28, "do_center_crop": True}, None),
+        ({"size": 28, "crop_size": {"height": 28, "width": 28}}, None),
+        ({"size": {"shortest_edge": 32}}, "size is {'shortest_edge': 32}, the encoder takes images of 28"),
+        ({"size": {"height": 28, "width": 28}}, "size is {'height': 28, 'width': 28}, which stretches images"),
+        ({"do_center_crop": False}, "do_center_crop is False, which is not supported"),
+    ],
+)
+def test_clips_images_are_cropped_or_the_file_is_refused(tmp_path: Path, said: dict[str, Any], named: str | None) -> None:
+    source = write_openflamingo(tmp_path / "of", Theirs("mpt"), layout="transformers")
+    assert source.vision_encoder is not None
+    (source.vision_encoder / "preprocessor_config.json").write_text(json.dumps(said))
+    if named is None:
+        assert load(source).inputs.fit == "crop"
+        return
+    with pytest.raises(UnreadableCheckpoint, match=named):
+        load(source)
+
+
 def test_openflamingo_is_planned_without_its_language_models_shards(tmp_path: Path) -> None:
     """config.json and the index of a language model in shards suffice, its embedding, which training went on from, among what is missing."""
     source = write_openflamingo(tmp_path, Theirs("gpt_neox, parallel"))

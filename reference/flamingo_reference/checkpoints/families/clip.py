@@ -79,9 +79,9 @@ def encoder_of(
 
 
 def transformers_encoder(settings: Mapping[str, Any], folder: Path) -> Encoder:
-    """The encoder of transformers' config.json, with the preprocessor_config.json beside it. Raises ConfigError, CheckpointError."""
+    """The encoder of transformers' config.json, with what is written beside it of images. Raises ConfigError, CheckpointError."""
     vision = config_from(settings)
-    images = read_images(folder, vision.image_size, Images(mean=PIXEL_MEAN, std=PIXEL_STD))
+    images = read_images(folder, vision.image_size, Images(mean=PIXEL_MEAN, std=PIXEL_STD), crop=True)
     return Encoder(vision=vision, pixel_mean=images.mean, pixel_std=images.std)
 
 

@@ -1,4 +1,5 @@
-"""preprocessor_config.json beside a model: how its images were prepared in training, where transformers writes it down."""
+"""How a model's images were prepared in training, where transformers writes it down beside the model: in preprocessor_config.json, and since
+its version 5 as `image_processor` within processor_config.json."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from flamingo_reference.checkpoints.files.json_file import read_json
 from flamingo_reference.config import ConfigError
 
 PREPROCESSOR = "preprocessor_config.json"
+PROCESSOR, WITHIN = "processor_config.json", "image_processor"
 Colour = tuple[float, float, float]
 BILINEAR, BICUBIC = 2, 3
 """Pillow's numbers of its filters."""
@@ -31,38 +33,57 @@ class Images(msgspec.Struct, frozen=True, kw_only=True):
     std: Colour
 
 
-def read_images(folder: Path, size: int, default: Images, *, resample: int = BICUBIC, tiles: int | None = None) -> Images:
+def read_images(
+    folder: Path, size: int, default: Images, *, resample: int = BICUBIC, tiles: int | None = None, crop: bool = False
+) -> Images:
     """What the file in a folder says, `default` where there is none. size: side of the encoder's square. resample: the filter that the
-    family's images are resized with. tiles: most of an image, where it is cut into tiles.
+    family's images are resized with. tiles: most of an image, where it is cut into tiles. crop: whether the family resizes the shorter side
+    and cuts out the middle.
 
     Raises CheckpointError if it cannot be read, ConfigError if it asks for what is not done here.
     """
-    path = folder / PREPROCESSOR
-    if not path.is_file():
+    found = _written(folder)
+    if found is None:
         return default
-    raw = read_json(path)
-    for name, plain in _PLAIN.items():
-        choice(raw, name, dict.fromkeys(plain), plain[0], where=PREPROCESSOR)
-    choice(raw, "resample", {resample: None, None: None}, resample, where=PREPROCESSOR)
+    raw, where = found
+    for name, plain in (*_PLAIN.items(), ("do_center_crop", (crop, None))):
+        choice(raw, name, dict.fromkeys(plain), plain[0], where=where)
+    choice(raw, "resample", {resample: None, None: None}, resample, where=where)
     if tiles is not None:
-        choice(raw, "max_image_tiles", {tiles: None}, tiles, where=PREPROCESSOR)
+        choice(raw, "max_image_tiles", {tiles: None}, tiles, where=where)
     factor = raw.get("rescale_factor")
     if factor is not None and not (isinstance(factor, float) and abs(factor * 255 - 1) < 1e-6):
-        raise ConfigError(f"{PREPROCESSOR}: rescale_factor is {factor!r:.80}, which is not supported; expected 1 / 255.")
-    for name in ("image_size", "crop_size", *(("size",) if tiles is not None else ())):
-        side = raw.get(name, size)
+        raise ConfigError(f"{where}: rescale_factor is {factor!r:.80}, which is not supported; expected 1 / 255.")
+    for name in ("image_size", "crop_size", "size"):
+        side = size if raw.get(name) is None else raw[name]
         sides = list(side.values()) if isinstance(side, Mapping) else [side]
         if any(each != size for each in sides):
             raise ConfigError(
-                f"{PREPROCESSOR}: {name} is {side!r:.80}, the encoder takes images of {size}. Bring the files of one model."
+                f"{where}: {name} is {side!r:.80}, the encoder takes images of {size}. Bring the files of one model."
             )
-    return Images(mean=_colour(raw, "image_mean", default.mean), std=_colour(raw, "image_std", default.std))
+    if crop and isinstance(raw.get("size"), Mapping) and "shortest_edge" not in raw["size"]:
+        raise ConfigError(
+            f"{where}: size is {raw['size']!r:.80}, which stretches images; expected shortest_edge, after which the middle is cut out."
+        )
+    return Images(mean=_colour(raw, "image_mean", default.mean, where), std=_colour(raw, "image_std", default.std, where))
 
 
-def _colour(raw: Mapping[str, Any], name: str, default: Colour) -> Colour:
+def _written(folder: Path) -> tuple[Mapping[str, Any], str] | None:
+    """The settings of a folder's images, and where they stand; None where nothing says any. Of the two files transformers goes by the newer
+    one where both have them."""
+    newer, older = folder / PROCESSOR, folder / PREPROCESSOR
+    within = read_json(newer).get(WITHIN) if newer.is_file() else None
+    if within is not None:
+        if not isinstance(within, Mapping):
+            raise ConfigError(f"{PROCESSOR}: {WITHIN} is {within!r:.80}, expected an object. Fetch the file again.")
+        return within, f"{PROCESSOR}, {WITHIN}"
+    return (read_json(older), PREPROCESSOR) if older.is_file() else None
+
+
+def _colour(raw: Mapping[str, Any], name: str, default: Colour, where: str) -> Colour:
     if raw.get(name) is None:
         return default
-    return three_numbers(raw[name], f"{PREPROCESSOR}: {name}")
+    return three_numbers(raw[name], f"{where}: {name}")
 
 
 def three_numbers(value: Any, what: str) -> Colour:
