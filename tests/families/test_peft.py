@@ -99,6 +99,16 @@ def test_idefics(idefics: tuple[Path, Any], tmp_path: Path, changes: dict[str, A
     assert_merged(CheckpointFiles(path=idefics[0], adapters=(adapter,)), model.merge_and_unload(), least=least)
 
 
+def test_matrices_that_an_adapter_calls_transposed(idefics: tuple[Path, Any], tmp_path: Path) -> None:
+    """PEFT sets fan_in_fan_out to false where it meets a linear layer, and these matrices are square: a transposed update fits too."""
+    adapter = saved(trained(idefics[1], lora(["k_proj", "o_proj"])), tmp_path / "adapter")
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"fan_in_fan_out": True}))
+    with pytest.warns(UserWarning, match="Setting fan_in_fan_out to False"):
+        model = PeftModel.from_pretrained(copy.deepcopy(idefics[1]), adapter)
+    assert_merged(CheckpointFiles(path=idefics[0], adapters=(adapter,)), model.merge_and_unload(), least=5)
+
+
 @pytest.mark.parametrize("rows", ["as the base", "changed"])
 def test_copies_that_lie_beside_an_update_take_the_bases_place(idefics: tuple[Path, Any], tmp_path: Path, rows: str) -> None:
     """PEFT saves an embedding with LoRA whole, as `base_layer`, and loads it again: what was trained there counts."""

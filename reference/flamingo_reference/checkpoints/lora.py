@@ -54,13 +54,13 @@ _KEPT_BASE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 class _Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """What the merge needs of adapter_config.json; other keys describe training."""
+    """What the merge needs of adapter_config.json; other keys describe training. fan_in_fan_out is not needed: PEFT sets it to false for
+    torch's linear layers, and the matrices of every family are theirs."""
 
     peft_type: str
     r: int
     lora_alpha: float
     use_rslora: bool = False
-    fan_in_fan_out: bool = False
     ensure_weight_tying: bool | None = False
     rank_pattern: dict[str, int] | None = None
     alpha_pattern: dict[str, float] | None = None
@@ -276,7 +276,7 @@ class _Plan:
             return f"{found} has no other half"
         settings, shape = self._settings, self._shapes[target]
         rank = int(self._by_pattern("rank_pattern", settings.rank_pattern, module, settings.r))
-        transposed = settings.fan_in_fan_out or parts["up"].endswith(".lora_embedding_B")
+        transposed = parts["up"].endswith(".lora_embedding_B")
         rows, columns = (shape[::-1] if transposed else shape) if len(shape) == 2 else (0, 0)
         up, down = self._adapter.shape(parts["up"]), self._adapter.shape(parts["down"])
         if (up, down) != ((rows, rank), (rank, columns)):
