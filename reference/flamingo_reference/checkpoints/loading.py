@@ -27,6 +27,7 @@ from flamingo_reference.checkpoints.files.tensors import CheckpointError, Tensor
 from flamingo_reference.checkpoints.files.tokenizer_file import NAMES as TOKENIZERS
 from flamingo_reference.checkpoints.files.tokenizer_file import added_ids, open_tokenizer
 from flamingo_reference.checkpoints.generation import GENERATION_CONFIG, Generation, read_generation
+from flamingo_reference.checkpoints.lora import CONFIG as ADAPTER_CONFIG
 from flamingo_reference.checkpoints.lora import LoraReader
 from flamingo_reference.config import ConfigError, ModelConfig
 from flamingo_reference.input_format import InputFormat
@@ -140,7 +141,7 @@ def load(files: CheckpointFiles, families: Sequence[Family] = FAMILIES, *, may_b
         recipes=converted.recipes,
         absent=tuple(sorted(set(absent.values()))),
         generation=generation,
-        notes=(*converted.notes, *(note for adapter in adapters for note in adapter.notes)),
+        notes=(*converted.notes, *(note for adapter in adapters for note in adapter.notes), *_not_merged(files)),
         text_tokenizer=_text_tokenizer(files, config, tokenizer),
     )
 
@@ -261,6 +262,17 @@ def _adapted(
         converted, config=config, expected=expected_tensors(config), recipes=recipes, notes=(*converted.notes, note)
     )
     return converted, untied, adapters
+
+
+def _not_merged(files: CheckpointFiles) -> list[str]:
+    """Says of each folder that an adapter lies in it beside the weights, as transformers would load with them."""
+    folders = [folder for folder in (files.path, files.language_model) if folder is not None]
+    given = {folder.resolve() for folder in files.adapters}
+    return [
+        f"{folder} holds an adapter beside the weights ({ADAPTER_CONFIG}), which is not merged; --lora {folder} merges it"
+        for folder in folders
+        if (folder / ADAPTER_CONFIG).is_file() and folder.resolve() not in given
+    ]
 
 
 def _vocabulary(converted: Converted) -> set[str]:

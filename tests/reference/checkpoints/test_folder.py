@@ -56,6 +56,24 @@ def test_safetensors_are_preferred(shards: Path) -> None:
     assert open_tensors(shards).names() == NAMES
 
 
+def test_a_whole_file_beside_shards(shards: Path) -> None:
+    """transformers would read the whole file, and one of the two was left by an earlier save."""
+    save_file({name: array(name) for name in NAMES}, shards / "model.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"holds model\.safetensors and the index of 3 other files, .*: two checkpoints\. Remove"
+    ):
+        open_tensors(shards)
+
+
+def test_an_index_of_one_whole_file(tmp_path: Path) -> None:
+    """As MLX writes it."""
+    save_file({name: array(name) for name in NAMES}, tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict.fromkeys(NAMES, "model.safetensors")})
+    )
+    assert open_tensors(tmp_path).names() == NAMES
+
+
 def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has neither model\.safetensors nor .*index\.json \(nor .*pytorch_model\.bin"):
         open_tensors(tmp_path)

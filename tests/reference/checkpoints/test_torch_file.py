@@ -76,6 +76,12 @@ def test_wrappers_and_prefixes_are_taken_off(tmp_path: Path, wrapper: str | None
     check(tmp_path / "a.pt", tensors())
 
 
+def test_weights_under_two_wrappers(tmp_path: Path) -> None:
+    torch.save({"model_state_dict": tensors(), "state_dict": tensors()}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"a\.pt holds weights under model_state_dict and state_dict\. Save those that"):
+        open_tensors(tmp_path / "a.pt")
+
+
 def test_an_archive_by_any_name(tmp_path: Path) -> None:
     torch.save(tensors(), tmp_path / "last.ckpt")
     check(tmp_path / "last.ckpt", tensors())

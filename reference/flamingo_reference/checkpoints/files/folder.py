@@ -59,6 +59,7 @@ def open_tensors(path: Path, names: Iterable[str] = NAMES, *, may_be_absent: boo
     for name in names:
         index, single = path / (name + INDEX_SUFFIX), path / name
         if index.is_file():
+            _refuse_two(index, single)
             return _open_shards(index, may_be_absent=may_be_absent)
         if single.is_file():
             return FileReader({tensor: (single, entry) for tensor, entry in open_file(single).items()} | _towers(single))
@@ -67,6 +68,16 @@ def open_tensors(path: Path, names: Iterable[str] = NAMES, *, may_be_absent: boo
         + (f" (nor {', '.join(names[1:])})" if names[1:] else "")
         + "; a checkpoint folder needs one."
     )
+
+
+def _refuse_two(index: Path, single: Path) -> None:
+    """Raises CheckpointError for shards beside a whole file that their index does not name: one of the two was left by an earlier save, and
+    transformers would read the whole file."""
+    if single.is_file() and single.name not in (named := set(_read_index(index)[0].values())):
+        raise CheckpointError(
+            f"{index.parent} holds {single.name} and the index of {len(named)} other files, {index.name}: two checkpoints. Remove the one "
+            "that is not meant."
+        )
 
 
 def _towers(single: Path) -> dict[str, tuple[Path, TensorEntry]]:

@@ -157,10 +157,10 @@ def _named_tensors(path: Path, value: Any) -> dict[str, Call]:
         )
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}, expected a dictionary of tensors.")
-    for wrapper in WRAPPERS:
-        if isinstance(value.get(wrapper), dict):
-            value = value[wrapper]
-            break
+    wrappers = [wrapper for wrapper in WRAPPERS if isinstance(value.get(wrapper), dict)]
+    if len(wrappers) > 1:
+        raise CheckpointError(f"{path} holds weights under {' and '.join(wrappers)}. Save those that are meant by themselves.")
+    value = value[wrappers[0]] if wrappers else value
     others = {name: content for name, content in value.items() if not (isinstance(name, str) and _tensor(content))}
     if others:
         found = ", ".join(f"{name!r} ({_kind(content)})" for name, content in others.items())
