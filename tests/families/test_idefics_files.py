@@ -102,6 +102,60 @@ def test_a_tied_output_under_both_names(tmp_path: Path, second: bool) -> None:
     assert len([name for name in found.ignored if name.startswith("lm_head")]) == (2 if second else 0)
 
 
+@pytest.mark.parametrize(
+    ("eos", "instruct", "wanted"),
+    [(2, False, [2]), ([2, 9], False, [2, 9]), ([2, 60], True, [60, 2]), ([9, 2], False, [9, 2]), (2, True, [60])],
+)
+def test_several_end_tokens_of_config_json(tmp_path: Path, eos: Any, instruct: bool, wanted: list[int]) -> None:
+    """As transformers goes by them where there is no generation_config.json."""
+    from transformers import GenerationConfig, IdeficsConfig
+
+    folder, _ = write(tmp_path / "idefics")
+    raw = json.loads((folder / "config.json").read_text()) | {"eos_token_id": eos}
+    (folder / "config.json").write_text(json.dumps(raw))
+    if instruct:
+        write_tokenizer(folder, [*WORDS[:60], "<end_of_utterance>", "<image>"], [*SPECIAL[:3], "<end_of_utterance>", "<image>"])
+    found = load(CheckpointFiles(path=folder)).config.tokens
+    assert list(found.stops) == wanted
+    theirs = GenerationConfig.from_model_config(IdeficsConfig.from_dict(raw)).eos_token_id
+    assert set(found.stops) >= (set(theirs) if isinstance(theirs, list) else set())
+
+
+def test_a_config_without_a_padding_token(tmp_path: Path) -> None:
+    folder, _ = write(tmp_path / "idefics")
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"pad_token_id": None}))
+    assert load(CheckpointFiles(path=folder)).config.tokens.pad == 2
+
+
+@pytest.mark.parametrize("name", ["rope_type", "type"])
+def test_a_kind_of_rotary_positions_by_both_of_its_names(tmp_path: Path, name: str) -> None:
+    """transformers takes both, so either changes its numbers."""
+    from transformers import IdeficsConfig
+
+    folder, _ = write(tmp_path / "idefics")
+    rope = {name: "linear", "factor": 2.0, "rope_theta": 10000.0}
+    raw = json.loads((folder / "config.json").read_text()) | {"rope_parameters": rope}
+    theirs = IdeficsConfig.from_dict(copy.deepcopy(raw)).rope_parameters
+    assert theirs is not None
+    assert theirs["rope_type"] == "linear"
+    (folder / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match=f"rope_parameters: {name} is 'linear', which is not supported"):
+        load(CheckpointFiles(path=folder))
+
+
+def test_an_adapter_beside_the_weights_is_not_passed_over_in_silence(tmp_path: Path) -> None:
+    """transformers would load it with them."""
+    from peft import LoraConfig, get_peft_model
+
+    folder, theirs = write(tmp_path / "idefics")
+    assert not load(CheckpointFiles(path=folder)).notes
+    get_peft_model(copy.deepcopy(theirs), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(str(folder))
+    (note,) = load(CheckpointFiles(path=folder)).notes
+    assert "holds an adapter beside the weights (adapter_config.json), which is not merged; --lora" in note
+    assert not load(CheckpointFiles(path=folder, adapters=(folder,))).notes
+
+
 # generation_config.json.
 
 

@@ -326,6 +326,14 @@ def test_otters_folder(tmp_path: Path, kind: str, model_type: str) -> None:
             openflamingo_models.IMAGE = known
 
 
+@pytest.mark.parametrize("said", [True, False])
+def test_an_otter_that_may_have_attended_to_the_next_image(tmp_path: Path, said: bool) -> None:
+    source = write_otter(tmp_path / "otter", Theirs("mpt"))
+    path = source.path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"only_attend_previous": said}))
+    assert any("only_attend_previous false" in note for note in load(source).notes) != said
+
+
 def test_an_otter_whose_config_contradicts_its_tensors(tmp_path: Path) -> None:
     source = write_otter(tmp_path / "otter", Theirs("mpt"))
     path = source.path / "config.json"

@@ -32,6 +32,7 @@ from llama_models import (
 from PIL import Image
 from published_files import write_tokenizer
 from safetensors.torch import load_file, save_file
+from transformers import MllamaConfig
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
 import flamingo_export
@@ -212,6 +213,15 @@ def test_a_base_model_is_told_by_its_end(llama: tuple[Path, Any], tmp_path: Path
         ({"vision_config__intermediate_layers_indices": [1, 2, 7]}, "beyond the 5"),
         ({"image_token_index": 12}, "image_token_index is 12"),
         ({"text_config__tie_word_embeddings": True}, "tie_word_embeddings"),
+        (
+            {"text_config__rope_scaling": {"rope_type": "default"}},
+            "rope_parameters and rope_scaling are two names of one setting",
+        ),
+        (
+            {"text_config__rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}},
+            "rope_scaling: high_freq_factor, original_max_position_embeddings missing, which rope_type 'llama3' needs",
+        ),
+        ({"vision_config__norm_eps": 1e-6}, "norm_eps is 1e-06, which is not supported"),
         ({"model_type": "mllama_text_model"}, "but the tensors look like Llama 3.2 Vision"),
     ],
 )
@@ -233,6 +243,16 @@ def test_preprocessors_of_other_models(llama: tuple[Path, Any], tmp_path: Path, 
     (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR | entries))
     with pytest.raises(CheckpointError, match=message):
         load(CheckpointFiles(path=folder))
+
+
+def test_the_image_token_by_both_of_its_names(llama: tuple[Path, Any], tmp_path: Path) -> None:
+    """transformers calls it image_token_id too."""
+    folder = changed(llama[0], tmp_path / "other")
+    raw = json.loads((folder / "config.json").read_text())
+    raw["image_token_id"] = raw.pop("image_token_index")
+    assert MllamaConfig.from_dict(raw).image_token_index == 70
+    (folder / "config.json").write_text(json.dumps(raw))
+    assert load(CheckpointFiles(path=folder)).config.tokens.image == 70
 
 
 def rewritten(folder: Path, into: Path, change: Any) -> Path:

@@ -99,6 +99,11 @@ def choice(raw: Mapping[str, Any], name: str, known: Mapping[Any, Any], default:
     return known[value]
 
 
+def rope_type(rope: Mapping[str, Any], known: Mapping[Any, Any], *, where: str) -> Any:
+    """What the kind of rotary positions stands for here, `rope_type` or, as older files call it, `type`. Raises ConfigError as `choice`."""
+    return choice(rope, "rope_type" if "rope_type" in rope else "type", known, "default", where=where)
+
+
 def _first(sources: Sequence[Array]) -> Array:
     return sources[0]
 

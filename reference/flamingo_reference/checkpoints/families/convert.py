@@ -168,6 +168,9 @@ def convert_otter(components: Components) -> Converted:
             f"{components.model.path}: config.json says a gated block every {every} layers, the tensors have one every "
             f"{converted.config.cross_attention.every}. Bring the config.json and the tensors of one model."
         )
+    if raw.get("only_attend_previous", True) is not True:
+        note = "config.json says only_attend_previous false, with which some of Otter's code attended to the next image: here it is the last"
+        return msgspec.structs.replace(converted, notes=(*converted.notes, note))
     return converted
 
 

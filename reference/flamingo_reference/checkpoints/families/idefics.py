@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flamingo_reference.checkpoints.conversions import Recipe, as_is, choice, joined, positive, reshaped, setting
+from flamingo_reference.checkpoints.conversions import Recipe, as_is, choice, joined, positive, reshaped, rope_type, setting
 from flamingo_reference.checkpoints.families import clip
 from flamingo_reference.checkpoints.name_table import filled, table
 from flamingo_reference.config import (
@@ -65,7 +65,9 @@ def config_from(
         )
     choice(raw, "hidden_act", {"silu": "swiglu"}, "silu")
     eps, head_size = setting(raw, "rms_norm_eps", float, 1e-6), width // heads
-    end = _first_id(raw, "eos_token_id", 2)
+    ends = _ids(raw, "eos_token_id", 2)
+    end = ends[0]
+    eoc = end if eoc is None else eoc
     raw = _nested(raw)
     vision = _vision(setting(raw, "vision_config", dict, {}))
     image, around = vocab + 1 if image is None else image, vocab if around_image is None else around_image
@@ -98,11 +100,12 @@ def config_from(
             tied_head=setting(raw, "tie_word_embeddings", bool, False),
         ),
         tokens=TokenIds(
-            pad=_first_id(raw, "pad_token_id", 0),
-            bos=_first_id(raw, "bos_token_id", 1),
-            eoc=end if eoc is None else eoc,
+            pad=end if raw.get("pad_token_id", 0) is None else _ids(raw, "pad_token_id", 0)[0],
+            bos=_ids(raw, "bos_token_id", 1)[0],
+            eoc=eoc,
             image=image,
             reset=end,
+            ends=tuple(dict.fromkeys(each for each in ends if each != eoc)) if len(ends) > 1 else (),
             banned=(around,) if around < vocab + more and around != image else (),
         ),
         pixel_mean=clip.PIXEL_MEAN,
@@ -121,16 +124,16 @@ def recipes(config: ModelConfig, *, additional_vocab: int) -> dict[str, Recipe]:
     }
 
 
-def _first_id(raw: Mapping[str, Any], name: str, default: int) -> int:
-    """A token id; of several, the first."""
+def _ids(raw: Mapping[str, Any], name: str, default: int) -> tuple[int, ...]:
+    """Token ids of a setting that is one or several."""
     value = raw.get(name, default)
-    found: int = setting({name: value[0] if isinstance(value, list) and value else value}, name, int)
-    return found
+    several = value if isinstance(value, list) and value else [value]
+    return tuple(setting({name: each}, name, int) for each in several)
 
 
 def _rotary_base(raw: Mapping[str, Any]) -> float:
     rope = setting(raw, "rope_parameters", dict, {}) if raw.get("rope_parameters") is not None else {}
-    choice(rope, "rope_type", {"default": None}, "default", where="config.json, rope_parameters")
+    rope_type(rope, {"default": None}, where="config.json, rope_parameters")
     if raw.get("rope_scaling") is not None:
         raise ConfigError(f"config.json: rope_scaling is {raw['rope_scaling']!r:.80}, which is not supported; expected none.")
     return positive({**raw, **rope}, "rope_theta", 10000.0)

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from flamingo_reference.arrays import Array
-from flamingo_reference.checkpoints.conversions import Recipe, choice, positive, setting, with_bias
+from flamingo_reference.checkpoints.conversions import Recipe, choice, positive, rope_type, setting, with_bias
 from flamingo_reference.checkpoints.name_table import Table, filled, table
 from flamingo_reference.config import AlibiPositions, ConfigError, LanguageModelConfig, RotaryPositions
 
@@ -78,7 +78,7 @@ def _head_size(width: int, heads: int) -> int:
 def _rotary(raw: Mapping[str, Any], head_size: int, *, share: float, base: float) -> RotaryPositions:
     """share: of a head's channels, those that are turned."""
     rope = {} if raw.get("rope_parameters") is None else _setting(raw, "rope_parameters", dict)
-    _choice(rope, "rope_type", {"default": None}, "default")
+    rope_type(rope, {"default": None}, where="config.json of the language model")
     if raw.get("rope_scaling") is not None:
         raise ConfigError(f"config.json of the language model: rope_scaling {raw['rope_scaling']!r:.80} is not supported.")
     share = _positive(rope, "partial_rotary_factor", share)
@@ -95,6 +95,8 @@ def _llama_config(raw: Mapping[str, Any]) -> LanguageModelConfig:
     head_size = _setting(raw, "head_dim", int) if raw.get("head_dim") is not None else _head_size(width, heads)
     for name in ("attention_bias", "mlp_bias"):
         _choice(raw, name, {False: None}, False)
+    if isinstance(rope := raw.get("rope_parameters"), Mapping):
+        _choice(rope, "partial_rotary_factor", {1.0: None, None: None}, None)  # which transformers' LLaMA does not look at
     kv_heads = _setting(raw, "num_key_value_heads", int) if raw.get("num_key_value_heads") is not None else heads
     return LanguageModelConfig(
         num_layers=_setting(raw, "num_hidden_layers", int),
@@ -198,6 +200,11 @@ def _mpt_config(raw: Mapping[str, Any], *, rounded_slopes: bool = True) -> Langu
     _choice(raw, "no_bias", {True: None}, True)
     # RMSNorm has the same tensors.
     _choice(raw, "norm_type", {"low_precision_layernorm": None, "layernorm": None}, "layernorm")
+    # Of later versions of MosaicML's code, in which the tensors have the same names.
+    for name, plain in (("rope", False), ("sliding_window_size", -1), ("attn_logit_softcapping", None)):
+        _choice(attention, name, {plain: None, None: None}, plain)
+    _choice(raw, "norm_eps", {1e-5: None}, 1e-5)
+    _choice(raw, "final_logit_softcapping", {None: None}, None)
     for settings, name in ((attention, "clip_qkv"), (attention, "softmax_scale"), (raw, "logit_scale")):
         _choice(settings, name, {None: None}, None)
     width, heads = _setting(raw, "d_model", int), _setting(raw, "n_heads", int)

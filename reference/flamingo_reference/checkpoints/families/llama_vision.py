@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from flamingo_reference.arrays import Array, Shape
-from flamingo_reference.checkpoints.conversions import Recipe, as_is, choice, positive, reshaped, setting
+from flamingo_reference.checkpoints.conversions import Recipe, as_is, choice, positive, reshaped, rope_type, setting
 from flamingo_reference.checkpoints.families import clip
 from flamingo_reference.checkpoints.name_table import filled, table
 from flamingo_reference.config import (
@@ -87,7 +87,7 @@ def config_from(raw: Mapping[str, Any], *, name: str = "llama-vision", ends: Seq
             f"num_key_value_heads {kv_heads}."
         )
     vocab = setting(text, "vocab_size", int, 128256, where=where)
-    image = setting(raw, "image_token_index", int, 128256)
+    image = setting(raw, "image_token_index" if "image_token_index" in raw else "image_token_id", int, 128256)
     if not vocab <= image < vocab + EXTRA_EMBEDDINGS:
         raise ConfigError(
             f"config.json: image_token_index is {image}, expected one of the {EXTRA_EMBEDDINGS} tokens beyond the output's {vocab} rows."
@@ -193,17 +193,26 @@ def _schedule(text: Mapping[str, Any], layers: int) -> tuple[int, int, int]:
 def _rotary(text: Mapping[str, Any], head_size: int) -> RotaryPositions:
     """Rotary positions with llama3 scaling, from `rope_scaling` (published) or `rope_parameters` (transformers 5)."""
     where = "config.json, text_config, rope_scaling"
-    stored = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    rope = setting({"rope_scaling": stored}, "rope_scaling", dict, where="config.json, text_config")
+    given = [text[name] for name in ("rope_parameters", "rope_scaling") if text.get(name)]
+    if len(given) == 2 and given[0] != given[1]:
+        raise ConfigError(
+            "config.json, text_config: rope_parameters and rope_scaling are two names of one setting, and say different things. "
+            "Remove the one that was not trained with."
+        )
+    rope = setting({"rope_scaling": given[0] if given else {}}, "rope_scaling", dict, where="config.json, text_config")
     base = positive({**text, **rope}, "rope_theta", 500000.0, where="config.json, text_config")
-    scaled = choice(
-        rope, "rope_type" if "rope_type" in rope else "type", {"llama3": True, "default": False}, "default", where=where
-    )
-    if not scaled:
+    if not rope_type(rope, {"llama3": True, "default": False}, where=where):
         return RotaryPositions(size=head_size, base=base)
-    low, high = positive(rope, "low_freq_factor", 1.0, where=where), positive(rope, "high_freq_factor", 4.0, where=where)
-    original = setting(rope, "original_max_position_embeddings", int, 8192, where=where)
-    factor = positive(rope, "factor", 8.0, where=where)
+    # What the published models have is not taken for granted: transformers has other values where one is left out.
+    lacking = [
+        name
+        for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        if name not in rope
+    ]
+    if lacking:
+        raise ConfigError(f"{where}: {', '.join(lacking)} missing, which rope_type 'llama3' needs. Fetch the file again.")
+    factor, low, high = (positive(rope, name, 0.0, where=where) for name in ("factor", "low_freq_factor", "high_freq_factor"))
+    original = setting(rope, "original_max_position_embeddings", int, where=where)
     return RotaryPositions(
         size=head_size, base=base, scaling=Llama3Scaling(factor=factor, low=low, high=high, original=original)
     )
@@ -228,6 +237,8 @@ def _vision(raw: Mapping[str, Any]) -> TiledViTConfig:
         norm_eps=setting(raw, "norm_eps", float, 1e-5, where=where),
     )
     choice(raw, "num_channels", {3: None}, 3, where=where)
+    # Two of the norms have this one whatever the config says, in Meta's code as in transformers'.
+    choice(raw, "norm_eps", {1e-5: None}, 1e-5, where=where)
     if min(vision.image_size, vision.patch_size, vision.width, vision.num_heads) < 1:
         raise ConfigError(f"{where}: image_size, patch_size, hidden_size and attention_heads must be at least 1.")
     if not 1 <= vision.max_tiles <= 64:
