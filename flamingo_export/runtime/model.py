@@ -280,7 +280,9 @@ class Model:
             without it "a" is likelier than "a square" whatever the image shows.
         Raises InputError before anything is run.
         """
-        if isinstance(candidates, str) or not isinstance(candidates, Sequence) or not candidates:
+        if isinstance(candidates, str | bytes) or not isinstance(candidates, Sequence):
+            raise InputError(f"candidates are given as {type(candidates).__name__}; give a list of answers: ['red', 'green']")
+        if not candidates:
             raise InputError("no candidates were given. Give a list of at least one answer.")
         request = as_request(prompt, images, videos)
         started = time.perf_counter()

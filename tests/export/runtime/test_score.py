@@ -79,8 +79,16 @@ def test_image_has_probability_zero(load_tiny: LoadTiny, tiny_config: ModelConfi
 
 @pytest.mark.parametrize(
     ("candidates", "message"),
-    [([], "no candidates"), ([[]], "no tokens"), ([[70]], "outside 0 to 69"), (["red"], "no tokenizer")],
+    [
+        ([], "no candidates"),
+        ([[]], "no tokens"),
+        ([[70]], "outside 0 to 69"),
+        (["red"], "no tokenizer"),
+        ("red", "given as str; give a list"),
+        ((one for one in [[10]]), "given as generator; give a list"),
+        (np.array([[10]]), "given as ndarray; give a list"),
+    ],
 )
-def test_candidates_that_cannot_be_scored(load_tiny: LoadTiny, candidates: list[Any], message: str) -> None:
+def test_candidates_that_cannot_be_scored(load_tiny: LoadTiny, candidates: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         load_tiny().score([1, 10], candidates)
