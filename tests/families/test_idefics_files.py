@@ -207,6 +207,22 @@ def test_ends_and_bans_of_generation_config_are_applied(tmp_path: Path) -> None:
         assert mine[0] != free[0]
 
 
+@pytest.mark.parametrize("ends", [2, [2, 9]])
+def test_words_that_end_a_text_are_not_banned(tmp_path: Path, ends: Any) -> None:
+    """Beside transformers' own processor of bad words, which leaves out what ends a text; what is suppressed is, whatever it ends."""
+    from transformers import NoBadWordsLogitsProcessor
+
+    folder, _ = write(tmp_path / "idefics")
+    words = [[2], [9], [5]]
+    says(folder, eos_token_id=ends, bad_words_ids=words)
+    found = load(CheckpointFiles(path=folder))
+    theirs = NoBadWordsLogitsProcessor(copy.deepcopy(words), ends)(torch.tensor([[1]]), torch.zeros(1, 62))[0]
+    assert set(found.config.tokens.never) - {IMAGE, FAKE} == set(theirs.isneginf().nonzero()[:, 0].tolist())
+    assert found.generation.not_applied["bad_words_ids"] == [word for word in words if word[0] not in found.config.tokens.never]
+    says(folder, eos_token_id=ends, suppress_tokens=[2])
+    assert 2 in load(CheckpointFiles(path=folder)).config.tokens.never
+
+
 def test_inspect_shows_what_generation_config_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, _ = write(tmp_path / "idefics")
     says(folder, eos_token_id=[2, 9], suppress_tokens=[7], temperature=0.2, max_length=40)

@@ -54,8 +54,10 @@ def read_generation(folder: Path, tokens: TokenIds, vocab_size: int, *, of_part:
             f"{path}: bad_words_ids is {words!r:.80}, expected a list of lists of token ids. Fetch the file again."
         )
     checked = [_ids(path, "bad_words_ids", word, vocab_size) for word in words]
-    banned += [word[0] for word in checked if len(word) == 1]
-    longer = [list(word) for word in checked if len(word) != 1]
+    # transformers passes over a word that is what ends a text, so as not to make it endless.
+    single = [word[0] for word in checked if len(word) == 1]
+    banned += [token for token in single if token not in (*tokens.stops, *ends)]
+    longer = [word for word in checked if len(word) != 1 or word[0] in (*tokens.stops, *ends)]
     others = {
         name: value
         for name, value in raw.items()
