@@ -76,6 +76,14 @@ def test_wrappers_and_prefixes_are_taken_off(tmp_path: Path, wrapper: str | None
     check(tmp_path / "a.pt", tensors())
 
 
+def test_a_view_that_turns_signs(tmp_path: Path) -> None:
+    """torch saves the numbers as they were and that they are to be turned."""
+    torch.save({"a": torch._neg_view(torch.ones(2, 3))}, tmp_path / "a.pt")
+    assert torch.load(tmp_path / "a.pt", weights_only=True)["a"].sum() == -6
+    with pytest.raises(CheckpointError, match=r"a is a view that turns the numbers' signs"):
+        open_tensors(tmp_path / "a.pt")
+
+
 def test_weights_under_two_wrappers(tmp_path: Path) -> None:
     torch.save({"model_state_dict": tensors(), "state_dict": tensors()}, tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match=r"a\.pt holds weights under model_state_dict and state_dict\. Save those that"):

@@ -232,6 +232,8 @@ def _placed(call: Call, members: Mapping[str, _Member]) -> TensorEntry | str:
     identity = storage.identity if isinstance(storage, Persistent) else None
     if not (isinstance(identity, tuple) and len(identity) == 5 and identity[0] == "storage" and isinstance(identity[1], Name)):
         return "is not a tensor with a storage"
+    if len(arguments) > 6 and isinstance(arguments[6], dict) and any(arguments[6].get(bit) for bit in ("neg", "conj")):
+        return "is a view that turns the numbers' signs (torch.Tensor.resolve_neg makes a tensor of it)"
     kind, key, count = identity[1], identity[2], identity[4]
     if kind.name not in _STORAGES:
         return f"has element type {kind}, expected one of {', '.join(_STORAGES)}"
