@@ -99,6 +99,15 @@ def test_idefics(idefics: tuple[Path, Any], tmp_path: Path, changes: dict[str, A
     assert_merged(CheckpointFiles(path=idefics[0], adapters=(adapter,)), model.merge_and_unload(), least=least)
 
 
+def test_an_adapter_that_has_a_name_lies_a_folder_further_down(idefics: tuple[Path, Any], tmp_path: Path) -> None:
+    model: Any = get_peft_model(copy.deepcopy(idefics[1]), lora(["q_proj"]), adapter_name="birds")
+    saved(model, tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match=r"adapter has no adapter_config\.json, but .*birds has one\. Name the adapter"):
+        load(CheckpointFiles(path=idefics[0], adapters=(tmp_path / "adapter",)))
+    found = load(CheckpointFiles(path=idefics[0], adapters=(tmp_path / "adapter" / "birds",)))
+    assert found.published.names()
+
+
 def test_matrices_that_an_adapter_calls_transposed(idefics: tuple[Path, Any], tmp_path: Path) -> None:
     """PEFT sets fan_in_fan_out to false where it meets a linear layer, and these matrices are square: a transposed update fits too."""
     adapter = saved(trained(idefics[1], lora(["k_proj", "o_proj"])), tmp_path / "adapter")

@@ -99,6 +99,7 @@ class LoraReader:
         their other half or are misshapen.
         """
         self._base, self._config = base, adapter / CONFIG
+        _name_those_within(adapter)
         settings = _adapter_settings(self._config)
         self._adapter: FileReader = open_tensors(adapter, WEIGHTS).plainly_named()
         plan = _Plan(settings, self._adapter, base, plain_name, vocabulary, second_names)
@@ -144,6 +145,17 @@ class LoraReader:
         merged: Array = delta.T if update.transposed else delta
         merged += weight  # in place: a large matrix is not held a third time
         return merged
+
+
+def _name_those_within(adapter: Path) -> None:
+    """Raises CheckpointError for a folder without an adapter that has folders of adapters: PEFT saves one that has a name in such."""
+    if adapter.is_dir() and not (adapter / CONFIG).is_file():
+        within = sorted(path.parent for path in adapter.glob(f"*/{CONFIG}"))[:20]
+        if within:
+            raise CheckpointError(
+                f"{adapter} has no {CONFIG}, but {', '.join(map(str, within))} {'has' if len(within) == 1 else 'have'} one. Name the "
+                "adapter that is meant."
+            )
 
 
 def _adapter_settings(path: Path) -> _Settings:
