@@ -148,10 +148,12 @@ def imported_open_clip() -> Any:
         return importlib.import_module("open_clip.model")
 
 
-def open_clip_model(quick_gelu: bool) -> tuple[Any, dict[str, Any]]:
+def open_clip_model(
+    quick_gelu: bool, vision: Mapping[str, Any] | None = None, text: Mapping[str, Any] | None = None
+) -> tuple[Any, dict[str, Any]]:
     open_clip = imported_open_clip()
-    text = {"context_length": CONTEXT, "vocab_size": VOCAB, "width": 48, "heads": 3, "layers": 2}
-    vision = {"image_size": SIDE, "layers": 2, "width": 64, "head_width": 32, "patch_size": PATCH}
+    text = {"context_length": CONTEXT, "vocab_size": VOCAB, "width": 48, "heads": 3, "layers": 2, **(text or {})}
+    vision = {"image_size": SIDE, "layers": 2, "width": 64, "head_width": 32, "patch_size": PATCH, **(vision or {})}
     raw = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text, "quick_gelu": quick_gelu}
     model = draw(open_clip.CLIP(24, open_clip.CLIPVisionCfg(**vision), open_clip.CLIPTextCfg(**text), quick_gelu=quick_gelu), 2)
     return model, {"model_cfg": raw, "preprocess_cfg": {}}
@@ -171,6 +173,33 @@ def test_open_clip(quick_gelu: bool) -> None:
     torch.testing.assert_close(of_texts, wanted_texts, rtol=0, atol=1e-9)
     assert contrastive.logit_scale is not None
     assert math.isclose(contrastive.logit_scale.item(), 2.5, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("vision", "text", "why"),
+    [
+        ({"pool_type": "avg"}, {}, "pool_type is 'avg', which is not supported"),
+        ({}, {"qk_norm": True}, r"the text encoder holds transformer.resblocks.0.attn.ln_q.weight, which CLIP's has not"),
+        ({}, {"scale_heads": True}, "the text encoder holds transformer.resblocks.0.attn.head_scale"),
+        ({"final_ln_after_pool": True}, {}, None),
+        ({}, {"block_type": "custom"}, None),
+    ],
+)
+def test_open_clips_towers_are_right_or_left_out(vision: dict[str, Any], text: dict[str, Any], why: str | None) -> None:
+    """What is not CLIP's changes open_clip's embeddings; those kinds that do not are computed as it does."""
+    theirs, raw = open_clip_model(True, vision=vision, text=text)
+    tensors = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    encoder_config = clip._open_clip_encoder(shapes, raw).vision
+    if why is not None:
+        found = clip_towers.towers_of(shapes, {}, raw, encoder_config)
+        assert found.config is None
+        assert why in found.note
+        return
+    images, of_texts = embeddings(*ours(tensors, {}, raw, encoder_config))
+    with torch.no_grad():
+        torch.testing.assert_close(images, theirs.encode_image(pixels(), normalize=True), rtol=0, atol=1e-9)
+        torch.testing.assert_close(of_texts, theirs.encode_text(texts(), normalize=True), rtol=0, atol=1e-9)
 
 
 def test_openais_own_layout() -> None:
@@ -295,6 +324,14 @@ def test_text_towers_that_compute_something_else_are_left_out_by_name(text: dict
 def _openai_tensors() -> dict[str, Any]:
     theirs = transformers_clip("gelu")
     return as_openais({name: tensor.numpy() for name, tensor in theirs.state_dict().items()})
+
+
+def test_an_image_encoder_that_was_pooled_by_its_mean_in_earlier_open_clip() -> None:
+    shapes = {name: tuple(np.shape(tensor)) for name, tensor in _openai_tensors().items()}
+    raw = {"model_cfg": {"embed_dim": 24, "vision_cfg": {"global_average_pool": True}, "text_cfg": {}}}
+    found = clip_towers.towers_of(shapes, {}, raw, clip.config_from_shapes(shapes))
+    assert found.config is None
+    assert "global_average_pool is True, which is not supported" in found.note
 
 
 def test_files_without_towers_and_with_half_of_them() -> None:

@@ -16,6 +16,7 @@ import msgspec
 
 from flamingo_reference.arrays import Shape
 from flamingo_reference.checkpoints.conversions import Recipe, choice, setting, transposed
+from flamingo_reference.checkpoints.converted import source_shapes
 from flamingo_reference.checkpoints.families.clip import (
     HEAD_SIZE,
     OPEN_CLIP_CONFIG,
@@ -49,6 +50,8 @@ def towers_of(
     if len(shapes[proj]) != 2 or shapes[proj][width_at] != vision.width:
         return Towers(note=f"{proj} has shape {shapes[proj]} and the image encoder is {vision.width} wide")
     try:
+        if open_clip and settings.get("model_type") is None:
+            _check_open_clip_pooling(open_clip)
         text, eps = _text(shapes, settings, open_clip, openai=openai)
     except ConfigError as error:
         return Towers(note=str(error))
@@ -60,7 +63,20 @@ def towers_of(
         text=text,
         template=TEMPLATE,
     )
+    layers, read = f"{_NAMES['openai' if openai else 'transformers'].layers}.", source_shapes(recipes(config, vision, shapes))
+    unread = [name for name in shapes if name.startswith(layers) and name not in read] if text is not None else []
+    if unread:
+        return Towers(note=f"the text encoder holds {unread[0]}, which CLIP's has not")
     return Towers(config=config)
+
+
+def _check_open_clip_pooling(raw: Mapping[str, Any]) -> None:
+    """Raises ConfigError for an image encoder that is pooled otherwise than by its class token; its features are the same."""
+    where = f"{OPEN_CLIP_CONFIG}, vision_cfg"
+    model = setting(raw, "model_cfg", dict, where=OPEN_CLIP_CONFIG)
+    vision = setting(model, "vision_cfg", dict, {}, where=f"{OPEN_CLIP_CONFIG}, model_cfg")
+    choice(vision, "pool_type", {"tok": None}, "tok", where=where)
+    choice(vision, "global_average_pool", {False: None, None: None}, False, where=where)  # its name in earlier versions
 
 
 def _text(
