@@ -223,7 +223,7 @@ def _fitting_rows(path: Path, manifest: Manifest, backend: Backend, options: Ses
     process that takes more is killed without a word.
     """
     from flamingo_export.errors import BackendError
-    from flamingo_export.estimates import cache_bytes, opened_weights
+    from flamingo_export.estimates import cache_bytes, opened_weights, rounded_apart
     from flamingo_export.machine import available_memory
     from flamingo_export.weights import WeightIndex
 
@@ -233,9 +233,10 @@ def _fitting_rows(path: Path, manifest: Manifest, backend: Backend, options: Ses
     if needed > available:
         blocks = manifest.precision.policy is not None and not manifest.precision.policy.needs_ranges
         advice = "Free some" if blocks else "Build it with --int4 or --int8, whose codes stay as they are, free some"
+        wanted, there = rounded_apart(needed, available)
         raise BackendError(
-            f"the weights of {path.name} take {needed / 2**30:.1f} GiB of memory on a CPU, where 16 bits and FP8 are widened to fp32; "
-            f"{available / 2**30:.1f} GiB are available. {advice}, or run it on a GPU."
+            f"the weights of {path.name} take {wanted} of memory on a CPU, where 16 bits and FP8 are widened to fp32; "
+            f"{there} are available. {advice}, or run it on a GPU."
         )
     each = cache_bytes(manifest.config, positions=manifest.limits.max_length, width=4)
     fitting = (available - needed) // each

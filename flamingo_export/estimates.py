@@ -296,7 +296,15 @@ def shortage(what: str, needed: int, available: int) -> str:
     """Why something does not fit, for messages; empty if it does."""
     if needed <= available:
         return ""
-    return f"{what} takes about {needed / GIB:.1f} GiB of memory, {available / GIB:.1f} GiB may be used"
+    wanted, there = rounded_apart(needed, available)
+    return f"{what} takes about {wanted} of memory, {there} may be used"
+
+
+def rounded_apart(needed: int, available: int) -> tuple[str, str]:
+    """What is needed and the less that is there, for messages: rounded up and down, so that they are never the same number."""
+    unit, name, places = (GIB, "GiB", 10) if needed >= GIB else (1 << 20, "MiB", 1)
+    up, down = -(-needed * places // unit) / places, max(0, available) * places // unit / places
+    return (f"{up:.1f} {name}", f"{down:.1f} {name}") if places > 1 else (f"{up:.0f} {name}", f"{down:.0f} {name}")
 
 
 def _opened(index: WeightIndex, name: str) -> int:

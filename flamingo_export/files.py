@@ -92,6 +92,11 @@ def _locked(path: Path, busy: Callable[[str], Exception]) -> int:
         os.close(handle)  # whoever held it removed the file in between
 
 
+def not_utf8(path: Path) -> bool:
+    """Whether a path is not UTF-8. Python and the system take it, ONNX Runtime and tokenizers take no such names."""
+    return any("\ud800" <= letter <= "\udfff" for letter in str(path))
+
+
 def inode(path: Path) -> int | None:
     """The number that tells a file or folder from another of the same name; None where there is none."""
     try:

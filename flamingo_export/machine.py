@@ -16,9 +16,12 @@ def user_cache(kind: str) -> Path | None:
     """Folder for one kind of file below the user's cache: `$XDG_CACHE_HOME`, else `~/.cache`. Not made yet.
 
     None where there is neither: a user id without HOME and without an entry in passwd, as containers have them. Whoever asks then does
-    without the cache. A relative XDG_CACHE_HOME is passed over, as the XDG Base Directory Specification asks.
+    without the cache. A relative XDG_CACHE_HOME is passed over, as the XDG Base Directory Specification asks. A HOME that is relative or
+    empty does not count: the cache would lie in whatever folder the command is called from, or in the root folder.
     """
-    named = os.environ.get("XDG_CACHE_HOME", "")
+    named, home = os.environ.get("XDG_CACHE_HOME", ""), os.environ.get("HOME")
+    if not os.path.isabs(named) and home is not None and not os.path.isabs(home):
+        return None
     try:
         root = Path(named) if os.path.isabs(named) else Path.home() / ".cache"
     except RuntimeError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import stat
 from pathlib import Path
 from typing import Literal
 
@@ -225,12 +227,15 @@ def read_manifest(bundle: Path) -> Manifest:
     """
     path = bundle / MANIFEST_NAME
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe or device, which a link can lead to, may never end
+            raise BundleError(f"{path} is not a file. Build the bundle again, or copy it again from where it came.")
         text = path.read_bytes()
     except FileNotFoundError:
         if not bundle.exists():
-            raise BundleError(f"{bundle} does not exist. Make it: {_MAKE} --out {bundle}") from None
+            raise BundleError(f"{bundle} does not exist. Make it: {_MAKE} --out {shlex.quote(str(bundle))}") from None
         raise BundleError(
-            f"{bundle} has no {MANIFEST_NAME}, so it is not a complete bundle. Build it again: {_MAKE} --out {bundle}"
+            f"{bundle} has no {MANIFEST_NAME}, so it is not a complete bundle. Build it again: {_MAKE} "
+            f"--out {shlex.quote(str(bundle))}"
         ) from None
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error.strerror}") from error

@@ -12,7 +12,7 @@ import msgspec
 
 from flamingo_export.bundle.manifest import MANIFEST_NAME, FileRecord, Manifest, read_manifest
 from flamingo_export.errors import BundleError
-from flamingo_export.files import write_atomically
+from flamingo_export.files import not_utf8, write_atomically
 from flamingo_export.machine import user_cache
 from flamingo_export.progress import SILENT, Progress
 
@@ -66,6 +66,10 @@ def open_bundle(bundle: Path, *, progress: Progress = SILENT) -> Manifest:
     the bundle, and if the manifest's values are invalid.
     """
     manifest = read_manifest(bundle)
+    if not_utf8(bundle):
+        raise BundleError(
+            f"the name {bundle} is not UTF-8, which ONNX Runtime cannot open. Rename that folder, or go into it first."
+        )
     check_manifest(bundle, manifest)
     verify(bundle, manifest, progress=progress)
     return manifest

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code: 0, 1 (failure), 2 (usage), 130 (interrupted) or 143 (terminated)."""
     from flamingo_export.cli.interrupts import watched
+    from flamingo_export.cli.standard_streams import usable
 
-    with watched() as interrupts:
+    with watched() as interrupts, usable():
         try:
             from flamingo_export.cli.app import run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -255,7 +256,7 @@ def print_result(result: BuildResult, as_json: bool) -> None:
 
 def parity_hint(result: BuildResult) -> str:
     """The command that runs parity on a bundle that was built without it."""
-    manifest, command = result.manifest, f"flamingo-export parity {result.path}"
+    manifest, command = result.manifest, f"flamingo-export parity {shlex.quote(str(result.path))}"
     if any(record.path.startswith("golden/") for record in manifest.files):
         return f"golden values to compare with are in the bundle: {command}"
     found = "" if manifest.source.kind == "random" else " --against reference" if manifest.source.place else " --checkpoint DIR"

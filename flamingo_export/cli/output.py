@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -64,8 +66,20 @@ def print_json(value: Any) -> None:
     """`value` (msgspec structs, dataclasses, containers) as indented JSON on stdout."""
     import msgspec
 
-    data = msgspec.json.format(msgspec.json.encode(value, enc_hook=_plain), indent=1)
-    print(data.decode())
+    try:
+        text = msgspec.json.format(msgspec.json.encode(value, enc_hook=_plain), indent=1).decode()
+    except UnicodeEncodeError:  # the name of a file is not UTF-8: an escape for each byte, from which Python has the name back
+        text = json.dumps(_finite(msgspec.to_builtins(value, enc_hook=_plain, str_keys=True)), indent=1)
+    print(text)
+
+
+def _finite(value: Any) -> Any:
+    """Null for numbers that JSON does not have, as msgspec writes them."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _plain(value: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import msgspec
 from flamingo_export import files
 from flamingo_export.bundle.manifest import MANIFEST_NAME, FileRecord
 from flamingo_export.errors import BuildError
+from flamingo_export.estimates import rounded_apart
 from flamingo_export.files import Identified
 
 
@@ -27,6 +29,8 @@ class BuildPaths(msgspec.Struct, frozen=True):
     def __post_init__(self) -> None:
         if not self.out.name or "\0" in str(self.out):
             raise BuildError(f"{str(self.out)!r} cannot be the name of a bundle. Choose another output path: --out NAME.bundle")
+        if files.not_utf8(self.out):
+            raise BuildError(f"the name {self.out} is not UTF-8, which ONNX Runtime cannot open. Choose another --out.")
 
     @property
     def work(self) -> Path:
@@ -157,7 +161,8 @@ def check_output(paths: BuildPaths, *, overwrite: bool) -> None:
         return
     if paths.out.is_mount():
         raise BuildError(
-            f"{paths.out} is where a disk is mounted, which cannot be replaced. Choose a folder in it: --out {paths.out}/NAME.bundle"
+            f"{paths.out} is where a disk is mounted, which cannot be replaced. Choose a folder in it: "
+            f"--out {shlex.quote(str(paths.out / 'NAME.bundle'))}"
         )
     if paths.out.is_dir() and not paths.out.is_symlink() and not any(paths.out.iterdir()):
         return
@@ -173,8 +178,9 @@ def check_disk(paths: BuildPaths, needed: int) -> None:
     """Raises BuildError if the output's disk has fewer than `needed` bytes free."""
     free = shutil.disk_usage(paths.out.parent).free
     if free < needed:
+        wanted, there = rounded_apart(needed, free)
         raise BuildError(
-            f"the build needs {needed / 2**30:.2f} GiB on the disk of {paths.out.parent.resolve()}, which has {free / 2**30:.2f} GiB free. "
+            f"the build needs {wanted} on the disk of {paths.out.parent.resolve()}, which has {there} free. "
             "Free some, or choose an --out on another disk."
         )
 

@@ -95,7 +95,7 @@ def check_with_polygraphy(bundle: Path, *, export: Path | None = None, progress:
     goldens = load_goldens(bundle / GOLDEN_FOLDER)
     if goldens is None:
         raise ParityError(
-            f"{bundle} has no golden values. Record them where PyTorch is installed: flamingo-export parity {bundle}"
+            f"{bundle} has no golden values. Record them where PyTorch is installed: flamingo-export parity {shlex.quote(str(bundle))}"
         )
     if manifest.precision.media == "fp8":
         raise ParityError(f"{bundle} keeps media in FP8, which Polygraphy's runner cannot be fed. Check it by parity only.")

@@ -97,6 +97,20 @@ def test_shortages_are_told_in_one_unit() -> None:
     assert estimates.shortage("running it", 3 << 30, 1 << 30) == "running it takes about 3.0 GiB of memory, 1.0 GiB may be used"
 
 
+@pytest.mark.parametrize(
+    ("needed", "available", "said"),
+    [
+        ((9 << 30) + 1, 9 << 30, ("9.1 GiB", "9.0 GiB")),
+        (9_900_000_000, 9_890_000_000, ("9.3 GiB", "9.2 GiB")),
+        ((70 << 20) + 1, 70 << 20, ("71 MiB", "70 MiB")),
+        (1, 0, ("1 MiB", "0 MiB")),
+    ],
+)
+def test_what_is_needed_and_what_is_there_are_never_said_alike(needed: int, available: int, said: tuple[str, str]) -> None:
+    assert estimates.rounded_apart(needed, available) == said
+    assert all(f" {each} " in estimates.shortage("it", needed, available).replace(",", " ,") for each in said)
+
+
 def tiled_11b() -> ModelConfig:
     """Llama 3.2 Vision 11B: the defaults of its config.json, but for the size of images."""
     return llama_vision.config_from({"text_config": {}, "vision_config": {"image_size": 560}}, name="llama-3.2-11b-vision")

@@ -104,3 +104,15 @@ def test_threads_of_a_session_follow_the_quota(host: Path) -> None:
     put(host, cpu__max="200000 100000")
     assert session_options(SessionOptions(), None).intra_op_num_threads == 2
     assert session_options(SessionOptions(threads=5), None).intra_op_num_threads == 5
+
+
+@pytest.mark.parametrize("home", ["", "here", "./here"])
+def test_a_home_that_is_no_absolute_path_has_no_cache(home: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", home)
+    assert machine.user_cache("verified") is None
+    monkeypatch.setenv("XDG_CACHE_HOME", "/var/cache")
+    assert machine.user_cache("verified") == Path("/var/cache/flamingo-export/verified")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/")
+    assert machine.user_cache("verified") == Path("/.cache/flamingo-export/verified")

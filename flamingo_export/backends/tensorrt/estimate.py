@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from flamingo_export.backends.compiler import Estimate
 from flamingo_export.bundle.manifest import GraphRecord
 from flamingo_export.errors import BuildError
-from flamingo_export.estimates import BUILD_RATIO, GIB, engine_building, engine_weights
+from flamingo_export.estimates import BUILD_RATIO, GIB, engine_building, engine_weights, rounded_apart
 from flamingo_export.weights.decoder_cuts import fewest_parts, graph_bytes
 from flamingo_reference.config import ModelConfig
 
@@ -41,8 +41,9 @@ def check_memory(config: ModelConfig, graph: GraphRecord, sizes: Mapping[str, in
             if parts is None
             else f"In {parts} parts it fits: --parts {parts}. Or: "
         )
+    wanted, there = rounded_apart(needed.memory, available)
     raise BuildError(
-        f"building the engine of {graph.name} takes about {needed.memory / GIB:.1f} GiB of memory ({BUILD_RATIO} times its "
-        f"{needed.weight_bytes / GIB:.1f} GiB of weights), {available / GIB:.1f} GiB are available. {advice}Free some, build on a machine "
+        f"building the engine of {graph.name} takes about {wanted} of memory ({BUILD_RATIO} times its "
+        f"{needed.weight_bytes / GIB:.1f} GiB of weights), {there} are available. {advice}Free some, build on a machine "
         "with more (TensorRT for RTX needs no GPU for it: copy the bundle back), or store weights in fewer bits (--storage)."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def found_by_text(bundle: Path, folder: Path, text: str, count: int, *, faiss: b
         if index.record.features != EMBEDDINGS:
             raise EvaluationError(
                 f"the index {folder} holds {index.record.features}, which texts cannot be compared with. Make it again: "
-                f"flamingo-export index {bundle} --data ... --out {folder} --overwrite"
+                f"flamingo-export index {shlex.quote(str(bundle))} --data ... --out {shlex.quote(str(folder))} --overwrite"
             )
         return _hits(index, encoder.embed_texts([text]), count, faiss)
 

@@ -9,6 +9,7 @@ Shards are written one after the other, each whole or not at all, so an interrup
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ class Index:
         if self.record.bundle != digest:
             raise EvaluationError(
                 f"the index {self.folder} was made by another bundle than {name} (digest {self.record.bundle[:12]}, expected {digest[:12]}). "
-                f"Make it again: flamingo-export index {name} --data ... --out {self.folder} --overwrite"
+                f"Make it again: flamingo-export index {shlex.quote(name)} --data ... --out {shlex.quote(str(self.folder))} --overwrite"
             )
 
 
@@ -145,7 +146,7 @@ def read_record(folder: Path) -> IndexRecord:
         return msgspec.json.decode((folder / INDEX_FILE).read_bytes(), type=IndexRecord)
     except FileNotFoundError:
         raise EvaluationError(
-            f"{folder} is not an index. Make one: flamingo-export index BUNDLE --data train.jsonl --out {folder}"
+            f"{folder} is not an index. Make one: flamingo-export index BUNDLE --data train.jsonl --out {shlex.quote(str(folder))}"
         ) from None
     except (msgspec.MsgspecError, OSError) as error:
         raise EvaluationError(f"{folder / INDEX_FILE} cannot be read as an index ({error}). Make it again.") from None

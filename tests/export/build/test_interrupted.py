@@ -347,7 +347,7 @@ def test_too_little_space_is_said_before_anything_is_written(
 ) -> None:
     usage = type("Usage", (), {"free": 1_000_000})
     monkeypatch.setattr("flamingo_export.pipeline.work_folder.shutil.disk_usage", lambda path: usage)
-    with pytest.raises(BuildError, match=r"needs 0\.06 GiB .* has 0\.00 GiB free"):
+    with pytest.raises(BuildError, match=r"needs \d\d MiB .* has 0 MiB free"):
         make(spoken_config, tmp_path / "b.bundle")
     assert not list(tmp_path.rglob("*.safetensors"))
 

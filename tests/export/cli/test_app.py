@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +19,9 @@ from typing import Any
 import pytest
 from typer.main import get_command
 
+import flamingo_export
 import flamingo_export.cli.inspect as inspect_module
+from flamingo_export.cli import standard_streams
 from flamingo_export.cli.app import app
 from flamingo_export.errors import BundleError
 
@@ -234,3 +239,77 @@ def test_a_call_from_python_leaves_no_log_handler(cli, bundle, pictures):
     before = list(logging.getLogger("flamingo_export").handlers)
     assert cli("generate", bundle, "--image", pictures / "a.png", "--max-new-tokens", "1").code == 0
     assert logging.getLogger("flamingo_export").handlers == before
+
+
+def _ran(line: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """What a shell makes of a line in which `it` is the command."""
+    it = f'it() {{ {shlex.quote(sys.executable)} -m flamingo_export "$@"; }}; '
+    return subprocess.run(["bash", "-c", it + line], env={**os.environ, **environment}, capture_output=True, timeout=120)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("verb", ["inspect --size nano", "build --size nano --parity skip --out {}"])
+def test_closed_streams_are_no_fault(tmp_path, closed, verb):
+    made = tmp_path / "made.bundle"
+    done = _ran(f"it {verb.format(shlex.quote(str(made)))} {closed}")
+    assert (done.returncode, b"Error" in done.stderr) == (0, False)
+    assert (b"nano" in done.stdout) == (closed == "2>&-")
+    if "build" in verb:
+        flamingo_export.load(made).close()  # no remark went into a file that got the closed stream's number
+
+
+@pytest.mark.slow
+def test_an_encoding_without_a_character_has_its_escape():
+    script = "from flamingo_export.cli.standard_streams import usable\nwith usable():\n    print('donn\\xe9es caf\\udce9')"
+    for encoding, expected in (
+        ("ascii:strict", b"donn\\xe9es caf\\udce9\n"),
+        ("utf-8:strict", "données caf".encode() + b"\xe9\n"),
+    ):
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, check=True, timeout=60)
+        assert done.stdout == expected
+
+
+def test_streams_are_left_as_they_were():
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        patch.setattr(sys, "stderr", None)
+        with standard_streams.usable():
+            print("x", file=sys.stderr)
+            assert stream.errors == "surrogateescape"
+        assert (sys.stdout, sys.stderr, stream.errors) == (stream, None, "strict")
+
+
+def test_commands_in_messages_can_be_typed_where_a_path_has_a_blank(cli, tmp_path):
+    path = tmp_path / "my bundle"
+    path.mkdir()
+    for given in (path, tmp_path / "no 'bundle'"):
+        command = cli("generate", given, "--image", "a.png").err.partition("flamingo-export build ")[2]
+        assert shlex.split(command)[-2:] == ["--out", str(given)]
+    made = cli("build", "--size", "nano", "--parity", "skip", "--out", tmp_path / "new bundle")
+    assert shlex.split(made.out.rpartition("flamingo-export parity ")[2]) == [str(tmp_path / "new bundle")]
+
+
+def test_names_that_are_not_utf8_are_refused_before_anything_is_written(cli, tmp_path, bundle):
+    named = tmp_path / os.fsdecode(b"caf\xe9")
+    outcome = cli("build", "--size", "nano", "--parity", "skip", "--out", named / "n.bundle")
+    assert (outcome.code, "is not UTF-8, which ONNX Runtime cannot open" in outcome.err) == (1, True)
+    assert not named.exists()
+    shutil.copytree(bundle, named)
+    outcome = cli("generate", named, "--image", "a.png")
+    assert (outcome.code, "is not UTF-8, which ONNX Runtime cannot open" in outcome.err) == (1, True)
+    assert json.loads(cli("inspect", named, "--json").out)["bundle"] == str(named)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_manifest_that_never_ends_is_not_read(cli, tmp_path, kind):
+    manifest = tmp_path / "manifest.json"
+    if kind == "pipe":
+        os.mkfifo(manifest)
+    else:
+        manifest.symlink_to("/dev/zero")
+    outcome = cli("generate", tmp_path, "--image", "a.png")
+    assert (outcome.code, "manifest.json is not a file" in outcome.err) == (1, True)
+    assert cli("inspect", tmp_path).code == 1

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from flamingo_export.cli.output import results, table
+import json
+import os
+
+import numpy as np
+
+from flamingo_export.cli.output import print_json, results, table
 
 
 def test_a_title_is_not_wrapped_to_its_table(capsys):
@@ -18,3 +23,11 @@ def test_markup_in_titles_and_cells_is_text(capsys):
     out = capsys.readouterr().out
     assert "[red]x[/red]" in out
     assert out.startswith("[bold]y\n")
+
+
+def test_json_has_names_that_are_not_utf8(capsys):
+    name = os.fsdecode(b"caf\xe9.png")
+    print_json({"file": name, "values": (np.float32(1.5), float("nan")), "by_row": {2: name}})
+    found = json.loads(capsys.readouterr().out)
+    assert found == {"file": name, "values": [1.5, None], "by_row": {"2": name}}
+    assert os.fsencode(found["file"]) == b"caf\xe9.png"
