@@ -89,7 +89,7 @@ KINDS = ["generation", "preprocessor", "adapter", "the old IDEFICS", "otter", "o
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_setting_of_another_kind_or_none(
     places: dict[str, tuple[CheckpointFiles, Path]], kind: str, data: st.DataObject
