@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flamingo_export.errors import CheckpointError
 from flamingo_reference.checkpoints.files.tensors import CheckpointError as UnreadableCheckpoint
@@ -10,6 +11,9 @@ from flamingo_reference.checkpoints.files.tokenizer_file import open_tokenizer
 from flamingo_reference.config import ModelConfig
 from flamingo_reference.contrastive_config import TextConfig
 from flamingo_reference.input_format import PAPER, Tags
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 _STRUCTURE = {"pad": "<PAD>", "bos": "<BOS>", "eoc": "<EOC>", "image": "<image>"}
 _NUM_BYTES = 256
@@ -32,6 +36,7 @@ def checked_tokenizer(path: Path, config: ModelConfig, tags: Tags = PAPER.tags) 
     spare = 0 if tags == PAPER.tags else _MAX_SPARE_ROWS
     if not expected - spare <= size <= expected:
         raise CheckpointError(f"{path} has {size} tokens, the model's vocabulary has {expected}. {advice}")
+    _check_ids(tokenizer, path, expected, advice)
     wanted = {
         tag: getattr(config.tokens, field)
         for field, tag in (("bos", tags.bos), ("eoc", tags.eoc), ("image", tags.image))
@@ -57,7 +62,16 @@ def checked_text_tokenizer(path: Path, text: TextConfig) -> str:
     size = tokenizer.get_vocab_size(with_added_tokens=True)
     if not text.vocab_size - _MAX_SPARE_ROWS <= size <= text.vocab_size:
         raise CheckpointError(f"{path} has {size} tokens, the text tower's vocabulary has {text.vocab_size}. {advice}")
+    _check_ids(tokenizer, path, text.vocab_size, advice)
     return str(tokenizer.to_str())
+
+
+def _check_ids(tokenizer: Tokenizer, path: Path, rows: int, advice: str) -> None:
+    """Raises CheckpointError for an id beyond the vocabulary: there is nothing to embed for it, and the library, which writes a place for
+    every id up to the largest, ends the process where that takes more than all memory."""
+    text, largest = max(tokenizer.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1], default=("", -1))
+    if largest >= rows:
+        raise CheckpointError(f"{path} gives {text} the id {largest}, the model has {rows} tokens. {advice}")
 
 
 def placeholder_tokenizer(config: ModelConfig) -> str | None:

@@ -13,17 +13,21 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import models, normalizers
 
 import flamingo_export
+from flamingo_export.bundle.bundled_tokenizer import checked_text_tokenizer, checked_tokenizer
 from flamingo_export.bundle.manifest import MANIFEST_NAME, read_manifest
 from flamingo_export.cli import main
 from flamingo_export.errors import BackendError, BundleError, InputError, PromptError
+from flamingo_export.errors import CheckpointError as BuildCheckpointError
 from flamingo_export.runtime.sampling import GREATEST_TEMPERATURE
+from flamingo_export.sources.checkpoint import CheckpointSource
 from flamingo_export.weights import WeightIndex
 from flamingo_reference.checkpoints.files.sentencepiece_model import read_sentencepiece
 from flamingo_reference.checkpoints.files.tensors import CheckpointError
 from flamingo_reference.checkpoints.files.torch_file import open_torch_file
+from flamingo_reference.contrastive_config import TextConfig
 
 from tests.fuzz.test_fuzz_bundles import with_digest  # isort: skip
-from tests.fuzz.test_fuzz_checkpoints import message, sentencepiece  # isort: skip
+from tests.fuzz.test_fuzz_checkpoints import message, openflamingo, sentencepiece  # isort: skip
 
 if TYPE_CHECKING:
     from tests.fuzz.conftest import Copy
@@ -120,6 +124,26 @@ def test_a_tokenizer_that_panics(bundle: Path, tmp_path: Path, with_file: Copy) 
     changed = altered(bundle, tmp_path / "b", with_file, "tokenizer/tokenizer.json", tokenizer.to_str().encode())
     with flamingo_export.load(changed) as model, pytest.raises(PromptError, match="tokenizer cannot encode 'héllo'"):
         model.generate("héllo", max_new_tokens=1)
+
+
+@pytest.mark.parametrize("index", [5_000, 1_000_000])
+def test_an_id_beyond_the_vocabulary_is_refused_by_the_build(published: Path, tmp_path: Path, index: int) -> None:
+    """As many tokens as the model has, one of them with an id that it does not have: the bundle could not be loaded, and from some thousand
+    million on the library ended the process when the tokenizer was written."""
+    content = json.loads((published / "openflamingo-tiny" / "mpt" / "tokenizer.json").read_bytes())
+    words = content["model"]["vocab"]
+    words[list(words)[7]] = index
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(content))
+    source = CheckpointSource(openflamingo(published / "openflamingo-tiny"))
+    with pytest.raises(
+        BuildCheckpointError, match=f"the id {index}, the model has {source.config.language_model.embedding_rows}"
+    ):
+        checked_tokenizer(path, source.config, source.inputs.tags)
+    size = FastTokenizer.from_file(str(path)).get_vocab_size()
+    tower = TextConfig(vocab_size=size, width=8, num_layers=1, num_heads=1, ffw_width=8, max_positions=8)
+    with pytest.raises(BuildCheckpointError, match=f"the id {index}"):
+        checked_text_tokenizer(path, tower)
 
 
 def test_a_tokenizer_without_a_token_for_what_it_does_not_know(bundle: Path, tmp_path: Path, with_file: Copy) -> None:
