@@ -156,6 +156,30 @@ def test_an_adapter_beside_the_weights_is_not_passed_over_in_silence(tmp_path: P
     assert not load(CheckpointFiles(path=folder, adapters=(folder,))).notes
 
 
+def test_weights_in_torchs_format_beside_an_adapter_in_safetensors(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    folder, theirs = write(tmp_path / "idefics")
+    plain = load(CheckpointFiles(path=folder)).reader
+    wanted = {name: np.array(plain.read(name)) for name in plain.names()}
+    torch.save(theirs.state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    get_peft_model(copy.deepcopy(theirs), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(str(folder))
+    assert (folder / "adapter_model.safetensors").is_file()
+    found = load(CheckpointFiles(path=folder))
+    for name, array in wanted.items():
+        np.testing.assert_array_equal(found.reader.read(name), array)
+
+
+def test_an_adapter_in_place_of_a_model(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    _, theirs = write(tmp_path / "idefics")
+    get_peft_model(copy.deepcopy(theirs), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(str(tmp_path / "adapter"))
+    with pytest.raises(CheckpointError, match=r"adapter holds an adapter, .* Give both: --checkpoint MODEL --lora .*adapter"):
+        load(CheckpointFiles(path=tmp_path / "adapter"))
+
+
 # generation_config.json.
 
 

@@ -23,7 +23,8 @@ from flamingo_reference.checkpoints.files.tensors import FLOATS, CheckpointError
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
+"""What PEFT puts before every name."""
 # The base's tensor `NAME.weight` is changed by NAME + one of these pairs.
 _PARTS = {
     ".lora_A.weight": ("down", False),
@@ -215,7 +216,7 @@ class _Plan:
         replaced: dict[str, str] = {}
         faults: list[str] = []
         for name in self._adapter.names():
-            own = name.removeprefix(_PREFIX)
+            own = name.removeprefix(PREFIX)
             if self._adapter.dtype(name) not in FLOATS:
                 faults.append(f"{name} has element type {self._adapter.dtype(name)}, expected a float")
             suffix = next((suffix for suffix in _PARTS if own.endswith(suffix)), None)

@@ -14,6 +14,8 @@ from flamingo_reference.checkpoints.families.known import FAMILIES, Family
 from flamingo_reference.checkpoints.files.folder import INDEX_SUFFIX, NAMES, OPEN_CLIP_NAMES, open_tensors
 from flamingo_reference.checkpoints.files.json_file import read_json
 from flamingo_reference.checkpoints.files.tensors import CheckpointError, FileReader
+from flamingo_reference.checkpoints.lora import CONFIG as ADAPTER_CONFIG
+from flamingo_reference.checkpoints.lora import PREFIX as ADAPTER_PREFIX
 
 CONFIG = "config.json"
 _PACKED = (".qweight", ".qzeros", ".absmax", ".quant_map", ".SCB", ".weight_packed", ".weight_scale")
@@ -56,6 +58,10 @@ def recognise(path: Path, families: Sequence[Family] = FAMILIES, *, may_be_absen
             f"{path} is {by_config.title} by its {CONFIG}, but its tensors cannot be read: {error}"
         ) from error
     names = reader.names()
+    if path.is_dir() and (path / ADAPTER_CONFIG).is_file() and names and all(name.startswith(ADAPTER_PREFIX) for name in names):
+        raise CheckpointError(
+            f"{path} holds an adapter, which changes a model that lies elsewhere. Give both: --checkpoint MODEL --lora {path}"
+        )
     packed = next((name for name in names if name.endswith(_PACKED)), None)
     if packed is not None:
         raise CheckpointError(f"{path} holds {packed}: its matrices are published quantised. {_ORIGINAL}")

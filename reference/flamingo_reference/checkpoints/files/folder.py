@@ -15,13 +15,14 @@ INDEX_SUFFIX = ".index.json"
 OPEN_CLIP_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 NAMES = (
     "model.safetensors",
-    "adapter_model.safetensors",
     "pytorch_model.bin",
-    "adapter_model.bin",
     "checkpoint.pt",
     *OPEN_CLIP_NAMES,
+    "adapter_model.safetensors",
+    "adapter_model.bin",
 )
-"""Files looked for in a folder, safetensors first; each may be shards with an index, whose name is the file's and `.index.json`."""
+"""Files looked for in a folder, in this order: an adapter may lie beside the weights. Each may be shards with an index, whose name is the
+file's and `.index.json`."""
 TOWERS_NAME, TOWERS = "contrastive.safetensors", "contrastive."
 """The file of a contrastive encoder beside model.safetensors, and what the names of its tensors begin with."""
 _ARCHIVE = b"PK\x03\x04"
