@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import stat
+from collections.abc import Sequence
+from contextlib import suppress
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +34,7 @@ def package(bundle: Path, host: str, out: Path) -> list[Path]:
     host: one of HOSTS.
     out: a folder that is missing or empty.
     Raises BundleError, BuildError for an unknown host, an `out` that holds something or a bundle whose name cannot stand in those files.
+    What a failed call has written is removed.
     """
     if host not in HOSTS:
         raise BuildError(f"{host!r} is not a host that there is a folder for. Choose one of {', '.join(HOSTS)}.")
@@ -39,16 +42,29 @@ def package(bundle: Path, host: str, out: Path) -> list[Path]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BuildError(f"{out} exists and is not an empty folder. Name another one with --out.")
     fields = _fields(bundle, manifest)
-    out.mkdir(parents=True, exist_ok=True)
-    written = []
-    for name, text in sorted(_templates(host)):
-        path = out / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, _FIELD.sub(lambda found: fields[found[1]], text).encode())
-        if text.startswith("#!"):
-            path.chmod(path.stat().st_mode | stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH)
-        written.append(path)
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    written: list[Path] = []
+    try:
+        for name, text in sorted(_templates(host)):
+            path = out / name
+            write_atomically(path, _FIELD.sub(lambda found: fields[found[1]], text).encode())
+            written.append(path)
+            if text.startswith("#!"):
+                path.chmod(path.stat().st_mode | stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH)
+    except BaseException:
+        _take_back(written, out, made)
+        raise
     return written
+
+
+def _take_back(written: Sequence[Path], out: Path, made: Sequence[Path]) -> None:
+    """Removes what was written before a failure, so that the same command finds `out` as it was; half a folder looks like a whole one."""
+    for path in written:
+        path.unlink(missing_ok=True)
+    folders = {folder for folder in out.rglob("*") if folder.is_dir()}
+    for folder in (*sorted(folders, reverse=True), *made):
+        with suppress(OSError):  # holds what somebody else put there
+            folder.rmdir()
 
 
 def _templates(host: str) -> list[tuple[str, str]]:

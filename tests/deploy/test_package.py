@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -213,3 +214,29 @@ def test_the_command(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "out").mkdir()
     assert main(["package", str(bundle), "--for", "docker", "--out", str(tmp_path / "out")]) == 0
     assert str(tmp_path / "out" / "compose.yaml") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_full_disk_leaves_no_half_of_a_folder(
+    bundle: Path, tmp_path: Path, host: str, empty: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command then finds the place as it was; what is left of a half would be refused as a folder of somebody's, or used."""
+    out, left = tmp_path / "new" / "out", [3]
+
+    def until_full(path: Path, data: bytes) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(path))
+        path.write_bytes(data)
+
+    if empty:
+        out.mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    with monkeypatch.context() as patch:
+        patch.setattr("flamingo_export.deploy.package.write_atomically", until_full)
+        with pytest.raises(OSError, match="No space left"):
+            package(bundle, host, out)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert all(path.is_file() for path in package(bundle, host, out))
