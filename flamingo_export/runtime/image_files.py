@@ -211,4 +211,4 @@ def translated(name: str) -> Iterator[None]:
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name} is refused: {error}. Scale it down first.") from None
     except Exception as error:
-        raise ImageError(f"{name} is damaged or truncated: {error}") from error
+        raise ImageError(f"{name} is damaged or truncated: {str(error) or type(error).__name__}") from error

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, ImageFile
 
 from flamingo_export.errors import ImageError
 from flamingo_export.runtime.animations import open_animation
@@ -38,6 +38,10 @@ def load_image(source: ImageSource) -> Pixels:
         return _from_array(source)
     if isinstance(source, Image.Image):
         name = UNNAMED
+        if isinstance(source, ImageFile.ImageFile) and source.tile and (source.fp is None or source.fp.closed):
+            raise ImageError(
+                "the Pillow image given was closed before it was decoded. Call its load() while it is open, or give the file."
+            )
         with translated(name):
             frames = getattr(source, "n_frames", 1) - bool(getattr(source, "default_image", False))
             if source.format != "MPO":

@@ -281,7 +281,10 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
         stream = streams[0]
         stream.thread_type = "AUTO"
         if stream.codec_context is None:
-            raise ImageError(f"{path}: there is no decoder for its video")
+            raise ImageError(
+                f"{path}: there is no decoder for its video. Get the whole file if it was cut off, or convert it: "
+                "ffmpeg -i FILE -c:v libx264 OUT.mp4"
+            )
         width, height = stream.codec_context.width, stream.codec_context.height
         if width * height > MAX_PIXELS:
             raise ImageError(

@@ -117,6 +117,22 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     assert (load_image(path) == np.rot90(PHOTO, -1)).all()
 
 
+def test_a_pillow_image_that_is_closed(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.new("RGB", (3, 2), (1, 2, 3)).save(path)
+    with Image.open(path) as opened:
+        pass
+    with pytest.raises(ImageError, match=r"closed before it was decoded. Call its load\(\)"):
+        load_image(opened)
+    with path.open("rb") as file:
+        behind = Image.open(file)
+    with pytest.raises(ImageError, match="closed before it was decoded"):
+        load_image(behind)
+    with Image.open(path) as opened:
+        opened.load()
+    assert load_image(opened).tolist() == [[[1, 2, 3]] * 3] * 2
+
+
 def test_animated_files_are_refused_with_the_way_out(tmp_path: Path) -> None:
     frames = [Image.fromarray(np.full((8, 8, 3), value, np.uint8)) for value in (0, 100, 200)]
     for name in ("clip.gif", "clip.png", "clip.webp"):

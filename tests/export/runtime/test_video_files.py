@@ -277,6 +277,15 @@ def test_a_broken_tail_is_used_up_to_there(tmp_path: Path, caplog: pytest.LogCap
     assert len(numbers(Video(source=path, num_frames=4))) == 4
 
 
+def test_a_codec_that_is_not_known(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.mp4")
+    path.write_bytes(path.read_bytes().replace(b"avc1", b"zzz1"))
+    with pytest.raises(
+        ImageError, match=r"no decoder for its video\. Get the whole file if it was cut off, or convert it: ffmpeg"
+    ):
+        next(load_video(Video(source=path), default_frames=1))
+
+
 def test_what_is_no_video_is_refused(tmp_path: Path) -> None:
     noise = tmp_path / "a.mp4"
     noise.write_bytes(b"ftyp" * 100)
