@@ -226,6 +226,32 @@ def test_a_text_of_such_a_model_ends_where_the_language_model_ends_its_own(tmp_p
         assert runs.generate(PROMPT[:4], images()[:1], beams=1, new_tokens=6)[0].token_ids == (2,)
 
 
+@pytest.mark.parametrize(
+    ("said", "contradicts"),
+    [
+        ({"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": -1}, True),
+        ({"bos_token_id": 1, "eos_token_id": 1}, True),
+        ({"bos_token_id": 1, "eos_token_id": 2}, False),
+        ({"bos_token_id": 1, "eos_token_id": [2, 5]}, False),
+    ],
+)
+def test_the_first_llamas_config_names_other_tokens_than_its_tokenizer(
+    tmp_path: Path, said: dict[str, Any], contradicts: bool
+) -> None:
+    """OpenFlamingo 0.0.x was trained on LLaMA as it was first converted, whose config.json has `<unk>` and `<s>` for `<s>` and `</s>`."""
+    _, source = without_head_rows(tmp_path)
+    assert source.language_model is not None
+    path = source.language_model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | said))
+    special = ["<unk>", "<s>", "</s>"]
+    write_tokenizer(source.language_model, [*special, *(f"w{index}" for index in range(3, 61))], special)
+    result = flamingo_export.build(source, out=tmp_path / "of.bundle", parity="skip")  # type: ignore[arg-type]
+    tokens = result.manifest.config.tokens
+    assert tokens.bos == 1
+    assert tokens.stops == ((61, 2, 5) if isinstance(said["eos_token_id"], list) else (61, 2))
+    assert any("the tokenizer's <s> (1) and </s> (2) are used" in note for note in result.manifest.notes) == contradicts
+
+
 def test_candidates_of_such_a_model_end_with_a_token_that_it_says(tmp_path: Path) -> None:
     _, source = without_head_rows(tmp_path)
     bundle = flamingo_export.build(source, out=tmp_path / "of.bundle", parity="skip").path  # type: ignore[arg-type]

@@ -41,8 +41,8 @@ from flamingo_reference.input_format import (
 )
 from flamingo_reference.names import expected_tensors
 
-_LLAMA_BOS = "<s>"
-_LLAMA_TAGS = (_LLAMA_BOS, "</s>")
+_LLAMA_BOS, _LLAMA_EOS = "<s>", "</s>"
+_LLAMA_TAGS = (_LLAMA_BOS, _LLAMA_EOS)
 
 
 def convert_native(components: Components) -> Converted:
@@ -178,7 +178,10 @@ def _openflamingo(
     components: Components, files: openflamingo_files.Files, encoder: clip.Encoder, inputs: InputFormat, *, where: str
 ) -> Converted:
     """The model of OpenFlamingo's files. where: the places at which a tokenizer was looked for."""
-    ids, lm_settings = components.token_ids, files.language_model_config
+    ids = components.token_ids
+    own = _llamas_tokens(files.language_model_config, ids)
+    files = msgspec.structs.replace(files, language_model_config={**files.language_model_config, **own})
+    lm_settings = files.language_model_config
     vision, resized = openflamingo.own_size(files, encoder.vision)
     eoc, image = ids.get(inputs.tags.eoc), ids.get(inputs.tags.image)
     if eoc is None or image is None:
@@ -204,6 +207,11 @@ def _openflamingo(
     config.validate()
     unsaid = openflamingo.added_without_rows(config.language_model, files)
     notes = [openflamingo.ATTENDS]
+    if own:
+        notes.append(
+            f"config.json of the language model names other tokens that begin and end a text than its tokenizer: the tokenizer's "
+            f"{_LLAMA_BOS} ({ids[_LLAMA_BOS]}) and {_LLAMA_EOS} ({ids[_LLAMA_EOS]}) are used"
+        )
     if config.cross_attention.gate == "none":
         notes.append("checkpoint.pt holds no tanh gates: what the gated blocks give is added as it is")
     if unsaid:
@@ -228,6 +236,18 @@ def _openflamingo(
         notes=tuple(notes),
     )
     return _with_twins(converted, components.model, files.twins())
+
+
+def _llamas_tokens(settings: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, Any]:
+    """bos_token_id and eos_token_id of a LLaMA's tokenizer, where its config.json says others: the first conversion of LLaMA, on which
+    OpenFlamingo 0.0.x was trained, had 0 and 1 there, which are `<unk>` and `<s>`."""
+    if settings.get("model_type") != "llama" or not {_LLAMA_BOS, _LLAMA_EOS} <= ids.keys():
+        return {}
+    bos, eos = ids[_LLAMA_BOS], ids[_LLAMA_EOS]
+    said = settings.get("eos_token_id", eos)
+    if settings.get("bos_token_id", bos) == bos and eos in (said if isinstance(said, list) else [said]):
+        return {}
+    return {"bos_token_id": bos, "eos_token_id": eos}
 
 
 def _with_towers(converted: Converted, shapes: Mapping[str, Shape], towers: clip_towers.Towers) -> Converted:
