@@ -169,6 +169,25 @@ def test_a_tied_output_saved_by_its_own_name(tmp_path: Path) -> None:
     assert_same(logits(found), rounded(theirs).logits(PROMPT, images()))
 
 
+def test_an_mpt_whose_output_is_a_matrix_of_its_own(tmp_path: Path) -> None:
+    """transformers' MPT can be so; the output is not the embedding then, nor may it be taken for one that was left in."""
+    theirs = Theirs("mpt")
+    source = write_openflamingo(tmp_path, theirs)
+    assert source.language_model is not None
+    generator = torch.Generator().manual_seed(8)
+    head = torch.randn(theirs.lm.lm_head.weight.shape, generator=generator) / theirs.width**0.5
+    raw = json.loads((source.language_model / "config.json").read_text())
+    (source.language_model / "config.json").write_text(json.dumps(raw | {"tie_word_embeddings": False}))
+    with pytest.raises(CheckpointError, match=r"missing lm_head\.weight"):
+        load(source)
+    path = source.language_model / "model.safetensors"
+    save_file(load_file(path) | {"lm_head.weight": head.numpy()}, path)
+    theirs.lm.lm_head.weight = torch.nn.Parameter(head.double())
+    found = load(source)
+    assert not found.config.language_model.tied_head
+    assert_same(logits(found), rounded(theirs).logits(PROMPT, images()))
+
+
 # LLaMA.
 
 

@@ -222,6 +222,7 @@ def _mpt_config(raw: Mapping[str, Any], *, rounded_slopes: bool = True) -> Langu
         norm="layer_norm",
         qk_norm=_setting(attention, "qk_ln", bool, False),
         feed_forward="gelu",
+        tied_head=_setting(raw, "tie_word_embeddings", bool, True),
     )
 
 
