@@ -86,8 +86,9 @@ class Tokenizer:
         return [self.ids.bos, *ids] if wanted else ids
 
     def encode_continuation(self, prompt: str, continuation: str) -> list[int]:
-        """Ids of `continuation` where it follows `prompt`. A space begins it, as words begin in running text, unless it has a blank or the
-        prompt ends a line; the blanks at the prompt's end are what this space stands for, so they change nothing.
+        """Ids of `continuation` where it follows `prompt`. A space begins it, as words begin in running text, unless it has a blank, begins with
+        a special token (`<EOC>`: nothing more is said) or the prompt ends a line; the blanks at the prompt's end are what this space stands
+        for, so they change nothing.
 
         Encoded together, so that words split as they do in running text; apart where they melt into one token.
         Raises PromptError if nothing is left to score.
@@ -95,7 +96,7 @@ class Tokenizer:
         if not continuation.strip():
             raise PromptError("a candidate answer is empty")
         prompt = without_last_blanks(prompt)
-        if not (continuation[0].isspace() or prompt[-1:].isspace()):
+        if not (continuation[0].isspace() or continuation.startswith(self.special_texts) or prompt[-1:].isspace()):
             continuation = " " + continuation
         before = self.encode(prompt)
         together = self.encode(prompt + continuation)

@@ -71,6 +71,8 @@ def test_a_candidate_continues_its_prompt() -> None:
     for end in ("\n", "\n "):
         assert BYTES.encode_continuation(f"Answer:{end}", "red") == BYTES.encode("red", add_bos=False)
     assert BYTES.encode_continuation("Answer:", "red<EOC>") == [*red, 2]
+    for tokenizer in (BYTES, PIECES):  # nothing is said before it, not a blank either
+        assert tokenizer.encode_continuation("Answer:", "<EOC>") == tokenizer.encode_continuation("Answer: ", "<EOC>") == [2]
     assert PIECES.decode(PIECES.encode_continuation("the", "red")) == "red"
     with pytest.raises(PromptError, match="empty"):
         BYTES.encode_continuation("Answer:", " ")
