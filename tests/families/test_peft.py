@@ -17,6 +17,7 @@ from idefics_models import their_config, their_model
 from openflamingo_models import Theirs
 from peft import LoraConfig, PeftModel, get_peft_model
 from published_files import write_openflamingo, write_tokenizer
+from safetensors.torch import load_file, save_file
 
 from flamingo_reference.checkpoints.files.tensors import CheckpointError
 from flamingo_reference.checkpoints.loading import CheckpointFiles, load
@@ -200,6 +201,25 @@ def test_patterns_are_matched_by_the_names_of_the_model_that_was_trained(tmp_pat
     said = [note for note in found.notes if "matches no module that the adapter changes" in note]
     assert bool(said) != matched
     assert all(repr(pattern) in note for note in said)
+
+
+@pytest.mark.parametrize("name", ["lm_head", "embed_out"])
+@pytest.mark.parametrize("whole", [False, True], ids=["LoRA", "trained whole"])
+def test_neox_output_by_the_names_that_it_has_in_memory_and_in_files(tmp_path: Path, name: str, whole: bool) -> None:
+    """transformers 5 calls it lm_head, and writes embed_out; transformers 4 had the latter name for both."""
+    theirs = Theirs("gpt_neox, parallel")
+    source = write_openflamingo(tmp_path / "m", theirs)
+    config = lora(["query_key_value"], modules_to_save=["lm_head"]) if whole else lora(["query_key_value", "lm_head"])
+    model = trained(theirs.lm.float(), config)
+    adapter = saved(model, tmp_path / "adapter")
+    path = adapter / "adapter_model.safetensors"
+    save_file({each.replace("lm_head", name): tensor for each, tensor in load_file(path).items()}, path)
+    settings = (adapter / "adapter_config.json").read_text()
+    (adapter / "adapter_config.json").write_text(settings.replace("lm_head", name))
+    found = load(msgspec.structs.replace(source, adapters=(adapter,))).published.read("embed_out.weight")
+    wanted = model.merge_and_unload().lm_head.weight.detach().numpy()
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+    assert np.abs(wanted - load(source).published.read("embed_out.weight")).max() > 0.01
 
 
 TIED: dict[str, Callable[[], LoraConfig]] = {

@@ -26,10 +26,12 @@ _VISION = "vision_encoder."
 
 def plain_name(name: str) -> str:
     """A tensor's name without what depends on how the model was put together: the `lang_encoder.` that OpenFlamingo puts the language model
-    in, the `decoder_layer` that it puts each of its layers in; gated blocks as in a list of their own."""
+    in, the `decoder_layer` that it puts each of its layers in; gated blocks as in a list of their own. GPT-NeoX's output, `embed_out` in files,
+    is `lm_head` in memory since transformers 5."""
     for pattern, plain in PLAIN[:1] + PLAIN[3:]:
         name = re.sub(pattern, plain, name)
-    return re.sub(r"^.*\.(\d+)\.gated_cross_attn_layer\.", r"gated_cross_attn_layers.\1.", name.removeprefix("lang_encoder."))
+    name = re.sub(r"^embed_out\.", "lm_head.", name.removeprefix("lang_encoder."))
+    return re.sub(r"^.*\.(\d+)\.gated_cross_attn_layer\.", r"gated_cross_attn_layers.\1.", name)
 
 
 class Files(msgspec.Struct, frozen=True, kw_only=True):
