@@ -31,6 +31,7 @@ from flamingo_export.bundle.manifest import read_manifest
 from flamingo_export.cli import main
 from flamingo_reference.checkpoints.files.tensors import CheckpointError
 from flamingo_reference.checkpoints.loading import CheckpointFiles, load
+from flamingo_reference.phi import phi_from_tokens
 from tests.families.test_published_idefics import SPECIAL, WORDS
 
 
@@ -119,6 +120,20 @@ def test_several_end_tokens_of_config_json(tmp_path: Path, eos: Any, instruct: b
     assert list(found.stops) == wanted
     theirs = GenerationConfig.from_model_config(IdeficsConfig.from_dict(raw)).eos_token_id
     assert set(found.stops) >= (set(theirs) if isinstance(theirs, list) else set())
+
+
+@pytest.mark.parametrize("eos", [9, [9, 2], [2, 9]])
+def test_images_are_seen_until_the_tokenizers_end_of_a_text(tmp_path: Path, eos: Any) -> None:
+    """transformers' processor goes by the tokenizer, whatever config.json says: many who tune the model write the end of a turn there."""
+    folder, _ = write(tmp_path / "idefics")
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"eos_token_id": eos}))
+    tokens = load(CheckpointFiles(path=folder)).config.tokens
+    prompt = [1, FAKE, IMAGE, FAKE, 20, 9, 21, 2, 22, 9, FAKE, IMAGE, FAKE, 9, 23]
+    phi = phi_from_tokens(np.array([prompt]), tokens.image, tokens.reset)[0]
+    mask = image_attention_mask(prompt, 2)[0].numpy()
+    np.testing.assert_array_equal(phi, (mask * np.array([1, 2])).sum(-1))
+    assert phi.tolist() == [0, 0, 1, 1, 1, 1, 1, 1, 0, 0, 0, 2, 2, 2, 2]
 
 
 def test_a_config_without_a_padding_token(tmp_path: Path) -> None:

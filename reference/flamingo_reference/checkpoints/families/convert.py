@@ -58,7 +58,11 @@ def convert_idefics(components: Components) -> Converted:
     turn = ids.get(IDEFICS_INSTRUCT.tags.eoc)
     inputs = IDEFICS if turn is None else IDEFICS_INSTRUCT
     config = idefics.config_from(
-        settings, image=ids.get(inputs.tags.image), eoc=turn, around_image=ids.get(inputs.tags.around_image or "")
+        settings,
+        image=ids.get(inputs.tags.image),
+        eoc=turn,
+        around_image=ids.get(inputs.tags.around_image or ""),
+        reset=ids.get(_LLAMA_EOS),
     )
     config.validate()
     images = read_images(components.model.path, config.vision.image_size, Images(mean=config.pixel_mean, std=config.pixel_std))

@@ -42,12 +42,14 @@ def config_from(
     image: int | None = None,
     eoc: int | None = None,
     around_image: int | None = None,
+    reset: int | None = None,
 ) -> ModelConfig:
     """The model that a published config.json describes.
 
-    image, eoc, around_image: ids of `<image>`, of the token that ends an answer and of the tag around images, from the tokenizer. Without
-    them, those of the published models: the second additional token, the end of a text, the first additional token. Neither `<image>` nor
-    the tag around it is ever generated. Raises ConfigError naming what is missing or not supported.
+    image, eoc, around_image, reset: ids of `<image>`, of the token that ends an answer, of the tag around images and of the token after which
+    no image is seen, from the tokenizer. Without them, those of the published models: the second additional token, the end of a text, the first
+    additional token, the end of a text. Neither `<image>` nor the tag around it is ever generated. Raises ConfigError naming what is missing or
+    not supported.
     """
     width, heads = setting(raw, "hidden_size", int, 4096), setting(raw, "num_attention_heads", int, 32)
     vocab, more = setting(raw, "vocab_size", int, 32000), setting(raw, "additional_vocab_size", int, 0)
@@ -104,7 +106,7 @@ def config_from(
             bos=_ids(raw, "bos_token_id", 1)[0],
             eoc=eoc,
             image=image,
-            reset=end,
+            reset=end if reset is None else reset,
             ends=tuple(dict.fromkeys(each for each in ends if each != eoc)) if len(ends) > 1 else (),
             banned=(around,) if around < vocab + more and around != image else (),
         ),
