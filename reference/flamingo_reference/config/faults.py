@@ -19,6 +19,8 @@ _MOST_LAYERS = 10_000
 """Hundreds of times what models have: every layer has names of its own, so a number that is not one must not be counted up to."""
 _MOST_POSITIONS = 1 << 24
 _MOST_TILES = 64
+_LEAST_STD, _MOST_COLOUR = 1e-4, 10
+"""Of pixels from 0 to 1: models have 0.2 to 0.6, and means and deviations of pixels from 0 to 255 would make every image one grey."""
 _MAY_BE_ZERO = (
     "cross_attention.offset",
     "resampler.num_time_embeddings",
@@ -40,6 +42,10 @@ def faults_of(config: ModelConfig) -> Iterator[str]:
         yield from contrastive_faults(config.contrastive, vision=str(type(config.vision).__struct_config__.tag))
     if min(config.pixel_std) <= 0:
         yield f"pixel_std {config.pixel_std} has an entry that is not positive"
+    elif not all(_LEAST_STD <= std <= _MOST_COLOUR for std in config.pixel_std):
+        yield f"pixel_std {config.pixel_std} is outside {_LEAST_STD} to {_MOST_COLOUR}, expected that of pixels from 0 to 1"
+    if not all(-_MOST_COLOUR <= mean <= _MOST_COLOUR for mean in config.pixel_mean):
+        yield f"pixel_mean {config.pixel_mean} is outside -{_MOST_COLOUR} to {_MOST_COLOUR}, expected that of pixels from 0 to 1"
 
 
 def _sizes(config: ModelConfig) -> Iterator[str]:

@@ -336,6 +336,10 @@ def test_folder_without_tensors_or_config(folder: Path, tmp_path: Path) -> None:
         ({"colour": 1}, "unknown field `colour`"),
         ({"name": 3}, "Expected `str`, got `int`"),
         ({"pixel_std": [1.0, 0.0, 1.0]}, "pixel_std .* not positive"),
+        ({"pixel_std": [58.395, 57.12, 57.375]}, "pixel_std .* is outside 0.0001 to 10, expected that of pixels from 0 to 1"),
+        ({"pixel_std": [1.0, 1e308, 1.0]}, "pixel_std .* is outside"),
+        ({"pixel_mean": [123.675, 116.28, 103.53]}, "pixel_mean .* is outside -10 to 10, expected that of pixels from 0 to 1"),
+        ({"pixel_mean": [0.0, 10**30, 0.0]}, "pixel_mean .* is outside"),
     ],
 )
 def test_config_that_is_none(folder: Path, change: dict[str, Any], message: str) -> None:
