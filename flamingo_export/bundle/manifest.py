@@ -237,6 +237,8 @@ def read_manifest(bundle: Path) -> Manifest:
             f"{bundle} has no {MANIFEST_NAME}, so it is not a complete bundle. Build it again: {_MAKE} "
             f"--out {shlex.quote(str(bundle))}"
         ) from None
+    except NotADirectoryError:
+        raise BundleError(f"{bundle} is not a folder, and a bundle is one: the folder that holds {MANIFEST_NAME}") from None
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error.strerror}") from error
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,31 @@ if TYPE_CHECKING:
 _NANO = "nano"
 _TYPED = "flamingo_export.typed"
 _STDIN = Path("-")
+
+
+def check_page(html: Path | None) -> None:
+    """Raises typer.BadParameter where a page cannot be written, before the work whose result it shows."""
+    if html is None:
+        return
+    if html.is_dir():
+        raise typer.BadParameter(f"{html} is a folder, expected a file for the page", param_hint="--html")
+    above = next(folder for folder in html.absolute().parents if os.path.lexists(folder))
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise typer.BadParameter(f"{above} cannot be written into", param_hint="--html")
+
+
+@contextmanager
+def fault_after(write: Callable[[], None]) -> Iterator[bool]:
+    """Writes files of a result, which is printed in the `with` block. Files that could not be written are an error after it, so that the
+    result is not lost. Gives whether they were written."""
+    fault = None
+    try:
+        write()
+    except OSError as error:
+        fault = error
+    yield fault is None
+    if fault is not None:
+        raise fault
 
 
 def among(*values: str) -> Callable[[str], list[str]]:

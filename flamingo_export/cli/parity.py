@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flamingo_export.cli.common_options import AsJson, Device
+from flamingo_export.cli.common_options import AsJson, Device, check_page, fault_after
 from flamingo_export.cli.groups import Beside
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ def parity(
     if checkpoint is None and beside:
         raise typer.BadParameter("parts go with a checkpoint: add --checkpoint", param_hint="--checkpoint")
     files = beside.files(checkpoint) if checkpoint is not None else None
+    check_page(html)
     with reported() as progress:
         report = check_bundle(
             bundle,
@@ -105,14 +106,18 @@ def parity(
             progress=progress,
             against=against.value if against else None,
         )
-    if html is not None:
-        from flamingo_export.validate.report.parity_page import write_html
 
-        write_html(html, report)
-    if as_json:
-        print_json(report)
-    else:
-        _print(report, html)
+    def page() -> None:
+        if html is not None:
+            from flamingo_export.validate.report.parity_page import write_html
+
+            write_html(html, report)
+
+    with fault_after(page) as written:
+        if as_json:
+            print_json(report)
+        else:
+            _print(report, html if written else None)
     if report.verdict != "passed":
         raise typer.Exit(1)
 

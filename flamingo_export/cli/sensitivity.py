@@ -13,7 +13,9 @@ from flamingo_export.cli.common_options import (
     SampleData,
     SizeName,
     SkipBad,
+    check_page,
     chosen_samples,
+    fault_after,
 )
 from flamingo_export.cli.groups import Beside, Quantised
 
@@ -91,6 +93,7 @@ def sensitivity(
     from flamingo_export.weights.calibration_table import read_table
 
     chosen = quantised.chosen()
+    check_page(html)
     if suggested is not None and suggested.exists():
         raise BuildError(f"{suggested} exists. Choose another file for --suggest.")
     if bundle is None:
@@ -118,16 +121,20 @@ def sensitivity(
             progress=progress,
         )
     suggestion = suggest(found)
-    if html is not None:
-        from flamingo_export.sensitivity.sensitivity_page import write_html
 
-        write_html(html, found, suggestion)
-    if suggested is not None and suggestion is not None:
-        suggested.write_text(suggestion.text, encoding="utf-8")
-    if as_json:
-        print_json({"sensitivity": found, "suggestion": suggestion})
-    else:
-        _print(found, suggestion, suggested, html)
+    def files_of_it() -> None:
+        if html is not None:
+            from flamingo_export.sensitivity.sensitivity_page import write_html
+
+            write_html(html, found, suggestion)
+        if suggested is not None and suggestion is not None:
+            suggested.write_text(suggestion.text, encoding="utf-8")
+
+    with fault_after(files_of_it) as written:
+        if as_json:
+            print_json({"sensitivity": found, "suggestion": suggestion})
+        else:
+            _print(found, suggestion, suggested if written else None, html if written else None)
 
 
 def _of_weights(named: Any, policy: Policy | None) -> _Subject:

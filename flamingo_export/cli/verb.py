@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -23,7 +24,21 @@ class Verb(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         known = {name for parameter in self.params for name in (*parameter.opts, *parameter.secondary_opts)}
         known |= set(ctx.help_option_names)
-        return super().parse_args(ctx, [_renamed(argument, known) for argument in args])
+        args = [_renamed(argument, known) for argument in args]
+        left = super().parse_args(ctx, list(args))
+        self._check_paths(ctx, args)
+        return left
+
+    def _check_paths(self, ctx: Any, args: list[str]) -> None:
+        """Raises typer.BadParameter for an empty path, as `--image "$UNSET"` gives: Python takes it for the folder that the command is called
+        from, which would be read, or written into."""
+        if "." in args or not any(not argument or (argument.startswith("--") and argument.endswith("=")) for argument in args):
+            return
+        for parameter in self.params:
+            value = ctx.params.get(parameter.name)
+            values = value if isinstance(value, list | tuple) else [value]
+            if any(isinstance(each, Path) and each == Path() for each in values):
+                raise typer.BadParameter("the path is empty", ctx=ctx, param_hint=parameter.opts[0])
 
 
 def _renamed(argument: str, known: set[str]) -> str:

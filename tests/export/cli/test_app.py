@@ -313,3 +313,30 @@ def test_a_manifest_that_never_ends_is_not_read(cli, tmp_path, kind):
     outcome = cli("generate", tmp_path, "--image", "a.png")
     assert (outcome.code, "manifest.json is not a file" in outcome.err) == (1, True)
     assert cli("inspect", tmp_path).code == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "option"),
+    [
+        (("generate", "{}", "--image", ""), "--image"),
+        (("generate", "{}", "--image="), "--image"),
+        (("inspect", ""), "bundle"),
+        (("parity", "{}", "--html", ""), "--html"),
+        (("package", "{}", "--for", "docker", "--out", ""), "--out"),
+        (("build", "--checkpoint", "", "--out", "x.bundle"), "--checkpoint"),
+    ],
+)
+def test_an_empty_path_is_not_the_folder_one_is_in(cli, bundle, tmp_path, monkeypatch, line, option):
+    """As `--image "$UNSET"` gives it; `.` by its name is one."""
+    monkeypatch.chdir(tmp_path)
+    outcome = cli(*(str(bundle) if part == "{}" else part for part in line))
+    assert (outcome.code, outcome.out) == (2, "")
+    assert re.search(rf"Invalid value for '?{option}'?: the path is empty", outcome.err)
+    assert not list(tmp_path.iterdir())
+    assert "the path is empty" not in cli("inspect", ".").err
+
+
+def test_a_file_is_not_a_bundle(cli, bundle):
+    for given in (bundle / "manifest.json", "/dev/null"):
+        outcome = cli("generate", given, "--image", "a.png")
+        assert (outcome.code, f"{given} is not a folder, and a bundle is one" in outcome.err) == (1, True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 
 import pytest
 
@@ -63,3 +65,23 @@ def test_failed_exits_with_1(cli, answer, form):
 def test_not_run_is_no_success(cli, answer):
     answer(report_of("not_run", passed=True))
     assert cli("parity", "x.bundle").code == 1
+
+
+def test_a_page_that_cannot_be_written_is_said_before_the_work_or_after_the_verdict(cli, answer, tmp_path, monkeypatch):
+    monkeypatch.setattr(flamingo_export.validate, "check_bundle", lambda *_, **__: pytest.fail("the work was begun"))
+    (tmp_path / "file").touch()
+    for place in (tmp_path, tmp_path / "file" / "page.html"):
+        outcome = cli("parity", "x.bundle", "--html", place)
+        assert outcome.code == 2
+        assert "Invalid value for --html" in outcome.err
+
+    def full(path, report):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    answer(report_of("passed", passed=True))
+    monkeypatch.setattr("flamingo_export.validate.report.parity_page.write_html", full)
+    outcome = cli("parity", "x.bundle", "--html", tmp_path / "page.html")
+    assert outcome.code == 1
+    assert "parity passed" in outcome.out
+    assert "report:" not in outcome.out
+    assert "No space left on device" in outcome.err
