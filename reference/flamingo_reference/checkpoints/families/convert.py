@@ -173,7 +173,7 @@ def convert_otter(components: Components) -> Converted:
             f"{converted.config.cross_attention.every}. Bring the config.json and the tensors of one model."
         )
     if raw.get("only_attend_previous", True) is not True:
-        note = "config.json says only_attend_previous false, with which some of Otter's code attended to the next image: here it is the last"
+        note = "config.json says only_attend_previous false, which is not applied: each token attends to the image last shown before it"
         return msgspec.structs.replace(converted, notes=(*converted.notes, note))
     return converted
 
