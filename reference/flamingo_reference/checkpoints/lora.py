@@ -141,10 +141,11 @@ class LoraReader:
         if update is None:
             return weight
         down, up = (self._adapter.read(part).astype(np.float32) for part in (update.down, update.up))
-        delta: Array = up @ down
-        delta *= np.float32(update.scale)
-        merged: Array = delta.T if update.transposed else delta
-        merged += weight  # in place: a large matrix is not held a third time
+        with np.errstate(over="ignore", invalid="ignore"):  # the build finds what is not finite, and names it
+            delta: Array = up @ down
+            delta *= np.float32(update.scale)
+            merged: Array = delta.T if update.transposed else delta
+            merged += weight  # in place: a large matrix is not held a third time
         return merged
 
 

@@ -92,6 +92,19 @@ def test_the_formula(base: FileReader, tmp_path: Path, settings: dict[str, Any],
     check(base, adapter, f"{Q}.weight", tensors[f"{Q}.lora_A.weight"], tensors[f"{Q}.lora_B.weight"], scale)
 
 
+@pytest.mark.parametrize("settings", [{}, {"lora_alpha": 1e60}], ids=["numbers", "scale"])
+def test_an_update_beyond_32_bits_is_left_to_the_build_to_name(
+    base: FileReader, tmp_path: Path, settings: dict[str, Any], recwarn: pytest.WarningsRecorder
+) -> None:
+    """Found by fuzzing: numpy's warnings reached the user before the build's error."""
+    tensors = halves(Q)
+    if not settings:
+        tensors = {name: np.full_like(array, 3e38) for name, array in tensors.items()}
+    merged = LoraReader(base, write(tmp_path / "adapter", settings, tensors)).read(f"{Q}.weight")
+    assert not np.isfinite(merged).any()
+    assert not recwarn.list
+
+
 def test_ranks_of_their_own(base: FileReader, tmp_path: Path) -> None:
     tensors = halves(Q, rank=2) | halves(V)
     adapter = write(tmp_path / "adapter", {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 5}}, tensors)
