@@ -12,21 +12,30 @@ _UNLIMITED = 1 << 60
 """Version 1 says the largest multiple of a page for "no limit"."""
 
 
+def home() -> Path | None:
+    """The user's home folder.
+
+    None where there is none: a user id without HOME and without an entry in passwd, as containers have them. A HOME that is relative or
+    empty does not count: what is kept there would lie in whatever folder the command is called from, or in the root folder.
+    """
+    named = os.environ.get("HOME")
+    if named is not None and not os.path.isabs(named):
+        return None
+    try:
+        return Path.home()
+    except RuntimeError:
+        return None
+
+
 def user_cache(kind: str) -> Path | None:
     """Folder for one kind of file below the user's cache: `$XDG_CACHE_HOME`, else `~/.cache`. Not made yet.
 
-    None where there is neither: a user id without HOME and without an entry in passwd, as containers have them. Whoever asks then does
-    without the cache. A relative XDG_CACHE_HOME is passed over, as the XDG Base Directory Specification asks. A HOME that is relative or
-    empty does not count: the cache would lie in whatever folder the command is called from, or in the root folder.
+    None where there is neither; whoever asks then does without the cache. A relative XDG_CACHE_HOME is passed over, as the XDG Base
+    Directory Specification asks.
     """
-    named, home = os.environ.get("XDG_CACHE_HOME", ""), os.environ.get("HOME")
-    if not os.path.isabs(named) and home is not None and not os.path.isabs(home):
-        return None
-    try:
-        root = Path(named) if os.path.isabs(named) else Path.home() / ".cache"
-    except RuntimeError:
-        return None
-    return root / "flamingo-export" / kind
+    named, place = os.environ.get("XDG_CACHE_HOME", ""), home()
+    root = Path(named) if os.path.isabs(named) else place / ".cache" if place is not None else None
+    return root / "flamingo-export" / kind if root is not None else None
 
 
 def total_memory() -> int:

@@ -34,7 +34,7 @@ from flamingo_export.cli.common_options import MediaCommand
 from flamingo_export.cli.groups import with_groups
 from flamingo_export.cli.interrupts import EXIT_INTERRUPTED, Interrupts
 from flamingo_export.cli.verb import Verb
-from flamingo_export.errors import FlamingoExportError
+from flamingo_export.errors import FlamingoExportError, InputError
 
 EXIT_FAILURE = 1
 
@@ -109,6 +109,7 @@ def run(argv: Sequence[str] | None, interrupts: Interrupts) -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
+        _check_home(arguments)
         app(args=arguments, prog_name="flamingo-export")
     except SystemExit as stop:
         # What typer makes of a KeyboardInterrupt; versions differ in the code.
@@ -134,6 +135,17 @@ def run(argv: Sequence[str] | None, interrupts: Interrupts) -> int:
         _complain(f"unexpected {type(error).__name__}: {error}. {_likely_cause()}; --debug shows where.", debug)
         return EXIT_FAILURE
     return 0
+
+
+def _check_home(arguments: list[str]) -> None:
+    """Raises InputError where completion is to be installed for a user without a home folder."""
+    from flamingo_export.machine import home
+
+    if any(argument.partition("=")[0] == "--install-completion" for argument in arguments) and home() is None:
+        raise InputError(
+            "there is no home folder, in which the shell looks for completions. Set HOME, or put what --show-completion prints where the "
+            "shell reads it."
+        )
 
 
 def _likely_cause() -> str:

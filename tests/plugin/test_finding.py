@@ -148,3 +148,14 @@ def test_a_library_from_before_a_function_came_to_be_offers_the_others() -> None
         SimpleNamespace(name="PhiRangeCrossAttention", plugin_version="1", plugin_namespace="flamingo")
     )
     assert plugin.offered(module(registry), both) == both
+
+
+@pytest.mark.parametrize("named", ["~/plugin.so", "~nobody-of-this-name/plugin.so"])
+def test_a_plugin_in_the_home_folder_of_nobody_is_not_a_file(named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(_: object) -> None:
+        raise KeyError("not found")
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    with pytest.raises(BackendError, match=r"FLAMINGO_PLUGIN names ~.*, which is not a file"):
+        plugin.find_plugin({"FLAMINGO_PLUGIN": named})

@@ -38,7 +38,7 @@ def find_plugin(environment: Mapping[str, str] | None = None, *, package: Path =
     """
     named = (os.environ if environment is None else environment).get(VARIABLE)
     if named:
-        path = Path(named).expanduser()
+        path = Path(os.path.expanduser(named))  # as Path.expanduser, which is an error where there is no home folder
         if not path.is_file():
             raise BackendError(f"{VARIABLE} names {named}, which is not a file. Correct it or unset it.")
         return path.resolve()

@@ -340,3 +340,20 @@ def test_a_file_is_not_a_bundle(cli, bundle):
     for given in (bundle / "manifest.json", "/dev/null"):
         outcome = cli("generate", given, "--image", "a.png")
         assert (outcome.code, f"{given} is not a folder, and a bundle is one" in outcome.err) == (1, True)
+
+
+@pytest.mark.parametrize("given", [["--install-completion", "bash"], ["--install-completion=bash"]])
+def test_completion_is_not_installed_where_there_is_no_home_folder(cli, tmp_path, monkeypatch, given):
+    def unknown(_: int) -> None:
+        raise KeyError("getpwuid(): uid not found")
+
+    monkeypatch.chdir(tmp_path)
+    for home in (None, "", "here"):
+        with monkeypatch.context() as patch:
+            patch.delenv("HOME")
+            patch.setattr("pwd.getpwuid", unknown)
+            if home is not None:
+                patch.setenv("HOME", home)
+            outcome = cli(*given)
+        assert (outcome.code, "there is no home folder" in outcome.err, "bug" in outcome.err) == (1, True, False)
+    assert not list(tmp_path.iterdir())
