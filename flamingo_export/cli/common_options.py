@@ -32,15 +32,15 @@ _TYPED = "flamingo_export.typed"
 _STDIN = Path("-")
 
 
-def check_page(html: Path | None) -> None:
-    """Raises typer.BadParameter where a page cannot be written, before the work whose result it shows."""
-    if html is None:
+def check_written(file: Path | None, option: str) -> None:
+    """Raises typer.BadParameter where a file cannot be written, before the work whose result it holds."""
+    if file is None:
         return
-    if html.is_dir():
-        raise typer.BadParameter(f"{html} is a folder, expected a file for the page", param_hint="--html")
-    above = next(folder for folder in html.absolute().parents if os.path.lexists(folder))
+    if file.is_dir():
+        raise typer.BadParameter(f"{file} is a folder, expected a file", param_hint=option)
+    above = next(folder for folder in file.absolute().parents if os.path.lexists(folder))
     if not above.is_dir() or not os.access(above, os.W_OK):
-        raise typer.BadParameter(f"{above} cannot be written into", param_hint="--html")
+        raise typer.BadParameter(f"{above} cannot be written into", param_hint=option)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flamingo_export.cli.common_options import AsJson, Device, check_page, fault_after
+from flamingo_export.cli.common_options import AsJson, Device, check_written, fault_after
 from flamingo_export.cli.groups import Beside
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def parity(
     if checkpoint is None and beside:
         raise typer.BadParameter("parts go with a checkpoint: add --checkpoint", param_hint="--checkpoint")
     files = beside.files(checkpoint) if checkpoint is not None else None
-    check_page(html)
+    check_written(html, "--html")
     with reported() as progress:
         report = check_bundle(
             bundle,

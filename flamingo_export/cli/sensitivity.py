@@ -13,7 +13,7 @@ from flamingo_export.cli.common_options import (
     SampleData,
     SizeName,
     SkipBad,
-    check_page,
+    check_written,
     chosen_samples,
     fault_after,
 )
@@ -89,11 +89,13 @@ def sensitivity(
     from flamingo_export.cli.output import print_json
     from flamingo_export.cli.progress_bars import reported
     from flamingo_export.errors import BuildError
+    from flamingo_export.files import write_atomically
     from flamingo_export.sensitivity import measure, suggest
     from flamingo_export.weights.calibration_table import read_table
 
     chosen = quantised.chosen()
-    check_page(html)
+    check_written(html, "--html")
+    check_written(suggested, "--suggest")
     if suggested is not None and suggested.exists():
         raise BuildError(f"{suggested} exists. Choose another file for --suggest.")
     if bundle is None:
@@ -128,7 +130,7 @@ def sensitivity(
 
             write_html(html, found, suggestion)
         if suggested is not None and suggestion is not None:
-            suggested.write_text(suggestion.text, encoding="utf-8")
+            write_atomically(suggested, suggestion.text.encode())
 
     with fault_after(files_of_it) as written:
         if as_json:

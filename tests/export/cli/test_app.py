@@ -357,3 +357,13 @@ def test_completion_is_not_installed_where_there_is_no_home_folder(cli, tmp_path
             outcome = cli(*given)
         assert (outcome.code, "there is no home folder" in outcome.err, "bug" in outcome.err) == (1, True, False)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["--html", "--suggest"])
+def test_sensitivity_says_before_the_work_what_it_cannot_write(cli, bundle, tmp_path, monkeypatch, option):
+    monkeypatch.setattr("flamingo_export.sensitivity.measure", lambda *_, **__: pytest.fail("the work was begun"))
+    (tmp_path / "file").touch()
+    for place in (tmp_path, tmp_path / "file" / "it"):
+        outcome = cli("sensitivity", bundle, "--fp8", option, place)
+        assert outcome.code == 2
+        assert f"Invalid value for {option}" in outcome.err
