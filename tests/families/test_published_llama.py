@@ -245,6 +245,17 @@ def test_preprocessors_of_other_models(llama: tuple[Path, Any], tmp_path: Path, 
         load(CheckpointFiles(path=folder))
 
 
+def test_a_preprocessor_that_says_no_colours(llama: tuple[Path, Any], tmp_path: Path) -> None:
+    """transformers' own are a half, not CLIP's, which the published files say."""
+    from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil as Theirs
+
+    folder = changed(llama[0], tmp_path / "plain")
+    said = {name: value for name, value in PREPROCESSOR.items() if name not in ("image_mean", "image_std")}
+    (folder / "preprocessor_config.json").write_text(json.dumps(said))
+    theirs, config = Theirs.from_pretrained(folder), load(CheckpointFiles(path=folder)).config
+    assert (list(config.pixel_mean), list(config.pixel_std)) == (list(theirs.image_mean), list(theirs.image_std))
+
+
 def test_the_image_token_by_both_of_its_names(llama: tuple[Path, Any], tmp_path: Path) -> None:
     """transformers calls it image_token_id too."""
     folder = changed(llama[0], tmp_path / "other")

@@ -103,7 +103,15 @@ def convert_llama_vision(components: Components) -> Converted:
     config.validate()
     assert config.tiled is not None
     given = Images(mean=config.pixel_mean, std=config.pixel_std)
-    images = read_images(folder, config.vision.image_size, given, resample=BILINEAR, tiles=config.tiled.max_tiles)
+    half = (0.5, 0.5, 0.5)
+    images = read_images(
+        folder,
+        config.vision.image_size,
+        given,
+        unsaid=Images(mean=half, std=half),
+        resample=BILINEAR,
+        tiles=config.tiled.max_tiles,
+    )
     config = msgspec.structs.replace(config, pixel_mean=images.mean, pixel_std=images.std)
     inputs = LLAMA_VISION_INSTRUCT if instruct else LLAMA_VISION
     wrong = [

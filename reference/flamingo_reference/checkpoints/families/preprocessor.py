@@ -34,9 +34,17 @@ class Images(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_images(
-    folder: Path, size: int, default: Images, *, resample: int = BICUBIC, tiles: int | None = None, crop: bool = False
+    folder: Path,
+    size: int,
+    default: Images,
+    *,
+    unsaid: Images | None = None,
+    resample: int = BICUBIC,
+    tiles: int | None = None,
+    crop: bool = False,
 ) -> Images:
-    """What the file in a folder says, `default` where there is none. size: side of the encoder's square. resample: the filter that the
+    """What the file in a folder says, `default` where there is none. unsaid: transformers' values where a file says none, if they are not
+    `default`. size: side of the encoder's square. resample: the filter that the
     family's images are resized with. tiles: most of an image, where it is cut into tiles. crop: whether the family resizes the shorter side
     and cuts out the middle.
 
@@ -65,7 +73,8 @@ def read_images(
         raise ConfigError(
             f"{where}: size is {raw['size']!r:.80}, which stretches images; expected shortest_edge, after which the middle is cut out."
         )
-    return Images(mean=_colour(raw, "image_mean", default.mean, where), std=_colour(raw, "image_std", default.std, where))
+    unsaid = default if unsaid is None else unsaid
+    return Images(mean=_colour(raw, "image_mean", unsaid.mean, where), std=_colour(raw, "image_std", unsaid.std, where))
 
 
 def _written(folder: Path) -> tuple[Mapping[str, Any], str] | None:
