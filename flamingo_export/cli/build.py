@@ -172,6 +172,7 @@ def build(
     from flamingo_export.pipeline import run as pipeline
     from flamingo_export.pipeline.build_request import BuildRequest, default_out
     from flamingo_export.pipeline.card import read_card
+    from flamingo_export.pipeline.work_folder import BuildPaths, in_the_way
     from flamingo_export.sources.choice import with_vision_encoder
 
     target_out = out or default_out(source, chosen)
@@ -197,7 +198,7 @@ def build(
     if plan:
         found = build_plan.plan(request)
         machine = build_plan.this_machine(found)
-        _print_plan(found, machine, as_json)
+        _print_plan(found, machine, in_the_way(BuildPaths(target_out), overwrite=overwrite), as_json)
         if not (machine.disk_suffices and machine.memory_suffices):
             raise typer.Exit(1)
         return
@@ -269,11 +270,11 @@ def missing_files(absent: Sequence[Path]) -> str:
     return f"{len(absent)} of the files that a build needs are not in {absent[0].parent}: {names}. Fetch them before building"
 
 
-def _print_plan(found: BuildPlan, machine: Machine, as_json: bool) -> None:
+def _print_plan(found: BuildPlan, machine: Machine, refused: str | None, as_json: bool) -> None:
     from flamingo_export.cli.output import human_bytes, print_json, results, table
 
     if as_json:
-        print_json({**msgspec.structs.asdict(found), "machine": machine})
+        print_json({**msgspec.structs.asdict(found), "machine": machine, "out_refused": refused})
         return
     rows = [(name, human_bytes(size)) for name, size in found.bytes_per_component.items()]
     rows.append(("all weights", human_bytes(found.weight_bytes)))
@@ -291,6 +292,8 @@ def _print_plan(found: BuildPlan, machine: Machine, as_json: bool) -> None:
         f"needs {human_bytes(machine.memory_needed)} of memory; {human_bytes(machine.memory_available)} are available: "
         f"{verdict[machine.memory_suffices]}"
     )
+    if refused:
+        print(refused)
     if found.absent:
         print(f"planned from config.json and the index: {missing_files(found.absent)}")
 

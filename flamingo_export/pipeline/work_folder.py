@@ -155,23 +155,26 @@ def recover(paths: BuildPaths) -> None:
         paths.discard()
 
 
-def check_output(paths: BuildPaths, *, overwrite: bool) -> None:
-    """Raises BuildError if something is at the output path and may not be replaced. An empty folder is nothing."""
+def in_the_way(paths: BuildPaths, *, overwrite: bool) -> str | None:
+    """What is at the output path and may not be replaced, as a message; None where nothing is. An empty folder is nothing."""
     if not os.path.lexists(paths.out):
-        return
+        return None
     if paths.out.is_mount():
-        raise BuildError(
+        return (
             f"{paths.out} is where a disk is mounted, which cannot be replaced. Choose a folder in it: "
             f"--out {shlex.quote(str(paths.out / 'NAME.bundle'))}"
         )
     if paths.out.is_dir() and not paths.out.is_symlink() and not any(paths.out.iterdir()):
-        return
+        return None
     if paths.out.is_symlink() or not (paths.out / MANIFEST_NAME).is_file():
-        raise BuildError(
-            f"{paths.out} exists and is not a bundle; it will not be overwritten. Choose another --out, or remove it."
-        )
-    if not overwrite:
-        raise BuildError(f"{paths.out} exists. Choose another --out, or replace it with --overwrite.")
+        return f"{paths.out} exists and is not a bundle; it will not be overwritten. Choose another --out, or remove it."
+    return None if overwrite else f"{paths.out} exists. Choose another --out, or replace it with --overwrite."
+
+
+def check_output(paths: BuildPaths, *, overwrite: bool) -> None:
+    """Raises BuildError if something is at the output path and may not be replaced."""
+    if message := in_the_way(paths, overwrite=overwrite):
+        raise BuildError(message)
 
 
 def check_disk(paths: BuildPaths, needed: int) -> None:

@@ -135,10 +135,10 @@ def test_a_plan_counts_tiles(capsys: pytest.CaptureFixture[str]) -> None:
     request = BuildRequest(source=RandomWeights(config=config), out=Path("x.bundle"), storage="bf16")
     found = plan(request)
     assert (found.bank.rows, found.bank.rows_of_image, found.bank.row_bytes) == (32, 4, 52_461_568)
-    _print_plan(found, this_machine(found), as_json=False)
+    _print_plan(found, this_machine(found), None, as_json=False)
     assert "media bank: 32 tiles, 50.0 MiB each, 1.6 GiB in all: 8 images of 4 tiles" in capsys.readouterr().out
     nano = plan(msgspec.structs.replace(request, source=RandomWeights(config=SIZES["nano"])))
-    _print_plan(nano, this_machine(nano), as_json=False)
+    _print_plan(nano, this_machine(nano), None, as_json=False)
     assert "media bank: 64 images or videos, 24.0 KiB each, 1.5 MiB in all\n" in capsys.readouterr().out
 
 
@@ -160,7 +160,7 @@ def test_what_running_takes_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
     assert whole.needs.cache == 2 * 80 * 8 * 128 * 8 * 8192 * 2
     assert whole.needs.bank == 8 * 524_615_680
     assert whole.total == planned.device_bytes
-    _print_plan(planned, this_machine(planned), as_json=False)
+    _print_plan(planned, this_machine(planned), None, as_json=False)
     assert "memory to run it, about" in capsys.readouterr().out
 
 

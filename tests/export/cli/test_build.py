@@ -125,6 +125,32 @@ def test_the_plan_writes_nothing(cli, tmp_path, monkeypatch):
     assert "bf16" in text.out
 
 
+def test_a_plan_says_that_its_output_would_be_refused(cli, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    line = ["build", "--size", "nano", "--out", out, "--plan"]
+
+    def said(*extra) -> tuple[str, str | None]:
+        text, data = cli(*line, *extra), cli(*line, *extra, "--json")
+        assert text.code == data.code == 0, text.err  # the machine's check alone
+        return text.out.replace("\n", " "), json.loads(data.out)["out_refused"]
+
+    text, refused = said()
+    assert "exists" not in text  # an empty folder is a fine output
+    assert refused is None
+    (out / "manifest.json").write_text("{}")
+    text, refused = said()
+    assert refused == f"{out} exists. Choose another --out, or replace it with --overwrite."
+    assert refused in text
+    assert refused in cli(*line[:-1]).err  # the build itself
+    assert said("--overwrite")[1] is None
+    (out / "manifest.json").rename(out / "notes.txt")
+    text, refused = said("--overwrite")
+    assert refused is not None
+    assert "is not a bundle" in refused
+    assert refused in text
+
+
 @pytest.mark.slow
 def test_the_parity_command_that_is_named_works(cli, tmp_path):
     outcome = cli("build", "--size", "nano", "--parity", "skip", "--out", tmp_path / "nano.bundle")
