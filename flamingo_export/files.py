@@ -65,8 +65,11 @@ def exclusive(path: Path, *, busy: Callable[[str], Exception], unwritable: Calla
     except OSError as error:
         raise unwritable(error) from error
     try:
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+        try:
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+        except OSError as error:  # a full disk takes the name, and not what is written
+            raise unwritable(error) from error
         yield
     finally:
         path.unlink(missing_ok=True)
@@ -107,7 +110,7 @@ def inode(path: Path) -> int | None:
 
 @contextmanager
 def disk_errors(work: Path, error_class: type[FlamingoExportError]) -> Iterator[None]:
-    """Turns a full disk or a failed write into an error that says what is kept in the folder `work`."""
+    """Turns a full disk or a failed write into an error that says what is kept in `work`, a folder or a file."""
     try:
         yield
     except OSError as error:
@@ -115,7 +118,7 @@ def disk_errors(work: Path, error_class: type[FlamingoExportError]) -> Iterator[
             raise
         raise error_class(
             f"writing {error.filename or work} failed: {error.strerror}. The parts that are finished are kept in {work}. "
-            "Free some space and run the same command to resume, or remove that folder."
+            f"Free some space and run the same command to resume, or remove that {'file' if work.is_file() else 'folder'}."
         ) from error
 
 

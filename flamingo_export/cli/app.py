@@ -126,8 +126,7 @@ def run(argv: Sequence[str] | None, interrupts: Interrupts) -> int:
         _complain(str(error), debug)
         return EXIT_FAILURE
     except OSError as error:
-        place = f" ({error.filename})" if error.filename else ""
-        _complain(f"{error.strerror or error}{place}", debug)
+        _complain(_told(error), debug)
         return EXIT_FAILURE
     except Exception as error:
         if interrupts.received is not None:
@@ -146,6 +145,18 @@ def _check_home(arguments: list[str]) -> None:
             "there is no home folder, in which the shell looks for completions. Set HOME, or put what --show-completion prints where the "
             "shell reads it."
         )
+
+
+def _told(error: OSError) -> str:
+    """What the system refused, and of which file."""
+    if error.filename:
+        return f"{error.strerror or error} ({error.filename})"
+    if isinstance(error, FileNotFoundError):
+        try:
+            os.getcwd()
+        except FileNotFoundError:  # relative paths lead nowhere then, and the system names none
+            return "the current folder was removed. Change to one that exists (cd), and run the command again."
+    return str(error.strerror or error)
 
 
 def _likely_cause() -> str:

@@ -18,7 +18,7 @@ from typing import IO, Any
 import msgspec
 
 from flamingo_export.errors import InputError
-from flamingo_export.files import exclusive, write_atomically
+from flamingo_export.files import disk_errors, exclusive, write_atomically
 from flamingo_export.progress import SILENT, Progress
 from flamingo_export.runtime.model import Model
 from flamingo_export.runtime.options import GenerateOptions, Settings
@@ -57,11 +57,12 @@ def run_file(model: Model, requests: Path, out: Path, settings: Settings, *, pro
         ),
         unwritable=lambda error: InputError(f"{out} cannot be written: {error.strerror}"),
     ):
-        done = _resumed(out, identity)
+        with disk_errors(out, InputError):
+            done = _resumed(out, identity)
         left = [each for each in asked if each.key not in done]
         tally = Tally(before=len(asked) - len(left), failed=sum(done.values()))
         progress.stage("requests", len(left))
-        with out.open("ab") as file, ThreadPoolExecutor(model.engine.rows + AHEAD) as pool:
+        with disk_errors(out, InputError), out.open("ab") as file, ThreadPoolExecutor(model.engine.rows + AHEAD) as pool:
             _run(model, requests.parent, left, settings, file, pool, tally, progress)
     return tally
 

@@ -91,6 +91,23 @@ def test_a_lock_binds_one_at_a_time_and_names_its_holder(tmp_path: Path) -> None
         pass
 
 
+def test_a_lock_that_a_full_disk_does_not_take_is_unwritable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "full")  # as the system does, without a name
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with (
+        pytest.raises(BuildError, match=r"^unwritable: full$"),
+        files.exclusive(
+            tmp_path / "lock",
+            busy=lambda _: BuildError("busy"),
+            unwritable=lambda error: BuildError(f"unwritable: {error.strerror}"),
+        ),
+    ):
+        pytest.fail("the work began without a lock")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_the_block_raises_passes_a_lock_unchanged(tmp_path: Path) -> None:
     """An error of the work is not mistaken for one of the lock."""
     with (
@@ -109,6 +126,12 @@ def test_a_full_disk_is_named_with_what_is_kept(tmp_path: Path, error_class: typ
         files.disk_errors(tmp_path, error_class),
     ):
         raise OSError(errno.ENOSPC, "full", "/x/a")
+    (tmp_path / "b").touch()
+    with (
+        pytest.raises(error_class, match=r"writing .*/b failed: full\..* kept in .*/b\. .*, or remove that file\.$"),
+        files.disk_errors(tmp_path / "b", error_class),
+    ):
+        raise OSError(errno.ENOSPC, "full")
     with pytest.raises(PermissionError), files.disk_errors(tmp_path, error_class):
         raise PermissionError(errno.EACCES, "denied")
 

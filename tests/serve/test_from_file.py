@@ -276,6 +276,36 @@ def test_killed_and_run_again(nano_bundle: Path, nano: flamingo_export.Model, pl
         assert found[str(number)]["text"] == wanted_text
 
 
+@pytest.mark.slow
+def test_a_disk_that_is_full_is_named_and_what_is_finished_stays(nano_bundle: Path, place: Path) -> None:
+    """The system's own limit on the size of files stands for the disk: writes fail in the middle of a line, and name no file."""
+    lines = [{"id": str(number), "images": ["a.png"], "beams": 1} for number in range(80)]
+    file, out = write(place / "in.jsonl", lines), place / "out.jsonl"
+    arguments = ["generate", str(nano_bundle), "--requests", str(file), "--out", str(out), "--threads", "1"]
+
+    def run(limit: int) -> subprocess.CompletedProcess[str]:
+        code = f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); "
+        code += "from flamingo_export.cli import main; sys.exit(main())"
+        line = [sys.executable, "-B", "-c", code, *arguments]
+        return subprocess.run(line, capture_output=True, text=True, check=False, timeout=300)
+
+    nothing = run(0)
+    assert nothing.returncode == 1
+    assert f"{out} cannot be written: " in nothing.stderr
+    assert not out.exists()
+    cut = run(9000)
+    assert cut.returncode == 1
+    assert f"writing {out} failed: " in cut.stderr
+    assert f"kept in {out}. Free some space and run the same command to resume, or remove that file." in cut.stderr
+    kept = out.read_bytes()
+    assert 1 < kept.count(b"\n") < 80
+    whole = kept[: kept.rfind(b"\n") + 1]
+    done = run(1 << 20)
+    assert done.returncode == 0, done.stderr
+    assert out.read_bytes().startswith(whole)
+    assert set(read(out)) == {str(number) for number in range(80)}
+
+
 def test_the_command_ends_with_1_where_a_line_failed(nano_bundle: Path, place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     file, out = (
         write(place / "in.jsonl", [{"id": "a", "images": ["a.png"]}, {"id": "b", "images": ["gone.png"]}]),

@@ -24,6 +24,18 @@ def test_the_report_in_both_forms(cli, tmp_path):
         assert name in text.out
 
 
+def test_a_current_folder_that_was_removed_is_named_as_that(cli, tmp_path, monkeypatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    for line in (["doctor"], ["build", "--size", "nano", "--plan", "--out", "x.bundle"]):
+        outcome = cli(*line)
+        assert outcome.code == 1
+        assert outcome.err.startswith("flamingo-export: the current folder was removed. Change to one that exists"), outcome.err
+    assert cli("doctor", "--folder", tmp_path, "--json").code == 0  # it is not needed
+
+
 def test_memory_and_disk_decide_which_sizes_fit():
     hardware = probes.Hardware(
         system="", python="", processor="", cores=1, vector_extensions=(), memory=16 << 30,
