@@ -11,6 +11,7 @@ with a `prompt`, a `question`, or neither (a caption), paths relative to the fil
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from typing import Any
 import msgspec
 
 from flamingo_export.errors import InputError
+from flamingo_export.runtime.image_files import refuse_url
 from flamingo_export.runtime.media import MediumSource
 from flamingo_export.runtime.model import Model
 from flamingo_export.runtime.options import GenerateOptions, Settings
@@ -110,6 +112,8 @@ def read_lines(path: Path) -> Iterator[AskedLine]:
 
 def parsed(raw: bytes, number: int) -> AskedLine:
     unnamed = f"line {number}"
+    if number == 1:  # of a file that a Windows program wrote
+        raw = raw.removeprefix(codecs.BOM_UTF8)
     try:
         record = msgspec.json.decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -128,8 +132,8 @@ def parsed(raw: bytes, number: int) -> AskedLine:
 
 
 def request_of(model: Model, folder: Path, line: Line, settings: Settings) -> tuple[Request, GenerateOptions]:
-    media: list[MediumSource] = [folder / path for path in line.images]
-    media += [Video(source=folder / path) for path in line.videos]
+    media: list[MediumSource] = [_place(folder, path) for path in line.images]
+    media += [Video(source=_place(folder, path)) for path in line.videos]
     if line.prompt is not None:
         if line.question is not None or line.shots or line.system is not None:
             raise InputError("a prompt goes without a question, shots and a system message")
@@ -160,7 +164,15 @@ def _shot(folder: Path, shot: ShotLine) -> Shot:
     answer = shot.answer if shot.question is not None else shot.caption
     if answer is None:
         raise InputError("a shot has a question with its answer, or a caption")
-    medium: MediumSource | None = folder / shot.image if shot.image is not None else None
+    medium: MediumSource | None = _place(folder, shot.image) if shot.image is not None else None
     if shot.video is not None:
-        medium = Video(source=folder / shot.video)
+        medium = Video(source=_place(folder, shot.video))
     return Shot(answer=answer, question=shot.question, medium=medium)
+
+
+def _place(folder: Path, path: str) -> Path:
+    """Where a file of a line is. Raises InputError for an empty path, which Python takes for the folder itself, and for an address."""
+    if not path.strip():
+        raise InputError("a path of an image or video is empty; name a file, or leave it out")
+    refuse_url(path)
+    return folder / path

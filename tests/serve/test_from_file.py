@@ -189,6 +189,34 @@ def test_a_line_that_fails_fails_alone(nano: flamingo_export.Model, place: Path)
     assert "images is given twice" in found["line 8"]["error"]
 
 
+def test_a_byte_order_mark_is_no_fault(nano: flamingo_export.Model, place: Path) -> None:
+    """Windows programs begin files with one."""
+    file = write(place / "in.jsonl", [{"id": "a", "images": ["a.png"]}, {"id": "b", "images": ["a.png"]}])
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert run_file(nano, file, place / "out.jsonl", {}).failed == 0
+    found = read(place / "out.jsonl")
+    assert found["a"]["text"] == found["b"]["text"]
+
+
+def test_an_empty_path_is_not_the_folder(nano: flamingo_export.Model, place: Path) -> None:
+    """Its images would be taken as the frames of a video."""
+    (place / "b.png").symlink_to(EXAMPLES / "a.png")
+    lines = [
+        {"id": "image", "images": [""]},
+        {"id": "video", "videos": [""]},
+        {"id": "shot", "images": ["a.png"], "shots": [{"video": " ", "caption": "a"}]},
+    ]
+    run_file(nano, write(place / "in.jsonl", lines), place / "out.jsonl", {})
+    for record in read(place / "out.jsonl").values():
+        assert record["error"] == "a path of an image or video is empty; name a file, or leave it out"
+
+
+def test_an_address_is_named_as_one(nano: flamingo_export.Model, place: Path) -> None:
+    lines = [{"id": "a", "images": ["https://images.example/a.png"]}]
+    run_file(nano, write(place / "in.jsonl", lines), place / "out.jsonl", {})
+    assert "URLs are not fetched" in read(place / "out.jsonl")["a"]["error"]
+
+
 def test_it_goes_on_where_it_was(nano: flamingo_export.Model, place: Path) -> None:
     file = write(place / "in.jsonl", [{"id": name, "images": [name]} for name in SCENES])
     out = place / "out.jsonl"

@@ -134,6 +134,8 @@ def read_items(path: Path, form: str, closed: bool, candidates: tuple[str, ...],
 def _item(path: Path, line: _Line, form: str, closed: bool, candidates: tuple[str, ...]) -> Item:
     if (line.image is not None) + (line.video is not None) + line.text_only != 1:
         raise EvaluationError("expected one of image, video and text_only")
+    if any(place is not None and not place.strip() for place in (line.image, line.video)):
+        raise EvaluationError("the path of the image or video is empty")
     if (line.question is not None) != (form == "question"):
         raise EvaluationError("a question is missing" if form == "question" else "a question, but the task's form is a caption")
     if line.question is not None and not line.question.strip():

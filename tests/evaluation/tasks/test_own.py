@@ -79,6 +79,7 @@ def test_tasks_that_are_refused(tmp_path: Path, toml: str, said: str) -> None:
     ("line", "said"),
     [
         ({"id": 1, "question": "?", "answer": "a"}, "expected one of image, video and text_only"),
+        ({"id": 1, "video": "", "question": "?", "answer": "a"}, "the path of the image or video is empty"),
         ({"id": 1, "image": "a.png", "answer": "a"}, "a question is missing"),
         ({"id": 1, "image": "a.png", "question": " ", "answer": "a"}, "the question is empty"),
         ({"id": 1, "image": "a.png", "question": "?", "answers": ["", " "]}, "no answer that is not empty"),
