@@ -22,7 +22,10 @@ def score(
     ctx: typer.Context,
     bundle: Annotated[Path, typer.Argument(help="A bundle.", show_default=False)],
     candidates: Annotated[
-        str, typer.Option("--candidates", "-c", help="Answers, separated by commas.", metavar="A,B,C", show_default=False)
+        list[str],
+        typer.Option(
+            "--candidates", "-c", help="Answers, separated by commas; may be repeated.", metavar="A,B,C", show_default=False
+        ),
     ],
     images: Images = None,
     videos: Videos = None,
@@ -45,11 +48,12 @@ def score(
     from flamingo_export.cli.common_options import formatted
     from flamingo_export.cli.output import print_json, results, table
 
-    answers = [answer.strip() for answer in candidates.split(",")]
-    if not all(answers):
-        raise typer.BadParameter(
-            f"{candidates!r} has an empty answer; give some, separated by commas", param_hint="--candidates"
-        )
+    answers = []
+    for text in candidates:
+        given = [answer.strip() for answer in text.split(",")]
+        if not all(given):
+            raise typer.BadParameter(f"{text!r} has an empty answer; give some, separated by commas", param_hint="--candidates")
+        answers += given
     media = cut.media(ctx, images, videos)
     request = formatted(bundle, media=media, prompt=prompt, question=question, shots=shots, text_only=text_only)
     with run.opened(bundle) as model:

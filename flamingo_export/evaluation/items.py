@@ -38,6 +38,8 @@ def read_data(
 ) -> Data:
     """Queries and examples. Raises EvaluationError naming what is missing."""
     if data is None and task.needs_data:
+        if not task.source:  # a task of one's own
+            raise EvaluationError(f"task {task.name} reads its items from a file: give --data FILE, {task.files}")
         raise EvaluationError(
             f"task {task.name} reads its files from a folder: give --data. Expected there: {task.files}. From {task.source}"
         )

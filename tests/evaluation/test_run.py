@@ -256,6 +256,10 @@ def test_what_cannot_be_is_said_before_any_work(vqa: Path, tmp_path: Path, monke
         run(model, vqa, settings=Settings(shots=(1, 1)))
     with pytest.raises(EvaluationError, match="reads its files from a folder"):
         run(model, None)  # type: ignore[arg-type]
+    own = tmp_path / "own.toml"
+    own.write_text('metric = "vqa_accuracy"')
+    with pytest.raises(EvaluationError, match=r"^task own reads its items from a file: give --data FILE, JSON Lines$"):
+        run(model, None, task=own)  # type: ignore[arg-type]
     with pytest.raises(EvaluationError, match="this model gives none"):
         run(model, vqa, settings=Settings(shots=(2,), select="rices"))
     monkeypatch.setattr("shutil.which", lambda _: None)

@@ -167,6 +167,15 @@ def test_what_cannot_be_done_is_one_line_on_stderr(cli, bundle, pictures, monkey
     assert outcome.err.count("\n") == 1
 
 
+def test_candidates_may_be_given_one_by_one(cli, bundle, pictures):
+    """The last ones alone were ranked."""
+    line = ["score", bundle, "--image", pictures / "a.png", "--prompt", "<image>It is", "--json"]
+    together, apart = cli(*line, "--candidates", "red,green,blue"), cli(*line, "--candidates", "red", "-c", "green,blue")
+    assert len(json.loads(together.out)["scores"]) == 3
+    assert json.loads(apart.out) == json.loads(together.out)
+    assert cli(*line, "-c", "red", "-c", "").code == 2
+
+
 def test_candidates_are_ranked(cli, bundle, pictures, model):
     line = ["score", bundle, "--image", pictures / "a.png", "--prompt", "<image>It is", "--candidates", "red, green,a long one"]
     ranked = json.loads(cli(*line, "--json").out)["scores"]
