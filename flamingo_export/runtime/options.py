@@ -174,7 +174,8 @@ class GenerateOptions:
         if any(not -MAX_BIAS <= bias <= MAX_BIAS for bias in self.logit_bias.values()):
             faults.append(f"{{logit_bias}} has a bias outside -{MAX_BIAS:.0f} to {MAX_BIAS:.0f}")
         if not all(self.stops) or len(self.stops) > MAX_STOPS:
-            faults.append(f"{{stop}} is {self.stop!r}, expected at most {MAX_STOPS} texts, none of them empty")
+            given = repr(self.stop).replace("{", "{{").replace("}", "}}")  # braces in it name no setting
+            faults.append(f"{{stop}} is {given}, expected at most {MAX_STOPS} texts, none of them empty")
         if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
             faults.append(f"{{min_new_tokens}} is {self.min_new_tokens}, {{max_new_tokens}} only {self.max_new_tokens}")
         if not all(text.strip() for text in self.choice) or len(self.choice) > MAX_CHOICES:

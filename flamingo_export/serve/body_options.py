@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from flamingo_export.runtime.options import GenerateOptions
-from flamingo_export.serve.bodies import Chat, Sampled
+from flamingo_export.serve.bodies import Chat, Completion, Sampled
 from flamingo_export.serve.refusals import ApiError
 
 MAX_CHOICES = 128
@@ -71,8 +71,18 @@ def options_of(body: Sampled, max_tokens: int | None, top_logprobs: int | None =
     else:
         settings |= {"beams": 1}
     options = GenerateOptions(**settings)
-    options.check_values()
+    options.check_values(lambda name: _field_of(body, name))
     return options
+
+
+def _field_of(body: Sampled, setting: str) -> str:
+    """What a body calls a setting of `generate`, for messages."""
+    fields = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "num_return": "n"}
+    if isinstance(body, Chat) and body.max_completion_tokens is not None:
+        fields["max_new_tokens"] = "max_completion_tokens"
+    if isinstance(body, Completion):
+        fields["top_logprobs"] = "logprobs"
+    return fields.get(setting, setting)
 
 
 def _format_of(body: Chat) -> dict[str, Any] | bool | None:

@@ -50,6 +50,14 @@ async def completions(call: Call, body: Completion) -> Any:
     prompts = _prompts(body.prompt)
     if len(prompts) > 1 and media:
         raise ApiError(400, "several prompts have no images; send one request for each", param="images")
+    jobs = len(prompts) * (2 if body.echo and body.max_tokens else 1)  # an echo is scored, and what follows it generated
+    most = call.model.engine.rows + call.server.settings.max_queue
+    if len(prompts) > 1 and jobs > most:
+        raise ApiError(
+            400,
+            f"the {len(prompts)} prompts are {jobs} requests, and this server runs and keeps {most} at most. Send fewer at a time.",
+            param="prompt",
+        )
     if body.stream and (len(prompts) > 1 or body.echo):
         raise ApiError(400, "a stream answers one prompt, without echo", param="stream")
     form = Form(kind="completion", model=call.served.name, tokenizer=_tokenizer(call.model), logprobs=body.logprobs is not None)

@@ -160,6 +160,39 @@ def test_more_branches_than_the_engine_has(
     server.models.close()
 
 
+def test_more_prompts_than_ever_fit_are_not_told_to_try_again(make_server: Callable[..., Server]) -> None:
+    """With echo and tokens behind it, each of them is two requests."""
+    server = make_server(ServeSettings(max_queue=2), rows=2)
+    with running(server) as client:
+        body = {"model": "nano", "prompt": ["a", "b", "c", "d"], "max_tokens": 1}
+        assert client.post("/v1/completions", body).status == 200
+        assert client.post("/v1/completions", {**body, "max_tokens": 0, "echo": True}).status == 200
+        for more in ({"prompt": list("abcde")}, {"echo": True, "prompt": list("abc")}):
+            found = client.post("/v1/completions", {**body, **more})
+            assert (found.status, found.error["param"]) == (400, "prompt")
+            assert "4 at most" in found.error["message"]
+    server.models.close()
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "said"),
+    [
+        ("chat/completions", {"max_tokens": 0}, "max_tokens is 0"),
+        ("chat/completions", {"max_completion_tokens": 0}, "max_completion_tokens is 0"),
+        ("chat/completions", {"max_tokens": 2, "min_tokens": 3}, "min_tokens is 3, max_tokens only 2"),
+        ("chat/completions", {"beams": 2, "n": 3}, "n 3 needs at least 3 beams"),
+        ("completions", {"logprobs": 21}, "logprobs is 21"),
+        ("completions", {"stop": ["{x}", "}", ""]}, "stop is ['{x}', '}', '']"),
+    ],
+)
+def test_fields_are_named_as_the_body_names_them(client: Client, path: str, fields: dict[str, Any], said: str) -> None:
+    """`generate`'s own names are no fields here, and would be refused."""
+    asked = {"messages": user("a")} if path.startswith("chat") else {"prompt": "a"}
+    found = client.post(f"/v1/{path}", {"model": "nano", **asked, **fields})
+    assert found.status == 400
+    assert found.error["message"].startswith(said)
+
+
 def test_those_whose_images_are_decoded_count_as_waiting(
     make_server: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
