@@ -7,16 +7,17 @@ import re
 import runpy
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import pytest
 from kinds import CLIP, READ
+from PIL import Image
 from variations import LLAMA
 
 import flamingo_export
-from flamingo_export.runtime.media import load_medium
 from flamingo_export.specs import subgraph_specs
 from flamingo_reference.config import SIZES, ModelConfig
 
@@ -42,16 +43,26 @@ def asked(bundle: Path) -> tuple[Path, list[int], list[int]]:
         found = model.generate("<image>Output:", images=[image], beams=1, max_new_tokens=NEW_TOKENS)
         assert model.tokenizer is not None
         prompt = list(model.tokenizer.encode("<image>Output:"))
-        medium = load_medium(image, model.config, model.manifest.inputs.fit)
         eoc = model.config.tokens.eoc
     pixels = bundle.parent / "pixels.f32"
-    medium.pixels.astype("<f4").tofile(pixels)
+    subprocess.run([sys.executable, str(HOSTS / "pixels.py"), str(bundle), str(image), str(pixels)], check=True)
     return pixels, prompt, [token for token in found.token_ids if token != eoc]
 
 
 def ids(done: subprocess.CompletedProcess[str]) -> list[int]:
     assert done.returncode == 0, done.stderr
     return [int(word) for word in done.stdout.split()]
+
+
+def test_pixels(asked: tuple[Path, list[int], list[int]]) -> None:
+    """Nano's image is as large as its encoder's square, so nothing but the normalisation is left."""
+    image = Image.open(ROOT / "examples" / "a.png").convert("RGB")
+    nano = SIZES["nano"]
+    assert image.size == (nano.vision.image_size,) * 2
+    wanted = (np.asarray(image).transpose(2, 0, 1) / 255 - np.reshape(nano.pixel_mean, (3, 1, 1))) / np.reshape(
+        nano.pixel_std, (3, 1, 1)
+    )
+    np.testing.assert_allclose(np.fromfile(asked[0], "<f4").reshape(wanted.shape), wanted, atol=1e-6)
 
 
 def test_node(bundle: Path, asked: tuple[Path, list[int], list[int]], tmp_path: Path) -> None:
