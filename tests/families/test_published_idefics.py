@@ -210,6 +210,11 @@ def test_an_instructed_idefics_is_told_by_its_tokenizer(idefics: tuple[Path, Any
         ({"num_attention_heads": 4.0}, r"num_attention_heads is 4\.0, expected int"),
         ({"additional_vocab_size": -1}, "additional_vocab_size is -1, expected at least 0"),
         ({"vision_config": "large"}, "vision_config is 'large', expected dict"),
+        (
+            {"vision_config": {"embed_dim": 40, "hidden_size": 20}},
+            "embed_dim 40 and hidden_size 20 are two names of one setting",
+        ),
+        ({"head_dim": 8}, "head_dim is 8, and a width of 48 with 4 heads makes 12"),
         ({"vision_config": {"num_attention_heads": 0}}, "vision.num_heads is 0, expected at least 1"),
         ({"perceiver_config": {"resampler_depth": 10**7}}, "resampler.num_layers is 10000000, expected at most 10000"),
         ({"eos_token_id": []}, r"eos_token_id is \[\], expected int"),

@@ -3,6 +3,7 @@ wrote them."""
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from openflamingo_models import Theirs
 from PIL import Image
 from published_files import write_openflamingo, write_tokenizer
 from safetensors.numpy import load_file, save_file
+from transformers import CLIPConfig
 
 import flamingo_export
 from flamingo_export.errors import CheckpointError
@@ -194,6 +196,10 @@ LANGUAGE_MODEL = "config.json of the language model: "
         ("mpt", {"norm_eps": 1e-6}, "norm_eps is 1e-06, which is not supported"),
         ("mpt", {"attn_config": "alibi"}, "attn_config is 'alibi', expected an object"),
         ("mpt", {"n_layers": "4"}, "n_layers is '4', expected int"),
+        # transformers goes by the second name, and turns other positions by a head_dim.
+        ("gpt_neox, parallel", {"head_dim": 8}, "head_dim is 8, and a width of 48 with 3 heads makes 16"),
+        ("mpt", {"hidden_size": 24}, "d_model 48 and hidden_size 24 are two names of one setting, and say different things"),
+        ("mpt", {"num_attention_heads": 2}, "n_heads 4 and num_attention_heads 2 are two names of one setting"),
         ("mosaic_gpt", {"prefix_lm": True}, "prefix_lm is True, which is not supported"),
     ],
 )
@@ -222,6 +228,32 @@ def test_a_config_of_clip_that_its_file_contradicts(change: dict[str, Any], name
     rewrite(source.vision_encoder / "config.json", change)
     with pytest.raises(CheckpointError, match=named):
         flamingo_export.build(source, out=tmp_path / "b.bundle", parity="skip")
+
+
+def test_a_config_of_clip_by_its_older_name(tmp_path: Path) -> None:
+    """`vision_config_dict` beside or in place of `vision_config`: transformers goes by it, and fills in what it leaves out."""
+    source = write_openflamingo(tmp_path, Theirs("mpt"), layout="transformers")
+    assert source.vision_encoder is not None
+    path = source.vision_encoder / "config.json"
+    vision = json.loads(path.read_text())
+    wanted = load(source).config
+    for whole in ({"vision_config": vision, "vision_config_dict": vision}, {"vision_config_dict": vision}):
+        assert CLIPConfig(**copy.deepcopy(whole)).vision_config.hidden_size == 64
+        path.write_text(json.dumps({"model_type": "clip", **whole}))
+        assert load(source).config == wanted
+    for older in (vision | {"hidden_act": "gelu"}, {**vision, "hidden_act": "gelu", "layer_norm_eps": 0.1}):
+        unlike = {"vision_config": vision, "vision_config_dict": older}
+        assert CLIPConfig(**copy.deepcopy(unlike)).vision_config.hidden_act == "gelu"
+        path.write_text(json.dumps({"model_type": "clip", **unlike}))
+        named = "vision_config_dict and vision_config are two names of one setting, and say different things .*'gelu' for 'quick_gelu'"
+        with pytest.raises(UnreadableCheckpoint, match=named):
+            load(source)
+    partial = {name: value for name, value in vision.items() if name != "hidden_act"}
+    unlike = {"vision_config": vision | {"hidden_act": "gelu"}, "vision_config_dict": partial}
+    assert CLIPConfig(**copy.deepcopy(unlike)).vision_config.hidden_act == "quick_gelu"
+    path.write_text(json.dumps({"model_type": "clip", **unlike}))
+    with pytest.raises(UnreadableCheckpoint, match="'quick_gelu' for 'gelu'"):
+        load(source)
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,28 @@ def choice(raw: Mapping[str, Any], name: str, known: Mapping[Any, Any], default:
     return known[value]
 
 
+def named(raw: Mapping[str, Any], names: Sequence[str], *, where: str = "config.json") -> str:
+    """Of several names of one setting, the one that a published config has; the first where it has none. Raises ConfigError if it has several
+    that say different things, of which libraries take one or the other."""
+    given = [name for name in names if name in raw]
+    if any(raw[name] != raw[given[0]] for name in given[1:]):
+        said = " and ".join(f"{name} {raw[name]!r:.{_SHOWN}}" for name in given)
+        raise ConfigError(
+            f"{where}: {said} are two names of one setting, and say different things. Remove the one that was not trained with."
+        )
+    return given[0] if given else names[0]
+
+
+def plain_head_size(raw: Mapping[str, Any], width: int, heads: int, *, where: str = "config.json") -> None:
+    """Raises ConfigError for a head_dim other than the width's share of a head: transformers would turn other positions by it."""
+    head_dim = raw.get("head_dim")
+    if head_dim is not None and head_dim != width // heads:
+        raise ConfigError(
+            f"{where}: head_dim is {head_dim!r:.{_SHOWN}}, and a width of {width} with {heads} heads makes {width // heads}, which the "
+            "tensors are read by. Remove it, or bring the config.json that the model was trained with."
+        )
+
+
 def rope_type(rope: Mapping[str, Any], known: Mapping[Any, Any], *, where: str) -> Any:
     """What the kind of rotary positions stands for here, `rope_type` or, as older files call it, `type`. Raises ConfigError as `choice`."""
     return choice(rope, "rope_type" if "rope_type" in rope else "type", known, "default", where=where)

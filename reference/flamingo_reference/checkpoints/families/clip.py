@@ -28,6 +28,7 @@ PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 HEAD_SIZE = 64
 """Of every model that OpenAI published; the tensors do not tell."""
 OPEN_CLIP_CONFIG = "open_clip_config.json"
+_CONFIG = "config.json of CLIP"
 OPENAI_MARKS = ("input_resolution", "context_length", "vocab_size")
 """Sizes that OpenAI's own files hold as tensors, and no other's."""
 IGNORED = (
@@ -173,8 +174,33 @@ def config_from_shapes(
 
 def config_from(raw: Mapping[str, Any]) -> ViTConfig:
     """The encoder of a transformers config.json (CLIPModel or CLIPVisionModel), used as by `config_from_shapes`. Raises ConfigError."""
-    where = "config.json of CLIP"
-    vision = setting(raw, "vision_config", dict, where=where) if "vision_config" in raw else raw
+    given = settings_of(raw, "vision_config")
+    vision = _vision(raw if given is None else given)
+    older = settings_of(raw, "vision_config_dict")
+    refuse_two("vision_config", vision, vision if older is None or given is None else _vision(older))
+    return vision
+
+
+def settings_of(raw: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
+    """A tower's settings in transformers' config.json of a whole CLIP, under `name`, or under its older name, `name` and `_dict`."""
+    found = name if raw.get(name) is not None else f"{name.removesuffix('_dict')}_dict"
+    value: Mapping[str, Any] | None = setting(raw, found, dict, where=_CONFIG) if raw.get(found) is not None else None
+    return value
+
+
+def refuse_two(name: str, one: msgspec.Struct, other: msgspec.Struct) -> None:
+    """Raises ConfigError if a tower is another by the older name of its settings, by which transformers goes where there are both."""
+    said, older = msgspec.structs.asdict(one), msgspec.structs.asdict(other)
+    unlike = [f"{each} {older[each]!r} for {said[each]!r}" for each in said if said[each] != older[each]]
+    if unlike:
+        raise ConfigError(
+            f"{_CONFIG}: {name}_dict and {name} are two names of one setting, and say different things ({', '.join(unlike)}). Remove the one "
+            "that was not trained with."
+        )
+
+
+def _vision(vision: Mapping[str, Any]) -> ViTConfig:
+    where = _CONFIG
     return ViTConfig(
         image_size=setting(vision, "image_size", int, 224, where=where),
         patch_size=setting(vision, "patch_size", int, 32, where=where),

@@ -22,6 +22,8 @@ from flamingo_reference.checkpoints.families.clip import (
     OPEN_CLIP_CONFIG,
     OPENAI_LAYER,
     TRANSFORMERS_LAYER,
+    refuse_two,
+    settings_of,
 )
 from flamingo_reference.checkpoints.name_table import filled, table
 from flamingo_reference.config import ConfigError, ViTConfig
@@ -111,8 +113,14 @@ def _text(
 
 
 def _transformers_text(found: TextConfig, settings: Mapping[str, Any]) -> TextConfig:
+    given, older = (settings_of(settings, name) for name in ("text_config", "text_config_dict"))
+    text = _text_of(found, given or {})
+    refuse_two("text_config", text, text if older is None else _text_of(found, older))
+    return text
+
+
+def _text_of(found: TextConfig, raw: Mapping[str, Any]) -> TextConfig:
     where = "config.json of CLIP, text_config"
-    raw = setting(settings, "text_config", dict, {}, where="config.json of CLIP")
     return msgspec.structs.replace(
         found,
         num_heads=setting(raw, "num_attention_heads", int, 8, where=where),

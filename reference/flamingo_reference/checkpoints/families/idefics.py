@@ -8,7 +8,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flamingo_reference.checkpoints.conversions import Recipe, as_is, choice, joined, positive, reshaped, rope_type, setting
+from flamingo_reference.checkpoints.conversions import (
+    Recipe,
+    as_is,
+    choice,
+    joined,
+    named,
+    plain_head_size,
+    positive,
+    reshaped,
+    rope_type,
+    setting,
+)
 from flamingo_reference.checkpoints.families import clip
 from flamingo_reference.checkpoints.name_table import filled, table
 from flamingo_reference.config import (
@@ -59,6 +70,7 @@ def config_from(
             f"config.json: hidden_size {width} must be a multiple of num_attention_heads {heads}, and num_hidden_layers {layers} "
             f"one of cross_layer_interval {every}."
         )
+    plain_head_size(raw, width, heads)
     if more < 0:
         raise ConfigError(f"config.json: additional_vocab_size is {more}, expected at least 0.")
     if not setting(raw, "use_resampler", bool, False):
@@ -168,7 +180,7 @@ def _nested(raw: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _vision(raw: Mapping[str, Any]) -> ViTConfig:
     where = "config.json, vision_config"
-    width = setting(raw, "embed_dim" if "embed_dim" in raw else "hidden_size", int, 768, where=where)
+    width = setting(raw, named(raw, ("embed_dim", "hidden_size"), where=where), int, 768, where=where)
     activations = {"gelu": "gelu", "quick_gelu": "quick_gelu"}
     return ViTConfig(
         image_size=setting(raw, "image_size", int, 224, where=where),

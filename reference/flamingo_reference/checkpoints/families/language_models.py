@@ -12,13 +12,23 @@ from typing import Any
 import msgspec
 
 from flamingo_reference.arrays import Array
-from flamingo_reference.checkpoints.conversions import Recipe, choice, positive, rope_type, setting, with_bias
+from flamingo_reference.checkpoints.conversions import (
+    Recipe,
+    choice,
+    named,
+    plain_head_size,
+    positive,
+    rope_type,
+    setting,
+    with_bias,
+)
 from flamingo_reference.checkpoints.name_table import Table, filled, table
 from flamingo_reference.config import AlibiPositions, ConfigError, LanguageModelConfig, RotaryPositions
 
 _setting = functools.partial(setting, where="config.json of the language model")
 _choice = functools.partial(choice, where="config.json of the language model")
 _positive = functools.partial(positive, where="config.json of the language model")
+_named = functools.partial(named, where="config.json of the language model")
 
 IGNORED = (
     (r".*\.rotary_emb\.inv_freq", "frequencies of the rotary positions, which follow from the config"),
@@ -133,6 +143,7 @@ LLAMA_LAYER = table("""
 def _neox_config(raw: Mapping[str, Any]) -> LanguageModelConfig:
     width, heads = _setting(raw, "hidden_size", int), _setting(raw, "num_attention_heads", int)
     head_size = _head_size(width, heads)
+    plain_head_size(raw, width, heads, where="config.json of the language model")
     _choice(raw, "attention_bias", {True: None}, True)
     share, base = _positive(raw, "rotary_pct", 0.25), _positive(raw, "rotary_emb_base", 10000.0)
     return LanguageModelConfig(
@@ -207,10 +218,13 @@ def _mpt_config(raw: Mapping[str, Any], *, rounded_slopes: bool = True) -> Langu
     _choice(raw, "final_logit_softcapping", {None: None}, None)
     for settings, name in ((attention, "clip_qkv"), (attention, "softmax_scale"), (raw, "logit_scale")):
         _choice(settings, name, {None: None}, None)
-    width, heads = _setting(raw, "d_model", int), _setting(raw, "n_heads", int)
-    ratio = _setting(raw, "mlp_ratio" if "mlp_ratio" in raw else "expansion_ratio", int, 4)
+    width, heads, layers = (
+        _setting(raw, _named(raw, names), int)
+        for names in (("d_model", "hidden_size"), ("n_heads", "num_attention_heads"), ("n_layers", "num_hidden_layers"))
+    )
+    ratio = _setting(raw, _named(raw, ("mlp_ratio", "expansion_ratio")), int, 4)
     return LanguageModelConfig(
-        num_layers=_setting(raw, "n_layers", int),
+        num_layers=layers,
         width=width,
         num_heads=heads,
         head_size=_head_size(width, heads),

@@ -15,7 +15,17 @@ from typing import Any
 import numpy as np
 
 from flamingo_reference.arrays import Array, Shape
-from flamingo_reference.checkpoints.conversions import Recipe, as_is, choice, positive, reshaped, rope_type, setting
+from flamingo_reference.checkpoints.conversions import (
+    Recipe,
+    as_is,
+    choice,
+    named,
+    plain_head_size,
+    positive,
+    reshaped,
+    rope_type,
+    setting,
+)
 from flamingo_reference.checkpoints.families import clip
 from flamingo_reference.checkpoints.name_table import filled, table
 from flamingo_reference.config import (
@@ -86,8 +96,9 @@ def config_from(raw: Mapping[str, Any], *, name: str = "llama-vision", ends: Seq
             f"{where}: hidden_size {width} must be a multiple of num_attention_heads {heads}, and that one of "
             f"num_key_value_heads {kv_heads}."
         )
+    plain_head_size(text, width, heads, where=where)
     vocab = setting(text, "vocab_size", int, 128256, where=where)
-    image = setting(raw, "image_token_index" if "image_token_index" in raw else "image_token_id", int, 128256)
+    image = setting(raw, named(raw, ("image_token_index", "image_token_id")), int, 128256)
     if not vocab <= image < vocab + EXTRA_EMBEDDINGS:
         raise ConfigError(
             f"config.json: image_token_index is {image}, expected one of the {EXTRA_EMBEDDINGS} tokens beyond the output's {vocab} rows."
@@ -229,7 +240,7 @@ def _vision(raw: Mapping[str, Any]) -> TiledViTConfig:
         width=setting(raw, "hidden_size", int, 1280, where=where),
         num_layers=setting(raw, "num_hidden_layers", int, 32, where=where),
         num_global_layers=setting(raw, "num_global_layers", int, 8, where=where),
-        num_heads=setting(raw, "attention_heads" if "attention_heads" in raw else "num_attention_heads", int, 16, where=where),
+        num_heads=setting(raw, named(raw, ("attention_heads", "num_attention_heads"), where=where), int, 16, where=where),
         ffw_width=setting(raw, "intermediate_size", int, 5120, where=where),
         max_tiles=setting(raw, "max_num_tiles", int, 4, where=where),
         feature_layers=tuple(chosen),
