@@ -348,5 +348,7 @@ def test_openflamingo_with_the_tokenizer_of_another_language_model(words: int, t
     assert source.language_model is not None
     write_tokenizer(source.language_model, [f"w{index}" for index in range(words)], [])
     named = f"the tokenizer has {words + 3} tokens, .* and the embedding in .*checkpoint.pt has 64 rows.*--tokenizer FILE"
+    if words + 3 < 64:  # the embedding may have more rows than there are tokens for another reason
+        named += rf"\. The embedding may have been padded to a multiple .*save it with {words + 3} rows"
     with pytest.raises(CheckpointError, match=named):
         flamingo_export.build(source, out=tmp_path / "b.bundle", parity="skip")

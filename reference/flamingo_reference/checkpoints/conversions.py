@@ -111,6 +111,21 @@ def named(raw: Mapping[str, Any], names: Sequence[str], *, where: str = "config.
     return given[0] if given else names[0]
 
 
+def token_ids(raw: Mapping[str, Any], name: str, default: int, *, where: str = "config.json") -> tuple[int, ...]:
+    """Token ids of a setting that is one or several. Raises ConfigError if it is null, or not of numbers."""
+    value = raw.get(name, default)
+    if value is None:
+        raise ConfigError(
+            f"{where}: {name} is null, so that it does not say which token {_DOES.get(name, 'that is')}. Write the id there that the tokenizer "
+            "has for it."
+        )
+    several = value if isinstance(value, list) and value else [value]
+    return tuple(setting({name: each}, name, int, where=where) for each in several)
+
+
+_DOES = {"bos_token_id": "begins a text", "eos_token_id": "ends a text"}
+
+
 def plain_head_size(raw: Mapping[str, Any], width: int, heads: int, *, where: str = "config.json") -> None:
     """Raises ConfigError for a head_dim other than the width's share of a head: transformers would turn other positions by it."""
     head_dim = raw.get("head_dim")

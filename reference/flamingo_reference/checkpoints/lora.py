@@ -19,7 +19,13 @@ from flamingo_reference.arrays import Array, Shape
 from flamingo_reference.checkpoints.accounting import NearestName
 from flamingo_reference.checkpoints.files.folder import open_tensors
 from flamingo_reference.checkpoints.files.json_file import read_json
-from flamingo_reference.checkpoints.files.tensors import FLOATS, CheckpointError, FileReader, TensorReader
+from flamingo_reference.checkpoints.files.tensors import (
+    FLOATS,
+    CheckpointError,
+    FileReader,
+    TensorReader,
+    refuse_emptied,
+)
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -103,6 +109,7 @@ class LoraReader:
         _name_those_within(adapter)
         settings = _adapter_settings(self._config)
         self._adapter: FileReader = open_tensors(adapter, WEIGHTS).plainly_named()
+        refuse_emptied(self._adapter, adapter)
         plan = _Plan(settings, self._adapter, base, plain_name, vocabulary, second_names)
         self._updates, self._replaced = plan.merged(adapter)
         self.notes = tuple(f"{self._config}: {note}" for note in plan.unmatched())

@@ -16,11 +16,12 @@ from tokenizers import Tokenizer, models
 
 from flamingo_reference.checkpoints.accounting import Ignored
 from flamingo_reference.checkpoints.converted import Components, Converted
-from flamingo_reference.checkpoints.families import native
+from flamingo_reference.checkpoints.families import idefics, llama_vision, native
 from flamingo_reference.checkpoints.families.known import FAMILIES, Family
 from flamingo_reference.checkpoints.families.recognition import recognise
 from flamingo_reference.checkpoints.files.tensors import CheckpointError
 from flamingo_reference.checkpoints.loading import CheckpointFiles, load
+from flamingo_reference.config import ConfigError
 from flamingo_reference.input_format import OPENFLAMINGO
 from flamingo_reference.model import numpy_from_torch
 from flamingo_reference.names import expected_tensors
@@ -344,3 +345,25 @@ def test_an_adapter_is_merged_into_the_part_it_was_trained_on(toy: CheckpointFil
     write_halves("transformer.blocks.layers.99.q_proj")
     with pytest.raises(CheckpointError, match=r"which the base does not have \(nearest: transformer\.blocks\.layers\."):
         load(adapted, families)
+
+
+def test_weights_that_zero_stage_3_left_empty(tmp_path: Path) -> None:
+    """Saved without gathering the parameters: matrices are empty, small ones (norms) are whole."""
+    names = ["lang_encoder.transformer.wte.weight", *NAMES["openflamingo"]]
+    torch.save({name: torch.zeros(0 if name.endswith("weight") else 3) for name in names}, tmp_path / "checkpoint.pt")
+    with pytest.raises(
+        CheckpointError, match=r"holds 1 empty tensors of 3 \(the first is lang_encoder\..*wte\.weight\).*zero_to_fp32\.py"
+    ):
+        recognise(tmp_path / "checkpoint.pt")
+
+
+@pytest.mark.parametrize("name", ["bos_token_id", "eos_token_id"])
+def test_ids_that_are_null(name: str) -> None:
+    for config_from, raw, where in (
+        (idefics.config_from, {"use_resampler": True, name: None}, "config.json"),
+        (llama_vision.config_from, {"text_config": {name: None}, "vision_config": {}}, "config.json, text_config"),
+    ):
+        with pytest.raises(
+            ConfigError, match=f"^{where}: {name} is null, so that .* (begins|ends) a text.*that the tokenizer has"
+        ):
+            config_from(raw)

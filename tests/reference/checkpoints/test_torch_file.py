@@ -6,6 +6,7 @@ import collections
 import io
 import os
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,22 @@ def test_a_view_that_turns_signs(tmp_path: Path) -> None:
     torch.save({"a": torch._neg_view(torch.ones(2, 3))}, tmp_path / "a.pt")
     assert torch.load(tmp_path / "a.pt", weights_only=True)["a"].sum() == -6
     with pytest.raises(CheckpointError, match=r"a is a view that turns the numbers' signs"):
+        open_tensors(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "float8_e5m2", "uint16", "qint8", "complex64"])
+@pytest.mark.parametrize("parameter", [False, True])
+def test_element_types_that_no_weight_is_read_of(tmp_path: Path, kind: str, parameter: bool) -> None:
+    """torch writes the first three and quantised ones by calls of their own, which ask for no code of the file's."""
+    if kind == "qint8":
+        with warnings.catch_warnings(action="ignore"):
+            tensor, said = torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), "torch.QInt8Storage"
+    else:
+        tensor = torch.zeros(3).to(getattr(torch, kind))
+        said = "torch.ComplexFloatStorage" if kind == "complex64" else f"torch.{kind}"
+    content = nn.Parameter(tensor, requires_grad=False) if parameter else tensor
+    torch.save({"a": content, "b": torch.ones(2)}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=rf"a\.pt: a has element type {said}; expected one of .* before it was quantised"):
         open_tensors(tmp_path / "a.pt")
 
 

@@ -212,9 +212,15 @@ def _openflamingo(
     # Training gave its embedding as many rows as there were tokens then, unless it left it as it was published.
     rows, size = config.language_model.vocab_size, 1 + max(ids.values())
     if rows not in (size, setting(lm_settings, "vocab_size", int, rows)):
+        padded = (
+            f" The embedding may have been padded to a multiple when tokens were added (pad_to_multiple_of): then save it with {size} rows, "
+            "those behind being of no token."
+            if rows > size and rows % 8 == 0
+            else ""
+        )
         raise CheckpointError(
             f"the tokenizer has {size} tokens, those that training added included, and the embedding in {components.model.path} has "
-            f"{rows} rows. Bring the tokenizer of the language model that it was trained with: --tokenizer FILE"
+            f"{rows} rows. Bring the tokenizer of the language model that it was trained with: --tokenizer FILE{'.' if padded else ''}{padded}"
         )
     config.validate()
     unsaid = openflamingo.added_without_rows(config.language_model, files)

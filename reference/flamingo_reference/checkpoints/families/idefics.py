@@ -19,6 +19,7 @@ from flamingo_reference.checkpoints.conversions import (
     reshaped,
     rope_type,
     setting,
+    token_ids,
 )
 from flamingo_reference.checkpoints.families import clip
 from flamingo_reference.checkpoints.name_table import filled, table
@@ -79,7 +80,7 @@ def config_from(
         )
     choice(raw, "hidden_act", {"silu": "swiglu"}, "silu")
     eps, head_size = setting(raw, "rms_norm_eps", float, 1e-6), width // heads
-    ends = _ids(raw, "eos_token_id", 2)
+    ends = token_ids(raw, "eos_token_id", 2)
     end = ends[0]
     eoc = end if eoc is None else eoc
     raw = _nested(raw)
@@ -114,8 +115,8 @@ def config_from(
             tied_head=setting(raw, "tie_word_embeddings", bool, False),
         ),
         tokens=TokenIds(
-            pad=end if raw.get("pad_token_id", 0) is None else _ids(raw, "pad_token_id", 0)[0],
-            bos=_ids(raw, "bos_token_id", 1)[0],
+            pad=end if raw.get("pad_token_id", 0) is None else token_ids(raw, "pad_token_id", 0)[0],
+            bos=token_ids(raw, "bos_token_id", 1)[0],
             eoc=eoc,
             image=image,
             reset=end if reset is None else reset,
@@ -136,13 +137,6 @@ def recipes(config: ModelConfig, *, additional_vocab: int) -> dict[str, Recipe]:
         **_gated_recipes(config),
         **_language_model_recipes(config, additional_vocab),
     }
-
-
-def _ids(raw: Mapping[str, Any], name: str, default: int) -> tuple[int, ...]:
-    """Token ids of a setting that is one or several."""
-    value = raw.get(name, default)
-    several = value if isinstance(value, list) and value else [value]
-    return tuple(setting({name: each}, name, int) for each in several)
 
 
 def _rotary_base(raw: Mapping[str, Any]) -> float:

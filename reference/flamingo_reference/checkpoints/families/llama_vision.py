@@ -25,6 +25,7 @@ from flamingo_reference.checkpoints.conversions import (
     reshaped,
     rope_type,
     setting,
+    token_ids,
 )
 from flamingo_reference.checkpoints.families import clip
 from flamingo_reference.checkpoints.name_table import filled, table
@@ -117,7 +118,7 @@ def config_from(raw: Mapping[str, Any], *, name: str = "llama-vision", ends: Seq
         setting(text, "rms_norm_eps", float, 1e-5, where=where),
         width // heads,
     )
-    ends = tuple(ends) or _ids(text, "eos_token_id", 128001)
+    ends = tuple(ends) or token_ids(text, "eos_token_id", 128001, where=where)
     pad = text.get("pad_token_id")
     return ModelConfig(
         name=name,
@@ -154,7 +155,7 @@ def config_from(raw: Mapping[str, Any], *, name: str = "llama-vision", ends: Seq
         ),
         tokens=TokenIds(
             pad=ends[0] if pad is None else setting(text, "pad_token_id", int, where=where),
-            bos=_ids(text, "bos_token_id", 128000)[0],
+            bos=token_ids(text, "bos_token_id", 128000, where=where)[0],
             eoc=ends[0],
             image=image,
             ends=tuple(dict.fromkeys(end for end in ends if end != ends[0])),
@@ -162,13 +163,6 @@ def config_from(raw: Mapping[str, Any], *, name: str = "llama-vision", ends: Seq
         pixel_mean=clip.PIXEL_MEAN,
         pixel_std=clip.PIXEL_STD,
     )
-
-
-def _ids(raw: Mapping[str, Any], name: str, default: int) -> tuple[int, ...]:
-    """Token ids of a setting that is one or several."""
-    value = raw.get(name, default)
-    several = value if isinstance(value, list) and value else [value]
-    return tuple(setting({name: each}, name, int) for each in several)
 
 
 def _schedule(text: Mapping[str, Any], layers: int) -> tuple[int, int, int]:

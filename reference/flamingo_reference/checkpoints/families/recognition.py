@@ -13,7 +13,7 @@ from flamingo_reference.checkpoints.families.clip import OPEN_CLIP_CONFIG
 from flamingo_reference.checkpoints.families.known import FAMILIES, Family
 from flamingo_reference.checkpoints.files.folder import INDEX_SUFFIX, NAMES, OPEN_CLIP_NAMES, open_tensors
 from flamingo_reference.checkpoints.files.json_file import read_json
-from flamingo_reference.checkpoints.files.tensors import CheckpointError, FileReader
+from flamingo_reference.checkpoints.files.tensors import CheckpointError, FileReader, refuse_emptied
 from flamingo_reference.checkpoints.lora import CONFIG as ADAPTER_CONFIG
 from flamingo_reference.checkpoints.lora import PREFIX as ADAPTER_PREFIX
 
@@ -57,6 +57,7 @@ def recognise(path: Path, families: Sequence[Family] = FAMILIES, *, may_be_absen
         raise CheckpointError(
             f"{path} is {by_config.title} by its {CONFIG}, but its tensors cannot be read: {error}"
         ) from error
+    refuse_emptied(reader, path)
     names = reader.names()
     if path.is_dir() and (path / ADAPTER_CONFIG).is_file() and names and all(name.startswith(ADAPTER_PREFIX) for name in names):
         raise CheckpointError(

@@ -32,6 +32,18 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be read, or does not hold exactly the tensors of its config."""
 
 
+def refuse_emptied(reader: FileReader, path: Path) -> None:
+    """Raises CheckpointError for weights that were saved within DeepSpeed's ZeRO stage 3, whose parameters are empty on every process between
+    uses: no weight of any model is a list of no numbers."""
+    names = [name for name in reader.names() if name not in reader.absent]
+    empty = [name for name in names if reader.shape(name) == (0,)]
+    if empty:
+        raise CheckpointError(
+            f"{path} holds {len(empty)} empty tensors of {len(names)} (the first is {empty[0]}), as a model has that is saved while DeepSpeed's "
+            "ZeRO stage 3 keeps its parts elsewhere. Make the whole weights with the zero_to_fp32.py that DeepSpeed wrote beside its checkpoint."
+        )
+
+
 class TensorEntry(msgspec.Struct, frozen=True):
     """A tensor's place in a file: first byte and extent in bytes; strides in bytes, None where its elements follow each other."""
 

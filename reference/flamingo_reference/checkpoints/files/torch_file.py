@@ -40,6 +40,8 @@ _STORAGES: Mapping[str, Any] = {
     "BoolStorage": np.bool_,
 }
 _REBUILD = (Name("torch._utils", "_rebuild_tensor_v2"), Name("torch._utils", "_rebuild_tensor"))
+_OTHER_KINDS = (Name("torch._utils", "_rebuild_tensor_v3"), Name("torch._utils", "_rebuild_qtensor"))
+"""How torch writes tensors of newer element types (8-bit floats, unsigned integers), and quantised ones: no weight is read of them."""
 _PARAMETER = Name("torch._utils", "_rebuild_parameter")
 _SCRIPTED = "__torch__"
 _MAX_PICKLE = 100_000_000  # bytes, as a safetensors header
@@ -104,6 +106,11 @@ def _entries(path: Path, archive: zipfile.ZipFile) -> dict[str, TensorEntry]:
     members = _members(path, infos, f"{root}data/")
     entries: dict[str, TensorEntry] = {}
     faults: list[str] = []
+    kinds = [f"{name} has element type {kind}" for name, call in tensors.items() if (kind := _other_kind(call))]
+    if kinds:
+        raise CheckpointError(
+            f"{path}: {'; '.join(kinds)}; expected one of {', '.join(_STORAGES)}. Bring the checkpoint as it was before it was quantised."
+        )
     for name, call in tensors.items():
         placed = _placed(call, members)
         if isinstance(placed, str):
@@ -198,7 +205,22 @@ def _rebuild(content: Any) -> Call | None:
     """The call that makes a tensor from its storage, None if `content` is not a tensor or parameter."""
     if isinstance(content, Call) and content.what == _PARAMETER and content.arguments:
         content = content.arguments[0]
-    return content if isinstance(content, Call) and content.what in _REBUILD else None
+    return content if isinstance(content, Call) and content.what in (*_REBUILD, *_OTHER_KINDS) else None
+
+
+def _other_kind(content: Call) -> str:
+    """The element type of a tensor that no weight is read of, empty for one that may be."""
+    call = _rebuild(content)
+    if call is None:
+        return ""
+    if call.what == _OTHER_KINDS[0] and len(call.arguments) > 6 and isinstance(call.arguments[6], Name):
+        return str(call.arguments[6])
+    storage = call.arguments[0] if call.arguments else None
+    identity = storage.identity if isinstance(storage, Persistent) else None
+    kind = identity[1] if isinstance(identity, tuple) and len(identity) > 1 else None
+    if isinstance(kind, Name) and (call.what in _OTHER_KINDS or kind.name not in _STORAGES):
+        return str(kind)
+    return "that is not known" if call.what in _OTHER_KINDS else ""
 
 
 def _kind(content: Any) -> str:
@@ -220,7 +242,7 @@ def _foreign_calls(value: Any) -> Iterator[str]:
         elif isinstance(item, Persistent):
             pending.append(item.identity)
         elif isinstance(item, Call):
-            if item.what not in (*_REBUILD, _PARAMETER):
+            if item.what not in (*_REBUILD, *_OTHER_KINDS, _PARAMETER):
                 yield str(item.what)
             pending += [*item.arguments, item.state]
 
