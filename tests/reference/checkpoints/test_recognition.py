@@ -355,6 +355,9 @@ def test_weights_that_zero_stage_3_left_empty(tmp_path: Path) -> None:
         CheckpointError, match=r"holds 1 empty tensors of 3 \(the first is lang_encoder\..*wte\.weight\).*zero_to_fp32\.py"
     ):
         recognise(tmp_path / "checkpoint.pt")
+    tensors = {name: torch.zeros(3) for name in names} | {"layer._extra_state": torch.zeros(0, dtype=torch.uint8)}  # no weight
+    torch.save(tensors, tmp_path / "checkpoint.pt")
+    assert recognise(tmp_path / "checkpoint.pt").family.name == "openflamingo"
 
 
 @pytest.mark.parametrize("name", ["bos_token_id", "eos_token_id"])

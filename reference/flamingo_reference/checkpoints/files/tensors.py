@@ -36,7 +36,7 @@ def refuse_emptied(reader: FileReader, path: Path) -> None:
     """Raises CheckpointError for weights that were saved within DeepSpeed's ZeRO stage 3, whose parameters are empty on every process between
     uses: no weight of any model is a list of no numbers."""
     names = [name for name in reader.names() if name not in reader.absent]
-    empty = [name for name in names if reader.shape(name) == (0,)]
+    empty = [name for name in names if reader.shape(name) == (0,) and reader.dtype(name) in FLOATS]
     if empty:
         raise CheckpointError(
             f"{path} holds {len(empty)} empty tensors of {len(names)} (the first is {empty[0]}), as a model has that is saved while DeepSpeed's "
