@@ -232,25 +232,29 @@ def test_a_config_of_clip_that_its_file_contradicts(change: dict[str, Any], name
 
 def test_a_config_of_clip_by_its_older_name(tmp_path: Path) -> None:
     """`vision_config_dict` beside or in place of `vision_config`: transformers goes by it, and fills in what it leaves out."""
+
+    def theirs(raw: dict[str, Any]) -> Any:
+        return CLIPConfig(**copy.deepcopy(raw)).vision_config
+
     source = write_openflamingo(tmp_path, Theirs("mpt"), layout="transformers")
     assert source.vision_encoder is not None
     path = source.vision_encoder / "config.json"
     vision = json.loads(path.read_text())
     wanted = load(source).config
     for whole in ({"vision_config": vision, "vision_config_dict": vision}, {"vision_config_dict": vision}):
-        assert CLIPConfig(**copy.deepcopy(whole)).vision_config.hidden_size == 64
+        assert theirs(whole).hidden_size == 64
         path.write_text(json.dumps({"model_type": "clip", **whole}))
         assert load(source).config == wanted
     for older in (vision | {"hidden_act": "gelu"}, {**vision, "hidden_act": "gelu", "layer_norm_eps": 0.1}):
         unlike = {"vision_config": vision, "vision_config_dict": older}
-        assert CLIPConfig(**copy.deepcopy(unlike)).vision_config.hidden_act == "gelu"
+        assert theirs(unlike).hidden_act == "gelu"
         path.write_text(json.dumps({"model_type": "clip", **unlike}))
         named = "vision_config_dict and vision_config are two names of one setting, and say different things .*'gelu' for 'quick_gelu'"
         with pytest.raises(UnreadableCheckpoint, match=named):
             load(source)
     partial = {name: value for name, value in vision.items() if name != "hidden_act"}
     unlike = {"vision_config": vision | {"hidden_act": "gelu"}, "vision_config_dict": partial}
-    assert CLIPConfig(**copy.deepcopy(unlike)).vision_config.hidden_act == "quick_gelu"
+    assert theirs(unlike).hidden_act == "quick_gelu"
     path.write_text(json.dumps({"model_type": "clip", **unlike}))
     with pytest.raises(UnreadableCheckpoint, match="'quick_gelu' for 'gelu'"):
         load(source)
