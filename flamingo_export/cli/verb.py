@@ -37,7 +37,9 @@ class Verb(TyperCommand):
         for parameter in self.params:
             value = ctx.params.get(parameter.name)
             values = value if isinstance(value, list | tuple) else [value]
-            if any(isinstance(each, Path) and each == Path() for each in values):
+            # Earlier versions of Typer make paths of texts only after this, and say here which are to be paths.
+            kind = getattr(getattr(parameter, "type", None), "name", "")
+            if any(each == Path() or (each == "" and kind == "path") for each in values):
                 raise typer.BadParameter("the path is empty", ctx=ctx, param_hint=parameter.opts[0])
 
 
