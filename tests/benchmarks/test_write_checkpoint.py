@@ -67,6 +67,7 @@ def test_openflamingo(script: ModuleType, tmp_path: Path) -> None:
     assert recognise(tmp_path / "clip").family.name == "clip"
 
 
+@pytest.mark.slow
 def test_80b_is_planned_from_its_index(script: ModuleType, tmp_path: Path) -> None:
     """Names of every tensor and the config suffice; a build says which shards it lacks."""
     script.MODELS["idefics-80b-index"](tmp_path)

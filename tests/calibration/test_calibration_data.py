@@ -238,6 +238,7 @@ def test_zeros_are_recorded_and_told(recorder):
     assert all(name in recorder.notes[-1] for name in silent)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gate", [0.0, -0.3, 1e-6])
 def test_gates_do_not_change_what_their_products_take(relative, calibrated, gate):
     """The gate lies in the weights of the product, behind its input: even where it is zero there is something to scale."""

@@ -52,6 +52,7 @@ def test_amax_is_the_largest_magnitude(config, calibrated, seen_whole):
         assert table.tensors[name].amax == pytest.approx(np.abs(values).max(), rel=FP32_DRIFT), name
 
 
+@pytest.mark.slow
 def test_percentile_is_the_order_statistic_but_for_the_bin(config, calibrated, seen_whole):
     table, seen = calibrated(config), seen_whole(config)
     for name, values in seen.items():

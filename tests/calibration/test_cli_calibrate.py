@@ -99,6 +99,7 @@ def test_bad_lines(cli, data, tmp_path):
     assert "2 of 14 samples were left out: line 13" in done.err
 
 
+@pytest.mark.slow
 def test_the_shipped_set_as_json(cli, tmp_path):
     done = cli("--size", "nano", "--seed", 1, "--out", tmp_path / "x.json", "--json")
     told = json.loads(done.out)

@@ -134,6 +134,7 @@ def test_finished_parts_are_not_run_again(make, monkeypatch):
     assert "resuming the interrupted calibration: 4 of 8 parts are finished" in heard.notes
 
 
+@pytest.mark.slow
 def test_the_vision_encoder_goes_on_after_the_last_medium(make, monkeypatch):
     expected = make("whole")
     shown: list[int] = []
@@ -188,6 +189,7 @@ def test_work_without_its_hidden_states_is_begun_anew(make, monkeypatch, tmp_pat
     assert any("not complete; starting anew" in note for note in heard.notes)
 
 
+@pytest.mark.slow
 def test_a_broken_journal_is_begun_anew(make, monkeypatch, tmp_path):
     expected = make("whole")
     interrupted(make, monkeypatch)

@@ -71,6 +71,7 @@ def test_texts_and_scores_are_the_bundles(checkpoint: Path, bundle: Path, data: 
             np.testing.assert_allclose(scores, wanted, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_the_command_compares_them_pair_by_pair(
     checkpoint: Path, bundle: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,6 +11,7 @@ from gpu import kernel_build
 pytestmark = pytest.mark.skipif(kernel_build.find_compiler() is None, reason="no C++ compiler (g++)")
 
 
+@pytest.mark.slow
 def test_layout(tmp_path):
     done = subprocess.run(
         [kernel_build.build_emulation(tmp_path, "test_layout", flags=["-O0"])], capture_output=True, text=True, check=False

@@ -129,6 +129,7 @@ def rig(**changes: bool) -> sessions.Rig:
     return sessions.Rig(FakeCard(), lambda args, stream: by_oracle(args, stream, **changes), head_size=32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in sessions.CHECKS if name != "many graphs"])
 def test_each_check_of_the_sessions(name):
     assert sessions.CHECKS[name](rig()) >= 3

@@ -109,6 +109,7 @@ def test_lm_layer(tiny: Flamingo, length: int) -> None:
         np.testing.assert_allclose(found[row], wanted, **TIGHT)
 
 
+@pytest.mark.slow
 def test_distances_are_encoded_as_by_transformer_xl() -> None:
     found = sinusoids(2048, 8192, torch.empty(0, dtype=torch.float64))
     for distance in (0, 1, 63, 2047):

@@ -167,6 +167,7 @@ def test_80b_over_two_and_three_cards():
         ]
 
 
+@pytest.mark.slow
 def test_on_the_command_line(capfd):
     from flamingo_export.cli.output import human_bytes
 

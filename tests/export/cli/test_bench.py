@@ -32,6 +32,7 @@ def test_the_table(cli, bundle):
     assert cli("bench", bundle, "--images", 4, "--prompt-tokens", 20).code == 2
 
 
+@pytest.mark.slow
 def test_requests_side_by_side(cli, bundle, monkeypatch):
     """Rows are asked for as many as are measured; a step of several requests is one call of so many rows."""
     calls = []

@@ -62,6 +62,7 @@ def test_greedy_and_beams_are_those_of_the_oracle(
     check_texts(found, oracle.beams(request.prompt, media, 3, 4))
 
 
+@pytest.mark.slow
 def test_32_images_and_one_shown_many_times(load_tiny: LoadTiny, oracle: Oracle) -> None:
     images = pictures(0, 32)
     request = Request(prompt=[1, *[token for index in range(32) for token in (IMAGE, 4 + index)]], media=images)

@@ -135,6 +135,7 @@ def test_parts_are_engines_of_their_own(compile_with, capsys):
     assert [record["graph"] for record in json.loads(capsys.readouterr().out)] == ["decoder.1"]
 
 
+@pytest.mark.slow
 def test_too_little_memory_is_said_before_anything_is_written(compile_with, monkeypatch, tmp_path):
     """In as many parts as the message says it is built."""
     (whole,) = (graph.weight_bytes for graph in planned(tmp_path, parts=1) if graph.layers)

@@ -142,6 +142,7 @@ def test_hidden_states_lie_in_one_place_whatever_the_shape(both: Load, gpu):
     assert first._stream is last._stream  # one stream: what the second part reads the first has written
 
 
+@pytest.mark.slow
 def test_graphs_of_many_shapes_go_one_after_the_other(both: Load, gpu):
     """Batches of 1 to 3 rows and 1 to 4 beams, several steps each: captured, dropped and captured again without a wrong token."""
     engines, host = both(2)

@@ -145,6 +145,7 @@ def test_what_is_kept_lies_where_it_is_read(load: Load):
                 fake.machine.devices[1 - device.index].view(buffer.address, buffer.nbytes)
 
 
+@pytest.mark.slow
 def test_closing_gives_everything_back_on_every_gpu(monkeypatch, tiny_model, bundle_writer, tmp_path):
     fake = install(monkeypatch, tmp_path, GIB, GIB, GIB, peers=False)
     bundle = add_engines(bundle_writer(LiveSource(tiny_model), tmp_path / "a.bundle", parts=3), tmp_path / "b.bundle", **LIMITS)
@@ -198,6 +199,7 @@ def test_copies_between_gpus(peers, size):
     assert np.array_equal(target.read()[0], values[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("peers", [True, False])
 def test_a_row_written_by_another_gpu_is_seen_once_published(peers):
     first, second = (DeviceStream(cuda, first=True) for cuda in Machine(GIB, GIB, peers=peers).devices)
